@@ -1,0 +1,132 @@
+"""Configs: one YAML file a run, every key also a flag (`--key value`), unknown keys refused with the nearest known one.
+
+The flags, their types and their help come from the dataclasses, by transformers' HfArgumentParser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from echo_ft.records import EchoError
+
+
+def parse(types: Sequence[type], argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Any, ...]:
+    """One instance of each dataclass in `types` from `--config FILE` and `--key value` flags; flags win.
+
+    `extra` names flags that the caller has dealt with already. Raises EchoError for a file that is missing or not a
+    mapping, an unknown key (naming the nearest known one), a value of the wrong type, and a missing required value.
+    """
+    from transformers import HfArgumentParser  # takes seconds to import, and `--help` of a script should not
+
+    known = {field.name for cls in types for field in dataclasses.fields(cls) if field.init}
+    values, flags = _split(argv)
+    config: dict[str, Any] = {}
+    source = "the command line"
+    if values is not None:
+        source = values
+        config = _load(Path(values))
+    for key in config:
+        if key not in known:
+            raise EchoError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
+    for flag in flags:
+        key = flag.removeprefix("--").split("=")[0].replace("-", "_") if flag.startswith("--") else None
+        if key and key not in known and key.removeprefix("no_") not in known and key != "help":
+            raise EchoError(f"unknown option {flag.split('=')[0]}{_nearest(key, known)}")
+
+    parser = HfArgumentParser(list(types))
+    # A value in the file satisfies a required flag, and is checked as a flag would be.
+    for action in parser._actions:
+        if action.dest in config:
+            action.required = False
+    parser.error = _raise(source)  # type: ignore[method-assign]
+    parser.set_defaults(**{key: _checked(parser, key, value, source) for key, value in config.items()})
+    try:
+        return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
+    except (ValueError, TypeError) as error:
+        raise EchoError(f"{source}: {error}") from error
+
+
+def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    flags, config = list(argv), None
+    for index, flag in enumerate(flags):
+        if flag == "--config":
+            if index + 1 == len(flags):
+                raise EchoError("--config needs a YAML file after it")
+            config = flags[index + 1]
+            return config, flags[:index] + flags[index + 2 :]
+        if flag.startswith("--config="):
+            return flag.removeprefix("--config="), flags[:index] + flags[index + 1 :]
+    return config, flags
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path(".")
+        names = sorted(str(p) for p in folder.glob("*.yaml"))
+        near = difflib.get_close_matches(str(path), names, n=1) or names[:1]
+        hint = f"; did you mean {near[0]}?" if near else f" (looked in {Path.cwd()}); check the path"
+        raise EchoError(f"there is no config file {path}{hint}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EchoError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise EchoError(f"{path} holds a {type(config).__name__}; a config is a mapping of key: value lines")
+    return config
+
+
+def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
+    action = next(action for action in parser._actions if action.dest == key)
+    if value is None or isinstance(value, dict):
+        return value
+    if isinstance(value, list) != (action.nargs in ("+", "*")):
+        raise EchoError(f"{source}: {key} takes {'one value' if isinstance(value, list) else 'a list'}, not {value!r}")
+    items = value if isinstance(value, list) else [value]
+    try:
+        # YAML 1.1 reads 2e-4 as text; the flag's own type turns both spellings into the number.
+        converted = [item if action.type is None else action.type(item if _is_number(item) else str(item)) for item in items]
+    except Exception as error:
+        raise EchoError(f"{source}: {key} cannot be {value!r} ({error})") from error
+    for item in converted:
+        if action.choices is not None and item not in action.choices:
+            raise EchoError(f"{source}: {key} cannot be {item!r}; choose from {', '.join(map(str, action.choices))}")
+    return converted if isinstance(value, list) else converted[0]
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "; run with --help for the list"
+
+
+def _raise(source: str) -> Callable[[str], None]:
+    def error(message: str) -> None:
+        raise EchoError(f"{source}: {message}; run with --help for the list")
+
+    return error
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main(argv)`: an EchoError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    try:
+        main(sys.argv[1:])
+    except EchoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on where it can", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
