@@ -33,7 +33,7 @@ def parse(types: Sequence[type], argv: Sequence[str], extra: Sequence[str] = ())
     if values is not None:
         source = values
         config = _load(Path(values))
-    for key in config:
+    for key in map(str, config):
         if key not in known:
             raise EchoError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
     for flag in flags:
@@ -90,6 +90,8 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     if isinstance(value, list) != (action.nargs in ("+", "*")):
         raise EchoError(f"{source}: {key} takes {'one value' if isinstance(value, list) else 'a list'}, not {value!r}")
     items = value if isinstance(value, list) else [value]
+    if action.choices is not None and "on" in action.choices:  # YAML 1.1 reads a bare on and off as booleans
+        items = [{True: "on", False: "off"}[item] if isinstance(item, bool) else item for item in items]
     try:
         # YAML 1.1 reads 2e-4 as text; the flag's own type turns both spellings into the number.
         converted = [item if action.type is None else action.type(item if _is_number(item) else str(item)) for item in items]
