@@ -18,35 +18,32 @@ import yaml
 from echo_ft.records import EchoError
 
 
-def parse(types: Sequence[type], argv: Sequence[str], extra: Sequence[str] = ()) -> tuple[Any, ...]:
+def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """One instance of each dataclass in `types` from `--config FILE` and `--key value` flags; flags win.
 
-    `extra` names flags that the caller has dealt with already. Raises EchoError for a file that is missing or not a
+    Raises EchoError for a file that is missing or not a
     mapping, an unknown key (naming the nearest known one), a value of the wrong type, and a missing required value.
     """
     from transformers import HfArgumentParser  # takes seconds to import, and `--help` of a script should not
 
     known = {field.name for cls in types for field in dataclasses.fields(cls) if field.init}
-    values, flags = _split(argv)
-    config: dict[str, Any] = {}
-    source = "the command line"
-    if values is not None:
-        source = values
-        config = _load(Path(values))
+    file, flags = _split(argv)
+    source = file or "the command line"
+    config = _load(Path(file)) if file else {}
     for key in map(str, config):
         if key not in known:
             raise EchoError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
     for flag in flags:
-        key = flag.removeprefix("--").split("=")[0].replace("-", "_") if flag.startswith("--") else None
-        if key and key not in known and key.removeprefix("no_") not in known and key != "help":
-            raise EchoError(f"unknown option {flag.split('=')[0]}{_nearest(key, known)}")
+        option = flag.removeprefix("--").split("=")[0].replace("-", "_") if flag.startswith("--") else "help"
+        if option not in known and option.removeprefix("no_") not in known and option != "help":
+            raise EchoError(f"unknown option {flag.split('=')[0]}{_nearest(option, known)}")
 
-    parser = HfArgumentParser(list(types))
+    parser: Any = HfArgumentParser(list(types))
     # A value in the file satisfies a required flag, and is checked as a flag would be.
     for action in parser._actions:
         if action.dest in config:
             action.required = False
-    parser.error = _raise(source)  # type: ignore[method-assign]
+    parser.error = _raise(source)
     parser.set_defaults(**{key: _checked(parser, key, value, source) for key, value in config.items()})
     try:
         return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
@@ -94,7 +91,8 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
         items = [{True: "on", False: "off"}[item] if isinstance(item, bool) else item for item in items]
     try:
         # YAML 1.1 reads 2e-4 as text; the flag's own type turns both spellings into the number.
-        converted = [item if action.type is None else action.type(item if _is_number(item) else str(item)) for item in items]
+        kind = action.type or (lambda item: item)
+        converted = [kind(item if _is_number(item) else str(item)) for item in items]
     except Exception as error:
         raise EchoError(f"{source}: {key} cannot be {value!r} ({error})") from error
     for item in converted:

@@ -10,8 +10,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGES = (
-    "torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "open_clip_torch", "faiss-cpu", "scikit-image",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "open_clip_torch",
+    "faiss-cpu",
+    "scikit-image",
+)
 
 
 def versions() -> dict[str, str]:

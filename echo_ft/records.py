@@ -249,7 +249,7 @@ def read_jsonl(path: Path, cls: type[Record]) -> Iterator[Record]:
                 yield from_dict(cls, json.loads(line))
             except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise EchoError(
-                    f"{path}:{number} is not a {cls.__name__} row ({error}); write the file again with the command that made it"
+                    f"{path}:{number} is not a {cls.__name__} row ({error}); make the file again"
                 ) from error
 
 

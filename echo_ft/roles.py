@@ -75,9 +75,7 @@ def render(
         return _reference_extractor(case, seen, routes)
     if role == "knowledge_guide":
         return _knowledge_guide(case, seen, upstream, routes, knowledge)
-    if role == "reasoning_expert":
-        return _per_question(role, case, seen, upstream, routes, knowledge)
-    if role == "decision_maker":
+    if role in ("reasoning_expert", "decision_maker"):
         return _per_question(role, case, seen, upstream, routes, knowledge)
     raise EchoError(f"no role is named {role!r}; the roles are {', '.join(ROLES)}")
 
@@ -86,8 +84,10 @@ def _reference_extractor(case: str, seen: Seen, routes: Mapping[str, Route]) -> 
     if not seen.references or not any(routes[question.kind].reference for question in seen.questions):
         return []
     count = len(seen.references)
-    candidates = f"The first {count} images are candidates 1 to {count}" if count > 1 else "The first image is candidate 1"
-    context = f"{candidates}, normal parts. The last image is the part under inspection.\n"
+    candidates = f"The first {count} images are candidates 1 to {count}, normal parts."
+    if count == 1:
+        candidates = "The first image is candidate 1, a normal part."
+    context = f"{candidates} The last image is the part under inspection.\n"
     images = (*(reference.image for reference in seen.references), seen.query)
     branches = (Branch("best", BEST_PROMPT), Branch("normal", NORMAL_PROMPT))
     return [Exchange("reference_extractor", case, images, context, branches, PROMPT_VERSION)]
@@ -118,10 +118,8 @@ def _per_question(
             context += f"Known conditions of this part:\n{entries(seen)}"
         elif route.knowledge and knowledge == "guided" and upstream.guide:
             context += f"Guide: {one_line(upstream.guide)}\n"
-        if role == "reasoning_expert":
-            branches = tuple(Branch(question.id, f"Question: {one_line(question.text)}\n{REASON_INSTRUCTION}") for question in questions)
-        else:
-            branches = tuple(Branch(question.id, _decision(question, upstream, route)) for question in questions)
+        prompt = _reasoning if role == "reasoning_expert" else _decision
+        branches = tuple(Branch(question.id, prompt(question, upstream, route)) for question in questions)
         exchanges.append(Exchange(role, case, images, context, branches, PROMPT_VERSION))
     return exchanges
 
@@ -131,6 +129,10 @@ def _look(seen: Seen, upstream: Upstream, reference: bool) -> tuple[tuple[str, .
         best = seen.references[upstream.best].image
         return (best, seen.query), "The first image is a normal part. The second image is the part under inspection.\n"
     return (seen.query,), "The image is the part under inspection.\n"
+
+
+def _reasoning(question: Question, upstream: Upstream, route: Route) -> str:
+    return f"Question: {one_line(question.text)}\n{REASON_INSTRUCTION}"
 
 
 def _decision(question: Question, upstream: Upstream, route: Route) -> str:

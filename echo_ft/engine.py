@@ -1,0 +1,189 @@
+"""Asking a model: images encoded once, the prefix computed once, every branch continued from its cache.
+
+For N branches of B exchanges the prefix of Lp tokens runs once an exchange, the branches (padded on the left to Lb
+tokens) continue from copies of its key-value cache, and decoding is greedy. The result is that of asking every
+question alone (tests/test_engine.py compares with `generate`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from echo_ft.layout import PADDING, Layout, Row, attention_mask, load_image, pad, pixels
+from echo_ft.records import LETTERS, Exchange
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What a role said to one branch."""
+
+    text: str
+    letters: dict[str, float]
+    """Log-probability of each option letter as the first token."""
+
+
+class Engine:
+    """One base model, with or without adapters named after the roles, and a bounded store of image features."""
+
+    def __init__(
+        self, model: Any, layout: Layout, root: Path, max_new_tokens: int = 128, kept_images: int = 1024
+    ) -> None:
+        self.model = model.eval()
+        self.layout = layout
+        self.root = root
+        self.max_new_tokens = max_new_tokens
+        self.kept_images = kept_images
+        self.adapted = hasattr(model, "peft_config")
+        self.base = model.get_base_model() if self.adapted else model
+        self.device = self.base.device
+        self._features: OrderedDict[tuple[str, str], tuple[torch.Tensor, tuple[int, int]]] = OrderedDict()
+        ends = self.base.generation_config.eos_token_id
+        self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
+        self._letters = {letter: layout.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS}
+
+    @torch.inference_mode()
+    def speak(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Utterance]]:
+        """What `role` says to every branch of every exchange, in order.
+
+        Raises EchoError where an image is missing or broken.
+        """
+        if not exchanges:
+            return []
+        if self.adapted:
+            self.model.set_adapter(role)
+        features, sizes = self._look(role, [image for exchange in exchanges for image in exchange.images])
+        shapes = iter(sizes)
+        rows = [self.layout.row(exchange, [next(shapes) for _ in exchange.images]) for exchange in exchanges]
+        cache, visible, starts = self._read(rows, features)
+        owners = torch.tensor([index for index, row in enumerate(rows) for _ in row.exchange.branches])
+        said = iter(self._continue(rows, owners.to(self.device), cache, visible, starts))
+        return [[next(said) for _ in exchange.branches] for exchange in exchanges]
+
+    def _look(self, role: str, images: Sequence[str]) -> tuple[Any, list[tuple[int, int]]]:
+        """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
+        # An adapter on the vision tower makes the features the role's own.
+        owner = role if self.adapted and self._tower_is_adapted(role) else ""
+        missing = [image for image in dict.fromkeys(images) if (owner, image) not in self._features]
+        if missing:
+            loaded = [load_image(self.root / image) for image in missing]
+            inputs = pixels(self.layout, loaded)
+            encoded = self.base.model.get_image_features(
+                inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
+            ).pooler_output
+            for name, image, feature in zip(missing, loaded, encoded, strict=True):
+                self._features[owner, name] = feature.clone(), image.size
+        found = [self._features[owner, name] for name in images]
+        for name in images:
+            self._features.move_to_end((owner, name))
+        while len(self._features) > self.kept_images:
+            self._features.popitem(last=False)
+        return tuple(feature for feature, _ in found), [size for _, size in found]
+
+    def _tower_is_adapted(self, role: str) -> bool:
+        return any(
+            ".visual." in name and role in getattr(module, "lora_A", ()) for name, module in self.model.named_modules()
+        )
+
+    def _read(self, rows: Sequence[Row], features: Any) -> tuple[DynamicCache, torch.Tensor, list[int]]:
+        """The prefixes' cache, which of its tokens are no padding (B, Lp), and where each row's branches start."""
+        prefixes = [_cut(row, row.segments == 0) for row in rows]
+        batch = {name: tensor.to(self.device) for name, tensor in pad(prefixes, self.layout.pad_token_id).items()}
+        cache = DynamicCache(config=self.base.config.get_text_config())
+        self.base.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=attention_mask(batch["segments"]),
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache, batch["segments"] != PADDING, [int(prefix.positions.max()) + 1 for prefix in prefixes]
+
+    def _continue(
+        self,
+        rows: Sequence[Row],
+        owners: torch.Tensor,
+        cache: DynamicCache,
+        visible: torch.Tensor,
+        starts: Sequence[int],
+    ) -> list[Utterance]:
+        """Greedy continuation of every branch; `owners` (N,) is the row of each."""
+        branches = [
+            torch.from_numpy(row.input_ids[row.segments == number + 1])
+            for row in rows
+            for number in range(len(row.exchange.branches))
+        ]
+        count, length = len(branches), max(len(branch) for branch in branches)
+        tokens = torch.full((count, length), self.layout.pad_token_id, device=self.device)
+        shown = torch.zeros(count, length, dtype=torch.bool, device=self.device)
+        for index, branch in enumerate(branches):
+            tokens[index, length - len(branch) :] = branch.to(self.device)
+            shown[index, length - len(branch) :] = True
+        lengths = shown.sum(dim=1)
+        first = torch.tensor(starts, device=self.device)[owners]
+        positions = (first[:, None] + shown.cumsum(dim=1) - 1).clamp(min=0)
+        cache.batch_select_indices(owners)
+        visible = torch.cat([visible[owners], shown], dim=1)
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        mask = visible[:, None, :].repeat(1, length, 1)
+        mask[:, :, -length:] &= causal
+
+        logits = self._step(tokens, positions, mask, cache)
+        scores = torch.log_softmax(logits.float(), dim=-1)
+        letters = [
+            {letter: float(scores[index, token]) for letter, token in self._letters.items()} for index in range(count)
+        ]
+        said: list[list[int]] = [[] for _ in range(count)]
+        alive = torch.arange(count, device=self.device)
+        position = first + lengths
+        for spent in range(self.max_new_tokens):
+            token = logits.argmax(dim=-1)
+            going = ~torch.isin(token, self._ends)
+            for index, value, goes in zip(alive.tolist(), token.tolist(), going.tolist(), strict=True):
+                if goes:
+                    said[index].append(value)
+            if not going.any() or spent + 1 == self.max_new_tokens:
+                break
+            if not going.all():
+                kept = going.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                alive, token, position, visible = alive[kept], token[kept], position[kept], visible[kept]
+            visible = torch.cat([visible, visible.new_ones(len(alive), 1)], dim=1)
+            logits = self._step(token[:, None], position[:, None], visible[:, None, :], cache)
+            position = position + 1
+        decode = self.layout.tokenizer.decode
+        return [
+            Utterance(decode(ids, skip_special_tokens=True).strip(), letters[index]) for index, ids in enumerate(said)
+        ]
+
+    def _step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Logits (N, vocabulary) after the last of `tokens` (N, T); `mask` is (N, T, cached + T)."""
+        hidden = self.base.model(
+            input_ids=tokens,
+            position_ids=positions.expand(3, *positions.shape),
+            attention_mask=mask[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.base.lm_head(hidden[:, -1])
+
+
+def _cut(row: Row, tokens: Any) -> Row:
+    return Row(
+        row.exchange,
+        row.input_ids[tokens],
+        row.labels[tokens],
+        row.segments[tokens],
+        row.positions[:, tokens],
+        row.grids,
+    )

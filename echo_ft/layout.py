@@ -1,0 +1,241 @@
+"""From an `Exchange` to tokens: one prefix, several branches, exactly what asking one by one would compute.
+
+A row is `prefix | branch 1 | branch 2 | ...`: the prefix holds the images and the shared context, a branch its prompt
+and, in training, its completion with the chat template's own closing tokens. A branch attends to the prefix and to
+itself, and its M-RoPE positions start again right after the prefix, so that every branch computes what it would
+compute alone (Qwen2-VL's M-RoPE: arXiv 2409.12191).
+
+Shapes: B rows, L tokens of the longest row, P patches, C = 3 * temporal_patch_size * patch_size^2 values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from echo_ft.records import EchoError, Exchange
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+PADDING = -1
+"""The segment of a padding token; the prefix is segment 0, branches count from 1."""
+
+_MARK = "\u241e"  # "symbol for record separator": stands where the branch, and then the completion, begins
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one exchange. All arrays have one entry a token but `grids`, which has one (t, h, w) an image."""
+
+    exchange: Exchange
+    input_ids: np.ndarray
+    labels: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    """(3, tokens): temporal, height and width position."""
+    grids: np.ndarray
+    """(images, 3), in patches."""
+
+    @property
+    def prefix_length(self) -> int:
+        """How many tokens all branches share."""
+        return int((self.segments == 0).sum())
+
+
+class Layout:
+    """Makes rows with one processor (tokenizer, chat template, pixel budget)."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
+        self.image_token_id: int = processor.image_token_id
+        self.pad_token_id: int = self.tokenizer.pad_token_id
+        self.merge: int = self.image_processor.merge_size
+        self._control = sorted(token for token in self.tokenizer.get_added_vocab() if token.startswith("<|"))
+        self._encoded: dict[str, list[int]] = {}
+
+    def grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """(t, h, w) in patches for an image of that size, by the processor's own resizing rule."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        patch, size = self.image_processor.patch_size, self.image_processor.size
+        rows, columns = smart_resize(height, width, patch * self.merge, size["shortest_edge"], size["longest_edge"])
+        return 1, rows // patch, columns // patch
+
+    def row(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Row:
+        """Tokens of an exchange whose images have these (width, height).
+
+        Raises EchoError where a text holds one of the chat template's control tokens.
+        """
+        prefix_text, opening, closing = self._template(exchange)
+        grids = np.array([self.grid(*size) for size in sizes], dtype=np.int64).reshape(-1, 3)
+        prefix = self._expand(self._encode(prefix_text), grids, exchange)
+        input_ids, labels, segments = [prefix], [np.full(len(prefix), IGNORED)], [np.zeros(len(prefix), dtype=np.int64)]
+        prefix_positions = self._prefix_positions(prefix, grids)
+        start = int(prefix_positions.max()) + 1
+        positions = [prefix_positions]
+        for number, branch in enumerate(exchange.branches, start=1):
+            prompt = self._encode(branch.prompt + opening)
+            completion = [] if branch.completion is None else self._encode(branch.completion + closing)
+            ids = np.array(prompt + completion, dtype=np.int64)
+            input_ids.append(ids)
+            labels.append(np.array([IGNORED] * len(prompt) + completion, dtype=np.int64))
+            segments.append(np.full(len(ids), number, dtype=np.int64))
+            positions.append(np.broadcast_to(start + np.arange(len(ids)), (3, len(ids))))
+        return Row(
+            exchange,
+            np.concatenate(input_ids),
+            np.concatenate(labels),
+            np.concatenate(segments),
+            np.concatenate(positions, axis=1),
+            grids,
+        )
+
+    def load_row(self, exchange: Exchange, root: Path) -> Row:
+        """Like `row`, with the sizes read from the image files' headers."""
+        return self.row(exchange, [image_size(root / image) for image in exchange.images])
+
+    def _template(self, exchange: Exchange) -> tuple[str, str, str]:
+        """The template's text up to the branch, between a prompt and its completion, and after the completion."""
+        for text in (exchange.context, *(branch.prompt + (branch.completion or "") for branch in exchange.branches)):
+            if any(token in text for token in self._control):
+                token = next(token for token in self._control if token in text)
+                raise EchoError(
+                    f"case {exchange.case}: a text holds the control token {token}; take it out of the source"
+                )
+        content = [*({"type": "image"} for _ in exchange.images), {"type": "text", "text": exchange.context + _MARK}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        asked = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prefix, opening = asked.rsplit(_MARK, 1)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
+        answered = self.processor.apply_chat_template(messages, tokenize=False)
+        return prefix, opening, answered.rsplit(_MARK, 1)[1]
+
+    def _encode(self, text: str) -> list[int]:
+        # Templates and instructions return in every row: planning a large dataset is mostly this dictionary.
+        if text not in self._encoded:
+            if len(self._encoded) > 50_000:
+                self._encoded.clear()
+            self._encoded[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encoded[text]
+
+    def _expand(self, ids: Sequence[int], grids: np.ndarray, exchange: Exchange) -> np.ndarray:
+        array = np.array(ids, dtype=np.int64)
+        images = array == self.image_token_id
+        if images.sum() != len(grids):
+            raise EchoError(
+                f"case {exchange.case}: the chat template made {int(images.sum())} places for {len(grids)} images; "
+                "use a processor with Qwen2-VL's template"
+            )
+        repeats = np.ones(len(array), dtype=np.int64)
+        repeats[images] = grids.prod(axis=1) // self.merge**2
+        return np.repeat(array, repeats)
+
+    def _prefix_positions(self, prefix: np.ndarray, grids: np.ndarray) -> np.ndarray:
+        """(3, tokens): Qwen2VLModel.get_rope_index for one row of text and still images."""
+        positions = np.empty((3, len(prefix)), dtype=np.int64)
+        place, current, images = 0, 0, iter(grids)
+        while place < len(prefix):
+            if prefix[place] == self.image_token_id:
+                t, h, w = next(images)
+                h, w = h // self.merge, w // self.merge
+                end = place + t * h * w
+                positions[:, place:end] = current + np.indices((t, h, w)).reshape(3, -1)
+                current += max(h, w)
+            else:
+                following = np.flatnonzero(prefix[place:] == self.image_token_id)
+                end = place + int(following[0]) if len(following) else len(prefix)
+                positions[:, place:end] = current + np.arange(end - place)
+                current += end - place
+            place = end
+        return positions
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) from the file's header.
+
+    Raises EchoError where the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError as error:
+        raise EchoError(f"there is no image {path}; put it back or build the dataset again") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise EchoError(f"{path} is no readable image ({error}); replace it and build the dataset again") from error
+
+
+def load_image(path: Path) -> Image.Image:
+    """The decoded image in RGB. Raises EchoError where the file is missing or broken."""
+    image_size(path)
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{path} is broken ({error}); replace it and build the dataset again") from error
+
+
+def pixels(layout: Layout, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """`pixel_values` (P, C) and `image_grid_thw` (images, 3) as the model takes them."""
+    batch = layout.image_processor(images=list(images), return_tensors="pt")
+    return {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+
+
+def pad(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows side by side, padded on the right: input_ids, labels, segments (B, L) and position_ids (3, B, L)."""
+    import torch
+
+    length = max(len(row.input_ids) for row in rows)
+
+    def stack(arrays: Sequence[np.ndarray], value: int) -> torch.Tensor:
+        out = torch.full((len(arrays), length), value, dtype=torch.long)
+        for index, array in enumerate(arrays):
+            out[index, : len(array)] = torch.from_numpy(array)
+        return out
+
+    return {
+        "input_ids": stack([row.input_ids for row in rows], pad_token_id),
+        "labels": stack([row.labels for row in rows], IGNORED),
+        "segments": stack([row.segments for row in rows], PADDING),
+        "position_ids": torch.stack([stack([row.positions[axis] for row in rows], 0) for axis in range(3)]),
+    }
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """(B, 1, L, L) bool, True where the query token (row) may see the key token (column), from segments (B, L).
+
+    Causal; a branch sees the prefix and itself. A padding token sees padding alone, so that no row of the softmax is
+    empty.
+    """
+    import torch
+
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    visible = (query == key) | ((key == 0) & (query > 0))
+    return (visible & causal)[:, None]
+
+
+def mark_trained(row: Row, layout: Layout, start: str = "[[", end: str = "]]") -> str:
+    """The row's text as the model sees it, runs of trained tokens between `start` and `end`, image tokens counted."""
+    pieces: list[str] = []
+    kinds = np.where(row.input_ids == layout.image_token_id, 2, (row.labels != IGNORED).astype(int))
+    # A branch ends where its last trained token does: two branches that touch stay two runs.
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(row.segments) != 0)) + 1
+    for run in np.split(np.arange(len(kinds)), edges):
+        text = layout.tokenizer.decode(row.input_ids[run])
+        if kinds[run[0]] == 2:
+            pieces.append(f"<image: {len(run)} tokens>")
+        else:
+            pieces.append(f"{start}{text}{end}" if kinds[run[0]] else text)
+    return "".join(pieces)

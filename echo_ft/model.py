@@ -1,0 +1,218 @@
+"""Loading: base model, processor and adapters, with what must agree checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from echo_ft.provenance import commit, fingerprint_bytes, versions
+from echo_ft.records import ROLES, EchoError, from_dict
+from echo_ft.roles import PROMPT_VERSION
+
+ADAPTER_CARD = "echo_ft.json"
+"""The file in an adapter's folder that says what the adapter is."""
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What an adapter was trained for and on; it travels in the adapter's folder."""
+
+    role: str
+    base_model: str
+    base_revision: str
+    base_fingerprint: str
+    prompt_version: str
+    min_pixels: int
+    max_pixels: int
+    dataset: str
+    dataset_fingerprint: str
+    versions: dict[str, str]
+    commit: str
+
+
+def load_processor(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Any:
+    """The model's own processor with this pixel budget (pixels of one image, after resizing)."""
+    from transformers import AutoProcessor
+
+    if not 0 < min_pixels <= max_pixels:
+        raise EchoError(f"min_pixels {min_pixels} and max_pixels {max_pixels}: need 0 < min_pixels <= max_pixels")
+    processor = _from_hub(
+        AutoProcessor,
+        model_name_or_path,
+        revision=revision,
+        size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
+    )
+    size = processor.image_processor.size
+    if (size["shortest_edge"], size["longest_edge"]) != (min_pixels, max_pixels):
+        raise EchoError(f"the processor of {model_name_or_path} did not take the pixel budget; is it a Qwen2-VL model?")
+    return processor
+
+
+def load_model(model_name_or_path: str, revision: str | None = None, dtype: str = "auto", **options: Any) -> Any:
+    """The base model from a local folder or the hub; safetensors only, no remote code.
+
+    `options` go to `from_pretrained` (`attn_implementation`, `quantization_config`, ...).
+    """
+    from transformers import AutoModelForImageTextToText
+
+    return _from_hub(
+        AutoModelForImageTextToText, model_name_or_path, revision=revision, dtype=dtype, use_safetensors=True, **options
+    )
+
+
+def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
+    local = Path(model_name_or_path)
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise EchoError(f"{local} has no config.json; model_name_or_path takes a model's folder or a hub name")
+    if not local.is_dir() and (model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/"))):
+        raise EchoError(f"there is no model folder {local}; model_name_or_path takes a model's folder or a hub name")
+    try:
+        return auto.from_pretrained(model_name_or_path, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EchoError(
+            f"{model_name_or_path} could not be loaded ({reason}); check the name and the connection, or download it "
+            "with `hf download` and give its folder"
+        ) from error
+
+
+def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> str:
+    """Tells base models apart by their weights, cheaply: the header and both ends of each safetensors file."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        found = cached_file(model_name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    index = find("model.safetensors.index.json")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    chunks = []
+    for name in names:
+        path = find(name)
+        if path is None:
+            raise EchoError(f"{model_name_or_path} has no {name}; weights must be safetensors")
+        with open(path, "rb") as file:
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+            start = file.read(1 << 16)
+            file.seek(max(len(header), path.stat().st_size - (1 << 16)))
+            chunks.append(header + start + file.read())
+    return fingerprint_bytes(*chunks)
+
+
+def make_card(
+    role: str, base_model: str, revision: str | None, min_pixels: int, max_pixels: int, dataset: Path, fingerprint: str
+) -> AdapterCard:
+    """The card of an adapter that is trained now, with this code and these packages."""
+    return AdapterCard(
+        role=role,
+        base_model=base_model,
+        base_revision=revision or "main",
+        base_fingerprint=base_fingerprint(base_model, revision),
+        prompt_version=PROMPT_VERSION,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        dataset=str(dataset),
+        dataset_fingerprint=fingerprint,
+        versions=versions(),
+        commit=commit(),
+    )
+
+
+def write_card(folder: Path, card: AdapterCard) -> None:
+    """Put the card into the adapter's folder."""
+    (folder / ADAPTER_CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """The card of the adapter in `folder`. Raises EchoError where there is no adapter or no card."""
+    if not (folder / "adapter_config.json").is_file():
+        raise EchoError(f"there is no adapter in {folder}; train one with `accelerate launch train/sft.py`")
+    try:
+        return from_dict(AdapterCard, json.loads((folder / ADAPTER_CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise EchoError(
+            f"{folder} has no readable {ADAPTER_CARD} ({error}); it was not trained by train/sft.py or is not finished"
+        ) from error
+
+
+def find_adapters(
+    folder: Path, base_model: str, revision: str | None, min_pixels: int, max_pixels: int
+) -> dict[str, tuple[Path, AdapterCard]]:
+    """The adapters of the four roles under `folder`, each in a folder of the role's name, checked against the run.
+
+    Raises EchoError where one is missing, is of another role, base model, prompt version or pixel budget.
+    """
+    if not folder.is_dir():
+        raise EchoError(f"there is no folder {folder}; adapters are made by train/sft.py, one folder a role")
+    expected = {
+        "base_fingerprint": base_fingerprint(base_model, revision),
+        "prompt_version": PROMPT_VERSION,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+    }
+    found = {}
+    for role in ROLES:
+        path = folder / role
+        if not path.is_dir():
+            raise EchoError(
+                f"{folder} has no adapter for {role}; train it, or run without --adapters for the base model"
+            )
+        card = read_card(path)
+        if card.role != role:
+            raise EchoError(
+                f"{path} holds an adapter of the role {card.role}, not {role}; put each into its own folder"
+            )
+        _require(path, card, expected, base_model)
+        found[role] = (path, card)
+    return found
+
+
+def _require(path: Path, card: AdapterCard, expected: Mapping[str, Any], base_model: str) -> None:
+    if card.base_fingerprint != expected["base_fingerprint"]:
+        raise EchoError(
+            f"{path} was trained on another base model ({card.base_model}, weights {card.base_fingerprint}) than "
+            f"{base_model} (weights {expected['base_fingerprint']}); use that one"
+        )
+    for name in ("prompt_version", "min_pixels", "max_pixels"):
+        trained, wanted = getattr(card, name), expected[name]
+        remedy = "train it again with this code" if name == "prompt_version" else f"set {name} to {trained}"
+        if trained != wanted:
+            raise EchoError(f"{path} was trained with {name} {trained}, this run has {wanted}; {remedy}")
+
+
+def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """One copy of the base model with one named LoRA adapter a role; `set_adapter(role)` switches.
+
+    Raises EchoError where an adapter's weights do not fit the model exactly.
+    """
+    from peft import PeftModel
+
+    for role, path in adapters.items():
+        try:
+            if isinstance(model, PeftModel):
+                result = model.load_adapter(str(path), adapter_name=role, low_cpu_mem_usage=True)
+                missing = [key for key in result.missing_keys if f".{role}." in key]
+                if missing or result.unexpected_keys:
+                    raise ValueError(f"{len(missing)} weights missing, {len(result.unexpected_keys)} left over")
+            else:
+                model = PeftModel.from_pretrained(model, str(path), adapter_name=role)
+            _check_weights(model, role, path)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EchoError(f"the adapter in {path} does not fit the base model: {error}") from error
+    return model.eval()
+
+
+def _check_weights(model: Any, role: str, path: Path) -> None:
+    """Every tensor of the file is in the model, and the other way round: nothing loads silently untrained."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    loaded = set(get_peft_model_state_dict(model, adapter_name=role))
+    if saved != loaded:
+        raise ValueError(f"weights differ, for example {sorted(saved ^ loaded)[0]}")

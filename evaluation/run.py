@@ -1,0 +1,109 @@
+"""Run the four experts over a dataset: `python -m evaluation.run --config FILE [--adapters DIR] [--output DIR]`.
+
+Writes predictions.jsonl, traces.jsonl and run.json as it goes; started again with the same options it goes on.
+Without `adapters` the untuned base model runs the same pipeline with the same prompts: the baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from echo_ft import config as configs
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of `python -m evaluation.run`."""
+
+    dataset: str = field(metadata={"help": "A dataset folder, made by `python -m data_prep.build`."})
+    model_name_or_path: str = field(metadata={"help": "The base model: a folder or a hub name."})
+    output: str = field(metadata={"help": "The run's folder."})
+    min_pixels: int = field(metadata={"help": "Fewest pixels of an image; as the adapters were trained."})
+    max_pixels: int = field(metadata={"help": "Most pixels of an image; as the adapters were trained."})
+    adapters: str | None = field(default=None, metadata={"help": "Folder with an adapter a role; absent: the base."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
+    split: str = field(default="test", metadata={"help": "Which cases.", "choices": ["train", "validation", "test"]})
+    routing: str = field(default="full", metadata={"help": "Experts by question kind.", "choices": ["full", "paper"]})
+    reference: str = field(
+        default="retrieved", metadata={"help": "Normal references.", "choices": ["retrieved", "random", "none"]}
+    )
+    knowledge: str = field(default="guided", metadata={"help": "Knowledge.", "choices": ["guided", "all", "none"]})
+    reasoning: str = field(default="on", metadata={"help": "The reasoning expert.", "choices": ["on", "off"]})
+    batch_size: int = field(default=8, metadata={"help": "Cases that run through a role together."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that an expert may say; MMAD's limit."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "transformers' own names, e.g. sdpa."})
+
+
+def main(argv: list[str]) -> None:
+    """Check everything that must agree, then run what is not done yet."""
+    (config,) = configs.parse([RunConfig], argv)
+    import torch
+    from tqdm import tqdm
+
+    from echo_ft.dataset import cases as load_cases
+    from echo_ft.dataset import load_dataset
+    from echo_ft.engine import Engine
+    from echo_ft.layout import Layout
+    from echo_ft.model import attach_adapters, base_fingerprint, find_adapters, load_model, load_processor
+    from echo_ft.pipeline import Settings, run_or_fail
+    from echo_ft.provenance import commit, versions
+    from echo_ft.records import EchoError
+    from echo_ft.roles import PROMPT_VERSION
+    from echo_ft.runs import RunFolder
+
+    dataset = load_dataset(Path(config.dataset))
+    cases = load_cases(dataset, config.split, config.reference)
+    if not cases:
+        raise EchoError(f"{config.dataset} has no case in the split {config.split}; see its manifest.json")
+    processor = load_processor(config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels)
+    adapters = {}
+    if config.adapters is not None:
+        adapters = find_adapters(
+            Path(config.adapters),
+            config.model_name_or_path,
+            config.model_revision,
+            config.min_pixels,
+            config.max_pixels,
+        )
+    options = asdict(config)
+    for name in ("output", "batch_size", "dataset", "adapters"):
+        options.pop(name)
+    provenance = {
+        **options,
+        "dataset": config.dataset,
+        "dataset_fingerprint": dataset.fingerprint,
+        "base_model": config.model_name_or_path,
+        "base_fingerprint": base_fingerprint(config.model_name_or_path, config.model_revision),
+        "adapters": {role: asdict(card) for role, (_, card) in adapters.items()},
+        "prompt_version": PROMPT_VERSION,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    folder = RunFolder(Path(config.output), provenance, cases)
+    remaining = [case for case in cases if case.id not in folder.done]
+    print(f"{len(cases)} cases of {config.split}, {len(folder.done)} done before, {len(remaining)} to go", flush=True)
+    if remaining:
+        model = load_model(
+            config.model_name_or_path,
+            config.model_revision,
+            config.dtype,
+            attn_implementation=config.attn_implementation,
+            device_map="cuda" if torch.cuda.is_available() else None,
+        )
+        model = attach_adapters(model, {role: path for role, (path, _) in adapters.items()})
+        engine = Engine(model, Layout(processor), dataset.root, config.max_new_tokens)
+        settings = Settings(config.routing, config.reference, config.knowledge, config.reasoning)
+        with tqdm(total=len(cases), initial=len(folder.done), unit="case", desc="four experts") as progress:
+            for start in range(0, len(remaining), config.batch_size):
+                batch = remaining[start : start + config.batch_size]
+                for case, outcome in zip(batch, run_or_fail(batch, engine.speak, settings), strict=True):
+                    folder.write(case, outcome)
+                progress.update(len(batch))
+    folder.finish(complete=True)
+    print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
+
+
+if __name__ == "__main__":
+    configs.run_main(main)

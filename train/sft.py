@@ -1,0 +1,71 @@
+"""Train one role's adapter: `accelerate launch train/sft.py --config FILE [--key value ...]`.
+
+Options: `EchoConfig` in echo_ft/training.py, and TRL's SFTConfig and ModelConfig. The adapter and its card end in
+`output_dir`, which the evaluation expects to be named after the role.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from echo_ft import config as configs
+
+
+def main(argv: list[str]) -> None:
+    """Parse, plan, train, save."""
+    from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+
+    from echo_ft.dataset import load_dataset
+    from echo_ft.layout import Layout
+    from echo_ft.model import load_model, load_processor, make_card
+    from echo_ft.training import (
+        Collator,
+        EchoConfig,
+        PrefixSharingTrainer,
+        check_options,
+        find_checkpoint,
+        load_rows,
+    )
+
+    config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
+    check_options(sft, base)
+    dataset = load_dataset(Path(config.dataset))
+    processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
+    layout = Layout(processor)
+    checkpoint = find_checkpoint(sft)
+    train = load_rows(layout, dataset, config, sft, "train")
+    validation = load_rows(layout, dataset, config, sft, "validation") if sft.eval_strategy != "no" else None
+
+    trainer = PrefixSharingTrainer(
+        model=load_model(
+            base.model_name_or_path,
+            base.model_revision,
+            base.dtype,
+            attn_implementation=base.attn_implementation,
+            quantization_config=get_quantization_config(base),
+        ),
+        args=sft,
+        data_collator=Collator(layout, dataset.root),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        peft_config=get_peft_config(base),
+        config=config,
+        card=make_card(
+            config.role,
+            base.model_name_or_path,
+            base.model_revision,
+            config.min_pixels,
+            config.max_pixels,
+            dataset.folder,
+            dataset.fingerprint,
+        ),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(sft.output_dir)
+    trainer.accelerator.print(f"{config.role}: the adapter is in {sft.output_dir}")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    configs.run_main(main)
