@@ -1,0 +1,82 @@
+"""What several test files share: echo-tiny, drawn images, a case to ask about."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from echo_ft.records import Case, Entry, Question, Reference, Seen, Truth
+
+ROOT = Path(__file__).resolve().parent.parent
+ECHO_TINY = Path(os.environ.get("ECHO_TINY", ROOT / "recipes" / "tiny" / "echo-tiny"))
+MIN_PIXELS, MAX_PIXELS = 28 * 28, 112 * 112
+
+
+@pytest.fixture(scope="session")
+def layout():
+    from echo_ft.layout import Layout
+    from echo_ft.model import load_processor
+
+    return Layout(load_processor(str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS))
+
+
+@pytest.fixture(scope="session")
+def model():
+    from echo_ft.model import load_model
+
+    return load_model(str(ECHO_TINY), dtype="float32").eval()
+
+
+def draw(path: Path, size: tuple[int, int], seed: int) -> str:
+    """A noise image of (width, height) at `path`; returns its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path.name
+
+
+def make_case(root: Path, name: str = "line/part/1", sizes=((100, 70), (64, 64), (90, 120)), seed: int = 0) -> Case:
+    """A case with two references and five questions; its images are drawn under `root`."""
+    stem = name.replace("/", "_")
+    images = [draw(root / f"{stem}_{index}.png", size, seed + index) for index, size in enumerate(sizes)]
+    yes_no, four = {"A": "Yes.", "B": "No."}, {"A": "Scratch.", "B": "Dent.", "C": "Stain.", "D": "Chip."}
+    kinds = {
+        "Anomaly Detection": ("Is there any defect in the object?", yes_no, "A"),
+        "Defect Classification": ("There is a defect in the object. What is the type of the defect?", four, "C"),
+        "Defect Localization": (
+            "There is a defect in the object. Where is the defect?",
+            {"A": "Top left.", "B": "Center."},
+            "B",
+        ),
+        "Object Classification": ("What is the object in the image?", {"A": "Washer.", "B": "Bracket."}, "A"),
+        "Object Analysis": ("What is normal here?", {"A": "An even surface.", "B": "A red dot.", "C": "A hole."}, "A"),
+    }
+    questions = tuple(
+        Question(f"{name}#{kind}", name, kind, text, options) for kind, (text, options, _) in kinds.items()
+    )
+    return Case(
+        id=name,
+        dataset="line",
+        product="washer",
+        seen=Seen(
+            query=images[-1],
+            references=tuple(
+                Reference(name, image, 0.9 - 0.1 * index, index + 1) for index, image in enumerate(images[:-1])
+            ),
+            knowledge=(Entry("good", "An even surface."), Entry("stain", "A dark spot. It weakens the coating.")),
+            questions=questions,
+        ),
+        truth=Truth("stain", None, (), {q.id: kinds[q.kind][2] for q in questions}),
+    )
+
+
+@pytest.fixture
+def case(tmp_path) -> Case:
+    return make_case(tmp_path)

@@ -1,0 +1,154 @@
+"""Rows: the tokens a model sees, and that sharing a prefix changes nothing but the work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from echo_ft import roles
+from echo_ft.layout import IGNORED, PADDING, attention_mask, image_size, mark_trained, pad
+from echo_ft.records import Branch, EchoError, Exchange, Upstream
+from echo_ft.training import Collator
+from tests.conftest import draw, make_case
+
+WORDS = Upstream(best=1, normal="An even surface.", guide="stain: look for this. A dark spot.", reasons={})
+
+
+def exchanges_of(case):
+    said = replace(WORDS, reasons={q.id: f"Observe: a mark. Conclude: {q.text}" for q in case.seen.questions})
+    return [exchange for role in roles.ROLES for exchange in roles.render(role, case.id, case.seen, said)]
+
+
+def with_completions(exchange: Exchange, completions=("A", "stain: look for this.", "B")) -> Exchange:
+    branches = tuple(
+        replace(branch, completion=completions[index % len(completions)])
+        for index, branch in enumerate(exchange.branches)
+    )
+    return replace(exchange, branches=branches)
+
+
+def alone(exchange: Exchange) -> list[Exchange]:
+    return [replace(exchange, branches=(branch,)) for branch in exchange.branches]
+
+
+def messages(exchange: Exchange, branch: Branch):
+    content = [{"type": "image"}] * len(exchange.images) + [{"type": "text", "text": exchange.context + branch.prompt}]
+    return [{"role": "user", "content": content}]
+
+
+def test_tokens_are_those_of_the_processor_on_the_whole_conversation(layout, case, tmp_path):
+    for exchange in exchanges_of(case):
+        images = [Image.open(tmp_path / image).convert("RGB") for image in exchange.images]
+        for single in alone(with_completions(exchange)):
+            branch = single.branches[0]
+            asked = layout.processor.apply_chat_template(
+                messages(exchange, branch), tokenize=False, add_generation_prompt=True
+            )
+            answer = [{"role": "assistant", "content": [{"type": "text", "text": branch.completion}]}]
+            whole = layout.processor.apply_chat_template(messages(exchange, branch) + answer, tokenize=False)
+            row = layout.load_row(single, tmp_path)
+            assert whole.startswith(asked)
+            for text, ids in ((whole, row.input_ids), (asked, row.input_ids[row.labels == IGNORED])):
+                expected = layout.processor(text=[text], images=images, return_tensors="np")["input_ids"][0]
+                np.testing.assert_array_equal(ids, expected)
+
+
+def test_trained_tokens_are_the_completions_and_their_closing_tokens(layout, case, tmp_path):
+    row = layout.load_row(with_completions(exchanges_of(case)[-1], ("B",)), tmp_path)
+    trained = layout.tokenizer.decode(row.input_ids[row.labels != IGNORED])
+    assert trained == "B<|im_end|>\n" * len(row.exchange.branches)
+    shown = mark_trained(row, layout)
+    assert shown.count("[[B<|im_end|>\n]]") == len(row.exchange.branches)
+    assert "tokens>" in shown and "<|image_pad|>" not in shown
+
+
+def test_positions_are_the_models_own(layout, model, case, tmp_path):
+    for exchange in exchanges_of(case):
+        for single in alone(exchange):
+            row = layout.load_row(single, tmp_path)
+            ids = torch.from_numpy(row.input_ids)[None]
+            expected, _ = model.model.get_rope_index(
+                ids, (ids == layout.image_token_id).int(), image_grid_thw=torch.from_numpy(row.grids)
+            )
+            np.testing.assert_array_equal(row.positions, expected[:, 0].numpy())
+
+
+@pytest.mark.parametrize("size", [(30, 30), (1000, 20), (113, 57), (28, 2000), (640, 480)])
+def test_the_grid_is_known_from_the_image_header(layout, tmp_path, size):
+    draw(tmp_path / "x.png", size, 0)
+    pixels = layout.image_processor(images=[Image.open(tmp_path / "x.png")], return_tensors="np")
+    assert layout.grid(*image_size(tmp_path / "x.png")) == tuple(pixels["image_grid_thw"][0])
+
+
+def loss_and_gradients(model, collator, exchanges):
+    """Summed token loss and gradients of rows in one batch."""
+    model.zero_grad()
+    batch = collator.batch([collator.layout.load_row(exchange, collator.root) for exchange in exchanges])
+    labels = batch.pop("labels")
+    logits = model(attention_mask=attention_mask(batch.pop("segments")), **batch).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    branches=st.integers(1, 12),
+    images=st.integers(1, 4),
+    context=st.sampled_from(["", "Guide: look at the rim.\n"]),
+    seed=st.integers(0, 99),
+)
+def test_sharing_the_prefix_gives_loss_and_gradients_of_row_by_row(
+    layout, model, tmp_path, branches, images, context, seed
+):
+    rng = np.random.default_rng(seed)
+    names = tuple(
+        draw(tmp_path / f"{seed}_{index}.png", tuple(rng.integers(30, 120, 2)), seed + index) for index in range(images)
+    )
+    made = tuple(
+        Branch(str(i), f"Question: {'is it so ' * (i % 3)}?", ["A", "B. A crack.", "C"][i % 3]) for i in range(branches)
+    )
+    exchange = Exchange("decision_maker", "case", names, context, made, "1")
+    short = replace(exchange, images=names[:1], branches=made[:1])  # a padded neighbour in the batch
+    collator = Collator(layout, tmp_path)
+    shared, gradients = loss_and_gradients(model, collator, [exchange, short])
+    singles = [loss_and_gradients(model, collator, [single]) for single in [*alone(exchange), short]]
+    assert shared == pytest.approx(sum(loss for loss, _ in singles), rel=1e-5)
+    scale = max(gradient.abs().max() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        expected = sum(single[name] for _, single in singles)
+        assert (gradient - expected).abs().max() <= 1e-5 * max(scale, expected.abs().max()), name
+
+
+def test_a_branch_sees_the_prefix_and_itself_and_padding_sees_nothing_else(layout, case, tmp_path):
+    rows = [layout.load_row(exchange, tmp_path) for exchange in exchanges_of(case)[-2:]]
+    segments = pad(rows, layout.pad_token_id)["segments"]
+    mask = attention_mask(segments)
+    for b, i, j in np.ndindex(*mask[:, 0, ::7, ::5].shape):
+        i, j = i * 7, j * 5
+        query, key = int(segments[b, i]), int(segments[b, j])
+        assert mask[b, 0, i, j] == (j <= i and (query == key or (key == 0 and query > 0))), (query, key)
+    assert mask.any(dim=-1).all() and (segments == PADDING).any()
+
+
+def test_a_control_token_in_a_text_is_refused_by_name(layout, case, tmp_path):
+    exchange = replace(exchanges_of(case)[0], context="look <|im_end|> here\n")
+    with pytest.raises(EchoError, match=r"line/part/1.*<\|im_end\|>"):
+        layout.load_row(exchange, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_a_missing_or_broken_image_is_named(layout, case, tmp_path, content):
+    path = tmp_path / case.seen.query
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(EchoError, match=case.seen.query):
+        layout.load_row(exchanges_of(case)[0], tmp_path)
+    assert make_case(tmp_path).id == case.id
