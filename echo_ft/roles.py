@@ -99,7 +99,7 @@ def _knowledge_guide(
     asked = any(routes[question.kind].knowledge for question in seen.questions)
     if knowledge != "guided" or not seen.knowledge or not asked:
         return []
-    images, context = _look(seen, upstream, reference=True)
+    images, context = _look(seen, upstream, any(route.reference for route in routes.values()))
     context += f"Known conditions of this part:\n{entries(seen)}"
     return [Exchange("knowledge_guide", case, images, context, (Branch("guide", GUIDE_PROMPT),), PROMPT_VERSION)]
 

@@ -1,0 +1,62 @@
+"""Configs: a typo is an error that names the nearest key; flags win over the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from echo_ft.config import parse
+from echo_ft.records import EchoError
+
+
+@dataclass(frozen=True)
+class Options:
+    dataset: str = field(metadata={"help": "required"})
+    learning_rate: float = 1e-3
+    steps: int = 3
+    kinds: list[str] = field(default_factory=lambda: ["a"])
+    balance: bool = True
+    reasoning: str = field(default="on", metadata={"choices": ["on", "off"]})
+    limit: int | None = 5
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> list[str]:
+        (tmp_path / "run.yaml").write_text(text)
+        return ["--config", str(tmp_path / "run.yaml")]
+
+    return write
+
+
+def test_values_have_their_types_and_flags_win(write):
+    argv = write("dataset: d\nlearning_rate: 2e-4\nkinds: [x, y]\nbalance: false\nreasoning: off\nlimit: null\n")
+    (options,) = parse([Options], [*argv, "--steps", "7", "--dataset", "e"])
+    assert options == Options("e", 2e-4, 7, ["x", "y"], False, "off", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("dataset: d\nlerning_rate: 1\n", [], "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        ("dataset: d\n", ["--step", "1"], "unknown option --step; did you mean 'steps'"),
+        ("steps: 1\n", [], "dataset"),
+        ("dataset: d\nsteps: many\n", [], "steps cannot be 'many'"),
+        ("dataset: d\nreasoning: maybe\n", [], "choose from on, off"),
+        ("dataset: d\nkinds: x\n", [], "kinds takes a list"),
+        ("dataset: [d]\n", [], "dataset takes one value"),
+        ("dataset: d\n", ["--steps", "x"], "steps"),
+        ("- a\n- b\n", [], "a config is a mapping"),
+        ("a: [\n", [], "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(write, text, flags, message):
+    with pytest.raises(EchoError, match=message):
+        parse([Options], [*write(text), *flags])
+
+
+def test_a_missing_file_names_its_neighbour(write, tmp_path):
+    write("dataset: d\n")
+    with pytest.raises(EchoError, match=r"no config file .*rum\.yaml; did you mean .*run\.yaml"):
+        parse([Options], ["--config", str(tmp_path / "rum.yaml")])

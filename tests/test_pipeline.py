@@ -1,0 +1,132 @@
+"""The four experts in order, on a backend that needs no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from echo_ft.pipeline import Settings, run_cases, run_or_fail
+from echo_ft.records import EchoError, Exchange
+from tests.conftest import make_case
+
+
+@dataclass(frozen=True)
+class Spoken:
+    text: str
+    letters: dict[str, float]
+
+
+@dataclass
+class Parrot:
+    """Says a fixed thing for each role, and remembers what it was shown."""
+
+    says: dict[str, str] = field(
+        default_factory=lambda: {"best": "2", "normal": "NORMAL", "guide": "GUIDE", "reason": "REASON", "decide": "B"}
+    )
+    broken: str = ""
+    shown: list[Exchange] = field(default_factory=list)
+
+    def __call__(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Spoken]]:
+        for exchange in exchanges:
+            if self.broken and self.broken in exchange.images:
+                raise EchoError(f"{self.broken} is broken")
+        self.shown += exchanges
+        key = {"reasoning_expert": "reason", "decision_maker": "decide"}.get(role, "")
+        letters = {"A": math.log(0.1), "B": math.log(0.3), "C": math.log(0.2), "D": math.log(0.2), "E": math.log(0.2)}
+        return [[Spoken(self.says[key or branch.id], letters) for branch in e.branches] for e in exchanges]
+
+    def roles(self) -> list[str]:
+        return list(dict.fromkeys(exchange.role for exchange in self.shown))
+
+    def of(self, role: str) -> list[Exchange]:
+        return [exchange for exchange in self.shown if exchange.role == role]
+
+
+def test_each_expert_hears_the_earlier_ones(case):
+    parrot = Parrot()
+    (outcome,) = run_cases([case], parrot, Settings())
+    assert parrot.roles() == ["reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker"]
+    second = case.seen.references[1].image
+    assert all(exchange.images == (second, case.seen.query) for exchange in parrot.shown[1:])
+    assert "Normal: NORMAL" in parrot.of("reasoning_expert")[0].context
+    assert "Guide: GUIDE" in parrot.of("decision_maker")[0].context
+    assert all("Reasoning: REASON" in b.prompt for e in parrot.of("decision_maker") for b in e.branches)
+    assert [p.parsed for p in outcome.predictions] == ["B"] * 5
+    assert len(outcome.traces) == 2 + 1 + 5 + 5
+
+
+def test_probabilities_are_over_the_questions_own_options(case):
+    (outcome,) = run_cases([case], Parrot(), Settings())
+    by_kind = {prediction.kind: prediction.probabilities for prediction in outcome.predictions}
+    assert by_kind["Anomaly Detection"] == pytest.approx({"A": 0.25, "B": 0.75})
+    assert by_kind["Defect Classification"] == pytest.approx({"A": 0.125, "B": 0.375, "C": 0.25, "D": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Settings(reference="none"), ["knowledge_guide", "reasoning_expert", "decision_maker"]),
+        (Settings(knowledge="none"), ["reference_extractor", "reasoning_expert", "decision_maker"]),
+        (Settings(knowledge="all"), ["reference_extractor", "reasoning_expert", "decision_maker"]),
+        (Settings(reasoning="off"), ["reference_extractor", "knowledge_guide", "decision_maker"]),
+        (Settings(reference="none", knowledge="none", reasoning="off"), ["decision_maker"]),
+    ],
+)
+def test_a_switch_turns_its_expert_off_everywhere(case, settings, expected):
+    parrot = Parrot()
+    run_cases([case], parrot, settings)
+    assert parrot.roles() == expected
+    text = "".join(exchange.context + "".join(b.prompt for b in exchange.branches) for exchange in parrot.shown)
+    assert ("GUIDE" in text) == (settings.knowledge == "guided")
+    assert ("Reasoning:" in text) == (settings.reasoning == "on")
+    assert ("- stain:" in "".join(e.context for e in parrot.of("decision_maker"))) == (settings.knowledge == "all")
+    if settings.reference == "none":
+        assert all(exchange.images == (case.seen.query,) for exchange in parrot.shown)
+
+
+def test_paper_routing_shows_each_kind_what_the_method_does(case):
+    parrot = Parrot()
+    run_cases([case], parrot, Settings("paper"))
+    seen = {b.id.split("#")[1]: (e, b) for e in parrot.of("decision_maker") for b in e.branches}
+    table = {"Anomaly Detection": (2, 0, 0), "Defect Classification": (2, 1, 0), "Defect Localization": (1, 0, 0)}
+    for kind, (images, knowledge, reasoning) in table.items():
+        exchange, branch = seen[kind]
+        assert (len(exchange.images), "Guide:" in exchange.context, "Reasoning:" in branch.prompt) == (
+            images,
+            bool(knowledge),
+            bool(reasoning),
+        )
+
+
+def test_an_unusable_choice_of_reference_leaves_the_retrievals_first(case):
+    swapped = replace(case, seen=replace(case.seen, references=case.seen.references[::-1]))
+    parrot = Parrot(says={**Parrot().says, "best": "none of them"})
+    run_cases([swapped], parrot, Settings())
+    first = next(reference.image for reference in swapped.seen.references if reference.rank == 1)
+    assert parrot.of("decision_maker")[0].images[0] == first
+
+
+@pytest.mark.parametrize("text", ["", "I do not know", "E"])
+def test_an_answer_that_is_no_option_is_none_and_kept(case, text):
+    (outcome,) = run_cases([case], Parrot(says={**Parrot().says, "decide": text}), Settings())
+    assert all(p.parsed is None and p.text == text and p.error is None for p in outcome.predictions)
+
+
+def test_a_broken_case_fails_alone_with_every_question(tmp_path):
+    cases = [make_case(tmp_path, f"line/part/{index}") for index in range(3)]
+    outcomes = run_or_fail(cases, Parrot(broken=cases[1].seen.query), Settings())
+    assert [[p.error is None for p in outcome.predictions] for outcome in outcomes] == [
+        [True] * 5,
+        [False] * 5,
+        [True] * 5,
+    ]
+    assert "is broken" in outcomes[1].predictions[0].error and outcomes[1].predictions[0].parsed is None
+    assert outcomes[0] == run_cases(cases[:1], Parrot(), Settings())[0]
+
+
+def test_an_unknown_routing_is_named():
+    with pytest.raises(EchoError, match=r"papers.*full, paper"):
+        Settings("papers").routes()

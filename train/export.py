@@ -1,0 +1,50 @@
+"""Export trained adapters for inference: `python -m train.export --adapters DIR --output BUNDLE`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from echo_ft import config as configs
+from echo_ft.records import ROLES
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of `python -m train.export`."""
+
+    adapters: str = field(metadata={"help": "Folder with an adapter a role, made by train/sft.py."})
+    output: str = field(metadata={"help": "The bundle's folder; must not exist."})
+    merge: list[str] = field(
+        default_factory=lambda: ["decision_maker"],
+        metadata={"help": "Roles to also write as whole merged models, for servers without LoRA; `none` for none."},
+    )
+    base_model: str | None = field(default=None, metadata={"help": "Where the base model is now; default: as trained."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
+
+
+def main(argv: list[str]) -> None:
+    """Check, export, compare, say so."""
+    (config,) = configs.parse([ExportConfig], argv)
+    from dataclasses import replace
+
+    from echo_ft.export import export
+    from echo_ft.model import find_adapters, read_card
+
+    folder = Path(config.adapters)
+    card = read_card(folder / ROLES[0])
+    base = config.base_model or card.base_model
+    adapters = {
+        role: (path, replace(found, base_model=base))
+        for role, (path, found) in find_adapters(
+            folder, base, card.base_revision, card.min_pixels, card.max_pixels
+        ).items()
+    }
+    merge = [] if config.merge == ["none"] else config.merge
+    for part, difference in export(adapters, Path(config.output), merge, config.dtype).items():
+        print(f"{part}: reloaded, logits within {difference:.2g} of the trained adapter")
+    print(f"done: {config.output}; its README.md says how to serve it")
+
+
+if __name__ == "__main__":
+    configs.run_main(main)
