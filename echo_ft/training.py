@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,13 +52,11 @@ _WITHOUT_EFFECT = (
 
 def check_options(sft: SFTConfig, model: ModelConfig) -> None:
     """Refuse options that would do nothing or break a promise, and fix the ones that rows of our own need."""
-    for option in dataclasses.fields(SFTConfig):
-        if option.name in _WITHOUT_EFFECT and getattr(sft, option.name) != option.default:
-            raise EchoError(
-                f"{option.name} has no effect here: rows are made by echo_ft.layout; take it out of the config"
-            )
-    length = next(option.default for option in dataclasses.fields(SFTConfig) if option.name == "max_length")
-    if sft.max_length not in (None, length):
+    default = SFTConfig(output_dir=sft.output_dir, use_cpu=sft.use_cpu, bf16=sft.bf16, fp16=sft.fp16)
+    for name in _WITHOUT_EFFECT:
+        if getattr(sft, name) != getattr(default, name):
+            raise EchoError(f"{name} has no effect here: rows are made by echo_ft.layout; take it out of the config")
+    if sft.max_length not in (None, default.max_length):
         raise EchoError(
             f"max_length {sft.max_length} would cut rows, which is never done; set max_length: null, and max_tokens to "
             "reject long rows by name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -80,3 +81,39 @@ def make_case(root: Path, name: str = "line/part/1", sizes=((100, 70), (64, 64),
 @pytest.fixture
 def case(tmp_path) -> Case:
     return make_case(tmp_path)
+
+
+def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 3) -> Path:
+    """A dataset folder as data_prep.build writes it, from drawn cases with every role's rows."""
+    import json
+
+    from echo_ft.dataset import FORMAT
+    from echo_ft.records import ROLES, Inspection, write_jsonl
+    from echo_ft.targets import training_exchanges
+
+    made = {"train": train, "validation": validation, "test": test}
+    cases = {
+        split: [make_case(folder / "images", f"{split}/{index}", seed=31 * index) for index in range(count)]
+        for split, count in made.items()
+    }
+    write_jsonl(
+        folder / "inspections.jsonl",
+        (Inspection(c.id, c.seen.query, "line", "washer", "stain", c.id, s) for s, cs in cases.items() for c in cs),
+    )
+    every = [case for split in cases.values() for case in split]
+    write_jsonl(folder / "references.jsonl", (reference for case in every for reference in case.seen.references))
+    write_jsonl(
+        folder / "questions.jsonl",
+        (dataclasses.replace(q, answer=case.truth.answers[q.id]) for case in every for q in case.seen.questions),
+    )
+    knowledge = {entry.condition: entry.description for entry in every[0].seen.knowledge}
+    (folder / "knowledge.json").write_text(json.dumps({"line": {"washer": knowledge}}))
+    for role in ROLES:
+        for split in ("train", "validation"):
+            write_jsonl(
+                folder / "sft" / role / f"{split}.jsonl",
+                (row for case in cases[split] for row in training_exchanges(case, role, folder / "images", "full")),
+            )
+    manifest = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder

@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(sft.output_dir)
+    trainer.save_state()
     trainer.accelerator.print(f"{config.role}: the adapter is in {sft.output_dir}")
     trainer.end()
 

@@ -1,0 +1,54 @@
+# make demo and make test each do everything from a fresh clone; the second of them does not install again.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ROLES := reference_extractor knowledge_guide reasoning_expert decision_maker
+
+# The smoke size proves that every step runs; its figures mean nothing.
+ifdef SMOKE
+DATA := --parts 12
+TRAIN := --max_steps 3 --eval_strategy no
+NAME := smoke
+else
+NAME := demo
+endif
+
+.PHONY: install demo test test-slow style types clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf runs/$(NAME) datasets/$(NAME)
+	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output datasets/$(NAME) $(DATA)
+	set -e; for role in $(ROLES); do \
+	  $(BIN)/accelerate launch --quiet train/sft.py --config recipes/tiny/$$role.yaml \
+	    --dataset datasets/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
+	done
+	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset datasets/$(NAME) --output runs/$(NAME)/base
+	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset datasets/$(NAME) --output runs/$(NAME)/tuned \
+	  --adapters runs/$(NAME)/adapters
+	$(BIN)/python -m evaluation.score runs/$(NAME)/base
+	$(BIN)/python -m evaluation.score runs/$(NAME)/tuned
+	$(BIN)/python -m train.export --adapters runs/$(NAME)/adapters --output runs/$(NAME)/bundle
+	$(BIN)/python -m evaluation.compare runs/$(NAME)/base runs/$(NAME)/tuned
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+style: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs datasets

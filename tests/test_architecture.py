@@ -1,0 +1,76 @@
+"""The rules of the tree, each held by a test."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PARTS = ("echo_ft", "data_prep", "train", "evaluation")
+FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_imports_no_script_and_scripts_never_each_other(path):
+    part = path.relative_to(ROOT).parts[0]
+    allowed = {"echo_ft", part}
+    assert imported(path) & set(PARTS) <= allowed
+
+
+def test_models_load_from_safetensors_and_never_run_remote_code():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    assert not re.search(r"trust_remote_code\s*=\s*True", text)
+    assert not re.search(r"torch\.load\(|pickle\.load", text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_no_path_of_a_machine_is_committed():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in filter(None, tracked.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".jinja"} and path.is_file():
+            found = re.search(r"(?<![\w.])/(?:home|root|Users|tmp)/\w+", path.read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found.group()}"
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a document's code blocks, continued lines joined."""
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+@pytest.mark.parametrize("document", ["README.md", "recipes/README.md"])
+def test_documents_name_only_commands_and_files_that_exist(document):
+    found = commands((ROOT / document).read_text(encoding="utf-8"))
+    assert found
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for command in found:
+        for module in re.findall(r"-m ((?:data_prep|train|evaluation)\.\w+)", command):
+            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
+        for path in re.findall(r"(?:^|\s)((?:train|recipes)/[\w./-]+\.(?:py|yaml))", command):
+            assert (ROOT / path).is_file(), command
+        for target in re.findall(r"(?:^|\s)make ([\w-]+)", command):
+            assert target in targets, command

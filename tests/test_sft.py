@@ -1,0 +1,191 @@
+"""Training through the real command line: every tiny recipe, one rank or two, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from echo_ft.records import ROLES, EchoError
+from tests.conftest import ECHO_TINY, ROOT, draw, make_dataset
+
+RECIPES = sorted(path for role in ROLES for path in (ROOT / "recipes").glob(f"*/{role}.yaml"))
+BIN = Path(sys.executable).parent
+ALIKE = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0"]
+ALIKE += ["--eval_strategy", "no", "--lora_dropout", "0", "--per_device_eval_batch_size", "2", "--optim", "adamw_torch"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def launch(*arguments: object, ranks: int = 1, fails: bool = False, **environment: str) -> str:
+    """Run train/sft.py: `accelerate launch` for one rank, torchrun for two. Returns what it printed."""
+    # accelerate launch --cpu --num_processes 2 starts one process (accelerate 1.15): two CPU ranks need torchrun.
+    launcher = ["accelerate", "launch", "--quiet"] if ranks == 1 else ["torchrun", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [str(BIN / launcher[0]), *launcher[1:], "train/sft.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def tiny(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
+    recipe = ROOT / "recipes" / "tiny" / f"{role}.yaml"
+    fixed = ["--dataset", dataset, "--output_dir", output, "--model_name_or_path", ECHO_TINY, "--report_to", "none"]
+    return ["--config", recipe, *fixed, *more]
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def one_rank(dataset, tmp_path_factory):
+    """The reasoning expert, three steps of four rows, a checkpoint at every step."""
+    output = tmp_path_factory.mktemp("one") / "reasoning_expert"
+    alike = [*ALIKE, "--save_strategy", "steps", "--save_steps", "1"]
+    launch(*tiny("reasoning_expert", dataset, output, *alike, "--per_device_train_batch_size", 4))
+    return output
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_passes_the_config_check(recipe):
+    from trl import ModelConfig, SFTConfig
+
+    from echo_ft.config import parse
+    from echo_ft.training import EchoConfig, check_options
+
+    # No GPU here: the one option that transformers checks against the machine is set aside.
+    config, sft, model = parse([EchoConfig, SFTConfig, ModelConfig], ["--config", str(recipe), "--bf16", "false"])
+    check_options(sft, model)
+    assert config.role == recipe.stem == Path(sft.output_dir).name
+    assert sft.max_length is None and model.use_peft
+
+
+def test_there_is_a_recipe_for_every_role_and_size():
+    found = {(path.parent.name, path.stem) for path in RECIPES}
+    assert found >= {(size, role) for size in ("tiny", "qwen2_vl_2b", "qwen2_vl_7b") for role in ROLES}
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "reasoning_expert"])
+def test_a_tiny_recipe_runs_two_steps_through_the_command(role, dataset, tmp_path):
+    printed = launch(*tiny(role, dataset, tmp_path / role, "--max_steps", 2, "--eval_strategy", "no"))
+    card = json.loads((tmp_path / role / "echo_ft.json").read_text())
+    weights = load_file(tmp_path / role / "adapter_model.safetensors")
+    assert card["role"] == role and "0 rows rejected" in printed
+    assert any("lora_B" in name and weight.any() for name, weight in weights.items())
+
+
+def test_the_card_says_what_the_adapter_is(one_rank, dataset):
+    card = json.loads((one_rank / "echo_ft.json").read_text())
+    recipe = yaml.safe_load((ROOT / "recipes/tiny/reasoning_expert.yaml").read_text())
+    assert card["dataset_fingerprint"] == "0123456789abcdef" and card["dataset"] == str(dataset)
+    assert (card["min_pixels"], card["max_pixels"]) == (recipe["min_pixels"], recipe["max_pixels"])
+    assert card["prompt_version"] and len(card["base_fingerprint"]) == 16 and card["versions"]["trl"] != "absent"
+    assert json.loads((one_rank / "checkpoint-1" / "echo_ft.json").read_text()) == card
+
+
+def test_two_ranks_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path):
+    output = tmp_path / "reasoning_expert"
+    more = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+    launch(*tiny("reasoning_expert", dataset, output, *more), ranks=2)
+    assert losses(output) == pytest.approx(losses(one_rank), rel=1e-4)
+    expected = load_file(one_rank / "adapter_model.safetensors")
+    for name, weight in load_file(output / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-3)
+
+
+def test_two_ranks_under_zero_2_give_the_losses_of_one(one_rank, dataset, tmp_path):
+    output = tmp_path / "reasoning_expert"
+    zero = {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    (tmp_path / "zero2.json").write_text(json.dumps(zero))
+    more = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2, "--deepspeed", tmp_path / "zero2.json"]
+    launch(*tiny("reasoning_expert", dataset, output, *more), ranks=2, DS_ACCELERATOR="cpu")
+    assert losses(output) == pytest.approx(losses(one_rank), rel=1e-4)
+
+
+def test_a_resumed_run_ends_with_the_adapter_of_an_uninterrupted_one(one_rank, dataset, tmp_path):
+    output = tmp_path / "reasoning_expert"
+    more = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 4]
+    launch(*tiny("reasoning_expert", dataset, output, *more, "--resume_from_checkpoint", one_rank / "checkpoint-1"))
+    expected = load_file(one_rank / "adapter_model.safetensors")
+    for name, weight in load_file(output / "adapter_model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_typo_on_the_command_line_is_one_sentence_and_a_non_zero_exit(dataset, tmp_path):
+    printed = launch(*tiny("decision_maker", dataset, tmp_path / "x", "--lora_rr", "4"), fails=True)
+    assert "error: unknown option --lora_rr; did you mean 'lora_r'?" in printed
+    assert "Traceback" not in printed
+
+
+def run_in_process(*arguments: object) -> None:
+    from train.sft import main
+
+    main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_length", 512], "max_length 512 would cut rows"),
+        (["--packing", "true"], "packing has no effect here"),
+        (["--use_peft", "false"], "use_peft must be true"),
+        (["--trust_remote_code", "true"], "trust_remote_code is never used"),
+        (["--dataset", "nowhere"], "there is no dataset nowhere"),
+        (["--model_name_or_path", "./nowhere"], "there is no model folder nowhere"),
+        (["--model_name_or_path", "nobody/nothing"], "nobody/nothing could not be loaded"),
+        (["--max_pixels", 10], "0 < min_pixels <= max_pixels"),
+        (["--resume_from_checkpoint", "nowhere"], "there is no checkpoint nowhere"),
+        (["--max_tokens", 10], "has no usable row.*more than max_tokens 10"),
+        (["--role", "decider"], "decider"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, message):
+    with pytest.raises(EchoError, match=message):
+        run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", *options))
+
+
+def test_broken_and_missing_images_are_rejected_by_name_before_step_1(tmp_path):
+    from echo_ft.layout import Layout
+    from echo_ft.model import load_processor
+    from echo_ft.records import Exchange, read_jsonl
+    from echo_ft.training import plan
+
+    folder = make_dataset(tmp_path / "data", train=4)
+    (folder / "images" / "train_1_2.png").write_bytes(b"no image")
+    (folder / "images" / "train_2_2.png").unlink()
+    draw(folder / "images" / "train_3_2.png", (1200, 900), 0)
+    layout = Layout(load_processor(str(ECHO_TINY), None, 784, 28 * 28 * 2000))
+    rows = list(read_jsonl(folder / "sft" / "knowledge_guide" / "train.jsonl", Exchange))
+    planned = plan(layout, rows, folder / "images", max_tokens=1000)
+    assert planned.kept == [0]
+    assert [rejection.item for rejection in planned.rejected] == [f"knowledge_guide train/{i}" for i in (1, 2, 3)]
+    assert "train_1_2.png" in planned.rejected[0].reason and "train_2_2.png" in planned.rejected[1].reason
+    assert "more than max_tokens 1000" in planned.rejected[2].reason

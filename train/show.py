@@ -1,0 +1,54 @@
+"""Print one row of each role as the model will see it, trained tokens marked: `python -m train.show --dataset DIR`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from echo_ft import config as configs
+from echo_ft.records import ROLES
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Options of `python -m train.show`."""
+
+    dataset: str = field(metadata={"help": "A dataset folder, made by `python -m data_prep.build`."})
+    model_name_or_path: str = field(
+        default="recipes/tiny/echo-tiny",
+        metadata={"help": "Whose tokenizer and chat template: a folder or a hub name."},
+    )
+    min_pixels: int = field(default=784, metadata={"help": "Fewest pixels of an image."})
+    max_pixels: int = field(default=50176, metadata={"help": "Most pixels of an image."})
+    row: int = field(default=0, metadata={"help": "Which row of each role's train.jsonl, from 0."})
+
+
+def main(argv: list[str]) -> None:
+    """One block a role: images, tokens, text with the trained tokens in [[...]], green on a terminal."""
+    (config,) = configs.parse([ShowConfig], argv)
+    from itertools import islice
+
+    from echo_ft.dataset import load_dataset
+    from echo_ft.layout import IGNORED, Layout, mark_trained
+    from echo_ft.model import load_processor
+    from echo_ft.records import EchoError, Exchange, read_jsonl
+
+    dataset = load_dataset(Path(config.dataset))
+    layout = Layout(load_processor(config.model_name_or_path, None, config.min_pixels, config.max_pixels))
+    marks = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    for role in ROLES:
+        path = dataset.folder / "sft" / role / "train.jsonl"
+        exchange = next(islice(read_jsonl(path, Exchange), config.row, None), None)
+        if exchange is None:
+            raise EchoError(f"{path} has no row {config.row}; give a smaller --row")
+        row = layout.load_row(exchange, dataset.root)
+        trained = int((row.labels != IGNORED).sum())
+        print(f"=== {role}, case {exchange.case}: {len(exchange.images)} images, {row.prefix_length} shared tokens,")
+        print(f"    {len(exchange.branches)} branches, {len(row.input_ids)} tokens, {trained} of them trained on")
+        print("\n".join(f"    image: {dataset.root / image}" for image in exchange.images))
+        print(mark_trained(row, layout, *marks))
+
+
+if __name__ == "__main__":
+    configs.run_main(main)
