@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,9 @@ from typing import Any
 from echo_ft.provenance import commit, fingerprint_bytes, versions
 from echo_ft.records import ROLES, EchoError, from_dict
 from echo_ft.roles import PROMPT_VERSION
+
+GROUPS = ("language model", "vision tower", "merger")
+"""Parts of Qwen2-VL that can be tuned with a learning rate of their own."""
 
 ADAPTER_CARD = "echo_ft.json"
 """The file in an adapter's folder that says what the adapter is."""
@@ -31,6 +35,43 @@ class AdapterCard:
     dataset_fingerprint: str
     versions: dict[str, str]
     commit: str
+
+
+def part_of(name: str) -> str:
+    """Which of GROUPS a parameter belongs to, by its name."""
+    if ".merger." in name:
+        return "merger"
+    return "vision tower" if ".visual." in name else "language model"
+
+
+def check_targets(model: Any, names: list[str] | str) -> list[str]:
+    """`names` as a list, every one of which finds linear layers of `model`, by PEFT's rule: the end of a module's name.
+
+    PEFT itself passes over names that find nothing where another does. A single name counts as a list of one: TRL
+    (1.16) turns `[q_proj]` into `q_proj`, which PEFT reads as a pattern for whole names; while it does, this undoes it.
+    Raises EchoError naming the first that finds nothing, with the nearest that would, and the first that finds
+    something else than a linear layer (Qwen2-VL's `proj` is also a convolution).
+    """
+    import torch
+
+    modules = {name: module for name, module in model.named_modules() if name}
+    linear = [name.split(".") for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    known = {".".join(parts[-size:]) for parts in linear for size in (1, 2, 3)}
+    names = [names] if isinstance(names, str) else list(names)
+    for wanted in names:
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            near = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "the language model's are q_proj, k_proj, v_proj, ..."
+            raise EchoError(f"lora_target_modules: the model has no module {wanted}; {hint}")
+        other = next((name for name in found if not isinstance(modules[name], torch.nn.Linear)), None)
+        if other is not None:
+            kind = type(modules[other]).__name__
+            raise EchoError(
+                f"lora_target_modules: {wanted} also finds {other}, a {kind}; name linear layers alone, "
+                "such as attn.proj"
+            )
+    return names
 
 
 def load_processor(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Any:

@@ -15,11 +15,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from echo_ft.dataset import Dataset
 from echo_ft.layout import IGNORED, PADDING, Layout, Row, attention_mask, load_image, pad, pixels
-from echo_ft.model import AdapterCard, write_card
+from echo_ft.model import GROUPS, AdapterCard, part_of, write_card
 from echo_ft.records import ROLES, EchoError, Exchange, Rejection, from_dict, read_jsonl, write_jsonl
-
-GROUPS = ("language model", "vision tower", "merger")
-"""Parts of Qwen2-VL that can be tuned with a learning rate of their own."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +173,13 @@ class PrefixSharingTrainer(SFTTrainer):
         self.card = card
         super().__init__(*args, **kwargs)
         self.add_callback(GradientCheck())
+        model = self.accelerator.unwrap_model(self.model)
+        if not any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision tower"):
+            # With checkpointing, transformers (5.23) makes the output of the patch embedding require gradients too
+            # (enable_input_require_grads): a frozen tower would be kept, computed again and gone through backward.
+            tower = model.get_base_model().model.visual
+            if not any(p.requires_grad for p in tower.merger.parameters()):
+                tower.forward = torch.no_grad()(tower.forward)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -240,10 +244,3 @@ class GradientCheck(TrainerCallback):
                 f"lora_target_modules names the {' and the '.join(dead)}, but no gradient came there in the first "
                 "step; set gradient_checkpointing: false or take those modules out"
             )
-
-
-def part_of(name: str) -> str:
-    """Which of GROUPS a parameter belongs to, by its name."""
-    if ".merger." in name:
-        return "merger"
-    return "vision tower" if ".visual." in name else "language model"

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
 
     from echo_ft.dataset import load_dataset
     from echo_ft.layout import Layout
-    from echo_ft.model import load_model, load_processor, make_card
+    from echo_ft.model import check_targets, load_model, load_processor, make_card
     from echo_ft.training import (
         Collator,
         EchoConfig,
@@ -36,20 +36,23 @@ def main(argv: list[str]) -> None:
     train = load_rows(layout, dataset, config, sft, "train")
     validation = load_rows(layout, dataset, config, sft, "validation") if sft.eval_strategy != "no" else None
 
+    model = load_model(
+        base.model_name_or_path,
+        base.model_revision,
+        base.dtype,
+        attn_implementation=base.attn_implementation,
+        quantization_config=get_quantization_config(base),
+    )
+    lora = get_peft_config(base)
+    lora.target_modules = check_targets(model, lora.target_modules)
     trainer = PrefixSharingTrainer(
-        model=load_model(
-            base.model_name_or_path,
-            base.model_revision,
-            base.dtype,
-            attn_implementation=base.attn_implementation,
-            quantization_config=get_quantization_config(base),
-        ),
+        model=model,
         args=sft,
         data_collator=Collator(layout, dataset.root),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
-        peft_config=get_peft_config(base),
+        peft_config=lora,
         config=config,
         card=make_card(
             config.role,
