@@ -192,13 +192,15 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
 
     layer_count, depth = text.num_hidden_layers, vision.depth
     kept = layer_count * decoder + lora["language model"] + ends
+    inputs = width * layer_count * tokens * hidden + ends
+    largest = decoder + lora["language model"] // layer_count
+    if lora["vision tower"] or lora["merger"]:  # otherwise the trainer runs the tower without a graph
+        kept += merger
+        # Under checkpointing enable_input_require_grads hooks patch_embed: the blocks are in a merger's graph too.
+        inputs += width * depth * patches * embed + merger
+        largest = max(largest, block + lora["vision tower"] // depth)
     if lora["vision tower"]:
         kept += depth * block + lora["vision tower"]
-    if lora["vision tower"] or lora["merger"]:
-        kept += merger
-    # Under checkpointing the tower is in the graph even when frozen: enable_input_require_grads hooks its patch_embed.
-    inputs = width * (layer_count * tokens * hidden + depth * patches * embed) + ends + merger
-    largest = max(decoder + lora["language model"] // layer_count, block + lora["vision tower"] // depth)
     # The fused LM head keeps the hidden states of the labels and holds one tile of logits at a time.
     labels = batch.rows * batch.label_tokens
     logits = width * (labels * hidden + min(labels, _HEAD_TILE[0]) * min(text.vocab_size, _HEAD_TILE[1]))

@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from echo_ft.dataset import Dataset
 from echo_ft.layout import IGNORED, PADDING, Layout, Row, attention_mask, load_image, pad, pixels
-from echo_ft.model import GROUPS, AdapterCard, part_of, write_card
+from echo_ft.model import GROUPS, AdapterCard, part_of, skip_frozen_tower, write_card
 from echo_ft.records import ROLES, EchoError, Exchange, Rejection, from_dict, read_jsonl, write_jsonl
 
 
@@ -173,13 +173,7 @@ class PrefixSharingTrainer(SFTTrainer):
         self.card = card
         super().__init__(*args, **kwargs)
         self.add_callback(GradientCheck())
-        model = self.accelerator.unwrap_model(self.model)
-        if not any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision tower"):
-            # With checkpointing, transformers (5.23) makes the output of the patch embedding require gradients too
-            # (enable_input_require_grads): a frozen tower would be kept, computed again and gone through backward.
-            tower = model.get_base_model().model.visual
-            if not any(p.requires_grad for p in tower.merger.parameters()):
-                tower.forward = torch.no_grad()(tower.forward)
+        skip_frozen_tower(self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,0 +1,88 @@
+"""What can be told about image files before anything is built from them: readable, whole, of one size with the mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from echo_ft import geometry
+from echo_ft.records import GOOD, Inspection
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+
+def list_images(folder: Path) -> Iterator[Path]:
+    """The image files directly in `folder`, by name; nothing where there is no such folder."""
+    if folder.is_dir():
+        yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def image_fault(path: Path) -> str | None:
+    """Why `path` cannot be used as an image, or None. Truncation is found without decoding at full size."""
+    if not path.is_file():
+        return "the file is missing"
+    try:
+        with Image.open(path) as image:
+            if min(image.size) < 2:
+                return f"the image is only {image.size[0]} x {image.size[1]} pixels"
+            if image.format == "PNG":
+                image.verify()  # reads every chunk and its checksum
+            else:
+                image.draft("L", (image.width // 8, image.height // 8))  # a JPEG then decodes at an eighth
+                image.load()
+    except Image.DecompressionBombError:
+        return "the image has too many pixels"
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise on broken files
+        return f"the image is broken or of an unknown format ({type(error).__name__})"
+    return None
+
+
+@dataclass(frozen=True)
+class MaskFault:
+    """Why a mask cannot be used. The photograph itself stands where the mask of a defect merely marks nothing."""
+
+    reason: str
+    photograph_stands: bool = False
+
+
+def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
+    """Why the mask of a readable image cannot be used, or None where it can, or where there is none."""
+    if inspection.mask is None:
+        return None
+    path = root / inspection.mask
+    fault = image_fault(path)
+    if fault:
+        return MaskFault(f"mask {inspection.mask}: {fault}")
+    with Image.open(root / inspection.image) as image, Image.open(path) as mask:
+        if image.size != mask.size:
+            sizes = f"{mask.width} x {mask.height} pixels, the photograph {image.width} x {image.height}"
+            return MaskFault(f"mask {inspection.mask}: it has {sizes}")
+        size = image.size
+    marks = geometry.load_mask(inspection, root, size)
+    marked = marks is not None and bool(marks.any())
+    if marked and inspection.condition == GOOD:
+        return MaskFault(f"mask {inspection.mask}: it marks a defect on a photograph labelled {GOOD}")
+    if not marked and inspection.condition != GOOD:
+        reason = f"mask {inspection.mask}: it marks nothing although the condition is {inspection.condition}"
+        return MaskFault(reason, photograph_stands=True)
+    return None
+
+
+def boxes_fault(inspection: Inspection, root: Path) -> str | None:
+    """Why the boxes of a readable image cannot be used, or None."""
+    if not inspection.boxes:
+        return None
+    if inspection.condition == GOOD:
+        return f"it has boxes although it is labelled {GOOD}"
+    with Image.open(root / inspection.image) as image:
+        width, height = image.size
+    for box in inspection.boxes:
+        x0, y0, x1, y1 = box
+        inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+        if not all(map(math.isfinite, box)) or not inside:
+            return f"box {list(box)} is not (x0, y0, x1, y1) inside the {width} x {height} pixels"
+    return None

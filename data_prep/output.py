@@ -1,0 +1,212 @@
+"""The dataset folder on disk, which appears whole or not at all, and its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.prepare import Material, progress, reference_pool
+from data_prep.settings import BuildConfig
+from echo_ft.dataset import FORMAT
+from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
+from echo_ft.records import GOOD, EchoError, Inspection
+from echo_ft.roles import PROMPT_VERSION
+from echo_ft.splits import SPLITS, divided_parts
+
+CONTENT = frozenset(
+    {
+        "drawn.json",
+        "images",
+        "inspections.jsonl",
+        "knowledge.json",
+        "manifest.json",
+        "masks",
+        "preview.html",
+        "questions.jsonl",
+        "references.jsonl",
+        "rejected.jsonl",
+        "sft",
+    }
+)
+"""What a dataset folder holds at its top; a folder with anything else in it is never removed."""
+
+
+@contextmanager
+def workspace(output: Path, config: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """A folder to build in. It takes the place of `output` when the block ends well, and is removed when it does not.
+
+    Raises EchoError, before anything is built, where `output` is something else than a dataset, or one that was built
+    with another config (`overwrite` allows that).
+    """
+    _check_replaceable(output, config, overwrite)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise EchoError(f"{output.parent} cannot be written ({error.strerror}); choose another output") from error
+    folder, old = partial / output.name, partial / "replaced"
+    try:
+        folder.mkdir()  # with the user's own permissions, which mkdtemp's folder has not
+        yield folder
+        if output.exists():
+            output.rename(old)
+        folder.rename(output)
+    finally:
+        if old.exists() and not output.exists():  # stopped between the two
+            old.rename(output)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise EchoError(f"{output} is a file; choose another output")
+    names = {path.name for path in output.iterdir()}
+    if not names:
+        return
+    manifest = _manifest(output / "manifest.json")
+    if manifest is None:
+        raise EchoError(f"{output} holds files that are not a dataset of this project; choose another output")
+    foreign = sorted(names - CONTENT)
+    if foreign:
+        raise EchoError(
+            f"{output} also holds {foreign[0]}, which a build would remove; move it or choose another output"
+        )
+    before = manifest.get("config", {})
+    changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
+    if changed and not overwrite:
+        raise EchoError(
+            f"{output} holds a dataset of another config (it differs in {', '.join(changed)}); "
+            "choose another output or add --overwrite"
+        )
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(FORMAT.rsplit(" ", 1)[0])
+    return manifest if ours else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_manifest(material: Material, folder: Path, root: Path, config: BuildConfig) -> dict[str, Any]:
+    """What the dataset in `folder` holds, how it was made, and what to beware of."""
+    digests = _image_digests(material.inspections, root)
+    names = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
+    return {
+        "format": FORMAT,
+        "source": config.source,
+        "root": root.relative_to(folder).as_posix() if root.is_relative_to(folder) else str(root.resolve()),
+        "config": config.settings(),
+        "seed": config.seed,
+        "prompt_version": PROMPT_VERSION,
+        "splits": material.split_words,
+        "counts": _counts(material, folder),
+        "products_without_knowledge": material.unknown_products,
+        "rejected": len(material.rejections),
+        "warnings": _warnings(material, digests),
+        "fingerprint": fingerprint_files([*names, folder / "knowledge.json"], folder),
+        "annotations_fingerprint": fingerprint_bytes(config.annotations.read_bytes()) if config.annotations else None,
+        "images_fingerprint": fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests))),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _counts(material: Material, folder: Path) -> dict[str, Any]:
+    asked = {question.inspection for question in material.questions}
+    cases: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    products: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    for inspection in material.inspections:
+        if inspection.id in asked:
+            cases[str(inspection.split)][inspection.condition] += 1
+            products[str(inspection.split)][inspection.product] += 1
+    rows = {path.relative_to(folder / "sft").with_suffix("").as_posix(): path for path in folder.glob("sft/*/*.jsonl")}
+    return {
+        "photographs": _sorted(Counter(str(inspection.split) for inspection in material.inspections)),
+        "reference_pool": len(reference_pool(material.inspections)),
+        "cases": {split: _sorted(found) for split, found in cases.items()},
+        "products": {split: _sorted(found) for split, found in products.items()},
+        "questions": _sorted(Counter(question.kind for question in material.questions)),
+        "references": _sorted(Counter(reference.method for reference in material.references)),
+        "sft_rows": {name: _lines(path) for name, path in sorted(rows.items())},
+    }
+
+
+def _sorted(counter: Counter[str]) -> dict[str, int]:
+    return {key: counter[key] for key in sorted(counter)}
+
+
+def _lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
+
+
+def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
+    """SHA-256 of every photograph, mask and named reference, by path."""
+    paths = {path for i in inspections for path in (i.image, i.mask, i.reference) if path is not None}
+    digests = {}
+    for path in progress(sorted(paths), "fingerprint", "files"):
+        with open(root / path, "rb") as file:
+            digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _warnings(material: Material, digests: dict[str, str]) -> list[str]:
+    """What a user should know before trusting a number that comes from this dataset."""
+    inspections = material.inspections
+    asked = {question.inspection for question in material.questions}
+    cases = [inspection for inspection in inspections if inspection.id in asked]
+    test = [inspection for inspection in cases if inspection.split == "test"]
+    found = []
+    if not any(inspection.split == "train" for inspection in cases):
+        found.append(
+            "the train split holds normal photographs only: they serve as references and the training rows are empty; "
+            "set split to seeded to train on this data"
+        )
+    for split in ("validation", "test"):
+        if not any(inspection.split == split for inspection in cases):
+            found.append(f"no case is in the {split} split")
+    alone = sorted({(i.dataset, i.product) for i in cases if i.split == "train"})
+    sides = {(i.dataset, i.product, i.condition == GOOD) for i in cases if i.split == "train"}
+    lacking = ["/".join(place) for place in alone if (*place, True) not in sides or (*place, False) not in sides]
+    if lacking:
+        found.append(f"only normal or only defective training cases, so no balance: {_some(lacking)}")
+    if material.unknown_products:
+        found.append(f"no knowledge, so the names of the conditions stand in: {_some(material.unknown_products)}")
+    served = {reference.inspection for reference in material.references}
+    bare = [inspection.image for inspection in cases if inspection.id not in served]
+    if bare:
+        found.append(f"{len(bare)} cases have no reference: {_some(bare)}")
+    divided = divided_parts(inspections)
+    if divided:
+        found.append(
+            f"{len(divided)} groups are in more than one split, as the source has it: {_some([d[2] for d in divided])}"
+        )
+    elsewhere = {digests[inspection.image] for inspection in inspections if inspection.split != "test"}
+    copies = [inspection.image for inspection in test if digests[inspection.image] in elsewhere]
+    if copies:
+        found.append(f"{len(copies)} test photographs are copies of photographs of other splits: {_some(copies)}")
+    held_out = {digests[inspection.image] for inspection in test}
+    named = [i.image for i in cases if i.reference is not None and digests[i.reference] in held_out]
+    if named:
+        found.append(f"the references named for {len(named)} cases are themselves test photographs: {_some(named)}")
+    return found
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

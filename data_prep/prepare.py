@@ -1,0 +1,232 @@
+"""From what a source yields to the records of a dataset: checked, split, with references, knowledge and questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from data_prep.images import boxes_fault, image_fault, mask_fault
+from data_prep.settings import BuildConfig
+from data_prep.sources import Item
+from echo_ft.dataset import Descriptions, make_cases
+from echo_ft.records import GOOD, Case, EchoError, Entry, Inspection, Question, Reference, Rejection
+from echo_ft.splits import make_splits, trainable
+
+T = TypeVar("T")
+
+MAX_REPEATS = 4
+"""How often balancing repeats a case at most: beyond that a model learns the photograph, not the defect."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The records of a dataset, before they are written."""
+
+    inspections: list[Inspection]
+    references: list[Reference]
+    questions: list[Question]
+    knowledge: Descriptions
+    rejections: list[Rejection]
+    split_words: str
+    unknown_products: list[str]
+
+    def cases(self, split: str) -> list[Case]:
+        """The cases of one split, as `echo_ft.dataset.cases` gives them."""
+        inspections = [inspection for inspection in self.inspections if inspection.split == split]
+        return make_cases(inspections, self.references, self.questions, self.knowledge)
+
+
+def progress(items: Iterable[T], words: str, unit: str) -> Iterable[T]:
+    """The items, with progress on stderr: live on a terminal, now and then in a log."""
+    live = sys.stderr.isatty()
+    return tqdm(items, desc=words, unit=f" {unit}", mininterval=0.1 if live else 10, leave=live)
+
+
+def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
+    """What a source yields, without the photographs that cannot be used; those and their reasons apart.
+
+    A mask that contradicts its photograph rejects the photograph too, unless the source has questions of its own for
+    it: a benchmark's questions stand without a mask.
+    """
+    read = list(items)
+    questions = [item for item in read if isinstance(item, Question)]
+    rejections = [item for item in read if isinstance(item, Rejection)]
+    asked = {question.inspection for question in questions}
+    fault_of = cache(image_fault)
+    inspections: dict[str, Inspection] = {}
+    for item in progress([i for i in read if isinstance(i, Inspection)], "checking", "photographs"):
+        inspection = item
+        fault = fault_of(root / inspection.image) or boxes_fault(inspection, root)
+        if inspection.id in inspections:
+            fault = "the source lists it twice"
+        if fault:
+            rejections.append(Rejection(inspection.image, fault))
+            continue
+        mask = mask_fault(inspection, root)
+        if mask:
+            stands = mask.photograph_stands or inspection.id in asked
+            words = "; the photograph is used without it" if stands else ""
+            rejections.append(Rejection(inspection.image, mask.reason + words))
+            if not stands:
+                continue
+            inspection = dataclasses.replace(inspection, mask=None)
+        fault = fault_of(root / inspection.reference) if inspection.reference else None
+        if fault:
+            reason = f"{fault}; {inspection.image} gets a retrieved reference instead"
+            rejections.append(Rejection(str(inspection.reference), reason))
+            inspection = dataclasses.replace(inspection, reference=None)
+        inspections[inspection.id] = inspection
+    kept = []
+    for question in questions:
+        if question.inspection in inspections:
+            kept.append(question)
+        else:
+            rejections.append(Rejection(question.id, "its photograph cannot be used"))
+    return list(inspections.values()), kept, rejections
+
+
+def prepare(
+    inspections: list[Inspection],
+    questions: list[Question],
+    rejections: list[Rejection],
+    root: Path,
+    config: BuildConfig,
+) -> Material:
+    """Splits, references, knowledge and questions for usable photographs."""
+    if not config.named_references:
+        inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
+    inspections, split_words = make_splits(inspections, config.split, config.seed, config.fractions)
+    inspections, references, unreadable = refer(inspections, root, config)
+    knowledge, unknown = describe(inspections, config.knowledge)
+    asked = queries(inspections)
+    if not asked:
+        raise EchoError(
+            "the train split holds normal photographs only and there is no other split, so nothing can be asked; "
+            "set split to seeded, or add photographs of defects"
+        )
+    left = {inspection.id for inspection in inspections}
+    kept = [question for question in questions if question.inspection in left]
+    lost = [Rejection(q.id, "its photograph cannot be used") for q in questions if q.inspection not in left]
+    return Material(
+        inspections,
+        references,
+        ask(asked, kept, knowledge, root, config.seed),
+        knowledge,
+        [*rejections, *unreadable, *lost],
+        split_words,
+        unknown,
+    )
+
+
+def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
+    """The photographs that questions are asked about: all, but for a train split of normals alone.
+
+    Such a split (MVTec-AD's and MMAD's) cannot train the roles and serves as the pool of references.
+    """
+    train = trainable(inspections)
+    return [inspection for inspection in inspections if train or inspection.split != "train"]
+
+
+def reference_pool(inspections: Sequence[Inspection]) -> list[Inspection]:
+    """The normals of the train split, from which references are taken."""
+    return [inspection for inspection in inspections if inspection.split == "train" and inspection.condition == GOOD]
+
+
+def refer(
+    inspections: list[Inspection], root: Path, config: BuildConfig
+) -> tuple[list[Inspection], list[Reference], list[Rejection]]:
+    """The photographs that the descriptor could read, and the references of those that are asked about."""
+    from echo_ft.retrieval import find_references
+
+    asked, pool = queries(inspections), reference_pool(inspections)
+    if not pool and any(inspection.reference is None for inspection in asked):
+        raise EchoError(
+            "the train split holds no normal photograph, so there is nothing to compare with; add some with "
+            f"condition {GOOD!r}, or set split to seeded"
+        )
+    references, unreadable = find_references(
+        asked, pool, root, config.descriptor, config.k, config.scope, config.seed, config.cache
+    )
+    broken = {rejection.item for rejection in unreadable}
+    return [inspection for inspection in inspections if inspection.image not in broken], references, unreadable
+
+
+def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], list[str]]:
+    """The conditions that each product's photographs show, by (dataset, product), in one order for all."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for inspection in inspections:
+        found[inspection.dataset, inspection.product].add(inspection.condition)
+    return {place: sorted(names, key=lambda name: (name != GOOD, name)) for place, names in sorted(found.items())}
+
+
+def describe(inspections: Sequence[Inspection], path: Path | None) -> tuple[Descriptions, list[str]]:
+    """The knowledge entries of every product, and the products that `path` knows nothing about.
+
+    For those the names of the conditions stand in.
+    """
+    from echo_ft.knowledge import entries_for, load_knowledge
+
+    known = load_knowledge(path) if path else {}
+    descriptions: Descriptions = {}
+    unknown = []
+    for (dataset, product), conditions in conditions_of(inspections).items():
+        entries, found = entries_for(known, dataset, product, conditions)
+        descriptions.setdefault(dataset, {})[product] = {entry.condition: entry.description for entry in entries}
+        if not found:
+            unknown.append(f"{dataset}/{product}")
+    return descriptions, unknown
+
+
+def ask(
+    inspections: Sequence[Inspection], own: Sequence[Question], knowledge: Descriptions, root: Path, seed: int
+) -> list[Question]:
+    """The source's own questions where it has them for a photograph, written ones otherwise."""
+    from echo_ft.questions import write_questions
+
+    given: dict[str, list[Question]] = defaultdict(list)
+    for question in own:
+        given[question.inspection].append(question)
+    conditions = conditions_of(inspections)
+    products = sorted({inspection.product for inspection in inspections})
+    questions: list[Question] = []
+    for inspection in progress(inspections, "asking", "photographs"):
+        if inspection.id in given:
+            questions += given[inspection.id]
+            continue
+        place = inspection.dataset, inspection.product
+        entries = tuple(Entry(*item) for item in knowledge[place[0]][place[1]].items())
+        questions += write_questions(inspection, entries, conditions[place], products, root, seed)
+    return questions
+
+
+def balanced(cases: Sequence[Case], seed: int) -> list[Case]:
+    """As many normal as defective cases in each product, in a seeded random order.
+
+    The rarer side is repeated (no photograph is left out), up to `MAX_REPEATS` times; beyond that the other side is
+    sampled down. Per product, as a product with more defects than others would itself become the answer. A product
+    that lacks one side stays as it is.
+    """
+    rng = random.Random(f"{seed}/balance")
+    sides: dict[tuple[str, str], tuple[list[Case], list[Case]]] = defaultdict(lambda: ([], []))
+    for case in cases:
+        sides[case.dataset, case.product][case.truth.condition == GOOD].append(case)
+    chosen: list[Case] = []
+    for defective, normal in sides.values():
+        few, many = sorted((defective, normal), key=len)
+        if not few:
+            chosen += many
+            continue
+        size = min(len(many), len(few) * MAX_REPEATS)
+        whole, rest = divmod(size, len(few))
+        chosen += few * whole + rng.sample(few, rest) + rng.sample(many, size)
+    rng.shuffle(chosen)
+    return chosen

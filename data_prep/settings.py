@@ -1,0 +1,61 @@
+"""The config of a build."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build, from what, and how."""
+
+    source: str = field(metadata={"help": "layout of the raw data: a file name in data_prep/sources"})
+    output: Path = field(metadata={"help": "dataset folder to write"})
+    root: Path | None = field(
+        default=None, metadata={"help": "folder that image paths are relative to; by default that of annotations"}
+    )
+    annotations: Path | None = field(default=None, metadata={"help": "mmad.json, or the manifest's CSV or JSONL"})
+    knowledge: Path | None = field(
+        default=None, metadata={"help": "domain knowledge: JSON or YAML {dataset: {product: {condition: description}}}"}
+    )
+    descriptor: str = field(
+        default="ViT-B-16/openai",
+        metadata={"help": "retrieval features: an open_clip model/weights, or skimage, which needs no weights"},
+    )
+    k: int = field(default=3, metadata={"help": "references for each photograph"})
+    scope: Literal["product", "all"] = field(
+        default="product", metadata={"help": "where references come from: the photograph's product, or all of them"}
+    )
+    named_references: bool = field(
+        default=True, metadata={"help": "use the reference that the source names (MMAD: its 1-shot template), if any"}
+    )
+    split: Literal["given", "seeded"] = field(
+        default="given", metadata={"help": "keep the source's splits, or split everything anew by group"}
+    )
+    fractions: list[float] = field(
+        default_factory=lambda: [0.6, 0.1, 0.3], metadata={"help": "shares of train, validation and test"}
+    )
+    routing: Literal["full", "paper"] = field(
+        default="full", metadata={"help": "which experts stand behind each kind of question"}
+    )
+    balance: bool = field(
+        default=True, metadata={"help": "as many normal as defective cases in each product's training rows"}
+    )
+    cache: Path | None = field(
+        default=None, metadata={"help": "folder that keeps retrieval features between builds (by content of the files)"}
+    )
+    parts: int = field(default=100, metadata={"help": "parts of each product that the source synthetic draws"})
+    seed: int = field(default=0, metadata={"help": "seed of splits, random references, questions and balancing"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace a dataset in output that was built with another config"}
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What tells one dataset's config from another's, as JSON can hold it."""
+        values = dataclasses.asdict(self)
+        for key in ("output", "overwrite", "cache"):
+            del values[key]
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

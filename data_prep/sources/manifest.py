@@ -1,0 +1,146 @@
+"""A list of photographs that a person can write: CSV with a header, or JSON lines, one row a photograph.
+
+Needed are `image`, `product` and `condition` (`good` for a part without a defect). Optional are `mask` (an image
+file), `boxes` ([[x0, y0, x1, y1], ...] in pixels), `group` (photographs of one physical part share it), `split`
+(`train`, `validation` or `test`) and `reference` (the normal image to compare with). Paths are relative to the root.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources import Items, SourceConfig
+from echo_ft.records import GOOD, EchoError, Inspection, Rejection
+
+NEEDED = ("image", "product", "condition")
+COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference")
+SPLITS = ("train", "validation", "test")
+OTHER_WORDS_FOR_GOOD = frozenset({"ok", "normal", "none", "free", "defect-free", "pass"})
+
+
+class _RowError(Exception):
+    """Why one row cannot be used."""
+
+
+def read(config: SourceConfig) -> Items:
+    """The rows of the manifest; a row that cannot be used is rejected by its line number."""
+    path = config.annotations
+    if path is None or not path.is_file():
+        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV or JSONL file")
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
+    first_line: dict[str, int] = {}
+    for line, row in rows:
+        try:
+            inspection = _inspection(row, config.root, path.stem)
+            if inspection.image in first_line:
+                raise _RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
+            first_line[inspection.image] = line
+            yield inspection
+        except _RowError as error:
+            yield Rejection(f"{path.name}:{line}", str(error))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            _check_columns(path, reader.fieldnames or ())
+            for row in reader:
+                yield reader.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise EchoError(f"{path} is not a CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise EchoError(f"{path} is not a text file in UTF-8 ({error}); save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = {"broken": f"the line is not JSON ({error})"}
+        if isinstance(row, dict):
+            if "broken" not in row:
+                _check_columns(path, row, needed=False)
+            yield number, row
+        else:
+            yield number, {"broken": "the line is not a JSON object"}
+
+
+def _check_columns(path: Path, names: Iterable[str], needed: bool = True) -> None:
+    missing = [column for column in NEEDED if column not in names]
+    if needed and missing:
+        raise EchoError(f"{path} has no column {missing[0]!r}; needed are {', '.join(NEEDED)}")
+    for name in names:
+        # A misspelt `group` or `split` that went unnoticed would leak; columns of other meaning are left alone.
+        near = difflib.get_close_matches(str(name), COLUMNS, n=1, cutoff=0.75)
+        if near and name not in COLUMNS:
+            raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
+
+
+def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
+    if "broken" in row:
+        raise _RowError(row["broken"])
+    image, product, condition = (_text(row, column, needed=True) or "" for column in NEEDED)
+    if condition != GOOD and (condition.casefold() == GOOD or condition.casefold() in OTHER_WORDS_FOR_GOOD):
+        raise _RowError(f"condition {condition!r} is written {GOOD!r} for a part without a defect")
+    split = _text(row, "split")
+    if split is not None and split not in SPLITS:
+        raise _RowError(f"split {split!r} is none of {', '.join(SPLITS)}")
+    boxes = _boxes(row.get("boxes"))
+    if boxes and condition == GOOD:
+        raise _RowError(f"it has boxes although its condition is {GOOD!r}")
+    image = _path(image, "image", root)
+    mask, reference = _text(row, "mask"), _text(row, "reference")
+    return Inspection(
+        id=image,
+        image=image,
+        dataset=dataset,
+        product=product,
+        condition=condition,
+        group=_text(row, "group") or image,
+        split=split,
+        mask=_path(mask, "mask", root) if mask else None,
+        boxes=boxes,
+        reference=_path(reference, "reference", root) if reference else None,
+    )
+
+
+def _text(row: Mapping[str, Any], column: str, needed: bool = False) -> str | None:
+    value = row.get(column)
+    if value is not None and not isinstance(value, (str, int)):
+        raise _RowError(f"{column} is {value!r}, not a text")
+    text = str(value).strip() if value is not None else ""
+    if needed and not text:
+        raise _RowError(f"{column} is missing")
+    return text or None
+
+
+def _path(text: str, column: str, root: Path) -> str:
+    base = Path(os.path.abspath(root))  # links below the root are left as they are
+    path = Path(os.path.abspath(base / text.replace("\\", "/")))
+    if not path.is_relative_to(base):
+        raise _RowError(f"{column} {text} lies outside the root; set root to a folder that holds all images")
+    if not path.is_file():
+        raise _RowError(f"{column} {text} does not exist under the root")
+    return path.relative_to(base).as_posix()
+
+
+def _boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
+    if value is None or value == "" or value == []:
+        return ()
+    try:
+        boxes = json.loads(value) if isinstance(value, str) else value
+        return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise _RowError(f"boxes {value!r} are not [[x0, y0, x1, y1], ...]") from error

@@ -1,0 +1,138 @@
+"""MMAD (Jiang et al., ICLR 2025, arXiv 2410.09453): mmad.json and the images of its four datasets.
+
+A key of mmad.json is the path of a query photograph, `<dataset>/<product>/...`, whose folder is the condition. Masks
+lie under `rbg_mask` or `rgb_mask` (DS-MVTec) or `ground_truth`. The normals are in `<dataset>/<product>/train/good`;
+those of DS-MVTec are MVTec-AD's own, in `MVTec-AD`. Queries form the test split, normals the train split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.images import list_images
+from data_prep.sources import Items, SourceConfig
+from echo_ft.records import GOOD, KINDS, LETTERS, EchoError, Inspection, Question, Rejection
+
+FOLDED = {"Object Structure": "Object Analysis", "Object Details": "Object Analysis"}
+"""MMAD's table folds these kinds into another, as does its scorer."""
+
+NORMALS = {"DS-MVTec": "MVTec-AD"}
+"""Where the normals of a dataset lie, if not in the dataset's own folder."""
+
+
+def read(config: SourceConfig) -> Items:
+    """Query photographs with their questions and first random template, then the normals of their products.
+
+    Raises EchoError where mmad.json cannot be read and where not one query photograph is found.
+    """
+    root = config.root
+    rows = _load(config.annotations)
+    missing = [key for key in rows if not (root / key).is_file()]
+    if len(missing) == len(rows):
+        raise _nothing_found(missing, root, config.annotations)
+    absent = set(missing)
+    products: dict[tuple[str, str], None] = {}
+    for key, row in rows.items():
+        parts = key.split("/")
+        if len(parts) < 4 or not isinstance(row, dict):
+            yield Rejection(
+                key, "the key is not <dataset>/<product>/.../<condition>/<file> with an object as its value"
+            )
+            continue
+        products[parts[0], parts[1]] = None
+        if key in absent:
+            yield Rejection(key, "the photograph is missing under the root")
+            continue
+        yield from _query(key, row, root)
+    for dataset, product in products:
+        yield from _normals(dataset, product, root)
+
+
+def _load(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file():
+        raise EchoError(f"the annotations {path} are not a file; set annotations to MMAD's mmad.json")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EchoError(f"{path} is not JSON ({error}); download mmad.json again") from error
+    if not isinstance(rows, dict) or not rows:
+        raise EchoError(f"{path} is not MMAD's mapping of photographs to questions; set annotations to its mmad.json")
+    return rows
+
+
+def _nothing_found(missing: list[str], root: Path, annotations: Path | None) -> EchoError:
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(k.split("/")[0] for k in missing).items()))
+    return EchoError(
+        f"all {len(missing)} photographs that {annotations} lists are missing ({counts}): looked in {root.resolve()} "
+        f"for {', '.join(missing[:3])}{' and so on' if len(missing) > 3 else ''}; download MMAD's images (dataset "
+        "jiang-cc/MMAD on the Hugging Face hub) and set --root to the folder that holds "
+        f"{', '.join(sorted({key.split('/')[0] for key in missing}))}"
+    )
+
+
+def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
+    dataset, product, *_, condition, _ = key.split("/")
+    mask = _mask(f"{dataset}/{product}/{row['mask_path']}", root) if row.get("mask_path") else None
+    if mask and not (root / mask).is_file():
+        yield Rejection(mask, f"the mask of {key} is missing; the photograph is used without one")
+        mask = None
+    templates = row.get("random_templates") or []
+    reference = templates[0] if templates else None
+    if reference and not (root / reference).is_file():
+        yield Rejection(reference, f"the normal image that MMAD names for {key} is missing; one is retrieved instead")
+        reference = None
+    yield Inspection(
+        id=key,
+        image=key,
+        dataset=dataset,
+        product=product,
+        condition=condition,
+        group=key,
+        split="test",
+        mask=mask,
+        reference=reference,
+    )
+    for index, item in enumerate(row.get("conversation") or []):
+        yield _question(f"{key}#{index}", key, item)
+
+
+def _mask(path: str, root: Path) -> str:
+    """The mask's path, in the other of the two spellings in use where only that one exists."""
+    if (root / path).is_file():
+        return path
+    here, other = ("rbg_mask", "rgb_mask") if "rbg_mask" in path else ("rgb_mask", "rbg_mask")
+    swapped = path.replace(here, other)
+    return swapped if (root / swapped).is_file() else path
+
+
+def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
+    if not isinstance(item, dict):
+        return Rejection(name, "the question is not an object")
+    kind = FOLDED.get(str(item.get("type")), str(item.get("type")))
+    options, answer = item.get("Options"), item.get("Answer")
+    if kind not in KINDS:
+        return Rejection(name, f"the type {item.get('type')!r} is none of MMAD's nine")
+    if not isinstance(options, dict) or not options or not set(options) <= set(LETTERS):
+        return Rejection(name, f"the options are not texts under the letters {LETTERS[0]} to {LETTERS[-1]}")
+    if answer not in options:
+        return Rejection(name, f"the answer {answer!r} is none of the options {', '.join(options)}")
+    if not isinstance(item.get("Question"), str) or not item["Question"].strip():
+        return Rejection(name, "the question has no text")
+    return Question(name, inspection, kind, item["Question"], {k: str(v) for k, v in options.items()}, answer)
+
+
+def _normals(dataset: str, product: str, root: Path) -> Items:
+    folder = root / NORMALS.get(dataset, dataset) / product / "train" / GOOD
+    found = False
+    for path in list_images(folder):
+        found = True
+        image = path.relative_to(root).as_posix()
+        yield Inspection(
+            id=image, image=image, dataset=dataset, product=product, condition=GOOD, group=image, split="train"
+        )
+    if not found:
+        yield Rejection(folder.relative_to(root).as_posix(), "the folder holds no normal photograph of this product")

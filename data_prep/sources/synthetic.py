@@ -1,0 +1,121 @@
+"""The embedded default: photographs of three drawn products, half of them with a defect.
+
+`read` draws into `config.root`: `images/<product>/<part>_<exposure>.png`, a mask of the same name under `masks/` where
+the part is defective, and last `drawn.json`, which says that the draw is whole. Every fourth part is photographed
+twice, under another exposure. A part looks the same however many parts are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.sources import Items, SourceConfig
+from echo_ft import drawing, shapes
+from echo_ft.provenance import fingerprint_files
+from echo_ft.records import GOOD, EchoError, Inspection
+
+LEAST_PARTS = 8
+"""Below this, a product would lack one of its four defects."""
+_VISIBLE = 12
+"""Pixels of a mask from which a defect counts as visible."""
+
+
+def read(config: SourceConfig) -> Items:
+    """The demo's inspections, drawn on first use; a whole draw of the same parameters is not drawn again.
+
+    Raises EchoError where `config.parts` is too small or `config.root` holds other things.
+    """
+    if config.parts < LEAST_PARTS:
+        raise EchoError(f"parts is {config.parts}; synthetic needs at least {LEAST_PARTS} parts of each product")
+    planned = list(_plan(config))
+    marker = config.root / "drawn.json"
+    parameters = {
+        "seed": config.seed,
+        "parts": config.parts,
+        "drawing": _code_fingerprint(),
+        "photographs": [inspection.image for inspection in planned],
+        "masks": [inspection.mask for inspection in planned if inspection.mask],
+    }
+    if not _is_whole(marker, parameters):
+        _draw(config, planned, marker, parameters)
+    yield from planned
+
+
+def _plan(config: SourceConfig) -> Iterator[Inspection]:
+    for product, defects in drawing.DEMO_DEFECTS.items():
+        for number in range(config.parts):
+            condition = GOOD if number % 2 == 0 else defects[number // 2 % len(defects)]
+            for exposure in (1, 2) if number % 8 in (2, 5) else (1,):
+                name = f"{product}/{number:04d}_{exposure}.png"
+                yield Inspection(
+                    id=f"{product}/{number:04d}_{exposure}",
+                    image=f"images/{name}",
+                    dataset="synthetic",
+                    product=product,
+                    condition=condition,
+                    group=f"{product}/{number:04d}",
+                    mask=None if condition == GOOD else f"masks/{name}",
+                )
+
+
+def _draw(config: SourceConfig, planned: list[Inspection], marker: Path, parameters: dict[str, object]) -> None:
+    _clear(config.root, marker)
+    for inspection in planned:
+        photo = _photograph(inspection, config.seed)
+        _save(config.root / inspection.image, photo.image)
+        if inspection.mask:
+            _save(config.root / inspection.mask, photo.mask.astype(np.uint8) * 255)
+    partial = marker.with_suffix(".partial")
+    partial.write_text(json.dumps(parameters), encoding="utf-8")
+    os.replace(partial, marker)
+
+
+def _photograph(inspection: Inspection, seed: int) -> drawing.Photo:
+    products = list(drawing.DEMO_DEFECTS)
+    part, exposure = inspection.id.rsplit("/", 1)[1].split("_")
+    rng = np.random.default_rng((seed, products.index(inspection.product), int(part)))
+    while True:
+        part_seed, *cameras = rng.integers(2**31, size=3).tolist()
+        made = drawing.demo_part(inspection.product, inspection.condition, part_seed)
+        photos = [drawing.photograph(made, camera) for camera in cameras]
+        # The choice must not depend on the exposure, or two photographs of a part would show different parts.
+        if inspection.condition == GOOD or all(photo.mask.sum() >= _VISIBLE for photo in photos):
+            return photos[int(exposure) - 1]
+
+
+def _is_whole(marker: Path, parameters: dict[str, object]) -> bool:
+    try:
+        if json.loads(marker.read_text(encoding="utf-8")) != parameters:
+            return False
+    except (OSError, ValueError):
+        return False
+    files = [*parameters["photographs"], *parameters["masks"]]  # type: ignore[misc]
+    return all((marker.parent / file).is_file() for file in files)
+
+
+def _clear(root: Path, marker: Path) -> None:
+    """Remove what an earlier draw left, whole or interrupted, and nothing else."""
+    marker.unlink(missing_ok=True)
+    for folder in ("images", "masks"):
+        for product in drawing.DEMO_DEFECTS:
+            for file in (root / folder / product).glob("[0-9][0-9][0-9][0-9]_[12].png"):
+                file.unlink()
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, compress_level=1)
+    except OSError as error:
+        raise EchoError(f"cannot draw {path} ({error.strerror or error}); choose a root that can be written") from error
+
+
+def _code_fingerprint() -> str:
+    files = [Path(module.__file__) for module in (drawing, shapes)]
+    return fingerprint_files(files, files[0].parent)

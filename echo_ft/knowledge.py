@@ -1,0 +1,131 @@
+"""What is known about the conditions of each product, as a person or MMAD wrote it.
+
+The file is `{dataset: {product: {condition: text}}}`, as JSON (MMAD's domain_knowledge.json) or YAML. A text is free;
+where it has several sentences, the first says what the condition looks like and the last what follows from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from echo_ft.records import GOOD, EchoError, Entry, Knowledge
+
+ALIASES = {"DS-MVTec": "MVTec", "MVTec-AD": "MVTec"}
+"""Datasets that MMAD's file keeps under another name."""
+
+LONG = 40
+"""Words from which a description is shortened where a role has to say it."""
+
+EFFECT = re.compile(
+    r"\b(affect|effect|caus|lead|result|impact|impair|compromis|reduc|weaken|prevent|hinder|interfer|detract|diminish|"
+    r"disrupt|fail|risk|concern|unsafe|unusable|so that|can no longer|cannot|will)",
+    re.IGNORECASE,
+)
+
+
+def load_knowledge(path: Path) -> Knowledge:
+    """The knowledge in a JSON or YAML file, texts as they stand.
+
+    Raises EchoError, with the file and the key, where it is missing, cannot be parsed, or is not nested like that.
+    """
+    import yaml
+
+    try:
+        written = path.read_text(encoding="utf-8")
+        content = json.loads(written) if path.suffix == ".json" else yaml.safe_load(written)
+    except FileNotFoundError as error:
+        raise EchoError(f"there is no knowledge file {path}; check the path, or leave `knowledge` out") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise EchoError(f"knowledge file {path} cannot be read: {' '.join(str(error).split())}") from error
+    for dataset, products in _items(path, content, "", "datasets"):
+        for product, conditions in _items(path, products, dataset, "products"):
+            for condition, text in _items(path, conditions, f"{dataset}/{product}", "conditions"):
+                if not isinstance(text, str) or not clean(text):
+                    raise EchoError(
+                        f"knowledge file {path}: {dataset}/{product}/{condition} is {_kind(text)}; "
+                        "write what the condition looks like, in quotes"
+                    )
+    return content
+
+
+def _items(path: Path, content: object, key: str, what: str) -> list[tuple[str, object]]:
+    where = f"{path}: {key}" if key else str(path)
+    if not isinstance(content, dict):
+        raise EchoError(
+            f"knowledge file {where} is {_kind(content)} where a mapping of {what} is needed; "
+            "the file is dataset: product: condition: text"
+        )
+    for name in content:
+        if not isinstance(name, str):
+            raise EchoError(f"knowledge file {where} has the key {name!r}, which YAML does not read as text; quote it")
+    return list(content.items())
+
+
+def _kind(content: object) -> str:
+    if content is None or content == "":
+        return "empty"
+    return {"str": "a text", "list": "a list", "dict": "a mapping"}.get(type(content).__name__, f"{content!r}")
+
+
+def entries_for(
+    knowledge: Knowledge, dataset: str, product: str, conditions: Sequence[str]
+) -> tuple[tuple[Entry, ...], bool]:
+    """What is known about a product, `good` first and the others by name; and whether the knowledge has the product.
+
+    All entries of the product come, whichever of them the photographs show. A condition of the photographs without
+    one, and every condition of a product that the knowledge does not have, is described by its name alone.
+    """
+    products = knowledge.get(dataset) or knowledge.get(ALIASES.get(dataset, dataset)) or {}
+    known = products.get(product, {})
+    names = sorted({*known, *conditions}, key=lambda name: (name != GOOD, name))
+    entries = tuple(Entry(name, clean(known[name]) if name in known else readable(name)) for name in names)
+    return entries, bool(known)
+
+
+def clean(text: str) -> str:
+    """A description as plain text on one line, without MMAD's `<Title>` and `Description:` before it."""
+    text = re.sub(r"^\s*<[^<>]*>\s*", "", text)
+    text = re.sub(r"^\s*Description:\s*", "", text)
+    return " ".join(text.split())
+
+
+def readable(name: str) -> str:
+    """The name of a condition or product as words: `broken_large` is `broken large`, `good` is `free of defects`."""
+    return "free of defects" if name == GOOD else " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+def described(entry: Entry) -> bool:
+    """Whether the entry says more than its condition's name."""
+    return entry.description.casefold().rstrip(".") != readable(entry.condition).casefold()
+
+
+def sentences(description: str) -> list[str]:
+    """The sentences of a description: each ends in a full stop, question or exclamation mark before a capital."""
+    return [part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", description.strip()) if part]
+
+
+def appearance(description: str) -> str:
+    """What the condition looks like: the first sentence."""
+    return sentences(description)[0]
+
+
+def effect(description: str) -> str | None:
+    """What follows from the condition: the last sentence, of two or more.
+
+    A longer text may end with something else; from three sentences on, its last one must speak of a consequence
+    (`affects`, `can lead to`, ...). None where there is no such sentence.
+    """
+    parts = sentences(description)
+    if len(parts) < 2 or (len(parts) > 2 and not EFFECT.search(parts[-1])):
+        return None
+    return parts[-1]
+
+
+def brief(description: str) -> str:
+    """The description itself up to 40 words; of a longer one, what it looks like and what follows from it."""
+    if len(description.split()) <= LONG:
+        return description
+    return " ".join(filter(None, (appearance(description), effect(description))))

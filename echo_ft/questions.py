@@ -1,0 +1,119 @@
+"""Multiple-choice questions about a photograph, from its condition, mask and knowledge, in MMAD's kinds and words.
+
+A kind whose right answer is not known for a photograph is left out. As in MMAD, a defective part is asked about its
+defect, a normal one about the object.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from echo_ft import geometry
+from echo_ft.knowledge import appearance, described, effect, readable
+from echo_ft.records import GOOD, LETTERS, Entry, Inspection, Question
+
+DEFECT = "There is a defect in the object. "
+
+TEXTS = {
+    "Anomaly Detection": "Is there any defect in the object?",
+    "Defect Classification": DEFECT + "What is the type of the defect?",
+    "Defect Localization": DEFECT + "Where is the defect?",
+    "Defect Description": DEFECT + "What is the appearance of the defect?",
+    "Defect Analysis": DEFECT + "What is the effect of the defect?",
+    "Object Classification": "What kind of product is in the image?",
+    "Object Analysis": "Which description fits the object in the image?",
+}
+"""The question of each kind; all but the last are MMAD's most frequent wording."""
+
+MOST = 4
+"""Options of a question, at most."""
+
+
+def write_questions(
+    inspection: Inspection,
+    knowledge: tuple[Entry, ...],
+    conditions: Sequence[str],
+    products: Sequence[str],
+    root: Path,
+    seed: int,
+) -> list[Question]:
+    """The questions that can be asked honestly about `inspection`, with their answers, in the order of MMAD's tables.
+
+    `knowledge` is the product's own (`entries_for`), `conditions` are those of its photographs, `products` those of
+    the whole dataset. Wrong options are the product's other conditions, their descriptions, places without any of the
+    defect, and the other products: from two to four options, no two alike, in an order that `seed` and the question's
+    id alone decide. Raises EchoError where the mask cannot be used.
+    """
+    choices: dict[str, tuple[str, list[str]]] = {}
+    """Kind to the right option and the wrong ones."""
+    known = {entry.condition: entry.description for entry in knowledge if described(entry)}
+    if inspection.condition == GOOD:
+        choices["Anomaly Detection"] = "No.", ["Yes."]
+        others = [readable(product) for product in products if product != inspection.product]
+        choices["Object Classification"] = readable(inspection.product), others
+        if GOOD in known:
+            wrong = [appearance(text) for condition, text in known.items() if condition != GOOD]
+            choices["Object Analysis"] = appearance(known[GOOD]), wrong
+    else:
+        choices["Anomaly Detection"] = "Yes.", ["No."]
+        choices.update(_defect_choices(inspection, known, conditions, root))
+    written = (_write(inspection, kind, *choices[kind], seed) for kind in TEXTS if kind in choices)
+    return [question for question in written if question is not None]
+
+
+def _defect_choices(
+    inspection: Inspection, known: dict[str, str], conditions: Sequence[str], root: Path
+) -> dict[str, tuple[str, list[str]]]:
+    own = inspection.condition
+    choices = {}
+    others = [condition for condition in {**dict.fromkeys(conditions), **known} if condition not in (own, GOOD)]
+    choices["Defect Classification"] = readable(own), [readable(condition) for condition in others]
+    region = _region(inspection, root)
+    if region is not None:
+        # A cell that holds some of the defect would be half right.
+        free = [place for place in geometry.PLACES if place not in region.cells]
+        if region.place == geometry.SPREAD:
+            free = free or [place for place in geometry.PLACES if place != "center"]
+        else:
+            free.append(geometry.SPREAD)
+        choices["Defect Localization"] = region.place, free
+    if own in known:
+        texts = [known[condition] for condition in others if condition in known]
+        choices["Defect Description"] = appearance(known[own]), [appearance(text) for text in texts]
+        consequence = effect(known[own])
+        if consequence:
+            choices["Defect Analysis"] = consequence, [found for text in texts if (found := effect(text))]
+    return choices
+
+
+def _region(inspection: Inspection, root: Path) -> geometry.Region | None:
+    if inspection.mask is None and not inspection.boxes:
+        return None
+    size = geometry.image_size(root / inspection.image)
+    mask = geometry.load_mask(inspection, root, size)
+    return None if mask is None else geometry.measure(mask)
+
+
+def _write(inspection: Inspection, kind: str, right: str, wrong: Sequence[str], seed: int) -> Question | None:
+    identifier = f"{inspection.id}#{slug(kind)}"
+    draw = random.Random(f"{seed}/{identifier}")
+    distinct = {_plain(text): text for text in wrong if _plain(text) != _plain(right)}
+    # Sorted first: the order in which a source lists conditions must not matter.
+    options = [right, *draw.sample(sorted(distinct.values()), min(MOST - 1, len(distinct)))]
+    if len(options) < 2:
+        return None
+    draw.shuffle(options)
+    lettered = dict(zip(LETTERS, options, strict=False))
+    answer = LETTERS[options.index(right)]
+    return Question(identifier, inspection.id, kind, TEXTS[kind], lettered, answer)
+
+
+def slug(kind: str) -> str:
+    """`Defect Localization` as it stands in a question's id: `defect-localization`."""
+    return kind.lower().replace(" ", "-")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")

@@ -1,0 +1,141 @@
+"""What the two pages share: the template environment, thumbnails, the sample of cases, how a number is shown."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from echo_ft.metrics import is_correct
+from echo_ft.records import EchoError, Prediction
+
+SAMPLES = 24
+THUMBNAIL = 192
+"""Pixels of a thumbnail's longer side."""
+
+DETECTION_FIGURES = ("AUROC", "recall", "specificity")
+"""Shown from 0 to 1; everything else is in percent."""
+
+
+DETECTION_LABELS = {
+    "auroc": "AUROC",
+    "recall": "recall of defects",
+    "specificity": "specificity",
+    "balanced_accuracy": "balanced accuracy",
+}
+"""Keys of `report.detection` with an interval, and their names."""
+
+
+def render(template: str, **values: Any) -> str:
+    """A self-contained HTML page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(percent=percent, share=share, signed=signed, compact=compact)
+    return environment.get_template(template).render(**values)
+
+
+def percent(value: float | None) -> str:
+    """`81.7`, or a dash where there is no figure."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def share(value: float | None) -> str:
+    """`0.907`, or a dash where there is no figure."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """`+3.2`, or a dash where there is no figure."""
+    return "–" if value is None else f"{value:+.{digits}f}"
+
+
+def show(name: str, value: float | None) -> str:
+    """A figure in its own unit: detection from 0 to 1, the rest in percent."""
+    return share(value) if name in DETECTION_FIGURES else percent(value)
+
+
+def interval(name: str, value: Sequence[float] | None) -> str:
+    """`71.7 to 90.0`, or a dash."""
+    return "–" if value is None else f"{show(name, value[0])} to {show(name, value[1])}"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text: the first column to the left, the others to the right, the first row a header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def compact(value: Any) -> str:
+    """A provenance value in one piece of text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def image_root(provenance: Mapping[str, Any]) -> Path | None:
+    """Where a run's images lie, or None where its dataset is not reachable from here."""
+    if "dataset" not in provenance:
+        return None
+    from echo_ft.dataset import load_dataset
+
+    try:
+        return load_dataset(Path(str(provenance["dataset"]))).root
+    except EchoError:
+        return None
+
+
+def thumbnail(root: Path | None, image: str) -> str | None:
+    """A small JPEG as a data URI, or None where the image cannot be read: pages are made without images too."""
+    from PIL import Image
+
+    if root is None:
+        return None
+    try:
+        with Image.open(root / image) as opened:
+            small = opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def samples(predictions: Sequence[Prediction], provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Up to SAMPLES cases for a page, evenly spread over the run; half of them with a wrong answer where there are."""
+    cases: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        cases.setdefault(prediction.case, []).append(prediction)
+    wrong = [case for case, rows in cases.items() if not all(map(is_correct, rows))]
+    right = [case for case, rows in cases.items() if all(map(is_correct, rows))]
+    share_wrong = max(SAMPLES // 2, SAMPLES - len(right))
+    chosen = {*_spread(wrong, share_wrong), *_spread(right, SAMPLES - min(len(wrong), share_wrong))}
+    root = image_root(provenance)
+    return [
+        {
+            "case": case,
+            "first": rows[0],
+            "thumbnail": thumbnail(root, rows[0].image),
+            "questions": [{"row": row, "correct": is_correct(row)} for row in rows],
+            "right": sum(map(is_correct, rows)),
+        }
+        for case, rows in cases.items()
+        if case in chosen
+    ]
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """`count` items at even steps; all of them where there are fewer."""
+    return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)

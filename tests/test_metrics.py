@@ -1,0 +1,175 @@
+"""Strict figures: an unread answer is wrong and counted, what was not asked is left out, order does not matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from echo_ft import metrics
+from echo_ft.records import GOOD, KINDS, EchoError, Prediction
+
+DETECTION, CLASSIFICATION = KINDS[0], KINDS[1]
+
+
+def prediction(
+    image: int, kind: str, right: bool, condition: str = "crack", dataset: str = "D", product: str = "p"
+) -> Prediction:
+    options = {"A": "Yes.", "B": "No."}
+    answer = "B" if condition == GOOD else "A"
+    parsed = answer if right else {"A": "B", "B": "A"}[answer]
+    return Prediction(
+        case=f"{dataset}-{image}",
+        question=f"{dataset}-{image}/{kind}",
+        dataset=dataset,
+        product=product,
+        image=f"{image}.png",
+        condition=condition,
+        kind=kind,
+        question_text="?",
+        options=options,
+        answer=answer,
+        text=parsed,
+        parsed=parsed,
+        probabilities={letter: 0.8 if letter == parsed else 0.2 for letter in options},
+    )
+
+
+def many(seed: int = 0, images: int = 40) -> list[Prediction]:
+    """Two datasets, two products, normal and defective; several questions an image."""
+    luck = random.Random(seed)
+    rows = []
+    for image in range(images):
+        where = {
+            "condition": GOOD if image % 2 else "crack",
+            "dataset": "DE"[image % 3 == 0],
+            "product": "pq"[image % 5 == 0],
+        }
+        for kind in KINDS if image % 4 == 0 else KINDS[:3]:
+            rows.append(prediction(image, kind, luck.random() < 0.7, **where))
+    return rows
+
+
+def test_an_unread_or_failed_answer_is_wrong_and_counted() -> None:
+    rows = [prediction(image, CLASSIFICATION, right=True) for image in range(4)]
+    rows[0] = dataclasses.replace(rows[0], parsed=None, text="perhaps")
+    rows[1] = dataclasses.replace(rows[1], parsed=None, text="", error="broken image")
+    assert metrics.strict_table(metrics.sheet(rows))["D"][CLASSIFICATION] == 50.0
+    counts = metrics.counts(rows)
+    assert (counts["questions"], counts["unparsed"], counts["failed"]) == (4, 1, 1)
+    assert counts["unparsed_share"] == 0.25
+
+
+def test_kinds_that_were_not_asked_are_left_out_of_the_means() -> None:
+    rows = [
+        prediction(0, CLASSIFICATION, True),
+        prediction(1, KINDS[2], False),
+        prediction(0, KINDS[2], True, dataset="E"),
+    ]
+    table = metrics.strict_table(metrics.sheet(rows))
+    assert table["D"][DETECTION] is None
+    assert table["D"]["Average"] == 50.0
+    assert table["E"]["Average"] == 100.0
+    assert table["Average"][CLASSIFICATION] == 100.0
+    assert table["Average"]["Average"] == 75.0
+
+
+def test_detection_is_the_mean_of_both_sides_however_unequal_they_are() -> None:
+    rows = [prediction(image, DETECTION, True) for image in range(9)] + [prediction(9, DETECTION, False, GOOD)]
+    sheet = metrics.sheet(rows)
+    assert metrics.strict_table(sheet)["D"][DETECTION] == 50.0
+    assert metrics.one_sided(sheet) == {}
+
+
+def test_detection_on_one_side_alone_is_that_side_and_flagged() -> None:
+    rows = [prediction(0, DETECTION, True), prediction(1, DETECTION, False), prediction(0, DETECTION, True, GOOD, "E")]
+    sheet = metrics.sheet(rows)
+    assert metrics.strict_table(sheet)["D"][DETECTION] == 50.0
+    assert metrics.one_sided(sheet) == {"D": "defective", "E": "normal"}
+
+
+def test_the_order_of_predictions_changes_nothing() -> None:
+    rows = many()
+    shuffled = random.Random(1).sample(rows, len(rows))
+    for figure in (metrics.strict_table, metrics.strict_intervals, metrics.detection, metrics.roc_points):
+        assert figure(metrics.sheet(rows)) == figure(metrics.sheet(shuffled))
+
+
+@pytest.mark.parametrize("by", ["dataset", "product"])
+def test_a_weight_of_two_is_the_same_as_the_image_twice(by: str) -> None:
+    rows = many()
+    sheet = metrics.sheet(rows)
+    weights = np.random.default_rng(0).integers(0, 3, size=(1, len(sheet.images))).astype(float)
+    times = {image: int(weight) for image, weight in zip(sheet.images, weights[0], strict=True)}
+    copies = [
+        dataclasses.replace(row, case=f"{row.case}#{copy}", image=f"{row.image}#{copy}")
+        for row in rows
+        for copy in range(times[row.dataset, row.product, row.condition, row.image])
+    ]
+    repeated = metrics.sheet(copies)
+    assert repeated.rows(by)[0] == sheet.rows(by)[0]
+    expected = metrics.strict_array(repeated, repeated.once(), by)
+    np.testing.assert_allclose(metrics.strict_array(sheet, weights, by), expected)
+    for key, value in metrics.figures(sheet, weights).items():
+        np.testing.assert_allclose(value, metrics.figures(repeated, repeated.once())[key], err_msg=key)
+
+
+def test_every_figure_lies_in_its_interval() -> None:
+    sheet = metrics.sheet(many())
+    table, intervals = metrics.strict_table(sheet), metrics.strict_intervals(sheet)
+    for row, figures in table.items():
+        for column, value in figures.items():
+            if value is None:
+                assert intervals[row][column] is None
+            else:
+                low, high = intervals[row][column] or (np.nan, np.nan)
+                assert low <= value <= high
+                assert low < high or value in (0.0, 100.0)
+
+
+def test_p_defect_is_the_probability_of_the_option_that_says_defect() -> None:
+    defective, normal = prediction(0, DETECTION, True), prediction(1, DETECTION, True, GOOD)
+    assert metrics.p_defect(defective) == 0.8
+    assert metrics.p_defect(normal) == 0.2
+    assert metrics.p_defect(prediction(0, CLASSIFICATION, True)) is None
+    assert metrics.p_defect(dataclasses.replace(defective, probabilities=None)) is None
+    three = dataclasses.replace(normal, options={"A": "1", "B": "2", "C": "3"})
+    assert metrics.p_defect(three) is None, "which of two wrong options says defect is not known"
+
+
+def test_detection_figures_are_those_of_scikit_learn() -> None:
+    luck = np.random.default_rng(2)
+    rows = []
+    for image in range(30):
+        row = prediction(image, DETECTION, True, GOOD if image % 3 else "crack")
+        score = float(np.round(luck.random(), 1))
+        rows.append(dataclasses.replace(row, probabilities={"A": score, "B": 1 - score}))
+    found = metrics.detection(metrics.sheet(rows))["All"]
+    truth = [row.condition != GOOD for row in rows]
+    assert found["auroc"] == pytest.approx(
+        roc_auc_score(truth, [row.probabilities["A"] for row in rows if row.probabilities])
+    )
+    assert (found["normal"], found["defective"], found["scored"]) == (20, 10, 30)
+    assert found["intervals"]["auroc"][0] < found["auroc"] < found["intervals"]["auroc"][1]
+
+
+def test_detection_without_probabilities_keeps_what_the_decisions_say() -> None:
+    rows = [dataclasses.replace(row, probabilities=None) for row in many() if row.kind == DETECTION]
+    found = metrics.detection(metrics.sheet(rows))["All"]
+    assert found["auroc"] is None and found["average_precision"] is None and found["scored"] == 0
+    assert found["balanced_accuracy"] == pytest.approx((found["recall"] + found["specificity"]) / 2)
+
+
+def test_what_cannot_be_scored_is_refused_with_its_name() -> None:
+    row = prediction(0, DETECTION, True)
+    with pytest.raises(EchoError, match="no predictions"):
+        metrics.sheet([])
+    with pytest.raises(EchoError, match=r"D-0.*unknown kind 'Guess'"):
+        metrics.sheet([dataclasses.replace(row, kind="Guess")])
+    with pytest.raises(EchoError, match="answered twice"):
+        metrics.sheet([row, row])
+    with pytest.raises(EchoError, match="true answer 'E'"):
+        metrics.sheet([dataclasses.replace(row, answer="E")])

@@ -1,0 +1,345 @@
+"""Sources: what each layout yields, and what happens to what it cannot use."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_prep.sources import SourceConfig, folder, magnetic_tile, manifest, mmad
+from echo_ft.records import KINDS, EchoError, Inspection, Question, Rejection
+
+DATA = Path(os.environ.get("ECHO_FT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def draw(path: Path, grey: int = 90, size: tuple[int, int] = (32, 24)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+    return path
+
+
+def parted(items) -> tuple[list[Inspection], list[Question], list[Rejection]]:
+    items = list(items)
+    return tuple([item for item in items if isinstance(item, cls)] for cls in (Inspection, Question, Rejection))
+
+
+# mmad
+
+
+def mmad_row(image: str, mask: str | None, templates: list[str], kind: str = "Anomaly Detection", answer: str = "A"):
+    question = {"Question": "Is there any defect in the object?", "Answer": answer, "type": kind}
+    question["Options"] = {"A": "Yes.", "B": "No."}
+    row = {"image_path": image, "mask_path": mask, "conversation": [question], "random_templates": templates}
+    return {**row, "similar_templates": []}
+
+
+@pytest.fixture
+def mmad_root(tmp_path: Path) -> Path:
+    """A root with one query of each of MMAD's layouts, whole."""
+    rows = {
+        "DS-MVTec/bottle/image/broken_large/000.png": mmad_row(
+            "image/broken_large/000.png",
+            "rbg_mask/broken_large/000_rbg_mask.png",
+            ["MVTec-AD/bottle/train/good/001.png", "MVTec-AD/bottle/train/good/000.png"],
+        ),
+        "DS-MVTec/bottle/image/good/000.png": mmad_row("image/good/000.png", None, [], "Object Structure"),
+        "MVTec-LOCO/pushpins/test/logical_anomalies/003.png": mmad_row(
+            "test/logical_anomalies/003.png", "ground_truth/logical_anomalies/003/000.png", []
+        ),
+        "VisA/candle/test/bad/000.JPG": mmad_row("test/bad/000.JPG", "ground_truth/bad/000.png", [], "Object Details"),
+        "GoodsAD/drink_can/test/opened/001_002.jpg": mmad_row("test/opened/001_002.jpg", None, []),
+    }
+    for key, row in rows.items():
+        draw(tmp_path / key)
+        if row["mask_path"]:
+            draw(tmp_path / "/".join(key.split("/")[:2]) / row["mask_path"], 255)
+    for place in ("MVTec-AD/bottle", "MVTec-LOCO/pushpins", "VisA/candle", "GoodsAD/drink_can"):
+        for number in range(2):
+            draw(tmp_path / place / "train" / "good" / f"{number:03d}{'.JPG' if 'VisA' in place else '.png'}")
+    (tmp_path / "mmad.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def read_mmad(root: Path):
+    return parted(mmad.read(SourceConfig(root, root / "mmad.json")))
+
+
+def edit(root: Path, key: str, **changes) -> None:
+    rows = json.loads((root / "mmad.json").read_text())
+    rows[key].update(changes)
+    (root / "mmad.json").write_text(json.dumps(rows))
+
+
+def test_mmad_finds_queries_masks_and_normals_of_all_four_layouts(mmad_root):
+    inspections, questions, rejections = read_mmad(mmad_root)
+    assert rejections == []
+    queries = {i.image: i for i in inspections if i.split == "test"}
+    assert {path: i.condition for path, i in queries.items()} == {
+        "DS-MVTec/bottle/image/broken_large/000.png": "broken_large",
+        "DS-MVTec/bottle/image/good/000.png": "good",
+        "MVTec-LOCO/pushpins/test/logical_anomalies/003.png": "logical_anomalies",
+        "VisA/candle/test/bad/000.JPG": "bad",
+        "GoodsAD/drink_can/test/opened/001_002.jpg": "opened",
+    }
+    assert all((mmad_root / i.mask).is_file() for i in queries.values() if i.mask)
+    assert sum(i.mask is not None for i in queries.values()) == 3
+    normals = Counter((i.dataset, i.product, i.condition) for i in inspections if i.split == "train")
+    assert normals == {
+        (*place, "good"): 2
+        for place in (("DS-MVTec", "bottle"), ("MVTec-LOCO", "pushpins"), ("VisA", "candle"), ("GoodsAD", "drink_can"))
+    }
+    bottle = [i.image for i in inspections if i.split == "train" and i.dataset == "DS-MVTec"]
+    assert all(image.startswith("MVTec-AD/bottle/train/good/") for image in bottle)
+    assert len(questions) == 5
+
+
+def test_mmad_takes_the_first_random_template_as_reference(mmad_root):
+    inspections, _, _ = read_mmad(mmad_root)
+    assert {i.reference for i in inspections} == {None, "MVTec-AD/bottle/train/good/001.png"}
+
+
+def test_mmad_folds_nine_kinds_to_seven(mmad_root):
+    _, questions, _ = read_mmad(mmad_root)
+    assert {question.kind for question in questions} == {"Anomaly Detection", "Object Analysis"} <= set(KINDS)
+
+
+def test_mmad_finds_a_mask_under_the_other_spelling(mmad_root):
+    folder_ = mmad_root / "DS-MVTec" / "bottle"
+    draw(folder_ / "rgb_mask" / "broken_large" / "000_rgb_mask.png", 255)
+    (folder_ / "rbg_mask" / "broken_large" / "000_rbg_mask.png").unlink()
+    inspections, _, rejections = read_mmad(mmad_root)
+    assert rejections == []
+    assert "DS-MVTec/bottle/rgb_mask/broken_large/000_rgb_mask.png" in {i.mask for i in inspections}
+
+
+def test_mmad_names_what_is_missing_and_goes_on(mmad_root):
+    (mmad_root / "VisA/candle/test/bad/000.JPG").unlink()
+    (mmad_root / "MVTec-AD/bottle/train/good/001.png").unlink()
+    (mmad_root / "MVTec-LOCO/pushpins/ground_truth/logical_anomalies/003/000.png").unlink()
+    for number in range(2):
+        (mmad_root / f"GoodsAD/drink_can/train/good/00{number}.png").unlink()
+    inspections, _, rejections = read_mmad(mmad_root)
+    assert {r.item for r in rejections} == {
+        "VisA/candle/test/bad/000.JPG",
+        "MVTec-AD/bottle/train/good/001.png",
+        "MVTec-LOCO/pushpins/ground_truth/logical_anomalies/003/000.png",
+        "GoodsAD/drink_can/train/good",
+    }
+    assert sum(i.split == "test" for i in inspections) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"type": "Riddle"}, "none of MMAD's nine"),
+        ({"Answer": "C"}, "none of the options"),
+        ({"Options": {"1": "Yes."}}, "letters A to E"),
+        ({"Question": " "}, "no text"),
+    ],
+)
+def test_mmad_rejects_a_question_that_cannot_be_asked(mmad_root, change, words):
+    key = "DS-MVTec/bottle/image/good/000.png"
+    question = json.loads((mmad_root / "mmad.json").read_text())[key]["conversation"][0]
+    edit(mmad_root, key, conversation=[{**question, **change}, question])
+    _, questions, rejections = read_mmad(mmad_root)
+    assert [r.item for r in rejections] == [f"{key}#0"] and words in rejections[0].reason
+    assert len(questions) == 5
+
+
+def test_mmad_without_any_image_is_one_clear_error(mmad_root, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(EchoError, match=r"all 5 photographs .* missing .*DS-MVTec 2.*looked in .*elsewhere.*--root"):
+        parted(mmad.read(SourceConfig(elsewhere, mmad_root / "mmad.json")))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}"])
+def test_mmad_refuses_a_file_that_is_not_mmads(tmp_path, content):
+    (tmp_path / "mmad.json").write_text(content)
+    with pytest.raises(EchoError, match=r"mmad\.json"):
+        read_mmad(tmp_path)
+
+
+@pytest.mark.real_data
+def test_mmad_reads_every_row_of_the_real_sample(tmp_path):
+    sample = DATA / "mmad" / "mmad_sample.json"
+    if not sample.is_file():
+        pytest.skip(f"no {sample}; set ECHO_FT_DATA to the data folder")
+    rows = json.loads(sample.read_text())
+    for key, row in rows.items():
+        for path in (key, "/".join([*key.split("/")[:2], row["mask_path"]]) if row["mask_path"] else None):
+            if path:
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).touch()
+        (tmp_path / row["random_templates"][0]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / row["random_templates"][0]).touch()
+    inspections, questions, rejections = parted(mmad.read(SourceConfig(tmp_path, sample)))
+    queries = [i for i in inspections if i.split == "test"]
+    assert rejections == [] and len(queries) == 150 and len(questions) == 735
+    assert all((i.mask is None) == (i.condition == "good") for i in queries)
+
+
+# folder
+
+
+def test_folder_reads_an_mvtec_like_tree(tmp_path):
+    root = tmp_path / "line"
+    draw(root / "cap/train/good/000.png")
+    draw(root / "cap/test/good/000.png")
+    draw(root / "cap/test/dent/000.png")
+    draw(root / "cap/ground_truth/dent/000_mask.png", 255)
+    draw(root / "cap/test/scratch/007.JPG")
+    (root / "notes").mkdir()
+    inspections, _, rejections = parted(folder.read(SourceConfig(root)))
+    assert [(i.image, i.condition, i.split, i.mask) for i in inspections] == [
+        ("cap/train/good/000.png", "good", "train", None),
+        ("cap/test/dent/000.png", "dent", "test", "cap/ground_truth/dent/000_mask.png"),
+        ("cap/test/good/000.png", "good", "test", None),
+        ("cap/test/scratch/007.JPG", "scratch", "test", None),
+    ]
+    assert rejections == []
+    assert {(i.dataset, i.product) for i in inspections} == {("line", "cap")}
+
+
+def test_folder_says_which_mask_is_missing_beside_others(tmp_path):
+    draw(tmp_path / "cap/test/dent/000.png")
+    draw(tmp_path / "cap/test/dent/001.png")
+    draw(tmp_path / "cap/ground_truth/dent/000_mask.png", 255)
+    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    assert len(inspections) == 2
+    assert [r.item for r in rejections] == ["cap/ground_truth/dent/001_mask.png"]
+
+
+def test_folder_pointed_at_one_product_says_so(tmp_path):
+    draw(tmp_path / "cap/train/good/000.png")
+    with pytest.raises(EchoError, match="one product's own folder"):
+        parted(folder.read(SourceConfig(tmp_path / "cap")))
+
+
+# manifest
+
+
+def write_csv(path: Path, rows: list[dict], columns: list[str]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+FULL = {"product": "cap", "condition": "dent", "mask": "m.png", "group": "7", "split": "train", "reference": "n.png"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_manifest_reads_every_column_from_csv_and_jsonl(tmp_path, kind):
+    for name in ("a.png", "m.png", "n.png", "b.png"):
+        draw(tmp_path / name)
+    boxes = [[1, 2, 10, 12]]
+    rows = [{"image": "a.png", **FULL}, {"image": "b.png", "product": "cap", "condition": "dent", "boxes": boxes}]
+    path = tmp_path / f"parts.{kind}"
+    if kind == "csv":
+        write_csv(path, [rows[0], {**rows[1], "boxes": json.dumps(boxes)}], ["image", *FULL, "boxes"])
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == []
+    assert inspections == [
+        Inspection("a.png", "a.png", "parts", "cap", "dent", "7", "train", "m.png", (), "n.png"),
+        Inspection("b.png", "b.png", "parts", "cap", "dent", "b.png", None, None, ((1.0, 2.0, 10.0, 12.0),)),
+    ]
+
+
+BAD_ROWS = [
+    ({"image": "missing.png"}, "does not exist"),
+    ({"image": "../outside.png"}, "outside the root"),
+    ({"product": ""}, "product is missing"),
+    ({"condition": ""}, "condition is missing"),
+    ({"condition": "OK"}, "'good'"),
+    ({"condition": "Good"}, "'good'"),
+    ({"split": "training"}, "none of train, validation, test"),
+    ({"mask": "missing.png"}, "mask missing.png"),
+    ({"reference": "missing.png"}, "reference missing.png"),
+    ({"boxes": "[[1, 2]]"}, r"\[\[x0"),
+    ({"boxes": "left"}, r"\[\[x0"),
+    ({"boxes": "[[1, 2, 3, 4]]", "condition": "good"}, "boxes although"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_ROWS)
+def test_manifest_rejects_a_bad_row_by_its_line(tmp_path, change, words):
+    draw(tmp_path / "a.png"), draw(tmp_path / "b.png"), draw(tmp_path.parent / "outside.png")
+    good = {"image": "a.png", "product": "cap", "condition": "dent"}
+    columns = ["image", "product", "condition", "mask", "boxes", "split", "reference"]
+    path = write_csv(tmp_path / "parts.csv", [good, {**good, "image": "b.png", **change}], columns)
+    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert [i.image for i in inspections] == ["a.png"]
+    assert [r.item for r in rejections] == ["parts.csv:3"]
+    assert re.search(words, rejections[0].reason)
+
+
+def test_manifest_rejects_a_photograph_listed_twice_and_a_line_that_is_not_json(tmp_path):
+    draw(tmp_path / "a.png")
+    row = json.dumps({"image": "a.png", "product": "cap", "condition": "good"})
+    path = tmp_path / "parts.jsonl"
+    path.write_text(f"{row}\n{row}\n{{broken\n[1]\n")
+    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert len(inspections) == 1
+    assert [r.item for r in rejections] == ["parts.jsonl:2", "parts.jsonl:3", "parts.jsonl:4"]
+
+
+@pytest.mark.parametrize(
+    ("header", "words"), [("image,product", "no column 'condition'"), ("grop", "did you mean 'group'")]
+)
+def test_manifest_refuses_a_header_that_lacks_or_misspells_a_column(tmp_path, header, words):
+    path = tmp_path / "parts.csv"
+    path.write_text((header if "," in header else f"image,product,condition,{header}") + "\n")
+    with pytest.raises(EchoError, match=words):
+        parted(manifest.read(SourceConfig(tmp_path, path)))
+
+
+# magnetic_tile
+
+
+def test_magnetic_tile_groups_exposures_by_their_numbers_over_all_kinds(tmp_path):
+    names = {
+        "MT_Free": ["exp1_num_100", "exp2_num_150", "exp1_num_999"],
+        "MT_Crack": ["exp3_num_210", "exp1_num_271"],  # 60 more belongs to the tile, 61 more does not
+    }
+    for kind, stems in names.items():
+        for stem in stems:
+            draw(tmp_path / kind / "Imgs" / f"{stem}.jpg")
+            draw(tmp_path / kind / "Imgs" / f"{stem}.png", 0 if kind == "MT_Free" else 255)
+    draw(tmp_path / "MT_Free" / "Imgs" / "holiday.jpg")
+    inspections, _, rejections = parted(magnetic_tile.read(SourceConfig(tmp_path)))
+    assert [r.item for r in rejections] == ["MT_Free/Imgs/holiday.jpg"]
+    groups = {Path(i.image).stem: i.group for i in inspections}
+    assert groups == {
+        "exp1_num_100": "tile-100",
+        "exp2_num_150": "tile-100",
+        "exp3_num_210": "tile-100",
+        "exp1_num_271": "tile-271",
+        "exp1_num_999": "tile-999",
+    }
+    assert {i.condition for i in inspections} == {"good", "crack"}
+
+
+@pytest.mark.real_data
+def test_magnetic_tile_finds_the_real_photographs_in_263_groups():
+    root = DATA / "magnetic_tile"
+    if not root.is_dir():
+        pytest.skip(f"no {root}; set ECHO_FT_DATA to the data folder")
+    inspections, _, rejections = parted(magnetic_tile.read(SourceConfig(root)))
+    assert rejections == []
+    assert Counter(i.condition for i in inspections) == {
+        "good": 952, "blowhole": 115, "break": 85, "crack": 57, "fray": 32, "uneven": 103,
+    }  # fmt: skip
+    groups = Counter(i.group for i in inspections)
+    assert len(groups) == 263 and sum(count == 6 for count in groups.values()) == 157
+    kinds = {group: {i.condition for i in inspections if i.group == group} for group in groups}
+    assert sum(len(found) > 1 for found in kinds.values()) == 13

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from echo_ft.questions import write_questions
+from echo_ft.records import (
+    ROLES,
+    Branch,
+    Case,
+    EchoError,
+    Entry,
+    Exchange,
+    Inspection,
+    Question,
+    Reference,
+    Seen,
+    Truth,
+    Upstream,
+)
+from echo_ft.retrieval import candidate_order
+from echo_ft.roles import ROUTINGS, parse_best, parse_letter, render
+from echo_ft.targets import gold_upstream, training_exchanges
+
+KNOWLEDGE = (
+    Entry("good", "An even grey disc."),
+    Entry("crack", "A thin dark line. The disc breaks under load."),
+    Entry("dent", "A round hollow. It rattles in its seat."),
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A textured query with a dark line at the top left, its twin without, and two other textures."""
+    rng = np.random.default_rng(0)
+
+    def texture() -> np.ndarray:
+        small = Image.fromarray(rng.integers(90, 200, (6, 6), dtype=np.uint8))
+        return np.array(small.resize((96, 96), Image.Resampling.BICUBIC))
+
+    twin = texture()
+    query, mask = twin.copy(), np.zeros((96, 96), dtype=np.uint8)
+    query[14:17, 4:28] = 10
+    mask[14:17, 4:28] = 255
+    for name, pixels in {"query": query, "twin": twin, "mask": mask, "n1": texture(), "n2": texture()}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def make(
+    root: Path,
+    condition: str = "crack",
+    images: tuple[str, ...] = ("n1.png", "twin.png", "n2.png"),
+    mask: str | None = "mask.png",
+    knowledge: tuple[Entry, ...] = KNOWLEDGE,
+) -> Case:
+    query = "twin.png" if condition == "good" else "query.png"
+    inspection = Inspection("case", query, "drawn", "disc", condition, "g", mask=mask if condition != "good" else None)
+    asked = write_questions(inspection, knowledge, ["good", "crack", "dent"], ["disc", "bolt"], root, seed=0)
+    references = tuple(Reference("case", image, 0.9, rank) for rank, image in enumerate(images, start=1))
+    seen = Seen(query, references, knowledge, tuple(dataclasses.replace(question, answer=None) for question in asked))
+    answers = {question.id: question.answer for question in asked if question.answer}
+    return Case("case", "drawn", "disc", seen, Truth(condition, inspection.mask, (), answers))
+
+
+def completions(exchanges: list[Exchange]) -> dict[str, str | None]:
+    return {branch.id: branch.completion for exchange in exchanges for branch in exchange.branches}
+
+
+def kinds(said: dict[str, str | None]) -> dict[str, str | None]:
+    return {identifier.split("#")[-1]: text for identifier, text in said.items()}
+
+
+def test_each_role_is_trained_to_say_the_truth(root: Path) -> None:
+    case = make(root)
+    assert completions(training_exchanges(case, "reference_extractor", root, "full")) == {
+        "best": "2",
+        "normal": "An even grey disc.",
+    }
+    assert completions(training_exchanges(case, "knowledge_guide", root, "full")) == {
+        "guide": "crack: look for this. A thin dark line. The disc breaks under load."
+    }
+    seen = (
+        "Observe: a dark small elongated mark at the top left. Compare: the reference looks different there. Conclude: "
+    )
+    assert kinds(completions(training_exchanges(case, "reasoning_expert", root, "full"))) == {
+        "anomaly-detection": seen + "yes, there is a defect: crack.",
+        "defect-classification": seen + "the type of the defect is: crack.",
+        "defect-localization": seen + "the place of the defect is: top left.",
+        "defect-description": seen + "the appearance of the defect is: A thin dark line.",
+        "defect-analysis": seen + "the effect of the defect is: The disc breaks under load.",
+    }
+    assert completions(training_exchanges(case, "decision_maker", root, "full")) == case.truth.answers
+
+
+def test_a_normal_part_is_concluded_to_be_one(root: Path) -> None:
+    case = make(root, "good", images=("n1.png", "n2.png"))
+    assert completions(training_exchanges(case, "knowledge_guide", root, "full")) == {
+        "guide": "good: An even grey disc."
+    }
+    seen = "Observe: no mark stands out. Compare: the part looks like the reference. Conclude: "
+    assert kinds(completions(training_exchanges(case, "reasoning_expert", root, "full"))) == {
+        "anomaly-detection": seen + "no, there is no defect.",
+        "object-classification": seen + "the product is: disc.",
+        "object-analysis": seen + "the answer is: An even grey disc.",
+    }
+
+
+def test_what_is_trained_is_what_inference_reads(root: Path) -> None:
+    """The prompts are the renderer's own, and its parsers read every completion back as the truth."""
+    case = make(root)
+    gold = gold_upstream(case, root)
+    for role in ROLES:
+        for routing in ROUTINGS:
+            made = training_exchanges(case, role, root, routing)
+            assert [strip(exchange) for exchange in made] == render(role, case.id, case.seen, gold, ROUTINGS[routing])
+            assert all(branch.completion for exchange in made for branch in exchange.branches)
+    best = completions(training_exchanges(case, "reference_extractor", root, "full"))["best"]
+    assert parse_best(str(best), 3) == gold.best
+    for question in case.seen.questions:
+        letter = completions(training_exchanges(case, "decision_maker", root, "full"))[question.id]
+        assert parse_letter(str(letter), question.options) == case.truth.answers[question.id]
+
+
+def strip(exchange: Exchange) -> Exchange:
+    branches = tuple(Branch(branch.id, branch.prompt) for branch in exchange.branches)
+    return dataclasses.replace(exchange, branches=branches)
+
+
+def test_the_best_candidate_fits_outside_the_defect_wherever_it_stands(root: Path) -> None:
+    # A candidate with the defect's own darkness at its place would win if the defect counted.
+    lure = np.array(Image.open(root / "query.png")).astype(int)
+    lure = np.clip(lure + 12, 0, 255)
+    lure[14:17, 4:28] = 10
+    Image.fromarray(lure.astype(np.uint8)).save(root / "lure.png")
+    for images in (("twin.png", "lure.png", "n1.png"), ("n1.png", "lure.png", "twin.png"), ("lure.png", "twin.png")):
+        case = make(root, images=images)
+        assert images[gold_upstream(case, root).best] == "twin.png"
+
+
+def test_a_shuffled_case_names_the_same_image(root: Path) -> None:
+    case = make(root)
+    for number in range(6):
+        shuffled = candidate_order(f"case {number}", case.seen.references)
+        turned = dataclasses.replace(case, seen=dataclasses.replace(case.seen, references=shuffled))
+        assert shuffled[gold_upstream(turned, root).best].image == "twin.png"
+
+
+def test_one_reference_and_none(root: Path) -> None:
+    one = make(root, images=("n1.png",))
+    assert completions(training_exchanges(one, "reference_extractor", root, "full"))["best"] == "1"
+    none = make(root, images=())
+    assert training_exchanges(none, "reference_extractor", root, "full") == []
+    for role in ROLES[1:]:
+        for exchange in training_exchanges(none, role, root, "full"):
+            assert exchange.images == ("query.png",)
+            assert all("reference" not in str(branch.completion) for branch in exchange.branches)
+
+
+def test_without_a_mask_no_place_is_invented(root: Path) -> None:
+    for said in completions(training_exchanges(make(root, mask=None), "reasoning_expert", root, "full")).values():
+        assert said is not None and said.startswith("Observe: the part is not as it should be. Compare: the reference")
+
+
+def test_what_the_truth_does_not_tell_is_left_out(root: Path) -> None:
+    bare = make(root, knowledge=(Entry("dent", "A round hollow."),))
+    assert training_exchanges(bare, "knowledge_guide", root, "full") == []
+    assert completions(training_exchanges(bare, "reference_extractor", root, "full")) == {"best": "2"}
+    unanswered = dataclasses.replace(bare, truth=dataclasses.replace(bare.truth, answers={}))
+    for role in ("reasoning_expert", "decision_maker"):
+        assert training_exchanges(unanswered, role, root, "full") == []
+    stray = dataclasses.replace(
+        bare, truth=dataclasses.replace(bare.truth, answers=dict.fromkeys(bare.truth.answers, "E"))
+    )
+    assert training_exchanges(stray, "decision_maker", root, "full") == []
+
+
+def test_an_answer_that_contradicts_the_condition_is_not_reasoned_about(root: Path) -> None:
+    case = make(root)
+    question = case.seen.questions[0]
+    wrong = next(letter for letter in question.options if letter != case.truth.answers[question.id])
+    answers = {**case.truth.answers, question.id: wrong}
+    contradicted = dataclasses.replace(case, truth=dataclasses.replace(case.truth, answers=answers))
+    assert question.id not in gold_upstream(contradicted, root).reasons
+
+
+def test_a_question_written_elsewhere_is_concluded_in_its_own_words(root: Path) -> None:
+    case = make(root)
+    foreign = Question("case#7", "case", "Defect Analysis", "What may follow?", {"A": "Nothing.", "B": "It snaps!"})
+    case = dataclasses.replace(
+        case,
+        seen=dataclasses.replace(case.seen, questions=(foreign,)),
+        truth=dataclasses.replace(case.truth, answers={"case#7": "B"}),
+    )
+    said = completions(training_exchanges(case, "reasoning_expert", root, "full"))["case#7"]
+    assert said is not None and said.endswith("Conclude: the effect of the defect is: It snaps!")
+
+
+def test_the_truth_reaches_no_prompt_but_through_the_earlier_roles_words(root: Path) -> None:
+    case = make(root)
+    gold = gold_upstream(case, root)
+    sentinel = Truth("SENTINEL", case.truth.mask, (), dict.fromkeys(case.truth.answers, "C"))
+    hidden = dataclasses.replace(case, truth=sentinel)
+    changed = gold_upstream(hidden, root)
+    for routing in ROUTINGS.values():
+        for role in ("reference_extractor", "knowledge_guide"):
+            before, after = (render(role, case.id, case.seen, words, routing) for words in (gold, changed))
+            assert before == after
+        for role in ("reasoning_expert", "decision_maker"):
+            before, after = (render(role, case.id, case.seen, words, routing) for words in (gold, changed))
+            assert [blank(exchange, gold) for exchange in before] == [blank(exchange, changed) for exchange in after]
+    # The rows themselves: whatever completion remains, its prompt is one of those.
+    prompts = {
+        (role, branch.prompt)
+        for role in ROLES
+        for exchange in render(role, case.id, case.seen, changed)
+        for branch in exchange.branches
+    }
+    for role in ROLES:
+        for exchange in training_exchanges(hidden, role, root, "full"):
+            assert {(role, branch.prompt) for branch in exchange.branches} <= prompts
+            assert "SENTINEL" not in exchange.context.replace(changed.guide or "\0", "")
+
+
+def blank(exchange: Exchange, said: Upstream) -> tuple[object, ...]:
+    """An exchange without the lines that quote the guide and the reasoning."""
+
+    def quoted(line: str) -> bool:
+        return line == f"Guide: {said.guide}" or line in {f"Reasoning: {reason}" for reason in said.reasons.values()}
+
+    texts = [exchange.context, *(branch.prompt for branch in exchange.branches)]
+    return exchange.images, *("\n".join(line for line in text.split("\n") if not quoted(line)) for text in texts)
+
+
+def test_predicted_words_stand_in_for_gold_ones(root: Path) -> None:
+    case = make(root)
+    said = Upstream(0, "Even.", "dent: look for this.", {case.seen.questions[0].id: "Observe: nothing."})
+    made = training_exchanges(case, "decision_maker", root, "full", upstream=said)
+    assert completions(made) == case.truth.answers
+    assert made[0].images == ("n1.png", "query.png")
+    assert "Guide: dent: look for this." in made[0].context
+    assert "Reasoning: Observe: nothing." in made[0].branches[0].prompt
+
+
+def test_wrong_names_and_broken_images_are_named(root: Path) -> None:
+    case = make(root)
+    with pytest.raises(EchoError, match="routing cannot be 'short'; choose from full, paper"):
+        training_exchanges(case, "decision_maker", root, "short")
+    with pytest.raises(EchoError, match="no role is named 'judge'"):
+        training_exchanges(case, "judge", root, "full")
+    (root / "n1.png").write_bytes(b"\x89PNG")
+    with pytest.raises(EchoError, match=r"n1\.png cannot be read"):
+        training_exchanges(case, "decision_maker", root, "full")
