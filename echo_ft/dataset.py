@@ -110,5 +110,5 @@ def make_cases(
         )
         answers = {question.id: question.answer for question in own if question.answer is not None}
         truth = Truth(inspection.condition, inspection.mask, inspection.boxes, answers)
-        made.append(Case(inspection.id, inspection.dataset, inspection.product, seen, truth))
+        made.append(Case(inspection.id, inspection.dataset, inspection.product, inspection.group, seen, truth))
     return made

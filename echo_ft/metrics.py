@@ -2,8 +2,8 @@
 
 An answer that is no option letter, or that never came, counts as wrong and is counted. Anomaly Detection is the mean
 of the accuracy on normal and on defective images; a kind that a dataset does not have is left out of its means.
-Intervals come from resampling images (`echo_ft.statistics`), stratified by dataset and by normal or defective, so that
-no resample lacks a side.
+Intervals come from resampling physical parts with all their photographs and questions (`echo_ft.statistics`), stratified
+by dataset and by normal or defective, so that no resample lacks a side.
 
 Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 kinds of question. Weights (R, N) are how often
 each image was drawn; one row of ones gives the figures themselves, so both come from the same code.
@@ -71,9 +71,17 @@ class Sheet:
         return found, np.array([found.index(name) for name in names])
 
     def weights(self, by: str = "dataset") -> np.ndarray:
-        """(R, N) from statistics.resample, stratified by row and by normal or defective."""
-        strata: list[Hashable] = list(zip(self.rows(by)[1].tolist(), self.defective.tolist(), strict=True))
-        return statistics.resample(strata)
+        """(R, N) from statistics.resample over physical parts, stratified by row and by normal or defective.
+
+        Photographs of one part are no independent draws, so they are drawn together.
+        """
+        group = {_image(prediction): prediction.group for prediction in self.predictions}
+        groups = [group[image] for image in self.images]
+        keys = list(zip(self.rows(by)[1].tolist(), self.defective.tolist(), groups, strict=True))
+        units = sorted(set(keys))
+        place = {unit: index for index, unit in enumerate(units)}
+        strata: list[Hashable] = [unit[:2] for unit in units]
+        return statistics.resample(strata)[:, [place[key] for key in keys]]
 
     def once(self) -> np.ndarray:
         """(1, N): every image once, for the figures themselves."""

@@ -169,6 +169,7 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
                 question=f"row {number}",
                 dataset=parts[0],
                 product=parts[1],
+                group=answer.image,
                 image=answer.image,
                 condition=condition,
                 kind=_kind(answer),

@@ -144,6 +144,7 @@ def _prediction(
         question=question.id,
         dataset=case.dataset,
         product=case.product,
+        group=case.group,
         image=case.seen.query,
         condition=case.truth.condition,
         kind=question.kind,

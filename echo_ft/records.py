@@ -8,6 +8,7 @@ cannot reach it: it is never handed over.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -132,6 +133,8 @@ class Case:
     id: str
     dataset: str
     product: str
+    group: str
+    """Cases of one physical part share one; intervals resample groups."""
     seen: Seen
     truth: Truth
 
@@ -165,6 +168,7 @@ class Prediction:
     question: str
     dataset: str
     product: str
+    group: str
     image: str
     condition: str
     kind: str
@@ -217,11 +221,16 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
 
     Raises TypeError where a field is missing or unknown.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = set(row) - set(hints)
     if unknown:
         raise TypeError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
     return cls(**{name: _restore(hints[name], value) for name, value in row.items()})
+
+
+@functools.cache  # resolving annotations takes longer than building the record
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _restore(hint: Any, value: Any) -> Any:

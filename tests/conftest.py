@@ -66,6 +66,7 @@ def make_case(root: Path, name: str = "line/part/1", sizes=((100, 70), (64, 64),
         id=name,
         dataset="line",
         product="washer",
+        group=name,
         seen=Seen(
             query=images[-1],
             references=tuple(

@@ -16,7 +16,7 @@ DETECTION, CLASSIFICATION = KINDS[0], KINDS[1]
 
 
 def prediction(
-    image: int, kind: str, right: bool, condition: str = "crack", dataset: str = "D", product: str = "p"
+    image: int, kind: str, right: bool, condition: str = "crack", dataset: str = "D", product: str = "p", group: str = ""
 ) -> Prediction:
     options = {"A": "Yes.", "B": "No."}
     answer = "B" if condition == GOOD else "A"
@@ -26,6 +26,7 @@ def prediction(
         question=f"{dataset}-{image}/{kind}",
         dataset=dataset,
         product=product,
+        group=group or f"{image}.png",
         image=f"{image}.png",
         condition=condition,
         kind=kind,
@@ -173,3 +174,20 @@ def test_what_cannot_be_scored_is_refused_with_its_name() -> None:
         metrics.sheet([row, row])
     with pytest.raises(EchoError, match="true answer 'E'"):
         metrics.sheet([dataclasses.replace(row, answer="E")])
+
+
+def test_photographs_of_one_part_are_resampled_together() -> None:
+    """Six exposures of a part say hardly more than one: the interval must not shrink as if they were six parts."""
+    luck = random.Random(1)
+    outcome = {part: luck.random() < 0.6 for part in range(30)}
+    one = [prediction(part, DETECTION, right) for part, right in outcome.items()]
+    six = [
+        prediction(part * 10 + exposure, DETECTION, right, group=f"part {part}")
+        for part, right in outcome.items()
+        for exposure in range(6)
+    ]
+    alone = metrics.strict_intervals(metrics.sheet(one))["D"][DETECTION]
+    together = metrics.strict_intervals(metrics.sheet(six))["D"][DETECTION]
+    apart = metrics.strict_intervals(metrics.sheet([dataclasses.replace(row, group=row.image) for row in six]))["D"][DETECTION]
+    assert together == pytest.approx(alone, abs=7)
+    assert apart[1] - apart[0] < 0.6 * (together[1] - together[0])

@@ -166,7 +166,7 @@ def test_a_row_without_a_true_option_is_rejected_with_its_number() -> None:
 
 def prediction(image: str, condition: str, text: str = "B", error: str | None = None) -> Prediction:
     return Prediction(
-        "c", "q", "tiles", "p", image, condition, KINDS[0], "Defect?", {"A": "Yes.", "B": "No."}, "B", text, "B",
+        "c", "q", "tiles", "p", image, image, condition, KINDS[0], "Defect?", {"A": "Yes.", "B": "No."}, "B", text, "B",
         None, error,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ def test_a_truncated_file_is_found_in_every_format(tmp_path, suffix):
 
 
 def small_case(name: str, product: str, condition: str) -> Case:
-    return Case(name, "line", product, Seen(name, (), (), ()), Truth(condition, None, (), {}))
+    return Case(name, "line", product, name, Seen(name, (), (), ()), Truth(condition, None, (), {}))
 
 
 def test_balancing_repeats_the_rarer_side_of_each_product_and_leaves_none_out():

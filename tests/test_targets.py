@@ -64,7 +64,7 @@ def make(
     references = tuple(Reference("case", image, 0.9, rank) for rank, image in enumerate(images, start=1))
     seen = Seen(query, references, knowledge, tuple(dataclasses.replace(question, answer=None) for question in asked))
     answers = {question.id: question.answer for question in asked if question.answer}
-    return Case("case", "drawn", "disc", seen, Truth(condition, inspection.mask, (), answers))
+    return Case("case", "drawn", "disc", "case", seen, Truth(condition, inspection.mask, (), answers))
 
 
 def completions(exchanges: list[Exchange]) -> dict[str, str | None]:
