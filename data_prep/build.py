@@ -76,15 +76,16 @@ def build(config: BuildConfig) -> dict[str, Any]:
 
 def write_sft(material: Material, folder: Path, root: Path, config: BuildConfig) -> None:
     """Write each role's training and validation rows; see `balanced` for the order and number of the former."""
-    from echo_ft.targets import training_exchanges
+    from echo_ft.targets import gold_upstream, training_exchanges
 
     for split in ("train", "validation"):
         cases = material.cases(split)
         # One role at a time would read each photograph four times; the rows of a split fit in memory.
         rows: dict[tuple[str, str], list[Exchange]] = {}
         for case in progress(cases, f"writing {split}", "cases"):
+            gold = gold_upstream(case, root)
             for role in ROLES:
-                rows[role, case.id] = training_exchanges(case, role, root, config.routing)
+                rows[role, case.id] = training_exchanges(case, role, root, config.routing, gold=gold)
         if split == "train" and config.balance:
             cases = balanced(cases, config.seed)
         for role in ROLES:

@@ -106,6 +106,7 @@ def write_json(path: Path, value: Any) -> None:
 def make_manifest(material: Material, folder: Path, root: Path, config: BuildConfig) -> dict[str, Any]:
     """What the dataset in `folder` holds, how it was made, and what to beware of."""
     digests = _image_digests(material.inspections, root)
+    images = fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests)))
     names = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
     return {
         "format": FORMAT,
@@ -119,9 +120,11 @@ def make_manifest(material: Material, folder: Path, root: Path, config: BuildCon
         "products_without_knowledge": material.unknown_products,
         "rejected": len(material.rejections),
         "warnings": _warnings(material, digests),
-        "fingerprint": fingerprint_files([*names, folder / "knowledge.json"], folder),
+        "fingerprint": fingerprint_bytes(
+            fingerprint_files([*names, folder / "knowledge.json"], folder).encode(), images.encode()
+        ),
         "annotations_fingerprint": fingerprint_bytes(config.annotations.read_bytes()) if config.annotations else None,
-        "images_fingerprint": fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests))),
+        "images_fingerprint": images,
         "versions": versions(),
         "commit": commit(),
     }

@@ -31,7 +31,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """What tells this dataset's records from another's: 16 hex digits over its JSON lines."""
+        """What tells this dataset's records from another's: 16 hex digits over its records and images."""
         return str(self.manifest["fingerprint"])
 
 

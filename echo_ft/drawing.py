@@ -323,6 +323,7 @@ def _paint(canvas: Array, cover: Array, backdrop: Array, defect: Defect, u: Arra
     below = canvas[planes]
     alpha = FORMS[defect.name](p, q, defect.size, pixel, rng) * cover[crop]
     strength = rng.uniform(0.6, 0.95)
+    target: Array
     if defect.name in ("cut", "chip"):
         target = backdrop
     elif defect.name in ("dent", "hole"):
@@ -335,7 +336,8 @@ def _paint(canvas: Array, cover: Array, backdrop: Array, defect: Defect, u: Arra
     elif defect.tone == "dark":
         target = below * np.float32(1 - 0.85 * strength)
     elif defect.tone == "bright":
-        target = below + np.float32(0.8 * strength) * (1 - np.minimum(below, 1))
+        room = np.clip(1 - below, 0, None).astype(np.float32)
+        target = below + np.float32(0.8 * strength) * room
     else:
         target = below + np.float32(strength) * (_planes(COLOURS[defect.tone]) - below)
     canvas[planes] = below + alpha * (target - below)

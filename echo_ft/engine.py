@@ -34,7 +34,7 @@ class Engine:
     """One base model, with or without adapters named after the roles, and a bounded store of image features."""
 
     def __init__(
-        self, model: Any, layout: Layout, root: Path, max_new_tokens: int = 128, kept_images: int = 1024
+        self, model: Any, layout: Layout, root: Path, max_new_tokens: int = 128, kept_images: int = 256
     ) -> None:
         self.model = model.eval()
         self.layout = layout

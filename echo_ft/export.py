@@ -126,10 +126,10 @@ def _describe(folder: Path, adapters: Mapping[str, tuple[Path, AdapterCard]], di
     tower = any(_names_the_tower(config["target_modules"]) for config in configs.values())
     budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
     served = [role for role, config in configs.items() if not config.get("use_dora")]
+    local = Path(card.base_model).is_dir()
     command = [
-        f"vllm serve {card.base_model} --revision {card.base_revision}"
-        if "/" in card.base_model
-        else f"vllm serve {card.base_model}",
+        f"vllm serve {Path(card.base_model).resolve() if local else card.base_model}"
+        + ("" if local else f" --revision {card.base_revision}"),
         f"--enable-lora --max-lora-rank {rank}" + (" --enable-tower-connector-lora" if tower else ""),
         "--lora-modules " + " ".join(f"{role}=adapters/{role}" for role in served),
         f"--mm-processor-kwargs '{budget}'",
@@ -173,6 +173,4 @@ def _describe(folder: Path, adapters: Mapping[str, tuple[Path, AdapterCard]], di
 
 def _names_the_tower(targets: str | Sequence[str]) -> bool:
     names = [targets] if isinstance(targets, str) else targets
-    return any(
-        part in name for name in names for part in ("visual", "merger", "qkv", "attn.proj", "fc1", "fc2", "all-")
-    )
+    return any(part in name for name in names for part in ("visual", "merger", "qkv", "attn.proj", "fc1", "fc2"))

@@ -65,11 +65,17 @@ class Layout:
         self._encoded: dict[str, list[int]] = {}
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """(t, h, w) in patches for an image of that size, by the processor's own resizing rule."""
+        """(t, h, w) in patches for an image of that size, by the processor's own resizing rule.
+
+        Raises EchoError for an image 200 times as long as wide, or more.
+        """
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         patch, size = self.image_processor.patch_size, self.image_processor.size
-        rows, columns = smart_resize(height, width, patch * self.merge, size["shortest_edge"], size["longest_edge"])
+        try:
+            rows, columns = smart_resize(height, width, patch * self.merge, size["shortest_edge"], size["longest_edge"])
+        except ValueError as error:
+            raise EchoError(f"an image of {width} x {height} pixels cannot be used ({error}); crop it") from error
         return 1, rows // patch, columns // patch
 
     def row(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Row:

@@ -2,8 +2,8 @@
 
 An answer that is no option letter, or that never came, counts as wrong and is counted. Anomaly Detection is the mean
 of the accuracy on normal and on defective images; a kind that a dataset does not have is left out of its means.
-Intervals come from resampling physical parts with all their photographs and questions (`echo_ft.statistics`), stratified
-by dataset and by normal or defective, so that no resample lacks a side.
+Intervals come from resampling physical parts, with all their photographs and questions (`echo_ft.statistics`),
+stratified by dataset and by normal or defective, so that no resample lacks a side.
 
 Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 kinds of question. Weights (R, N) are how often
 each image was drawn; one row of ones gives the figures themselves, so both come from the same code.

@@ -144,7 +144,7 @@ def _decision(question: Question, upstream: Upstream, route: Route) -> str:
 
 def entries(seen: Seen) -> str:
     """The product's knowledge, a line an entry."""
-    return "".join(f"- {entry.condition}: {one_line(entry.description)}\n" for entry in seen.knowledge)
+    return "".join(f"- {one_line(entry.condition)}: {one_line(entry.description)}\n" for entry in seen.knowledge)
 
 
 def one_line(text: str) -> str:
@@ -181,4 +181,4 @@ def parse_letter(text: str, options: Mapping[str, str]) -> str | None:
     if not match or match.group(1) not in options:
         return None
     rest = match.group(2)
-    return match.group(1) if not rest or rest == options[match.group(1)].strip() else None
+    return match.group(1) if not rest or one_line(rest) == one_line(options[match.group(1)]) else None

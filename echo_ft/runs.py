@@ -17,7 +17,10 @@ Record = TypeVar("Record", Prediction, Trace)
 
 
 class RunFolder:
-    """Appends outcomes; a case counts as done when all its predictions are on disk."""
+    """Appends outcomes; a case counts as done when all its predictions are on disk.
+
+    Started again, a run asks the cases that failed once more: their images may have been put right.
+    """
 
     def __init__(self, folder: Path, provenance: Mapping[str, Any], cases: Sequence[Case]) -> None:
         """Start the run, or go on with the one that is there.
@@ -30,9 +33,10 @@ class RunFolder:
         self.cases = cases
         if (folder / RUN).is_file():
             self._require_same(json.loads((folder / RUN).read_text(encoding="utf-8")))
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and any(path.name != RUN + ".partial" for path in folder.iterdir()):
             raise EchoError(f"{folder} is not empty and holds no run; choose another --output")
         folder.mkdir(parents=True, exist_ok=True)
+        self.finish(complete=False)
         self.done = self._recover()
         self.finish(complete=len(self.done) == len(cases))
         self._predictions = _append(folder / PREDICTIONS)
@@ -65,7 +69,8 @@ class RunFolder:
         kept = {case.id: {question.id for question in case.seen.questions} for case in self.cases}
         found: dict[str, dict[str, Prediction]] = {}
         for prediction in _whole_rows(self.folder / PREDICTIONS, Prediction):
-            found.setdefault(prediction.case, {})[prediction.question] = prediction
+            if prediction.error is None:
+                found.setdefault(prediction.case, {})[prediction.question] = prediction
         done = {case for case, predictions in found.items() if case in kept and set(predictions) == kept[case]}
         write_jsonl(self.folder / PREDICTIONS, (row for case in found if case in done for row in found[case].values()))
         traces = {(t.case, t.role, t.branch): t for t in _whole_rows(self.folder / TRACES, Trace) if t.case in done}

@@ -169,7 +169,9 @@ def _spot(p: Array, q: Array, size: float, pixel: float, rng: np.random.Generato
 def _rough(p: Array, q: Array, size: float, roughness: float, rng: np.random.Generator) -> Array:
     """Distance to a round outline whose radius wavers."""
     theta = np.arctan2(q, p)
-    wave = sum(rng.uniform(-1, 1) * np.sin(k * theta + np.float32(rng.uniform(0, 6.3))) for k in (2, 3, 5))
+    wave = np.zeros_like(theta)
+    for k in (2, 3, 5):
+        wave += np.float32(rng.uniform(-1, 1)) * np.sin(k * theta + np.float32(rng.uniform(0, 6.3)))
     return np.hypot(p, q) - np.float32(size) * (1 + np.float32(roughness) * wave)
 
 

@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from echo_ft.dataset import Dataset
 from echo_ft.layout import IGNORED, PADDING, Layout, Row, attention_mask, load_image, pad, pixels
-from echo_ft.model import GROUPS, AdapterCard, part_of, skip_frozen_tower, write_card
+from echo_ft.model import GROUPS, AdapterCard, part_of, read_card, skip_frozen_tower, write_card
 from echo_ft.records import ROLES, EchoError, Exchange, Rejection, from_dict, read_jsonl, write_jsonl
 
 
@@ -58,6 +58,15 @@ def check_options(sft: SFTConfig, model: ModelConfig) -> None:
             f"max_length {sft.max_length} would cut rows, which is never done; set max_length: null, and max_tokens to "
             "reject long rows by name"
         )
+    if model.attn_implementation not in (None, "sdpa"):
+        raise EchoError(
+            f"attn_implementation {model.attn_implementation} does not keep the branches of a row apart; set it to sdpa"
+        )
+    if sft.n_gpu > 1:
+        raise EchoError(
+            "one process sees several GPUs; start one process a GPU (accelerate launch --config_file "
+            "recipes/accelerate/ddp.yaml ...), or show it a single one with CUDA_VISIBLE_DEVICES=0"
+        )
     if sft.trust_remote_code:
         raise EchoError("trust_remote_code is never used; Qwen2-VL is part of transformers")
     if model.model_name_or_path is None:
@@ -79,8 +88,7 @@ class Plan:
 
     kept: list[int]
     """Indices of the usable rows."""
-    lengths: list[int]
-    """Tokens of each usable row."""
+    tokens: int
     branches: int
     trained_tokens: int
     rejected: list[Rejection]
@@ -88,8 +96,8 @@ class Plan:
 
 def plan(layout: Layout, exchanges: Iterable[Exchange], root: Path, max_tokens: int) -> Plan:
     """Lengths of all rows without decoding an image; rows that cannot be used are named, never cut."""
-    kept, lengths, rejected = [], [], []
-    branches = trained = 0
+    kept, rejected = [], []
+    tokens = branches = trained = 0
     for index, exchange in enumerate(exchanges):
         name = f"{exchange.role} {exchange.case}"
         try:
@@ -104,10 +112,10 @@ def plan(layout: Layout, exchanges: Iterable[Exchange], root: Path, max_tokens: 
             rejected.append(Rejection(name, reason))
             continue
         kept.append(index)
-        lengths.append(len(row.input_ids))
+        tokens += len(row.input_ids)
         branches += len(exchange.branches)
         trained += int((row.labels != IGNORED).sum())
-    return Plan(kept, lengths, branches, trained, rejected)
+    return Plan(kept, tokens, branches, trained, rejected)
 
 
 def load_rows(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str) -> datasets.Dataset:
@@ -122,28 +130,40 @@ def load_rows(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConf
     if sft.process_index == 0:
         write_jsonl(Path(str(sft.output_dir)) / f"rejected_{split}.jsonl", planned.rejected)
         print(
-            f"{config.role}, {split}: {len(planned.kept)} rows, {planned.branches} branches, {sum(planned.lengths)} "
+            f"{config.role}, {split}: {len(planned.kept)} rows, {planned.branches} branches, {planned.tokens} "
             f"tokens, {planned.trained_tokens} of them trained on; {len(planned.rejected)} rows rejected",
             flush=True,
         )
     if not planned.kept:
-        reason = planned.rejected[0].reason if planned.rejected else "the file is empty"
-        raise EchoError(f"{path} has no usable row: {reason}")
+        if planned.rejected:
+            raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
+        remedy = "give that split a larger share in the dataset's `fractions`"
+        raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     return datasets.Dataset.from_json(str(path)).select(planned.kept)
 
 
-def find_checkpoint(sft: SFTConfig) -> str | None:
+def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or `true` for the newest in output_dir.
 
-    With `true`, a run without a checkpoint starts from the beginning. Raises EchoError where the folder is missing.
+    With `true`, a run without a checkpoint starts from the beginning. Raises EchoError where the folder is missing, and
+    where its adapter is of another role, dataset, base model, prompt version or pixel budget than `card`.
     """
     wanted = sft.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
     if wanted.lower() == "true":
-        return get_last_checkpoint(str(sft.output_dir)) if Path(str(sft.output_dir)).is_dir() else None
+        wanted = get_last_checkpoint(str(sft.output_dir)) if Path(str(sft.output_dir)).is_dir() else None
+        if wanted is None:
+            return None
     if not Path(wanted).is_dir():
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
+    found = read_card(Path(wanted))
+    for name in ("role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels"):
+        if getattr(found, name) != getattr(card, name):
+            raise EchoError(
+                f"{wanted} was trained with {name} {getattr(found, name)}, not {getattr(card, name)}; go on with the "
+                "same config, or choose another output_dir to start anew"
+            )
     return str(wanted)
 
 

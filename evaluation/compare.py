@@ -150,7 +150,7 @@ def compare(names: Sequence[str], runs: Sequence[Run], sheets: Sequence[Sheet]) 
             for name, run, figures, spread, count in zip(names, runs, values, spreads, counts, strict=True)
         ],
         "differences": differences,
-        "bootstrap": {"unit": "image", "resamples": statistics.RESAMPLES, "seed": statistics.SEED,
+        "bootstrap": {"unit": "part", "resamples": statistics.RESAMPLES, "seed": statistics.SEED,
                       "level": statistics.LEVEL},
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ Without `adapters` the untuned base model runs the same pipeline with the same p
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,9 @@ class RunConfig:
     batch_size: int = field(default=8, metadata={"help": "Cases that run through a role together."})
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that an expert may say; MMAD's limit."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "transformers' own names, e.g. sdpa."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, which is the default; others take no mask of branches."}
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -53,6 +56,13 @@ def main(argv: list[str]) -> None:
     from echo_ft.roles import PROMPT_VERSION
     from echo_ft.runs import RunFolder
 
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise EchoError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.attn_implementation not in (None, "sdpa"):
+        raise EchoError(f"attn_implementation {config.attn_implementation} takes no mask of branches; set it to sdpa")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EchoError("evaluation.run is one process; start it with python, not with a launcher")
     dataset = load_dataset(Path(config.dataset))
     cases = load_cases(dataset, config.split, config.reference)
     if not cases:
@@ -101,7 +111,7 @@ def main(argv: list[str]) -> None:
                 for case, outcome in zip(batch, run_or_fail(batch, engine.speak, settings), strict=True):
                     folder.write(case, outcome)
                 progress.update(len(batch))
-    folder.finish(complete=True)
+    folder.finish(complete=len(folder.done) == len(cases))
     print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
 
 

@@ -167,7 +167,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer]) -> tuple[dict[s
         },
         "detection": detection,
         "bootstrap": {
-            "unit": "image",
+            "unit": "part",
             "resamples": statistics.RESAMPLES,
             "seed": statistics.SEED,
             "level": statistics.LEVEL,

@@ -44,16 +44,26 @@ def draw(path: Path, size: tuple[int, int], seed: int) -> str:
 
 
 def make_case(root: Path, name: str = "line/part/1", sizes=((100, 70), (64, 64), (90, 120)), seed: int = 0) -> Case:
-    """A case with two references and five questions; its images are drawn under `root`."""
+    """A case with two references and seven questions; its images are drawn under `root`."""
     stem = name.replace("/", "_")
     images = [draw(root / f"{stem}_{index}.png", size, seed + index) for index, size in enumerate(sizes)]
     yes_no, four = {"A": "Yes.", "B": "No."}, {"A": "Scratch.", "B": "Dent.", "C": "Stain.", "D": "Chip."}
-    kinds = {
+    kinds: dict[str, tuple[str, dict[str, str], str]] = {
         "Anomaly Detection": ("Is there any defect in the object?", yes_no, "A"),
         "Defect Classification": ("There is a defect in the object. What is the type of the defect?", four, "C"),
         "Defect Localization": (
             "There is a defect in the object. Where is the defect?",
             {"A": "Top left.", "B": "Center."},
+            "B",
+        ),
+        "Defect Description": (
+            "There is a defect in the object. What is its appearance?",
+            {"A": "A dark spot.", "B": "A thin line."},
+            "A",
+        ),
+        "Defect Analysis": (
+            "There is a defect in the object. What is its effect?",
+            {"A": "It closes a hole.", "B": "It weakens the coating."},
             "B",
         ),
         "Object Classification": ("What is the object in the image?", {"A": "Washer.", "B": "Bracket."}, "A"),

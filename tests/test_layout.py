@@ -86,6 +86,11 @@ def test_the_grid_is_known_from_the_image_header(layout, tmp_path, size):
     assert layout.grid(*image_size(tmp_path / "x.png")) == tuple(pixels["image_grid_thw"][0])
 
 
+def test_an_image_too_long_for_the_model_is_named(layout):
+    with pytest.raises(EchoError, match="2000 x 8"):
+        layout.grid(2000, 8)
+
+
 def loss_and_gradients(model, collator, exchanges):
     """Summed token loss and gradients of rows in one batch."""
     model.zero_grad()

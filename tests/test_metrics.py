@@ -16,7 +16,13 @@ DETECTION, CLASSIFICATION = KINDS[0], KINDS[1]
 
 
 def prediction(
-    image: int, kind: str, right: bool, condition: str = "crack", dataset: str = "D", product: str = "p", group: str = ""
+    image: int,
+    kind: str,
+    right: bool,
+    condition: str = "crack",
+    dataset: str = "D",
+    product: str = "p",
+    group: str = "",
 ) -> Prediction:
     options = {"A": "Yes.", "B": "No."}
     answer = "B" if condition == GOOD else "A"
@@ -186,8 +192,9 @@ def test_photographs_of_one_part_are_resampled_together() -> None:
         for part, right in outcome.items()
         for exposure in range(6)
     ]
-    alone = metrics.strict_intervals(metrics.sheet(one))["D"][DETECTION]
-    together = metrics.strict_intervals(metrics.sheet(six))["D"][DETECTION]
-    apart = metrics.strict_intervals(metrics.sheet([dataclasses.replace(row, group=row.image) for row in six]))["D"][DETECTION]
+    parts = [dataclasses.replace(row, group=row.image) for row in six]
+    alone, together, apart = (
+        metrics.strict_intervals(metrics.sheet(rows))["D"][DETECTION] for rows in (one, six, parts)
+    )
     assert together == pytest.approx(alone, abs=7)
     assert apart[1] - apart[0] < 0.6 * (together[1] - together[0])

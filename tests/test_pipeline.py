@@ -54,8 +54,8 @@ def test_each_expert_hears_the_earlier_ones(case):
     assert "Normal: NORMAL" in parrot.of("reasoning_expert")[0].context
     assert "Guide: GUIDE" in parrot.of("decision_maker")[0].context
     assert all("Reasoning: REASON" in b.prompt for e in parrot.of("decision_maker") for b in e.branches)
-    assert [p.parsed for p in outcome.predictions] == ["B"] * 5
-    assert len(outcome.traces) == 2 + 1 + 5 + 5
+    assert [p.parsed for p in outcome.predictions] == ["B"] * 7
+    assert len(outcome.traces) == 2 + 1 + 7 + 7
 
 
 def test_probabilities_are_over_the_questions_own_options(case):
@@ -92,6 +92,7 @@ def test_paper_routing_shows_each_kind_what_the_method_does(case):
     run_cases([case], parrot, Settings("paper"))
     seen = {b.id.split("#")[1]: (e, b) for e in parrot.of("decision_maker") for b in e.branches}
     table = {"Anomaly Detection": (2, 0, 0), "Defect Classification": (2, 1, 0), "Defect Localization": (1, 0, 0)}
+    table |= {"Defect Description": (2, 1, 1), "Defect Analysis": (2, 0, 1), "Object Classification": (2, 0, 0)}
     for kind, (images, knowledge, reasoning) in table.items():
         exchange, branch = seen[kind]
         assert (len(exchange.images), "Guide:" in exchange.context, "Reasoning:" in branch.prompt) == (

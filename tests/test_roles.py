@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from echo_ft import roles
+from echo_ft.dataset import make_cases
 from echo_ft.pipeline import Settings, run_cases
-from echo_ft.records import KINDS, ROLES, EchoError, Question, Seen, Truth, Upstream
+from echo_ft.records import KINDS, ROLES, EchoError, Inspection, Question, Reference, Seen, Upstream
 from tests.test_pipeline import Parrot
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,32 +37,45 @@ def test_prompts_are_the_golden_ones(role, routing, case):
     assert text == path.read_text(encoding="utf-8"), "a prompt changed: raise PROMPT_VERSION, then UPDATE_GOLDEN=1"
 
 
-def test_render_is_never_handed_the_truth():
-    """By type: what render takes has no field that holds condition, mask, boxes or answers."""
-    hidden = {field.name for field in dataclasses.fields(Truth)}
-    assert hidden.isdisjoint(field.name for field in dataclasses.fields(Seen))
-    assert "answer" in {field.name for field in dataclasses.fields(Question)}
+def test_prompts_with_all_knowledge_are_the_golden_ones(case):
+    text = as_text(roles.render("decision_maker", case.id, case.seen, SAID, knowledge="all"))
+    path = GOLDEN / "decision_maker_all_knowledge.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
 
 
+def secret_case(condition: str, letter: str):
+    """A case as the dataset loads it, whose truth and paths say `condition` and whose answers are `letter`."""
+    inspection = Inspection(f"d/p/{condition}/0", f"p/{condition}/0.png", "d", "product-name", condition, "g", "test")
+    inspection = replace(inspection, mask=f"p/{condition}/mask.png", boxes=((1.5, 2.5, 3.5, 4.5),))
+    questions = [
+        Question(f"{inspection.id}#{kind}", inspection.id, kind, "What is it?", {"A": "One.", "B": "Two."}, letter)
+        for kind in KINDS
+    ]
+    references = [Reference(inspection.id, f"p/{condition}/normal{i}.png", 0.9, i) for i in (1, 2)]
+    knowledge = {"d": {"product-name": {"good": "Even.", "stain": "Dark.", "dent": "Deep."}}}
+    return make_cases([inspection], references, questions, knowledge)[0]
+
+
+@pytest.mark.parametrize("knowledge", ["guided", "all", "none"])
 @pytest.mark.parametrize("routing", ["full", "paper"])
-def test_condition_mask_and_answer_cannot_reach_a_prompt_of_a_run(case, routing):
-    """The whole pipeline, shown the same case with two truths: every prompt of every role stays the same."""
-    other = Truth("SECRET-CONDITION", "SECRET-mask.png", ((1, 2, 3, 4),), {q.id: "B" for q in case.seen.questions})
-    first, second = (
-        run_cases([replace(case, truth=truth)], Parrot(), Settings(routing))[0].traces for truth in (case.truth, other)
-    )
-    assert first == second and len(first) >= 8
-    assert not any("SECRET" in trace.context + trace.prompt + "".join(trace.images) for trace in second)
-    assert all(question.answer is None for question in case.seen.questions)
+def test_condition_mask_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowledge):
+    """The whole pipeline on cases that differ in their truth alone, loaded as a run loads them: the prompts are equal.
 
-
-def test_neither_product_nor_paths_are_told():
-    """A file's folder often names the defect, and the product is an answer of Object Classification."""
-    seen = Seen(
-        "bottle/broken_large/000.png", (), (), (Question("q", "i", KINDS[5], "What is it?", {"A": "x", "B": "y"}),)
-    )
-    text = as_text([replace(e, images=()) for role in ROLES for e in roles.render(role, "broken_large", seen)])
-    assert "broken_large" not in text and "bottle" not in text
+    Paths are set aside: a file's folder often names the defect, and a prompt must not hold it either.
+    """
+    settings = Settings(routing, knowledge=knowledge)
+    prompts = []
+    for condition, letter in (("SECRET", "A"), ("HIDDEN", "B")):
+        case = secret_case(condition, letter)
+        assert case.truth.condition == condition and set(case.truth.answers.values()) == {letter}
+        (outcome,) = run_cases([case], Parrot(says={**Parrot().says, "best": "1"}), settings)
+        assert len({trace.role for trace in outcome.traces}) == (4 if knowledge == "guided" else 3)
+        prompts.append([(trace.role, trace.context, trace.prompt) for trace in outcome.traces])
+    assert prompts[0] == prompts[1]
+    text = str(prompts)
+    assert not any(word in text for word in ("SECRET", "HIDDEN", "product-name", ".png", "1.5", "mask"))
 
 
 def test_object_classification_does_not_see_knowledge_that_names_the_object(case):

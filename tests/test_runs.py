@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from echo_ft.pipeline import Settings, run_cases
+from echo_ft.pipeline import Settings, run_cases, run_or_fail
 from echo_ft.records import EchoError, Prediction, Trace, read_jsonl
 from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
 from tests.conftest import make_case
@@ -50,8 +50,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, cases):
     before = content(tmp_path / "run")
     assert len(run(tmp_path / "run", cases).done) == 4
     assert content(tmp_path / "run") == before
-    assert len(list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))) == 20
-    assert len(list(read_jsonl(tmp_path / "run" / TRACES, Trace))) == 4 * 13
+    assert len(list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))) == 28
+    assert len(list(read_jsonl(tmp_path / "run" / TRACES, Trace))) == 4 * 17
 
 
 def test_another_run_in_the_same_folder_is_refused_by_the_name_of_what_differs(tmp_path, cases):
@@ -67,3 +67,20 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path, cases):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(EchoError, match="holds no run"):
         run(tmp_path / "mine", cases)
+
+
+def test_a_case_that_failed_is_asked_again_when_its_image_is_back(tmp_path, cases):
+    opened = RunFolder(tmp_path / "run", PROVENANCE, cases)
+    broken = Parrot(broken=cases[1].seen.query)
+    for case, outcome in zip(cases, run_or_fail(cases, broken, Settings()), strict=True):
+        opened.write(case, outcome)
+    assert cases[1].id not in run(tmp_path / "run", cases, stop_after=0).done
+    run(tmp_path / "run", cases)
+    rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
+    assert len(rows) == 28 and all(row.error is None for row in rows)
+
+
+def test_a_kill_before_run_json_was_written_does_not_block_the_folder(tmp_path, cases):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.partial").write_text("{")
+    assert len(run(tmp_path / "run", cases).done) == 4

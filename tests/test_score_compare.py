@@ -36,8 +36,10 @@ def predictions(skill: float, seed: int = 0, images: int = 40) -> list[Predictio
             probabilities = {letter: 0.7 if letter == parsed else 0.3 / (len(options) - 1) for letter in options}
             rows.append(
                 Prediction(
-                    f"tile-{image}", f"tile-{image}/{kind}", "tiles", f"product {image % 3}", f"part {image}",
-                    f"{image}.png", condition, kind, "<b>Is there a defect?</b>", options, answer, parsed, parsed, probabilities,
+                    f"tile-{image}", f"tile-{image}/{kind}", "tiles",
+                    f"product {image % 3}", f"part {image}",
+                    f"{image}.png", condition, kind, "<b>Is there a defect?</b>",
+                    options, answer, parsed, parsed, probabilities,
                 )
             )  # fmt: skip
     return rows

@@ -57,7 +57,9 @@ def tiny(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
 
 def losses(output: Path) -> list[float]:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    found = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(found) == 3
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +167,25 @@ def run_in_process(*arguments: object) -> None:
         (["--resume_from_checkpoint", "nowhere"], "there is no checkpoint nowhere"),
         (["--max_tokens", 10], "has no usable row.*more than max_tokens 10"),
         (["--role", "decider"], "decider"),
+        (["--attn_implementation", "eager"], "does not keep the branches of a row apart"),
+        (["--lora_target_modules", "q_proj", "nothing_proj"], "the model has no module nothing_proj"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, message):
     with pytest.raises(EchoError, match=message):
         run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", *options))
+
+
+def test_a_checkpoint_of_another_role_is_not_gone_on_with(one_rank, dataset, tmp_path):
+    options = ["--resume_from_checkpoint", one_rank / "checkpoint-1"]
+    with pytest.raises(EchoError, match="trained with role reasoning_expert, not decision_maker"):
+        run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", *options))
+
+
+def test_an_empty_validation_split_names_the_remedy(tmp_path):
+    folder = make_dataset(tmp_path / "data", train=1, validation=0)
+    with pytest.raises(EchoError, match=r"validation.jsonl is empty.*eval_strategy"):
+        run_in_process(*tiny("decision_maker", folder, tmp_path / "out", "--eval_strategy", "epoch"))
 
 
 def test_broken_and_missing_images_are_rejected_by_name_before_step_1(tmp_path):

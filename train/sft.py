@@ -32,7 +32,16 @@ def main(argv: list[str]) -> None:
     dataset = load_dataset(Path(config.dataset))
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     layout = Layout(processor)
-    checkpoint = find_checkpoint(sft)
+    card = make_card(
+        config.role,
+        base.model_name_or_path,
+        base.model_revision,
+        config.min_pixels,
+        config.max_pixels,
+        dataset.folder,
+        dataset.fingerprint,
+    )
+    checkpoint = find_checkpoint(sft, card)
     train = load_rows(layout, dataset, config, sft, "train")
     validation = load_rows(layout, dataset, config, sft, "validation") if sft.eval_strategy != "no" else None
 
@@ -54,15 +63,7 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         peft_config=lora,
         config=config,
-        card=make_card(
-            config.role,
-            base.model_name_or_path,
-            base.model_revision,
-            config.min_pixels,
-            config.max_pixels,
-            dataset.folder,
-            dataset.fingerprint,
-        ),
+        card=card,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(sft.output_dir)

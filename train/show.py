@@ -19,8 +19,8 @@ class ShowConfig:
         default="recipes/tiny/echo-tiny",
         metadata={"help": "Whose tokenizer and chat template: a folder or a hub name."},
     )
-    min_pixels: int = field(default=784, metadata={"help": "Fewest pixels of an image."})
-    max_pixels: int = field(default=50176, metadata={"help": "Most pixels of an image."})
+    min_pixels: int = field(default=12544, metadata={"help": "Fewest pixels of an image."})
+    max_pixels: int = field(default=28224, metadata={"help": "Most pixels of an image."})
     row: int = field(default=0, metadata={"help": "Which row of each role's train.jsonl, from 0."})
 
 

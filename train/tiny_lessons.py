@@ -138,9 +138,9 @@ def row(seed: int) -> Row:
     """Row number `seed` of the endless lesson book."""
     rng = np.random.default_rng((seed, 5))
     draw = rng.random()
-    if draw < 0.22:
+    if draw < 0.3:
         return text_row(seed)
-    return _photo_row(rng, normals=0 if draw < 0.4 else 1 if draw < 0.92 else int(rng.integers(2, 4)))
+    return _photo_row(rng, normals=0 if draw < 0.42 else 1 if draw < 0.93 else int(rng.integers(2, 4)))
 
 
 def _photo_row(rng: np.random.Generator, normals: int) -> Row:
@@ -235,12 +235,31 @@ def _questions(looks: _Looks) -> list[tuple[str, str, Sequence[str]]]:
 def text_row(seed: int) -> Row:
     """A row without photographs: repeat, find and choose what the text states."""
     rng = np.random.default_rng((seed, 6))
+    return binding_row(seed) if rng.random() < 0.75 else _notes_row(rng)
+
+
+def binding_row(seed: int) -> Row:
+    """Short questions beside whose options the answer is stated: which letter stands before it?"""
+    rng = np.random.default_rng((seed, 7))
+    branches = []
+    for _ in range(6):
+        answers = [_sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
+        said = answers[0] if rng.random() < 0.7 else answers[0].lower()
+        subject = _pick(rng, WORDS)
+        stated = f"{_pick(rng, ('Note', 'Hint', 'Remark'))}: the {subject} is {said}\n"
+        branches.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "text", stated, behind=0.8))
+    return Row((), "", tuple(branches))
+
+
+def _notes_row(rng: np.random.Generator) -> Row:
     names = [" ".join(_words(rng, 1, 2)) for _ in range(int(rng.integers(2, 4)))]
     notes = {name: _phrase(rng) for name in names}
     name = _pick(rng, tuple(notes))
     branches = [
         Lesson("Repeat the notes.", _lines(notes).rstrip(), "text") if rng.random() < 0.5 else _letters(rng),
-        Lesson(f"Repeat the note on {name}.", f"{name}: {notes[name]}", "text") if rng.random() < 0.5 else _letters(rng),
+        Lesson(f"Repeat the note on {name}.", f"{name}: {notes[name]}", "text")
+        if rng.random() < 0.5
+        else _letters(rng),
         _choice(rng, f"What is said about {name}?", notes[name], list(notes.values()), "text"),
     ]
     for _ in range(4):
@@ -257,7 +276,7 @@ def text_row(seed: int) -> Row:
 
 
 def _letters(rng: np.random.Generator) -> Lesson:
-    """Options, and the letter of each in another order; on a line of its own, as the same token as before the option."""
+    """Options, and the letter of each in another order: on its own line it is the same token as before the option."""
     options = [_sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
     lines = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
     order = rng.permutation(4).tolist()
@@ -267,16 +286,24 @@ def _letters(rng: np.random.Generator) -> Lesson:
 
 
 def _choice(
-    rng: np.random.Generator, text: str, answer: str, others: Sequence[str], skill: str, stated: str = ""
+    rng: np.random.Generator,
+    text: str,
+    answer: str,
+    others: Sequence[str],
+    skill: str,
+    stated: str = "",
+    behind: float = 0.5,
 ) -> Lesson:
-    """A multiple-choice question of two to four options in random order; `stated` gives the answer in words."""
+    """A multiple-choice question of two to four options in random order.
+
+    `stated` gives the answer in words, `behind` the options or else before the question.
+    """
     wrong = [other for other in dict.fromkeys(others) if other != answer]
     count = min(len(wrong), int(rng.integers(1, 4)))
     options = [answer, *(wrong[index] for index in rng.permutation(len(wrong))[:count])]
     order = rng.permutation(len(options)).tolist()
     lines = "".join(f"{LETTERS[i]}. {_sentence(options[source])}\n" for i, source in enumerate(order))
-    before = stated if rng.random() < 0.5 else ""
-    after = "" if before else stated
+    before, after = ("", stated) if rng.random() < behind else (stated, "")
     return Lesson(f"{before}{_asked(rng, text)}\n{lines}{after}{INSTRUCTION}", LETTERS[order.index(0)], skill)
 
 

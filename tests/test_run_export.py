@@ -1,0 +1,189 @@
+"""Adapters in use: run through the pipeline by the command, exported, reloaded, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from echo_ft.engine import Engine
+from echo_ft.model import attach_adapters, find_adapters, load_model, make_card, write_card
+from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
+from evaluation.run import main as run_main
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
+from tests.test_layout import exchanges_of
+from train.export import main as export_main
+from train.show import main as show_main
+
+TARGETS = {role: ["q_proj", "v_proj"] for role in ROLES} | {"reasoning_expert": ["q_proj", "attn.qkv"]}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Four adapters with random weights, as train/sft.py leaves them; the reasoner's reaches into the vision tower."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, role in enumerate(ROLES):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=TARGETS[role], init_lora_weights=False)
+        adapted = get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config)
+        adapted.save_pretrained(folder / role)
+        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, folder, "f" * 16))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=1, validation=1, test=3)
+
+
+def run(dataset, output, *more) -> None:
+    options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
+    options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
+    run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])
+
+
+def rows(folder, name, cls):
+    return list(read_jsonl(folder / name, cls))
+
+
+def test_a_run_answers_every_question_and_tuned_differs_from_base(dataset, adapters, tmp_path):
+    run(dataset, tmp_path / "base")
+    run(dataset, tmp_path / "tuned", "--adapters", adapters)
+    base, tuned = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("base", "tuned"))
+    assert len({row.question for row in base}) == len(base) == len(tuned) == 21
+    assert [row.probabilities for row in base] != [row.probabilities for row in tuned]
+    assert {trace.role for trace in rows(tmp_path / "tuned", "traces.jsonl", Trace)} == set(ROLES)
+    provenance = json.loads((tmp_path / "tuned" / "run.json").read_text())
+    assert provenance["complete"] and set(provenance["adapters"]) == set(ROLES)
+
+
+def test_a_stopped_run_goes_on_and_ends_like_an_uninterrupted_one(dataset, tmp_path):
+    run(dataset, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("predictions.jsonl", "traces.jsonl"):
+        path = tmp_path / "cut" / name
+        path.write_bytes(path.read_bytes()[:4000])
+    run(dataset, tmp_path / "cut", "--batch_size", 1)
+    for cls, name in ((Prediction, "predictions.jsonl"), (Trace, "traces.jsonl")):
+        whole, cut = (sorted(rows(tmp_path / folder, name, cls), key=str) for folder in ("whole", "cut"))
+        assert [(row.case, row.text) for row in whole] == [(row.case, row.text) for row in cut]
+
+
+def test_switching_adapters_is_the_same_as_loading_one_alone(adapters, layout, case, tmp_path):
+    together = attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {r: adapters / r for r in ROLES})
+    engine = Engine(together, layout, tmp_path, max_new_tokens=3)
+    exchanges = exchanges_of(case)[:1]
+    for role in (*ROLES, *ROLES):  # the second time with features kept
+        alone = attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {role: adapters / role})
+        expected = Engine(alone, layout, tmp_path, max_new_tokens=3).speak(role, exchanges)[0][0]
+        found = engine.speak(role, exchanges)[0][0]
+        assert found.text == expected.text and found.letters == pytest.approx(expected.letters, abs=1e-4)
+
+
+def test_an_export_reloads_to_the_trained_adapters_logits_and_runs(dataset, adapters, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    export_main(["--adapters", str(adapters), "--output", str(bundle), "--dtype", "float32"])
+    assert "merged/decision_maker: reloaded" in capsys.readouterr().out
+    described = json.loads((bundle / "bundle.json").read_text())
+    assert max(described["largest_logit_difference"].values()) < 1e-3 and described["tower_is_adapted"]
+    assert "--enable-tower-connector-lora" in (bundle / "README.md").read_text()
+    run(dataset, tmp_path / "original", "--adapters", adapters)
+    run(dataset, tmp_path / "exported", "--adapters", bundle / "adapters")
+    first, second = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("original", "exported"))
+    assert first == second
+    with pytest.raises(EchoError, match="exists already"):
+        export_main(["--adapters", str(adapters), "--output", str(bundle)])
+
+
+def test_a_merge_that_lost_the_update_is_not_exported(adapters, tmp_path, monkeypatch):
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload())
+    with pytest.raises(EchoError, match="merged/decision_maker does not reproduce"):
+        export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "float32"])
+    assert not (tmp_path / "bundle").exists()
+
+
+def find(folder, pixels=MAX_PIXELS, base=ECHO_TINY):
+    return find_adapters(folder, str(base), None, MIN_PIXELS, pixels)
+
+
+@pytest.fixture
+def copied(adapters, tmp_path):
+    shutil.copytree(adapters, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_an_adapter_of_another_role_is_refused(copied):
+    shutil.rmtree(copied / "decision_maker")
+    shutil.copytree(copied / "knowledge_guide", copied / "decision_maker")
+    with pytest.raises(EchoError, match="holds an adapter of the role knowledge_guide, not decision_maker"):
+        find(copied)
+
+
+def test_an_adapter_of_another_base_model_is_refused(copied, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(ECHO_TINY, other)
+    weights = load_file(other / "model.safetensors")
+    first = next(iter(weights))
+    weights[first] = weights[first] + 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EchoError, match=r"trained on another base model.*use that one"):
+        find(copied, base=other)
+
+
+def test_another_pixel_budget_and_another_prompt_version_are_refused(copied):
+    with pytest.raises(EchoError, match=f"trained with max_pixels {MAX_PIXELS}, this run has 999999; set max_pixels"):
+        find(copied, pixels=999999)
+    card = json.loads((copied / "decision_maker" / "echo_ft.json").read_text())
+    (copied / "decision_maker" / "echo_ft.json").write_text(json.dumps(card | {"prompt_version": "0"}))
+    with pytest.raises(EchoError, match=r"prompt_version 0.*train it again"):
+        find(copied)
+
+
+def test_a_missing_adapter_and_a_missing_card_are_named(copied, tmp_path):
+    (copied / "decision_maker" / "echo_ft.json").unlink()
+    with pytest.raises(EchoError, match=r"no readable echo_ft\.json"):
+        find(copied)
+    shutil.rmtree(copied / "decision_maker")
+    with pytest.raises(EchoError, match="no adapter for decision_maker"):
+        find(copied)
+    with pytest.raises(EchoError, match="there is no folder"):
+        find(tmp_path / "nowhere")
+
+
+def test_weights_that_do_not_fit_are_not_loaded_silently(copied):
+    path = copied / "decision_maker" / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    save_file({key.replace("layers.0", "layers.9") if key == name else key: w for key, w in weights.items()}, path)
+    with pytest.raises(EchoError, match="does not fit the base model"):
+        attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {"decision_maker": copied / "decision_maker"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--attn_implementation", "eager"], "set it to sdpa"),
+        (["--split", "tests"], "tests"),
+        (["--dataset", "nowhere"], "there is no dataset nowhere"),
+        (["--routing", "paper", "--reasoning", "of"], "reasoning"),
+    ],
+)
+def test_a_wrong_option_of_a_run_is_one_sentence(dataset, tmp_path, options, message):
+    with pytest.raises(EchoError, match=message):
+        run(dataset, tmp_path / "run", *options)
+
+
+def test_show_prints_one_row_of_each_role_with_its_trained_tokens_marked(dataset, capsys):
+    show_main(["--dataset", str(dataset), "--model_name_or_path", str(ECHO_TINY)])
+    printed = capsys.readouterr().out
+    assert all(f"=== {role}" in printed for role in ROLES)
+    assert "[[stain: look for this." in printed and "<image:" in printed
+    with pytest.raises(EchoError, match="has no row 99"):
+        show_main(["--dataset", str(dataset), "--model_name_or_path", str(ECHO_TINY), "--row", "99"])
