@@ -23,22 +23,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	rm -rf runs/$(NAME) datasets/$(NAME)
-	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output datasets/$(NAME) $(DATA)
+	rm -rf runs/$(NAME) data/$(NAME)
+	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output data/$(NAME) $(DATA)
 	set -e; for role in $(ROLES); do \
 	  $(BIN)/accelerate launch --quiet train/sft.py --config recipes/tiny/$$role.yaml \
-	    --dataset datasets/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
+	    --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
 	done
-	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset datasets/$(NAME) --output runs/$(NAME)/base
-	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset datasets/$(NAME) --output runs/$(NAME)/tuned \
+	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/base
+	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/tuned \
 	  --adapters runs/$(NAME)/adapters
 	$(BIN)/python -m evaluation.score runs/$(NAME)/base
 	$(BIN)/python -m evaluation.score runs/$(NAME)/tuned
 	$(BIN)/python -m train.export --adapters runs/$(NAME)/adapters --output runs/$(NAME)/bundle
 	$(BIN)/python -m evaluation.compare runs/$(NAME)/base runs/$(NAME)/tuned
 
+# Two workers, a file to each at a time: most of a test's time is the start of a command.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -51,4 +52,4 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf runs datasets
+	rm -rf runs data

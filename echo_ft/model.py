@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from echo_ft.dataset import Dataset
 from echo_ft.provenance import commit, fingerprint_bytes, versions
 from echo_ft.records import ROLES, EchoError, from_dict
 from echo_ft.roles import PROMPT_VERSION
@@ -33,6 +34,8 @@ class AdapterCard:
     max_pixels: int
     dataset: str
     dataset_fingerprint: str
+    routing: str
+    """Which experts stood behind each kind of question in the dataset's rows."""
     versions: dict[str, str]
     commit: str
 
@@ -158,7 +161,7 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
 
 
 def make_card(
-    role: str, base_model: str, revision: str | None, min_pixels: int, max_pixels: int, dataset: Path, fingerprint: str
+    role: str, base_model: str, revision: str | None, min_pixels: int, max_pixels: int, dataset: Dataset
 ) -> AdapterCard:
     """The card of an adapter that is trained now, with this code and these packages."""
     return AdapterCard(
@@ -169,8 +172,9 @@ def make_card(
         prompt_version=PROMPT_VERSION,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
-        dataset=str(dataset),
-        dataset_fingerprint=fingerprint,
+        dataset=str(dataset.folder),
+        dataset_fingerprint=dataset.fingerprint,
+        routing=dataset.manifest["config"]["routing"],
         versions=versions(),
         commit=commit(),
     )

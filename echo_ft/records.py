@@ -221,7 +221,7 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
 
     Raises TypeError where a field is missing or unknown.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     unknown = set(row) - set(hints)
     if unknown:
         raise TypeError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")

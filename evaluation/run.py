@@ -7,6 +7,7 @@ Without `adapters` the untuned base model runs the same pipeline with the same p
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,13 @@ def main(argv: list[str]) -> None:
             config.model_revision,
             config.min_pixels,
             config.max_pixels,
+        )
+    trained_for = {card.routing for _, card in adapters.values()} - {config.routing}
+    if trained_for:
+        print(
+            f"warning: adapters trained on routing {', '.join(sorted(trained_for))} run under {config.routing}: some "
+            "prompts are unlike those they were trained on",
+            file=sys.stderr,
         )
     options = asdict(config)
     for name in ("output", "batch_size", "dataset", "adapters"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import numpy as np
 import pytest
@@ -125,6 +126,6 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
                 folder / "sft" / role / f"{split}.jsonl",
                 (row for case in cases[split] for row in training_exchanges(case, role, folder / "images", "full")),
             )
-    manifest = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef"}
+    manifest = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef", "config": {"routing": "full"}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

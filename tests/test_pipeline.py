@@ -120,9 +120,9 @@ def test_a_broken_case_fails_alone_with_every_question(tmp_path):
     cases = [make_case(tmp_path, f"line/part/{index}") for index in range(3)]
     outcomes = run_or_fail(cases, Parrot(broken=cases[1].seen.query), Settings())
     assert [[p.error is None for p in outcome.predictions] for outcome in outcomes] == [
-        [True] * 5,
-        [False] * 5,
-        [True] * 5,
+        [True] * 7,
+        [False] * 7,
+        [True] * 7,
     ]
     assert "is broken" in outcomes[1].predictions[0].error and outcomes[1].predictions[0].parsed is None
     assert outcomes[0] == run_cases(cases[:1], Parrot(), Settings())[0]

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from echo_ft.dataset import load_dataset
 from echo_ft.engine import Engine
 from echo_ft.model import attach_adapters, find_adapters, load_model, make_card, write_card
 from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
@@ -23,7 +24,12 @@ TARGETS = {role: ["q_proj", "v_proj"] for role in ROLES} | {"reasoning_expert": 
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=1, validation=1, test=3)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, dataset):
     """Four adapters with random weights, as train/sft.py leaves them; the reasoner's reaches into the vision tower."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, role in enumerate(ROLES):
@@ -31,13 +37,8 @@ def adapters(tmp_path_factory):
         config = LoraConfig(r=4, target_modules=TARGETS[role], init_lora_weights=False)
         adapted = get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config)
         adapted.save_pretrained(folder / role)
-        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, folder, "f" * 16))
+        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset)))
     return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"), train=1, validation=1, test=3)
 
 
 def run(dataset, output, *more) -> None:
@@ -50,7 +51,7 @@ def rows(folder, name, cls):
     return list(read_jsonl(folder / name, cls))
 
 
-def test_a_run_answers_every_question_and_tuned_differs_from_base(dataset, adapters, tmp_path):
+def test_a_run_answers_every_question_and_tuned_differs_from_base(dataset, adapters, tmp_path, capsys):
     run(dataset, tmp_path / "base")
     run(dataset, tmp_path / "tuned", "--adapters", adapters)
     base, tuned = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("base", "tuned"))
@@ -58,6 +59,8 @@ def test_a_run_answers_every_question_and_tuned_differs_from_base(dataset, adapt
     assert [row.probabilities for row in base] != [row.probabilities for row in tuned]
     assert {trace.role for trace in rows(tmp_path / "tuned", "traces.jsonl", Trace)} == set(ROLES)
     provenance = json.loads((tmp_path / "tuned" / "run.json").read_text())
+    run(dataset, tmp_path / "paper", "--adapters", adapters, "--routing", "paper")
+    assert "trained on routing full run under paper" in capsys.readouterr().err
     assert provenance["complete"] and set(provenance["adapters"]) == set(ROLES)
 
 

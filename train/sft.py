@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
         base.model_revision,
         config.min_pixels,
         config.max_pixels,
-        dataset.folder,
-        dataset.fingerprint,
+        dataset,
     )
     checkpoint = find_checkpoint(sft, card)
     train = load_rows(layout, dataset, config, sft, "train")
