@@ -22,6 +22,7 @@ from echo_ft.drawing import PRETRAINING_DEFECTS, PRETRAINING_KINDS
 from echo_ft.records import EchoError
 from train.tiny_lessons import Lesson, Row, binding_row, row, text_row
 from train.tiny_model import (
+    CLOSING,
     answer_logits,
     build_model,
     build_processor,
@@ -67,11 +68,11 @@ class PretrainConfig:
     """Options of the pretraining."""
 
     output: str = field(metadata={"help": "folder to write the model to"})
-    minutes: float = field(default=25.0, metadata={"help": "how long to train; ignored where --steps is given"})
+    minutes: float = field(default=15.0, metadata={"help": "how long to train; ignored where --steps is given"})
     steps: int = field(default=0, metadata={"help": "how many steps to train instead"})
-    batch: int = field(default=16, metadata={"help": "rows a step"})
+    batch: int = field(default=8, metadata={"help": "rows a step"})
     reading: float = field(default=0.3, metadata={"help": "share of the training on text alone, at the beginning"})
-    lr: float = field(default=2e-3, metadata={"help": "peak learning rate"})
+    lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate"})
     seed: int = field(default=0, metadata={"help": "seed of weights and lessons"})
     held_out: int = field(default=256, metadata={"help": "rows kept for the final measurement"})
 
@@ -183,9 +184,8 @@ def say(model: Any, tokenizer: Any, r: Row, lesson: Lesson, most: int) -> str:
     import torch
 
     asked = dataclasses.replace(r, branches=(lesson._replace(completion=""),))
-    layout = lay_out(asked, tokenizer)
-    keep = ~layout.trained  # the closing of the empty completion
-    ids = torch.from_numpy(layout.ids[keep])[None]
+    closing = len(tokenizer(CLOSING)["input_ids"])
+    ids = torch.from_numpy(lay_out(asked, tokenizer).ids[:-closing])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if r.photos:
         image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
