@@ -122,7 +122,9 @@ def test_branches_of_one_row_give_the_logits_of_separate_rows(processor: Any, mo
             for branch, lesson in enumerate(made.branches):
                 inputs = encode(processor, made, branch)
                 said = len(processor.tokenizer(lesson.completion + tiny_model.CLOSING)["input_ids"])
-                alone.append(model(**inputs).logits[0, -said - 1 : -1])
+                asked = len(processor.tokenizer(lesson.prompt + tiny_model.TURN)["input_ids"])
+                trained = said if made.photos else asked - 1 + said
+                alone.append(model(**inputs).logits[0, -trained - 1 : -1])
     assert len(labels) == len(together)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 

@@ -242,7 +242,8 @@ def lay_out(r: Row, tokenizer: Any) -> Layout:
         add(asked + said, position)
         branch.append(np.full(len(asked) + len(said), number))
         # Text is trained on as a whole: answers that repeat an option's words are what teaches to match and copy.
-        trained.append(np.repeat([not r.photos, True], [len(asked), len(said)]))
+        # Not its first token: in a row, that follows another branch.
+        trained.append(np.repeat([False, not r.photos, True], [1, len(asked) - 1, len(said)]))
     return Layout(*(np.concatenate(parts, axis=-1) for parts in (ids, places, branch, trained)))
 
 
