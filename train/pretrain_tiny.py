@@ -8,6 +8,7 @@ photographs are computed once a row; the loss is on completions alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -20,7 +21,7 @@ from typing import Any
 from echo_ft.config import parse, run_main
 from echo_ft.drawing import PRETRAINING_DEFECTS, PRETRAINING_KINDS
 from echo_ft.records import EchoError
-from train.tiny_lessons import Lesson, Row, binding_row, row, text_row
+from train.tiny_lessons import Lesson, Row, binding_row, caption_row, row, text_row
 from train.tiny_model import (
     CLOSING,
     answer_logits,
@@ -35,8 +36,14 @@ from train.tiny_model import (
 
 FIRST_TRAINED = 10**7
 """Rows below this number are never trained on."""
-EVERY = 25
+EVERY = 50
 """Steps between two lines of progress."""
+STAGES = (functools.partial(binding_row, behind=1.0), functools.partial(binding_row, behind=0.3), text_row, row)
+"""Which letter stands before words just read; before words read earlier; all of text; everything."""
+CAPTIONS = 3
+"""How many times as many rows a batch of captions has: every other batch, in all stages."""
+LEARNED = 0.85
+"""Share of letters, a mean over about twenty steps, from which the next stage begins."""
 CAPTION = re.compile(
     r"At the (?P<place>.+) there is a (?P<extent>\w+) (?P<mark>.+)\. It is a defect, a (?P<defect>.+)\."
 )
@@ -71,22 +78,21 @@ class PretrainConfig:
     minutes: float = field(default=15.0, metadata={"help": "how long to train; ignored where --steps is given"})
     steps: int = field(default=0, metadata={"help": "how many steps to train instead"})
     batch: int = field(default=8, metadata={"help": "rows a step"})
-    reading: float = field(default=0.3, metadata={"help": "share of the training on text alone, at the beginning"})
     lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate"})
     seed: int = field(default=0, metadata={"help": "seed of weights and lessons"})
     held_out: int = field(default=256, metadata={"help": "rows kept for the final measurement"})
 
 
-def lesson_batches(config: PretrainConfig, tokenizer: Any, reading: Any) -> Iterator[dict[str, Any]]:
-    """Endless batches, drawn by a process of its own; the shared `reading` is 2 for letters, 1 for text, 0 for all."""
+def lesson_batches(config: PretrainConfig, tokenizer: Any, stage: Any) -> Iterator[dict[str, Any]]:
+    """Endless batches, of the shared `stage` and of captions by turns, drawn by a process of its own."""
     from torch.utils.data import DataLoader, IterableDataset
 
     class Lessons(IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Any]]:
             for step in itertools.count():
-                make = (row, text_row, binding_row)[reading.value]
-                first = FIRST_TRAINED + config.seed * 10**9 + step * config.batch
-                yield collate([make(first + index) for index in range(config.batch)], tokenizer)
+                first = FIRST_TRAINED + config.seed * 10**9 + step * config.batch * CAPTIONS
+                make, rows = (caption_row, CAPTIONS * config.batch) if step % 2 else (STAGES[stage.value], config.batch)
+                yield collate([make(first + index) for index in range(rows)], tokenizer)
 
     return iter(DataLoader(Lessons(), batch_size=None, num_workers=1, prefetch_factor=4))
 
@@ -94,8 +100,8 @@ def lesson_batches(config: PretrainConfig, tokenizer: Any, reading: Any) -> Iter
 def pretrain(model: Any, tokenizer: Any, config: PretrainConfig) -> int:
     """AdamW with warm-up and cosine decay over --steps or --minutes; returns the number of steps.
 
-    The first part, --reading of the whole, is text alone: without it, matching an answer with its letter, which needs
-    no photograph, is not found in the time of the whole.
+    Letters are learned on text, stage by stage, and seeing on captions: beside photographs, which letter stands before
+    an answer is not found in the time of the whole.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -106,33 +112,36 @@ def pretrain(model: Any, tokenizer: Any, config: PretrainConfig) -> int:
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
     letters = torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCD")))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    reading = torch.multiprocessing.Value("b", 2)
+    stage = torch.multiprocessing.Value("b", 0)
     model.train()
-    start, loss_sum, hits, asked = time.monotonic(), 0.0, 0, 0
-    for step, batch in enumerate(lesson_batches(config, tokenizer, reading), start=1):
+    start, known, losses_of, hits, asked = time.monotonic(), 0.0, [0.0, 0.0], 0, 0
+    for step, batch in enumerate(lesson_batches(config, tokenizer, stage), start=1):
         minutes = (time.monotonic() - start) / 60
         done = (step - 1) / config.steps if config.steps else minutes / config.minutes
         if done >= 1:
             break
-        reading.value = 2 if done < 0.6 * config.reading else int(done < config.reading)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, step / 100) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
         logits, labels = answer_logits(model, batch)
         losses, chosen = cross_entropy(logits, labels, reduction="none"), answers(batch, letters, end)
         # A letter is one token among many, and the hardest to learn.
-        loss = losses[~chosen].mean() + 2 * losses[chosen].mean()
+        loss = losses[~chosen].mean() + (2 * losses[chosen].mean() if chosen.any() else 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss_sum += loss.item()
-        hits += int((logits.argmax(-1) == labels)[chosen].sum())
-        asked += int(chosen.sum())
+        losses_of[step % 2] += loss.item()
+        right = (logits.argmax(-1) == labels)[chosen]
+        hits, asked = hits + int(right.sum()), asked + len(right)
+        if len(right):
+            known = 0.95 * known + 0.05 * right.float().mean().item()
+        if known > LEARNED and stage.value + 1 < len(STAGES):
+            stage.value, known = stage.value + 1, 0.0
         if step % EVERY == 0:
-            kind = "text " if reading.value else "mixed"
-            figures = f"loss {loss_sum / EVERY:.3f}  letters {hits / max(asked, 1):.3f}"
-            print(f"step {step:5d}  {minutes:5.1f} min  {kind}  {figures}", flush=True)
-            loss_sum, hits, asked = 0.0, 0, 0
+            captions, lessons = (2 * total / EVERY for total in losses_of)
+            figures = f"loss {lessons:.3f}  letters {hits / max(asked, 1):.3f}  captions {captions:.3f}"
+            print(f"step {step:5d}  {minutes:5.1f} min  stage {stage.value + 1}  {figures}", flush=True)
+            losses_of, hits, asked = [0.0, 0.0], 0, 0
     return step - 1
 
 

@@ -232,14 +232,20 @@ def _questions(looks: _Looks) -> list[tuple[str, str, Sequence[str]]]:
     return part[:1] + marks
 
 
+def caption_row(seed: int) -> Row:
+    """One photograph and what it shows: the cheapest way to learn to see."""
+    shown = _photo_row(np.random.default_rng((seed, 8)), normals=0)
+    return Row(shown.photos, "", tuple(lesson for lesson in shown.branches if lesson.skill == "caption"))
+
+
 def text_row(seed: int) -> Row:
     """A row without photographs: repeat, find and choose what the text states."""
     rng = np.random.default_rng((seed, 6))
-    return binding_row(seed) if rng.random() < 0.75 else _notes_row(rng)
+    return binding_row(seed, behind=0.3) if rng.random() < 0.6 else _notes_row(rng)
 
 
-def binding_row(seed: int) -> Row:
-    """Short questions beside whose options the answer is stated: which letter stands before it?"""
+def binding_row(seed: int, behind: float) -> Row:
+    """Short questions with the answer stated beside them, `behind` the options or else before the question."""
     rng = np.random.default_rng((seed, 7))
     branches = []
     for _ in range(6):
@@ -247,7 +253,7 @@ def binding_row(seed: int) -> Row:
         said = answers[0] if rng.random() < 0.7 else answers[0].lower()
         subject = _pick(rng, WORDS)
         stated = f"{_pick(rng, ('Note', 'Hint', 'Remark'))}: the {subject} is {said}\n"
-        branches.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "text", stated, behind=0.8))
+        branches.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "text", stated, behind))
     return Row((), "", tuple(branches))
 
 

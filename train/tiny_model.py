@@ -116,8 +116,8 @@ def build_model(tokenizer: Any) -> Any:
             "initializer_range": 0.05,
             # Qwen2-VL gives its highest frequencies to time and its lowest to width. With its theta and sections, heads
             # of 32 channels could not tell one column of a grid of 6 from the next; the slowest channels, which match
-            # words over any distance, must stay.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 11]},
+            # words at any distance, must stay.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [1, 1, 14]},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),
@@ -145,52 +145,88 @@ def build_model(tokenizer: Any) -> Any:
         pad_token_id=token("<|endoftext|>"),
         do_sample=False,
     )
+    _prepare_embeddings(model, tokenizer)
     # From where the letter is said, so many tokens back to the last word before the instruction.
     _prepare_attention(model, len(tokenizer(f".\n{INSTRUCTION}{TURN}")["input_ids"]))
     return model
 
 
-def _prepare_attention(model: Any, answer: int) -> None:
-    """Start attention as matching and copying, which random weights take most of a short training to find.
+def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
+    """Start a word's tokens, in upper and lower case, with and without a space before them, near each other.
 
-    Output projections undo value projections and, after the first layer, queries equal keys, as in mimetic
-    initialization (Trockman and Kolter, arXiv 2305.09828). The first layer looks one, two and three tokens back (from
-    an option's words to its letter), the second finds the same word at any distance (from an answer to its option),
-    the third looks from where a letter is to be said back to the words before the instruction.
+    Embeddings are also the output matrix: with smaller ones, a copied token could hardly raise its own logit.
     """
     import torch
 
-    rotary = model.model.language_model.rotary_emb
-    fast, strength = rotary.inv_freq > 0.1, 4.5
+    embeddings = model.model.language_model.embed_tokens.weight
+    words = [tokenizer.decode([token]).strip().lower() for token in range(len(embeddings))]
+    first = torch.tensor([words.index(word) for word in words])
     with torch.no_grad():
-        # Embeddings are also the output matrix: with smaller ones, a copied token could hardly raise its own logit.
-        torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.15)
-        layers = model.model.language_model.layers
+        apart, shared = torch.randn_like(embeddings), torch.randn_like(embeddings)[first]
+        embeddings.copy_(0.15 * (0.6 * apart + 0.8 * shared))
+
+
+def _prepare_attention(model: Any, answer: int) -> None:
+    """Start attention as what answering by letter takes, which random weights do not find in a training this short.
+
+    Of the channels, a third each hold a token's own word, a word that was looked for and a letter. The first layer
+    writes an option's letter beside its words (two and three tokens back); the last but one fetches, `answer` tokens
+    back, the words stated before the instruction; the last finds the option with these words and says its letter.
+    From there on it is training that finds answers elsewhere: in text further away, and in photographs. The second
+    layer starts with queries equal to keys, and all outputs undo values, as in mimetic initialization (Trockman and
+    Kolter, arXiv 2305.09828); the other heads attend to everything alike, photographs too.
+    """
+    import torch
+
+    language = model.model.language_model
+    rotary, embeddings, layers = language.rotary_emb, language.embed_tokens.weight, language.layers
+    size, width = embeddings.shape[1], layers[0].self_attn.head_dim
+    half = width // 2
+    turning, still = rotary.inv_freq > 0.1, rotary.inv_freq < 0.02
+
+    def heads(matrix: Any) -> Any:
+        return matrix.view(-1, width, size)
+
+    def look_back(attention: Any, backs: tuple[int, ...]) -> None:
+        keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
+        keys[:, 0] = 6.0 * turning
+        for head, back in enumerate(backs):
+            queries[head, 0] = 6.0 * turning * torch.cos(back * rotary.inv_freq)
+            queries[head, 1] = -6.0 * turning * torch.sin(back * rotary.inv_freq)
+            heads(attention.q_proj.weight)[head] = 0  # by place alone
+
+    def write(attention: Any, head: int, channels: Any) -> None:
+        attention.o_proj.weight.view(size, -1, width)[:, head] = channels.T
+
+    with torch.no_grad():
+        word, looked_for, letter = torch.nn.init.orthogonal_(torch.empty(size, size))[: 3 * width].split(width)
+        for channels in (looked_for, letter):
+            embeddings -= 0.8 * embeddings @ channels.T @ channels
         for number, layer in enumerate(layers):
             attention = layer.self_attn
-            heads, width = attention.num_heads, attention.head_dim
             group = attention.num_key_value_groups
             torch.nn.init.orthogonal_(attention.k_proj.weight)
             torch.nn.init.orthogonal_(attention.v_proj.weight)
-            keys = attention.k_proj.weight.view(-1, width, attention.hidden_size)
-            values = attention.v_proj.weight.view(-1, width, attention.hidden_size)
-            queries = attention.q_proj.weight.view(heads, width, attention.hidden_size)
-            if number > 0:
-                queries += keys.repeat_interleave(group, dim=0)
-            if number == 1:  # channels that turn slowly alone, for distance not to matter
-                for matrices in (keys, queries):
-                    matrices *= 1.5 * (~fast).repeat(2)[:, None]
-            attention.o_proj.weight.copy_(0.5 * values.repeat_interleave(group, dim=0).flatten(0, 1).T)
-        for number, backs in ((0, (1, 2, 3)), (2, (answer, answer - 1))):
-            attention = layers[number].self_attn
-            half = attention.head_dim // 2
-            keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
-            keys[:, 0] = strength * fast
-            for head, back in enumerate(backs):
-                queries[head, 0] = strength * fast * torch.cos(back * rotary.inv_freq)
-                queries[head, 1] = -strength * fast * torch.sin(back * rotary.inv_freq)
-                if number == 2:  # by place alone
-                    attention.q_proj.weight.view(-1, 2 * half, attention.hidden_size)[head] = 0
+            if number == 1:
+                heads(attention.q_proj.weight).add_(heads(attention.k_proj.weight).repeat_interleave(group, dim=0))
+            values = heads(attention.v_proj.weight).repeat_interleave(group, dim=0)
+            attention.o_proj.weight.copy_(0.5 * values.flatten(0, 1).T)
+        first, fetch, match = layers[0].self_attn, layers[-2].self_attn, layers[-1].self_attn
+        for attention, source in ((first, word), (fetch, word), (match, letter)):
+            heads(attention.v_proj.weight)[0] = source
+        look_back(first, (2, 3, 1, 1))
+        write(first, 0, letter)
+        write(first, 1, 0.5 * letter)
+        look_back(fetch, (answer, answer + 1))
+        for head in range(2):
+            write(fetch, head, looked_for)
+            write(match, head, word)
+        # Only channels that turn slowly match, for distance not to matter.
+        slow = still.repeat(2)
+        keys, queries = heads(match.k_proj.weight), heads(match.q_proj.weight)
+        keys[0], queries[:2] = 0, 0
+        keys[0, slow] = 1.5 * word[: int(slow.sum())]
+        queries[:2, slow] = 1.5 * looked_for[: int(slow.sum())]
 
 
 @dataclass
