@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+THREADS := $(shell nproc)
 ROLES := reference_extractor knowledge_guide reasoning_expert decision_maker
 
 # The smoke size proves that every step runs; its figures mean nothing.
@@ -26,7 +27,7 @@ demo: $(INSTALLED)
 	rm -rf runs/$(NAME) data/$(NAME)
 	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output data/$(NAME) $(DATA)
 	set -e; for role in $(ROLES); do \
-	  $(BIN)/accelerate launch --quiet train/sft.py --config recipes/tiny/$$role.yaml \
+	  $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) train/sft.py --config recipes/tiny/$$role.yaml \
 	    --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
 	done
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/base

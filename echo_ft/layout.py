@@ -192,7 +192,13 @@ def load_image(path: Path) -> Image.Image:
 
 
 def pixels(layout: Layout, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-    """`pixel_values` (P, C) and `image_grid_thw` (images, 3) as the model takes them."""
+    """`pixel_values` (P, C) and `image_grid_thw` (images, 3) as the model takes them; none of either for no images."""
+    import torch
+
+    if not images:
+        processor = layout.image_processor
+        values = 3 * processor.temporal_patch_size * processor.patch_size**2
+        return {"pixel_values": torch.zeros(0, values), "image_grid_thw": torch.zeros(0, 3, dtype=torch.long)}
     batch = layout.image_processor(images=list(images), return_tensors="pt")
     return {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
 
@@ -214,6 +220,25 @@ def pad(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
         "labels": stack([row.labels for row in rows], IGNORED),
         "segments": stack([row.segments for row in rows], PADDING),
         "position_ids": torch.stack([stack([row.positions[axis] for row in rows], 0) for axis in range(3)]),
+    }
+
+
+def pack(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows one after another as a single row of T tokens, without padding.
+
+    input_ids, labels, segments (1, T), position_ids (3, 1, T), and `lengths`: (prefix length, length) of each row.
+    """
+    import torch
+
+    def join(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(arrays, axis=-1))
+
+    return {
+        "input_ids": join([row.input_ids for row in rows])[None],
+        "labels": join([row.labels for row in rows])[None],
+        "segments": join([row.segments for row in rows])[None],
+        "position_ids": join([row.positions for row in rows])[:, None],
+        "lengths": [(row.prefix_length, len(row.input_ids)) for row in rows],
     }
 
 

@@ -47,19 +47,6 @@ def part_of(name: str) -> str:
     return "vision tower" if ".visual." in name else "language model"
 
 
-def skip_frozen_tower(model: Any) -> None:
-    """Run the vision tower of an adapted model without a graph where neither it nor the merger is trained.
-
-    With checkpointing, transformers (5.23) makes the output of the patch embedding require gradients too
-    (`enable_input_require_grads`): a frozen tower would be kept, computed again and gone through backward.
-    """
-    import torch
-
-    tower = model.get_base_model().model.visual
-    if not any(parameter.requires_grad for parameter in tower.parameters()):
-        tower.forward = torch.no_grad()(tower.forward)
-
-
 def check_targets(model: Any, names: list[str] | str) -> list[str]:
     """`names` as a list, every one of which finds linear layers of `model`, by PEFT's rule: the end of a module's name.
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from echo_ft import attention
 from echo_ft.dataset import Dataset
-from echo_ft.layout import IGNORED, PADDING, Layout, Row, attention_mask, load_image, pad, pixels
-from echo_ft.model import GROUPS, AdapterCard, part_of, read_card, skip_frozen_tower, write_card
+from echo_ft.layout import IGNORED, Layout, Row, load_image, pack, pixels
+from echo_ft.model import GROUPS, AdapterCard, part_of, read_card, write_card
 from echo_ft.records import ROLES, EchoError, Exchange, Rejection, from_dict, read_jsonl, write_jsonl
+from echo_ft.vision import FeatureStore, Images, share_images
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,14 @@ class EchoConfig:
     merger_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the merger's trainable weights; default learning_rate."}
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that keeps what the frozen vision tower makes of each image, for later epochs, roles and "
+            "runs; under /dev/shm it is memory."
+        },
+    )
+    features_gib: float = field(default=20.0, metadata={"help": "At most so many GiB are written there."})
 
 
 # Options of TRL's SFTConfig that shape how TRL itself makes rows from text. Rows are made by echo_ft.layout here.
@@ -118,7 +131,7 @@ def plan(layout: Layout, exchanges: Iterable[Exchange], root: Path, max_tokens: 
     return Plan(kept, tokens, branches, trained, rejected)
 
 
-def load_rows(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str) -> datasets.Dataset:
+def load_cases(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str) -> datasets.Dataset:
     """The usable rows of one split, planned; the others are written to rejected_<split>.jsonl in the output folder.
 
     Raises EchoError where none is usable.
@@ -139,7 +152,7 @@ def load_rows(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConf
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
         remedy = "give that split a larger share in the dataset's `fractions`"
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
-    return datasets.Dataset.from_json(str(path)).select(planned.kept)
+    return by_case(datasets.Dataset.from_json(str(path)).select(planned.kept))
 
 
 def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
@@ -167,49 +180,131 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     return str(wanted)
 
 
-class Collator:
-    """Makes a batch from rows of sft/<role>/*.jsonl; images are read here, in the loader's workers."""
+def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
+    """One row a case, its neighbouring `exchanges` as a list: a step goes through whole cases, whose images return.
 
-    def __init__(self, layout: Layout, root: Path) -> None:
+    TRL (1.16) takes no other kind of dataset than this; the rows stay in Arrow.
+    """
+    table = exchanges.with_format("arrow")[:]
+    names = table["case"].to_numpy()
+    starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1], True])
+    rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), table.to_struct_array().combine_chunks())
+    return datasets.Dataset(pa.table({"exchanges": rows}))
+
+
+class Collator:
+    """Makes a batch from cases of sft/<role>/*.jsonl; images are read here, in the loader's workers."""
+
+    def __init__(self, layout: Layout, root: Path, store: FeatureStore | None = None) -> None:
         self.layout = layout
         self.root = root
+        self.store = store
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        exchanges = [from_dict(Exchange, example) for example in examples]
-        rows = [self.layout.load_row(exchange, self.root) for exchange in exchanges]
-        return self.batch(rows)
+    def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        exchanges = [from_dict(Exchange, example) for case in cases for example in case["exchanges"]]
+        return self.batch([self.layout.load_row(exchange, self.root) for exchange in exchanges])
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """The model's inputs for rows; the trainer makes the attention mask from `segments`, on its own device."""
-        images = [load_image(self.root / image) for row in rows for image in row.exchange.images]
-        return {**pad(rows, self.layout.pad_token_id), **pixels(self.layout, images)}
+    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Rows packed into one, with the pixels of each different image whose features are not kept.
+
+        Beside `layout.pack`: pixel_values (P, C), image_grid_thw (images, 3), and `image_order`, `image_paths` and
+        `image_features` as in vision.Images.
+        """
+        places = [str(self.root / image) for row in rows for image in row.exchange.images]
+        kept = {path: self.store.load(Path(path)) if self.store else None for path in dict.fromkeys(places)}
+        new = [path for path, features in kept.items() if features is None]
+        known = {path: features for path, features in kept.items() if features is not None}
+        number = {path: index for index, path in enumerate((*new, *known))}
+        return {
+            **pack(rows),
+            **pixels(self.layout, [load_image(Path(path)) for path in new]),
+            "image_order": [number[path] for path in places],
+            "image_paths": new,
+            "image_features": list(known.values()),
+            "done": [len({row.exchange.case for row in rows}), sum(len(row.exchange.branches) for row in rows)],
+        }
+
+
+def packed_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model takes of a collated batch, by keyword: everything but the labels.
+
+    `spans` is read by attention.attend, `images` by vision.share_images.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    inputs["spans"] = attention.spans(batch["segments"], batch["lengths"])
+    if batch["image_order"]:
+        inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
+        inputs["images"] = Images(batch["image_order"], batch["image_paths"], batch["image_features"])
+    return inputs
+
+
+def prepare_model(model: Any, store: FeatureStore | None = None) -> None:
+    """Let a Qwen2-VL take `packed_inputs`, and `keep`: the positions (N,) whose logits are wanted.
+
+    Raises EchoError where `store` should keep features of a tower that is trained.
+    """
+    share_images(model, store)
+    model.set_attn_implementation({"text_config": attention.NAME})
+
+    def select(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("keep") is not None:
+            output.last_hidden_state = output.last_hidden_state[:, kwargs["keep"]]
+        return output
+
+    model.model.register_forward_hook(select, with_kwargs=True)
 
 
 class PrefixSharingTrainer(SFTTrainer):
-    """SFTTrainer on prefix-sharing rows, with learning rates for vision tower and merger, and the adapter's card."""
+    """SFTTrainer on packed prefix-sharing rows, with learning rates for tower and merger, and the adapter's card.
 
-    def __init__(self, *args: Any, config: EchoConfig, card: AdapterCard, **kwargs: Any) -> None:
+    A batch is `per_device_train_batch_size` cases. Cases/s, questions/s and tokens/s, over all processes and since the
+    log before, are logged with the loss.
+    """
+
+    def __init__(
+        self, *args: Any, config: EchoConfig, card: AdapterCard, store: FeatureStore | None = None, **kwargs: Any
+    ) -> None:
         self.config = config
         self.card = card
         super().__init__(*args, **kwargs)
         self.add_callback(GradientCheck())
-        skip_frozen_tower(self.accelerator.unwrap_model(self.model))
+        prepare_model(self.accelerator.unwrap_model(self.model).get_base_model(), store)
+        self._done = np.zeros(3, np.int64)
+        self._since = time.monotonic()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss with the branches' attention mask."""
-        segments = inputs["segments"]
-        inputs = {key: value for key, value in inputs.items() if key != "segments"}
-        inputs["attention_mask"] = attention_mask(segments)
+        """TRL's loss of a packed row, with logits only where there is a label."""
+        labels = inputs["labels"]
+        # TRL (1.16) makes logits of all positions on a CPU, and of the labelled ones on a GPU alone.
+        keep = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
+        packed = packed_inputs(inputs) | {"keep": keep, "shift_labels": labels[:, keep + 1]}
         seen = self._total_train_tokens
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, packed, return_outputs, num_items_in_batch)
         if model.training:
-            # TRL counts the ones of a (B, L) mask; this one has (B, 1, L, L).
-            tokens = self.accelerator.gather_for_metrics((segments != PADDING).sum()).sum().item()
-            self._total_train_tokens = seen + tokens
+            done = torch.tensor([*inputs["done"], labels.numel()], device=labels.device)
+            totals = self.accelerator.gather(done[None]).sum(dim=0).cpu().numpy()
+            self._done += totals
+            self._total_train_tokens = seen + int(totals[2])  # TRL counts the tokens of rows of its own
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation, whose time is not counted as training."""
+        start = time.monotonic()
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        self._since += time.monotonic() - start
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with what was gone through since the last one."""
+        if "loss" in logs:
+            now = time.monotonic()
+            for name, count in zip(("cases", "questions", "tokens"), self._done.tolist(), strict=True):
+                logs[f"{name}_per_second"] = round(count / (now - self._since), 2)
+            self._done[:], self._since = 0, now
+        super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the vision tower's and the merger's own learning rates."""

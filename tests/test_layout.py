@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from echo_ft import roles
 from echo_ft.layout import IGNORED, PADDING, attention_mask, image_size, mark_trained, pad
 from echo_ft.records import Branch, EchoError, Exchange, Upstream
-from echo_ft.training import Collator
+from echo_ft.training import Collator, packed_inputs, prepare_model
 from tests.conftest import draw, make_case
 
 WORDS = Upstream(best=1, normal="An even surface.", guide="stain: look for this. A dark spot.", reasons={})
@@ -91,17 +92,28 @@ def test_an_image_too_long_for_the_model_is_named(layout):
         layout.grid(2000, 8)
 
 
-def loss_and_gradients(model, collator, exchanges):
-    """Summed token loss and gradients of rows in one batch."""
+def gradients_of(model, logits, labels):
+    """Summed token loss of logits (B, L, vocabulary) and its gradients."""
     model.zero_grad()
-    batch = collator.batch([collator.layout.load_row(exchange, collator.root) for exchange in exchanges])
-    labels = batch.pop("labels")
-    logits = model(attention_mask=attention_mask(batch.pop("segments")), **batch).logits
     loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def alone_by_transformers(model, layout, root, exchange):
+    """Loss and gradients of one question, through transformers alone."""
+    row = layout.load_row(exchange, root)
+    ids = torch.from_numpy(row.input_ids)[None]
+    images = [Image.open(root / image).convert("RGB") for image in exchange.images]
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == layout.image_token_id).int(),
+        **(layout.image_processor(images=images, return_tensors="pt") if images else {}),
+    ).logits
+    return gradients_of(model, logits[:, :-1], torch.from_numpy(row.labels)[None, 1:])
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -111,9 +123,7 @@ def loss_and_gradients(model, collator, exchanges):
     context=st.sampled_from(["", "Guide: look at the rim.\n"]),
     seed=st.integers(0, 99),
 )
-def test_sharing_the_prefix_gives_loss_and_gradients_of_row_by_row(
-    layout, model, tmp_path, branches, images, context, seed
-):
+def test_packed_rows_give_loss_and_gradients_of_row_by_row(layout, model, tmp_path, branches, images, context, seed):
     rng = np.random.default_rng(seed)
     names = tuple(
         draw(tmp_path / f"{seed}_{index}.png", tuple(rng.integers(30, 120, 2)), seed + index) for index in range(images)
@@ -121,16 +131,23 @@ def test_sharing_the_prefix_gives_loss_and_gradients_of_row_by_row(
     made = tuple(
         Branch(str(i), f"Question: {'is it so ' * (i % 3)}?", ["A", "B. A crack.", "C"][i % 3]) for i in range(branches)
     )
-    exchange = Exchange("decision_maker", "case", names, context, made, "1")
-    short = replace(exchange, images=names[:1], branches=made[:1])  # a padded neighbour in the batch
-    collator = Collator(layout, tmp_path)
-    shared, gradients = loss_and_gradients(model, collator, [exchange, short])
-    singles = [loss_and_gradients(model, collator, [single]) for single in [*alone(exchange), short]]
-    assert shared == pytest.approx(sum(loss for loss, _ in singles), rel=1e-5)
+    first = Exchange("decision_maker", "case", names, context, made, "1")
+    # Images that return, one of them twice in a row, and an exchange without any.
+    second = replace(first, images=(names[-1], names[0], names[-1]), branches=made[:2])
+    packed = [first, second, replace(first, images=(), branches=made[:1])]
+    batch = Collator(layout, tmp_path).batch([layout.load_row(exchange, tmp_path) for exchange in packed])
+    assert len(batch["image_grid_thw"]) == images
+    prepared = copy.deepcopy(model)
+    prepare_model(prepared)
+    keep = (batch["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
+    logits = prepared(**packed_inputs(batch), keep=keep).logits
+    loss, gradients = gradients_of(prepared, logits, batch["labels"][:, keep + 1])
+    expected = [alone_by_transformers(model, layout, tmp_path, single) for row in packed for single in alone(row)]
+    assert loss == pytest.approx(sum(single for single, _ in expected), rel=1e-5)
     scale = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        expected = sum(single[name] for _, single in singles)
-        assert (gradient - expected).abs().max() <= 1e-5 * max(scale, expected.abs().max()), name
+        summed = sum(single[name] for _, single in expected if name in single)
+        assert (gradient - summed).abs().max() <= 1e-5 * max(scale, summed.abs().max()), name
 
 
 def test_a_branch_sees_the_prefix_and_itself_and_padding_sees_nothing_else(layout, case, tmp_path):

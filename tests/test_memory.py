@@ -13,8 +13,9 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 from echo_ft import config as configs
 from echo_ft.architectures import meta_model, model_config
 from echo_ft.memory import Batch, activations, adapt, count_parameters, frozen_bytes, topologies
-from echo_ft.model import check_targets, skip_frozen_tower
+from echo_ft.model import check_targets
 from echo_ft.records import ROLES, EchoError
+from echo_ft.vision import share_images
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FOLDERS = ("qwen2_vl_2b", "qwen2_vl_7b")
@@ -182,7 +183,7 @@ def test_checkpointed_inputs_are_what_autograd_saves_within_a_fifth(targets):
     model = small_model(targets)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    skip_frozen_tower(model)
+    share_images(model.get_base_model(), None)
     measured, batch = saved_bytes(model)
     assert activations(model, batch, width=2).inputs == pytest.approx(measured, rel=0.2)
 

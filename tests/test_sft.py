@@ -141,6 +141,15 @@ def test_a_resumed_run_ends_with_the_adapter_of_an_uninterrupted_one(one_rank, d
         assert torch.equal(weight, expected[name]), name
 
 
+def test_a_run_that_keeps_features_ends_with_the_adapter_of_one_that_does_not(dataset, tmp_path):
+    language = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    alike = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2, *language]
+    launch(*tiny("reference_extractor", dataset, tmp_path / "computed", *alike))
+    kept = launch(*tiny("reference_extractor", dataset, tmp_path / "kept", *alike, "--features", tmp_path / "features"))
+    assert "questions_per_second" in kept and list((tmp_path / "features").glob("*/*.safetensors"))
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "computed"), rel=1e-5)
+
+
 def test_a_typo_on_the_command_line_is_one_sentence_and_a_non_zero_exit(dataset, tmp_path):
     printed = launch(*tiny("decision_maker", dataset, tmp_path / "x", "--lora_rr", "4"), fails=True)
     assert "error: unknown option --lora_rr; did you mean 'lora_r'?" in printed
@@ -174,6 +183,11 @@ def run_in_process(*arguments: object) -> None:
 def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, message):
     with pytest.raises(EchoError, match=message):
         run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", *options))
+
+
+def test_features_of_a_trained_tower_are_refused(dataset, tmp_path):
+    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+        run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", "--features", tmp_path / "features"))
 
 
 def test_a_checkpoint_of_another_role_is_not_gone_on_with(one_rank, dataset, tmp_path):

@@ -17,7 +17,10 @@ _ROWS = {
     "reasoning_expert": (2, 1536, 640),
     "decision_maker": (2, 1536, 16),
 }
-"""(images, text tokens, label tokens) of a large row: three candidates, eight entries of knowledge, five questions."""
+"""(images, text tokens, label tokens) of a large exchange: three candidates, eight entries of knowledge, five
+questions."""
+_EXCHANGES = {"reasoning_expert": 2, "decision_maker": 2}
+"""Of a case, where it is not one: in full routing, Object Classification goes without knowledge, in its own prefix."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,12 @@ class MemoryConfig:
     """What the table is for; the rest is the recipe."""
 
     gpus: int = field(default=4, metadata={"help": "GPUs of the topologies that have several."})
-    images: int | None = field(default=None, metadata={"help": "Images of the largest row; default by role."})
+    images: int | None = field(default=None, metadata={"help": "Images of the largest exchange; default by role."})
+    exchanges: int | None = field(
+        default=None, metadata={"help": "Exchanges of a case; default by role, in full routing (paper routing has 4)."}
+    )
     text_tokens: int | None = field(
-        default=None, metadata={"help": "Text tokens of the longest row, all branches; default by role."}
+        default=None, metadata={"help": "Text tokens of the longest exchange, all branches; default by role."}
     )
     label_tokens: int | None = field(
         default=None, metadata={"help": "Those of them that are trained on; default by role."}
@@ -58,8 +64,9 @@ def main(argv: list[str]) -> None:
     )
     check_options(sft, base)
     images, text_tokens, label_tokens = _ROWS[config.role]
+    exchanges = _EXCHANGES.get(config.role, 1) if own.exchanges is None else own.exchanges
     batch = Batch(
-        rows=sft.per_device_train_batch_size,
+        rows=sft.per_device_train_batch_size * exchanges,
         images=images if own.images is None else own.images,
         max_pixels=config.max_pixels,
         text_tokens=text_tokens if own.text_tokens is None else own.text_tokens,
@@ -81,8 +88,8 @@ def main(argv: list[str]) -> None:
     rows += [[count.part, f"{count.total:,}", f"{count.trainable:,}"] for count in counts]
     print(aligned([*rows, ["all", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})"]]), end="\n\n")
     print(
-        f"largest batch of a GPU: {batch.rows} x ({batch.images} images of {batch.max_pixels} pixels, "
-        f"{batch.text_tokens} text tokens, {batch.label_tokens} of them trained on)"
+        f"largest batch of a GPU: {batch.rows} exchanges of {batch.images} images of {batch.max_pixels} pixels, "
+        f"{batch.text_tokens} text tokens, {batch.label_tokens} of them trained on"
     )
     print(
         f"activations, GiB: {gib(acts.inputs + acts.layer)} with gradient checkpointing, {gib(acts.kept)} without; "

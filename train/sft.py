@@ -24,8 +24,9 @@ def main(argv: list[str]) -> None:
         PrefixSharingTrainer,
         check_options,
         find_checkpoint,
-        load_rows,
+        load_cases,
     )
+    from echo_ft.vision import FeatureStore
 
     config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
     check_options(sft, base)
@@ -41,8 +42,13 @@ def main(argv: list[str]) -> None:
         dataset,
     )
     checkpoint = find_checkpoint(sft, card)
-    train = load_rows(layout, dataset, config, sft, "train")
-    validation = load_rows(layout, dataset, config, sft, "validation") if sft.eval_strategy != "no" else None
+    train = load_cases(layout, dataset, config, sft, "train")
+    validation = load_cases(layout, dataset, config, sft, "validation") if sft.eval_strategy != "no" else None
+
+    store = None
+    if config.features:
+        look = f"{card.base_fingerprint} {config.min_pixels} {config.max_pixels} {base.dtype}"
+        store = FeatureStore(Path(config.features), look, int(config.features_gib * 2**30 / sft.world_size))
 
     model = load_model(
         base.model_name_or_path,
@@ -56,13 +62,14 @@ def main(argv: list[str]) -> None:
     trainer = PrefixSharingTrainer(
         model=model,
         args=sft,
-        data_collator=Collator(layout, dataset.root),
+        data_collator=Collator(layout, dataset.root, store),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
         peft_config=lora,
         config=config,
         card=card,
+        store=store,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(sft.output_dir)

@@ -1,0 +1,106 @@
+"""Every image of a batch through the vision tower once, and with a frozen tower, by choice, once for all epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from echo_ft.records import EchoError
+
+
+class FeatureStore:
+    """Features of images as files of one folder, for all epochs, roles and processes that see with the same tower.
+
+    A file is written beside its place and then moved there: a process that dies leaves no half of one, and two that
+    write the same are of one mind. On /dev/shm, the folder is memory.
+    """
+
+    def __init__(self, folder: Path, look: str, most_bytes: int) -> None:
+        """`look` names all that features depend on but the image: model, pixel budget and precision.
+
+        At most `most_bytes` are written beyond which features are computed again. Raises EchoError where `folder`
+        cannot be written.
+        """
+        self.folder = folder / hashlib.sha256(look.encode()).hexdigest()[:16]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EchoError(f"features cannot be kept in {folder} ({error.strerror}); choose another folder") from error
+        self.room = most_bytes - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+    def path(self, image: Path) -> Path:
+        """The file for an image; an image that has changed has another."""
+        stat = image.stat()
+        key = f"{image.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    def load(self, image: Path) -> torch.Tensor | None:
+        """Features (tokens, hidden), or None where they are not kept."""
+        try:
+            return load_file(self.path(image))["features"]
+        except FileNotFoundError:
+            return None
+
+    def save(self, image: Path, features: torch.Tensor) -> None:
+        """Keep the features of an image, while there is room."""
+        path = self.path(image)
+        self.room -= features.nbytes
+        if self.room < 0 or path.exists():
+            return
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file({"features": features.detach().cpu().clone()}, partial)
+        partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a batch: first those that are encoded, then those whose features are known."""
+
+    order: Sequence[int]
+    """For every image of the packed row, which of the different images it is."""
+    paths: Sequence[str]
+    """Of the encoded ones."""
+    known: Sequence[torch.Tensor]
+    """Features (tokens, hidden) of the others."""
+
+
+def share_images(model: Any, store: FeatureStore | None) -> None:
+    """Let a Qwen2-VL take `images=Images(...)` beside the pixels of the images of a batch that are to be encoded.
+
+    A frozen tower runs without a graph: with checkpointing, transformers (5.23) makes the output of the patch embedding
+    require gradients too (`enable_input_require_grads`), and it would be kept, computed again and gone through
+    backward. Raises EchoError where a tower that is trained has a store: its features change with every step.
+    """
+    core = model.model
+    frozen = not any(parameter.requires_grad for parameter in core.visual.parameters())
+    if store is not None and not frozen:
+        raise EchoError(
+            "features cannot be kept of a vision tower that is trained; take `features` out of the config, or the "
+            "tower's and merger's modules out of lora_target_modules"
+        )
+    encode = core.get_image_features
+
+    def get_image_features(
+        pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, images: Images | None = None, **kwargs: Any
+    ) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            if images is None:
+                return encode(pixel_values, image_grid_thw, **kwargs)
+            # The other arguments are the language model's.
+            new = encode(pixel_values, image_grid_thw, return_dict=True).pooler_output if images.paths else ()
+        if store is not None:
+            for path, encoded in zip(images.paths, new, strict=True):
+                store.save(Path(path), encoded)
+        different = (*new, *images.known)
+        features: Any = tuple(different[index] for index in images.order)  # transformers types it as one tensor
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    core.get_image_features = get_image_features

@@ -1,0 +1,101 @@
+"""Images are encoded once: within a batch, and with a store across epochs and runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from echo_ft.records import Branch, EchoError, Exchange
+from echo_ft.training import Collator, packed_inputs, prepare_model
+from echo_ft.vision import FeatureStore, share_images
+from tests.conftest import draw
+
+GIB = 2**30
+
+
+@pytest.fixture
+def frozen(model):
+    prepared = copy.deepcopy(model)
+    prepared.model.visual.requires_grad_(False)
+    return prepared
+
+
+def exchanges_over(root, *cases: tuple[int, ...]) -> list[Exchange]:
+    """An exchange for each tuple of image numbers."""
+    names = {number: draw(root / f"{number}.png", (60 + number, 90), number) for case in cases for number in case}
+    branch = Branch("1", "Question: Is it so?\nA. Yes.\nB. No.\n", "A")
+    return [
+        Exchange("decision_maker", str(case), tuple(names[number] for number in case), "", (branch,), "1")
+        for case in cases
+    ]
+
+
+def batch_of(collator, made):
+    return collator.batch([collator.layout.load_row(exchange, collator.root) for exchange in made])
+
+
+def test_features_come_back_as_they_were_and_a_changed_image_has_none(tmp_path):
+    draw(tmp_path / "a.png", (60, 40), 1)
+    store, features = FeatureStore(tmp_path / "kept", "a tower", GIB), torch.randn(6, 8, dtype=torch.bfloat16)
+    assert store.load(tmp_path / "a.png") is None
+    store.save(tmp_path / "a.png", features)
+    assert torch.equal(store.load(tmp_path / "a.png"), features)
+    assert FeatureStore(tmp_path / "kept", "another tower", GIB).load(tmp_path / "a.png") is None
+    draw(tmp_path / "a.png", (64, 40), 2)
+    assert store.load(tmp_path / "a.png") is None
+
+
+def test_no_more_is_kept_than_there_is_room_for(tmp_path):
+    images = [tmp_path / draw(tmp_path / f"{index}.png", (60, 40), index) for index in range(3)]
+    features = torch.zeros(16, 16)
+    store = FeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
+    for image in images:
+        store.save(image, features)
+    assert [store.load(image) is not None for image in images] == [True, True, False]
+    again = FeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
+    again.save(images[2], features)
+    assert again.load(images[2]) is None and not list(again.folder.glob("*.[0-9]*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EchoError, match=r"features cannot be kept in .*file"):
+        FeatureStore(tmp_path / "file", "a tower", GIB)
+
+
+def test_kept_features_give_the_logits_of_computed_ones_and_no_image_is_decoded_again(layout, frozen, tmp_path):
+    made = exchanges_over(tmp_path, (0, 1), (2, 1), (1, 3))
+    prepared, store = copy.deepcopy(frozen), FeatureStore(tmp_path / "kept", "a tower", GIB)
+    prepare_model(frozen)
+    prepare_model(prepared, store)
+    plain, keeping = Collator(layout, tmp_path), Collator(layout, tmp_path, store)
+    first = batch_of(keeping, made[:2])
+    assert len(first["image_grid_thw"]) == 3  # image 1 comes twice
+    for kept in (first, batch_of(keeping, made)):
+        found = prepared(**packed_inputs(kept)).logits
+        expected = frozen(**packed_inputs(batch_of(plain, made[: len(kept["lengths"])]))).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(batch_of(keeping, made)["image_grid_thw"]) == 0
+    assert prepared(**packed_inputs(batch_of(keeping, made))).logits.requires_grad  # the language model's graph stays
+
+
+def test_workers_see_what_is_kept_meanwhile(layout, frozen, tmp_path):
+    made = exchanges_over(tmp_path, (0, 1))
+    store = FeatureStore(tmp_path / "kept", "a tower", GIB)
+    collator = Collator(layout, tmp_path, store)
+    prepare_model(frozen, store)
+    loader = DataLoader([0, 0, 0, 0], collate_fn=lambda _: batch_of(collator, made), num_workers=1, prefetch_factor=1)
+    new = []
+    for batch in loader:
+        new.append(len(batch["image_grid_thw"]))
+        with torch.no_grad():
+            frozen(**packed_inputs(batch))
+    assert new[0] == 2 and new[-1] == 0
+
+
+def test_features_of_a_tower_that_is_trained_are_never_kept(model, tmp_path):
+    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+        share_images(copy.deepcopy(model), FeatureStore(tmp_path, "a tower", GIB))
