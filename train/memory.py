@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
     rows += [[count.part, f"{count.total:,}", f"{count.trainable:,}"] for count in counts]
     print(aligned([*rows, ["all", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})"]]), end="\n\n")
     print(
-        f"largest batch of a GPU: {batch.rows} exchanges of {batch.images} images of {batch.max_pixels} pixels, "
-        f"{batch.text_tokens} text tokens, {batch.label_tokens} of them trained on"
+        f"largest batch of a GPU, exchanges: {batch.rows} x ({batch.images} images of {batch.max_pixels} pixels, "
+        f"{batch.text_tokens} text tokens, {batch.label_tokens} of them trained on)"
     )
     print(
         f"activations, GiB: {gib(acts.inputs + acts.layer)} with gradient checkpointing, {gib(acts.kept)} without; "
