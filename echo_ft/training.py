@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -267,6 +268,11 @@ class PrefixSharingTrainer(SFTTrainer):
         self.config = config
         self.card = card
         super().__init__(*args, **kwargs)
+        if store is not None and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
+            raise EchoError(
+                "features cannot be kept where the vision tower's weights are shared out: a rank that knows its images "
+                "would leave the others waiting; use ZeRO-2 or DDP, or take `features` out of the config"
+            )
         self.add_callback(GradientCheck())
         prepare_model(self.accelerator.unwrap_model(self.model).get_base_model(), store)
         self._done = np.zeros(3, np.int64)
