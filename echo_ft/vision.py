@@ -26,7 +26,7 @@ class FeatureStore:
     def __init__(self, folder: Path, look: str, most_bytes: int) -> None:
         """`look` names all that features depend on but the image: model, pixel budget and precision.
 
-        At most `most_bytes` are written beyond which features are computed again. Raises EchoError where `folder`
+        Beyond `most_bytes` in that folder, features are computed again. Raises EchoError where `folder`
         cannot be written.
         """
         self.folder = folder / hashlib.sha256(look.encode()).hexdigest()[:16]
@@ -52,9 +52,9 @@ class FeatureStore:
     def save(self, image: Path, features: torch.Tensor) -> None:
         """Keep the features of an image, while there is room."""
         path = self.path(image)
-        self.room -= features.nbytes
-        if self.room < 0 or path.exists():
+        if features.nbytes > self.room or path.exists():
             return
+        self.room -= features.nbytes
         partial = path.with_suffix(f".{os.getpid()}")
         save_file({"features": features.detach().cpu().clone()}, partial)
         partial.replace(path)

@@ -1,8 +1,8 @@
-"""Pretrain echo-tiny from nothing on drawn parts: `python -m train.pretrain_tiny --output DIR [--minutes 25]`.
+"""Pretrain echo-tiny from nothing on drawn parts: `python -m train.pretrain_tiny --output DIR [--minutes 35]`.
 
 echo-tiny is a Qwen2-VL of a few million parameters with Qwen2-VL's own classes, special tokens and chat template. It
 learns from rows that ask several things about the same photographs (train.tiny_lessons), laid out so that the
-photographs are computed once a row; the loss is on completions alone.
+photographs are computed once a row; the loss is on completions, and in rows of text on prompts too.
 """
 
 from __future__ import annotations
