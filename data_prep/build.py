@@ -4,6 +4,11 @@
 
 Writes inspections.jsonl, references.jsonl, questions.jsonl, knowledge.json, sft/<role>/{train,validation}.jsonl,
 manifest.json, rejected.jsonl and preview.html. The same inputs and config give the same JSON lines, byte by byte.
+
+Training rows are half of normal and half of defective cases in each product, for every role that is consulted about
+both. With `routing: paper` the knowledge guide and the reasoning expert are consulted for defects only, in a run as in
+training: not for Anomaly Detection, nor for the two Object kinds, and normal parts are asked nothing else. The manifest
+has each role's cases and rows by side (`counts.sft_sides`) and a warning where one side is missing.
 """
 
 from __future__ import annotations
@@ -75,7 +80,10 @@ def build(config: BuildConfig) -> dict[str, Any]:
 
 
 def write_sft(material: Material, folder: Path, root: Path, config: BuildConfig) -> None:
-    """Write each role's training and validation rows; see `balanced` for the order and number of the former."""
+    """Write each role's training and validation rows; see `balanced` for the order and number of the former.
+
+    Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
+    """
     from echo_ft.targets import gold_upstream, training_exchanges
 
     for split in ("train", "validation"):
@@ -86,12 +94,11 @@ def write_sft(material: Material, folder: Path, root: Path, config: BuildConfig)
             gold = gold_upstream(case, root)
             for role in ROLES:
                 rows[role, case.id] = training_exchanges(case, role, root, config.routing, gold=gold)
-        if split == "train" and config.balance:
-            cases = balanced(cases, config.seed)
         for role in ROLES:
-            write_jsonl(
-                folder / "sft" / role / f"{split}.jsonl", (row for case in cases for row in rows[role, case.id])
-            )
+            own = [case for case in cases if rows[role, case.id]]
+            if split == "train" and config.balance:
+                own = balanced(own, config.seed)
+            write_jsonl(folder / "sft" / role / f"{split}.jsonl", (row for case in own for row in rows[role, case.id]))
 
 
 def _source(name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from echo_ft import geometry
+from echo_ft import geometry, images
 from echo_ft.records import GOOD, Inspection
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
@@ -18,26 +18,30 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 def list_images(folder: Path) -> Iterator[Path]:
     """The image files directly in `folder`, by name; nothing where there is no such folder."""
     if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def image_fault(path: Path) -> str | None:
-    """Why `path` cannot be used as an image, or None. Truncation is found without decoding at full size."""
+def image_fault(path: Path, photograph: bool = True) -> str | None:
+    """Why `path` cannot be used as an image, or None. Truncation is found without decoding at full size.
+
+    A `photograph`, unlike a mask, must also have grey values that 8 bits can tell.
+    """
     if not path.is_file():
         return "the file is missing"
     try:
         with Image.open(path) as image:
             if min(image.size) < 2:
                 return f"the image is only {image.size[0]} x {image.size[1]} pixels"
+            wide = image.mode in images.WIDE
             if image.format == "PNG":
                 image.verify()  # reads every chunk and its checksum
             else:
                 image.draft("L", (image.width // 8, image.height // 8))  # a JPEG then decodes at an eighth
                 image.load()
-    except Image.DecompressionBombError:
-        return "the image has too many pixels"
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise on broken files
-        return f"the image is broken or of an unknown format ({type(error).__name__})"
+        if photograph and wide:
+            images.depth(path)
+    except images.UNREADABLE as error:
+        return images.fault(error)
     return None
 
 
@@ -54,7 +58,7 @@ def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
     if inspection.mask is None:
         return None
     path = root / inspection.mask
-    fault = image_fault(path)
+    fault = image_fault(path, photograph=False)
     if fault:
         return MaskFault(f"mask {inspection.mask}: {fault}")
     with Image.open(root / inspection.image) as image, Image.open(path) as mask:

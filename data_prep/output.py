@@ -6,23 +6,24 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import Material, progress, reference_pool
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import FORMAT
+from echo_ft.images import depth
 from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
-from echo_ft.records import GOOD, EchoError, Inspection
+from echo_ft.records import GOOD, ROLES, EchoError, Inspection
 from echo_ft.roles import PROMPT_VERSION
 from echo_ft.splits import SPLITS, divided_parts
 
 CONTENT = frozenset(
     {
-        "drawn.json",
         "images",
         "inspections.jsonl",
         "knowledge.json",
@@ -108,6 +109,7 @@ def make_manifest(material: Material, folder: Path, root: Path, config: BuildCon
     digests = _image_digests(material.inspections, root)
     images = fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests)))
     names = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
+    counts = _counts(material, folder)
     return {
         "format": FORMAT,
         "source": config.source,
@@ -116,10 +118,14 @@ def make_manifest(material: Material, folder: Path, root: Path, config: BuildCon
         "seed": config.seed,
         "prompt_version": PROMPT_VERSION,
         "splits": material.split_words,
-        "counts": _counts(material, folder),
+        "counts": counts,
         "products_without_knowledge": material.unknown_products,
         "rejected": len(material.rejections),
-        "warnings": _warnings(material, digests),
+        "warnings": [
+            *_warnings(material, digests),
+            *_one_sided(counts, config.routing),
+            *_uneven_depths(material.inspections, root),
+        ],
         "fingerprint": fingerprint_bytes(
             fingerprint_files([*names, folder / "knowledge.json"], folder).encode(), images.encode()
         ),
@@ -138,7 +144,9 @@ def _counts(material: Material, folder: Path) -> dict[str, Any]:
         if inspection.id in asked:
             cases[str(inspection.split)][inspection.condition] += 1
             products[str(inspection.split)][inspection.product] += 1
-    rows = {path.relative_to(folder / "sft").with_suffix("").as_posix(): path for path in folder.glob("sft/*/*.jsonl")}
+    normal = {inspection.id for inspection in material.inspections if inspection.condition == GOOD}
+    paths = sorted((folder / "sft").glob("*/*.jsonl"))
+    sides = {path.relative_to(folder / "sft").with_suffix("").as_posix(): _sides(path, normal) for path in paths}
     return {
         "photographs": _sorted(Counter(str(inspection.split) for inspection in material.inspections)),
         "reference_pool": len(reference_pool(material.inspections)),
@@ -146,7 +154,8 @@ def _counts(material: Material, folder: Path) -> dict[str, Any]:
         "products": {split: _sorted(found) for split, found in products.items()},
         "questions": _sorted(Counter(question.kind for question in material.questions)),
         "references": _sorted(Counter(reference.method for reference in material.references)),
-        "sft_rows": {name: _lines(path) for name, path in sorted(rows.items())},
+        "sft_rows": {name: sum(side["rows"] for side in found.values()) for name, found in sides.items()},
+        "sft_sides": sides,
     }
 
 
@@ -154,9 +163,18 @@ def _sorted(counter: Counter[str]) -> dict[str, int]:
     return {key: counter[key] for key in sorted(counter)}
 
 
-def _lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
+def _sides(path: Path, normal: Container[str]) -> dict[str, dict[str, int]]:
+    """How many `cases` (repeats counted) and `rows` of a role are of `normal` cases, and how many of others.
+
+    Balance is a matter of cases: a defective one is asked more, and has more rows where routes differ.
+    """
+    sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
+    with open(path, encoding="utf-8") as file:
+        for name, rows in groupby(json.loads(line)["case"] for line in file):
+            side = sides["normal" if name in normal else "defective"]
+            side["cases"] += 1
+            side["rows"] += len(list(rows))
+    return sides
 
 
 def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
@@ -209,6 +227,40 @@ def _warnings(material: Material, digests: dict[str, str]) -> list[str]:
     if named:
         found.append(f"the references named for {len(named)} cases are themselves test photographs: {_some(named)}")
     return found
+
+
+def _one_sided(counts: Mapping[str, Any], routing: str) -> list[str]:
+    """A warning for each role that is trained on one side alone of training cases that have both."""
+    cases = counts["cases"]["train"]
+    if not 0 < cases.get(GOOD, 0) < sum(cases.values()):
+        return []
+    found = []
+    for role in ROLES:
+        sides = counts["sft_sides"][f"{role}/train"]
+        (fewer, none), (other, most) = sorted(sides.items(), key=lambda side: side[1]["cases"])
+        if none["cases"] == 0 < most["cases"]:
+            paper = routing == "paper" and fewer == "normal"
+            why = "; the paper's routing consults it for defects only, in a run too" if paper else ""
+            found.append(
+                f"{role} has {most['rows']} training rows of {other} cases and none of {fewer} ones, so no balance{why}"
+            )
+    return found
+
+
+def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> list[str]:
+    """A warning for each product whose photographs of more than 8 bits are scaled in different ways."""
+    depths: dict[str, Counter[int]] = defaultdict(Counter)
+    for inspection in inspections:
+        bits = depth(root / inspection.image)
+        if bits is not None:
+            depths[f"{inspection.dataset}/{inspection.product}"][bits] += 1
+    return [
+        f"the grey values of {product} are scaled to 8 bits from different depths, each the smallest that holds the "
+        f"photograph's brightest pixel ({', '.join(f'{n} from {bits} bits' for bits, n in sorted(found.items()))}): "
+        "exposures no longer compare; if one camera took them, convert them to 8 bits yourself, by one scale"
+        for product, found in sorted(depths.items())
+        if len(found) > 1
+    ]
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

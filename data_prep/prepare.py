@@ -209,7 +209,7 @@ def ask(
 
 
 def balanced(cases: Sequence[Case], seed: int) -> list[Case]:
-    """As many normal as defective cases in each product, in a seeded random order.
+    """As many normal as defective cases in each product, in a seeded random order in which none follows itself.
 
     The rarer side is repeated (no photograph is left out), up to `MAX_REPEATS` times; beyond that the other side is
     sampled down. Per product, as a product with more defects than others would itself become the answer. A product
@@ -229,4 +229,20 @@ def balanced(cases: Sequence[Case], seed: int) -> list[Case]:
         whole, rest = divmod(size, len(few))
         chosen += few * whole + rng.sample(few, rest) + rng.sample(many, size)
     rng.shuffle(chosen)
-    return chosen
+    return _apart(chosen, rng)
+
+
+def _apart(cases: Sequence[Case], rng: random.Random) -> list[Case]:
+    """The cases in their order, but those that follow themselves, which go where they do not.
+
+    Training reads neighbouring rows of one case as one. There is always such a place: a repeated case has at least as
+    many different ones of the other side, each there once, as it has repeats.
+    """
+    order: list[Case] = []
+    again: list[Case] = []
+    for case in cases:
+        (again if order and order[-1].id == case.id else order).append(case)
+    for case in again:
+        free = [i for i in range(len(order) + 1) if all(near.id != case.id for near in order[max(0, i - 1) : i + 1])]
+        order.insert(rng.choice(free), case)
+    return order

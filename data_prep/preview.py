@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_prep.prepare import Material
 from echo_ft import geometry
+from echo_ft.images import image_size, load_image
 from echo_ft.records import GOOD, ROLES, Case, Exchange, Reference, from_dict
 from echo_ft.splits import SPLITS
 
@@ -125,7 +126,7 @@ def _outlined(case: Case, root: Path) -> str:
 
     path = root / case.seen.query
     image = _small(path)
-    mask = geometry.load_mask(case.truth, root, geometry.image_size(path))
+    mask = geometry.load_mask(case.truth, root, image_size(path))
     if mask is not None and mask.any():
         grown = Image.fromarray(mask).resize(image.size) if mask.shape[0] < image.height else None
         small = np.asarray(grown) if grown else geometry.resize_mask(mask, image.size)
@@ -137,11 +138,10 @@ def _outlined(case: Case, root: Path) -> str:
 
 
 def _small(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))
-        scale = SIDE / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    image = load_image(path, least=(2 * SIDE, 2 * SIDE))
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -37,6 +37,11 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
         option = flag.removeprefix("--").split("=")[0].replace("-", "_") if flag.startswith("--") else "help"
         if option not in known and option.removeprefix("no_") not in known and option != "help":
             raise EchoError(f"unknown option {flag.split('=')[0]}{_nearest(option, known)}")
+
+    for cls in types:
+        for name, kind in get_type_hints(cls).items():
+            if name in config and config[name] is None and type(None) not in get_args(kind) and kind is not Any:
+                raise EchoError(f"{source}: {name} is empty; give it a value, or take the line out")
 
     parser: Any = HfArgumentParser(list(types))
     # A value in the file satisfies a required flag, and is checked as a flag would be.

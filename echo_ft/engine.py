@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from echo_ft.layout import PADDING, Layout, Row, attention_mask, load_image, pad, pixels
+from echo_ft.images import load_image
+from echo_ft.layout import PADDING, Layout, Row, attention_mask, pad, pixels
 from echo_ft.records import LETTERS, Exchange
 
 

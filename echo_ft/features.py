@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from echo_ft.geometry import UNREADABLE
+from echo_ft import images
 from echo_ft.records import EchoError
 
 Vector = NDArray[np.float32]
@@ -24,6 +24,9 @@ Loaded = TypeVar("Loaded")
 
 BATCH = 64
 """Images in one forward pass, and decoded images held at once."""
+
+DECODER = "8bit"
+"""Names the rule by which files become pixels, so that features kept from before another rule are not taken."""
 
 REMEDY = "or set `descriptor: skimage`, which needs no weights"
 
@@ -87,7 +90,7 @@ class ScikitImage:
     on average, where the best possible choice has 0.045, HOG alone 0.145 and a random normal 0.181.
     """
 
-    key = "skimage-1"
+    key = f"skimage-1-{DECODER}"
 
     def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
         """As `Describer.vectors`; d = 2116."""
@@ -118,7 +121,7 @@ class OpenClip:
     def __init__(self, model: str, pretrained: str | None) -> None:
         """`pretrained` is a tag of open_clip's, a checkpoint file, or None for random weights (tests)."""
         self.model, self.pretrained = model, pretrained
-        self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}").strip("-")
+        self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{DECODER}").strip("-")
         if pretrained and Path(pretrained).is_file():
             state = Path(pretrained).stat()
             self.key += f"-{state.st_size}-{state.st_mtime_ns}"
@@ -176,10 +179,9 @@ def _decode(paths: Sequence[Path], prepare: Callable[[Image.Image], Loaded]) -> 
 
     def one(path: Path) -> tuple[Loaded | None, str | None]:
         try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-        except UNREADABLE as error:
-            return None, f"the image is broken or of an unknown format ({type(error).__name__})"
+            rgb = images.decode(path)
+        except images.UNREADABLE as error:
+            return None, images.fault(error)
         return prepare(rgb), None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

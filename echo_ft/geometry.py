@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from echo_ft.images import UNREADABLE, load_image
 from echo_ft.records import EchoError
 
 Mask = NDArray[np.bool_]
@@ -28,9 +29,6 @@ SPREAD = "across much of the image"
 
 SPREAD_CELLS = 5
 """A region is spread where it lies in at least so many of the nine cells."""
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow's readers raise on broken files."""
 
 
 class Marked(Protocol):
@@ -168,26 +166,13 @@ def fill_boxes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[i
     return mask
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image in pixels; EchoError where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNREADABLE as error:
-        raise EchoError(f"image {path} cannot be read ({type(error).__name__}); repair or remove it") from error
-
-
 def load_grey(path: Path, size: tuple[int, int]) -> Grey:
     """The image in grey, resized to `size` (width, height): float32 (height, width) in 0..1.
 
     Raises EchoError where it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            image.draft("L", (2 * size[0], 2 * size[1]))  # a large JPEG decodes at a fraction of its size
-            grey = image.convert("L").resize(size, Image.Resampling.BOX)
-    except UNREADABLE as error:
-        raise EchoError(f"image {path} cannot be read ({type(error).__name__}); repair or remove it") from error
+    # Half the size at least: a large JPEG then decodes at a fraction of its own.
+    grey = load_image(path, "L", (2 * size[0], 2 * size[1])).resize(size, Image.Resampling.BOX)
     return np.asarray(grey, dtype=np.float32) / np.float32(255)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from echo_ft.images import image_size
 from echo_ft.records import EchoError, Exchange
 
 if TYPE_CHECKING:
@@ -165,30 +166,6 @@ class Layout:
                 current += end - place
             place = end
         return positions
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) from the file's header.
-
-    Raises EchoError where the file is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError as error:
-        raise EchoError(f"there is no image {path}; put it back or build the dataset again") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise EchoError(f"{path} is no readable image ({error}); replace it and build the dataset again") from error
-
-
-def load_image(path: Path) -> Image.Image:
-    """The decoded image in RGB. Raises EchoError where the file is missing or broken."""
-    image_size(path)
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise EchoError(f"{path} is broken ({error}); replace it and build the dataset again") from error
 
 
 def pixels(layout: Layout, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -155,11 +155,12 @@ def topologies(frozen: int, frozen_count: int, trainable: int, gpus: int, adapte
 
 
 def activations(model: Any, batch: Batch, width: int) -> Activations:
-    """Bytes of activations of an adapted Qwen2-VL in training with sdpa attention, `width` bytes a value.
+    """Bytes of activations of an adapted Qwen2-VL under `echo_ft.attention`, `width` bytes a value.
 
     Of a language model layer, per token (hidden size h, MLP size f, row length L): both RMSNorms keep a float32 copy
-    and a factor (8h + 8), attention its query, key and value (repeated to all heads), its output (4h values) and a
-    float32 log-sum-exp a head, the branch mask as an additive bias (L values), SwiGLU three products (3f values).
+    and a factor (8h + 8), attention its query, key and value (for the branches repeated to all heads), its output
+    (4h values) and a float32 log-sum-exp a head, for each token of text the branch mask as an additive bias (L values;
+    a token of text that the branches share has none), SwiGLU three products (3f values).
     Of a vision block, per patch (size E, MLP size M): both LayerNorms in float32 (8E), queries, keys, the projection
     that the values are a view of, and the output (6E values), a log-sum-exp a head, quick GELU (2M values).
     Every LoRA layer keeps its input (one more byte a value for the dropout mask) and r values.
@@ -183,12 +184,13 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
         lora[part] += seen[part] * (layer.in_features * (width + dropout) + rank * width)
 
     hidden, heads = text.hidden_size, text.num_attention_heads
-    attention = width * (4 * hidden + length) + _FP32 * heads
-    decoder = tokens * (8 * hidden + 8 + attention + width * 3 * text.intermediate_size)
+    attention = width * 4 * hidden + _FP32 * heads
+    masks = batch.rows * batch.text_tokens * length
+    decoder = tokens * (8 * hidden + 8 + attention + width * 3 * text.intermediate_size) + width * masks
     embed, mlp = vision.embed_dim, vision.embed_dim * vision.mlp_ratio
     block = patches * (8 * embed + width * (6 * embed + 2 * mlp) + _FP32 * vision.num_heads)
     merger = patches * (_FP32 * embed + width * embed) + lora["merger"]
-    ends = tokens * (_FP32 * hidden + length)  # the last norm, and the mask itself
+    ends = tokens * _FP32 * hidden + masks  # the last norm, and the masks themselves
 
     layer_count, depth = text.num_hidden_layers, vision.depth
     kept = layer_count * decoder + lora["language model"] + ends

@@ -3,7 +3,7 @@
 An answer that is no option letter, or that never came, counts as wrong and is counted. Anomaly Detection is the mean
 of the accuracy on normal and on defective images; a kind that a dataset does not have is left out of its means.
 Intervals come from resampling physical parts, with all their photographs and questions (`echo_ft.statistics`),
-stratified by dataset and by normal or defective, so that no resample lacks a side.
+stratified by dataset and by what a part shows, so that no resample lacks a side (`Sheet.weights`).
 
 Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 kinds of question. Weights (R, N) are how often
 each image was drawn; one row of ones gives the figures themselves, so both come from the same code.
@@ -12,7 +12,7 @@ each image was drawn; one row of ones gives the figures themselves, so both come
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,17 +71,25 @@ class Sheet:
         return found, np.array([found.index(name) for name in names])
 
     def weights(self, by: str = "dataset") -> np.ndarray:
-        """(R, N) from statistics.resample over physical parts, stratified by row and by normal or defective.
+        """(R, N) from statistics.resample over physical parts: dataset, product and group, as `splits.part` has it.
 
-        Photographs of one part are no independent draws, so they are drawn together.
+        Photographs of one part are no independent draws, so they are drawn together. The strata are, within a row of
+        the table, the parts with normal photographs alone, those with defective ones alone, and those with both. Each
+        stratum is resampled to its own number of parts, so a side that the row has is in every resample. A part with
+        both is drawn whole: were its two sides drawn apart, what they have in common would be lost, and the interval
+        of Anomaly Detection, their mean, too narrow.
         """
         group = {_image(prediction): prediction.group for prediction in self.predictions}
-        groups = [group[image] for image in self.images]
-        keys = list(zip(self.rows(by)[1].tolist(), self.defective.tolist(), groups, strict=True))
-        units = sorted(set(keys))
+        parts = [
+            (row, group[image], image[1]) for row, image in zip(self.rows(by)[1].tolist(), self.images, strict=True)
+        ]
+        sides: dict[tuple[int, str, str], set[bool]] = {}
+        for part, defective in zip(parts, self.defective.tolist(), strict=True):
+            sides.setdefault(part, set()).add(defective)
+        stratum = {part: (part[0], max(found) + (len(found) > 1)) for part, found in sides.items()}
+        units = sorted(sides, key=lambda part: (stratum[part], part))
         place = {unit: index for index, unit in enumerate(units)}
-        strata: list[Hashable] = [unit[:2] for unit in units]
-        return statistics.resample(strata)[:, [place[key] for key in keys]]
+        return statistics.resample([stratum[unit] for unit in units])[:, [place[part] for part in parts]]
 
     def once(self) -> np.ndarray:
         """(1, N): every image once, for the figures themselves."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echo_ft.records import GOOD, KINDS, LETTERS, EchoError, Prediction, Rejection
+from echo_ft.records import GOOD, KINDS, LETTERS, EchoError, Prediction, Rejection, write_whole
 from echo_ft.roles import parse_letter
 
 Table = dict[str, dict[str, float | None]]
@@ -187,7 +187,9 @@ def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
     """What MMAD's own scripts would have written for these predictions: their parser's letters, and its faults.
 
     MMAD's scorer learns dataset and condition from the path alone, so an image that is not under its dataset's name,
-    or a normal one without `good` in its path, gets a path `dataset/product/condition/...` that says so. A question
+    or a normal one without `good` in its path, gets a path `dataset/product/condition/...` in front. That makes every
+    normal image normal to it, but not every defective one defective: its test is whether `good` occurs anywhere in the
+    path, a product `goodyear` included, and such a path is left as it is; `taken_for_normal` tells which. A question
     that failed before the model answered has an empty answer.
     """
     return [
@@ -201,6 +203,12 @@ def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
         )
         for prediction in predictions
     ]
+
+
+def taken_for_normal(predictions: Sequence[Prediction]) -> list[str]:
+    """Paths of the defective images that the official table counts as normal, as `good` occurs somewhere in them."""
+    paths = {_mmad_path(one) for one in predictions if one.kind == KINDS[0] and one.condition != GOOD}
+    return sorted(path for path in paths if "good" in path)
 
 
 def _mmad_path(prediction: Prediction) -> str:
@@ -222,4 +230,4 @@ def write_answers(path: Path, answers: Sequence[Answer]) -> None:
         }
         for answer in answers
     ]
-    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_ft.dataset import Dataset
-from echo_ft.provenance import commit, fingerprint_bytes, versions
-from echo_ft.records import ROLES, EchoError, from_dict
+from echo_ft.dataset import Dataset, load_dataset
+from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
+from echo_ft.records import ROLES, EchoError, Inspection, from_dict, read_jsonl, write_whole
 from echo_ft.roles import PROMPT_VERSION
 
 GROUPS = ("language model", "vision tower", "merger")
@@ -19,6 +21,12 @@ GROUPS = ("language model", "vision tower", "merger")
 
 ADAPTER_CARD = "echo_ft.json"
 """The file in an adapter's folder that says what the adapter is."""
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""What PEFT makes an adapter of."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types of weights that models are run in; `auto` is the checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,16 @@ class AdapterCard:
     """Which experts stood behind each kind of question in the dataset's rows."""
     versions: dict[str, str]
     commit: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk."""
+
+    path: Path
+    card: AdapterCard
+    fingerprint: str
+    """Over ADAPTER_FILES in full: the card says how an adapter was trained, this says which one it is."""
 
 
 def part_of(name: str) -> str:
@@ -98,8 +116,11 @@ def load_processor(model_name_or_path: str, revision: str | None, min_pixels: in
 def load_model(model_name_or_path: str, revision: str | None = None, dtype: str = "auto", **options: Any) -> Any:
     """The base model from a local folder or the hub; safetensors only, no remote code.
 
-    `options` go to `from_pretrained` (`attn_implementation`, `quantization_config`, ...).
+    `options` go to `from_pretrained` (`attn_implementation`, `quantization_config`, ...). Raises EchoError for a dtype
+    that is none of DTYPES.
     """
+    if dtype not in DTYPES:
+        raise EchoError(f"dtype cannot be {dtype!r}; choose from {', '.join(DTYPES)}")
     from transformers import AutoModelForImageTextToText
 
     return _from_hub(
@@ -169,7 +190,7 @@ def make_card(
 
 def write_card(folder: Path, card: AdapterCard) -> None:
     """Put the card into the adapter's folder."""
-    (folder / ADAPTER_CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / ADAPTER_CARD, json.dumps(asdict(card), indent=2) + "\n")
 
 
 def read_card(folder: Path) -> AdapterCard:
@@ -186,7 +207,7 @@ def read_card(folder: Path) -> AdapterCard:
 
 def find_adapters(
     folder: Path, base_model: str, revision: str | None, min_pixels: int, max_pixels: int
-) -> dict[str, tuple[Path, AdapterCard]]:
+) -> dict[str, Adapter]:
     """The adapters of the four roles under `folder`, each in a folder of the role's name, checked against the run.
 
     Raises EchoError where one is missing, is of another role, base model, prompt version or pixel budget.
@@ -212,8 +233,94 @@ def find_adapters(
                 f"{path} holds an adapter of the role {card.role}, not {role}; put each into its own folder"
             )
         _require(path, card, expected, base_model)
-        found[role] = (path, card)
+        files = [path / name for name in ADAPTER_FILES]
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing is not None:
+            raise EchoError(f"{path} has no {missing.name}; weights must be safetensors: train it with train/sft.py")
+        found[role] = Adapter(path, card, fingerprint_files(files, path))
     return found
+
+
+def training_sets(
+    adapters: Mapping[str, Adapter], dataset: Dataset, split: str, images: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the adapters were trained on, for a run's description, and what a reader of the run must be warned of.
+
+    `images` are the photographs of `dataset`'s `split` that the run asks about. Those that are in an adapter's train
+    split are counted by content, so copies under other names count too. None where that dataset is not there any more
+    or was built anew since: then nobody can tell.
+    """
+    roles: dict[str, list[str]] = defaultdict(list)
+    for role, adapter in adapters.items():
+        roles[adapter.card.dataset_fingerprint].append(role)
+    found, warnings = [], []
+    if len(roles) > 1:
+        sources = (f"{', '.join(names)} on {fingerprint}" for fingerprint, names in roles.items())
+        warnings.append(
+            f"the adapters were trained on {len(roles)} different datasets ({'; '.join(sources)}): a part that one has "
+            "not seen another may have; train the four roles on one dataset"
+        )
+    for fingerprint, names in roles.items():
+        where = adapters[names[0]].card.dataset
+        trained_on = _trained_on(where, fingerprint, dataset, images)
+        count = None if trained_on is None else len(trained_on)
+        found.append(
+            {
+                "dataset": where,
+                "dataset_fingerprint": fingerprint,
+                "roles": names,
+                "photographs_trained_on": count,
+                "of_photographs": len(images),
+            }
+        )
+        who = f"the adapters of {', '.join(names)}"
+        if trained_on:
+            warnings.append(
+                f"{count} OF {len(images)} PHOTOGRAPHS OF THE SPLIT {split} WERE TRAINED ON, such as {trained_on[0]}: "
+                f"{who} have them in their train split ({where}); figures over them measure memory, so evaluate on "
+                "photographs of no training split"
+            )
+        if fingerprint != dataset.fingerprint:
+            known = (
+                "that dataset is not there to compare with"
+                if count is None
+                else "files were compared, and parts photographed again are not told by that"
+            )
+            warnings.append(
+                f"{who} were trained on another dataset ({where}, {fingerprint}) than {dataset.folder} "
+                f"({dataset.fingerprint}): photographs of the split {split} may have been trained on; {known}"
+            )
+    return found, warnings
+
+
+def _trained_on(where: str, fingerprint: str, dataset: Dataset, images: Sequence[str]) -> list[str] | None:
+    """Those of `images` that are photographs of the train split of the dataset `where`; None where it is gone."""
+    try:
+        source = dataset if dataset.fingerprint == fingerprint else load_dataset(Path(where))
+        if source.fingerprint != fingerprint:
+            return None
+        inspections = read_jsonl(source.folder / "inspections.jsonl", Inspection)
+        paths = {(source.root / one.image).resolve() for one in inspections if one.split == "train"}
+        sizes: dict[int, list[Path]] = defaultdict(list)
+        for path in paths:
+            sizes[path.stat().st_size].append(path)
+        digests: dict[Path, bytes] = {}
+
+        def content(path: Path) -> bytes:
+            if path not in digests:
+                with open(path, "rb") as file:
+                    digests[path] = hashlib.file_digest(file, "sha256").digest()
+            return digests[path]
+
+        def known(path: Path) -> bool:
+            # Files of another size have another content: few are read.
+            if path in paths or not path.is_file():
+                return path in paths
+            return any(content(path) == content(other) for other in sizes.get(path.stat().st_size, ()))
+
+        return [image for image in images if known((dataset.root / image).resolve())]
+    except (EchoError, OSError, KeyError):
+        return None
 
 
 def _require(path: Path, card: AdapterCard, expected: Mapping[str, Any], base_model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -15,12 +16,16 @@ PACKAGES = (
     "peft",
     "trl",
     "accelerate",
+    "bitsandbytes",
     "deepspeed",
     "datasets",
     "open_clip_torch",
     "faiss-cpu",
     "scikit-image",
 )
+
+ANSWERING = ("torch", "transformers", "peft")
+"""Those of PACKAGES that a model's answers come out of; the rest train, build and read."""
 
 
 def versions() -> dict[str, str]:
@@ -42,6 +47,16 @@ def commit() -> str:
         return head + ("-dirty" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code_fingerprint(*paths: Path) -> str:
+    """Fingerprint of Python sources: each of `paths` is a file, or a folder whose own .py files count.
+
+    Unlike the commit it is the same after a change to the documents, differs between two uncommitted states, and is
+    there outside a checkout.
+    """
+    files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
+    return fingerprint_files(files, Path(os.path.commonpath([file.parent for file in files])))
 
 
 def _git(folder: Path, *arguments: str) -> str:

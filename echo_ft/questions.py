@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echo_ft import geometry
+from echo_ft.images import image_size
 from echo_ft.knowledge import appearance, described, effect, readable
 from echo_ft.records import GOOD, LETTERS, Entry, Inspection, Question
 
@@ -91,7 +92,7 @@ def _defect_choices(
 def _region(inspection: Inspection, root: Path) -> geometry.Region | None:
     if inspection.mask is None and not inspection.boxes:
         return None
-    size = geometry.image_size(root / inspection.image)
+    size = image_size(root / inspection.image)
     mask = geometry.load_mask(inspection, root, size)
     return None if mask is None else geometry.measure(mask)
 

@@ -117,7 +117,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about a case and must never reach a prompt."""
+    """What is known about a case and must never reach a prompt of a run."""
 
     condition: str
     mask: str | None
@@ -260,6 +260,13 @@ def read_jsonl(path: Path, cls: type[Record]) -> Iterator[Record]:
                 raise EchoError(
                     f"{path}:{number} is not a {cls.__name__} row ({error}); make the file again"
                 ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that a reader finds whole or not at all, however the writer ends."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:

@@ -1,8 +1,9 @@
 """The four roles of Echo (arXiv 2501.15795): what each is shown, and how what it says is read.
 
 `render` is the one place where prompts are made, for training and for inference alike. It receives `Seen` and the
-words of the earlier roles, never the truth. Images come first, then the context that all branches of a case share,
-then the branch (`Exchange`): whatever several questions share is computed once.
+words of the earlier roles, never the truth; in training rows those words are gold, made from it. Images come first,
+then the context that all branches of a case share, then the branch (`Exchange`): whatever several questions share is
+computed once.
 
 Any change of a prompt's text changes `PROMPT_VERSION`; the golden files in tests/golden pin both.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from echo_ft.records import GOOD, KINDS, LETTERS, ROLES, Branch, EchoError, Exchange, Question, Seen, Upstream
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Route:
 
 
 ROUTINGS: Mapping[str, Mapping[str, Route]] = {
-    # The product's knowledge names the product: for Object Classification that would be the answer.
+    # The product's knowledge names the product: for Object Classification that would be the answer. What a normal part
+    # looks like is knowledge too: in training rows it is the `good` entry, word for word.
     "full": {kind: Route(knowledge=kind != "Object Classification") for kind in KINDS},
     # The method's published code; it does not support the two Object kinds, which get the reference alone here.
     "paper": {
@@ -112,7 +114,7 @@ def _per_question(
         if role == "reasoning_expert" and not route.reasoning:
             continue
         images, context = _look(seen, upstream, route.reference)
-        if role == "reasoning_expert" and route.reference and upstream.normal:
+        if role == "reasoning_expert" and route.reference and route.knowledge and upstream.normal:
             context += f"Normal: {one_line(upstream.normal)}\n"
         if route.knowledge and knowledge == "all" and seen.knowledge:
             context += f"Known conditions of this part:\n{entries(seen)}"

@@ -1,11 +1,13 @@
-"""Intervals and paired tests for figures over images whose questions hang together. Numpy, and scipy for one p-value.
+"""Intervals and paired tests for figures over units whose questions hang together. Numpy, and scipy for one p-value.
 
-The bootstrap draws images, not questions: the answers to several questions about one image share that image's luck, so
-questions drawn one by one would make intervals that are too narrow (Davison and Hinkley, "Bootstrap Methods and their
-Application", 1997, section 3.8). A resample is kept as how often each image was drawn, so that every figure which is
-made of sums is one matrix product, and two runs on the same images are compared within the same resamples.
+The bootstrap draws physical parts, not photographs and not questions: the answers to several questions about a part,
+in however many photographs, share that part's luck, so questions drawn one by one would make intervals that are too
+narrow (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). A resample is kept as how
+often each unit was drawn, so that every figure which is made of sums is one matrix product, and two runs on the same
+parts are compared within the same resamples. What a unit is the caller decides: `metrics.Sheet.weights` draws parts
+and gives each photograph its part's count.
 
-Shapes: R resamples, N images.
+Shapes: R resamples, N units (parts in `resample`, photographs in `auroc`).
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ LEVEL = 0.95
 
 
 def resample(strata: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """(R, N): how often each image is drawn, when every stratum is resampled to its own size with replacement.
+    """(R, N): how often each unit is drawn, when every stratum is resampled to its own size with replacement.
 
-    `strata` names each image's stratum. The same strata in the same order and the same seed give the same draws.
+    `strata` names each unit's stratum. The same strata in the same order and the same seed give the same draws.
     """
     random = np.random.default_rng(seed)
     members: dict[Hashable, list[int]] = {}
@@ -78,7 +80,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided McNemar p-value (McNemar, 1947): the discordant pairs as tosses of a fair coin.
 
     The arguments count the questions that only the first and only the second run answered correctly. The test takes
-    questions as independent; for several questions about one image the bootstrap interval is the safer reading.
+    questions as independent; for several questions about one part the bootstrap interval is the safer reading.
     """
     from scipy.stats import binomtest
 

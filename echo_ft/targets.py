@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from echo_ft import geometry, roles
+from echo_ft.images import image_size
 from echo_ft.knowledge import brief, readable
 from echo_ft.questions import TEXTS
 from echo_ft.records import GOOD, Case, EchoError, Exchange, Question, Upstream
@@ -119,7 +120,7 @@ def _load(path: Path, modified: int) -> Look:
 def _mask(case: Case, root: Path) -> geometry.Mask | None:
     if case.truth.condition == GOOD:
         return None
-    return geometry.load_mask(case.truth, root, geometry.image_size(root / case.seen.query))
+    return geometry.load_mask(case.truth, root, image_size(root / case.seen.query))
 
 
 def _best(query: Look, references: Sequence[Look], mask: geometry.Mask | None) -> int:

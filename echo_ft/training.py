@@ -19,7 +19,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from echo_ft import attention
 from echo_ft.dataset import Dataset
-from echo_ft.layout import IGNORED, Layout, Row, load_image, pack, pixels
+from echo_ft.images import load_image
+from echo_ft.layout import IGNORED, Layout, Row, pack, pixels
 from echo_ft.model import GROUPS, AdapterCard, part_of, read_card, write_card
 from echo_ft.records import ROLES, EchoError, Exchange, Rejection, from_dict, read_jsonl, write_jsonl
 from echo_ft.vision import FeatureStore, Images, share_images
@@ -80,6 +81,13 @@ def check_options(sft: SFTConfig, model: ModelConfig) -> None:
         raise EchoError(
             "one process sees several GPUs; start one process a GPU (accelerate launch --config_file "
             "recipes/accelerate/ddp.yaml ...), or show it a single one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if sft.label_smoothing_factor:
+        raise EchoError("label_smoothing_factor is not supported: the loss is TRL's own; take it out of the config")
+    if sft.train_sampling_strategy not in ("random", "sequential"):
+        raise EchoError(
+            f"train_sampling_strategy {sft.train_sampling_strategy} has no lengths to go by; choose random or "
+            "sequential"
         )
     if sft.trust_remote_code:
         raise EchoError("trust_remote_code is never used; Qwen2-VL is part of transformers")
@@ -187,8 +195,14 @@ def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
     TRL (1.16) takes no other kind of dataset than this; the rows stay in Arrow.
     """
     table = exchanges.with_format("arrow")[:]
-    names = table["case"].to_numpy()
-    starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1], True])
+    starts, begun = [], None
+    for index, (case, branches) in enumerate(zip(table["case"].to_pylist(), table["branches"], strict=True)):
+        # Balancing repeats cases: one that asks what it asked first begins again.
+        asked = case, branches[0]["id"].as_py()
+        if begun is None or begun[0] != case or begun == asked:
+            starts.append(index)
+            begun = asked
+    starts.append(len(table))
     rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), table.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))
 
@@ -203,7 +217,9 @@ class Collator:
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchanges = [from_dict(Exchange, example) for case in cases for example in case["exchanges"]]
-        return self.batch([self.layout.load_row(exchange, self.root) for exchange in exchanges])
+        batch = self.batch([self.layout.load_row(exchange, self.root) for exchange in exchanges])
+        batch["done"] = [len(cases), sum(len(exchange.branches) for exchange in exchanges)]
+        return batch
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Rows packed into one, with the pixels of each different image whose features are not kept.
@@ -222,7 +238,6 @@ class Collator:
             "image_order": [number[path] for path in places],
             "image_paths": new,
             "image_features": list(known.values()),
-            "done": [len({row.exchange.case for row in rows}), sum(len(row.exchange.branches) for row in rows)],
         }
 
 
@@ -319,8 +334,17 @@ class PrefixSharingTrainer(SFTTrainer):
         if all(rate is None for rate in rates.values()):
             return optimizer
         part = {
-            parameter: part_of(name) for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
+            parameter: part_of(name)
+            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
+            if parameter.requires_grad
         }
+        for name, rate in rates.items():
+            if rate is not None and name not in part.values():
+                modules = "attn.qkv, attn.proj" if name == "vision tower" else "merger.mlp.0"
+                raise EchoError(
+                    f"{name.split()[0]}_learning_rate is {rate}, but nothing of the {name} is trained; name its "
+                    f"modules in lora_target_modules ({modules}, ...) or take the rate out"
+                )
         groups = list(optimizer.param_groups)
         optimizer.param_groups.clear()
         for group in groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +24,19 @@ class FeatureStore:
     write the same are of one mind. On /dev/shm, the folder is memory.
     """
 
-    def __init__(self, folder: Path, look: str, most_bytes: int) -> None:
-        """`look` names all that features depend on but the image: model, pixel budget and precision.
+    def __init__(self, folder: Path, look: str, most_bytes: int, processes: int = 1) -> None:
+        """`look` names all that features depend on but the image: model, pixel budget, precision and versions.
 
-        Beyond `most_bytes` in that folder, features are computed again. Raises EchoError where `folder`
-        cannot be written.
+        Beyond `most_bytes` in `folder`, of all models and budgets together, features are computed again; each of so
+        many `processes` may fill an equal part of what is left. Raises EchoError where `folder` cannot be written.
         """
         self.folder = folder / hashlib.sha256(look.encode()).hexdigest()[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EchoError(f"features cannot be kept in {folder} ({error.strerror}); choose another folder") from error
-        self.room = most_bytes - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        self.room = (most_bytes - _bytes_in(folder)) // processes
+        self.full = False
 
     def path(self, image: Path) -> Path:
         """The file for an image; an image that has changed has another."""
@@ -52,12 +54,32 @@ class FeatureStore:
     def save(self, image: Path, features: torch.Tensor) -> None:
         """Keep the features of an image, while there is room."""
         path = self.path(image)
-        if features.nbytes > self.room or path.exists():
+        if path.exists():
+            return
+        if features.nbytes > self.room:
+            if not self.full:
+                print(f"{self.folder.parent} holds as much as features_gib allows; the rest is computed", flush=True)
+            self.full = True
             return
         self.room -= features.nbytes
         partial = path.with_suffix(f".{os.getpid()}")
         save_file({"features": features.detach().cpu().clone()}, partial)
         partial.replace(path)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Size of all kept features; halves that a killed process left an hour ago or more are deleted."""
+    total = 0
+    for path in folder.glob("*/*"):
+        try:
+            stat = path.stat()
+            if path.suffix != ".safetensors" and time.time() - stat.st_mtime > 3600:
+                path.unlink()
+            else:
+                total += stat.st_size
+        except FileNotFoundError:  # another process moved it into its place
+            continue
+    return total
 
 
 @dataclass(frozen=True)

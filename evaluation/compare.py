@@ -17,7 +17,7 @@ from typing import Any
 from echo_ft import config as configs
 from echo_ft import metrics, statistics
 from echo_ft.metrics import Sheet
-from echo_ft.records import KINDS, EchoError
+from echo_ft.records import KINDS, EchoError, write_whole
 from evaluation import pages
 from evaluation.pages import DETECTION_FIGURES, interval, show, signed, text_table
 from evaluation.score import Run, load_run, named_first
@@ -55,8 +55,8 @@ def main(argv: list[str]) -> None:
     output = Path(config.output) if config.output else runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(comparison, indent=1, ensure_ascii=False)
-    (output / "comparison.json").write_text(text + "\n", encoding="utf-8")
-    (output / "compare.html").write_text(page(comparison, runs, sheets), encoding="utf-8")
+    write_whole(output / "comparison.json", text + "\n")
+    write_whole(output / "compare.html", page(comparison, runs, sheets))
     print(f"wrote comparison.json, compare.html to {output}\n")
     if config.report_to == "wandb":
         log_to_wandb(comparison)
@@ -105,7 +105,7 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], sheets: Se
 
 
 def compare(names: Sequence[str], runs: Sequence[Run], sheets: Sequence[Sheet]) -> dict[str, Any]:
-    """comparison.json's content. All runs are resampled together: the same images in the same resample."""
+    """comparison.json's content. All runs are resampled together: the same parts in the same resample."""
     weights, once = sheets[0].weights(), sheets[0].once()
     values = [{key: metrics.number(value[0]) for key, value in metrics.figures(one, once).items()} for one in sheets]
     spreads = [metrics.figures(sheet, weights) for sheet in sheets]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echo_ft import images
 from echo_ft.metrics import is_correct
 from echo_ft.records import EchoError, Prediction
 
@@ -98,14 +99,11 @@ def image_root(provenance: Mapping[str, Any]) -> Path | None:
 
 def thumbnail(root: Path | None, image: str) -> str | None:
     """A small JPEG as a data URI, or None where the image cannot be read: pages are made without images too."""
-    from PIL import Image
-
     if root is None:
         return None
     try:
-        with Image.open(root / image) as opened:
-            small = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        small = images.decode(root / image)
+    except images.UNREADABLE:
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

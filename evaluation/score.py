@@ -17,9 +17,18 @@ from typing import Any
 
 from echo_ft import config as configs
 from echo_ft import metrics, statistics
-from echo_ft.mmad_scorer import Answer, from_predictions, official_table, read_answers, to_predictions, write_answers
+from echo_ft.mmad_scorer import (
+    Answer,
+    from_predictions,
+    official_table,
+    read_answers,
+    taken_for_normal,
+    to_predictions,
+    write_answers,
+)
 from echo_ft.provenance import commit, fingerprint_bytes
-from echo_ft.records import KINDS, EchoError, Prediction, Rejection, from_dict
+from echo_ft.records import KINDS, EchoError, Prediction, Rejection, from_dict, write_whole
+from echo_ft.runs import CONTINUED
 from evaluation import pages
 from evaluation.pages import DETECTION_LABELS, interval, percent, share, text_table
 
@@ -68,8 +77,8 @@ def main(argv: list[str]) -> None:
         name = run.folder.name
     report, page = build_report(name, run, answers)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(page, encoding="utf-8")
+    write_whole(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(output / "report.html", page)
     if config.run is not None:
         write_answers(output / "answers.json", answers)
     print_report(report)
@@ -102,20 +111,36 @@ def load_run(folder: Path) -> Run:
     predictions, rejections = _predictions(rows, content, complete=provenance.get("complete") is True)
     if not predictions:
         raise EchoError(f"{rows} is empty; start the same evaluation.run command again, it goes on where it stopped")
-    warnings = []
-    if provenance.get("complete") is not True:
-        done = len({prediction.case for prediction in predictions})
-        warnings.append(
-            f"THE RUN IS NOT COMPLETE: {done} of {provenance.get('cases', 'unknown')} cases; the figures are of these "
-            "alone; start the same evaluation.run command again, it goes on where it stopped"
-        )
+    warnings = [*_missing(provenance, predictions), *_warned(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
     return Run(folder, predictions, provenance, warnings, rejections)
 
 
+def _missing(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[str]:
+    """A warning where the rows are not all that the run should have, whatever run.json says of being complete."""
+    counts = {"cases": len({one.case for one in predictions}), "questions": len(predictions)}
+    differing = [
+        (count, provenance[name], name) for name, count in counts.items() if provenance.get(name, count) != count
+    ]
+    done, expected, what = differing[0] if differing else (counts["cases"], provenance.get("cases", "unknown"), "cases")
+    if provenance.get("complete") is True and not differing:
+        return []
+    return [
+        f"THE RUN IS NOT COMPLETE: {done} of {expected} {what}; the figures are of these alone; start the same "
+        "evaluation.run command again, it goes on where it stopped"
+    ]
+
+
+def _warned(provenance: Mapping[str, Any]) -> list[str]:
+    """What the run itself warned of, by any of the processes that wrote it."""
+    notes = [provenance, *provenance.get(CONTINUED, [])]
+    return list(dict.fromkeys(str(warning) for note in notes for warning in note.get("warnings", [])))
+
+
 def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Prediction], list[Rejection]]:
     predictions: list[Prediction] = []
-    lines = content.decode("utf-8", errors="replace").splitlines()
+    # splitlines would also part a text at U+2028, U+2029 and U+0085, which JSON leaves as they are.
+    lines = content.decode("utf-8", errors="replace").removesuffix("\n").split("\n") if content else []
     for number, line in enumerate(lines, start=1):
         try:
             predictions.append(from_dict(Prediction, json.loads(line)))
@@ -203,6 +228,12 @@ def cautions(run: Run, sheet: metrics.Sheet, detection: Mapping[str, Mapping[str
     ]
     if few:
         found.append(f"intervals of Anomaly Detection are too narrow where images are few: {', '.join(few)}")
+    taken = taken_for_normal(run.predictions)
+    if taken:
+        found.append(
+            f"{len(taken)} defective images have `good` in their path ({taken[0]}), so the official figure counts them "
+            "as normal, as MMAD's scorer would; the strict figures do not"
+        )
     return found
 
 

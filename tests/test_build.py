@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from data_prep.build import build, main
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, EchoError, Exchange, Inspection, Question, Reference, Rejection, read_jsonl
+from echo_ft.records import ROLES, EchoError, Exchange, Inspection, Question, Reference, Rejection, read_jsonl, to_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JSONL = ["inspections.jsonl", "references.jsonl", "questions.jsonl", "rejected.jsonl"]
@@ -84,6 +85,13 @@ def rows(folder: Path, name: str, cls: type) -> list:
     return list(read_jsonl(folder / name, cls))
 
 
+def described(folder: Path) -> Path:
+    """Knowledge of both products, so that every kind of question is asked."""
+    text = {"good": "An even ramp.", "dent": "A black square. It causes leaks.", "stain": "A blot. It causes rust."}
+    (folder / "knowledge.yaml").write_text(json.dumps({"parts": {"cap": text, "ring": text}}))
+    return folder / "knowledge.yaml"
+
+
 def edit_rows(source: Path, change) -> None:
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     for line in lines:
@@ -137,6 +145,63 @@ def test_training_rows_have_every_role_and_are_half_normal(built):
         assert all(branch.completion for row in found for branch in row.branches)
         if role == "reference_extractor":  # one row a case; the others have one for each route
             assert normal * 2 == len(found)
+
+
+def test_the_manifest_counts_each_roles_rows_by_side_and_warns_of_a_side_that_is_missing(raw, built, tmp_path):
+    """The paper's routing consults two roles for defects only."""
+    paper = build(config(raw, tmp_path / "paper", routing="paper", knowledge=described(tmp_path)))
+    full = json.loads((built / "manifest.json").read_text())
+    for manifest, folder in ((paper, tmp_path / "paper"), (full, built)):
+        condition = {i.id: i.condition for i in rows(folder, "inspections.jsonl", Inspection)}
+        for role in ROLES:
+            for split in ("train", "validation"):
+                found = rows(folder, f"sft/{role}/{split}.jsonl", Exchange)
+                normal = [row for row in found if condition[row.case] == "good"]
+                sides = manifest["counts"]["sft_sides"][f"{role}/{split}"]
+                assert (sides["normal"]["rows"], sides["defective"]["rows"]) == (len(normal), len(found) - len(normal))
+                balanced = sides["normal"]["cases"] == sides["defective"]["cases"]
+                assert balanced or split == "validation" or (manifest is paper and role in ROLES[1:3])
+                assert manifest["counts"]["sft_rows"][f"{role}/{split}"] == len(found)
+    assert not any("no balance" in warning for warning in full["warnings"])
+    warned = [warning for warning in paper["warnings"] if "no balance" in warning]
+    assert [warning.split()[0] for warning in warned] == ["knowledge_guide", "reasoning_expert"]
+    for warning in warned:
+        sides = paper["counts"]["sft_sides"][f"{warning.split()[0]}/train"]
+        assert sides["normal"] == {"cases": 0, "rows": 0}
+        assert f"{sides['defective']['rows']} training rows" in warning
+
+
+@pytest.mark.parametrize("routing", ["full", "paper"])
+def test_rows_of_a_repeated_case_are_apart_in_every_role(small, tmp_path, routing):
+    """Also in a role that has no rows for the normal cases that stand between the repeats elsewhere."""
+    edit_rows(small, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
+    edit_rows(small, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None)
+    settings = {"routing": routing, "fractions": [0.7, 0.0, 0.3], "knowledge": described(tmp_path)}
+    build(config(small, tmp_path / "out", **settings))
+    for role in ROLES:
+        found = rows(tmp_path / "out", f"sft/{role}/train.jsonl", Exchange)
+        assert found
+        for _, group in groupby(found, key=lambda row: row.case):
+            branches = [branch.id for row in group for branch in row.branches]
+            assert len(branches) == len(set(branches)), "neighbouring rows of a case are that case once"
+        one_sided = routing == "paper" and role in ("knowledge_guide", "reasoning_expert")
+        assert one_sided == (max(Counter(map(to_json, found)).values()) == 1), "repeated is what balance needs"
+
+
+def test_photographs_of_uneven_depths_are_reported(small, tmp_path):
+    def deepen(name: str, top: int) -> None:
+        path = small.parent / name
+        values = (np.asarray(Image.open(path)).astype(int) * top // 255).astype(np.uint16)
+        Image.fromarray(values).save(path)
+
+    for number in range(6):
+        deepen(f"cap/good-{number}-1.png", 4095)
+    manifest = build(config(small, tmp_path / "even"))
+    assert not any("depths" in warning for warning in manifest["warnings"])
+    deepen("cap/dent-0-1.png", 65535)
+    manifest = build(config(small, tmp_path / "uneven"))
+    (warning,) = [warning for warning in manifest["warnings"] if "depths" in warning]
+    assert "parts/cap" in warning and "6 from 12 bits, 1 from 16 bits" in warning
 
 
 def test_training_and_validation_rows_show_only_their_own_split(built):

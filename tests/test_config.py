@@ -43,6 +43,8 @@ def test_values_have_their_types_and_flags_win(write):
         ("dataset: d\n", ["--step", "1"], "unknown option --step; did you mean 'steps'"),
         ("steps: 1\n", [], "dataset"),
         ("dataset: d\nsteps: many\n", [], "steps cannot be 'many'"),
+        ("dataset:\n", [], "dataset is empty; give it a value"),
+        ("dataset: d\nsteps:\n", [], "steps is empty; give it a value, or take the line out"),
         ("dataset: d\nreasoning: maybe\n", [], "choose from on, off"),
         ("dataset: d\nkinds: x\n", [], "kinds takes a list"),
         ("dataset: [d]\n", [], "dataset takes one value"),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from echo_ft import roles
-from echo_ft.layout import IGNORED, PADDING, attention_mask, image_size, mark_trained, pad
+from echo_ft.images import image_size
+from echo_ft.layout import IGNORED, PADDING, attention_mask, mark_trained, pad
 from echo_ft.records import Branch, EchoError, Exchange, Upstream
 from echo_ft.training import Collator, packed_inputs, prepare_model
 from tests.conftest import draw, make_case

@@ -15,7 +15,7 @@ from echo_ft.architectures import meta_model, model_config
 from echo_ft.memory import Batch, activations, adapt, count_parameters, frozen_bytes, topologies
 from echo_ft.model import check_targets
 from echo_ft.records import ROLES, EchoError
-from echo_ft.vision import share_images
+from echo_ft.training import packed_inputs, prepare_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FOLDERS = ("qwen2_vl_2b", "qwen2_vl_7b")
@@ -137,11 +137,21 @@ def small_config():
 
 
 def saved_bytes(model, rows=2, images=2, side=16, text=100):
-    """Bytes that autograd keeps after a forward pass in bfloat16, weights aside, and the batch that it was."""
-    row = ([7] + [5] * (side**2 // 4) + [8]) * images + [20] * text
-    ids = torch.tensor([row] * rows)
-    length = len(row)
-    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, -1, -1).contiguous()
+    """Bytes that autograd keeps after the trainer's forward pass in bfloat16, weights aside, and the batch it was."""
+    photos = ([7] + [5] * (side**2 // 4) + [8]) * images
+    length, branch = len(photos) + text, text // 4
+    segments = [0] * len(photos) + [1 + index // branch for index in range(text)]
+    batch = {
+        "input_ids": torch.tensor([(photos + [20] * text) * rows]),
+        "position_ids": torch.arange(rows * length).expand(3, 1, -1) % length,
+        "segments": torch.tensor([segments * rows]),
+        "lengths": [(len(photos), length)] * rows,
+        "pixel_values": torch.randn(rows * images * side**2, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, side, side]] * (rows * images)),
+        "image_order": list(range(rows * images)),
+        "image_paths": [str(index) for index in range(rows * images)],
+        "image_features": [],
+    }
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     saved = {}
 
@@ -153,22 +163,17 @@ def saved_bytes(model, rows=2, images=2, side=16, text=100):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16):
-        output = model.base_model.model.model(
-            input_ids=ids,
-            pixel_values=torch.randn(rows * images * side**2, 3 * 2 * 14 * 14),
-            image_grid_thw=torch.tensor([[1, side, side]] * (rows * images)),
-            attention_mask=mask,
-            position_ids=torch.arange(length).expand(3, rows, -1),
-            use_cache=False,
-        )
+        output = model.base_model.model.model(**packed_inputs(batch), use_cache=False)
     assert output.last_hidden_state.requires_grad
-    batch = Batch(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
-    return sum(storage.nbytes() for storage in saved.values()), batch
+    counted = Batch(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
+    return sum(storage.nbytes() for storage in saved.values()), counted
 
 
 def small_model(targets):
     base = AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
-    return get_peft_model(base, LoraConfig(r=8, target_modules=targets)).train()
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=targets)).train()
+    prepare_model(model.get_base_model())
+    return model
 
 
 @pytest.mark.parametrize("targets", [LANGUAGE, LANGUAGE + VISION + MERGER], ids=["language", "all"])
@@ -183,7 +188,6 @@ def test_checkpointed_inputs_are_what_autograd_saves_within_a_fifth(targets):
     model = small_model(targets)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    share_images(model.get_base_model(), None)
     measured, batch = saved_bytes(model)
     assert activations(model, batch, width=2).inputs == pytest.approx(measured, rel=0.2)
 

@@ -198,3 +198,37 @@ def test_photographs_of_one_part_are_resampled_together() -> None:
     )
     assert together == pytest.approx(alone, abs=7)
     assert apart[1] - apart[0] < 0.6 * (together[1] - together[0])
+
+
+def test_parts_of_two_products_that_bear_one_number_are_two_parts() -> None:
+    """A manifest may number the parts of each product from 1."""
+    rows = [
+        prediction(place, DETECTION, place % 3 > 0, product=product, group=str(place % 10))
+        for place, product in enumerate(["a"] * 10 + ["b"] * 10)
+    ]
+    for by in ("dataset", "product"):
+        weights = metrics.sheet(rows).weights(by)
+        assert (weights.sum(axis=1) == 20).all(), "twenty parts are drawn, in any of the resamples"
+        assert (weights[:, :10] != weights[:, 10:]).any(), "each for itself"
+
+
+def test_a_part_with_normal_and_defective_photographs_is_drawn_whole() -> None:
+    def of(part: int, condition: str) -> Prediction:
+        return prediction(2 * part + (condition == GOOD), DETECTION, part % 2 == 0, condition, group=f"part {part}")
+
+    both = [of(part, condition) for part in range(12) for condition in (GOOD, "crack")]
+    sheet = metrics.sheet(both)
+    weights = sheet.weights()
+    group = {row.image: row.group for row in both}
+    groups = np.array([group[image] for *_, image in sheet.images])
+    for name in set(groups):
+        normal, defective = weights[:, groups == name].T
+        assert (normal == defective).all()
+    low, high = metrics.strict_intervals(sheet)["D"][DETECTION] or (0, 0)
+    apart = [dataclasses.replace(row, group=f"{row.group} {row.condition}") for row in both]
+    narrow, wide = metrics.strict_intervals(metrics.sheet(apart))["D"][DETECTION] or (0, 0)
+    assert high - low > 1.2 * (wide - narrow), "what the two sides of a part share widens the interval of their mean"
+    mixed = [*both, *(of(part, GOOD) for part in range(12, 15)), *(of(part, "crack") for part in range(15, 18))]
+    sheet = metrics.sheet(mixed)
+    for side in (sheet.defective, ~sheet.defective):
+        assert (sheet.weights()[:, side].sum(axis=1) == 15).all()

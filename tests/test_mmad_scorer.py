@@ -18,6 +18,7 @@ from echo_ft.mmad_scorer import (
     official_table,
     parse_answer,
     read_answers,
+    taken_for_normal,
     to_predictions,
     write_answers,
 )
@@ -175,6 +176,21 @@ def test_answers_of_a_run_carry_dataset_and_condition_in_their_path() -> None:
     rows = [prediction("tiles/p/crack/0.png", "crack"), prediction("x/0.png", "crack"), prediction("x/1.png", "good")]
     images = [one.image for one in from_predictions(rows)]
     assert images == ["tiles/p/crack/0.png", "tiles/p/crack/x/0.png", "tiles/p/good/x/1.png"]
+
+
+def test_a_defective_image_with_good_anywhere_in_its_path_stays_official_normal_and_is_named() -> None:
+    """MMAD's scorer looks for `good` in the whole path; the official table must give what it gives."""
+    rows = [
+        prediction("tiles/goodyear/crack/0.png", "crack"),
+        prediction("goodyear/1.png", "crack", "A"),
+        prediction("tiles/p/crack/2.png", "crack"),
+        prediction("x/3.png", "good"),
+    ]
+    answers = from_predictions(rows)
+    assert [one.image for one in answers][:2] == ["tiles/goodyear/crack/0.png", "tiles/p/crack/goodyear/1.png"]
+    assert taken_for_normal(rows) == ["tiles/goodyear/crack/0.png", "tiles/p/crack/goodyear/1.png"]
+    # Normal to it: 0, 1 and 3, of which 1 is wrong; defective: 2 alone.
+    assert official_table(answers)["tiles"]["Anomaly Detection"] == pytest.approx((100 * 2 / 3 + 100) / 2)
 
 
 def test_answers_of_a_run_are_what_mmads_parser_reads_and_empty_where_the_run_failed() -> None:

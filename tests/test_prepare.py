@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,6 +43,18 @@ def test_balancing_repeats_no_case_too_often():
     found = [small_case(f"a{i}", "a", "good") for i in range(100)] + [small_case("d", "a", "dent")]
     counts = Counter(case.truth.condition for case in balanced(found, seed=0))
     assert counts == {"good": MAX_REPEATS, "dent": MAX_REPEATS}
+
+
+@pytest.mark.parametrize(("normals", "dents"), [(1, 9), (2, 2), (2, 9), (40, 3), (9, 30), (100, 1)])
+def test_a_repeated_case_never_follows_itself(normals, dents):
+    """Rows of one case that touch would be read as one case of double size."""
+    found = [small_case(f"a{i}", "a", "good") for i in range(normals)]
+    found += [small_case(f"d{i}", "a", "dent") for i in range(dents)]
+    for seed in range(40):
+        chosen = balanced(found, seed)
+        assert all(one.id != next_.id for one, next_ in pairwise(chosen))
+        size = min(max(normals, dents), MAX_REPEATS * min(normals, dents))
+        assert Counter(case.truth.condition for case in chosen) == {"good": size, "dent": size}
 
 
 def test_balancing_leaves_a_product_of_one_side_alone():

@@ -11,7 +11,8 @@ import pytest
 from echo_ft import roles
 from echo_ft.dataset import make_cases
 from echo_ft.pipeline import Settings, run_cases
-from echo_ft.records import KINDS, ROLES, EchoError, Inspection, Question, Reference, Seen, Upstream
+from echo_ft.records import KINDS, ROLES, EchoError, Entry, Inspection, Question, Reference, Seen, Upstream
+from echo_ft.targets import gold_upstream, training_exchanges
 from tests.test_pipeline import Parrot
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,10 +79,25 @@ def test_condition_mask_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowl
     assert not any(word in text for word in ("SECRET", "HIDDEN", "product-name", ".png", "1.5", "mask"))
 
 
-def test_object_classification_does_not_see_knowledge_that_names_the_object(case):
-    for exchange in roles.render("decision_maker", case.id, case.seen, SAID):
-        asks = any("Object Classification" in branch.id for branch in exchange.branches)
-        assert ("Guide:" in exchange.context) != asks
+@pytest.mark.parametrize("knowledge", ["guided", "all"])
+@pytest.mark.parametrize("routing", ["full", "paper"])
+@pytest.mark.parametrize("role", ROLES)
+def test_object_classification_sees_no_knowledge_that_names_the_object(role, routing, knowledge, case, tmp_path):
+    """Neither in a run nor in a training row, whose earlier words are the knowledge itself, does any role see it."""
+    words = ("washer disc", "washer blot")
+    known = (Entry("good", f"An even {words[0]}."), Entry("stain", f"A {words[1]}. It weakens the coating."))
+    case = replace(case, seen=replace(case.seen, knowledge=known))
+    gold = gold_upstream(case, tmp_path)
+    assert words[0] in gold.normal and words[1] in gold.guide
+    rows = training_exchanges(case, role, tmp_path, routing)
+    rows += roles.render(role, case.id, case.seen, gold, roles.ROUTINGS[routing], knowledge)
+    assert rows or role == "knowledge_guide"
+    for exchange in rows:
+        for branch in exchange.branches:
+            if branch.id.endswith("#Object Classification"):
+                assert not any(word in exchange.context + branch.prompt for word in words)
+    text = str([exchange.context for exchange in rows])
+    assert role == "reference_extractor" or any(word in text for word in words), "other questions have it"
 
 
 def test_words_from_outside_cannot_change_the_layout_of_a_prompt(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from echo_ft.dataset import load_dataset
 from echo_ft.engine import Engine
-from echo_ft.model import attach_adapters, find_adapters, load_model, make_card, write_card
+from echo_ft.model import (
+    Adapter,
+    attach_adapters,
+    find_adapters,
+    load_model,
+    make_card,
+    read_card,
+    training_sets,
+    write_card,
+)
 from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
@@ -62,6 +72,87 @@ def test_a_run_answers_every_question_and_tuned_differs_from_base(dataset, adapt
     run(dataset, tmp_path / "paper", "--adapters", adapters, "--routing", "paper")
     assert "trained on routing full run under paper" in capsys.readouterr().err
     assert provenance["complete"] and set(provenance["adapters"]) == set(ROLES)
+    for role, adapter in find(adapters).items():
+        assert provenance["adapters"][role]["fingerprint"] == adapter.fingerprint
+    assert set(provenance["versions"]) == {"torch", "transformers", "peft"} and "python" in provenance["other_versions"]
+    assert provenance["adapters_folder"] == str(adapters)
+
+
+def test_a_run_does_not_go_on_with_an_adapter_that_was_trained_again(dataset, copied, tmp_path):
+    run(dataset, tmp_path / "tuned", "--adapters", copied)
+    run(dataset, tmp_path / "tuned", "--adapters", copied)  # the same ones: it goes on
+    before = find(copied)
+    path = copied / "reasoning_expert" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, path, metadata={"format": "pt"})
+    after = find(copied)
+    changed = {role for role in ROLES if before[role] != after[role]}
+    assert changed == {"reasoning_expert"} and before["reasoning_expert"].card == after["reasoning_expert"].card
+    with pytest.raises(EchoError, match=r"adapters\.reasoning_expert\.fingerprint is .*choose another --output"):
+        run(dataset, tmp_path / "tuned", "--adapters", copied)
+    settings = copied / "knowledge_guide" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": 99}))
+    assert find(copied)["knowledge_guide"].fingerprint != after["knowledge_guide"].fingerprint
+    path.unlink()
+    with pytest.raises(EchoError, match=r"has no adapter_model\.safetensors"):
+        find(copied)
+
+
+def elsewhere(source, target, fingerprint):
+    """The dataset `source` once more, as another one."""
+    shutil.copytree(source, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    (target / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": fingerprint}))
+    return load_dataset(target)
+
+
+def trained(dataset, roles=ROLES):
+    return {
+        role: Adapter(dataset.folder, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, dataset), "f")
+        for role in roles
+    }
+
+
+def test_test_photographs_that_an_adapter_was_trained_on_are_counted_by_content(dataset, tmp_path):
+    """The dataset's first test photograph is a copy of its train photograph under another name."""
+    here = load_dataset(dataset)
+    images = [f"test_{index}_2.png" for index in range(3)]
+    (same,), warnings = training_sets(trained(here), here, "test", images)
+    assert (same["photographs_trained_on"], same["of_photographs"]) == (1, 3)
+    assert len(warnings) == 1 and "1 OF 3 PHOTOGRAPHS OF THE SPLIT test WERE TRAINED ON" in warnings[0]
+    assert training_sets(trained(here), here, "test", images[1:])[1] == []
+
+    other = elsewhere(dataset, tmp_path / "other", "another")
+    (found,), warnings = training_sets(trained(other), here, "test", images)
+    assert found["photographs_trained_on"] == 1 and found["dataset_fingerprint"] == "another"
+    assert "WERE TRAINED ON" in warnings[0] and "trained on another dataset" in warnings[1]
+    (found,), warnings = training_sets(trained(other), here, "test", images[1:])
+    assert found["photographs_trained_on"] == 0 and "may have been trained on" in warnings[0]
+
+    adapters = trained(other)
+    for gone in (lambda: elsewhere(dataset, tmp_path / "new", "third"), lambda: None):  # built anew, then taken away
+        shutil.rmtree(tmp_path / "other")
+        if gone():
+            (tmp_path / "new").rename(tmp_path / "other")
+        (found,), warnings = training_sets(adapters, here, "test", images)
+        assert found["photographs_trained_on"] is None
+        assert "may have been trained on; that dataset is not there" in warnings[0]
+
+
+def test_adapters_of_different_datasets_are_told(dataset, tmp_path):
+    here, other = load_dataset(dataset), elsewhere(dataset, tmp_path / "other", "another")
+    mixed = {**trained(here, ROLES[:3]), **trained(other, ROLES[3:])}
+    found, warnings = training_sets(mixed, here, "test", ["test_1_2.png"])
+    assert [one["roles"] for one in found] == [list(ROLES[:3]), ["decision_maker"]]
+    assert "trained on 2 different datasets" in warnings[0] and "adapters of decision_maker were trained" in warnings[1]
+
+
+def test_a_run_warns_of_photographs_that_were_trained_on_and_notes_them(dataset, adapters, tmp_path, capsys):
+    for _ in range(2):  # the second time it goes on: what is noted is no part of what must be the same
+        run(dataset, tmp_path / "tuned", "--adapters", adapters)
+        assert "warning: 1 OF 3 PHOTOGRAPHS OF THE SPLIT test WERE TRAINED ON" in capsys.readouterr().err
+    noted = json.loads((tmp_path / "tuned" / "run.json").read_text())
+    assert noted["trained_on"][0]["photographs_trained_on"] == 1 and len(noted["warnings"]) == 1
 
 
 def test_a_stopped_run_goes_on_and_ends_like_an_uninterrupted_one(dataset, tmp_path):
@@ -103,11 +194,44 @@ def test_an_export_reloads_to_the_trained_adapters_logits_and_runs(dataset, adap
         export_main(["--adapters", str(adapters), "--output", str(bundle)])
 
 
-def test_a_merge_that_lost_the_update_is_not_exported(adapters, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_merge_that_lost_the_update_is_not_exported(copied, tmp_path, monkeypatch, dtype, scale):
+    """However little the update changes: the smaller one moves no logit by more than merging in bfloat16 may."""
+    weaken(copied, scale)
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())
     with pytest.raises(EchoError, match="merged/decision_maker does not reproduce"):
-        export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "float32"])
-    assert not (tmp_path / "bundle").exists()
+        export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", dtype])
+    assert not list(tmp_path.glob("bundle*")), "nor is anything of it left behind"
+
+
+def test_an_export_in_bfloat16_reproduces_the_adapters_within_its_rounding(adapters, tmp_path):
+    export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16"])
+    described = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert 0 < described["share_of_the_update"]["merged/decision_maker"] < 0.25
+    assert described["adapters"] == {role: adapter.fingerprint for role, adapter in find(adapters).items()}
+    assert {role: one.fingerprint for role, one in find(tmp_path / "bundle" / "adapters").items()} == described[
+        "adapters"
+    ]
+
+
+def weaken(adapters, scale):
+    path = adapters / "decision_maker" / "adapter_model.safetensors"
+    save_file({name: scale * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def test_an_adapter_that_bfloat16_would_round_away_is_exported_in_float32(copied, tmp_path):
+    weaken(copied, 0.1)
+    with pytest.raises(EchoError, match=r"merged/decision_maker does not reproduce.*export with --dtype float32"):
+        export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16"])
+    export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "float32"])
+
+
+def test_an_adapter_that_changes_nothing_is_exported_as_it_is(copied, tmp_path):
+    weaken(copied, 0)
+    export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16"])
+    described = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert described["largest_logit_difference"]["merged/decision_maker"] == 0
 
 
 def find(folder, pixels=MAX_PIXELS, base=ECHO_TINY):
@@ -173,6 +297,7 @@ def test_weights_that_do_not_fit_are_not_loaded_silently(copied):
         (["--batch_size", "0"], "batch_size is 0"),
         (["--attn_implementation", "eager"], "set it to sdpa"),
         (["--split", "tests"], "tests"),
+        (["--dtype", "fp16"], "argument --dtype: invalid choice: 'fp16'.*float16"),
         (["--dataset", "nowhere"], "there is no dataset nowhere"),
         (["--routing", "paper", "--reasoning", "of"], "reasoning"),
     ],
@@ -189,3 +314,23 @@ def test_show_prints_one_row_of_each_role_with_its_trained_tokens_marked(dataset
     assert "[[stain: look for this." in printed and "<image:" in printed
     with pytest.raises(EchoError, match="has no row 99"):
         show_main(["--dataset", str(dataset), "--model_name_or_path", str(ECHO_TINY), "--row", "99"])
+
+
+def test_a_type_of_weights_that_is_not_run_in_is_refused_by_name(adapters, tmp_path):
+    with pytest.raises(EchoError, match=r"dtype cannot be 'fp16'; choose from auto, float32, bfloat16, float16"):
+        load_model(str(ECHO_TINY), dtype="fp16")
+    with pytest.raises(EchoError, match=r"invalid choice: 'float64'.*float16"):
+        export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "float64"])
+
+
+def test_a_card_is_there_whole_or_not_at_all(adapters, tmp_path, monkeypatch):
+    card = read_card(adapters / "decision_maker")
+    write_card(tmp_path, card)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_card(tmp_path, dataclasses.replace(card, commit="another"))
+    assert json.loads((tmp_path / "echo_ft.json").read_text()) == dataclasses.asdict(card)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from echo_ft.pipeline import Settings, run_cases, run_or_fail
-from echo_ft.records import EchoError, Prediction, Trace, read_jsonl
+from echo_ft.provenance import code_fingerprint
+from echo_ft.records import EchoError, Prediction, Trace, read_jsonl, write_whole
 from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
 from tests.conftest import make_case
 from tests.test_pipeline import Parrot
@@ -20,11 +21,11 @@ def cases(tmp_path):
     return [make_case(tmp_path / "images", f"line/part/{index}") for index in range(4)]
 
 
-def run(folder, cases, provenance=PROVENANCE, stop_after=99):
-    opened = RunFolder(folder, provenance, cases)
-    for case in [case for case in cases if case.id not in opened.done][:stop_after]:
-        opened.write(case, run_cases([case], Parrot(), Settings())[0])
-    opened.finish(complete=len(opened.done) == len(cases))
+def run(folder, cases, provenance=PROVENANCE, stop_after=99, noted=None):
+    with RunFolder(folder, provenance, cases, noted) as opened:
+        for case in [case for case in cases if case.id not in opened.done][:stop_after]:
+            opened.write(case, run_cases([case], Parrot(), Settings())[0])
+        opened.finish(complete=len(opened.done) == len(cases))
     return opened
 
 
@@ -62,6 +63,71 @@ def test_another_run_in_the_same_folder_is_refused_by_the_name_of_what_differs(t
         run(tmp_path / "run", cases[:3])
 
 
+def test_what_differs_is_named_down_to_its_leaf_and_one_that_is_absent_too(tmp_path, cases):
+    tuned = {**PROVENANCE, "adapters": {"decision_maker": {"fingerprint": "aaaa", "routing": "full"}}}
+    other = {**PROVENANCE, "adapters": {"decision_maker": {"fingerprint": "bbbb", "routing": "paper"}}}
+    run(tmp_path / "run", cases, tuned, stop_after=1)
+    with pytest.raises(EchoError, match=r"adapters\.decision_maker\.fingerprint is 'aaaa', not 'bbbb'; choose another"):
+        run(tmp_path / "run", cases, other)
+    with pytest.raises(EchoError, match=r"adapters\.decision_maker is '2 values', not None"):
+        run(tmp_path / "run", cases)
+
+
+def test_what_is_only_noted_does_not_stop_a_run_and_every_writers_is_kept(tmp_path, cases):
+    first, second = {"commit": "one", "warnings": []}, {"commit": "two", "warnings": []}
+    run(tmp_path / "run", cases, noted=first, stop_after=1)
+    run(tmp_path / "run", cases, noted=second, stop_after=0)
+    assert "continued_with" not in json.loads((tmp_path / "run" / RUN).read_text()), "it wrote no answer"
+    run(tmp_path / "run", cases, noted=second, stop_after=1)
+    run(tmp_path / "run", cases, noted=first)
+    run(tmp_path / "run", cases, noted={"commit": "three", "warnings": []})
+    description = json.loads((tmp_path / "run" / RUN).read_text())
+    assert description["commit"] == "one" and description["continued_with"] == [{"commit": "two"}]
+    assert description["complete"] and description["questions"] == 28
+
+
+def test_a_second_process_in_the_folder_is_refused_and_the_first_loses_nothing(tmp_path, cases):
+    with RunFolder(tmp_path / "run", PROVENANCE, cases) as opened:
+        opened.write(cases[0], run_cases([cases[0]], Parrot(), Settings())[0])
+        with pytest.raises(EchoError, match="another process writes to"):
+            run(tmp_path / "run", cases)
+        opened.write(cases[1], run_cases([cases[1]], Parrot(), Settings())[0])
+    assert len(run(tmp_path / "run", cases, stop_after=0).done) == 2
+
+
+def test_a_run_that_is_refused_lets_go_of_the_folder(tmp_path, cases):
+    run(tmp_path / "run", cases, stop_after=1)
+    with pytest.raises(EchoError) as refusal:  # its traceback holds on to the object
+        run(tmp_path / "run", cases, {**PROVENANCE, "max_pixels": 200})
+    assert len(run(tmp_path / "run", cases).done) == 4, refusal
+    (tmp_path / "run" / RUN).write_text("{")
+    with pytest.raises(EchoError, match=r"run\.json is not JSON"):
+        run(tmp_path / "run", cases)
+
+
+def test_the_codes_fingerprint_is_of_its_sources_alone(tmp_path):
+    (tmp_path / "library").mkdir()
+    source, script, page = tmp_path / "library" / "a.py", tmp_path / "run.py", tmp_path / "library" / "README.md"
+    for path in (source, script, page):
+        path.write_text("x = 1")
+    before = code_fingerprint(tmp_path / "library", script)
+    page.write_text("more words")
+    assert code_fingerprint(tmp_path / "library", script) == before
+    for path in (source, script):
+        path.write_text("x = 2")
+        assert code_fingerprint(tmp_path / "library", script) != before
+        path.write_text("x = 1")
+    source.rename(source.with_name("b.py"))
+    assert code_fingerprint(tmp_path / "library", script) != before
+
+
+def test_a_file_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path):
+    write_whole(tmp_path / "card.json", "whole")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "card.json", "half" * 10000 + "\ud800")
+    assert (tmp_path / "card.json").read_text() == "whole"
+
+
 def test_a_folder_that_holds_something_else_is_not_touched(tmp_path, cases):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -74,6 +140,7 @@ def test_a_case_that_failed_is_asked_again_when_its_image_is_back(tmp_path, case
     broken = Parrot(broken=cases[1].seen.query)
     for case, outcome in zip(cases, run_or_fail(cases, broken, Settings()), strict=True):
         opened.write(case, outcome)
+    opened.close()
     assert cases[1].id not in run(tmp_path / "run", cases, stop_after=0).done
     run(tmp_path / "run", cases)
     rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))

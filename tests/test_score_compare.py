@@ -133,6 +133,53 @@ def test_an_incomplete_run_is_scored_with_a_loud_warning_and_its_cut_line_is_cou
     assert json.loads((folder / "report.json").read_text())["counts"]["rejected"] == 1
 
 
+def test_a_run_that_says_it_is_complete_and_lacks_cases_or_questions_is_not_believed(tmp_path: Path) -> None:
+    rows = predictions(0.8, images=10)
+    assert score.load_run(make_run(tmp_path / "whole", rows, questions=20)).warnings == []
+    lost = score.load_run(make_run(tmp_path / "cases", rows, cases=12, questions=24))
+    assert "THE RUN IS NOT COMPLETE: 10 of 12 cases" in lost.warnings[0]
+    lost = score.load_run(make_run(tmp_path / "questions", rows[:-1], questions=20))
+    assert "THE RUN IS NOT COMPLETE: 19 of 20 questions" in lost.warnings[0]
+
+
+def test_what_the_run_warned_of_stands_in_the_report_and_in_the_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_run(tmp_path / "base", predictions(0.5))
+    tuned = make_run(
+        tmp_path / "tuned",
+        predictions(0.9),
+        adapters={"decision_maker": {"fingerprint": "beef"}},
+        warnings=["3 OF 40 PHOTOGRAPHS WERE TRAINED ON"],
+        continued_with=[{"warnings": ["3 OF 40 PHOTOGRAPHS WERE TRAINED ON", "another"]}, {"commit": "two"}],
+    )
+    score.main([str(tuned)])
+    assert capsys.readouterr().err.count("3 OF 40 PHOTOGRAPHS WERE TRAINED ON") == 1
+    report = json.loads((tuned / "report.json").read_text())
+    assert report["warnings"] == ["3 OF 40 PHOTOGRAPHS WERE TRAINED ON", "another"]
+    compare.main([str(base), str(tuned)])
+    assert "tuned: 3 OF 40 PHOTOGRAPHS WERE TRAINED ON" in capsys.readouterr().err
+    comparison = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    for provenance in (report["provenance"], comparison["runs"][1]["provenance"]):
+        assert provenance["adapters"]["decision_maker"]["fingerprint"] == "beef"
+
+
+def test_a_text_with_separators_that_only_unicode_calls_line_ends_is_one_row(tmp_path: Path) -> None:
+    rows = predictions(0.8, images=4)
+    rows[0] = dataclasses.replace(rows[0], text="A\u2028 or\u2029 B\x85 or\x0b C\x1c", parsed=None)
+    folder = make_run(tmp_path / "base", rows)
+    assert score.load_run(folder).predictions == rows
+    assert "\u2028" in (folder / "predictions.jsonl").read_text(encoding="utf-8"), "rows are written as they are"
+
+
+def test_defective_images_that_the_official_table_takes_for_normal_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [dataclasses.replace(row, image=f"goodyear/{row.image}") for row in predictions(0.8)]
+    score.main([str(make_run(tmp_path / "base", rows))])
+    assert "20 defective images have `good` in their path" in capsys.readouterr().err
+
+
 def test_a_page_shows_the_images_where_the_dataset_is_reachable(tmp_path: Path) -> None:
     dataset = tmp_path / "dataset"
     dataset.mkdir()

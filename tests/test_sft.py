@@ -178,6 +178,10 @@ def run_in_process(*arguments: object) -> None:
         (["--role", "decider"], "decider"),
         (["--attn_implementation", "eager"], "does not keep the branches of a row apart"),
         (["--lora_target_modules", "q_proj", "nothing_proj"], "the model has no module nothing_proj"),
+        (["--label_smoothing_factor", 0.1], "label_smoothing_factor is not supported"),
+        (["--train_sampling_strategy", "group_by_length"], "has no lengths to go by; choose random or sequential"),
+        (["--lora_target_modules", "q_proj", "--vision_learning_rate", 1e-5], "nothing of the vision tower is trained"),
+        (["--lora_target_modules", "q_proj", "--merger_learning_rate", 1e-5], "nothing of the merger is trained"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, message):
@@ -188,6 +192,57 @@ def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, m
 def test_features_of_a_trained_tower_are_refused(dataset, tmp_path):
     with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
         run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", "--features", tmp_path / "features"))
+
+
+def test_features_are_refused_where_the_towers_weights_are_shared_out(dataset, tmp_path):
+    (tmp_path / "zero3.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"})
+    )
+    options = [*ALIKE, "--features", tmp_path / "features", "--deepspeed", tmp_path / "zero3.json"]
+    options += ["--lora_target_modules", "q_proj", "--save_strategy", "no"]
+    printed = launch(
+        *tiny("reference_extractor", dataset, tmp_path / "out", *options), ranks=2, fails=True, DS_ACCELERATOR="cpu"
+    )
+    assert "error: features cannot be kept where the vision tower's weights are shared out" in printed
+
+
+def test_tower_and_merger_have_learning_rates_of_their_own(dataset, tmp_path):
+    parts = ["--lora_target_modules", "q_proj", "attn.qkv", "merger.mlp.0"]
+    rates = ["--vision_learning_rate", 0, "--merger_learning_rate", 1e-4]
+    once = [
+        "--max_steps",
+        1,
+        "--warmup_steps",
+        0,
+        "--eval_strategy",
+        "no",
+        "--learning_rate",
+        1e-2,
+        "--max_grad_norm",
+        0,
+    ]
+    launch(*tiny("reference_extractor", dataset, tmp_path / "out", *parts, *rates, *once, "--weight_decay", 0))
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    # AdamW's first step moves every weight that has a gradient by the learning rate.
+    moved = {name: weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name}
+    assert {part for name in moved for part in ("q_proj", "attn.qkv", "merger") if part in name} == {
+        "q_proj", "attn.qkv", "merger",
+    }  # fmt: skip
+    for name, most in moved.items():
+        rate = 0 if "attn.qkv" in name else 1e-4 if "merger" in name else 1e-2
+        assert most == pytest.approx(rate, rel=0.01), name
+
+
+def test_a_case_that_balancing_repeats_is_a_case_of_its_own():
+    import datasets
+
+    from echo_ft.training import by_case
+
+    rows = [("a", "1"), ("a", "2"), ("a", "1"), ("a", "2"), ("b", "1"), ("a", "1"), ("a", "2")]
+    made = [{"case": case, "branches": [{"id": f"{case}{branch}"}]} for case, branch in rows]
+    cases = by_case(datasets.Dataset.from_list(made))
+    found = ["".join(exchange["branches"][0]["id"] for exchange in case["exchanges"]) for case in cases]
+    assert found == ["a1a2", "a1a2", "b1", "a1a2"]
 
 
 def test_a_checkpoint_of_another_role_is_not_gone_on_with(one_rank, dataset, tmp_path):

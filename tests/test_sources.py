@@ -207,6 +207,39 @@ def test_folder_reads_an_mvtec_like_tree(tmp_path):
     assert {(i.dataset, i.product) for i in inspections} == {("line", "cap")}
 
 
+def test_folder_takes_val_as_validation(tmp_path):
+    for place in ("train/good", "val/good", "val/dent", "validation/dent", "test/dent"):
+        draw(tmp_path / "cap" / place / "000.png")
+    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    assert rejections == []
+    assert Counter(i.split for i in inspections) == {"train": 1, "validation": 3, "test": 1}
+
+
+def test_folder_passes_nothing_over_in_silence(tmp_path):
+    taken = [draw(tmp_path / "cap" / place) for place in ("train/good/000.png", "test/dent/000.png")]
+    draw(tmp_path / "cap/ground_truth/dent/000_mask.png", 255)
+    for number in range(3):
+        draw(tmp_path / f"cap/holdout/good/{number}.png")
+    for place in ("test/001.png", "test/dent/cam1/x.png", "test/dent/cam1/y.png", "002.png"):
+        draw(tmp_path / "cap" / place)
+    draw(tmp_path / "spare/x.png"), draw(tmp_path / "loose.png")
+    for place in ("cap/test/dent/003.heic", "cap/test/dent/notes.txt", "cap/list.xlsx"):
+        (tmp_path / place).write_bytes(b"content")
+    for companion in ("cap/license.txt", "cap/LICENSE", "readme.md", "cap/.DS_Store", "cap/test/dent/Thumbs.db"):
+        (tmp_path / companion).write_bytes(b"content")
+    (tmp_path / "empty").mkdir()
+    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    assert sorted(i.image for i in inspections) == sorted(path.relative_to(tmp_path).as_posix() for path in taken)
+    found = {rejection.item: rejection.reason for rejection in rejections}
+    assert len(found) == len(rejections) and set(found) == {
+        "cap/holdout", "cap/test/001.png", "cap/test/dent/cam1", "cap/002.png", "spare", "loose.png",
+        "cap/test/dent/003.heic", "cap/test/dent/notes.txt", "cap/list.xlsx",
+    }  # fmt: skip
+    assert "files in it: 3" in found["cap/holdout"] and "train, validation, test, val" in found["cap/holdout"]
+    assert "files in it: 2" in found["cap/test/dent/cam1"] and "files in it: 1" in found["spare"]
+    assert "<product>/<split>/<condition>" in found["cap/test/001.png"] and ".png" in found["cap/test/dent/003.heic"]
+
+
 def test_folder_says_which_mask_is_missing_beside_others(tmp_path):
     draw(tmp_path / "cap/test/dent/000.png")
     draw(tmp_path / "cap/test/dent/001.png")
@@ -291,6 +324,16 @@ def test_manifest_rejects_a_photograph_listed_twice_and_a_line_that_is_not_json(
     inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
     assert len(inspections) == 1
     assert [r.item for r in rejections] == ["parts.jsonl:2", "parts.jsonl:3", "parts.jsonl:4"]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0c"])
+def test_manifest_takes_a_jsonl_row_whole_whatever_its_texts_hold(tmp_path, mark):
+    draw(tmp_path / "a.png"), draw(tmp_path / "b.png")
+    rows = [{"image": name, "product": f"cap{mark}7", "condition": "good"} for name in ("a.png", "b.png")]
+    path = tmp_path / "parts.jsonl"
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
+    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == [] and [i.product for i in inspections] == [f"cap{mark}7"] * 2
 
 
 @pytest.mark.parametrize(

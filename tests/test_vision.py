@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -58,6 +59,32 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path):
     again = FeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
     again.save(images[2], features)
     assert again.load(images[2]) is None and not list(again.folder.glob("*.[0-9]*"))
+
+
+def test_the_room_is_the_folders_and_the_processes_share_what_is_left(tmp_path, capsys):
+    images = [tmp_path / draw(tmp_path / f"{index}.png", (60, 40), index) for index in range(8)]
+    features = torch.zeros(64, 64)
+    room = 6 * (features.nbytes + 200)  # a file has a header
+    first = FeatureStore(tmp_path / "kept", "a tower", room)
+    for image in images[:2]:
+        first.save(image, features)
+    ranks = [FeatureStore(tmp_path / "kept", "another tower", room, processes=2) for _ in range(2)]
+    for index, image in enumerate(images):
+        ranks[index % 2].save(image, features)
+    assert len(list(ranks[0].folder.glob("*.safetensors"))) == 4
+    assert capsys.readouterr().out.count("holds as much as features_gib allows") == 2
+
+
+def test_what_a_killed_process_left_half_written_is_deleted(tmp_path):
+    image = tmp_path / draw(tmp_path / "a.png", (60, 40), 1)
+    store = FeatureStore(tmp_path / "kept", "a tower", GIB)
+    store.save(image, torch.zeros(4, 4))
+    old, new = store.folder / "old.123", store.folder / "new.124"
+    for half in (old, new):
+        half.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    FeatureStore(tmp_path / "kept", "a tower", GIB)
+    assert not old.exists() and new.exists() and store.load(image) is not None
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from echo_ft import config as configs
+from echo_ft.model import DTYPES
 from echo_ft.records import ROLES
 
 
@@ -20,7 +21,9 @@ class ExportConfig:
         metadata={"help": "Roles to also write as whole merged models, for servers without LoRA; `none` for none."},
     )
     base_model: str | None = field(default=None, metadata={"help": "Where the base model is now; default: as trained."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Weights' type; auto: the checkpoint's.", "choices": list(DTYPES)}
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -35,14 +38,15 @@ def main(argv: list[str]) -> None:
     card = read_card(folder / ROLES[0])
     base = config.base_model or card.base_model
     adapters = {
-        role: (path, replace(found, base_model=base))
-        for role, (path, found) in find_adapters(
-            folder, base, card.base_revision, card.min_pixels, card.max_pixels
-        ).items()
+        role: replace(found, card=replace(found.card, base_model=base))
+        for role, found in find_adapters(folder, base, card.base_revision, card.min_pixels, card.max_pixels).items()
     }
     merge = [] if config.merge == ["none"] else config.merge
-    for part, difference in export(adapters, Path(config.output), merge, config.dtype).items():
-        print(f"{part}: reloaded, logits within {difference:.2g} of the trained adapter")
+    for part, one in export(adapters, Path(config.output), merge, config.dtype).items():
+        print(
+            f"{part}: reloaded, logits within {one.difference:.2g} of the trained adapter's, {one.share:.2%} of what "
+            "it changes"
+        )
     print(f"done: {config.output}; its README.md says how to serve it")
 
 

@@ -6,6 +6,7 @@ Options: `EchoConfig` in echo_ft/training.py, and TRL's SFTConfig and ModelConfi
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from echo_ft import config as configs
@@ -47,8 +48,15 @@ def main(argv: list[str]) -> None:
 
     store = None
     if config.features:
-        look = f"{card.base_fingerprint} {config.min_pixels} {config.max_pixels} {base.dtype}"
-        store = FeatureStore(Path(config.features), look, int(config.features_gib * 2**30 / sft.world_size))
+        seen_with = {
+            "base": card.base_fingerprint,
+            "pixels": [config.min_pixels, config.max_pixels],
+            "precision": [base.dtype, sft.bf16, sft.fp16, base.load_in_8bit, base.load_in_4bit],
+            "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},
+        }
+        store = FeatureStore(
+            Path(config.features), json.dumps(seen_with), int(config.features_gib * 2**30), sft.world_size
+        )
 
     model = load_model(
         base.model_name_or_path,

@@ -98,8 +98,8 @@ def ours(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str,
         store=store,
         callbacks=[steps],
     )
-    batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))  # after training: with kept features, none are left to make
     return steps, {"patches": len(batch["pixel_values"]), "tokens": batch["input_ids"].numel()}
 
 

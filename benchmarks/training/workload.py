@@ -37,18 +37,19 @@ def exchanges(folder: Path, workload: Workload) -> list[Exchange]:
     """Cases over images drawn into `folder`: each has a reference and a query of its own."""
     made = []
     for case in range(workload.cases):
-        rng = np.random.default_rng(case)
+        answers = np.random.default_rng((case, 0))
         names = []
-        for kind in ("reference", "query"):
+        for number, kind in enumerate(("reference", "query"), start=1):
             name = f"{kind}_{case}.png"
             if not (folder / name).is_file():
+                rng = np.random.default_rng((case, number))
                 Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / name)
             names.append(name)
         branches = tuple(
             Branch(
                 str(index),
                 f"Question: Is there mark number {index} in the object?\nA. Yes.\nB. No.\n{DECIDE_INSTRUCTION}",
-                "AB"[int(rng.integers(2))],
+                "AB"[int(answers.integers(2))],
             )
             for index in range(workload.questions)
         )

@@ -17,10 +17,10 @@ from typing import Any
 
 from data_prep.sources import Items, SourceConfig
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
+from echo_ft.splits import SPLITS
 
 NEEDED = ("image", "product", "condition")
 COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference")
-SPLITS = ("train", "validation", "test")
 OTHER_WORDS_FOR_GOOD = frozenset({"ok", "normal", "none", "free", "defect-free", "pass"})
 
 
@@ -59,7 +59,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines(): it also parts at U+2028, U+2029 and U+0085, which JSON leaves as they are within a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise EchoError(f"{path} is not a text file in UTF-8 ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):

@@ -15,10 +15,8 @@ from typing import Any
 
 from data_prep.images import list_images
 from data_prep.sources import Items, SourceConfig
+from echo_ft.mmad_scorer import FOLDED
 from echo_ft.records import GOOD, KINDS, LETTERS, EchoError, Inspection, Question, Rejection
-
-FOLDED = {"Object Structure": "Object Analysis", "Object Details": "Object Analysis"}
-"""MMAD's table folds these kinds into another, as does its scorer."""
 
 NORMALS = {"DS-MVTec": "MVTec-AD"}
 """Where the normals of a dataset lie, if not in the dataset's own folder."""

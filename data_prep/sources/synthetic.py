@@ -1,14 +1,12 @@
 """The embedded default: photographs of three drawn products, half of them with a defect.
 
-`read` draws into `config.root`: `images/<product>/<part>_<exposure>.png`, a mask of the same name under `masks/` where
-the part is defective, and last `drawn.json`, which says that the draw is whole. Every fourth part is photographed
-twice, under another exposure. A part looks the same however many parts are drawn.
+`read` draws into `config.root`: `images/<product>/<part>_<exposure>.png`, and a mask of the same name under `masks/`
+where the part is defective. Every fourth part is photographed twice, under another exposure. A part looks the same
+however many parts are drawn.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.sources import Items, SourceConfig
-from echo_ft import drawing, shapes
-from echo_ft.provenance import fingerprint_files
+from echo_ft import drawing
 from echo_ft.records import GOOD, EchoError, Inspection
 
 LEAST_PARTS = 8
@@ -27,24 +24,18 @@ _VISIBLE = 12
 
 
 def read(config: SourceConfig) -> Items:
-    """The demo's inspections, drawn on first use; a whole draw of the same parameters is not drawn again.
+    """The demo's inspections, each drawn before it is yielded.
 
-    Raises EchoError where `config.parts` is too small or `config.root` holds other things.
+    Raises EchoError where `config.parts` is too small or `config.root` cannot be written.
     """
     if config.parts < LEAST_PARTS:
         raise EchoError(f"parts is {config.parts}; synthetic needs at least {LEAST_PARTS} parts of each product")
-    planned = list(_plan(config))
-    marker = config.root / "drawn.json"
-    parameters = {
-        "seed": config.seed,
-        "parts": config.parts,
-        "drawing": _code_fingerprint(),
-        "photographs": [inspection.image for inspection in planned],
-        "masks": [inspection.mask for inspection in planned if inspection.mask],
-    }
-    if not _is_whole(marker, parameters):
-        _draw(config, planned, marker, parameters)
-    yield from planned
+    for inspection in _plan(config):
+        photo = _photograph(inspection, config.seed)
+        _save(config.root / inspection.image, photo.image)
+        if inspection.mask:
+            _save(config.root / inspection.mask, photo.mask.astype(np.uint8) * 255)
+        yield inspection
 
 
 def _plan(config: SourceConfig) -> Iterator[Inspection]:
@@ -64,18 +55,6 @@ def _plan(config: SourceConfig) -> Iterator[Inspection]:
                 )
 
 
-def _draw(config: SourceConfig, planned: list[Inspection], marker: Path, parameters: dict[str, object]) -> None:
-    _clear(config.root, marker)
-    for inspection in planned:
-        photo = _photograph(inspection, config.seed)
-        _save(config.root / inspection.image, photo.image)
-        if inspection.mask:
-            _save(config.root / inspection.mask, photo.mask.astype(np.uint8) * 255)
-    partial = marker.with_suffix(".partial")
-    partial.write_text(json.dumps(parameters), encoding="utf-8")
-    os.replace(partial, marker)
-
-
 def _photograph(inspection: Inspection, seed: int) -> drawing.Photo:
     products = list(drawing.DEMO_DEFECTS)
     part, exposure = inspection.id.rsplit("/", 1)[1].split("_")
@@ -89,33 +68,9 @@ def _photograph(inspection: Inspection, seed: int) -> drawing.Photo:
             return photos[int(exposure) - 1]
 
 
-def _is_whole(marker: Path, parameters: dict[str, object]) -> bool:
-    try:
-        if json.loads(marker.read_text(encoding="utf-8")) != parameters:
-            return False
-    except (OSError, ValueError):
-        return False
-    files = [*parameters["photographs"], *parameters["masks"]]  # type: ignore[misc]
-    return all((marker.parent / file).is_file() for file in files)
-
-
-def _clear(root: Path, marker: Path) -> None:
-    """Remove what an earlier draw left, whole or interrupted, and nothing else."""
-    marker.unlink(missing_ok=True)
-    for folder in ("images", "masks"):
-        for product in drawing.DEMO_DEFECTS:
-            for file in (root / folder / product).glob("[0-9][0-9][0-9][0-9]_[12].png"):
-                file.unlink()
-
-
 def _save(path: Path, pixels: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, compress_level=1)
     except OSError as error:
         raise EchoError(f"cannot draw {path} ({error.strerror or error}); choose a root that can be written") from error
-
-
-def _code_fingerprint() -> str:
-    files = [Path(module.__file__) for module in (drawing, shapes)]
-    return fingerprint_files(files, files[0].parent)
