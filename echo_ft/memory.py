@@ -15,9 +15,12 @@ while one layer runs backward, DoRA's extra activations. Leave a tenth to a fift
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echo_ft.model import GROUPS, check_targets, part_of
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
 
 _FP32 = 4
 _ADAM_STATES = 2
@@ -207,6 +210,35 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
     labels = batch.rows * batch.label_tokens
     logits = width * (labels * hidden + min(labels, _HEAD_TILE[0]) * min(text.vocab_size, _HEAD_TILE[1]))
     return Activations(kept, inputs, largest, logits)
+
+
+def report(model: Any, batch: Batch, sft: SFTConfig, base: ModelConfig, gpus: int) -> str:
+    """What training `model` (adapted, on the meta device) on its largest batch takes, as text for a terminal."""
+    counts = count_parameters(model)
+    total, trainable = sum(count.total for count in counts), sum(count.trainable for count in counts)
+    bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None
+    frozen = frozen_bytes(model, 4 if base.dtype == "float32" else 2, bits, base.use_bnb_nested_quant)
+    acts = activations(model, batch, 2 if sft.bf16 or sft.fp16 else 4)
+    estimates = topologies(frozen, total - trainable, trainable, gpus, adapter_width=2 if bits else 4)
+    rows = [["parameters", "total", "trainable"]]
+    rows += [[count.part, f"{count.total:,}", f"{count.trainable:,}"] for count in counts]
+    rows.append(["all", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})"])
+    return "\n".join(
+        [
+            aligned(rows),
+            "",
+            f"largest batch of a GPU, exchanges: {batch.rows} x ({batch.images} images of {batch.max_pixels} pixels, "
+            f"{batch.text_tokens} text tokens, {batch.label_tokens} of them trained on)",
+            f"activations, GiB: {gib(acts.inputs + acts.layer)} with gradient checkpointing, {gib(acts.kept)} without; "
+            f"logits: {gib(acts.logits)} (fused LM head, one tile at a time)",
+            "",
+            memory_table(estimates, acts, sft.gradient_checkpointing),
+            "",
+            "* the recipe's. An estimate with AdamW and this project's attention; leave a tenth to a fifth of a",
+            "GPU free for the CUDA context (about 1 GiB), fragmentation and workspaces. host: main memory of all",
+            "processes of a machine together.",
+        ]
+    )
 
 
 def gib(count: int) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from echo_ft import attention
 from echo_ft.dataset import Dataset
+from echo_ft.flops import Load, costs, image_load, peak, text_load
 from echo_ft.images import load_image
 from echo_ft.layout import IGNORED, Layout, Row, pack, pixels
 from echo_ft.model import GROUPS, AdapterCard, part_of, read_card, write_card
-from echo_ft.records import ROLES, EchoError, Exchange, Rejection, from_dict, read_jsonl, write_jsonl
+from echo_ft.planning import Plan, case_starts, plan
+from echo_ft.records import ROLES, EchoError, Exchange, from_dict, read_jsonl, write_jsonl
 from echo_ft.vision import FeatureStore, Images, share_images
 
 
@@ -52,6 +54,10 @@ class EchoConfig:
         },
     )
     features_gib: float = field(default=20.0, metadata={"help": "At most so many GiB are written there."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check everything, plan and print what training would take; needs no GPU and no weights."},
+    )
 
 
 # Options of TRL's SFTConfig that shape how TRL itself makes rows from text. Rows are made by echo_ft.layout here.
@@ -104,44 +110,10 @@ def check_options(sft: SFTConfig, model: ModelConfig) -> None:
     sft.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What training will go through, known from texts and image headers before step 1."""
-
-    kept: list[int]
-    """Indices of the usable rows."""
-    tokens: int
-    branches: int
-    trained_tokens: int
-    rejected: list[Rejection]
-
-
-def plan(layout: Layout, exchanges: Iterable[Exchange], root: Path, max_tokens: int) -> Plan:
-    """Lengths of all rows without decoding an image; rows that cannot be used are named, never cut."""
-    kept, rejected = [], []
-    tokens = branches = trained = 0
-    for index, exchange in enumerate(exchanges):
-        name = f"{exchange.role} {exchange.case}"
-        try:
-            row = layout.load_row(exchange, root)
-        except EchoError as error:
-            rejected.append(Rejection(name, str(error)))
-            continue
-        if len(row.input_ids) > max_tokens:
-            reason = (
-                f"{len(row.input_ids)} tokens, more than max_tokens {max_tokens}; lower max_pixels or raise max_tokens"
-            )
-            rejected.append(Rejection(name, reason))
-            continue
-        kept.append(index)
-        tokens += len(row.input_ids)
-        branches += len(exchange.branches)
-        trained += int((row.labels != IGNORED).sum())
-    return Plan(kept, tokens, branches, trained, rejected)
-
-
-def load_cases(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str) -> datasets.Dataset:
-    """The usable rows of one split, planned; the others are written to rejected_<split>.jsonl in the output folder.
+def load_cases(
+    layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str
+) -> tuple[datasets.Dataset, Plan]:
+    """The usable cases of one split, and their plan; what is not usable is in rejected_<split>.jsonl in the output.
 
     Raises EchoError where none is usable.
     """
@@ -150,18 +122,16 @@ def load_cases(layout: Layout, dataset: Dataset, config: EchoConfig, sft: SFTCon
         raise EchoError(f"there is no {path}; build the dataset again with data_prep.build")
     planned = plan(layout, read_jsonl(path, Exchange), dataset.root, config.max_tokens)
     if sft.process_index == 0:
-        write_jsonl(Path(str(sft.output_dir)) / f"rejected_{split}.jsonl", planned.rejected)
-        print(
-            f"{config.role}, {split}: {len(planned.kept)} rows, {planned.branches} branches, {planned.tokens} "
-            f"tokens, {planned.trained_tokens} of them trained on; {len(planned.rejected)} rows rejected",
-            flush=True,
-        )
-    if not planned.kept:
+        if not config.dry_run:
+            write_jsonl(Path(str(sft.output_dir)) / f"rejected_{split}.jsonl", planned.rejected)
+        print(f"{config.role}, {split}: {planned.words()}", flush=True)
+    if not planned.rows:
         if planned.rejected:
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
         remedy = "give that split a larger share in the dataset's `fractions`"
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
-    return by_case(datasets.Dataset.from_json(str(path)).select(planned.kept))
+    exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
+    return by_case(exchanges), planned
 
 
 def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
@@ -195,14 +165,8 @@ def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
     TRL (1.16) takes no other kind of dataset than this; the rows stay in Arrow.
     """
     table = exchanges.with_format("arrow")[:]
-    starts, begun = [], None
-    for index, (case, branches) in enumerate(zip(table["case"].to_pylist(), table["branches"], strict=True)):
-        # Balancing repeats cases: one that asks what it asked first begins again.
-        asked = case, branches[0]["id"].as_py()
-        if begun is None or begun[0] != case or begun == asked:
-            starts.append(index)
-            begun = asked
-    starts.append(len(table))
+    asked = (branches[0]["id"].as_py() for branches in table["branches"])
+    starts = case_starts(zip(table["case"].to_pylist(), asked, strict=True))
     rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), table.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))
 
@@ -232,9 +196,11 @@ class Collator:
         new = [path for path, features in kept.items() if features is None]
         known = {path: features for path, features in kept.items() if features is not None}
         number = {path: index for index, path in enumerate((*new, *known))}
+        image = pixels(self.layout, [load_image(Path(path)) for path in new])
         return {
             **pack(rows),
-            **pixels(self.layout, [load_image(Path(path)) for path in new]),
+            **image,
+            "load": astuple(text_load(rows) + image_load(image["image_grid_thw"].tolist())),
             "image_order": [number[path] for path in places],
             "image_paths": new,
             "image_features": list(known.values()),
@@ -273,8 +239,8 @@ def prepare_model(model: Any, store: FeatureStore | None = None) -> None:
 class PrefixSharingTrainer(SFTTrainer):
     """SFTTrainer on packed prefix-sharing rows, with learning rates for tower and merger, and the adapter's card.
 
-    A batch is `per_device_train_batch_size` cases. Cases/s, questions/s and tokens/s, over all processes and since the
-    log before, are logged with the loss.
+    A batch is `per_device_train_batch_size` cases. Logged with the loss, over all processes and since the log before:
+    cases/s, questions/s, tokens/s, operations/s, and on a GPU of flops.PEAKS the share of its peak that they are (MFU).
     """
 
     def __init__(
@@ -289,8 +255,17 @@ class PrefixSharingTrainer(SFTTrainer):
                 "would leave the others waiting; use ZeRO-2 or DDP, or take `features` out of the config"
             )
         self.add_callback(GradientCheck())
-        prepare_model(self.accelerator.unwrap_model(self.model).get_base_model(), store)
-        self._done = np.zeros(3, np.int64)
+        core = self.accelerator.unwrap_model(self.model).get_base_model()
+        prepare_model(core, store)
+        self._costs = costs(core)
+        self._peak = None
+        if self.args.device.type == "cuda" and (self.args.bf16 or self.args.fp16):
+            device = torch.cuda.get_device_name(self.args.device)
+            self._peak = peak(device)
+            if self._peak:
+                words = f"MFU is of {self._peak / 1e12:g} TFLOP/s a GPU: {device}, dense bfloat16"
+                self.accelerator.print(words)
+        self._done = np.zeros(4)
         self._since = time.monotonic()
 
     def compute_loss(
@@ -304,7 +279,10 @@ class PrefixSharingTrainer(SFTTrainer):
         seen = self._total_train_tokens
         loss = super().compute_loss(model, packed, return_outputs, num_items_in_batch)
         if model.training:
-            done = torch.tensor([*inputs["done"], labels.numel()], device=labels.device)
+            operations = self._costs.of(Load(*inputs["load"]))
+            done = torch.tensor(
+                [*inputs["done"], labels.numel(), operations], device=labels.device, dtype=torch.float64
+            )
             totals = self.accelerator.gather(done[None]).sum(dim=0).cpu().numpy()
             self._done += totals
             self._total_train_tokens = seen + int(totals[2])  # TRL counts the tokens of rows of its own
@@ -322,8 +300,12 @@ class PrefixSharingTrainer(SFTTrainer):
         """TRL's log, with what was gone through since the last one."""
         if "loss" in logs:
             now = time.monotonic()
-            for name, count in zip(("cases", "questions", "tokens"), self._done.tolist(), strict=True):
-                logs[f"{name}_per_second"] = round(count / (now - self._since), 2)
+            rates = self._done / (now - self._since)
+            for name, rate in zip(("cases", "questions", "tokens"), rates.tolist(), strict=False):
+                logs[f"{name}_per_second"] = round(rate, 2)
+            logs["tflops_per_second"] = round(rates[3] / 1e12, 4)
+            if self._peak:
+                logs["mfu"] = round(rates[3] / (self._peak * self.args.world_size), 4)
             self._done[:], self._since = 0, now
         super().log(logs, start_time)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_a_run_that_keeps_features_ends_with_the_adapter_of_one_that_does_not(da
     assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "computed"), rel=1e-5)
 
 
+def test_a_dry_run_says_what_training_then_does_and_writes_nothing(dataset, tmp_path):
+    output = tmp_path / "reference_extractor"
+    alike = ["--num_train_epochs", 2, "--per_device_train_batch_size", 3, "--eval_strategy", "no"]
+    options = tiny("reference_extractor", dataset, output, *alike, "--save_strategy", "no")
+    printed = launch(*options, "--dry_run", "--bf16", "true")  # there is no GPU here, nor need there be
+    assert not output.exists()
+    launch(*options, "--logging_steps", 1)
+    state = json.loads((output / "trainer_state.json").read_text())
+    found = re.search(r"(\d+) cases, 3 a step .*: (\d+) steps an epoch, (\d+) in all", printed)
+    assert found and int(found[3]) == state["max_steps"] == 2 * int(found[2])
+    tokens = int(re.search(r"an epoch: ([\d,]+) tokens", printed)[1].replace(",", ""))
+    assert 2 * tokens == state["log_history"][-2]["num_tokens"]
+    assert "(3 x 1 processes x 1 accumulated)" in printed and "GiB a GPU" in printed and "[[" in printed
+    assert all(entry["tflops_per_second"] > 0 for entry in state["log_history"] if "loss" in entry)
+
+
 def test_a_typo_on_the_command_line_is_one_sentence_and_a_non_zero_exit(dataset, tmp_path):
     printed = launch(*tiny("decision_maker", dataset, tmp_path / "x", "--lora_rr", "4"), fails=True)
     assert "error: unknown option --lora_rr; did you mean 'lora_r'?" in printed
@@ -260,8 +277,8 @@ def test_an_empty_validation_split_names_the_remedy(tmp_path):
 def test_broken_and_missing_images_are_rejected_by_name_before_step_1(tmp_path):
     from echo_ft.layout import Layout
     from echo_ft.model import load_processor
+    from echo_ft.planning import plan
     from echo_ft.records import Exchange, read_jsonl
-    from echo_ft.training import plan
 
     folder = make_dataset(tmp_path / "data", train=4)
     (folder / "images" / "train_1_2.png").write_bytes(b"no image")
@@ -270,7 +287,7 @@ def test_broken_and_missing_images_are_rejected_by_name_before_step_1(tmp_path):
     layout = Layout(load_processor(str(ECHO_TINY), None, 784, 28 * 28 * 2000))
     rows = list(read_jsonl(folder / "sft" / "knowledge_guide" / "train.jsonl", Exchange))
     planned = plan(layout, rows, folder / "images", max_tokens=1000)
-    assert planned.kept == [0]
+    assert [row.index for row in planned.rows] == [0]
     assert [rejection.item for rejection in planned.rejected] == [f"knowledge_guide train/{i}" for i in (1, 2, 3)]
     assert "train_1_2.png" in planned.rejected[0].reason and "train_2_2.png" in planned.rejected[1].reason
     assert "more than max_tokens 1000" in planned.rejected[2].reason

@@ -45,17 +45,7 @@ def main(argv: list[str]) -> None:
     from trl import ModelConfig, SFTConfig, get_peft_config
 
     from echo_ft.architectures import meta_model
-    from echo_ft.memory import (
-        Batch,
-        activations,
-        adapt,
-        aligned,
-        count_parameters,
-        frozen_bytes,
-        gib,
-        memory_table,
-        topologies,
-    )
+    from echo_ft.memory import Batch, adapt, report
     from echo_ft.training import EchoConfig, check_options
 
     # transformers refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
@@ -74,31 +64,9 @@ def main(argv: list[str]) -> None:
     )
     if own.gpus < 1:
         raise EchoError(f"gpus {own.gpus}: give the number of GPUs, 1 or more")
-
     model = adapt(meta_model(base.model_name_or_path, base.model_revision), get_peft_config(base))
-    counts = count_parameters(model)
-    total, trainable = sum(count.total for count in counts), sum(count.trainable for count in counts)
-    bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None
-    frozen = frozen_bytes(model, 4 if base.dtype == "float32" else 2, bits, base.use_bnb_nested_quant)
-    acts = activations(model, batch, 2 if sft.bf16 or sft.fp16 else 4)
-    estimates = topologies(frozen, total - trainable, trainable, own.gpus, adapter_width=2 if bits else 4)
-
     print(f"{base.model_name_or_path}, {config.role}")
-    rows = [["parameters", "total", "trainable"]]
-    rows += [[count.part, f"{count.total:,}", f"{count.trainable:,}"] for count in counts]
-    print(aligned([*rows, ["all", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})"]]), end="\n\n")
-    print(
-        f"largest batch of a GPU, exchanges: {batch.rows} x ({batch.images} images of {batch.max_pixels} pixels, "
-        f"{batch.text_tokens} text tokens, {batch.label_tokens} of them trained on)"
-    )
-    print(
-        f"activations, GiB: {gib(acts.inputs + acts.layer)} with gradient checkpointing, {gib(acts.kept)} without; "
-        f"logits: {gib(acts.logits)} (fused LM head, one tile at a time)",
-        end="\n\n",
-    )
-    print(memory_table(estimates, acts, sft.gradient_checkpointing), end="\n\n")
-    print("* the recipe's. An estimate with AdamW and sdpa attention; leave a tenth to a fifth of a GPU free for")
-    print("the CUDA context (about 1 GiB), fragmentation and workspaces. host: main memory of all processes together.")
+    print(report(model, batch, sft, base, own.gpus))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,13 @@ def main(argv: list[str]) -> None:
     """Parse, plan, train, save."""
     from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
+    from echo_ft.architectures import meta_model
     from echo_ft.dataset import load_dataset
     from echo_ft.layout import Layout
+    from echo_ft.memory import adapt
     from echo_ft.model import check_targets, load_model, load_processor, make_card
+    from echo_ft.planning import dry_run
+    from echo_ft.records import Exchange, from_dict
     from echo_ft.training import (
         Collator,
         EchoConfig,
@@ -29,6 +33,8 @@ def main(argv: list[str]) -> None:
     )
     from echo_ft.vision import FeatureStore
 
+    if "--dry_run" in argv:  # transformers refuses bf16 on a machine without a GPU unless it is told to use the CPU
+        argv = [*argv, "--use_cpu", "true"]
     config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
     check_options(sft, base)
     dataset = load_dataset(Path(config.dataset))
@@ -43,8 +49,14 @@ def main(argv: list[str]) -> None:
         dataset,
     )
     checkpoint = find_checkpoint(sft, card)
-    train = load_cases(layout, dataset, config, sft, "train")
-    validation = load_cases(layout, dataset, config, sft, "validation") if sft.eval_strategy != "no" else None
+    train, planned = load_cases(layout, dataset, config, sft, "train")
+    validation = load_cases(layout, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None
+    if config.dry_run:
+        if sft.process_index == 0:
+            first = from_dict(Exchange, train[0]["exchanges"][0])
+            model = adapt(meta_model(base.model_name_or_path, base.model_revision), get_peft_config(base))
+            print(dry_run(planned, first, layout, dataset.root, model, sft, base), flush=True)
+        return
 
     store = None
     if config.features:
