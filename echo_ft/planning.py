@@ -60,6 +60,11 @@ class Plan:
         starts = case_starts((row.case, row.asked) for row in self.rows)
         return [self.rows[start:end] for start, end in pairwise(starts)]
 
+    def largest(self, count: int) -> list[int]:
+        """Numbers of the `count` cases of the most tokens, the largest batch that training can come to."""
+        cases = self.cases()
+        return sorted(range(len(cases)), key=lambda number: -sum(row.text.tokens for row in cases[number]))[:count]
+
 
 def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
     """Where in neighbouring rows (case, id of the first branch) a case begins, and at last how many rows there are.
@@ -124,8 +129,7 @@ def dry_run(
     alone = sum(row.prefix * (row.branches - 1) for row in planned.rows)
     images = image_load(grid for case in cases for grid in images_of(case).values())
     operations = costs(model).of(text + images)
-    heaviest = sorted(cases, key=lambda case: sum(row.text.tokens for row in case))[-batch:]
-    rows = [row for case in heaviest for row in case]
+    rows = [row for number in planned.largest(batch) for row in cases[number]]
     patch, merge = layout.image_processor.patch_size, layout.merge
     grids = [grid for row in planned.rows for grid in row.images.values()]
     largest = Batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -12,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -244,8 +245,15 @@ class PrefixSharingTrainer(SFTTrainer):
     """
 
     def __init__(
-        self, *args: Any, config: EchoConfig, card: AdapterCard, store: FeatureStore | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        config: EchoConfig,
+        card: AdapterCard,
+        largest: Sequence[int] = (0,),
+        store: FeatureStore | None = None,
+        **kwargs: Any,
     ) -> None:
+        """`largest` are the cases that would make the largest batch of a device."""
         self.config = config
         self.card = card
         super().__init__(*args, **kwargs)
@@ -254,7 +262,7 @@ class PrefixSharingTrainer(SFTTrainer):
                 "features cannot be kept where the vision tower's weights are shared out: a rank that knows its images "
                 "would leave the others waiting; use ZeRO-2 or DDP, or take `features` out of the config"
             )
-        self.add_callback(GradientCheck())
+        self.add_callback(Probe(self, largest))
         core = self.accelerator.unwrap_model(self.model).get_base_model()
         prepare_model(core, store)
         self._costs = costs(core)
@@ -288,6 +296,45 @@ class PrefixSharingTrainer(SFTTrainer):
             self._total_train_tokens = seen + int(totals[2])  # TRL counts the tokens of rows of its own
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
+
+    def probe(self, cases: Sequence[int]) -> None:
+        """Forward and backward of a batch of `cases`; nothing of it stays, neither gradients nor random numbers.
+
+        Raises EchoError where it does not fit into memory, or a trained part gets no gradient. Not where weights are
+        shared out among ranks (ZeRO-3, FSDP): there, gradients exist only piece by piece.
+        """
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        seen = self._total_train_tokens
+        dataset: Any = self.train_dataset
+        inputs = self.data_collator([dataset[index] for index in cases])
+        words = (
+            f"the largest batch ({len(cases)} cases, {inputs['input_ids'].numel()} tokens, "
+            f"{len(inputs['image_grid_thw'])} images)"
+        )
+        try:
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(inputs)
+                model.train()
+                loss = self.compute_loss(model, inputs)
+                # Not loss.backward(): DDP and DeepSpeed would take these gradients for those of step 1.
+                found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise EchoError(
+                f"{words} does not fit into memory; {smaller(self.args, self.config.max_pixels)}"
+            ) from error
+        check_gradients(dict(zip(trained, found, strict=True)))
+        if torch.cuda.is_available():
+            words += f" takes {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            torch.cuda.empty_cache()
+        self.accelerator.print(f"{words}, forward and backward: fits")
+        self._total_train_tokens = seen
+        self._metrics["train"].clear()
+        self._done[:], self._since = 0, time.monotonic()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, whose time is not counted as training."""
@@ -342,26 +389,43 @@ class PrefixSharingTrainer(SFTTrainer):
         write_card(Path(output_dir or str(self.args.output_dir)), self.card)
 
 
-class GradientCheck(TrainerCallback):
-    """Before the first optimizer step: every trainable part has a gradient, finite and not zero, or the run ends."""
+class Probe(TrainerCallback):
+    """Before step 1: the largest batch forward and backward, once, so that a run does not end there hours later."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer. DeepSpeed has already stepped by then and keeps gradients elsewhere: not checked."""
-        if state.global_step > 0 or args.deepspeed_plugin is not None:
-            return
-        alive: dict[str, bool] = {}
-        for name, parameter in kwargs["model"].named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part = part_of(name)
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise EchoError(
-                    f"the first gradient of {name} is not finite; lower learning_rate or use bf16, not fp16"
-                )
-            alive[part] = alive.get(part, False) or (parameter.grad is not None and bool(parameter.grad.any()))
-        dead = [part for part, has_gradient in alive.items() if not has_gradient]
-        if dead:
-            raise EchoError(
-                f"lora_target_modules names the {' and the '.join(dead)}, but no gradient came there in the first "
-                "step; set gradient_checkpointing: false or take those modules out"
-            )
+    def __init__(self, trainer: PrefixSharingTrainer, cases: Sequence[int]) -> None:
+        self.trainer = trainer
+        self.cases = cases
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        self.trainer.probe(self.cases)
+
+
+def check_gradients(named: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise EchoError unless all gradients, by parameter, are finite, and each trained part has one that is not zero.
+
+    LoRA's second matrix starts at zero, so the first one's gradient is zero too at step 1: a part counts, not a matrix.
+    """
+    alive: dict[str, bool] = {}
+    for name, gradient in named.items():
+        if gradient is not None and not torch.isfinite(gradient).all():
+            raise EchoError(f"the first gradient of {name} is not finite; use bf16, not fp16, or full precision")
+        part = part_of(name)
+        alive[part] = alive.get(part, False) or (gradient is not None and bool(gradient.any()))
+    dead = [part for part, has_gradient in alive.items() if not has_gradient]
+    if dead:
+        raise EchoError(
+            f"lora_target_modules names the {' and the '.join(dead)}, but no gradient comes there; set "
+            "gradient_checkpointing: false or take those modules out"
+        )
+
+
+def smaller(args: TrainingArguments, max_pixels: int) -> str:
+    """The option that makes the largest batch smaller at the least cost, and to what it should be set."""
+    batch = args.per_device_train_batch_size
+    if not args.gradient_checkpointing:
+        return "set gradient_checkpointing: true"
+    if batch > 1:
+        more = args.gradient_accumulation_steps * math.ceil(batch / (batch // 2))
+        return f"set per_device_train_batch_size: {batch // 2} and gradient_accumulation_steps: {more}"
+    return f"set max_pixels: {max_pixels // 2}, here and in the run, or take recipes/accelerate/zero3.yaml"

@@ -250,6 +250,64 @@ def test_tower_and_merger_have_learning_rates_of_their_own(dataset, tmp_path):
         assert most == pytest.approx(rate, rel=0.01), name
 
 
+SHORT = ["--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no", "--lora_target_modules", "q_proj"]
+
+
+def test_the_probe_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
+    from echo_ft.training import PrefixSharingTrainer
+
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(PrefixSharingTrainer, "probe", lambda self, cases: None)
+        run_in_process(*tiny("reference_extractor", dataset, tmp_path / name, *SHORT, "--lora_dropout", 0.5))
+    expected = load_file(tmp_path / "without" / "adapter_model.safetensors")
+    for name, weight in load_file(tmp_path / "with" / "adapter_model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+    tokens = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("with", "without")]
+    assert tokens[0]["log_history"][-1].get("num_tokens") == tokens[1]["log_history"][-1].get("num_tokens")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gradient_checkpointing", "false"], "set gradient_checkpointing: true"),
+        (
+            ["--gradient_checkpointing", "true", "--per_device_train_batch_size", 5],
+            "largest batch .5 cases.* set per_device_train_batch_size: 2 and gradient_accumulation_steps: 3",
+        ),
+        (
+            ["--gradient_checkpointing", "true", "--per_device_train_batch_size", 1],
+            "largest batch .1 cases.* set max_pixels: 14112",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_the_option_to_turn(dataset, tmp_path, monkeypatch, options, message):
+    from echo_ft.training import PrefixSharingTrainer
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(PrefixSharingTrainer, "compute_loss", full)
+    with pytest.raises(EchoError, match=message):
+        run_in_process(*tiny("reference_extractor", dataset, tmp_path / "out", *SHORT, *options))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ({"a.q_proj": [1.0], "a.visual.b": [0.0]}, "names the vision tower, but no gradient comes there"),
+        ({"a.q_proj": None, "a.visual.merger.b": None}, "the language model and the merger"),
+        ({"a.q_proj": [float("nan")]}, "the first gradient of a.q_proj is not finite"),
+    ],
+)
+def test_a_part_without_a_finite_gradient_is_named(gradients, message):
+    from echo_ft.training import check_gradients
+
+    with pytest.raises(EchoError, match=message):
+        check_gradients({name: None if one is None else torch.tensor(one) for name, one in gradients.items()})
+    check_gradients({"a.lora_A": torch.zeros(2), "a.lora_B": torch.ones(2)})
+
+
 def test_a_case_that_balancing_repeats_is_a_case_of_its_own():
     import datasets
 

@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
         peft_config=lora,
         config=config,
         card=card,
+        largest=planned.largest(sft.per_device_train_batch_size),
         store=store,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
