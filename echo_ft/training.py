@@ -15,15 +15,16 @@ import pyarrow as pa
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from echo_ft import attention
+from echo_ft.checkpoints import WHOLE
 from echo_ft.dataset import Dataset
 from echo_ft.flops import Load, costs, image_load, peak, text_load
 from echo_ft.images import load_image
 from echo_ft.layout import IGNORED, Layout, Row, pack, pixels
-from echo_ft.model import GROUPS, AdapterCard, part_of, read_card, write_card
+from echo_ft.model import ADAPTER_CARD, GROUPS, AdapterCard, part_of, write_card
 from echo_ft.planning import Plan, case_starts, plan
 from echo_ft.records import ROLES, EchoError, Exchange, from_dict, read_jsonl, write_jsonl
 from echo_ft.vision import FeatureStore, Images, share_images
@@ -133,31 +134,6 @@ def load_cases(
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
     return by_case(exchanges), planned
-
-
-def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
-    """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or `true` for the newest in output_dir.
-
-    With `true`, a run without a checkpoint starts from the beginning. Raises EchoError where the folder is missing, and
-    where its adapter is of another role, dataset, base model, prompt version or pixel budget than `card`.
-    """
-    wanted = sft.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() == "true":
-        wanted = get_last_checkpoint(str(sft.output_dir)) if Path(str(sft.output_dir)).is_dir() else None
-        if wanted is None:
-            return None
-    if not Path(wanted).is_dir():
-        raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
-    found = read_card(Path(wanted))
-    for name in ("role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels"):
-        if getattr(found, name) != getattr(card, name):
-            raise EchoError(
-                f"{wanted} was trained with {name} {getattr(found, name)}, not {getattr(card, name)}; go on with the "
-                "same config, or choose another output_dir to start anew"
-            )
-    return str(wanted)
 
 
 def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
@@ -385,8 +361,29 @@ class PrefixSharingTrainer(SFTTrainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        # The card comes last: without one, nobody takes an adapter that was being written for a finished one.
+        (folder / ADAPTER_CARD).unlink(missing_ok=True)
         super()._save(output_dir, state_dict)
-        write_card(Path(output_dir or str(self.args.output_dir)), self.card)
+        write_card(folder, self.card)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, marked as whole after every process has written its part.
+
+        transformers (5.23) writes into the final folder, and deletes older ones before the new one can be relied on.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / WHOLE).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / WHOLE).touch()
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
 
 class Probe(TrainerCallback):

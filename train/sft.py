@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
     from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
     from echo_ft.architectures import meta_model
+    from echo_ft.checkpoints import continue_wandb, find_checkpoint
     from echo_ft.dataset import load_dataset
     from echo_ft.layout import Layout
     from echo_ft.memory import adapt
@@ -28,7 +29,6 @@ def main(argv: list[str]) -> None:
         EchoConfig,
         PrefixSharingTrainer,
         check_options,
-        find_checkpoint,
         load_cases,
     )
     from echo_ft.vision import FeatureStore
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
             print(dry_run(planned, first, layout, dataset.root, model, sft, base), flush=True)
         return
 
+    continue_wandb(sft)
     store = None
     if config.features:
         seen_with = {
