@@ -305,3 +305,31 @@ def test_the_command_ends_with_one_sentence_where_a_target_is_wrong():
         "error: lora_target_modules: the model has no module k_poj; did you mean k_proj?"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_the_slurm_example_starts_one_launcher_a_machine_with_all_processes(tmp_path):
+    from accelerate.commands.launch import launch_command_parser
+
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'first\\nsecond\\n'\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
+    (tmp_path / "accelerate").write_text('#!/bin/sh\nshift\nprintf "%s\\n" "$@" "--end--"\n')
+    for name in ("scontrol", "srun", "accelerate"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    recipe = "recipes/qwen2_vl_7b/decision_maker.yaml"
+    done = subprocess.run(
+        ["bash", "recipes/accelerate/slurm.sh", recipe, "--seed", "1"],
+        cwd=RECIPES.parent,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    machines = [block.split("\n")[:-1] for block in done.stdout.split("--end--\n")[:-1]]
+    for rank, arguments in enumerate(machines):
+        found = launch_command_parser().parse_args(arguments)
+        assert (found.num_machines, found.machine_rank, found.num_processes) == (2, rank, 8)
+        assert (found.main_process_ip, found.main_process_port) == ("first", 29500)
+        assert found.training_script == "train/sft.py"
+        assert found.training_script_args == ["--config", recipe, "--resume_from_checkpoint", "true", "--seed", "1"]
+    assert len(machines) == 2

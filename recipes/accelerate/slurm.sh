@@ -1,0 +1,24 @@
+#!/bin/bash
+# Several machines under SLURM: one launcher a machine, which starts one process a GPU.
+#   sbatch recipes/accelerate/slurm.sh recipes/qwen2_vl_7b/decision_maker.yaml [--key value ...]
+# The steps grow with the processes: divide gradient_accumulation_steps by the factor to keep the recipe's batch.
+#SBATCH --job-name=echo-ft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=08:00:00
+#SBATCH --requeue # a requeued job goes on where the last whole checkpoint stands
+set -euo pipefail
+
+recipe=${1:?give the recipe of a role, such as recipes/qwen2_vl_7b/decision_maker.yaml}
+shift
+MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MAIN
+
+# Each machine evaluates its own SLURM_NODEID, hence the single quotes.
+# shellcheck disable=SC2016
+srun bash -c 'accelerate launch --quiet --config_file recipes/accelerate/zero2.yaml \
+  --deepspeed_multinode_launcher standard --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
+  --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --main_process_ip "$MAIN" --main_process_port 29500 \
+  train/sft.py --config "$@"' launch "$recipe" --resume_from_checkpoint true "$@"
