@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from echo_ft import drawing
-from train import tiny_model
+from train import tiny_looking, tiny_model
 from train.tiny_lessons import Row, row, text_row
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -158,13 +158,33 @@ def test_the_right_option_is_the_one_its_letter_names() -> None:
 def test_the_command_pretrains_and_writes_a_model_card(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.pretrain_tiny", "--output", str(tmp_path / "tiny")]
     done = subprocess.run(
-        [*command, "--steps", "2", "--batch", "2", "--held_out", "1"], cwd=REPOSITORY, capture_output=True, text=True
+        [*command, "--looks", "2", "--steps", "2", "--batch", "2", "--held_out", "1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 steps" in (tmp_path / "tiny" / "README.md").read_text(encoding="utf-8")
+    assert "2 steps of\n  looking, then 2 steps" in (tmp_path / "tiny" / "README.md").read_text(encoding="utf-8")
     from transformers import AutoModelForImageTextToText
 
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny").dtype == torch.float32
+
+
+def test_a_glimpse_names_the_tokens_on_which_the_defect_lies() -> None:
+    made = [tiny_looking.glimpse(seed, ease) for seed in range(40) for ease in (0.0, 1.0)]
+    assert all((g.defect >= 0) or not g.share.any() for g in made)
+    assert sum(g.share.sum() for g in made[1::2]) > 1.5 * sum(g.share.sum() for g in made[::2])
+    again = tiny_looking.glimpse(0, 0.0)
+    assert np.array_equal(again.photo, made[0].photo) and np.array_equal(again.share, made[0].share)
+
+
+def test_looking_changes_the_tower_alone() -> None:
+    torch.manual_seed(0)
+    model = tiny_model.build_model(tiny_model.build_tokenizer([text_row(0)]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert tiny_looking.learn_to_look(model, 0, minutes=0.0, steps=2) == 2
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".visual." in name}
 
 
 def test_an_output_folder_with_other_files_is_refused(tmp_path: Path) -> None:

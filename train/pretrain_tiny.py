@@ -1,8 +1,9 @@
-"""Pretrain echo-tiny from nothing on drawn parts: `python -m train.pretrain_tiny --output DIR [--minutes 35]`.
+"""Pretrain echo-tiny from nothing on drawn parts: `python -m train.pretrain_tiny --output DIR [--minutes 50]`.
 
 echo-tiny is a Qwen2-VL of a few million parameters with Qwen2-VL's own classes, special tokens and chat template. It
-learns from rows that ask several things about the same photographs (train.tiny_lessons), laid out so that the
-photographs are computed once a row; the loss is on completions, and in rows of text on prompts too.
+first learns to look (train.tiny_looking), then from rows that ask several things about the same photographs
+(train.tiny_lessons), laid out so that the photographs are computed once a row; the loss is on completions, and in rows
+of text on prompts too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from echo_ft.config import parse, run_main
 from echo_ft.drawing import PRETRAINING_DEFECTS, PRETRAINING_KINDS
 from echo_ft.records import EchoError
 from train.tiny_lessons import Lesson, Row, binding_row, caption_row, row, text_row
+from train.tiny_looking import learn_to_look
 from train.tiny_model import (
     CLOSING,
     answer_logits,
@@ -40,8 +42,14 @@ EVERY = 50
 """Steps between two lines of progress."""
 STAGES = (functools.partial(binding_row, behind=1.0), functools.partial(binding_row, behind=0.3), text_row, row)
 """Which letter stands before words just read; before words read earlier; all of text; everything."""
+SEEING = 2
+"""The stage from which every other batch is of captions; before letters are learned, they would keep them from it."""
 CAPTIONS = 3
-"""How many times as many rows a batch of captions has: every other batch, in all stages."""
+"""How many times as many rows a batch of captions has."""
+LOOKING = 0.4
+"""Share of the time in which the vision tower alone learns, before everything."""
+TOWER = 0.3
+"""The tower's learning rate after that, as a share of the others'."""
 LEARNED = 0.85
 """Share of letters, a mean over about twenty steps, from which the next stage begins."""
 CAPTION = re.compile(
@@ -53,9 +61,10 @@ CARD = """# echo-tiny
 A Qwen2-VL of {millions} M parameters and {tokens} tokens, with Qwen2-VL's own classes, special tokens and chat
 template. It exists so that every step of this project runs anywhere in minutes, and is no model for real inspections.
 
-- **Made by** `python -m train.pretrain_tiny --output recipes/tiny/echo-tiny {option}` (seed {seed}): {steps} steps of
-  {batch} rows in {minutes} minutes on a CPU with {threads} threads, float32, ended on {date}. Stored as bfloat16, it
-  loads as float32. With `--minutes` the number of steps depends on the machine; `--steps {steps}` repeats them.
+- **Made by** `python -m train.pretrain_tiny --output recipes/tiny/echo-tiny {option}` (seed {seed}): {looks} steps of
+  looking, then {steps} steps of {batch} rows, in {minutes} minutes on a CPU with {threads} threads, float32, ended on
+  {date}. Stored as bfloat16, it loads as float32. With `--minutes` the number of steps depends on the machine;
+  `--looks {looks} --steps {steps}` repeats them.
 - **Data**: photographs drawn by `echo_ft/drawing.py` of {kinds}, with {defects}. It has never seen the demo's products
   or defects; their names occur in rows of words put together at random. Lessons: `train/tiny_lessons.py`.
 - **Photographs** of 36 image tokens (168 x 168 pixels and the like) are what it knows best.
@@ -75,8 +84,9 @@ class PretrainConfig:
     """Options of the pretraining."""
 
     output: str = field(metadata={"help": "folder to write the model to"})
-    minutes: float = field(default=15.0, metadata={"help": "how long to train; ignored where --steps is given"})
-    steps: int = field(default=0, metadata={"help": "how many steps to train instead"})
+    minutes: float = field(default=50.0, metadata={"help": "how long to train; ignored where --steps is given"})
+    steps: int = field(default=0, metadata={"help": "how many steps on lessons to train instead"})
+    looks: int = field(default=0, metadata={"help": "how many steps of looking, where --steps is given"})
     batch: int = field(default=8, metadata={"help": "rows a step"})
     lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate"})
     seed: int = field(default=0, metadata={"help": "seed of weights and lessons"})
@@ -84,14 +94,16 @@ class PretrainConfig:
 
 
 def lesson_batches(config: PretrainConfig, tokenizer: Any, stage: Any) -> Iterator[dict[str, Any]]:
-    """Endless batches, of the shared `stage` and of captions by turns, drawn by a process of its own."""
+    """Endless batches, of the shared `stage` and from SEEING on of captions by turns, drawn by a process of its own."""
     from torch.utils.data import DataLoader, IterableDataset
 
     class Lessons(IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Any]]:
             for step in itertools.count():
                 first = FIRST_TRAINED + config.seed * 10**9 + step * config.batch * CAPTIONS
-                make, rows = (caption_row, CAPTIONS * config.batch) if step % 2 else (STAGES[stage.value], config.batch)
+                make, rows = STAGES[stage.value], config.batch
+                if step % 2 and stage.value >= SEEING:
+                    make, rows = caption_row, CAPTIONS * config.batch
                 yield collate([make(first + index) for index in range(rows)], tokenizer)
 
     return iter(DataLoader(Lessons(), batch_size=None, num_workers=1, prefetch_factor=4))
@@ -106,9 +118,12 @@ def pretrain(model: Any, tokenizer: Any, config: PretrainConfig) -> int:
     import torch
     from torch.nn.functional import cross_entropy
 
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    groups = []
+    for part, rate in ((model.model.language_model, config.lr), (model.model.visual, TOWER * config.lr)):
+        matrices = [p for p in part.parameters() if p.ndim >= 2]
+        vectors = [p for p in part.parameters() if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": 0.05, "rate": rate})
+        groups.append({"params": vectors, "weight_decay": 0.0, "rate": rate})
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
     letters = torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCD")))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -117,11 +132,11 @@ def pretrain(model: Any, tokenizer: Any, config: PretrainConfig) -> int:
     start, known, losses_of, hits, asked = time.monotonic(), 0.0, [0.0, 0.0], 0, 0
     for step, batch in enumerate(lesson_batches(config, tokenizer, stage), start=1):
         minutes = (time.monotonic() - start) / 60
-        done = (step - 1) / config.steps if config.steps else minutes / config.minutes
+        done = (step - 1) / config.steps if config.steps else minutes / ((1 - LOOKING) * config.minutes)
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, step / 100) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
+            group["lr"] = group["rate"] * min(1.0, step / 100) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
         logits, labels = answer_logits(model, batch)
         losses, chosen = cross_entropy(logits, labels, reduction="none"), answers(batch, letters, end)
         # A letter is one token among many, and the hardest to learn.
@@ -220,6 +235,10 @@ def main(argv: list[str]) -> None:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"echo-tiny: {millions:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     start = time.monotonic()
+    looks = 0
+    if config.looks or not config.steps:
+        looks = learn_to_look(model, FIRST_TRAINED + config.seed * 10**9, LOOKING * config.minutes, config.looks)
+        save(model, processor, folder)
     steps = pretrain(model, tokenizer, config)
     minutes = (time.monotonic() - start) / 60
     save(model, processor, folder)
@@ -232,9 +251,9 @@ def main(argv: list[str]) -> None:
     print(table, end="")
     card = CARD.format(
         millions=f"{millions:.2f}", tokens=len(tokenizer), steps=steps, minutes=f"{minutes:.0f}", batch=config.batch,
-        seed=config.seed, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"), table=table,
+        seed=config.seed, looks=looks, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"), table=table,
         kinds=", ".join(PRETRAINING_KINDS), defects=", ".join(PRETRAINING_DEFECTS),
-        option=f"--steps {config.steps}" if config.steps else f"--minutes {config.minutes:g}",
+        option=f"--looks {config.looks} --steps {config.steps}" if config.steps else f"--minutes {config.minutes:g}",
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")

@@ -147,7 +147,7 @@ def _photo_row(rng: np.random.Generator, normals: int) -> Row:
     # Marks that belong to the product can only be told from defects beside a normal part.
     style = random_style(rng, marks=normals > 0 and rng.random() < 0.4)
     size = _pick(rng, _ASPECTS) if style.kind in SURFACES and rng.random() < 0.5 else SIZE
-    defect = random_defect(rng, style) if rng.random() < 0.6 else None
+    defect = random_defect(rng, style) if rng.random() < (0.6 if normals else 0.5) else None
     seeds = rng.integers(2**31, size=2 * (normals + 1)).tolist()
     inspected = photograph(Part(style, seeds[0], defect), seeds[1], size)
     looks = _Looks(style.kind, style.colour)
