@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,14 +70,24 @@ def test_a_half_written_checkpoint_is_passed_over_with_a_word(tmp_path, capsys):
     assert "checkpoint-11 is half written and passed over" in capsys.readouterr().out
 
 
-def test_a_resumed_run_goes_on_with_its_wandb_run(dataset, tmp_path, monkeypatch):
-    output = tmp_path / "reference_extractor"
-    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    steps = [*ALIKE, "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
-    options = [*tiny("reference_extractor", dataset, output, *steps), "--report_to", "wandb"]
-    launch(*options, **offline)
-    launch(*options, "--max_steps", 2, "--resume_from_checkpoint", "true", **offline)
-    runs = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2 and len(runs) == 1
-    launch(*options, **offline)  # anew
-    assert len({path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}) == 2
+def test_a_resumed_run_goes_on_with_its_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):
+    from echo_ft.checkpoints import continue_wandb
+
+    def run_id(resume: str | None, report_to: str = "wandb") -> str | None:
+        monkeypatch.setenv("WANDB_RUN_ID", "")
+        monkeypatch.delenv("WANDB_RUN_ID")
+        monkeypatch.setenv("WANDB_RESUME", "")
+        monkeypatch.delenv("WANDB_RESUME")
+        options = {"report_to": [report_to], "process_index": 0, "output_dir": str(tmp_path / "out")}
+        continue_wandb(SimpleNamespace(**options, resume_from_checkpoint=resume))
+        return os.environ.get("WANDB_RUN_ID")
+
+    first = run_id(None)
+    assert first and os.environ["WANDB_RESUME"] == "allow"
+    assert run_id("true") == run_id(str(tmp_path / "out" / "checkpoint-1")) == first
+    assert run_id("false") not in (None, first)
+    assert run_id(None, "tensorboard") is None
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    options = {"report_to": ["wandb"], "process_index": 0, "output_dir": str(tmp_path / "out")}
+    continue_wandb(SimpleNamespace(**options, resume_from_checkpoint="true"))
+    assert os.environ["WANDB_RUN_ID"] == "mine"
