@@ -61,9 +61,15 @@ class Plan:
         return [self.rows[start:end] for start, end in pairwise(starts)]
 
     def largest(self, count: int) -> list[int]:
-        """Numbers of the `count` cases of the most tokens, the largest batch that training can come to."""
+        """Numbers of the `count` cases that make the largest batch: the most tokens, and no image twice if possible.
+
+        A case that balancing repeats comes once before any comes again: its images would be encoded once for all.
+        """
         cases = self.cases()
-        return sorted(range(len(cases)), key=lambda number: -sum(row.text.tokens for row in cases[number]))[:count]
+        order = sorted(range(len(cases)), key=lambda number: -sum(row.text.tokens for row in cases[number]))
+        first = {cases[number][0].case: number for number in reversed(order)}
+        again = [number for number in order if first[cases[number][0].case] != number]
+        return [*reversed(first.values()), *again][:count]
 
 
 def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:

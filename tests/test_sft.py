@@ -308,6 +308,17 @@ def test_a_part_without_a_finite_gradient_is_named(gradients, message):
     check_gradients({"a.lora_A": torch.zeros(2), "a.lora_B": torch.ones(2)})
 
 
+def test_the_largest_batch_repeats_no_case_before_all_have_come():
+    from echo_ft.flops import Load
+    from echo_ft.planning import Plan, PlannedRow
+
+    sizes = [("a", 5), ("b", 9), ("a", 5), ("c", 7), ("b", 9)]
+    rows = [PlannedRow(i, case, "q", 1, 1, Load(tokens=size), {}) for i, (case, size) in enumerate(sizes)]
+    assert Plan(rows).largest(2) == [1, 3]
+    assert Plan(rows).largest(4) == [1, 3, 0, 4]
+    assert sorted(Plan(rows).largest(9)) == [0, 1, 2, 3, 4]
+
+
 def test_a_case_that_balancing_repeats_is_a_case_of_its_own():
     import datasets
 
