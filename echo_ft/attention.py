@@ -1,7 +1,9 @@
 """Attention over a row into which several prefixes with their branches are packed, without a mask over all of it.
 
 A prefix is plain causal attention, for which fast kernels exist; only the branches, which are short, need a mask. What
-belongs to different exchanges is never multiplied with each other.
+belongs to different exchanges is never multiplied with each other. Two ways to one result: `sdpa` goes from exchange to
+exchange, `flex_attention` takes the whole row in one kernel that passes over the blocks nobody sees (GPUs alone: on a
+CPU, torch 2.15 has no backward pass for it).
 """
 
 from __future__ import annotations
@@ -11,13 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from echo_ft.layout import attention_mask
 
 NAME = "prefix_sharing"
 """The name under which transformers finds `attend`; it computes what `sdpa` does with the whole mask."""
+
+IMPLEMENTATIONS = ("sdpa", "flex_attention")
+"""What `attend` can be made of, by transformers' names."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,36 @@ def spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> list[Sp
     return found
 
 
+def block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:
+    """What `spans` says, for flex_attention: a (T, T) mask known by blocks, of which empty ones are never computed."""
+    segment = segments[0]
+    sizes = torch.tensor([length for _, length in lengths], device=segments.device)
+    exchange = torch.arange(len(lengths), device=segments.device).repeat_interleave(sizes)
+
+    def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        branch = (segment[key] == 0) | (segment[key] == segment[query])
+        return (exchange[key] == exchange[query]) & branch & (key <= query)
+
+    return create_block_mask(visible, None, None, len(segment), len(segment), device=str(segments.device))
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    spans: Sequence[Span] | None = None,
+    spans: Sequence[Span] | BlockMask | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed row: query (1, heads, T, width), the result (1, T, heads, width).
 
-    Without `spans`, transformers' own `sdpa` with the mask that it is given.
+    `spans` or `block_mask` choose between the two ways; with neither, transformers' own `sdpa` with the mask given.
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if isinstance(spans, BlockMask):
+        return flex_attention_forward(module, query, key, value, spans, **kwargs)[0], None
     kwargs.pop("is_causal", None)
     parts = []
     for span in spans:

@@ -30,7 +30,7 @@ IGNORED = -100
 PADDING = -1
 """The segment of a padding token; the prefix is segment 0, branches count from 1."""
 
-_MARK = "\u241e"  # "symbol for record separator": stands where the branch, and then the completion, begins
+_MARK = "\u241e"  # "symbol for record separator": stands where the context, and then the completion, is
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Layout:
         self.merge: int = self.image_processor.merge_size
         self._control = sorted(token for token in self.tokenizer.get_added_vocab() if token.startswith("<|"))
         self._encoded: dict[str, list[int]] = {}
+        self._templates: dict[int, tuple[str, str, str]] = {}
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """(t, h, w) in patches for an image of that size, by the processor's own resizing rule.
@@ -84,16 +85,18 @@ class Layout:
 
         Raises EchoError where a text holds one of the chat template's control tokens.
         """
-        prefix_text, opening, closing = self._template(exchange)
+        head, opening, closing = self._template(exchange)
         grids = np.array([self.grid(*size) for size in sizes], dtype=np.int64).reshape(-1, 3)
-        prefix = self._expand(self._encode(prefix_text), grids, exchange)
+        prefix_text, texts = head + exchange.context, []
+        for branch in exchange.branches:
+            texts += [branch.prompt + opening, "" if branch.completion is None else branch.completion + closing]
+        encoded = self._encode([prefix_text, *texts])
+        prefix = self._expand(encoded[0], grids, exchange)
         input_ids, labels, segments = [prefix], [np.full(len(prefix), IGNORED)], [np.zeros(len(prefix), dtype=np.int64)]
         prefix_positions = self._prefix_positions(prefix, grids)
         start = int(prefix_positions.max()) + 1
         positions = [prefix_positions]
-        for number, branch in enumerate(exchange.branches, start=1):
-            prompt = self._encode(branch.prompt + opening)
-            completion = [] if branch.completion is None else self._encode(branch.completion + closing)
+        for number, (prompt, completion) in enumerate(zip(encoded[1::2], encoded[2::2], strict=True), start=1):
             ids = np.array(prompt + completion, dtype=np.int64)
             input_ids.append(ids)
             labels.append(np.array([IGNORED] * len(prompt) + completion, dtype=np.int64))
@@ -113,28 +116,32 @@ class Layout:
         return self.row(exchange, [image_size(root / image) for image in exchange.images])
 
     def _template(self, exchange: Exchange) -> tuple[str, str, str]:
-        """The template's text up to the branch, between a prompt and its completion, and after the completion."""
+        """The template's text up to the context, between a prompt and its completion, and after the completion."""
         for text in (exchange.context, *(branch.prompt + (branch.completion or "") for branch in exchange.branches)):
             if any(token in text for token in self._control):
                 token = next(token for token in self._control if token in text)
                 raise EchoError(
                     f"case {exchange.case}: a text holds the control token {token}; take it out of the source"
                 )
-        content = [*({"type": "image"} for _ in exchange.images), {"type": "text", "text": exchange.context + _MARK}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        asked = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prefix, opening = asked.rsplit(_MARK, 1)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
-        answered = self.processor.apply_chat_template(messages, tokenize=False)
-        return prefix, opening, answered.rsplit(_MARK, 1)[1]
+        images = len(exchange.images)
+        if images not in self._templates:
+            content = [*({"type": "image"} for _ in exchange.images), {"type": "text", "text": _MARK}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            asked = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            head, opening = asked.rsplit(_MARK, 1)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
+            answered = self.processor.apply_chat_template(messages, tokenize=False)
+            self._templates[images] = (head, opening, answered.rsplit(_MARK, 1)[1])
+        return self._templates[images]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # Templates and instructions return in every row: planning a large dataset is mostly this dictionary.
-        if text not in self._encoded:
-            if len(self._encoded) > 50_000:
-                self._encoded.clear()
-            self._encoded[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._encoded[text]
+        if len(self._encoded) > 50_000:
+            self._encoded.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._encoded]
+        if new:  # in one call: the tokenizer's own work takes less than the call
+            self._encoded |= zip(new, self.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True)
+        return [self._encoded[text] for text in texts]
 
     def _expand(self, ids: Sequence[int], grids: np.ndarray, exchange: Exchange) -> np.ndarray:
         array = np.array(ids, dtype=np.int64)
@@ -173,11 +180,21 @@ def pixels(layout: Layout, images: Sequence[Image.Image]) -> dict[str, torch.Ten
     import torch
 
     if not images:
-        processor = layout.image_processor
-        values = 3 * processor.temporal_patch_size * processor.patch_size**2
-        return {"pixel_values": torch.zeros(0, values), "image_grid_thw": torch.zeros(0, 3, dtype=torch.long)}
+        return {
+            "pixel_values": blank(layout)["pixel_values"][:0],
+            "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
+        }
     batch = layout.image_processor(images=list(images), return_tensors="pt")
     return {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+
+
+def blank(layout: Layout) -> dict[str, torch.Tensor]:
+    """What `pixels` makes, of the smallest image that the model can take, one token large."""
+    import torch
+
+    processor, side = layout.image_processor, layout.merge
+    values = 3 * processor.temporal_patch_size * processor.patch_size**2
+    return {"pixel_values": torch.zeros(side**2, values), "image_grid_thw": torch.tensor([[1, side, side]])}
 
 
 def pad(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -219,7 +219,9 @@ def report(model: Any, batch: Batch, sft: SFTConfig, base: ModelConfig, gpus: in
     bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None
     frozen = frozen_bytes(model, 4 if base.dtype == "float32" else 2, bits, base.use_bnb_nested_quant)
     acts = activations(model, batch, 2 if sft.bf16 or sft.fp16 else 4)
-    estimates = topologies(frozen, total - trainable, trainable, gpus, adapter_width=2 if bits else 4)
+    # PEFT keeps an adapter in float32, unless the model is quantized; full tuning trains the weights as they are.
+    width = 2 if bits or (not base.use_peft and base.dtype != "float32") else 4
+    estimates = topologies(frozen, total - trainable, trainable, gpus, width)
     rows = [["parameters", "total", "trainable"]]
     rows += [[count.part, f"{count.total:,}", f"{count.trainable:,}"] for count in counts]
     rows.append(["all", f"{total:,}", f"{trainable:,} ({trainable / total:.2%})"])

@@ -194,8 +194,8 @@ def write_card(folder: Path, card: AdapterCard) -> None:
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """The card of the adapter in `folder`. Raises EchoError where there is no adapter or no card."""
-    if not (folder / "adapter_config.json").is_file():
+    """The card of the adapter, or of the whole tuned model, in `folder`. Raises EchoError where there is none."""
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise EchoError(f"there is no adapter in {folder}; train one with `accelerate launch train/sft.py`")
     try:
         return from_dict(AdapterCard, json.loads((folder / ADAPTER_CARD).read_text(encoding="utf-8")))
@@ -228,6 +228,10 @@ def find_adapters(
                 f"{folder} has no adapter for {role}; train it, or run without --adapters for the base model"
             )
         card = read_card(path)
+        if (path / "config.json").is_file():
+            raise EchoError(
+                f"{path} is a whole model, not an adapter; give it as model_name_or_path, and run without --adapters"
+            )
         if card.role != role:
             raise EchoError(
                 f"{path} holds an adapter of the role {card.role}, not {role}; put each into its own folder"

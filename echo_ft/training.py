@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
@@ -23,11 +24,11 @@ from echo_ft.checkpoints import WHOLE
 from echo_ft.dataset import Dataset
 from echo_ft.flops import Load, costs, image_load, peak, text_load
 from echo_ft.images import load_image
-from echo_ft.layout import IGNORED, Layout, Row, pack, pixels
-from echo_ft.model import ADAPTER_CARD, GROUPS, AdapterCard, part_of, write_card
+from echo_ft.layout import IGNORED, Layout, Row, blank, pack, pixels
+from echo_ft.model import ADAPTER_CARD, GROUPS, AdapterCard, load_model, part_of, write_card
 from echo_ft.planning import Plan, case_starts, plan
 from echo_ft.records import ROLES, EchoError, Exchange, from_dict, read_jsonl, write_jsonl
-from echo_ft.vision import FeatureStore, Images, share_images
+from echo_ft.vision import BLANK, FeatureStore, Images, share_images
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class EchoConfig:
         metadata={"help": "A row of more tokens is rejected by name before step 1; nothing is ever cut."},
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower's trainable weights; default learning_rate."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the vision tower's trainable weights; default learning_rate. With use_peft: "
+            "false, 0 freezes the tower."
+        },
     )
-    merger_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the merger's trainable weights; default learning_rate."}
-    )
+    merger_learning_rate: float | None = field(default=None, metadata={"help": "The same for the merger's."})
     features: str | None = field(
         default=None,
         metadata={
@@ -72,18 +75,20 @@ _WITHOUT_EFFECT = (
 
 def check_options(sft: SFTConfig, model: ModelConfig) -> None:
     """Refuse options that would do nothing or break a promise, and fix the ones that rows of our own need."""
-    default = SFTConfig(output_dir=sft.output_dir, use_cpu=sft.use_cpu, bf16=sft.bf16, fp16=sft.fp16)
+    # Not a second SFTConfig: making one sets up the processes anew.
+    defaults = {one.name: one.default for one in fields(SFTConfig)} | {"pad_to_multiple_of": None}
     for name in _WITHOUT_EFFECT:
-        if getattr(sft, name) != getattr(default, name):
+        if getattr(sft, name) != defaults[name]:
             raise EchoError(f"{name} has no effect here: rows are made by echo_ft.layout; take it out of the config")
-    if sft.max_length not in (None, default.max_length):
+    if sft.max_length not in (None, defaults["max_length"]):
         raise EchoError(
             f"max_length {sft.max_length} would cut rows, which is never done; set max_length: null, and max_tokens to "
             "reject long rows by name"
         )
-    if model.attn_implementation not in (None, "sdpa"):
+    if model.attn_implementation not in (None, *attention.IMPLEMENTATIONS):
         raise EchoError(
-            f"attn_implementation {model.attn_implementation} does not keep the branches of a row apart; set it to sdpa"
+            f"attn_implementation {model.attn_implementation} does not keep the branches of a row apart; choose from "
+            + ", ".join(attention.IMPLEMENTATIONS)
         )
     if sft.n_gpu > 1:
         raise EchoError(
@@ -92,18 +97,16 @@ def check_options(sft: SFTConfig, model: ModelConfig) -> None:
         )
     if sft.label_smoothing_factor:
         raise EchoError("label_smoothing_factor is not supported: the loss is TRL's own; take it out of the config")
-    if sft.train_sampling_strategy not in ("random", "sequential"):
+    if sft.train_sampling_strategy == "group_by_length":
         raise EchoError(
-            f"train_sampling_strategy {sft.train_sampling_strategy} has no lengths to go by; choose random or "
-            "sequential"
+            "train_sampling_strategy group_by_length saves padding, of which there is none here; choose random, "
+            "sequential, or batch_rebalance, which gives every process the same number of tokens"
         )
     if sft.trust_remote_code:
         raise EchoError("trust_remote_code is never used; Qwen2-VL is part of transformers")
     if model.model_name_or_path is None:
         raise EchoError("model_name_or_path is missing: a model's folder or a hub name, e.g. Qwen/Qwen2-VL-2B-Instruct")
-    if not model.use_peft:
-        raise EchoError("use_peft must be true: this script trains LoRA adapters, one a role")
-    if not model.lora_target_modules:
+    if model.use_peft and not model.lora_target_modules:
         raise EchoError(
             "lora_target_modules is missing; the language model's are [q_proj, k_proj, v_proj, o_proj, ...]"
         )
@@ -133,7 +136,8 @@ def load_cases(
         remedy = "give that split a larger share in the dataset's `fractions`"
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
-    return by_case(exchanges), planned
+    tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]
+    return by_case(exchanges).add_column(sft.length_column_name, tokens), planned
 
 
 def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
@@ -151,10 +155,18 @@ def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
 class Collator:
     """Makes a batch from cases of sft/<role>/*.jsonl; images are read here, in the loader's workers."""
 
-    def __init__(self, layout: Layout, root: Path, store: FeatureStore | None = None) -> None:
+    def __init__(
+        self, layout: Layout, root: Path, store: FeatureStore | None = None, always_look: bool = False
+    ) -> None:
+        """With `always_look`, a batch without a new image brings a blank one that belongs to no place.
+
+        Where the tower's weights or gradients are shared among processes, one that does not enter it leaves the others
+        waiting for ever.
+        """
         self.layout = layout
         self.root = root
         self.store = store
+        self.always_look = always_look
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchanges = [from_dict(Exchange, example) for case in cases for example in case["exchanges"]]
@@ -172,8 +184,10 @@ class Collator:
         kept = {path: self.store.load(Path(path)) if self.store else None for path in dict.fromkeys(places)}
         new = [path for path, features in kept.items() if features is None]
         known = {path: features for path, features in kept.items() if features is not None}
-        number = {path: index for index, path in enumerate((*new, *known))}
         image = pixels(self.layout, [load_image(Path(path)) for path in new])
+        if self.always_look and not new:
+            new, image = [BLANK], blank(self.layout)
+        number = {path: index for index, path in enumerate((*new, *known))}
         return {
             **pack(rows),
             **image,
@@ -184,14 +198,16 @@ class Collator:
         }
 
 
-def packed_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dict[str, Any]:
     """What the model takes of a collated batch, by keyword: everything but the labels.
 
-    `spans` is read by attention.attend, `images` by vision.share_images.
+    `spans` is read by attention.attend, `images` by vision.share_images; `implementation` is one of
+    attention.IMPLEMENTATIONS.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    inputs["spans"] = attention.spans(batch["segments"], batch["lengths"])
-    if batch["image_order"]:
+    masks = attention.block_mask if implementation == "flex_attention" else attention.spans
+    inputs["spans"] = masks(batch["segments"], batch["lengths"])
+    if batch["image_order"] or batch["image_paths"]:
         inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
         inputs["images"] = Images(batch["image_order"], batch["image_paths"], batch["image_features"])
     return inputs
@@ -213,6 +229,14 @@ def prepare_model(model: Any, store: FeatureStore | None = None) -> None:
     model.model.register_forward_hook(select, with_kwargs=True)
 
 
+def freeze(model: Any, config: EchoConfig) -> Any:
+    """`model` for full tuning: all of it trained, but the parts whose learning rate is 0."""
+    rates = {"vision tower": config.vision_learning_rate, "merger": config.merger_learning_rate}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates.get(part_of(name)) != 0)
+    return model
+
+
 class PrefixSharingTrainer(SFTTrainer):
     """SFTTrainer on packed prefix-sharing rows, with learning rates for tower and merger, and the adapter's card.
 
@@ -227,19 +251,22 @@ class PrefixSharingTrainer(SFTTrainer):
         card: AdapterCard,
         largest: Sequence[int] = (0,),
         store: FeatureStore | None = None,
+        implementation: str = "sdpa",
         **kwargs: Any,
     ) -> None:
-        """`largest` are the cases that would make the largest batch of a device."""
+        """`largest` are the cases that would make the largest batch of a device.
+
+        `implementation` is one of attention.IMPLEMENTATIONS.
+        """
         self.config = config
         self.card = card
         super().__init__(*args, **kwargs)
-        if store is not None and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
-            raise EchoError(
-                "features cannot be kept where the vision tower's weights are shared out: a rank that knows its images "
-                "would leave the others waiting; use ZeRO-2 or DDP, or take `features` out of the config"
-            )
         self.add_callback(Probe(self, largest))
-        core = self.accelerator.unwrap_model(self.model).get_base_model()
+        self.implementation = implementation
+        if implementation == "flex_attention" and self.args.device.type == "cpu":
+            raise EchoError("attn_implementation flex_attention has no backward pass on a CPU (torch 2.15); set sdpa")
+        tuned = self.accelerator.unwrap_model(self.model)
+        core = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
         prepare_model(core, store)
         self._costs = costs(core)
         self._peak = None
@@ -259,7 +286,7 @@ class PrefixSharingTrainer(SFTTrainer):
         labels = inputs["labels"]
         # TRL (1.16) makes logits of all positions on a CPU, and of the labelled ones on a GPU alone.
         keep = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
-        packed = packed_inputs(inputs) | {"keep": keep, "shift_labels": labels[:, keep + 1]}
+        packed = packed_inputs(inputs, self.implementation) | {"keep": keep, "shift_labels": labels[:, keep + 1]}
         seen = self._total_train_tokens
         loss = super().compute_loss(model, packed, return_outputs, num_items_in_batch)
         if model.training:
@@ -344,7 +371,7 @@ class PrefixSharingTrainer(SFTTrainer):
             if parameter.requires_grad
         }
         for name, rate in rates.items():
-            if rate is not None and name not in part.values():
+            if rate and name not in part.values():
                 modules = "attn.qkv, attn.proj" if name == "vision tower" else "merger.mlp.0"
                 raise EchoError(
                     f"{name.split()[0]}_learning_rate is {rate}, but nothing of the {name} is trained; name its "
@@ -361,11 +388,23 @@ class PrefixSharingTrainer(SFTTrainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Under DeepSpeed and FSDP every process comes here.
         folder = Path(output_dir or str(self.args.output_dir))
-        # The card comes last: without one, nobody takes an adapter that was being written for a finished one.
-        (folder / ADAPTER_CARD).unlink(missing_ok=True)
+        if self.args.should_save:
+            # The card comes last: without one, nobody takes an adapter that was being written for a finished one.
+            (folder / ADAPTER_CARD).unlink(missing_ok=True)
         super()._save(output_dir, state_dict)
-        write_card(folder, self.card)
+        if self.args.should_save:
+            write_card(folder, self.card)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # transformers (5.23) saves a whole Qwen2-VL under the names of older versions, and here looks for today's,
+        # finds none and goes on with the weights it has. from_pretrained knows both.
+        tuned = self.accelerator.unwrap_model(self.model)
+        if isinstance(tuned, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            tuned.load_state_dict(load_model(resume_from_checkpoint, dtype="auto").state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, marked as whole after every process has written its part.
@@ -406,7 +445,10 @@ def check_gradients(named: Mapping[str, torch.Tensor | None]) -> None:
     alive: dict[str, bool] = {}
     for name, gradient in named.items():
         if gradient is not None and not torch.isfinite(gradient).all():
-            raise EchoError(f"the first gradient of {name} is not finite; use bf16, not fp16, or full precision")
+            raise EchoError(
+                f"the first gradient of {name} is not finite; use bf16, not fp16, or full precision, and no use_dora "
+                "where the weights have rows of zeros"
+            )
         part = part_of(name)
         alive[part] = alive.get(part, False) or (gradient is not None and bool(gradient.any()))
     dead = [part for part, has_gradient in alive.items() if not has_gradient]

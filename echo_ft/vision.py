@@ -82,6 +82,10 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
+BLANK = ""
+"""Stands for the path of a blank image, which is encoded because other processes encode images at the same time."""
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of a batch: first those that are encoded, then those whose features are known."""
@@ -89,7 +93,7 @@ class Images:
     order: Sequence[int]
     """For every image of the packed row, which of the different images it is."""
     paths: Sequence[str]
-    """Of the encoded ones."""
+    """Of the encoded ones, or `BLANK`."""
     known: Sequence[torch.Tensor]
     """Features (tokens, hidden) of the others."""
 
@@ -120,9 +124,11 @@ def share_images(model: Any, store: FeatureStore | None) -> None:
             new = encode(pixel_values, image_grid_thw, return_dict=True).pooler_output if images.paths else ()
         if store is not None:
             for path, encoded in zip(images.paths, new, strict=True):
-                store.save(Path(path), encoded)
+                if path != BLANK:
+                    store.save(Path(path), encoded)
         different = (*new, *images.known)
-        features: Any = tuple(different[index] for index in images.order)  # transformers types it as one tensor
+        # transformers types it as one tensor. No place for an image: none of the first one's tokens.
+        features: Any = tuple(different[index] for index in images.order) or (different[0][:0],)
         return BaseModelOutputWithPooling(pooler_output=features)
 
     core.get_image_features = get_image_features

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
     from echo_ft.architectures import meta_model
     from echo_ft.memory import Batch, adapt, report
-    from echo_ft.training import EchoConfig, check_options
+    from echo_ft.training import EchoConfig, check_options, freeze
 
     # transformers refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
     own, config, sft, base = configs.parse(
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
     )
     if own.gpus < 1:
         raise EchoError(f"gpus {own.gpus}: give the number of GPUs, 1 or more")
-    model = adapt(meta_model(base.model_name_or_path, base.model_revision), get_peft_config(base))
+    model = meta_model(base.model_name_or_path, base.model_revision)
+    model = adapt(model, get_peft_config(base)) if base.use_peft else freeze(model, config)
     print(f"{base.model_name_or_path}, {config.role}")
     print(report(model, batch, sft, base, own.gpus))
 

@@ -1,7 +1,8 @@
 """Train one role's adapter: `accelerate launch train/sft.py --config FILE [--key value ...]`.
 
 Options: `EchoConfig` in echo_ft/training.py, and TRL's SFTConfig and ModelConfig. The adapter and its card end in
-`output_dir`, which the evaluation expects to be named after the role.
+`output_dir`, which the evaluation expects to be named after the role. With `--use_peft false` all weights are tuned,
+and a whole model ends there, which a run takes as its `model_name_or_path`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
         EchoConfig,
         PrefixSharingTrainer,
         check_options,
+        freeze,
         load_cases,
     )
     from echo_ft.vision import FeatureStore
@@ -54,7 +56,8 @@ def main(argv: list[str]) -> None:
     if config.dry_run:
         if sft.process_index == 0:
             first = from_dict(Exchange, train[0]["exchanges"][0])
-            model = adapt(meta_model(base.model_name_or_path, base.model_revision), get_peft_config(base))
+            model = meta_model(base.model_name_or_path, base.model_revision)
+            model = adapt(model, get_peft_config(base)) if base.use_peft else freeze(model, config)
             print(dry_run(planned, first, layout, dataset.root, model, sft, base), flush=True)
         return
 
@@ -75,15 +78,18 @@ def main(argv: list[str]) -> None:
         base.model_name_or_path,
         base.model_revision,
         base.dtype,
-        attn_implementation=base.attn_implementation,
+        attn_implementation="sdpa",  # of the vision tower; the language model's is echo_ft.attention
         quantization_config=get_quantization_config(base),
     )
     lora = get_peft_config(base)
-    lora.target_modules = check_targets(model, lora.target_modules)
+    if lora is None:
+        freeze(model, config)
+    else:
+        lora.target_modules = check_targets(model, lora.target_modules)
     trainer = PrefixSharingTrainer(
         model=model,
         args=sft,
-        data_collator=Collator(layout, dataset.root, store),
+        data_collator=Collator(layout, dataset.root, store, always_look=sft.world_size > 1),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
@@ -92,11 +98,13 @@ def main(argv: list[str]) -> None:
         card=card,
         largest=planned.largest(sft.per_device_train_batch_size),
         store=store,
+        implementation=base.attn_implementation or "sdpa",
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(sft.output_dir)
     trainer.save_state()
-    trainer.accelerator.print(f"{config.role}: the adapter is in {sft.output_dir}")
+    what = "adapter" if base.use_peft else "whole model"
+    trainer.accelerator.print(f"{config.role}: the {what} is in {sft.output_dir}")
     trainer.end()
 
 

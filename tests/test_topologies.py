@@ -1,0 +1,88 @@
+"""Several processes through the real command line: the losses of one process, and none waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_dataset
+from tests.test_sft import ALIKE, launch, losses, tiny
+
+LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TWO = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(dataset, tmp_path_factory):
+    """The reasoning expert, three steps of four cases."""
+    output = tmp_path_factory.mktemp("one") / "reasoning_expert"
+    alike = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 4]
+    launch(*tiny("reasoning_expert", dataset, output, *alike))
+    return output
+
+
+def deepspeed(recipe: str, *arguments: object) -> str:
+    """Run train/sft.py on two CPU processes by `accelerate launch` with a recipe of ours. Returns what it printed."""
+    # ACCELERATE_USE_CPU would make it DDP: accelerate (1.15) takes DeepSpeed for GPUs alone, unless a backend is named.
+    return launch(
+        *arguments,
+        "--ddp_backend",
+        "gloo",
+        launcher=[
+            "--config_file",
+            f"recipes/accelerate/{recipe}.yaml",
+            "--num_processes",
+            2,
+            "--mixed_precision",
+            "no",
+        ],
+        ACCELERATE_USE_CPU="false",
+        DS_ACCELERATOR="cpu",
+    )
+
+
+def same_adapter(found, expected):
+    """Both adapters are one, but for the order of sums."""
+    weights = load_file(expected / "adapter_model.safetensors")
+    for name, weight in load_file(found / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-2, atol=1e-3)
+
+
+def test_two_ranks_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path):
+    launch(*tiny("reasoning_expert", dataset, tmp_path / "two", *TWO), ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
+    same_adapter(tmp_path / "two", one_rank)
+
+
+# Offload compiles DeepSpeed's AdamW for the CPU first, which takes minutes.
+@pytest.mark.parametrize("recipe", ["zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow)])
+def test_two_ranks_under_deepspeed_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path, recipe):
+    checkpoint = ["--save_strategy", "steps", "--save_steps", 3]
+    deepspeed(recipe, *tiny("reasoning_expert", dataset, tmp_path / "two", *TWO, *checkpoint))
+    # It was DeepSpeed indeed: each process has saved its share of the optimizer's states.
+    assert len(list((tmp_path / "two" / "checkpoint-3" / "global_step3").glob("*rank_[01]*optim_states.pt"))) == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
+    same_adapter(tmp_path / "two", one_rank)
+
+
+def test_a_rank_that_knows_its_images_does_not_leave_the_others_waiting_under_zero_3(dataset, tmp_path):
+    alike = [*TWO, *LANGUAGE, "--features", tmp_path / "features"]
+    deepspeed("zero3", *tiny("reference_extractor", dataset, tmp_path / "first", *alike))
+    for path in sorted((tmp_path / "features").glob("*/*.safetensors"))[::3]:
+        path.unlink()
+    deepspeed("zero3", *tiny("reference_extractor", dataset, tmp_path / "again", *alike))
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "first"), rel=1e-4)
+
+
+def test_balanced_ranks_give_the_losses_of_one_and_share_its_tokens(dataset, tmp_path):
+    balanced = [*ALIKE, "--save_strategy", "no", "--train_sampling_strategy", "batch_rebalance"]
+    for ranks in (1, 2):
+        more = [*balanced, "--per_device_train_batch_size", 4 // ranks]
+        launch(*tiny("reasoning_expert", dataset, tmp_path / str(ranks), *more), ranks=ranks)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)

@@ -1,0 +1,106 @@
+"""What is tuned, through the real script: LoRA's variants, quantized bases, and all weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from echo_ft.records import EchoError
+from tests.conftest import ECHO_TINY, make_dataset
+from tests.test_sft import ALIKE, losses, run_in_process, tiny
+
+LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHORT = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def plain(dataset, tmp_path_factory):
+    """LoRA on the language model, three steps."""
+    output = tmp_path_factory.mktemp("plain") / "reference_extractor"
+    run_in_process(*tiny("reference_extractor", dataset, output, *SHORT, *LANGUAGE))
+    return output
+
+
+def test_dora_trains_magnitudes_and_starts_as_the_base_does(plain, dataset, tmp_path):
+    # Not q_proj and k_proj: echo-tiny has rows of zeros there, and DoRA divides by the length of a row.
+    dora = [*SHORT, "--use_dora", "true", "--lora_target_modules", "v_proj", "o_proj", "gate_proj"]
+    run_in_process(*tiny("reference_extractor", dataset, tmp_path, *dora))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"]
+    assert any("magnitude" in name for name in weights)
+    assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=1e-5)
+    assert losses(tmp_path)[2] < losses(tmp_path)[0]
+
+
+def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(plain, dataset, tmp_path):
+    """alpha / sqrt(r) (arXiv 2312.03732): with alpha made smaller by sqrt(r), the run is plain LoRA's."""
+    config = json.loads((plain / "adapter_config.json").read_text())
+    r, alpha = config["r"], config["lora_alpha"]
+    assert int(r**0.5) ** 2 == r and alpha % r**0.5 == 0
+    same = ["--use_rslora", "true", "--lora_alpha", int(alpha // r**0.5)]
+    run_in_process(*tiny("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *same))
+    assert losses(tmp_path) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def full(dataset, output, *more):
+    options = ["--use_peft", "false", "--learning_rate", "1e-3", "--vision_learning_rate", 0]
+    return tiny("reference_extractor", dataset, output, *SHORT, *options, *more)
+
+
+def test_full_tuning_gives_a_whole_model_whose_frozen_part_is_the_bases(dataset, tmp_path):
+    from echo_ft.model import find_adapters, load_model
+
+    run_in_process(*full(dataset, tmp_path / "reference_extractor"))
+    output = tmp_path / "reference_extractor"
+    tuned, base = load_model(str(output)).state_dict(), load_model(str(ECHO_TINY)).state_dict()
+    assert tuned.keys() == base.keys() and not (output / "adapter_config.json").exists()
+    for name, weight in base.items():
+        frozen = ".visual." in name and ".merger." not in name
+        if frozen or "merger" in name or "_proj.weight" in name:
+            assert torch.equal(weight, tuned[name]) == frozen, name
+    assert losses(output)[2] < losses(output)[0]
+    assert json.loads((output / "echo_ft.json").read_text())["role"] == "reference_extractor"
+    with pytest.raises(EchoError, match=r"is a whole model, not an adapter; give it as model_name_or_path"):
+        find_adapters(tmp_path, str(ECHO_TINY), None, 784, 28224)
+
+
+def test_full_tuning_goes_on_to_the_weights_of_an_uninterrupted_run(dataset, tmp_path):
+    checkpoints = ["--save_strategy", "steps", "--save_steps", 1]
+    run_in_process(*full(dataset, tmp_path / "whole", *checkpoints))
+    resumed = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-1"]
+    run_in_process(*full(dataset, tmp_path / "resumed", *resumed))
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "resumed" / "model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_features_are_kept_of_a_tower_that_full_tuning_leaves_alone_and_of_no_other(dataset, tmp_path):
+    features = ["--features", tmp_path / "features"]
+    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+        run_in_process(*full(dataset, tmp_path / "merger", *features))
+    run_in_process(*full(dataset, tmp_path / "kept", *features, "--merger_learning_rate", 0))
+    run_in_process(*full(dataset, tmp_path / "computed", "--merger_learning_rate", 0))
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "computed"), rel=1e-5)
+
+
+def test_flex_attention_is_refused_on_a_cpu(dataset, tmp_path):
+    with pytest.raises(EchoError, match="flex_attention has no backward pass on a CPU"):
+        run_in_process(
+            *tiny("reference_extractor", dataset, tmp_path, *SHORT, "--attn_implementation", "flex_attention")
+        )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_is_trained_and_starts_near_the_whole_one(plain, dataset, tmp_path, bits):
+    quantized = [f"--load_in_{bits}bit", "true", "--bnb_4bit_quant_type", "nf4"]
+    run_in_process(*tiny("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *quantized))
+    assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=0.2)
+    assert losses(tmp_path)[2] < losses(tmp_path)[0]
