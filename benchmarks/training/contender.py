@@ -1,12 +1,10 @@
-"""One contender, measured in a process of its own: `python -m benchmarks.training.contender NAME FOLDER ...`.
+"""TRL's stock trainer, this project and its ideal loop, each in a process of its own.
 
-Prints one line of JSON: seconds of each step, losses, patches and tokens of a step, and the process's peak memory.
+`python -m benchmarks.training.contender NAME FOLDER CASES QUESTIONS STEPS WORKERS all|kept`
 """
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -16,31 +14,14 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.training.workload import CASES_A_STEP, MODEL, SIDE, TARGETS, Workload, conversations, exchanges
+from benchmarks.training.measured import Steps, main, work
+from benchmarks.training.workload import MODEL, ROWS_A_STEP, SIDE, TARGETS, Workload, conversations, exchanges
 from echo_ft.layout import Layout
 from echo_ft.model import load_model, load_processor
 from echo_ft.training import Collator, EchoConfig, PrefixSharingTrainer, by_case, packed_inputs, prepare_model
 from echo_ft.vision import FeatureStore
-
-
-class Steps(TrainerCallback):
-    """When each step ended, and its loss."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        self.ends.append(time.perf_counter())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
 
 
 def lora() -> LoraConfig:
@@ -53,11 +34,12 @@ def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
         output_dir=str(folder / "out"), per_device_train_batch_size=batch, max_steps=workload.steps, use_cpu=True,
         bf16=False, gradient_checkpointing=False, learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1,
         save_strategy="no", report_to="none", seed=0, train_sampling_strategy="sequential", max_length=None,
-        disable_tqdm=True, dataloader_num_workers=0,
+        disable_tqdm=True, dataloader_num_workers=workload.workers,
+        dataloader_persistent_workers=workload.workers > 0,
     )  # fmt: skip
 
 
-def trl_stock(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str, int]]:
+def trl_stock(folder: Path, workload: Workload, kept: bool) -> Steps:
     """TRL's own SFTTrainer and collator: a row of images and text for each question."""
     processor = load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE)
     rows = datasets.Dataset.from_list(conversations(exchanges(folder, workload), folder))
@@ -65,24 +47,23 @@ def trl_stock(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict
     steps = Steps()
     trainer = SFTTrainer(
         model=load_model(MODEL, None, "float32", attn_implementation="sdpa"),
-        args=arguments(folder, CASES_A_STEP * workload.questions, workload),
+        args=arguments(folder, ROWS_A_STEP, workload),
         train_dataset=rows,
         processing_class=processor,
         peft_config=lora(),
         callbacks=[steps],
     )
-    batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()
-    return steps, {"patches": len(batch["pixel_values"]), "tokens": int(batch["attention_mask"].sum())}
+    return steps
 
 
-def ours(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str, int]]:
+def ours(folder: Path, workload: Workload, kept: bool) -> Steps:
     """This project's trainer; `kept` keeps the frozen tower's features across epochs."""
     layout = Layout(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
     store = FeatureStore(folder / "features", "benchmark", 2**30) if kept else None
     collator = Collator(layout, folder, store)
     rows = datasets.Dataset.from_list([asdict(exchange) for exchange in exchanges(folder, workload)])
-    args = arguments(folder, CASES_A_STEP, workload)
+    args = arguments(folder, workload.cases_a_step, workload)
     args.remove_unused_columns = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     steps = Steps()
@@ -99,11 +80,10 @@ def ours(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str,
         callbacks=[steps],
     )
     trainer.train()
-    batch = next(iter(trainer.get_train_dataloader()))  # after training: with kept features, none are left to make
-    return steps, {"patches": len(batch["pixel_values"]), "tokens": batch["input_ids"].numel()}
+    return steps
 
 
-def ideal(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str, int]]:
+def ideal(folder: Path, workload: Workload, kept: bool) -> Steps:
     """Forward and backward of batches made before, and nothing else."""
     layout = Layout(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
     model = get_peft_model(load_model(MODEL, None, "float32", attn_implementation="sdpa"), lora()).train()
@@ -112,10 +92,12 @@ def ideal(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str
     prepare_model(model.get_base_model(), store)
     collator = Collator(layout, folder, store)
 
-    def batch_of(first: int) -> dict[str, Any]:
-        return collator.batch([layout.load_row(exchange, folder) for exchange in made[first : first + CASES_A_STEP]])
+    size = workload.cases_a_step
+    firsts = range(0, workload.cases, size)
 
-    firsts = [CASES_A_STEP * index for index in range(workload.steps_an_epoch)]
+    def batch_of(first: int) -> dict[str, Any]:
+        return collator.batch([layout.load_row(exchange, folder) for exchange in made[first : first + size]])
+
     if kept:
         with torch.no_grad():
             for first in firsts:
@@ -132,20 +114,9 @@ def ideal(folder: Path, workload: Workload, kept: bool) -> tuple[Steps, dict[str
         model.zero_grad()
         steps.ends.append(time.perf_counter())
         steps.losses.append(loss.item())
-    return steps, {"patches": len(batches[0]["pixel_values"]), "tokens": batches[0]["input_ids"].numel()}
-
-
-CONTENDERS = {"trl": trl_stock, "echo-ft": ours, "ideal": ideal}
-
-
-def main(name: str, folder: str, cases: str, questions: str, steps: str, kept: str) -> None:
-    """Run one contender and print what was measured."""
-    torch.manual_seed(0)
-    measured, work = CONTENDERS[name](Path(folder), Workload(int(cases), int(questions), int(steps)), kept == "kept")
-    seconds = [later - earlier for earlier, later in zip(measured.ends, measured.ends[1:], strict=False)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(json.dumps({"seconds": seconds, "losses": measured.losses, "peak_mib": peak, **work}), flush=True)
+    steps.work = work(batches[0])
+    return steps
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main({"trl": trl_stock, "echo-ft": ours, "ideal": ideal}, *sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The same cases, model and LoRA for every contender: two images at 448 x 448, five questions, 2 cores."""
+"""The same cases, model and LoRA for every contender: two images at 448 x 448, ten questions a step, 2 cores."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from echo_ft.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 SIDE = 448
 MODEL = "recipes/tiny/echo-tiny"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CASES_A_STEP = 2
+ROWS_A_STEP = 10
+"""Questions of a step, whatever the number of them a case has."""
 CONTEXT = "The first image shows a normal part, the second the part under inspection.\n"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How many cases there are, and how many questions each."""
+    """How many cases there are, how many questions each, and how many processes make batches beside the training."""
 
     cases: int
     questions: int
     steps: int
+    workers: int = 0
+
+    @property
+    def cases_a_step(self) -> int:
+        return ROWS_A_STEP // self.questions
 
     @property
     def steps_an_epoch(self) -> int:
-        return self.cases // CASES_A_STEP
+        return self.cases // self.cases_a_step
 
 
 def exchanges(folder: Path, workload: Workload) -> list[Exchange]:
@@ -68,3 +74,13 @@ def conversations(made: Sequence[Exchange], folder: Path) -> list[dict[str, Any]
         for exchange in made
         for branch in exchange.branches
     ]
+
+
+def chats(made: Sequence[Exchange], folder: Path) -> list[dict[str, Any]]:
+    """The same rows as LLaMA-Factory and ms-swift take them: `<image>` stands where an image goes."""
+    rows = conversations(made, folder)
+    for row in rows:
+        (asked,), answered = row.pop("prompt"), row.pop("completion")
+        places = "<image>" * len(row["images"])
+        row["messages"] = [{**asked, "content": places + asked["content"]}, *answered]
+    return rows

@@ -1,0 +1,98 @@
+"""LLaMA-Factory and ms-swift, each run by its own training command on the same rows, in an environment of its own.
+
+`PYTHON -m benchmarks.training.neighbours NAME FOLDER CASES QUESTIONS STEPS WORKERS all`; PYTHON is that environment's.
+Set are the options that make the work equal (LoRA, precision, order of rows, optimizer, pixel budget) and those that a
+CPU needs; whatever else there is stays as it comes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.measured import Steps, main
+from benchmarks.training.workload import MODEL, ROWS_A_STEP, SIDE, Workload, chats, exchanges
+
+
+def write_rows(folder: Path, workload: Workload) -> Path:
+    """The questions as JSON lines, one row each, and their images beside them."""
+    path = folder / f"rows_{workload.questions}.jsonl"
+    rows = chats(exchanges(folder, workload), folder)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def with_budget(folder: Path) -> Path:
+    """A copy of the model whose processor has this workload's pixel budget: LLaMA-Factory takes what the model has."""
+    copy = folder / "model"
+    shutil.copytree(MODEL, copy, dirs_exist_ok=True)
+    path = copy / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["size"] = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
+    path.write_text(json.dumps(config))
+    return copy
+
+
+def common(folder: Path, workload: Workload) -> dict[str, Any]:
+    """Options that both tools have under one name."""
+    return {
+        "template": "qwen2_vl", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4, "use_cpu": True, "seed": 0,
+        "lr_scheduler_type": "constant", "per_device_train_batch_size": ROWS_A_STEP, "gradient_accumulation_steps": 1,
+        "max_steps": workload.steps, "dataloader_num_workers": workload.workers, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "output_dir": tempfile.mkdtemp(dir=folder),
+    }  # fmt: skip
+
+
+def llama_factory(folder: Path, workload: Workload, kept: bool) -> Steps:
+    """LLaMA-Factory's `run_exp`, what `llamafactory-cli train` calls."""
+    # LLaMA-Factory (0.9.5) imports torchaudio (2.11), which refuses a torch that was built for another CUDA. Nothing
+    # here is heard: an empty module stands in.
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(ModuleSpec("torchaudio", None))
+    from llamafactory.train.tuner import run_exp
+
+    described = {
+        "file_name": write_rows(folder, workload).name,
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps({"cases": described}))
+    steps = Steps()
+    options = common(folder, workload) | {
+        "stage": "sft", "do_train": True, "model_name_or_path": str(with_budget(folder)), "flash_attn": "sdpa",
+        "finetuning_type": "lora", "lora_target": "all", "dataset_dir": str(folder), "dataset": "cases",
+        "disable_shuffling": True, "image_max_pixels": SIDE * SIDE, "disable_gradient_checkpointing": True,
+        "dataloader_persistent_workers": workload.workers > 0,
+    }  # fmt: skip
+    run_exp(options, callbacks=[steps])
+    return steps
+
+
+def ms_swift(folder: Path, workload: Workload, kept: bool) -> Steps:
+    """ms-swift's `sft_main`, what `swift sft` calls."""
+    from swift.callbacks import callbacks_map
+    from swift.pipelines import sft_main
+    from swift.template.templates.qwen import Qwen2VLTemplate
+
+    # ms-swift (4.6) knows Qwen's own number alone; with another one it drops the images without a word.
+    Qwen2VLTemplate.image_token_id = json.loads((Path(MODEL) / "config.json").read_text())["image_token_id"]
+    steps = Steps()
+    callbacks_map["steps"] = lambda args, trainer: steps
+    options = common(folder, workload) | {
+        "model": with_budget(folder), "model_type": "qwen2_vl", "torch_dtype": "float32", "attn_impl": "sdpa",
+        "tuner_type": "lora", "target_modules": "all-linear", "lora_dropout": 0, "weight_decay": 0, "adam_beta2": 0.999,
+        "dataset": write_rows(folder, workload), "dataset_shuffle": False, "train_dataloader_shuffle": False,
+        "max_pixels": SIDE * SIDE, "check_model": False, "gradient_checkpointing": False, "callbacks": "steps",
+    }  # fmt: skip
+    sft_main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    return steps
+
+
+if __name__ == "__main__":
+    main({"llamafactory": llama_factory, "ms-swift": ms_swift}, *sys.argv[1:])
