@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echo_ft.model import AdapterCard, read_card
+from echo_ft.model import ADAPTER_CARD, AdapterCard, read_card
 from echo_ft.records import EchoError, write_whole
 
 if TYPE_CHECKING:
@@ -23,16 +23,21 @@ WANDB_RUN = "wandb_run_id.txt"
 def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or `true` for the newest in output_dir.
 
-    With `true`, a run without a checkpoint starts from the beginning. Raises EchoError where the folder is missing, and
-    where its adapter is of another role, dataset, base model, prompt version or pixel budget than `card`.
+    With `true`, a run without a checkpoint starts from the beginning, with a word. Raises EchoError where the folder is
+    missing, where its adapter is of another role, dataset, base model, prompt version or pixel budget than `card`, and
+    where a new run would replace a finished adapter.
     """
-    wanted = sft.resume_from_checkpoint
+    wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
+    if wanted is not None and wanted.lower() == "true":
+        wanted = newest_checkpoint(output)
+        if wanted is None and sft.process_index == 0:
+            print(f"there is no checkpoint in {output}: training starts from the beginning", flush=True)
     if wanted is None or wanted.lower() == "false":
+        if (output / ADAPTER_CARD).is_file():
+            raise EchoError(
+                f"{output} holds a finished adapter, which would be replaced; choose another output_dir or delete it"
+            )
         return None
-    if wanted.lower() == "true":
-        wanted = newest_checkpoint(Path(str(sft.output_dir)))
-        if wanted is None:
-            return None
     if not Path(wanted).is_dir():
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
     if not (Path(wanted) / WHOLE).is_file():
@@ -44,6 +49,8 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
                 f"{wanted} was trained with {name} {getattr(found, name)}, not {getattr(card, name)}; go on with the "
                 "same config, or choose another output_dir to start anew"
             )
+    if sft.process_index == 0:
+        print(f"training goes on from {wanted}", flush=True)
     return str(wanted)
 
 

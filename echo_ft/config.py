@@ -122,7 +122,7 @@ def _raise(source: str) -> Callable[[str], None]:
     return error
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
+def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same command goes on where it can") -> None:
     """Run a script's `main(argv)`: an EchoError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
         main(sys.argv[1:])
@@ -130,7 +130,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command goes on where it can", file=sys.stderr)
+        print(f"stopped by Ctrl-C; {how_to_go_on}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

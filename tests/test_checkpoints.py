@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from echo_ft.records import EchoError
 from tests.conftest import ROOT, make_dataset
-from tests.test_sft import ALIKE, BIN, launch, tiny
+from tests.test_sft import ALIKE, BIN, launch, run_in_process, tiny
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,17 @@ def test_a_half_written_checkpoint_is_passed_over_with_a_word(tmp_path, capsys):
     capsys.readouterr()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert "checkpoint-11 is half written and passed over" in capsys.readouterr().out
+
+
+def test_a_finished_adapter_is_not_replaced_and_a_run_says_where_it_starts(dataset, tmp_path, capsys):
+    short = [*ALIKE[:-2], "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
+    once = tiny("reference_extractor", dataset, tmp_path / "out", *short)
+    run_in_process(*once, "--resume_from_checkpoint", "true")
+    assert "there is no checkpoint in" in capsys.readouterr().out
+    with pytest.raises(EchoError, match="holds a finished adapter, which would be replaced; choose another output_dir"):
+        run_in_process(*once)
+    run_in_process(*once, "--resume_from_checkpoint", "true")
+    assert "training goes on from" in capsys.readouterr().out
 
 
 def test_a_resumed_run_goes_on_with_its_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from echo_ft.training import packed_inputs, prepare_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FOLDERS = ("qwen2_vl_2b", "qwen2_vl_7b")
-TOPOLOGIES = ("one_gpu", "ddp", "zero2", "zero3", "zero3_offload")
+TOPOLOGIES = ("one_gpu", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
 LANGUAGE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 MERGER = ["merger.mlp.0", "merger.mlp.2"]
@@ -250,6 +250,7 @@ def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, mon
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
 
     path = RECIPES / "accelerate" / f"{name}.yaml"
     cluster = load_config_from_file(str(path))
@@ -257,7 +258,9 @@ def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, mon
     assert cluster.num_processes == (1 if name == "one_gpu" else 4)
     # accelerate reads its own loader's unknown keys as an error, but not those of deepspeed_config.
     options = {action.dest for action in launch_command_parser()._actions}
-    assert set(cluster.deepspeed_config) <= options
+    assert set(cluster.deepspeed_config) | set(cluster.fsdp_config) <= options
+    for layer in cluster.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "").split(","):
+        assert not layer or hasattr(modeling_qwen2_vl, layer)
     if not cluster.deepspeed_config:
         return
     plugin = DeepSpeedPlugin(

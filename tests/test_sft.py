@@ -222,7 +222,7 @@ SHORT = ["--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no", "--
 
 
 def test_the_probe_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
-    from echo_ft.training import PrefixSharingTrainer
+    from echo_ft.trainer import PrefixSharingTrainer
 
     for name in ("with", "without"):
         if name == "without":
@@ -250,7 +250,7 @@ def test_the_probe_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
     ],
 )
 def test_a_batch_that_does_not_fit_names_the_option_to_turn(dataset, tmp_path, monkeypatch, options, message):
-    from echo_ft.training import PrefixSharingTrainer
+    from echo_ft.trainer import PrefixSharingTrainer
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
@@ -269,7 +269,7 @@ def test_a_batch_that_does_not_fit_names_the_option_to_turn(dataset, tmp_path, m
     ],
 )
 def test_a_part_without_a_finite_gradient_is_named(gradients, message):
-    from echo_ft.training import check_gradients
+    from echo_ft.trainer import check_gradients
 
     with pytest.raises(EchoError, match=message):
         check_gradients({name: None if one is None else torch.tensor(one) for name, one in gradients.items()})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import make_dataset
-from tests.test_sft import ALIKE, launch, losses, tiny
+from tests.conftest import ROOT, make_dataset
+from tests.test_sft import ALIKE, BIN, launch, losses, tiny
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2]
@@ -78,6 +81,18 @@ def test_a_rank_that_knows_its_images_does_not_leave_the_others_waiting_under_ze
         path.unlink()
     deepspeed("zero3", *tiny("reference_extractor", dataset, tmp_path / "again", *alike))
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "first"), rel=1e-4)
+
+
+def test_fsdp2_gives_the_gradients_of_the_whole_model_also_where_a_rank_sees_no_image(tmp_path):
+    done = subprocess.run(
+        [str(BIN / "torchrun"), "--nproc_per_node=2", "-m", "tests.fully_sharded", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_balanced_ranks_give_the_losses_of_one_and_share_its_tokens(dataset, tmp_path):

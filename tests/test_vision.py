@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from echo_ft.records import Branch, EchoError, Exchange
 from echo_ft.training import Collator, packed_inputs, prepare_model
-from echo_ft.vision import FeatureStore, share_images
+from echo_ft.vision import FeatureStore, project_patches, share_images
 from tests.conftest import draw
 
 GIB = 2**30
@@ -36,6 +36,19 @@ def exchanges_over(root, *cases: tuple[int, ...]) -> list[Exchange]:
 
 def batch_of(collator, made):
     return collator.batch([collator.layout.load_row(exchange, collator.root) for exchange in made])
+
+
+def test_projected_patches_are_the_convolved_ones(model, layout):
+    projected = copy.deepcopy(model)
+    project_patches(projected)
+    patches = torch.randn(24, 3 * 2 * layout.image_processor.patch_size**2)
+    found, expected = projected.model.visual.patch_embed(patches), model.model.visual.patch_embed(patches)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for embedding in (projected, model):
+        embedding.zero_grad()
+        (embedding.model.visual.patch_embed(patches) ** 2).sum().backward()
+    gradients = [one.model.visual.patch_embed.proj.weight.grad for one in (projected, model)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_features_come_back_as_they_were_and_a_changed_image_has_none(tmp_path):

@@ -25,10 +25,10 @@ def main(argv: list[str]) -> None:
     from echo_ft.model import check_targets, load_model, load_processor, make_card
     from echo_ft.planning import dry_run
     from echo_ft.records import Exchange, from_dict
+    from echo_ft.trainer import PrefixSharingTrainer
     from echo_ft.training import (
         Collator,
         EchoConfig,
-        PrefixSharingTrainer,
         check_options,
         freeze,
         load_cases,
@@ -109,4 +109,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configs.run_main(main)
+    configs.run_main(main, "--resume_from_checkpoint true goes on from the last checkpoint, if one was saved")

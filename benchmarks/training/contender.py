@@ -20,7 +20,8 @@ from benchmarks.training.measured import Steps, main, work
 from benchmarks.training.workload import MODEL, ROWS_A_STEP, SIDE, TARGETS, Workload, conversations, exchanges
 from echo_ft.layout import Layout
 from echo_ft.model import load_model, load_processor
-from echo_ft.training import Collator, EchoConfig, PrefixSharingTrainer, by_case, packed_inputs, prepare_model
+from echo_ft.trainer import PrefixSharingTrainer
+from echo_ft.training import Collator, EchoConfig, by_case, packed_inputs, prepare_model
 from echo_ft.vision import FeatureStore
 
 
