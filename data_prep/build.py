@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     for split, conditions in counts["cases"].items():
         total, good = sum(conditions.values()), conditions.get(GOOD, 0)
         print(f"  {split:<10} {total:>6} cases: {good} normal, {total - good} defective")
-    print(f"  references {counts['reference_pool']:>6} normal photographs of the train split")
+    print(f"  references {counts['reference_pool']:>6} normal photographs")
     for warning in manifest["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{manifest['rejected']} rejected" + (" (see rejected.jsonl)" if manifest["rejected"] else ""))
@@ -73,7 +73,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
         write_jsonl(folder / "rejected.jsonl", material.rejections)
         write_json(folder / "knowledge.json", material.knowledge)
         write_sft(material, folder, root, config)
-        manifest = make_manifest(material, folder, root, config)
+        manifest = make_manifest(material, folder, root, config) | {"held_out": material.held_out}
         write_json(folder / "manifest.json", manifest)
         write_preview(folder, root, manifest, material)
     return manifest
@@ -102,7 +102,7 @@ def write_sft(material: Material, folder: Path, root: Path, config: BuildConfig)
 
 
 def _source(name: str) -> Any:
-    names = sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
+    names = sorted(m.name for m in pkgutil.iter_modules(sources.__path__) if not m.name.startswith("_"))
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from echo_ft import geometry, images
-from echo_ft.records import GOOD, Inspection
+from echo_ft.records import GOOD, EchoError, Inspection
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -54,25 +54,29 @@ class MaskFault:
 
 
 def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
-    """Why the mask of a readable image cannot be used, or None where it can, or where there is none."""
-    if inspection.mask is None:
+    """Why the mask or the polygons of a readable image cannot be used, or None where they can or there are none."""
+    names = geometry.mask_files(inspection)
+    if not names and not inspection.polygons:
         return None
-    path = root / inspection.mask
-    fault = image_fault(path, photograph=False)
-    if fault:
-        return MaskFault(f"mask {inspection.mask}: {fault}")
-    with Image.open(root / inspection.image) as image, Image.open(path) as mask:
-        if image.size != mask.size:
-            sizes = f"{mask.width} x {mask.height} pixels, the photograph {image.width} x {image.height}"
-            return MaskFault(f"mask {inspection.mask}: it has {sizes}")
-        size = image.size
-    marks = geometry.load_mask(inspection, root, size)
+    width, height = size = images.image_size(root / inspection.image)
+    for name in names:
+        fault = image_fault(root / name, photograph=False)
+        if fault:
+            return MaskFault(f"mask {name}: {fault}")
+        found = images.image_size(root / name)
+        if found != size:
+            sizes = f"{found[0]} x {found[1]} pixels, the photograph {width} x {height}"
+            return MaskFault(f"mask {name}: it has {sizes}")
+    try:
+        marks = geometry.load_mask(inspection, root, size)
+    except EchoError as error:
+        return MaskFault(str(error), photograph_stands=not names)
     marked = marks is not None and bool(marks.any())
+    what = f"mask {', '.join(names)}: it marks" if names else "its polygons mark"
     if marked and inspection.condition == GOOD:
-        return MaskFault(f"mask {inspection.mask}: it marks a defect on a photograph labelled {GOOD}")
+        return MaskFault(f"{what} a defect on a photograph labelled {GOOD}")
     if not marked and inspection.condition != GOOD:
-        reason = f"mask {inspection.mask}: it marks nothing although the condition is {inspection.condition}"
-        return MaskFault(reason, photograph_stands=True)
+        return MaskFault(f"{what} nothing although the condition is {inspection.condition}", photograph_stands=True)
     return None
 
 

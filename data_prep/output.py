@@ -16,6 +16,7 @@ from typing import Any
 from data_prep.prepare import Material, progress, reference_pool
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import FORMAT
+from echo_ft.geometry import mask_files
 from echo_ft.images import depth
 from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
 from echo_ft.records import GOOD, ROLES, EchoError, Inspection
@@ -179,7 +180,7 @@ def _sides(path: Path, normal: Container[str]) -> dict[str, dict[str, int]]:
 
 def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
     """SHA-256 of every photograph, mask and named reference, by path."""
-    paths = {path for i in inspections for path in (i.image, i.mask, i.reference) if path is not None}
+    paths = {path for i in inspections for path in (i.image, *mask_files(i), i.reference) if path is not None}
     digests = {}
     for path in progress(sorted(paths), "fingerprint", "files"):
         with open(root / path, "rb") as file:

@@ -19,7 +19,7 @@ from data_prep.settings import BuildConfig
 from data_prep.sources import Item
 from echo_ft.dataset import Descriptions, make_cases
 from echo_ft.records import GOOD, Case, EchoError, Entry, Inspection, Question, Reference, Rejection
-from echo_ft.splits import make_splits, trainable
+from echo_ft.splits import REFERENCE, make_splits, trainable, withheld
 
 T = TypeVar("T")
 
@@ -37,12 +37,16 @@ class Material:
     knowledge: Descriptions
     rejections: list[Rejection]
     split_words: str
+    held_out: list[str]
     unknown_products: list[str]
+    training_knowledge: Descriptions
+    """The knowledge less the conditions that training must not see."""
 
     def cases(self, split: str) -> list[Case]:
-        """The cases of one split, as `echo_ft.dataset.cases` gives them."""
+        """The cases of one split, as `echo_ft.dataset.cases` gives them but for what training must not see."""
         inspections = [inspection for inspection in self.inspections if inspection.split == split]
-        return make_cases(inspections, self.references, self.questions, self.knowledge)
+        knowledge = self.knowledge if split == "test" else self.training_knowledge
+        return make_cases(inspections, self.references, self.questions, knowledge)
 
 
 def progress(items: Iterable[T], words: str, unit: str) -> Iterable[T]:
@@ -78,7 +82,8 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
             rejections.append(Rejection(inspection.image, mask.reason + words))
             if not stands:
                 continue
-            inspection = dataclasses.replace(inspection, mask=None)
+            boxes = () if inspection.polygons else inspection.boxes  # boxes beside polygons are half of what is marked
+            inspection = dataclasses.replace(inspection, mask=None, masks=(), polygons=(), boxes=boxes)
         fault = fault_of(root / inspection.reference) if inspection.reference else None
         if fault:
             reason = f"{fault}; {inspection.image} gets a retrieved reference instead"
@@ -104,9 +109,12 @@ def prepare(
     """Splits, references, knowledge and questions for usable photographs."""
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
-    inspections, split_words = make_splits(inspections, config.split, config.seed, config.fractions)
+    inspections, split_words, held_out = make_splits(
+        inspections, config.split, config.seed, config.fractions, config.held_out
+    )
     inspections, references, unreadable = refer(inspections, root, config)
     knowledge, unknown = describe(inspections, config.knowledge)
+    training_knowledge = less_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
     asked = queries(inspections)
     if not asked:
         raise EchoError(
@@ -119,26 +127,28 @@ def prepare(
     return Material(
         inspections,
         references,
-        ask(asked, kept, knowledge, root, config.seed),
+        ask(asked, kept, knowledge, training_knowledge, root, config.seed),
         knowledge,
         [*rejections, *unreadable, *lost],
         split_words,
+        held_out,
         unknown,
+        training_knowledge,
     )
 
 
 def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The photographs that questions are asked about: all, but for a train split of normals alone.
+    """The photographs that questions are asked about: all, but for `REFERENCE` and a train split of normals alone.
 
     Such a split (MVTec-AD's and MMAD's) cannot train the roles and serves as the pool of references.
     """
-    train = trainable(inspections)
-    return [inspection for inspection in inspections if train or inspection.split != "train"]
+    unasked = {REFERENCE} if trainable(inspections) else {REFERENCE, "train"}
+    return [inspection for inspection in inspections if inspection.split not in unasked]
 
 
 def reference_pool(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The normals of the train split, from which references are taken."""
-    return [inspection for inspection in inspections if inspection.split == "train" and inspection.condition == GOOD]
+    """The normals from which references are taken: those of the train split, and `REFERENCE`."""
+    return [i for i in inspections if i.split in ("train", REFERENCE) and i.condition == GOOD]
 
 
 def refer(
@@ -186,10 +196,33 @@ def describe(inspections: Sequence[Inspection], path: Path | None) -> tuple[Desc
     return descriptions, unknown
 
 
+def less_held_out(knowledge: Descriptions, held_out: Sequence[str]) -> Descriptions:
+    """The knowledge without the entries of conditions that are held out.
+
+    In training they would be options and entries that are never right, and the tuned model would avoid them in a test.
+    """
+    left: Descriptions = {}
+    for dataset, products in knowledge.items():
+        for product, entries in products.items():
+            away = withheld(entries, held_out)
+            seen = {condition: text for condition, text in entries.items() if condition not in away}
+            left.setdefault(dataset, {})[product] = seen
+    return left
+
+
 def ask(
-    inspections: Sequence[Inspection], own: Sequence[Question], knowledge: Descriptions, root: Path, seed: int
+    inspections: Sequence[Inspection],
+    own: Sequence[Question],
+    knowledge: Descriptions,
+    training_knowledge: Descriptions,
+    root: Path,
+    seed: int,
 ) -> list[Question]:
-    """The source's own questions where it has them for a photograph, written ones otherwise."""
+    """The source's own questions where it has them for a photograph, written ones otherwise.
+
+    Those of the test split are written from `knowledge` and name all products, the others from `training_knowledge`
+    and the products of their own splits.
+    """
     from echo_ft.questions import write_questions
 
     given: dict[str, list[Question]] = defaultdict(list)
@@ -197,14 +230,18 @@ def ask(
         given[question.inspection].append(question)
     conditions = conditions_of(inspections)
     products = sorted({inspection.product for inspection in inspections})
+    trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
     questions: list[Question] = []
     for inspection in progress(inspections, "asking", "photographs"):
         if inspection.id in given:
             questions += given[inspection.id]
             continue
-        place = inspection.dataset, inspection.product
-        entries = tuple(Entry(*item) for item in knowledge[place[0]][place[1]].items())
-        questions += write_questions(inspection, entries, conditions[place], products, root, seed)
+        test = inspection.split == "test"
+        known = knowledge if test else training_knowledge
+        texts = known[inspection.dataset][inspection.product]
+        shown = [name for name in conditions[inspection.dataset, inspection.product] if name in texts]
+        entries = tuple(Entry(*item) for item in texts.items())
+        questions += write_questions(inspection, entries, shown, products if test else trained, root, seed)
     return questions
 
 

@@ -18,7 +18,7 @@ from data_prep.prepare import Material
 from echo_ft import geometry
 from echo_ft.images import image_size, load_image
 from echo_ft.records import GOOD, ROLES, Case, Exchange, Reference, from_dict
-from echo_ft.splits import SPLITS
+from echo_ft.splits import REFERENCE, SPLITS
 
 MOST = 48
 """Cases on the page."""
@@ -56,7 +56,9 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], materia
         settings=json.dumps(manifest["config"], indent=2, ensure_ascii=False),
         conditions=_conditions(manifest),
         splits=SPLITS,
+        apart=manifest["counts"]["photographs"].get(REFERENCE, 0),
         good=GOOD,
+        is_marked=geometry.is_marked,
         roles=ROLES,
         cards=_cards(folder, root, material),
     )

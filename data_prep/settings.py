@@ -17,7 +17,10 @@ class BuildConfig:
     root: Path | None = field(
         default=None, metadata={"help": "folder that image paths are relative to; by default that of annotations"}
     )
-    annotations: Path | None = field(default=None, metadata={"help": "mmad.json, or the manifest's CSV or JSONL"})
+    annotations: Path | None = field(
+        default=None,
+        metadata={"help": "the list of photographs: mmad.json, a split of VisA, a manifest's CSV, JSONL or COCO JSON"},
+    )
     knowledge: Path | None = field(
         default=None, metadata={"help": "domain knowledge: JSON or YAML {dataset: {product: {condition: description}}}"}
     )
@@ -32,8 +35,16 @@ class BuildConfig:
     named_references: bool = field(
         default=True, metadata={"help": "use the reference that the source names (MMAD: its 1-shot template), if any"}
     )
-    split: Literal["given", "seeded"] = field(
-        default="given", metadata={"help": "keep the source's splits, or split everything anew by group"}
+    split: Literal["given", "seeded", "by_product", "by_condition", "by_dataset"] = field(
+        default="given",
+        metadata={
+            "help": "keep the source's splits; split everything anew by group; or test on products, kinds of defect "
+            "or datasets that training never sees"
+        },
+    )
+    held_out: list[str] = field(
+        default_factory=list,
+        metadata={"help": "products, conditions or datasets for the test alone; by default the seed draws some"},
     )
     fractions: list[float] = field(
         default_factory=lambda: [0.6, 0.1, 0.3], metadata={"help": "shares of train, validation and test"}

@@ -109,6 +109,13 @@ def make_cases(
             questions=tuple(dataclasses.replace(question, answer=None) for question in own),
         )
         answers = {question.id: question.answer for question in own if question.answer is not None}
-        truth = Truth(inspection.condition, inspection.mask, inspection.boxes, answers)
+        truth = Truth(
+            inspection.condition,
+            inspection.mask,
+            inspection.boxes,
+            answers,
+            masks=inspection.masks,
+            polygons=inspection.polygons,
+        )
         made.append(Case(inspection.id, inspection.dataset, inspection.product, inspection.group, seen, truth))
     return made

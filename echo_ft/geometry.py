@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from echo_ft.images import UNREADABLE, load_image
 from echo_ft.records import EchoError
@@ -32,10 +32,14 @@ SPREAD_CELLS = 5
 
 
 class Marked(Protocol):
-    """A record with a mask or boxes: an `Inspection` or a `Truth`."""
+    """A record that says where a defect is: an `Inspection` or a `Truth`."""
 
     @property
     def mask(self) -> str | None: ...
+    @property
+    def masks(self) -> tuple[str, ...]: ...
+    @property
+    def polygons(self) -> tuple[tuple[float, ...], ...]: ...
     @property
     def boxes(self) -> tuple[tuple[float, float, float, float], ...]: ...
 
@@ -108,31 +112,46 @@ def _shape(mask: Mask, total: int) -> tuple[str, int]:
     return ("round" if solid and largest.eccentricity < 0.8 else "irregular"), len(pieces)
 
 
+def mask_files(marked: Marked) -> tuple[str, ...]:
+    """The image files that are the mask of a record, if any: what one of them marks counts."""
+    return marked.masks if marked.mask is None else (marked.mask, *marked.masks)
+
+
+def is_marked(marked: Marked) -> bool:
+    """Whether a record says where its defect is."""
+    return bool(mask_files(marked) or marked.polygons or marked.boxes)
+
+
 def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
-    """The mask of an inspection, or of a case's truth, as (height, width); None where it has neither mask nor boxes.
+    """The mask of an inspection, or of a case's truth, as (height, width); None where it says nothing about the place.
 
-    `size` is (width, height) of the photograph in pixels. True is where the mask image is not black, or inside the
-    boxes. Raises EchoError where the mask cannot be read, has other proportions than the photograph, or where no box
-    lies inside it.
+    `size` is (width, height) of the photograph in pixels. True is where any of the mask images is not black; without a
+    mask image, inside any polygon or box. Raises EchoError where a mask cannot be read or has other proportions than
+    the photograph, and where a polygon or box has no pixel in it.
     """
-    width, height = size
-    if marked.mask is not None:
-        values = _read_mask(root / marked.mask, marked.mask)
-        if abs(values.shape[1] * height - values.shape[0] * width) > max(width, height):
-            found = f"{values.shape[1]} x {values.shape[0]}"
-            raise EchoError(
-                f"mask {marked.mask} has {found} pixels, its photograph {width} x {height}; "
-                "use the mask that was made for this photograph"
-            )
-        if values.shape != (height, width):
-            values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
-        return values
-    if not marked.boxes:
+    files = mask_files(marked)
+    if files:
+        return np.logical_or.reduce([_read_mask(root, name, size) for name in files])
+    if not is_marked(marked):
         return None
-    return fill_boxes(marked.boxes, size)
+    return fill_polygons(marked.polygons, size) | fill_boxes(marked.boxes, size)
 
 
-def _read_mask(path: Path, name: str) -> Mask:
+def _read_mask(root: Path, name: str, size: tuple[int, int]) -> Mask:
+    values = _marks(root / name, name)
+    width, height = size
+    if abs(values.shape[1] * height - values.shape[0] * width) > max(width, height):
+        found = f"{values.shape[1]} x {values.shape[0]}"
+        raise EchoError(
+            f"mask {name} has {found} pixels, its photograph {width} x {height}; "
+            "use the mask that was made for this photograph"
+        )
+    if values.shape != (height, width):
+        values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
+    return values
+
+
+def _marks(path: Path, name: str) -> Mask:
     try:
         with Image.open(path) as image:
             # Pixels as stored: a palette of one colour, or values 0 and 1 alone, still mark something.
@@ -145,6 +164,25 @@ def _read_mask(path: Path, name: str) -> Mask:
         ) from error
     marks = values != 0
     return marks if marks.ndim == 2 else marks.any(axis=-1)
+
+
+def fill_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Mask:
+    """A mask (height, width) with the polygons (x0, y0, x1, y1, ...) filled; `size` is (width, height), all in pixels.
+
+    Their outlines count. Raises EchoError where a polygon has no pixel in the image.
+    """
+    width, height = size
+    image = Image.new("L", size)
+    draw = ImageDraw.Draw(image)
+    for polygon in polygons:
+        xs, ys = polygon[::2], polygon[1::2]
+        if max(xs) < 0 or min(xs) >= width or max(ys) < 0 or min(ys) >= height:
+            raise EchoError(
+                f"the polygon at {xs[0]:g}, {ys[0]:g} has no pixel of the {width} x {height} photograph; "
+                "polygons are x0, y0, x1, y1, ... in pixels"
+            )
+        draw.polygon(list(polygon), fill=1, outline=1)
+    return np.asarray(image) > 0
 
 
 def fill_boxes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> Mask:

@@ -90,7 +90,7 @@ def _defect_choices(
 
 
 def _region(inspection: Inspection, root: Path) -> geometry.Region | None:
-    if inspection.mask is None and not inspection.boxes:
+    if not geometry.is_marked(inspection):
         return None
     size = image_size(root / inspection.image)
     mask = geometry.load_mask(inspection, root, size)

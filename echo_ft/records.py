@@ -63,6 +63,10 @@ class Inspection:
     """Defects as (x0, y0, x1, y1) in pixels of the image, where the source has boxes instead of a mask."""
     reference: str | None = None
     """A normal image that the source itself names for this one; it stands as given."""
+    masks: tuple[str, ...] = ()
+    """Several files that count as one mask, where the source has no single one."""
+    polygons: tuple[tuple[float, ...], ...] = ()
+    """Outlines of defects as (x0, y0, x1, y1, ...) in pixels of the image, beside boxes or instead of them."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Truth:
     boxes: tuple[tuple[float, float, float, float], ...]
     answers: dict[str, str]
     """Question id to letter."""
+    masks: tuple[str, ...] = ()
+    polygons: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

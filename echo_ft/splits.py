@@ -1,4 +1,5 @@
-"""Splits into train, validation and test: seeded, stratified by condition, and by group.
+"""Splits into train, validation and test: seeded, stratified by condition, by group; or such that the test split
+answers a question: does it hold for products, defects or datasets that training never saw?
 
 A group is all photographs of one physical part. It stays whole, as the nearest neighbour of a photograph is usually
 the same part photographed again: a split by photograph measures memory.
@@ -7,34 +8,68 @@ the same part photographed again: a split by photograph measures memory.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from echo_ft.records import GOOD, EchoError, Inspection
 
 SPLITS = ("train", "validation", "test")
 
+REFERENCE = "reference"
+"""The split of normal photographs that serve as references and are neither trained on nor asked about."""
+
+HOLDS_OUT = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
+"""Modes of `make_splits` that keep something for the test split alone, and what."""
+
+SEVERAL = "+"
+"""Joins the names of the defects where a photograph shows several: `bent+melt`."""
+
+MIXED = frozenset({"combined"})
+"""Conditions of several defects that are not named, as MVTec AD has it: they may show any of the product's."""
+
 Key = tuple[str, str, str]
 
 
 def make_splits(
-    inspections: Sequence[Inspection], how: str, seed: int, fractions: Sequence[float]
-) -> tuple[list[Inspection], str]:
-    """Every inspection with a split, in the order given, and how that came about in words.
+    inspections: Sequence[Inspection],
+    how: str,
+    seed: int,
+    fractions: Sequence[float],
+    held_out: Sequence[str] = (),
+) -> tuple[list[Inspection], str, list[str]]:
+    """Every inspection with a split, in the order given; how that came about in words; and what was held out.
 
-    `how` is `given` (the source's splits stand; inspections without one are assigned) or `seeded` (all are assigned
-    anew). Where the source gives train and test alone, and the train split can train the roles (it has defects),
-    validation is carved out of train by group.
+    `how` is one of
+
+    - `given`: the source's splits stand, and inspections without one are assigned. Where the source gives train and
+      test alone, and the train split can train the roles (it has defects), validation is carved out of train by group.
+    - `seeded`: all are assigned anew by group and condition.
+    - `by_product`, `by_dataset`: the test split shows other products or datasets than training. Normals of theirs
+      that the source gives to training, or the share of train where it gives no splits, become `REFERENCE`.
+    - `by_condition`: the test split shows other kinds of defect than training, beside its share of normals and what
+      else the same parts show.
+
+    `held_out` names what the test split keeps for itself; without it `seed` draws the share of test, at least one.
+    Raises EchoError for names that are not there and where nothing would be left to train on.
     """
+    if how in HOLDS_OUT:
+        check_fractions(fractions)
+        if fractions[0] == 0:
+            raise EchoError(f"fractions {list(fractions)} leave nothing to train on; give train a share")
+        hold = _by_condition if how == "by_condition" else _by_place
+        return hold(inspections, how, seed, fractions, held_out)
+    if held_out:
+        raise EchoError(f"held_out goes with split {', '.join(HOLDS_OUT)}, not with {how}; take it out or set split")
     shares = "/".join(f"{fraction:g}" for fraction in fractions)
     seeded = f"by group and condition, {shares} train/validation/test, seed {seed}"
     if how == "seeded":
-        return assign_splits([dataclasses.replace(i, split=None) for i in inspections], seed, fractions), seeded
+        return assign_splits(_free(inspections), seed, fractions), seeded, []
     given = {inspection.split for inspection in inspections} - {None}
     done = assign_splits(inspections, seed, fractions)
     if not given:
-        return done, seeded
+        return done, seeded, []
     words = "given by the source"
     if len(done) > sum(inspection.split is not None for inspection in inspections):
         words += f", those without one {seeded}"
@@ -45,8 +80,95 @@ def make_splits(
         fixed = {part(i) for i in done if i.split != "train"}
         free = [i if part(i) in fixed else dataclasses.replace(i, split=None) for i in done]
         carved = assign_splits(free, seed, (1 - share, share, 0.0))
-        return carved, f"{words}; validation is {share:.0%} of its train split, by group and condition, seed {seed}"
-    return done, words
+        return carved, f"{words}; validation is {share:.0%} of its train split, by group and condition, seed {seed}", []
+    return done, words, []
+
+
+def _by_place(
+    inspections: Sequence[Inspection], how: str, seed: int, fractions: Sequence[float], wanted: Sequence[str]
+) -> tuple[list[Inspection], str, list[str]]:
+    what = HOLDS_OUT[how]
+    names = {getattr(inspection, what) for inspection in inspections}
+    held = _choose(names, wanted, what, seed, fractions[2])
+    out = {part(i) for i in inspections if getattr(i, what) in held}
+    kept = assign_splits(_free(i for i in inspections if part(i) not in out), seed, _training(fractions))
+    others = assign_splits([i for i in inspections if part(i) in out], seed, fractions)
+    asked = {part(i) for i in others if i.split == "test" or i.condition != GOOD}
+    where = {part(i): i.split for i in kept} | dict.fromkeys(out, REFERENCE) | dict.fromkeys(asked, "test")
+    done = [dataclasses.replace(i, split=where[part(i)]) for i in inspections]
+    return done, _words(how, held, wanted, seed, fractions), held
+
+
+def _by_condition(
+    inspections: Sequence[Inspection], how: str, seed: int, fractions: Sequence[float], wanted: Sequence[str]
+) -> tuple[list[Inspection], str, list[str]]:
+    conditions: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for inspection in inspections:
+        conditions[inspection.dataset, inspection.product].add(inspection.condition)
+    names = {kind for found in conditions.values() for condition in found for kind in kinds_of(condition)}
+    held = _choose(names, wanted, HOLDS_OUT[how], seed, fractions[2])
+    away = {place: withheld(found, held) for place, found in conditions.items()}
+    test = {part(i) for i in inspections if i.condition in away[i.dataset, i.product]}
+    defective = {part(i) for i in inspections if i.condition != GOOD} - test
+    seen = assign_splits(_free(i for i in inspections if part(i) in defective), seed, _training(fractions))
+    where = {part(i): i.split for i in seen} | dict.fromkeys(test, "test")
+    fixed = [dataclasses.replace(i, split=where.get(part(i))) for i in inspections]
+    return assign_splits(fixed, seed, fractions), _words(how, held, wanted, seed, fractions), held
+
+
+def _choose(names: Collection[str], wanted: Sequence[str], what: str, seed: int, share: float) -> list[str]:
+    """The names to hold out, sorted: those wanted, or a share of all that the seed draws."""
+    ordered = sorted(names)
+    for name in wanted:
+        if name not in names:
+            near = difflib.get_close_matches(name, ordered, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ordered)}"
+            raise EchoError(f"held_out: no {what} is named {name!r}; {hint}")
+    if len(ordered) < 2 or len(set(wanted)) == len(ordered):
+        raise EchoError(
+            f"split by_{what} keeps some {what}s for the test and needs others to train on; of {len(ordered)} "
+            f"({', '.join(ordered) or 'none'}) nothing would be left: hold out fewer, or use another split"
+        )
+    if wanted:
+        return sorted(set(wanted))
+    count = min(len(ordered) - 1, max(1, round(share * len(ordered))))
+    return sorted(random.Random(f"{seed}/held out/{what}").sample(ordered, count))
+
+
+def _words(how: str, held: Sequence[str], wanted: Sequence[str], seed: int, fractions: Sequence[float]) -> str:
+    drawn = "" if wanted else f" (drawn, seed {seed})"
+    train, validation, test = fractions
+    if how == "by_condition":
+        rest = f"the other defects {train:g}/{validation:g} train/validation, normals {train:g}/{validation:g}/{test:g}"
+    else:
+        rest = f"the others {train:g}/{validation:g} train/validation"
+    return f"by {HOLDS_OUT[how]}: test alone has {', '.join(held)}{drawn}; {rest}, by group and condition, seed {seed}"
+
+
+def _training(fractions: Sequence[float]) -> tuple[float, float, float]:
+    """The shares of train and validation where nothing goes to test."""
+    train, validation, _ = fractions
+    return train / (train + validation), validation / (train + validation), 0.0
+
+
+def _free(inspections: Iterable[Inspection]) -> list[Inspection]:
+    return [dataclasses.replace(inspection, split=None) for inspection in inspections]
+
+
+def join_kinds(kinds: Iterable[str]) -> str:
+    """The condition of a photograph that shows these kinds of defect: each once, sorted, joined by `SEVERAL`."""
+    return SEVERAL.join(sorted(set(kinds)))
+
+
+def kinds_of(condition: str) -> frozenset[str]:
+    """The kinds of defect that a condition names: none for `good` and for `MIXED` ones."""
+    return frozenset(condition.split(SEVERAL)) - {GOOD} - MIXED
+
+
+def withheld(conditions: Collection[str], held_out: Collection[str]) -> set[str]:
+    """Those of a product's conditions that show, or may show, a kind of defect that is held out."""
+    named = {condition for condition in conditions if kinds_of(condition) & set(held_out)}
+    return named | (MIXED & set(conditions) if named else set())
 
 
 def trainable(inspections: Sequence[Inspection]) -> bool:

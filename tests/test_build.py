@@ -214,6 +214,17 @@ def test_training_and_validation_rows_show_only_their_own_split(built):
                 assert row.case in allowed and not test & set(row.images)
 
 
+def test_records_of_earlier_versions_load(built, tmp_path):
+    shutil.copytree(built, tmp_path / "old")
+    path = tmp_path / "old" / "inspections.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    new = {"masks", "polygons"}
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k not in new}) + "\n" for line in lines))
+    assert all(new <= line.keys() for line in lines)
+    for split in ("train", "test"):
+        assert cases(load_dataset(tmp_path / "old"), split) == cases(load_dataset(built), split)
+
+
 def test_cases_keep_the_truth_apart_from_what_the_experts_see(built):
     dataset = load_dataset(built)
     for case in cases(dataset, "test"):
@@ -459,3 +470,4 @@ def test_the_preview_needs_nothing_but_itself(built):
     assert page.count("<article>") == 48
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "url(" not in page and "@import" not in page
     assert all(role in page for role in ROLES)
+    assert "normal photographs of the train split serve as references." in page

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from skimage.draw import polygon2mask
 
 from echo_ft import geometry
 from echo_ft.geometry import PLACES, SPREAD, load_mask, measure
@@ -221,6 +224,54 @@ def test_a_broken_mask_and_a_box_outside_are_refused(tmp_path: Path, root: Path)
         write(inspect("crack", mask="gone.png"), root)
     with pytest.raises(EchoError, match=r"box \[100, 5, 120, 9\] has no pixel of the 90 x 60"):
         write(inspect("crack", boxes=[(100, 5, 120, 9)]), root)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_polygon_is_filled_as_scikit_image_fills_it_but_for_its_outline(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    angles = (np.arange(7) + rng.uniform(0, 0.6, 7)) * 2 * np.pi / 7  # no spike thinner than a pixel
+    corners = np.stack([100 + 70 * np.cos(angles), 80 + 60 * np.sin(angles)], axis=1)
+    filled = geometry.fill_polygons([corners.ravel().tolist()], (200, 160))
+    reference = polygon2mask((160, 200), corners[:, ::-1])
+    # A pixel's corner is its coordinate in one and its centre in the other, and the outline itself counts here.
+    assert distance_transform_edt(~reference)[filled].max() <= 2
+    assert distance_transform_edt(~filled)[reference].max() <= 1
+
+
+def test_a_thin_polygon_marks_something_and_one_outside_is_refused(root: Path) -> None:
+    assert geometry.fill_polygons([(3, 3, 9, 3, 6, 3.2)], (20, 20)).any()
+    with pytest.raises(EchoError, match="polygon at 95, 5 has no pixel of the 90 x 60"):
+        write(replace(inspect("crack"), polygons=((95, 5, 99, 5, 99, 9),)), root)
+
+
+def test_polygons_and_boxes_count_together_and_a_mask_file_before_them(root: Path) -> None:
+    square, box = (4.0, 6.0, 11.0, 6.0, 11.0, 9.0, 4.0, 9.0), (50.0, 40.0, 60.0, 50.0)
+    both = replace(inspect("crack", boxes=[box]), polygons=(square,))
+    wanted = np.zeros((60, 90), dtype=np.bool_)
+    wanted[6:10, 4:12] = wanted[40:50, 50:60] = True
+    np.testing.assert_array_equal(load_mask(both, root, (90, 60)), wanted)
+    file = load_mask(inspect("crack", mask="mask.png"), root, (90, 60))
+    np.testing.assert_array_equal(load_mask(replace(both, mask="mask.png"), root, (90, 60)), file)
+    assert load_mask(inspect("crack"), root, (90, 60)) is None
+
+
+def test_several_mask_files_are_their_union(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.uniform(size=(3, 60, 90)) < 0.1
+    for number, values in enumerate(drawn):
+        Image.fromarray(values.astype(np.uint8) * (255 - number)).save(root / f"{number}.png")
+    several = replace(inspect("crack"), masks=("0.png", "1.png", "2.png"))
+    np.testing.assert_array_equal(load_mask(several, root, (90, 60)), drawn.any(axis=0))
+    (root / "1.png").unlink()
+    with pytest.raises(EchoError, match=r"mask 1\.png cannot be read"):
+        load_mask(several, root, (90, 60))
+
+
+@pytest.mark.parametrize("way", ["masks", "polygons"])
+def test_masks_and_polygons_tell_the_place_as_a_mask_does(root: Path, way: str) -> None:
+    where = {"masks": ("mask.png", "mask.png"), "polygons": ((70.0, 45.0, 79.0, 45.0, 79.0, 49.0, 70.0, 49.0),)}
+    asked = write(replace(inspect("crack"), **{way: where[way]}), root)  # type: ignore[arg-type]
+    assert asked == write(inspect("crack", mask="mask.png"), root)
 
 
 def test_contrast_is_the_marks_own_in_spite_of_exposure() -> None:

@@ -49,7 +49,13 @@ def test_prompts_with_all_knowledge_are_the_golden_ones(case):
 def secret_case(condition: str, letter: str):
     """A case as the dataset loads it, whose truth and paths say `condition` and whose answers are `letter`."""
     inspection = Inspection(f"d/p/{condition}/0", f"p/{condition}/0.png", "d", "product-name", condition, "g", "test")
-    inspection = replace(inspection, mask=f"p/{condition}/mask.png", boxes=((1.5, 2.5, 3.5, 4.5),))
+    inspection = replace(
+        inspection,
+        mask=f"p/{condition}/mask.png",
+        masks=(f"p/{condition}/mask-1.png", f"p/{condition}/mask-2.png"),
+        boxes=((1.5, 2.5, 3.5, 4.5),),
+        polygons=((6.25, 7.25, 8.25, 7.25, 8.25, 9.25),) if condition == "SECRET" else (),
+    )
     questions = [
         Question(f"{inspection.id}#{kind}", inspection.id, kind, "What is it?", {"A": "One.", "B": "Two."}, letter)
         for kind in KINDS
@@ -61,7 +67,7 @@ def secret_case(condition: str, letter: str):
 
 @pytest.mark.parametrize("knowledge", ["guided", "all", "none"])
 @pytest.mark.parametrize("routing", ["full", "paper"])
-def test_condition_mask_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowledge):
+def test_condition_mask_polygons_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowledge):
     """The whole pipeline on cases that differ in their truth alone, loaded as a run loads them: the prompts are equal.
 
     Paths are set aside: a file's folder often names the defect, and a prompt must not hold it either.
@@ -71,12 +77,13 @@ def test_condition_mask_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowl
     for condition, letter in (("SECRET", "A"), ("HIDDEN", "B")):
         case = secret_case(condition, letter)
         assert case.truth.condition == condition and set(case.truth.answers.values()) == {letter}
+        assert len(case.truth.masks) == 2 and bool(case.truth.polygons) == (condition == "SECRET")
         (outcome,) = run_cases([case], Parrot(says={**Parrot().says, "best": "1"}), settings)
         assert len({trace.role for trace in outcome.traces}) == (4 if knowledge == "guided" else 3)
         prompts.append([(trace.role, trace.context, trace.prompt) for trace in outcome.traces])
     assert prompts[0] == prompts[1]
     text = str(prompts)
-    assert not any(word in text for word in ("SECRET", "HIDDEN", "product-name", ".png", "1.5", "mask"))
+    assert not any(word in text for word in ("SECRET", "HIDDEN", "product-name", ".png", "1.5", "6.25", "mask"))
 
 
 @pytest.mark.parametrize("knowledge", ["guided", "all"])

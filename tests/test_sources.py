@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -10,60 +9,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from data_prep.sources import SourceConfig, folder, magnetic_tile, manifest, mmad
-from echo_ft.records import KINDS, EchoError, Inspection, Question, Rejection
+from echo_ft.records import KINDS, EchoError, Inspection
+from tests import trees
+from tests.trees import draw, parted, write_csv
 
 DATA = Path(os.environ.get("ECHO_FT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-
-
-def draw(path: Path, grey: int = 90, size: tuple[int, int] = (32, 24)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, grey).save(path)
-    return path
-
-
-def parted(items) -> tuple[list[Inspection], list[Question], list[Rejection]]:
-    items = list(items)
-    return tuple([item for item in items if isinstance(item, cls)] for cls in (Inspection, Question, Rejection))
 
 
 # mmad
 
 
-def mmad_row(image: str, mask: str | None, templates: list[str], kind: str = "Anomaly Detection", answer: str = "A"):
-    question = {"Question": "Is there any defect in the object?", "Answer": answer, "type": kind}
-    question["Options"] = {"A": "Yes.", "B": "No."}
-    row = {"image_path": image, "mask_path": mask, "conversation": [question], "random_templates": templates}
-    return {**row, "similar_templates": []}
-
-
 @pytest.fixture
 def mmad_root(tmp_path: Path) -> Path:
     """A root with one query of each of MMAD's layouts, whole."""
-    rows = {
-        "DS-MVTec/bottle/image/broken_large/000.png": mmad_row(
-            "image/broken_large/000.png",
-            "rbg_mask/broken_large/000_rbg_mask.png",
-            ["MVTec-AD/bottle/train/good/001.png", "MVTec-AD/bottle/train/good/000.png"],
-        ),
-        "DS-MVTec/bottle/image/good/000.png": mmad_row("image/good/000.png", None, [], "Object Structure"),
-        "MVTec-LOCO/pushpins/test/logical_anomalies/003.png": mmad_row(
-            "test/logical_anomalies/003.png", "ground_truth/logical_anomalies/003/000.png", []
-        ),
-        "VisA/candle/test/bad/000.JPG": mmad_row("test/bad/000.JPG", "ground_truth/bad/000.png", [], "Object Details"),
-        "GoodsAD/drink_can/test/opened/001_002.jpg": mmad_row("test/opened/001_002.jpg", None, []),
-    }
-    for key, row in rows.items():
-        draw(tmp_path / key)
-        if row["mask_path"]:
-            draw(tmp_path / "/".join(key.split("/")[:2]) / row["mask_path"], 255)
-    for place in ("MVTec-AD/bottle", "MVTec-LOCO/pushpins", "VisA/candle", "GoodsAD/drink_can"):
-        for number in range(2):
-            draw(tmp_path / place / "train" / "good" / f"{number:03d}{'.JPG' if 'VisA' in place else '.png'}")
-    (tmp_path / "mmad.json").write_text(json.dumps(rows))
-    return tmp_path
+    return trees.mmad(tmp_path).config.root
 
 
 def read_mmad(root: Path):
@@ -256,14 +217,6 @@ def test_folder_pointed_at_one_product_says_so(tmp_path):
 
 
 # manifest
-
-
-def write_csv(path: Path, rows: list[dict], columns: list[str]) -> Path:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 FULL = {"product": "cap", "condition": "dent", "mask": "m.png", "group": "7", "split": "train", "reference": "n.png"}

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_prep.images import list_images
-from data_prep.sources import Items, SourceConfig
+from data_prep.sources import Items, SourceConfig, entries, passed_over
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
 
 CONDITIONS = {
@@ -29,13 +28,21 @@ def read(config: SourceConfig) -> Items:
     """Photographs of all six kinds, without splits (there is no official one), grouped by tile."""
     root = config.root
     photographs: list[tuple[int, str, Path]] = []
-    for kind in CONDITIONS:
-        for path in list_images(root / kind / "Imgs"):
-            if path.suffix == ".png":
-                continue  # a mask
+    kinds = [root / kind for kind in CONDITIONS]
+    yield from passed_over(root, root, kinds, f"a kind is one of {', '.join(CONDITIONS)}", texts=True)
+    for kind in kinds:
+        folder = kind / "Imgs"
+        if not folder.is_dir():
+            continue
+        yield from passed_over(root, kind, [folder], "photographs lie in Imgs", texts=True)
+        found = [path for path in entries(folder) if path.suffix == ".jpg" and path.is_file()]
+        used = {*found, *(path.with_suffix(".png") for path in found)}
+        why = "it is neither a .jpg nor the .png of the same name, its mask"
+        yield from passed_over(root, folder, used, "photographs lie directly in Imgs", why)
+        for path in found:
             match = re.fullmatch(r"exp\d+_num_(\d+)", path.stem)
             if match:
-                photographs.append((int(match.group(1)), kind, path))
+                photographs.append((int(match.group(1)), kind.name, path))
             else:
                 reason = "the name is not exp<exposure>_num_<number>, so its tile is unknown"
                 yield Rejection(path.relative_to(root).as_posix(), reason)
@@ -45,18 +52,21 @@ def read(config: SourceConfig) -> Items:
             "set root to the folder that holds MT_Blowhole to MT_Uneven"
         )
     group, last = "", -GAP - 1
-    for number, kind, path in sorted(photographs):
+    for number, name, path in sorted(photographs):
         if number - last > GAP:
             group = f"tile-{number}"
         last = number
         image = path.relative_to(root).as_posix()
-        mask = path.with_suffix(".png").relative_to(root).as_posix()
+        mask: str | None = path.with_suffix(".png").relative_to(root).as_posix()
+        if not path.with_suffix(".png").is_file():
+            yield Rejection(str(mask), f"the mask of {image} is missing; the photograph is used without one")
+            mask = None
         yield Inspection(
             id=image,
             image=image,
             dataset="magnetic_tile",
             product="magnetic_tile",
-            condition=CONDITIONS[kind],
+            condition=CONDITIONS[name],
             group=group,
             mask=mask,
         )

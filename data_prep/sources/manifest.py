@@ -1,8 +1,14 @@
-"""A list of photographs that a person can write: CSV with a header, or JSON lines, one row a photograph.
+"""A list of photographs that a person or an annotation tool can write.
 
-Needed are `image`, `product` and `condition` (`good` for a part without a defect). Optional are `mask` (an image
-file), `boxes` ([[x0, y0, x1, y1], ...] in pixels), `group` (photographs of one physical part share it), `split`
-(`train`, `validation` or `test`) and `reference` (the normal image to compare with). Paths are relative to the root.
+- CSV with a header, or JSON lines, one row a photograph. Needed are `image`, `product` and `condition` (`good` for a
+  part without a defect; several defects are joined: `bent+melt`). Optional are `mask` (an image file), `boxes`
+  ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical part
+  share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with) and `dataset`
+  (by default the list's name).
+- COCO JSON: see `_coco`.
+- No list: the files that labelme has written under the root, see `_labelme`.
+
+Paths are relative to the root.
 """
 
 from __future__ import annotations
@@ -10,39 +16,41 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, SourceConfig
+from data_prep.sources import Items, RowError, SourceConfig, locate
+from data_prep.sources._coco import read_coco
+from data_prep.sources._labelme import read_labelme
+from data_prep.sources._rows import check_condition, needed_text, split_of, text_of
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
-from echo_ft.splits import SPLITS
 
 NEEDED = ("image", "product", "condition")
-COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference")
-OTHER_WORDS_FOR_GOOD = frozenset({"ok", "normal", "none", "free", "defect-free", "pass"})
-
-
-class _RowError(Exception):
-    """Why one row cannot be used."""
+COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference", "dataset")
 
 
 def read(config: SourceConfig) -> Items:
     """The rows of the manifest; a row that cannot be used is rejected by its line number."""
     path = config.annotations
-    if path is None or not path.is_file():
-        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV or JSONL file")
+    if path is None:
+        yield from read_labelme(config.root)
+        return
+    if not path.is_file():
+        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, a JSONL or a COCO JSON")
+    if path.suffix.lower() == ".json":
+        yield from read_coco(config.root, path)
+        return
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
     first_line: dict[str, int] = {}
     for line, row in rows:
         try:
             inspection = _inspection(row, config.root, path.stem)
             if inspection.image in first_line:
-                raise _RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
+                raise RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
             first_line[inspection.image] = line
             yield inspection
-        except _RowError as error:
+        except RowError as error:
             yield Rejection(f"{path.name}:{line}", str(error))
 
 
@@ -91,50 +99,27 @@ def _check_columns(path: Path, names: Iterable[str], needed: bool = True) -> Non
 
 def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
     if "broken" in row:
-        raise _RowError(row["broken"])
-    image, product, condition = (_text(row, column, needed=True) or "" for column in NEEDED)
-    if condition != GOOD and (condition.casefold() == GOOD or condition.casefold() in OTHER_WORDS_FOR_GOOD):
-        raise _RowError(f"condition {condition!r} is written {GOOD!r} for a part without a defect")
-    split = _text(row, "split")
-    if split is not None and split not in SPLITS:
-        raise _RowError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        raise RowError(row["broken"])
+    image, product = needed_text(row, "image"), needed_text(row, "product")
+    condition = check_condition(needed_text(row, "condition"))
+    split = split_of(row)
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
-        raise _RowError(f"it has boxes although its condition is {GOOD!r}")
-    image = _path(image, "image", root)
-    mask, reference = _text(row, "mask"), _text(row, "reference")
+        raise RowError(f"it has boxes although its condition is {GOOD!r}")
+    image = locate(root, image, "image")
+    mask, reference = text_of(row, "mask"), text_of(row, "reference")
     return Inspection(
         id=image,
         image=image,
-        dataset=dataset,
+        dataset=text_of(row, "dataset") or dataset,
         product=product,
         condition=condition,
-        group=_text(row, "group") or image,
+        group=text_of(row, "group") or image,
         split=split,
-        mask=_path(mask, "mask", root) if mask else None,
+        mask=locate(root, mask, "mask") if mask else None,
         boxes=boxes,
-        reference=_path(reference, "reference", root) if reference else None,
+        reference=locate(root, reference, "reference") if reference else None,
     )
-
-
-def _text(row: Mapping[str, Any], column: str, needed: bool = False) -> str | None:
-    value = row.get(column)
-    if value is not None and not isinstance(value, (str, int)):
-        raise _RowError(f"{column} is {value!r}, not a text")
-    text = str(value).strip() if value is not None else ""
-    if needed and not text:
-        raise _RowError(f"{column} is missing")
-    return text or None
-
-
-def _path(text: str, column: str, root: Path) -> str:
-    base = Path(os.path.abspath(root))  # links below the root are left as they are
-    path = Path(os.path.abspath(base / text.replace("\\", "/")))
-    if not path.is_relative_to(base):
-        raise _RowError(f"{column} {text} lies outside the root; set root to a folder that holds all images")
-    if not path.is_file():
-        raise _RowError(f"{column} {text} does not exist under the root")
-    return path.relative_to(base).as_posix()
 
 
 def _boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
@@ -144,4 +129,4 @@ def _boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
         boxes = json.loads(value) if isinstance(value, str) else value
         return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
     except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise _RowError(f"boxes {value!r} are not [[x0, y0, x1, y1], ...]") from error
+        raise RowError(f"boxes {value!r} are not [[x0, y0, x1, y1], ...]") from error

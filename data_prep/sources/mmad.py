@@ -2,7 +2,8 @@
 
 A key of mmad.json is the path of a query photograph, `<dataset>/<product>/...`, whose folder is the condition. Masks
 lie under `rbg_mask` or `rgb_mask` (DS-MVTec) or `ground_truth`. The normals are in `<dataset>/<product>/train/good`;
-those of DS-MVTec are MVTec-AD's own, in `MVTec-AD`. Queries form the test split, normals the train split.
+those of DS-MVTec are MVTec-AD's own, in `MVTec-AD`. Queries form the test split, normals the train split. What lies in
+a folder of queries or normals and is neither is rejected by name; the rest of the tree is not read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images import list_images
-from data_prep.sources import Items, SourceConfig
+from data_prep.sources import Items, SourceConfig, passed_over
 from echo_ft.mmad_scorer import FOLDED
 from echo_ft.records import GOOD, KINDS, LETTERS, EchoError, Inspection, Question, Rejection
 
@@ -34,6 +35,7 @@ def read(config: SourceConfig) -> Items:
         raise _nothing_found(missing, root, config.annotations)
     absent = set(missing)
     products: dict[tuple[str, str], None] = {}
+    folders: set[Path] = set()
     for key, row in rows.items():
         parts = key.split("/")
         if len(parts) < 4 or not isinstance(row, dict):
@@ -45,7 +47,12 @@ def read(config: SourceConfig) -> Items:
         if key in absent:
             yield Rejection(key, "the photograph is missing under the root")
             continue
+        folders.add((root / key).parent)
         yield from _query(key, row, root)
+    asked = {root / key for key in rows}
+    for folder in sorted(folders):
+        why = "mmad.json asks nothing about it"
+        yield from passed_over(root, folder, asked, why, why)
     for dataset, product in products:
         yield from _normals(dataset, product, root)
 
@@ -125,12 +132,13 @@ def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
 
 def _normals(dataset: str, product: str, root: Path) -> Items:
     folder = root / NORMALS.get(dataset, dataset) / product / "train" / GOOD
-    found = False
-    for path in list_images(folder):
-        found = True
+    normals = list(list_images(folder))
+    if folder.is_dir():
+        yield from passed_over(root, folder, set(normals), "normal photographs lie directly in it")
+    for path in normals:
         image = path.relative_to(root).as_posix()
         yield Inspection(
             id=image, image=image, dataset=dataset, product=product, condition=GOOD, group=image, split="train"
         )
-    if not found:
+    if not normals:
         yield Rejection(folder.relative_to(root).as_posix(), "the folder holds no normal photograph of this product")

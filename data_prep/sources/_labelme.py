@@ -1,0 +1,151 @@
+"""Photographs and defects of labelme, which writes one JSON file a photograph.
+
+A file without shapes is a `good` part; of the others, the labels are the condition. In records circles are polygons,
+and rectangles and the pixels of masks are boxes. The product is the first folder of the photograph's path below the
+root.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.images import SUFFIXES
+from data_prep.sources import Items, RowError, locate, not_an_image, strays
+from data_prep.sources._rows import condition_of, needed_text, polygon_of, product_of, size_of
+from echo_ft.images import UNREADABLE
+from echo_ft.records import EchoError, Inspection, Rejection
+
+Box = tuple[float, float, float, float]
+
+
+def read_labelme(root: Path) -> Items:
+    """The photographs of all labelme files under the root, by path.
+
+    Raises EchoError where there is none.
+    """
+    files = sorted(path for path in root.rglob("*.json") if not _hidden(path.relative_to(root)))
+    used = {path.relative_to(root).as_posix() for path in files}
+    if not files:
+        raise EchoError(
+            f"there is no labelme file (.json) under {root}; set annotations to a CSV, a JSONL or a COCO JSON, "
+            "or root to the folder of the photographs and their labelme files"
+        )
+    for path in files:
+        item = path.relative_to(root).as_posix()
+        try:
+            inspection = _inspection(root, path)
+            used.add(inspection.image)
+            yield inspection
+        except RowError as error:
+            yield Rejection(item, str(error))
+    for path in strays(root, root, used):
+        item = path.relative_to(root).as_posix()
+        if path.suffix.lower() in SUFFIXES:
+            yield Rejection(item, "it has no labelme file; of a part without a defect, save one without shapes")
+        else:
+            yield not_an_image(item)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _inspection(root: Path, path: Path) -> Inspection:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RowError(f"the file cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+        raise RowError("the file is not labelme's: it has no list of shapes")
+    # labelme writes the path of the photograph relative to its own file.
+    image = locate(
+        root, os.path.relpath(path.parent / needed_text(content, "imagePath").replace("\\", "/"), root), "image"
+    )
+    size = size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+    labels, polygons, boxes = [], [], list[Box]()
+    for shape in content["shapes"]:
+        if not isinstance(shape, dict):
+            raise RowError("a shape is not an object")
+        labels.append(needed_text(shape, "label"))
+        kind, points = shape.get("shape_type", "polygon"), _points(shape)
+        if kind == "polygon":
+            polygons.append(polygon_of(points))
+        elif kind == "circle" and len(points) == 2:
+            polygons.append(_circle(*points))
+        elif kind == "rectangle" and len(points) in (2, 4):
+            xs, ys = zip(*points, strict=True)
+            boxes.append((min(xs), min(ys), max(xs), max(ys)))
+        elif kind == "mask" and len(points) == 2:
+            boxes += _pixels(shape, points[0], size)
+        else:
+            raise RowError(
+                f"a shape {kind!r} of {len(points)} points encloses nothing; draw a polygon, rectangle or circle"
+            )
+    return Inspection(
+        id=image,
+        image=image,
+        dataset=root.resolve().name,
+        product=product_of(image, root.resolve().name),
+        condition=condition_of(labels),
+        group=image,
+        boxes=tuple(boxes),
+        polygons=tuple(polygons),
+    )
+
+
+def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
+    try:
+        points = [(float(x), float(y)) for x, y in shape["points"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RowError(f"the points {str(shape.get('points'))[:60]} are not [[x, y], ...]") from error
+    if not all(math.isfinite(value) for point in points for value in point):
+        raise RowError(f"the points {str(points)[:60]} are not all numbers")
+    return points
+
+
+def _circle(centre: tuple[float, float], rim: tuple[float, float]) -> tuple[float, ...]:
+    """A circle as a polygon, nowhere more than a tenth of a pixel inside it up to a radius of 10,000."""
+    radius = math.dist(centre, rim)
+    count = min(720, 8 + math.ceil(math.pi * math.sqrt(5 * radius)))  # a chord's sagitta: r (pi / count)^2 / 2
+    angles = [2 * math.pi * index / count for index in range(count)]
+    return polygon_of(
+        (round(centre[0] + radius * math.cos(angle), 2), round(centre[1] + radius * math.sin(angle), 2))
+        for angle in angles
+    )
+
+
+def _pixels(shape: Mapping[str, Any], corner: tuple[float, float], size: tuple[int, int]) -> Iterator[Box]:
+    """What a shape of the kind `mask` marks: an image in base64, its top left corner at `corner`.
+
+    The boxes are the runs of its rows; a run that goes on in the next row is one box.
+    """
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask"))))) as image:
+            piece = np.asarray(image.convert("L")) > 0
+    except (*UNREADABLE, binascii.Error) as error:
+        raise RowError(f"a shape's mask cannot be read ({type(error).__name__})") from error
+    left, top = round(corner[0]), round(corner[1])
+    height, width = piece.shape
+    if left < 0 or top < 0 or top + height > size[1] or left + width > size[0]:
+        raise RowError(f"a shape's mask of {width} x {height} pixels at {left}, {top} reaches out of the photograph")
+    if not piece.any():
+        raise RowError("a shape's mask marks nothing; draw it again or delete it")
+    began: dict[tuple[int, int], int] = {}
+    for y, row in enumerate([*piece, np.zeros_like(piece[0])], start=top):
+        edges = (left + np.flatnonzero(np.diff(row, prepend=False, append=False))).tolist()
+        runs = set(zip(edges[::2], edges[1::2], strict=True))
+        for run in sorted(began.keys() - runs):
+            yield run[0], began.pop(run), run[1], y
+        for run in runs - began.keys():
+            began[run] = y
