@@ -8,7 +8,7 @@ causal attention at its half; not what checkpointing computes again, nor norms, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -72,11 +72,15 @@ def text_load(rows: Iterable[Row]) -> Load:
     """The language model's share of a batch."""
     total = Load()
     for row in rows:
-        lengths = np.bincount(row.segments)
-        prefix, branches = int(lengths[0]), lengths[1:]
-        pairs = prefix * (prefix + 1) // 2 + int((branches * prefix + branches * (branches + 1) // 2).sum())
-        total += Load(tokens=len(row.input_ids), pairs=pairs, labels=int((row.labels != IGNORED).sum()))
+        prefix, *branches = np.bincount(row.segments).tolist()
+        total += row_load(prefix, branches, int((row.labels != IGNORED).sum()))
     return total
+
+
+def row_load(prefix: int, branches: Sequence[int], labels: int) -> Load:
+    """`text_load` of one row, by the tokens of its prefix and of each branch, and those that are trained on."""
+    pairs = prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in branches)
+    return Load(tokens=prefix + sum(branches), pairs=pairs, labels=labels)
 
 
 def image_load(grids: Iterable[Iterable[int]]) -> Load:

@@ -10,6 +10,8 @@ Shapes: B rows, L tokens of the longest row, P patches, C = 3 * temporal_patch_s
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,22 @@ class Row:
         return int((self.segments == 0).sum())
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens a row has: its prefix, each of its branches, and those that are trained on."""
+
+    prefix: int
+    branches: tuple[int, ...]
+    labels: int
+    grids: tuple[tuple[int, int, int], ...]
+    """(t, h, w) in patches of each image."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole row."""
+        return self.prefix + sum(self.branches)
+
+
 class Layout:
     """Makes rows with one processor (tokenizer, chat template, pixel budget)."""
 
@@ -85,12 +103,8 @@ class Layout:
 
         Raises EchoError where a text holds one of the chat template's control tokens.
         """
-        head, opening, closing = self._template(exchange)
         grids = np.array([self.grid(*size) for size in sizes], dtype=np.int64).reshape(-1, 3)
-        prefix_text, texts = head + exchange.context, []
-        for branch in exchange.branches:
-            texts += [branch.prompt + opening, "" if branch.completion is None else branch.completion + closing]
-        encoded = self._encode([prefix_text, *texts])
+        encoded = self._encode(self._texts(exchange))
         prefix = self._expand(encoded[0], grids, exchange)
         input_ids, labels, segments = [prefix], [np.full(len(prefix), IGNORED)], [np.zeros(len(prefix), dtype=np.int64)]
         prefix_positions = self._prefix_positions(prefix, grids)
@@ -115,11 +129,37 @@ class Layout:
         """Like `row`, with the sizes read from the image files' headers."""
         return self.row(exchange, [image_size(root / image) for image in exchange.images])
 
+    def lengths(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Lengths:
+        """How long `row` would be, in a fraction of its time; raises what it would raise."""
+        grids = [self.grid(*size) for size in sizes]
+        prefix, *parts = self._encode(self._texts(exchange))
+        self._check_places(prefix.count(self.image_token_id), len(grids), exchange)
+        tokens = sum(math.prod(grid) for grid in grids) // self.merge**2
+        prompts, completions = list(map(len, parts[::2])), list(map(len, parts[1::2]))
+        branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
+        return Lengths(len(prefix) - len(grids) + tokens, branches, sum(completions), tuple(grids))
+
+    def read_ahead(self, exchanges: Sequence[Exchange]) -> None:
+        """Tokenize what these will need, in one call that uses all cores."""
+        texts: list[str] = []
+        for exchange in exchanges:
+            with contextlib.suppress(EchoError):  # raised again where the exchange itself is asked for
+                texts += self._texts(exchange)
+        self._encode(texts)
+
+    def _texts(self, exchange: Exchange) -> list[str]:
+        """What is tokenized apart: the prefix, then each branch's prompt and its completion."""
+        head, opening, closing = self._template(exchange)
+        texts = [head + exchange.context]
+        for branch in exchange.branches:
+            texts += [branch.prompt + opening, "" if branch.completion is None else branch.completion + closing]
+        return texts
+
     def _template(self, exchange: Exchange) -> tuple[str, str, str]:
         """The template's text up to the context, between a prompt and its completion, and after the completion."""
         for text in (exchange.context, *(branch.prompt + (branch.completion or "") for branch in exchange.branches)):
-            if any(token in text for token in self._control):
-                token = next(token for token in self._control if token in text)
+            token = next((token for token in self._control if token in text), None) if "<|" in text else None
+            if token is not None:
                 raise EchoError(
                     f"case {exchange.case}: a text holds the control token {token}; take it out of the source"
                 )
@@ -146,14 +186,17 @@ class Layout:
     def _expand(self, ids: Sequence[int], grids: np.ndarray, exchange: Exchange) -> np.ndarray:
         array = np.array(ids, dtype=np.int64)
         images = array == self.image_token_id
-        if images.sum() != len(grids):
-            raise EchoError(
-                f"case {exchange.case}: the chat template made {int(images.sum())} places for {len(grids)} images; "
-                "use a processor with Qwen2-VL's template"
-            )
+        self._check_places(int(images.sum()), len(grids), exchange)
         repeats = np.ones(len(array), dtype=np.int64)
         repeats[images] = grids.prod(axis=1) // self.merge**2
         return np.repeat(array, repeats)
+
+    def _check_places(self, places: int, images: int, exchange: Exchange) -> None:
+        if places != images:
+            raise EchoError(
+                f"case {exchange.case}: the chat template made {places} places for {images} images; use a processor "
+                "with Qwen2-VL's template"
+            )
 
     def _prefix_positions(self, prefix: np.ndarray, grids: np.ndarray) -> np.ndarray:
         """(3, tokens): Qwen2VLModel.get_rope_index for one row of text and still images."""

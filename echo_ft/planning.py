@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_ft.flops import Load, costs, image_load, text_load
+from echo_ft.flops import Load, costs, image_load, row_load
+from echo_ft.images import image_size
 from echo_ft.layout import Layout, mark_trained
 from echo_ft.memory import Batch, report
 from echo_ft.records import EchoError, Exchange, Rejection
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
+
+
+CHUNK = 256
+"""Rows whose texts are tokenized together."""
 
 
 @dataclass(frozen=True)
@@ -90,30 +95,33 @@ def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
 def plan(layout: Layout, exchanges: Iterable[Exchange], root: Path, max_tokens: int) -> Plan:
     """Lengths of all rows; those that cannot be used are named, never cut."""
     planned = Plan()
-    for index, exchange in enumerate(exchanges):
-        name = f"{exchange.role} {exchange.case}"
-        try:
-            row = layout.load_row(exchange, root)
-        except EchoError as error:
-            planned.rejected.append(Rejection(name, str(error)))
-            continue
-        tokens = len(row.input_ids)
-        if tokens > max_tokens:
-            reason = f"{tokens} tokens, more than max_tokens {max_tokens}; lower max_pixels or raise max_tokens"
-            planned.rejected.append(Rejection(name, reason))
-            continue
-        grids = dict(zip(exchange.images, map(tuple, row.grids.tolist()), strict=True))
-        planned.rows.append(
-            PlannedRow(
-                index,
-                exchange.case,
-                exchange.branches[0].id,
-                row.prefix_length,
-                len(exchange.branches),
-                text_load([row]),
-                grids,
+    rows = iter(exchanges)
+    index = -1
+    while chunk := list(islice(rows, CHUNK)):
+        layout.read_ahead(chunk)
+        for exchange in chunk:
+            index += 1
+            name = f"{exchange.role} {exchange.case}"
+            try:
+                row = layout.lengths(exchange, [image_size(root / image) for image in exchange.images])
+            except EchoError as error:
+                planned.rejected.append(Rejection(name, str(error)))
+                continue
+            if row.tokens > max_tokens:
+                reason = f"{row.tokens} tokens, more than max_tokens {max_tokens}; lower max_pixels or raise max_tokens"
+                planned.rejected.append(Rejection(name, reason))
+                continue
+            planned.rows.append(
+                PlannedRow(
+                    index,
+                    exchange.case,
+                    exchange.branches[0].id,
+                    row.prefix,
+                    len(row.branches),
+                    row_load(row.prefix, row.branches, row.labels),
+                    dict(zip(exchange.images, row.grids, strict=True)),
+                )
             )
-        )
     return planned
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from echo_ft import roles
+from echo_ft.flops import row_load, text_load
 from echo_ft.images import image_size
 from echo_ft.layout import IGNORED, PADDING, attention_mask, mark_trained, pad
 from echo_ft.records import Branch, EchoError, Exchange, Upstream
@@ -91,6 +92,17 @@ def test_the_grid_is_known_from_the_image_header(layout, tmp_path, size):
 def test_an_image_too_long_for_the_model_is_named(layout):
     with pytest.raises(EchoError, match="2000 x 8"):
         layout.grid(2000, 8)
+
+
+def test_lengths_are_those_of_the_row(layout, case, tmp_path):
+    for exchange in exchanges_of(case):
+        for made in (exchange, with_completions(exchange), replace(with_completions(exchange), images=())):
+            row = layout.load_row(made, tmp_path)
+            found = layout.lengths(made, [image_size(tmp_path / image) for image in made.images])
+            assert (found.prefix, *found.branches) == tuple(np.bincount(row.segments))
+            assert (found.tokens, found.labels) == (len(row.input_ids), (row.labels != IGNORED).sum())
+            assert found.grids == tuple(map(tuple, row.grids.tolist()))
+            assert row_load(found.prefix, found.branches, found.labels) == text_load([row])
 
 
 def gradients_of(model, logits, labels):
