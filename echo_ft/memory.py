@@ -166,8 +166,10 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
     a token of text that the branches share has none), SwiGLU three products (3f values).
     Of a vision block, per patch (size E, MLP size M): both LayerNorms in float32 (8E), queries, keys, the projection
     that the values are a view of, and the output (6E values), a log-sum-exp a head, quick GELU (2M values).
-    Every LoRA layer keeps its input (one more byte a value for the dropout mask) and r values.
+    Every LoRA layer keeps its input (one more byte a value for the dropout mask) and r values; a linear layer that is
+    tuned itself keeps its input, which q, k and v have in common, and gate and up; a norm what it scales.
     """
+    import torch
     from peft.tuners.lora import LoraLayer
 
     config = model.config
@@ -185,6 +187,15 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
         dropout = any(type(module).__name__ == "Dropout" for module in layer.lora_dropout.values())
         part, rank = part_of(name), sum(layer.r.values())
         lora[part] += seen[part] * (layer.in_features * (width + dropout) + rank * width)
+
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not weight.requires_grad or "lora_" in name:
+            continue
+        if isinstance(module, torch.nn.Linear) and not name.endswith(("k_proj", "v_proj", "up_proj", "lm_head")):
+            lora[part_of(name)] += seen[part_of(name)] * module.in_features * width
+        elif weight.ndim == 1:  # a norm, and what it scales
+            lora[part_of(name)] += seen[part_of(name)] * weight.numel() * width
 
     hidden, heads = text.hidden_size, text.num_attention_heads
     attention = width * 4 * hidden + _FP32 * heads

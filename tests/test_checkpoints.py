@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -44,18 +45,31 @@ def killed_after_a_checkpoint(arguments: list[object], output: Path, wait: float
         done.wait()
 
 
-# The default run kills once, at the moment of a save; the slow ones anywhere.
-@pytest.mark.parametrize("wait", [0.0, *(pytest.param(0.4 * n, marks=pytest.mark.slow) for n in range(1, 8))])
-def test_a_killed_run_goes_on_to_the_adapter_of_an_uninterrupted_one(dataset, tmp_path, wait):
-    steps = [*ALIKE, "--lora_dropout", 0.2, "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1]
-    alike = [*steps, "--save_total_limit", 2, "--per_device_train_batch_size", 2]
-    launch(*tiny("reference_extractor", dataset, tmp_path / "whole", *alike))
-    resumed = [*tiny("reference_extractor", dataset, tmp_path / "killed", *alike), "--resume_from_checkpoint", "true"]
+STEPS = [*ALIKE, "--lora_dropout", 0.2, "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1]
+STEPS += ["--save_total_limit", 2, "--per_device_train_batch_size", 2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset, tmp_path_factory):
+    """The adapter's weights after six steps with a checkpoint at each."""
+    output = tmp_path_factory.mktemp("whole") / "reference_extractor"
+    launch(*tiny("reference_extractor", dataset, output, *STEPS))
+    return load_file(output / "adapter_model.safetensors")
+
+
+# Twenty moments of the three seconds or so from the first checkpoint to the end. The default run kills once, at the
+# moment of a save.
+RANDOM = random.Random(0)
+MOMENTS = [0.0, *(pytest.param(RANDOM.uniform(0, 3), marks=pytest.mark.slow) for _ in range(19))]
+
+
+@pytest.mark.parametrize("wait", MOMENTS)
+def test_a_killed_run_goes_on_to_the_adapter_of_an_uninterrupted_one(uninterrupted, dataset, tmp_path, wait):
+    resumed = [*tiny("reference_extractor", dataset, tmp_path / "killed", *STEPS), "--resume_from_checkpoint", "true"]
     killed_after_a_checkpoint(resumed, tmp_path / "killed", wait)
     launch(*resumed)
-    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     for name, weight in load_file(tmp_path / "killed" / "adapter_model.safetensors").items():
-        assert torch.equal(weight, expected[name]), name
+        assert torch.equal(weight, uninterrupted[name]), name
 
 
 def test_a_half_written_checkpoint_is_passed_over_with_a_word(tmp_path, capsys):

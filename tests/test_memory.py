@@ -163,7 +163,8 @@ def saved_bytes(model, rows=2, images=2, side=16, text=100):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16):
-        output = model.base_model.model.model(**packed_inputs(batch), use_cache=False)
+        core = model.get_base_model() if hasattr(model, "peft_config") else model
+        output = core.model(**packed_inputs(batch), use_cache=False)
     assert output.last_hidden_state.requires_grad
     counted = Batch(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
     return sum(storage.nbytes() for storage in saved.values()), counted
@@ -179,6 +180,16 @@ def small_model(targets):
 @pytest.mark.parametrize("targets", [LANGUAGE, LANGUAGE + VISION + MERGER], ids=["language", "all"])
 def test_activations_are_what_autograd_saves_within_a_tenth(targets):
     model = small_model(targets)
+    measured, batch = saved_bytes(model)
+    assert activations(model, batch, width=2).kept == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("frozen", [".visual.", "nothing"])
+def test_activations_of_full_tuning_are_what_autograd_saves_within_a_tenth(frozen):
+    model = AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    prepare_model(model.train())
     measured, batch = saved_bytes(model)
     assert activations(model, batch, width=2).kept == pytest.approx(measured, rel=0.1)
 
