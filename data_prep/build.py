@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from data_prep import sources
-from data_prep.output import make_manifest, workspace, write_json
+from data_prep.output import make_manifest, rejected_words, workspace, write_json
 from data_prep.prepare import Material, balanced, collect, prepare, progress
 from data_prep.settings import BuildConfig
 from echo_ft.config import parse, run_main
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
     print(f"  references {counts['reference_pool']:>6} normal photographs")
     for warning in manifest["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{manifest['rejected']} rejected" + (" (see rejected.jsonl)" if manifest["rejected"] else ""))
+    print(rejected_words(manifest))
     print(f"look at it: {config.output / 'preview.html'}")
 
 
@@ -60,7 +59,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
         root = _root(config, folder)
         root.mkdir(exist_ok=True)
         source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
-        items = list(progress(module.read(source), "reading", "rows"))
+        items = list(progress(module.read(source), "reading", "records"))
         describer(config.descriptor)  # a wrong name is told before the photographs are looked at
         inspections, questions, rejections = collect(items, root)
         if not inspections:
@@ -102,10 +101,9 @@ def write_sft(material: Material, folder: Path, root: Path, config: BuildConfig)
 
 
 def _source(name: str) -> Any:
-    names = sorted(m.name for m in pkgutil.iter_modules(sources.__path__) if not m.name.startswith("_"))
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+    if name not in sources.NAMES:
+        near = difflib.get_close_matches(name, sources.NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sources.NAMES)}"
         raise EchoError(f"no source is named {name!r}; {hint}")
     return importlib.import_module(f"data_prep.sources.{name}")
 

@@ -93,4 +93,9 @@ def boxes_fault(inspection: Inspection, root: Path) -> str | None:
         inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
         if not all(map(math.isfinite, box)) or not inside:
             return f"box {list(box)} is not (x0, y0, x1, y1) inside the {width} x {height} pixels"
+        if x1 - x0 < 1 and y1 - y0 < 1:
+            return (
+                f"box {list(box)} is smaller than a pixel; write boxes in pixels of the {width} x {height} image, "
+                "[[x0, y0, x1, y1], ...], not in shares of it"
+            )
     return None

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import Material, progress, reference_pool
+from data_prep.prepare import Material, progress, reference_pool, remedy, some
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import FORMAT
 from echo_ft.geometry import mask_files
@@ -121,9 +121,10 @@ def make_manifest(material: Material, folder: Path, root: Path, config: BuildCon
         "splits": material.split_words,
         "counts": counts,
         "products_without_knowledge": material.unknown_products,
-        "rejected": len(material.rejections),
+        "rejected": sum(rejection.dropped is None for rejection in material.rejections),
+        "dropped": _sorted(Counter(rejection.dropped for rejection in material.rejections if rejection.dropped)),
         "warnings": [
-            *_warnings(material, digests),
+            *_warnings(material, digests, config),
             *_one_sided(counts, config.routing),
             *_uneven_depths(material.inspections, root),
         ],
@@ -135,6 +136,15 @@ def make_manifest(material: Material, folder: Path, root: Path, config: BuildCon
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def rejected_words(manifest: Mapping[str, Any]) -> str:
+    """How much was rejected, and apart from that how much was dropped of photographs that are used."""
+    dropped = [f"{count} {what}{'s' if count > 1 else ''} dropped" for what, count in manifest["dropped"].items()]
+    words = f"{manifest['rejected']} rejected"
+    if dropped:
+        words += f"; {', '.join(dropped)}, the photographs are used"
+    return words + (" (see rejected.jsonl)" if manifest["rejected"] or dropped else "")
 
 
 def _counts(material: Material, folder: Path) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, s
     return digests
 
 
-def _warnings(material: Material, digests: dict[str, str]) -> list[str]:
+def _warnings(material: Material, digests: dict[str, str], config: BuildConfig) -> list[str]:
     """What a user should know before trusting a number that comes from this dataset."""
     inspections = material.inspections
     asked = {question.inspection for question in material.questions}
@@ -198,7 +208,7 @@ def _warnings(material: Material, digests: dict[str, str]) -> list[str]:
     if not any(inspection.split == "train" for inspection in cases):
         found.append(
             "the train split holds normal photographs only: they serve as references and the training rows are empty; "
-            "set split to seeded to train on this data"
+            f"to train on this data, {remedy(inspections, config, defects=True)}"
         )
     for split in ("validation", "test"):
         if not any(inspection.split == split for inspection in cases):
@@ -207,26 +217,25 @@ def _warnings(material: Material, digests: dict[str, str]) -> list[str]:
     sides = {(i.dataset, i.product, i.condition == GOOD) for i in cases if i.split == "train"}
     lacking = ["/".join(place) for place in alone if (*place, True) not in sides or (*place, False) not in sides]
     if lacking:
-        found.append(f"only normal or only defective training cases, so no balance: {_some(lacking)}")
-    if material.unknown_products:
-        found.append(f"no knowledge, so the names of the conditions stand in: {_some(material.unknown_products)}")
+        found.append(f"only normal or only defective training cases, so no balance: {some(lacking)}")
+    found += material.knowledge_doubts
     served = {reference.inspection for reference in material.references}
     bare = [inspection.image for inspection in cases if inspection.id not in served]
     if bare:
-        found.append(f"{len(bare)} cases have no reference: {_some(bare)}")
+        found.append(f"{len(bare)} cases have no reference: {some(bare)}")
     divided = divided_parts(inspections)
     if divided:
         found.append(
-            f"{len(divided)} groups are in more than one split, as the source has it: {_some([d[2] for d in divided])}"
+            f"{len(divided)} groups are in more than one split, as the source has it: {some([d[2] for d in divided])}"
         )
     elsewhere = {digests[inspection.image] for inspection in inspections if inspection.split != "test"}
     copies = [inspection.image for inspection in test if digests[inspection.image] in elsewhere]
     if copies:
-        found.append(f"{len(copies)} test photographs are copies of photographs of other splits: {_some(copies)}")
+        found.append(f"{len(copies)} test photographs are copies of photographs of other splits: {some(copies)}")
     held_out = {digests[inspection.image] for inspection in test}
     named = [i.image for i in cases if i.reference is not None and digests[i.reference] in held_out]
     if named:
-        found.append(f"the references named for {len(named)} cases are themselves test photographs: {_some(named)}")
+        found.append(f"the references named for {len(named)} cases are themselves test photographs: {some(named)}")
     return found
 
 
@@ -262,7 +271,3 @@ def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> list[str]:
         for product, found in sorted(depths.items())
         if len(found) > 1
     ]
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -6,7 +6,7 @@ import dataclasses
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from data_prep.images import boxes_fault, image_fault, mask_fault
 from data_prep.settings import BuildConfig
-from data_prep.sources import Item
+from data_prep.sources import Item, Place, place_name
 from echo_ft.dataset import Descriptions, make_cases
-from echo_ft.records import GOOD, Case, EchoError, Entry, Inspection, Question, Reference, Rejection
-from echo_ft.splits import REFERENCE, make_splits, trainable, withheld
+from echo_ft.records import GOOD, Case, EchoError, Entry, Inspection, Knowledge, Question, Reference, Rejection
+from echo_ft.splits import HOLDS_OUT, REFERENCE, make_splits, trainable, withheld
 
 T = TypeVar("T")
 
@@ -39,6 +39,8 @@ class Material:
     split_words: str
     held_out: list[str]
     unknown_products: list[str]
+    knowledge_doubts: list[str]
+    """Where the knowledge and the photographs do not fit together, a sentence each."""
     training_knowledge: Descriptions
     """The knowledge less the conditions that training must not see."""
 
@@ -65,6 +67,7 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
     questions = [item for item in read if isinstance(item, Question)]
     rejections = [item for item in read if isinstance(item, Rejection)]
     asked = {question.inspection for question in questions}
+    places = {item.inspection: f" ({item.place})" for item in read if isinstance(item, Place)}
     fault_of = cache(image_fault)
     inspections: dict[str, Inspection] = {}
     for item in progress([i for i in read if isinstance(i, Inspection)], "checking", "photographs"):
@@ -72,22 +75,23 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
         fault = fault_of(root / inspection.image) or boxes_fault(inspection, root)
         if inspection.id in inspections:
             fault = "the source lists it twice"
+        place = places.get(inspection.id, "")
         if fault:
-            rejections.append(Rejection(inspection.image, fault))
+            rejections.append(Rejection(inspection.image, fault + place))
             continue
         mask = mask_fault(inspection, root)
         if mask:
             stands = mask.photograph_stands or inspection.id in asked
             words = "; the photograph is used without it" if stands else ""
-            rejections.append(Rejection(inspection.image, mask.reason + words))
+            rejections.append(Rejection(inspection.image, mask.reason + words + place, "mask" if stands else None))
             if not stands:
                 continue
             boxes = () if inspection.polygons else inspection.boxes  # boxes beside polygons are half of what is marked
             inspection = dataclasses.replace(inspection, mask=None, masks=(), polygons=(), boxes=boxes)
         fault = fault_of(root / inspection.reference) if inspection.reference else None
         if fault:
-            reason = f"{fault}; {inspection.image} gets a retrieved reference instead"
-            rejections.append(Rejection(str(inspection.reference), reason))
+            reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
+            rejections.append(Rejection(str(inspection.reference), reason, "reference"))
             inspection = dataclasses.replace(inspection, reference=None)
         inspections[inspection.id] = inspection
     kept = []
@@ -107,19 +111,20 @@ def prepare(
     config: BuildConfig,
 ) -> Material:
     """Splits, references, knowledge and questions for usable photographs."""
+    from echo_ft.knowledge import load_knowledge
+
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
-    inspections, split_words, held_out = make_splits(
-        inspections, config.split, config.seed, config.fractions, config.held_out
-    )
+    inspections, split_words, held_out = divide(inspections, root, config)
     inspections, references, unreadable = refer(inspections, root, config)
-    knowledge, unknown = describe(inspections, config.knowledge)
+    known = load_knowledge(config.knowledge) if config.knowledge else {}
+    knowledge, unknown = describe(inspections, known)
     training_knowledge = less_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
     asked = queries(inspections)
     if not asked:
         raise EchoError(
             "the train split holds normal photographs only and there is no other split, so nothing can be asked; "
-            "set split to seeded, or add photographs of defects"
+            "add photographs of defects"
         )
     left = {inspection.id for inspection in inspections}
     kept = [question for question in questions if question.inspection in left]
@@ -133,8 +138,34 @@ def prepare(
         split_words,
         held_out,
         unknown,
+        doubts(inspections, known),
         training_knowledge,
     )
+
+
+def divide(
+    inspections: Sequence[Inspection], root: Path, config: BuildConfig
+) -> tuple[list[Inspection], str, list[str]]:
+    """`make_splits` as the config has it, the same for every name of the list or folder that names the dataset.
+
+    Otherwise renaming parts.csv to parts_v2.csv would deal anew, and train on what was the test. By dataset the names
+    are what is split by, so they count.
+    """
+    name = place_name(config.source, root, config.annotations) if config.split != "by_dataset" else None
+    named = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
+    done, words, held_out = make_splits(named, config.split, config.seed, config.fractions, config.held_out)
+    return [dataclasses.replace(i, split=d.split) for i, d in zip(inspections, done, strict=True)], words, held_out
+
+
+def remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
+    """What brings photographs of defects, or normal ones, into a train split that has none of them."""
+    if not any((inspection.condition != GOOD) == defects for inspection in inspections):
+        return "add photographs of defects" if defects else f"add normal photographs, with condition {GOOD!r}"
+    if config.split == "given":
+        return "set split to seeded"
+    if config.split in HOLDS_OUT:
+        return "hold out less, or set split to seeded"
+    return "give train a larger share in fractions"
 
 
 def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
@@ -160,8 +191,8 @@ def refer(
     asked, pool = queries(inspections), reference_pool(inspections)
     if not pool and any(inspection.reference is None for inspection in asked):
         raise EchoError(
-            "the train split holds no normal photograph, so there is nothing to compare with; add some with "
-            f"condition {GOOD!r}, or set split to seeded"
+            "the train split holds no normal photograph, so there is nothing to compare with; "
+            + remedy(inspections, config, defects=False)
         )
     references, unreadable = find_references(
         asked, pool, root, config.descriptor, config.k, config.scope, config.seed, config.cache
@@ -178,14 +209,13 @@ def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], li
     return {place: sorted(names, key=lambda name: (name != GOOD, name)) for place, names in sorted(found.items())}
 
 
-def describe(inspections: Sequence[Inspection], path: Path | None) -> tuple[Descriptions, list[str]]:
-    """The knowledge entries of every product, and the products that `path` knows nothing about.
+def describe(inspections: Sequence[Inspection], known: Knowledge) -> tuple[Descriptions, list[str]]:
+    """The knowledge entries of every product, and the products that nothing is known about.
 
     For those the names of the conditions stand in.
     """
-    from echo_ft.knowledge import entries_for, load_knowledge
+    from echo_ft.knowledge import entries_for
 
-    known = load_knowledge(path) if path else {}
     descriptions: Descriptions = {}
     unknown = []
     for (dataset, product), conditions in conditions_of(inspections).items():
@@ -194,6 +224,39 @@ def describe(inspections: Sequence[Inspection], path: Path | None) -> tuple[Desc
         if not found:
             unknown.append(f"{dataset}/{product}")
     return descriptions, unknown
+
+
+def doubts(inspections: Sequence[Inspection], known: Knowledge) -> list[str]:
+    """Where the knowledge and the photographs do not fit together, a sentence each."""
+    from echo_ft.knowledge import misspelt, products_of
+
+    found: list[str] = []
+    bare: list[str] = []
+    unknown: dict[str, list[str]] = defaultdict(list)
+    for (dataset, product), conditions in conditions_of(inspections).items():
+        products = products_of(known, dataset)
+        entries = products.get(product, {})
+        if not entries:
+            held = f"of {dataset} the file holds {some(products)}" if products else f"the file holds {some(known)}"
+            unknown[f"; {held}" if known else ""].append(f"{dataset}/{product}")
+            continue
+        meant = misspelt(entries, conditions)
+        found += [
+            f"knowledge: condition {name!r} of {product} occurs in no photograph; did you mean {near!r}?"
+            for name, near in meant.items()
+        ]
+        named = {*entries, *meant.values()}
+        bare += [f"{dataset}/{product}/{condition}" for condition in conditions if condition not in named]
+    if bare:
+        found.append(f"no knowledge of conditions, so their names stand in: {some(bare)}")
+    for held, places in unknown.items():
+        found.append(f"no knowledge, so the names of the conditions stand in: {some(places)}{held}")
+    return found
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join([*names][:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def less_held_out(knowledge: Descriptions, held_out: Sequence[str]) -> Descriptions:

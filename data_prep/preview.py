@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_prep.output import rejected_words
 from data_prep.prepare import Material
 from echo_ft import geometry
 from echo_ft.images import image_size, load_image
@@ -58,6 +59,7 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], materia
         splits=SPLITS,
         apart=manifest["counts"]["photographs"].get(REFERENCE, 0),
         good=GOOD,
+        rejected=rejected_words(manifest),
         is_marked=geometry.is_marked,
         roles=ROLES,
         cards=_cards(folder, root, material),

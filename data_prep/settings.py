@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.sources import NAMES
+
 
 @dataclass(frozen=True)
 class BuildConfig:
     """What to build, from what, and how."""
 
-    source: str = field(metadata={"help": "layout of the raw data: a file name in data_prep/sources"})
+    source: str = field(metadata={"help": f"layout of the raw data: {', '.join(NAMES)} (see data_prep/sources)"})
     output: Path = field(metadata={"help": "dataset folder to write"})
     root: Path | None = field(
         default=None, metadata={"help": "folder that image paths are relative to; by default that of annotations"}

@@ -5,6 +5,7 @@ The flags, their types and their help come from the dataclasses, by transformers
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -17,18 +18,22 @@ import yaml
 
 from echo_ft.records import EchoError
 
+COMMAND_LINE = "the command line"
+
+DESCRIPTION = "--config FILE reads these options from a YAML file of key: value lines; flags win over it."
+
 
 def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """One instance of each dataclass in `types` from `--config FILE` and `--key value` flags; flags win.
 
-    Raises EchoError for a file that is missing or not a
-    mapping, an unknown key (naming the nearest known one), a value of the wrong type, and a missing required value.
+    Raises EchoError for a file that is missing or not a mapping, an unknown key (naming the nearest known one), a value
+    of the wrong type, and a missing required value.
     """
     from transformers import HfArgumentParser  # takes seconds to import, and `--help` of a script should not
 
     known = {field.name for cls in types for field in dataclasses.fields(cls) if field.init}
     file, flags = _split(argv)
-    source = file or "the command line"
+    source = file or COMMAND_LINE
     config = _load(Path(file)) if file else {}
     for key in map(str, config):
         if key not in known:
@@ -43,13 +48,16 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
             if name in config and config[name] is None and type(None) not in get_args(kind) and kind is not Any:
                 raise EchoError(f"{source}: {name} is empty; give it a value, or take the line out")
 
-    parser: Any = HfArgumentParser(list(types))
+    parser: Any = HfArgumentParser(list(types), description=DESCRIPTION)
     # A value in the file satisfies a required flag, and is checked as a flag would be.
     for action in parser._actions:
         if action.dest in config:
             action.required = False
     parser.error = _raise(source)
     parser.set_defaults(**{key: _checked(parser, key, value, source) for key, value in config.items()})
+    for action in parser._actions:
+        if action.const is False:  # --no_key, which has the help of --key and the default False
+            action.help, action.default = f"the same as --{action.dest} false", argparse.SUPPRESS
     try:
         return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
     except (ValueError, TypeError) as error:
@@ -117,7 +125,9 @@ def _nearest(key: str, known: set[str]) -> str:
 
 def _raise(source: str) -> Callable[[str], None]:
     def error(message: str) -> None:
-        raise EchoError(f"{source}: {message}; run with --help for the list")
+        # argparse names the argument whose value is wrong; values of the file are checked before it sees them.
+        where = COMMAND_LINE if message.startswith("argument ") else source
+        raise EchoError(f"{where}: {message}; run with --help for the list")
 
     return error
 

@@ -6,9 +6,10 @@ where it has several sentences, the first says what the condition looks like and
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from echo_ft.records import GOOD, EchoError, Entry, Knowledge
@@ -78,11 +79,26 @@ def entries_for(
     All entries of the product come, whichever of them the photographs show. A condition of the photographs without
     one, and every condition of a product that the knowledge does not have, is described by its name alone.
     """
-    products = knowledge.get(dataset) or knowledge.get(ALIASES.get(dataset, dataset)) or {}
-    known = products.get(product, {})
+    known = products_of(knowledge, dataset).get(product, {})
     names = sorted({*known, *conditions}, key=lambda name: (name != GOOD, name))
     entries = tuple(Entry(name, clean(known[name]) if name in known else readable(name)) for name in names)
     return entries, bool(known)
+
+
+def products_of(knowledge: Knowledge, dataset: str) -> Mapping[str, Mapping[str, str]]:
+    """What is known about the products of a dataset, under its own name or the one that MMAD's file has for it."""
+    return knowledge.get(dataset) or knowledge.get(ALIASES.get(dataset, dataset)) or {}
+
+
+def misspelt(known: Mapping[str, str], conditions: Sequence[str]) -> dict[str, str]:
+    """Entries of a product that none of its photographs shows, each with the condition that it is likely meant for.
+
+    That is a condition of the photographs without an entry and of nearly that name. An entry that resembles none is
+    left out: a defect may be known that was not photographed.
+    """
+    bare = [condition for condition in conditions if condition not in known]
+    near = {name: difflib.get_close_matches(name, bare, n=1) for name in known if name not in conditions}
+    return {name: found[0] for name, found in near.items() if found}
 
 
 def clean(text: str) -> str:

@@ -99,6 +99,8 @@ class Rejection:
 
     item: str
     reason: str
+    dropped: str | None = None
+    """`mask` or `reference`, where that alone could not be used and the photograph is; None where the item is out."""
 
 
 @dataclass(frozen=True)

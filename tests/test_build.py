@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from data_prep.build import build, main
+from data_prep.output import rejected_words
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import cases, load_dataset
 from echo_ft.records import ROLES, EchoError, Exchange, Inspection, Question, Reference, Rejection, read_jsonl, to_json
@@ -275,8 +276,14 @@ def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small, 
     Image.new("L", (48, 40), 255).save(root / "mark.png")
     edit_rows(small, lambda r: r.update(mask="mark.png") if r["image"] == "cap/good-2-1.png" else None)
     manifest = build(config(small, tmp_path / "out"))
-    reasons = {r.item: r.reason for r in rows(tmp_path / "out", "rejected.jsonl", Rejection)}
-    assert manifest["rejected"] == len(reasons) == 6
+    rejections = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    reasons = {r.item: r.reason for r in rejections}
+    lines = {row["image"]: n for n, row in enumerate(map(json.loads, small.read_text().splitlines()), start=1)}
+    assert all(reason.endswith(f" (parts.jsonl:{lines[image]})") for image, reason in reasons.items())
+    assert manifest["rejected"] == 5 and manifest["dropped"] == {"mask": 1} and len(reasons) == 6
+    assert [r.item for r in rejections if r.dropped] == ["cap/dent-1-1.png"]
+    told = "5 rejected; 1 mask dropped, the photographs are used (see rejected.jsonl)"
+    assert rejected_words(manifest) == told and f"{told}." in (tmp_path / "out" / "preview.html").read_text()
     assert "broken" in reasons["cap/good-0-1.png"] and "broken" in reasons["cap/good-1-1.png"]
     assert "20 x 20 pixels, the photograph 48 x 40" in reasons["cap/dent-0-1.png"]
     assert "marks nothing" in reasons["cap/dent-1-1.png"] and "used without it" in reasons["cap/dent-1-1.png"]
@@ -343,7 +350,8 @@ def test_a_benchmarks_question_stands_without_its_mask(tmp_path):
     mask.parent.mkdir(parents=True)
     Image.new("L", (9, 9), 255).save(mask)
     manifest = build(config(annotations, tmp_path / "out", source="mmad"))
-    assert manifest["rejected"] == 1 and len(cases(load_dataset(tmp_path / "out"), "test")) == 3
+    assert (manifest["rejected"], manifest["dropped"]) == (0, {"mask": 1})
+    assert len(cases(load_dataset(tmp_path / "out"), "test")) == 3
 
 
 def test_copies_of_test_photographs_in_training_are_reported(small, tmp_path):
@@ -423,11 +431,12 @@ def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, words):
     ("keep", "words"),
     [
         (lambda row: False, "no usable photograph"),
-        (lambda row: row["condition"] != "good", "no normal photograph"),
-        (lambda row: row["condition"] == "good" and row.update(split="train") is None, "split to seeded"),
+        (lambda row: row["condition"] != "good", "no normal photograph.* with; add normal photographs, with condition"),
+        (lambda row: row["condition"] == "good" and row.update(split="train") is None, "; add photographs of defects$"),
+        (lambda row: not row.update(split="train" if row["condition"] != "good" else "test"), "; set split to seeded$"),
     ],
 )
-def test_a_dataset_that_nothing_can_be_made_of_is_an_error(raw, tmp_path, keep, words):
+def test_a_dataset_that_nothing_can_be_made_of_is_an_error_that_says_what_would_help(raw, tmp_path, keep, words):
     lines = [row for row in map(json.loads, raw.read_text().splitlines()) if keep(row)]
     source = raw.with_name(f"{tmp_path.name}.jsonl")
     source.write_text("".join(json.dumps(row) + "\n" for row in lines))

@@ -41,14 +41,15 @@ def test_values_have_their_types_and_flags_win(write):
     [
         ("dataset: d\nlerning_rate: 1\n", [], "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
         ("dataset: d\n", ["--step", "1"], "unknown option --step; did you mean 'steps'"),
-        ("steps: 1\n", [], "dataset"),
+        ("steps: 1\n", [], r"run\.yaml: the following arguments are required: --dataset"),
         ("dataset: d\nsteps: many\n", [], "steps cannot be 'many'"),
         ("dataset:\n", [], "dataset is empty; give it a value"),
         ("dataset: d\nsteps:\n", [], "steps is empty; give it a value, or take the line out"),
         ("dataset: d\nreasoning: maybe\n", [], "choose from on, off"),
         ("dataset: d\nkinds: x\n", [], "kinds takes a list"),
         ("dataset: [d]\n", [], "dataset takes one value"),
-        ("dataset: d\n", ["--steps", "x"], "steps"),
+        ("dataset: d\n", ["--steps", "x"], "^the command line: argument --steps: invalid int value: 'x'"),
+        ("dataset: d\nsteps: 1\n", ["--reasoning", "maybe"], "^the command line: argument --reasoning"),
         ("- a\n- b\n", [], "a config is a mapping"),
         ("a: [\n", [], "not valid YAML"),
     ],
@@ -56,6 +57,23 @@ def test_values_have_their_types_and_flags_win(write):
 def test_mistakes_are_named(write, text, flags, message):
     with pytest.raises(EchoError, match=message):
         parse([Options], [*write(text), *flags])
+
+
+def test_help_tells_of_the_config_file_and_how_to_turn_a_switch_off(write, capsys):
+    for argv in ([], write("dataset: d\nbalance: false\n")):
+        with pytest.raises(SystemExit):
+            parse([Options], [*argv, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert "--config FILE reads" in told
+        assert told.count("the same as --balance false") == 1 and "balance false (default" not in told
+
+
+def test_a_switch_is_turned_off_by_flag_or_file_and_on_again(write):
+    off = write("dataset: d\nbalance: false\n")
+    assert not parse([Options], off)[0].balance
+    assert parse([Options], [*off, "--balance"])[0].balance
+    assert not parse([Options], ["--dataset", "d", "--no_balance"])[0].balance
+    assert parse([Options], ["--dataset", "d"])[0].balance
 
 
 def test_a_missing_file_names_its_neighbour(write, tmp_path):

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from data_prep import sources
-from data_prep.build import build
+from data_prep.build import build, main
 from data_prep.images import SUFFIXES
 from data_prep.prepare import collect
 from data_prep.settings import BuildConfig
-from data_prep.sources import SourceConfig, real_iad, synthetic, visa
+from data_prep.sources import Place, SourceConfig, real_iad, synthetic, visa
 from echo_ft import geometry
 from echo_ft.config import parse
 from echo_ft.records import GOOD, EchoError, Inspection
@@ -181,6 +182,19 @@ def test_synthetic_keeps_the_contract_too(tmp_path):
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.suffix in SUFFIXES} == used
 
 
+@pytest.mark.parametrize("name", ["manifest", "manifest-coco", "real_iad", "visa"])
+def test_a_photograph_that_turns_out_to_be_broken_is_named_with_its_place_in_the_list(name, tree):
+    root = tree.config.root
+    module = import_module(f"data_prep.sources.{name.split('-')[0]}")
+    broken = next(i for i in read(name, tree.config)[0] if i.condition != GOOD)
+    place = {item.inspection: item.place for item in module.read(tree.config) if isinstance(item, Place)}[broken.id]
+    whole = (root / broken.image).read_bytes()
+    (root / broken.image).write_bytes(whole[: len(whole) * 2 // 3])
+    _, _, (rejection,) = collect(module.read(tree.config), root)
+    told = f"{rejection.item}: {rejection.reason}"
+    assert broken.image in told and place in told and place.split(":")[0].endswith((".csv", ".json"))
+
+
 def test_every_source_has_a_recipe_that_its_settings_take():
     recipes = sorted((ROOT / "recipes").glob("*/data.yaml")) + sorted((ROOT / "recipes" / "data").glob("*.yaml"))
     configs = {path: parse([BuildConfig], ["--config", str(path)])[0] for path in recipes}
@@ -188,6 +202,45 @@ def test_every_source_has_a_recipe_that_its_settings_take():
     for path, config in configs.items():
         assert path.relative_to(ROOT).as_posix() in path.read_text(), "it says how to run it"
         assert not config.held_out or config.split in HOLDS_OUT
+
+
+RECIPES = sorted((ROOT / "recipes" / "data").glob("*.yaml"))
+
+
+def test_the_command_in_a_recipe_says_where_to_put_each_path_that_the_recipe_guesses():
+    for path in RECIPES:
+        comment = path.read_text().split("source:")[0]
+        for key in {"root", "annotations", "knowledge"} & yaml.safe_load(path.read_text()).keys():
+            assert f"--{key} F" in comment, f"{path.name}: {key}"
+
+
+def test_the_command_in_mmads_recipe_builds_a_folder_as_mmad_is_downloaded(tmp_path, monkeypatch):
+    folder = trees.mmad(tmp_path / "MMAD").config.root
+    write_json(folder / "domain_knowledge.json", {"VisA": {"candle": {"good": "Even wax."}}})
+    comment = (ROOT / "recipes/data/mmad.yaml").read_text().split("source:")[0].replace("\\\n#", "")
+    command = comment.split("python -m data_prep.build ")[1].split("  (")[0].replace("FOLDER", str(folder))
+    monkeypatch.chdir(ROOT)
+    main(
+        [
+            *command.split(),
+            "--descriptor",
+            "skimage",
+            "--cache",
+            str(tmp_path / "cache"),
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["rejected"] == 0 and "VisA/candle" not in manifest["products_without_knowledge"]
+
+
+def test_datasets_are_built_for_the_routing_that_the_runs_beside_them_take():
+    for run in (ROOT / "recipes").glob("*/run.yaml"):
+        own = run.with_name("data.yaml")
+        for data in [own] if own.is_file() else RECIPES:
+            (config,) = parse([BuildConfig], ["--config", str(data)])
+            assert config.routing == yaml.safe_load(run.read_text())["routing"], (run, data)
 
 
 # trees of folders

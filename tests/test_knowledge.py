@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from echo_ft.knowledge import appearance, brief, described, effect, entries_for, load_knowledge, readable
+from echo_ft.knowledge import (
+    appearance,
+    brief,
+    described,
+    effect,
+    entries_for,
+    load_knowledge,
+    misspelt,
+    products_of,
+    readable,
+)
 from echo_ft.records import EchoError, Entry
 
 MMAD = (
@@ -72,6 +82,24 @@ def test_a_product_without_knowledge_gets_the_names_of_its_conditions() -> None:
     entries, known = entries_for({"d": {"p": {"good": "Even."}}}, "d", "q", ["broken_large", "good"])
     assert entries == (Entry("good", "free of defects"), Entry("broken_large", "broken large")) and not known
     assert not any(map(described, entries))
+
+
+def test_an_entry_is_misspelt_where_a_condition_of_nearly_that_name_lacks_one() -> None:
+    known = {
+        "god": "Even.",
+        "dnet": "A hollow.",
+        "stain": "A blot.",
+        "stains": "Blots.",
+        "melted": "Never photographed.",
+    }
+    assert misspelt(known, ["good", "dent", "stain", "crack"]) == {"god": "good", "dnet": "dent"}
+    assert misspelt({"dnet": "A hollow.", "dent": "A hollow."}, ["dent"]) == {}
+
+
+def test_products_are_found_under_mmads_name_for_the_dataset() -> None:
+    knowledge = {"MVTec": {"zipper": {"good": "Even."}}}
+    assert products_of(knowledge, "MVTec-AD") == products_of(knowledge, "MVTec") == knowledge["MVTec"]
+    assert products_of(knowledge, "VisA") == {}
 
 
 def test_a_last_sentence_that_tells_no_consequence_is_no_effect() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.build import build
+from data_prep.build import build, main
 from data_prep.images import image_fault
-from data_prep.prepare import MAX_REPEATS, balanced
+from data_prep.prepare import MAX_REPEATS, balanced, divide
+from data_prep.settings import BuildConfig
+from data_prep.sources import NAMES
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, Case, EchoError, Inspection, Seen, Truth, read_jsonl
-from echo_ft.splits import REFERENCE
-from tests.test_build import config, draw_manifest
+from echo_ft.records import ROLES, Case, EchoError, Inspection, Rejection, Seen, Truth, read_jsonl
+from echo_ft.splits import REFERENCE, make_splits
+from tests.test_build import arguments, config, draw_manifest, edit_rows, rows, run
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
@@ -67,6 +70,12 @@ def test_a_repeated_case_never_follows_itself(normals, dents):
 def test_balancing_leaves_a_product_of_one_side_alone():
     found = [small_case(f"a{i}", "a", "good") for i in range(5)]
     assert sorted(case.id for case in balanced(found, seed=0)) == [f"a{i}" for i in range(5)]
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A list of 24 photographs of one product, for a test to change."""
+    return draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)
 
 
 PRODUCTS = ("cap", "ring", "washer")
@@ -133,3 +142,142 @@ def test_a_dataset_column_lets_one_list_hold_several_datasets(listed, tmp_path):
     assert manifest["counts"]["products"]["test"].keys() == {"ring"}
     with pytest.raises(EchoError, match="no dataset is named 'old lin'; did you mean 'old line'"):
         build(config(several, tmp_path / "other", split="by_dataset", held_out=["old lin"]))
+
+
+def knows(folder: Path, **datasets: dict) -> Path:
+    (folder / "knowledge.yaml").write_text(json.dumps(datasets))
+    return folder / "knowledge.yaml"
+
+
+def test_a_misspelt_condition_of_the_knowledge_is_a_warning_and_one_that_was_not_photographed_is_none(
+    small, tmp_path, capsys
+):
+    text = {"good": "An even ramp.", "dnet": "A black square.", "stain": "A blot.", "burr": "A sharp edge."}
+    given = {"source": "manifest", "annotations": small, "descriptor": "skimage", "output": tmp_path / "out"}
+    main(arguments(**given, knowledge=knows(tmp_path, parts={"cap": text})))
+    told = "knowledge: condition 'dnet' of cap occurs in no photograph; did you mean 'dent'?"
+    assert f"warning: {told}" in capsys.readouterr().err
+    warnings = json.loads((tmp_path / "out" / "manifest.json").read_text())["warnings"]
+    assert [warning for warning in warnings if "knowledge" in warning] == [told]
+    assert told.replace("'", "&#39;") in (tmp_path / "out" / "preview.html").read_text()
+    text["dent"] = text.pop("dnet")
+    manifest = build(config(small, tmp_path / "right", knowledge=knows(tmp_path, parts={"cap": text})))
+    assert not any("knowledge" in warning for warning in manifest["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({"my_parts": {"cap": {"good": "Even."}}}, "stand in: parts/cap; the file holds my_parts"),
+        ({"parts": {"cpa": {"good": "Even."}}}, "stand in: parts/cap; of parts the file holds cpa"),
+        (
+            {"parts": {"cap": {"good": "Even."}}},
+            "of conditions, so their names stand in: parts/cap/dent, parts/cap/stain",
+        ),
+        (None, "stand in: parts/cap"),
+    ],
+)
+def test_what_the_knowledge_lacks_is_told_with_the_keys_that_it_has(small, tmp_path, known, words):
+    path = knows(tmp_path, **known) if known else None
+    manifest = build(config(small, tmp_path / "out", knowledge=path))
+    (warning,) = [warning for warning in manifest["warnings"] if "no knowledge" in warning]
+    assert warning.endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("box", "used"),
+    [([0.1, 0.1, 0.3, 0.3], False), ([0, 0, 0.99, 0.99], False), ([4, 4, 4.5, 12], True), ([4, 4, 5, 5], True)],
+)
+def test_boxes_in_shares_of_the_image_are_refused(small, tmp_path, box, used):
+    """No more than a pixel can be marked by numbers from 0 to 1; a scratch may be narrower than one."""
+
+    def mark(row: dict) -> None:
+        if row["image"] == "cap/dent-0-1.png":
+            row.update(boxes=[box], mask=None)
+
+    edit_rows(small, mark)
+    build(config(small, tmp_path / "out"))
+    told = {r.item: r.reason for r in rows(tmp_path / "out", "rejected.jsonl", Rejection)}
+    assert set(told) == (set() if used else {"cap/dent-0-1.png"})
+    assert all("smaller than a pixel" in reason and "[[x0, y0, x1, y1], ...]" in reason for reason in told.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        (lambda row: row.update(condition="good", mask=None), {"split": "seeded"}, "add photographs of defects"),
+        (lambda row: row.update(condition="good", mask=None), {}, "add photographs of defects"),
+        (lambda row: row.update(split="train" if row["condition"] == "good" else "test"), {}, "set split to seeded"),
+        (
+            lambda row: row.update(group=row["group"] if row["condition"] == "good" else "one part"),
+            {"split": "seeded", "fractions": [0.3, 0.0, 0.7]},
+            "give train a larger share in fractions",
+        ),
+    ],
+)
+def test_a_train_split_without_defects_says_what_would_help(small, tmp_path, change, settings, words):
+    edit_rows(small, change)
+    manifest = build(config(small, tmp_path / "out", **settings))
+    (warning,) = [warning for warning in manifest["warnings"] if "the training rows are empty" in warning]
+    assert warning.endswith(f"to train on this data, {words}")
+
+
+def test_help_names_the_sources_and_the_config_file():
+    done = run("--help")
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "--config FILE" in told and "the same as --balance false" in told
+    assert ", ".join(NAMES) in told and {"manifest", "mmad", "synthetic"} <= set(NAMES)
+
+
+def parts_of(dataset: str, count: int = 12, product: str = "cap") -> list[Inspection]:
+    """`count` normal parts and `count` with a dent."""
+    names = [f"{product}/{condition}-{number}" for condition in ("good", "dent") for number in range(count)]
+    return [Inspection(n, f"{n}.png", dataset, product, n.split("/")[1].split("-")[0], n) for n in names]
+
+
+def divided(inspections: list[Inspection], source: str, name: str, listed: bool = True, **changes) -> dict[str, str]:
+    """Photograph to split, in a list or a folder of that name."""
+    place = {"annotations": Path(f"/line/{name}.csv")} if listed else {"root": Path(f"/line/{name}")}
+    given = BuildConfig(source=source, output=Path("out"), **place, **changes)
+    done, _, _ = divide(inspections, Path(f"/line/{name}"), given)
+    assert [i.dataset for i in done] == [i.dataset for i in inspections]
+    return {i.id: str(i.split) for i in done}
+
+
+@pytest.mark.parametrize(("source", "listed"), [("manifest", True), ("manifest", False), ("folder", False)])
+@pytest.mark.parametrize("how", ["given", "seeded", "by_product", "by_condition"])
+def test_the_name_of_a_list_or_folder_does_not_move_photographs_between_splits(source, listed, how):
+    def splits(name: str) -> dict[str, str]:
+        parts = parts_of(name) + [
+            replace(i, condition=i.condition.replace("dent", "rust")) for i in parts_of(name, 9, "nut")
+        ]
+        return divided(parts, source, name, listed, split=how)
+
+    assert splits("parts") == splits("parts_v2") == splits("anything")
+    assert len(set(splits("parts").values())) >= 3
+
+
+def test_the_names_of_datasets_that_have_their_own_do_count():
+    """What was published of them is a draw that their names are part of."""
+    tiles = parts_of("magnetic_tile")
+    published, _, _ = make_splits(tiles, "seeded", 0, (0.6, 0.1, 0.3))
+    assert divided(tiles, "magnetic_tile", "magnetic_tile", listed=False) == {i.id: i.split for i in published}
+    assert divided(tiles, "manifest", "magnetic_tile") != {i.id: i.split for i in published}
+    column = [*parts_of("line 1"), *parts_of("line 2")]
+    both = [
+        (i.dataset, d.split) for i, d in zip(column, make_splits(column, "seeded", 0, (0.6, 0.1, 0.3))[0], strict=True)
+    ]
+    given = BuildConfig(source="manifest", output=Path("out"), annotations=Path("parts.csv"), split="seeded")
+    assert [(i.dataset, i.split) for i in divide(column, Path(), given)[0]] == both
+
+
+def test_a_renamed_list_gives_the_same_cases_and_another_dataset(listed, tmp_path):
+    _, first, _ = built(listed, tmp_path / "out")
+    renamed = listed.rename(listed.with_name("parts_v2.jsonl"))
+    try:
+        build(config(renamed, tmp_path / "renamed"))
+    finally:
+        renamed.rename(listed)
+    again = list(read_jsonl(tmp_path / "renamed" / "inspections.jsonl", Inspection))
+    assert [(i.image, i.split) for i in again] == [(i.image, i.split) for i in first]
+    assert {i.dataset for i in again} == {"parts_v2"} and {i.dataset for i in first} == {"parts"}

@@ -290,13 +290,23 @@ def test_manifest_takes_a_jsonl_row_whole_whatever_its_texts_hold(tmp_path, mark
 
 
 @pytest.mark.parametrize(
-    ("header", "words"), [("image,product", "no column 'condition'"), ("grop", "did you mean 'group'")]
+    ("name", "header", "words"),
+    [
+        ("parts.csv", "image,product", "no column 'condition'.*found are 'image', 'product'"),
+        ("parts.csv", "image,product,condition,grop", "did you mean 'group'"),
+        ("parts.csv", "image;product;condition", "with commas between the columns, not semicolons"),
+        ("parts.csv", '"image";"product";"condition"', "not semicolons"),
+        ("parts.csv", "image\tproduct\tcondition", "not tabs"),
+        ("parts.tsv", "image\tproduct\tcondition", "not tabs"),
+        ("parts.csv", "", "no column 'image'.*the file is empty; its first line has to name the columns"),
+    ],
 )
-def test_manifest_refuses_a_header_that_lacks_or_misspells_a_column(tmp_path, header, words):
-    path = tmp_path / "parts.csv"
-    path.write_text((header if "," in header else f"image,product,condition,{header}") + "\n")
-    with pytest.raises(EchoError, match=words):
+def test_manifest_refuses_a_header_that_lacks_or_misspells_a_column(tmp_path, name, header, words):
+    path = tmp_path / name
+    path.write_text(header and header + "\na.png;cap;good\n")
+    with pytest.raises(EchoError, match=words) as raised:
         parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert "\n" not in str(raised.value)
 
 
 # magnetic_tile

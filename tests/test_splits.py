@@ -81,6 +81,12 @@ def test_the_seed_decides():
     assert assign_splits(inspections, 0, SHARES) != assign_splits(inspections, 1, SHARES)
 
 
+def test_the_draw_is_the_one_that_published_figures_rest_on():
+    done = assign_splits(tiles({"good": 10, "crack": 5}, size=1), 0, SHARES)
+    assert [i.group for i in done if i.split == "validation"] == ["good-4"]
+    assert [i.group for i in done if i.split == "test"] == ["good-2", "good-3", "good-9", "crack-3", "crack-4"]
+
+
 def test_equal_group_names_of_two_products_are_two_parts():
     inspections = [Inspection(f"{p}/{g}", f"{p}/{g}.png", "line", p, "good", str(g)) for p in "abc" for g in range(20)]
     counts = defaultdict(Counter)

@@ -5,12 +5,15 @@ be used. Paths in records are relative to `SourceConfig.root`, where a source on
 dataset holds as a mask stand in the record. What a dataset lacks (a mask, the name of a defect) is
 absent from its records; what lies in its tree and is not used is named in a `Rejection`.
 
+A list may tell with a `Place` where a photograph stands in it.
+
 A file whose name begins with an underscore is no source but what several of them share.
 """
 
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,19 @@ from pathlib import Path
 from data_prep.images import SUFFIXES
 from echo_ft.records import Inspection, Question, Rejection
 
-Item = Inspection | Question | Rejection
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+"""The sources, by the names of their files."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its list an inspection stands, as `parts.csv:3`: told where its photograph turns out to be unusable."""
+
+    inspection: str
+    place: str
+
+
+Item = Inspection | Question | Rejection | Place
 
 UNNAMED = "defective"
 """The condition of a defect that its dataset does not name."""
@@ -43,6 +58,13 @@ class SourceConfig:
 
 
 Items = Iterator[Item]
+
+
+def place_name(source: str, root: Path, annotations: Path | None) -> str | None:
+    """The dataset's name where a source takes it from the list or the root, and None where it has one of its own."""
+    if source == "manifest" and annotations is not None:
+        return annotations.stem
+    return root.resolve().name if source in ("folder", "manifest") else None
 
 
 class RowError(Exception):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, RowError, locate
+from data_prep.sources import Items, Place, RowError, locate
 from data_prep.sources._rows import condition_of, needed_text, polygon_of, product_of, size_of, split_of, text_of
 from echo_ft.records import EchoError, Inspection, Rejection
 
@@ -30,13 +30,14 @@ def read_coco(root: Path, path: Path) -> Items:
         marked[row.get("image_id")].append(row)
     known = set()
     for number, image in enumerate(content["images"]):
+        place = f"{path.name}:images[{number}]"
         try:
             if image.get("id") is None or image["id"] in known:
                 raise RowError(f"its id {image.get('id')!r} is missing or that of another image")
             known.add(image["id"])
-            yield from _inspection(root, path, image, marked.get(image["id"], []), categories)
+            yield from _inspection(root, path, image, marked.get(image["id"], []), categories, place)
         except RowError as error:
-            yield Rejection(f"{path.name}:images[{number}]", str(error))
+            yield Rejection(place, str(error))
     for identifier, rows in marked.items():
         if identifier not in known:
             reason = f"{len(rows)} are of an image with the id {identifier!r}, which is not among the images"
@@ -57,7 +58,12 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _inspection(
-    root: Path, path: Path, image: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], categories: Mapping[Any, str]
+    root: Path,
+    path: Path,
+    image: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    categories: Mapping[Any, str],
+    place: str,
 ) -> Items:
     name = locate(root, needed_text(image, "file_name"), "image")
     size_of(root, name, (image.get("width"), image.get("height")))
@@ -72,7 +78,8 @@ def _inspection(
             continue
         boxes.append(_box(name, row.get("bbox")))
         if outline:
-            yield Rejection(name, f"a run-length mask of {labels[-1]} is not read; its bbox is used")
+            yield Rejection(name, f"a run-length mask of {labels[-1]} is not read; its bbox is used", "mask")
+    yield Place(name, place)
     yield Inspection(
         id=name,
         image=name,

@@ -81,7 +81,7 @@ def _photographs(root: Path, dataset: str, product: Path, folder: Path, conditio
             yield from passed_over(root, several, set(files), f"masks of {image} lie directly in their folder")
         if not files and masks.is_dir():
             wanted = (masks / f"{path.stem}_mask.png").relative_to(root).as_posix()
-            yield Rejection(wanted, f"the mask of {image} is missing; the photograph is used without one")
+            yield Rejection(wanted, f"the mask of {image} is missing; the photograph is used without one", "mask")
         names = tuple(file.relative_to(root).as_posix() for file in files)
         yield Inspection(
             id=image,

@@ -59,7 +59,7 @@ def read(config: SourceConfig) -> Items:
         image = path.relative_to(root).as_posix()
         mask: str | None = path.with_suffix(".png").relative_to(root).as_posix()
         if not path.with_suffix(".png").is_file():
-            yield Rejection(str(mask), f"the mask of {image} is missing; the photograph is used without one")
+            yield Rejection(str(mask), f"the mask of {image} is missing; the photograph is used without one", "mask")
             mask = None
         yield Inspection(
             id=image,

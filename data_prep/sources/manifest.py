@@ -8,7 +8,7 @@
 - COCO JSON: see `_coco`.
 - No list: the files that labelme has written under the root, see `_labelme`.
 
-Paths are relative to the root.
+Paths are relative to the root. Splits do not depend on the list's name, but on its rows: a longer list is split anew.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, RowError, SourceConfig, locate
+from data_prep.sources import Items, Place, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._rows import check_condition, needed_text, split_of, text_of
@@ -41,7 +41,7 @@ def read(config: SourceConfig) -> Items:
     if path.suffix.lower() == ".json":
         yield from read_coco(config.root, path)
         return
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
+    rows = _csv_rows(path) if path.suffix.lower() in (".csv", ".tsv") else _jsonl_rows(path)
     first_line: dict[str, int] = {}
     for line, row in rows:
         try:
@@ -49,6 +49,7 @@ def read(config: SourceConfig) -> Items:
             if inspection.image in first_line:
                 raise RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
             first_line[inspection.image] = line
+            yield Place(inspection.id, f"{path.name}:{line}")
             yield inspection
         except RowError as error:
             yield Rejection(f"{path.name}:{line}", str(error))
@@ -86,15 +87,26 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield number, {"broken": "the line is not a JSON object"}
 
 
-def _check_columns(path: Path, names: Iterable[str], needed: bool = True) -> None:
+def _check_columns(path: Path, names: Collection[str], needed: bool = True) -> None:
     missing = [column for column in NEEDED if column not in names]
     if needed and missing:
-        raise EchoError(f"{path} has no column {missing[0]!r}; needed are {', '.join(NEEDED)}")
+        raise EchoError(f"{path} has no column {missing[0]!r}; needed are {', '.join(NEEDED)}; {_found(names)}")
     for name in names:
         # A misspelt `group` or `split` that went unnoticed would leak; columns of other meaning are left alone.
         near = difflib.get_close_matches(str(name), COLUMNS, n=1, cutoff=0.75)
         if near and name not in COLUMNS:
             raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
+
+
+def _found(names: Collection[str]) -> str:
+    """What stands there instead of the columns that are needed, and what to do about it."""
+    if not names:
+        return "the file is empty; its first line has to name the columns"
+    found = ", ".join(map(repr, names))
+    for mark, words in ((";", "semicolons"), ("\t", "tabs")):
+        if any(mark in name for name in names):
+            return f"found is {found}: save the file with commas between the columns, not {words}"
+    return f"found are {found}"
 
 
 def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:

@@ -83,12 +83,13 @@ def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
     dataset, product, *_, condition, _ = key.split("/")
     mask = _mask(f"{dataset}/{product}/{row['mask_path']}", root) if row.get("mask_path") else None
     if mask and not (root / mask).is_file():
-        yield Rejection(mask, f"the mask of {key} is missing; the photograph is used without one")
+        yield Rejection(mask, f"the mask of {key} is missing; the photograph is used without one", "mask")
         mask = None
     templates = row.get("random_templates") or []
     reference = templates[0] if templates else None
     if reference and not (root / reference).is_file():
-        yield Rejection(reference, f"the normal image that MMAD names for {key} is missing; one is retrieved instead")
+        reason = f"the normal image that MMAD names for {key} is missing; one is retrieved instead"
+        yield Rejection(reference, reason, "reference")
         reference = None
     yield Inspection(
         id=key,

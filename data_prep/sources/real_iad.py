@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, RowError, SourceConfig, locate, passed_over, unlisted
+from data_prep.sources import Items, Place, RowError, SourceConfig, locate, passed_over, unlisted
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
 
 CONDITIONS = {
@@ -49,12 +49,14 @@ def read(config: SourceConfig) -> Items:
         used: set[str] = set()
         for split in ("train", "test"):
             for number, row in enumerate(content[split]):
+                place = f"{path.name}:{split}[{number}]"
                 try:
                     inspection = _inspection(root, prefix, row, split, content["meta"]["normal_class"])
                     used |= {inspection.image, inspection.mask or inspection.image}
+                    yield Place(inspection.id, place)
                     yield inspection
                 except RowError as error:
-                    yield Rejection(f"{path.name}:{split}[{number}]", str(error))
+                    yield Rejection(place, str(error))
         if folder.is_dir():
             yield from unlisted(root, folder, used, f"belong to no row of {path.name} that can be used")
     yield from passed_over(root, root, folders, "no list that was read is about it", texts=True)

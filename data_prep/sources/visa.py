@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.sources import UNNAMED, Items, RowError, SourceConfig, entries, locate, passed_over, unlisted
+from data_prep.sources import UNNAMED, Items, Place, RowError, SourceConfig, entries, locate, passed_over, unlisted
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
 from echo_ft.splits import join_kinds
 
@@ -39,12 +39,13 @@ def read(config: SourceConfig) -> Items:
             yield Rejection(f"{path.name}:{line}", str(error))
             continue
         used.add(inspection.image)
+        yield Place(inspection.id, f"{path.name}:{line}")
         if row["mask"]:
             try:
                 inspection = dataclasses.replace(inspection, mask=locate(root, row["mask"], "mask"))
                 used.add(str(inspection.mask))
             except RowError as error:
-                yield Rejection(row["mask"], f"{error}; {inspection.image} is used without it")
+                yield Rejection(row["mask"], f"{error}; {inspection.image} is used without it", "mask")
         yield inspection
     splits = root / SPLIT_FILES
     yield from passed_over(root, root, [*folders, splits, path], f"{path.name} lists nothing in it", texts=True)
