@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from echo_ft.images import load_image
-from echo_ft.layout import PADDING, Layout, Row, attention_mask, pad, pixels
+from echo_ft.layout import PADDING, Layout, Row, pad, pixels
 from echo_ft.records import LETTERS, Exchange
 
 
@@ -35,12 +35,23 @@ class Engine:
     """One base model, with or without adapters named after the roles, and a bounded store of image features."""
 
     def __init__(
-        self, model: Any, layout: Layout, root: Path, max_new_tokens: int = 128, kept_images: int = 256
+        self,
+        model: Any,
+        layout: Layout,
+        root: Path,
+        max_new_tokens: int = 128,
+        kept_images: int = 256,
+        answer_tokens: int | None = None,
     ) -> None:
+        """`answer_tokens` is the most that the decision maker says; None: as many as the others.
+
+        One costs no step of decoding: it comes from the same logits as the letters' probabilities.
+        """
         self.model = model.eval()
         self.layout = layout
         self.root = root
         self.max_new_tokens = max_new_tokens
+        self.answer_tokens = answer_tokens or max_new_tokens
         self.kept_images = kept_images
         self.adapted = hasattr(model, "peft_config")
         self.base = model.get_base_model() if self.adapted else model
@@ -65,22 +76,24 @@ class Engine:
         rows = [self.layout.row(exchange, [next(shapes) for _ in exchange.images]) for exchange in exchanges]
         cache, visible, starts = self._read(rows, features)
         owners = torch.tensor([index for index, row in enumerate(rows) for _ in row.exchange.branches])
-        said = iter(self._continue(rows, owners.to(self.device), cache, visible, starts))
+        limit = self.answer_tokens if role == "decision_maker" else self.max_new_tokens
+        said = iter(self._continue(rows, owners.to(self.device), cache, visible, starts, limit))
         return [[next(said) for _ in exchange.branches] for exchange in exchanges]
 
     def _look(self, role: str, images: Sequence[str]) -> tuple[Any, list[tuple[int, int]]]:
         """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
         # An adapter on the vision tower makes the features the role's own.
         owner = role if self.adapted and self._tower_is_adapted(role) else ""
-        missing = [image for image in dict.fromkeys(images) if (owner, image) not in self._features]
-        if missing:
-            loaded = [load_image(self.root / image) for image in missing]
-            inputs = pixels(self.layout, loaded)
-            encoded = self.base.model.get_image_features(
+        for name in dict.fromkeys(images):
+            if (owner, name) in self._features:
+                continue
+            # One by one: the last bits of what stands beside others depend on them, and so on what was kept before.
+            image = load_image(self.root / name)
+            inputs = pixels(self.layout, [image])
+            (feature,) = self.base.model.get_image_features(
                 inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
             ).pooler_output
-            for name, image, feature in zip(missing, loaded, encoded, strict=True):
-                self._features[owner, name] = feature.clone(), image.size
+            self._features[owner, name] = feature, image.size
         found = [self._features[owner, name] for name in images]
         for name in images:
             self._features.move_to_end((owner, name))
@@ -101,7 +114,7 @@ class Engine:
         self.base.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=attention_mask(batch["segments"]),
+            attention_mask=None,  # plain causal attention, for which fast kernels exist: the padding comes last
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
             past_key_values=cache,
             use_cache=True,
@@ -115,8 +128,9 @@ class Engine:
         cache: DynamicCache,
         visible: torch.Tensor,
         starts: Sequence[int],
+        limit: int,
     ) -> list[Utterance]:
-        """Greedy continuation of every branch; `owners` (N,) is the row of each."""
+        """Greedy continuation of every branch by at most `limit` tokens; `owners` (N,) is the row of each."""
         branches = [
             torch.from_numpy(row.input_ids[row.segments == number + 1])
             for row in rows
@@ -145,13 +159,13 @@ class Engine:
         said: list[list[int]] = [[] for _ in range(count)]
         alive = torch.arange(count, device=self.device)
         position = first + lengths
-        for spent in range(self.max_new_tokens):
+        for spent in range(limit):
             token = logits.argmax(dim=-1)
             going = ~torch.isin(token, self._ends)
             for index, value, goes in zip(alive.tolist(), token.tolist(), going.tolist(), strict=True):
                 if goes:
                     said[index].append(value)
-            if not going.any() or spent + 1 == self.max_new_tokens:
+            if not going.any() or spent + 1 == limit:
                 break
             if not going.all():
                 kept = going.nonzero()[:, 0]

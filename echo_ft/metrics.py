@@ -12,8 +12,8 @@ each image was drawn; one row of ones gives the figures themselves, so both come
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from echo_ft import statistics
 from echo_ft.mmad_scorer import AVERAGE, Table
+from echo_ft.pipeline import most_probable
 from echo_ft.records import GOOD, KINDS, EchoError, Prediction
 
 ALL = "All"
@@ -64,6 +65,19 @@ class Sheet:
                 found[image].append(score)
         return np.array([np.mean(scores) if scores else np.nan for scores in found])
 
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """(N,): which physical part an image shows: dataset, product and group, as `splits.part` has it."""
+        group = {_image(prediction): prediction.group for prediction in self.predictions}
+        names = [(image[0], image[1], group[image]) for image in self.images]
+        place = {name: index for index, name in enumerate(sorted(set(names)))}
+        return np.array([place[name] for name in names])
+
+    def smaller_side(self, members: np.ndarray) -> int:
+        """How many parts the smaller side of some images (N,) bool shows, normal or defective, if it has two."""
+        sides = [len(np.unique(self.parts[members & side])) for side in (self.defective, ~self.defective)]
+        return min(filter(None, sides), default=0)
+
     def rows(self, by: str) -> tuple[list[str], np.ndarray]:
         """Names of the datasets (`by="dataset"`) or products (`dataset/product`), and (N,) which one an image is of."""
         names = [image[0] if by == "dataset" else f"{image[0]}/{image[1]}" for image in self.images]
@@ -71,7 +85,7 @@ class Sheet:
         return found, np.array([found.index(name) for name in names])
 
     def weights(self, by: str = "dataset") -> np.ndarray:
-        """(R, N) from statistics.resample over physical parts: dataset, product and group, as `splits.part` has it.
+        """(R, N) from statistics.resample over physical parts (`parts`).
 
         Photographs of one part are no independent draws, so they are drawn together. The strata are, within a row of
         the table, the parts with normal photographs alone, those with defective ones alone, and those with both. Each
@@ -79,17 +93,14 @@ class Sheet:
         both is drawn whole: were its two sides drawn apart, what they have in common would be lost, and the interval
         of Anomaly Detection, their mean, too narrow.
         """
-        group = {_image(prediction): prediction.group for prediction in self.predictions}
-        parts = [
-            (row, group[image], image[1]) for row, image in zip(self.rows(by)[1].tolist(), self.images, strict=True)
-        ]
-        sides: dict[tuple[int, str, str], set[bool]] = {}
-        for part, defective in zip(parts, self.defective.tolist(), strict=True):
-            sides.setdefault(part, set()).add(defective)
-        stratum = {part: (part[0], max(found) + (len(found) > 1)) for part, found in sides.items()}
-        units = sorted(sides, key=lambda part: (stratum[part], part))
-        place = {unit: index for index, unit in enumerate(units)}
-        return statistics.resample([stratum[unit] for unit in units])[:, [place[part] for part in parts]]
+        sides: dict[tuple[int, int], set[bool]] = {}
+        units = list(zip(self.rows(by)[1].tolist(), self.parts.tolist(), strict=True))
+        for unit, defective in zip(units, self.defective.tolist(), strict=True):
+            sides.setdefault(unit, set()).add(defective)
+        stratum = {unit: (unit[0], max(found) + (len(found) > 1)) for unit, found in sides.items()}
+        order = sorted(sides, key=lambda unit: (stratum[unit], unit))
+        place = {unit: index for index, unit in enumerate(order)}
+        return statistics.resample([stratum[unit] for unit in order])[:, [place[unit] for unit in units]]
 
     def once(self) -> np.ndarray:
         """(1, N): every image once, for the figures themselves."""
@@ -168,6 +179,21 @@ def strict_array(sheet: Sheet, weights: np.ndarray, by: str = "dataset") -> np.n
     return 100 * table
 
 
+def strict_units(sheet: Sheet, by: str = "dataset") -> np.ndarray:
+    """(D + 1, K + 1): how many parts each figure of `strict_array` rests on; of its two sides the smaller one's."""
+    names, row_of = sheet.rows(by)
+    asked = np.zeros((sheet.parts.max() + 1, len(names), 2, len(KINDS)), dtype=bool)
+    image = sheet.image_of
+    asked[sheet.parts[image], row_of[image], sheet.defective[image] * 1, sheet.kinds] = True
+    sides = asked[..., _DETECTION].sum(axis=0)
+    units = np.zeros((len(names) + 1, len(KINDS) + 1), dtype=int)
+    units[:-1, :-1] = asked.any(axis=2).sum(axis=0)
+    units[:-1, _DETECTION] = np.where(sides.min(axis=1) > 0, sides.min(axis=1), sides.max(axis=1))
+    units[:-1, -1] = asked.any(axis=(2, 3)).sum(axis=0)
+    units[-1] = units[:-1].sum(axis=0)
+    return units
+
+
 def strict_table(sheet: Sheet, by: str = "dataset") -> Table:
     """{row: {column: percent}}; None where there is no question."""
     return _as_table(sheet, strict_array(sheet, sheet.once(), by)[0], by)
@@ -175,7 +201,7 @@ def strict_table(sheet: Sheet, by: str = "dataset") -> Table:
 
 def strict_intervals(sheet: Sheet, by: str = "dataset") -> dict[str, dict[str, list[float] | None]]:
     """{row: {column: [low, high]}}: 95 % intervals in percent of every figure in `strict_table`."""
-    low, high = statistics.percentile_interval(strict_array(sheet, sheet.weights(by), by))
+    low, high = statistics.percentile_interval(strict_array(sheet, sheet.weights(by), by), strict_units(sheet, by))
     lows, highs = _as_table(sheet, low, by), _as_table(sheet, high, by)
     return {row: {column: pair(lows[row][column], highs[row][column]) for column in lows[row]} for row in lows}
 
@@ -226,18 +252,27 @@ def detection_arrays(sheet: Sheet, weights: np.ndarray, members: np.ndarray | No
     }
 
 
+def detection_units(sheet: Sheet, members: np.ndarray) -> dict[str, int]:
+    """How many parts each figure of `detection_arrays` rests on; of its two sides the smaller one's."""
+    return {
+        "auroc": sheet.smaller_side(members & ~np.isnan(sheet.defect_scores)),
+        "recall": sheet.smaller_side(members & sheet.defective),
+        "specificity": sheet.smaller_side(members & ~sheet.defective),
+        "balanced_accuracy": sheet.smaller_side(members),
+    }
+
+
 def detection(sheet: Sheet) -> dict[str, dict[str, Any]]:
     """{row: figures, their intervals and counts} for all images together and for each dataset, from 0 to 1."""
     weights = sheet.weights()
     names, row_of = sheet.rows("dataset")
-    asked = np.zeros(len(sheet.images), dtype=bool)
-    asked[sheet.image_of[sheet.kinds == _DETECTION]] = True
+    asked = _asked_for_defects(sheet)
     table = {}
     for name, members in [(ALL, asked), *((name, asked & (row_of == place)) for place, name in enumerate(names))]:
         if not members.any():
             continue
         figures = {key: number(value[0]) for key, value in detection_arrays(sheet, sheet.once(), members).items()}
-        spread = detection_arrays(sheet, weights, members)
+        spread, units = detection_arrays(sheet, weights, members), detection_units(sheet, members)
         table[name] = {
             "images": int(members.sum()),
             "normal": int((members & ~sheet.defective).sum()),
@@ -245,11 +280,16 @@ def detection(sheet: Sheet) -> dict[str, dict[str, Any]]:
             "scored": int((members & ~np.isnan(sheet.defect_scores)).sum()),
             **figures,
             "average_precision": average_precision(sheet, members),
-            "intervals": {
-                key: pair(*map(number, statistics.percentile_interval(value))) for key, value in spread.items()
-            },
+            "intervals": {key: interval(value, units[key]) for key, value in spread.items()},
         }
     return table
+
+
+def _asked_for_defects(sheet: Sheet) -> np.ndarray:
+    """(N,) bool: the images with a question of Anomaly Detection."""
+    asked = np.zeros(len(sheet.images), dtype=bool)
+    asked[sheet.image_of[sheet.kinds == _DETECTION]] = True
+    return asked
 
 
 def average_precision(sheet: Sheet, members: np.ndarray) -> float | None:
@@ -273,6 +313,115 @@ def roc_points(sheet: Sheet) -> list[tuple[float, float]]:
 
     false_positive, true_positive, _ = roc_curve(truth, sheet.defect_scores[scored])
     return list(zip(false_positive.tolist(), true_positive.tolist(), strict=True))
+
+
+def calibration(sheet: Sheet, validation: Sheet, false_alarms: float) -> dict[str, Any]:
+    """P(defect) of a run (`test`), with a temperature and thresholds fitted on another, of a validation split.
+
+    `expected_calibration_error`, `log_loss` and the bins of a `reliability` diagram are those of the test run, before
+    and after `temperature` (`statistics.temperature`). A threshold is one of the calibrated P(defect); what reaches it
+    is called defective. `thresholds` gives recall, share of false alarms and F1 on both runs, with intervals on the
+    test run, of three of them: `false_alarms` holds that share on normal images (`statistics.false_alarm_threshold`)
+    and is absent where the validation run has too few; `f1` has the highest F1 on the validation run; `best` has the
+    highest on the test run itself, which nobody can know beforehand, and so no intervals.
+
+    Intervals are of the test run's images, temperature and threshold being given. Raises EchoError where the validation
+    run has no P(defect) of normal or of defective images, or the test run none at all.
+    """
+    from scipy.special import expit
+
+    fitted_logits, fitted_truth = _scored(validation)
+    logits, truth = _scored(sheet)
+    counts = [{"normal": int((~one).sum()), "defective": int(one.sum())} for one in (fitted_truth, truth)]
+    if not all(counts[0].values()):
+        raise EchoError(
+            f"the validation run has P(defect) of {counts[0]['normal']} normal and {counts[0]['defective']} defective "
+            "images; calibrate on a run with both, by a model or a server that tells probabilities"
+        )
+    if not len(truth):
+        raise EchoError("the run has P(defect) of no image; make it with a model or a server that tells probabilities")
+    temperature = statistics.temperature(fitted_logits, fitted_truth)
+    fitted, scores = expit(fitted_logits / temperature), expit(logits / temperature)
+    thresholds = {
+        "false_alarms": statistics.false_alarm_threshold(fitted[~fitted_truth], false_alarms),
+        "f1": statistics.best_f1_threshold(fitted, fitted_truth),
+        "best": statistics.best_f1_threshold(scores, truth) if truth.any() else None,
+    }
+    used = ~np.isnan(sheet.defect_scores)
+    weights, units = sheet.weights()[:, used], detection_units(sheet, used)
+    units = {"recall": units["recall"], "false_alarms": units["specificity"], "f1": units["balanced_accuracy"]}
+    found = {}
+    for name, threshold in thresholds.items():
+        if threshold is not None:
+            on_validation, on_test = (
+                {
+                    key: number(value[0])
+                    for key, value in statistics.rates(np.ones((1, len(side))), called, side).items()
+                }
+                for called, side in ((fitted >= threshold, fitted_truth), (scores >= threshold, truth))
+            )
+            spread = statistics.rates(weights, scores >= threshold, truth) if name != "best" else {}
+            found[name] = {
+                "threshold": threshold,
+                "validation": on_validation,
+                "test": on_test,
+                "intervals": {key: interval(value, units[key]) for key, value in spread.items()},
+            }
+    ways = {"before": logits, "after": logits / temperature}
+    bins = {way: statistics.reliability(expit(one), truth) for way, one in ways.items()}
+    return {
+        "validation": counts[0],
+        "test": counts[1],
+        "temperature": temperature,
+        "expected_calibration_error": {way: statistics.expected_calibration_error(one) for way, one in bins.items()},
+        "log_loss": {way: statistics.log_loss(one, truth) for way, one in ways.items()},
+        "reliability": bins,
+        "stated_false_alarms": false_alarms,
+        "thresholds": found,
+    }
+
+
+def _scored(sheet: Sheet) -> tuple[np.ndarray, np.ndarray]:
+    """Log odds of P(defect), those of certainty kept finite, and the truth, of the images that have one."""
+    from scipy.special import logit
+
+    scored, tiny = ~np.isnan(sheet.defect_scores), np.finfo(float).eps
+    return logit(np.clip(sheet.defect_scores[scored], tiny, 1 - tiny)), sheet.defective[scored]
+
+
+def two_ways(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
+    """{kind or `Average`: figures}: the decisions read from the text beside those of the options' probabilities.
+
+    Over the questions that have both; empty where none has. `agreement` (0 to 1, with its interval) is the share of
+    `questions` whose text names the most probable option; a text that names none agrees with none. `text` and `logits`
+    are the strict figures in percent of either way, the row `Average` being that of the strict table.
+    """
+    both = [one for one in predictions if one.error is None and one.probabilities]
+    if not both:
+        return {}
+    text = sheet(both)
+    logits = sheet([replace(one, parsed=most_probable(one.probabilities)) for one in both])
+    pairs = zip(text.predictions, logits.predictions, strict=True)
+    agrees = np.array([one.parsed == other.parsed for one, other in pairs])
+    tables = [strict_table(way)[AVERAGE] for way in (text, logits)]
+    weights = text.weights()
+    found = {}
+    for place, kind in enumerate([*KINDS, AVERAGE]):
+        chosen = np.ones(len(both), dtype=bool) if kind == AVERAGE else text.kinds == place
+        if not chosen.any():
+            continue
+        asked, agreeing = np.zeros(len(text.images)), np.zeros(len(text.images))
+        np.add.at(asked, text.image_of[chosen], 1.0)
+        np.add.at(agreeing, text.image_of[chosen], agrees[chosen].astype(float))
+        parts = len(np.unique(text.parts[asked > 0]))
+        found[kind] = {
+            "questions": int(chosen.sum()),
+            "agreement": float(agrees[chosen].mean()),
+            "interval": interval(statistics.ratio(weights @ agreeing, weights @ asked), parts),
+            "text": tables[0][kind],
+            "logits": tables[1][kind],
+        }
+    return found
 
 
 def counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -301,10 +450,22 @@ def pair(low: float | None, high: float | None) -> list[float] | None:
     return None if low is None or high is None else [low, high]
 
 
+def interval(values: np.ndarray, units: int) -> list[float] | None:
+    """The interval of a figure (R,) that rests on so many units, None where it never exists."""
+    return pair(*map(number, statistics.percentile_interval(values, units)))
+
+
 def figures(sheet: Sheet, weights: np.ndarray) -> dict[str, np.ndarray]:
     """What two runs are compared by, each (R,): the `Average` row in percent, and all images' detection from 0 to 1."""
-    averages = strict_array(sheet, weights)[:, -1]
-    table = {column: averages[:, place] for place, column in enumerate([*KINDS, AVERAGE])}
-    found = detection_arrays(sheet, weights)
+    return _ordered(strict_array(sheet, weights)[:, -1].T, detection_arrays(sheet, weights))
+
+
+def figure_units(sheet: Sheet) -> dict[str, int]:
+    """How many parts each of `figures` rests on."""
+    return _ordered(strict_units(sheet)[-1].tolist(), detection_units(sheet, _asked_for_defects(sheet)))
+
+
+def _ordered(row: Iterable[Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    table = dict(zip([*KINDS, AVERAGE], row, strict=True))
     chosen = {"AUROC": found["auroc"], "recall": found["recall"], "specificity": found["specificity"]}
     return {AVERAGE: table.pop(AVERAGE), "Anomaly Detection": table.pop("Anomaly Detection"), **chosen, **table}

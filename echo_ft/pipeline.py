@@ -1,17 +1,21 @@
 """The four experts in order: extract the reference, guide, reason, decide.
 
-The pipeline knows no model: it is given `speak(role, exchanges)`, which an `Engine` or any other backend provides.
+The pipeline knows no model: it is given `speak(role, exchanges)`, which an `Engine`, a `Server` or any other backend
+provides.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from echo_ft import roles
-from echo_ft.records import LETTERS, Case, EchoError, Exchange, Prediction, Question, Trace, Upstream
+from echo_ft.positions import Permuted, average, own_letter, permuted
+from echo_ft.records import LETTERS, Case, EchoError, Exchange, Prediction, Question, Seen, Trace, Upstream
 from echo_ft.roles import ROUTINGS, Route
 
 
@@ -26,11 +30,16 @@ class Said(Protocol):
 
 
 Speak = Callable[[str, Sequence[Exchange]], Sequence[Sequence[Said]]]
+SpeakLater = Callable[[str, Sequence[Exchange]], Awaitable[Sequence[Sequence[Said]]]]
+
+
+class BackendError(EchoError):
+    """The backend itself does not work: the run stops, and no case is marked as failed."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which experts speak: a routing by kind of question, and switches that turn one off everywhere."""
+    """Which experts speak: a routing by kind of question, switches that turn one off everywhere, and what decides."""
 
     routing: str = "full"
     reference: str = "retrieved"
@@ -38,6 +47,11 @@ class Settings:
     knowledge: str = "guided"
     """`guided`, `all` or `none`."""
     reasoning: str = "on"
+    answer: str = "generate"
+    """What decides: `generate`, the text, read strictly, `logits`, the most probable option at its place, or
+    `averaged`, the most probable one on the mean over the orders of the options."""
+    option_order: str = "given"
+    """`given`, or `cyclic`: the decision maker is asked in every cyclic permutation of the options."""
 
     def routes(self) -> dict[str, Route]:
         """The routing with the switches applied. Raises EchoError for an unknown routing."""
@@ -59,52 +73,121 @@ class Outcome:
 
     predictions: list[Prediction]
     traces: list[Trace]
+    permuted: list[Permuted] = field(default_factory=list)
+    """Where options are permuted, a decision for each order of each question, the given one among them."""
 
 
 def run_cases(cases: Sequence[Case], speak: Speak, settings: Settings) -> list[Outcome]:
     """Run the experts over a batch of cases, role by role, so that a backend can batch."""
-    routes = settings.routes()
-    traces: list[list[Trace]] = [[] for _ in cases]
-    upstreams = [Upstream() for _ in cases]
-    decided: list[dict[str, Said]] = [{} for _ in cases]
-
-    for role in roles.ROLES:
-        exchanges: list[Exchange] = []
-        owners: list[int] = []
-        for index, case in enumerate(cases):
-            made = roles.render(role, case.id, case.seen, upstreams[index], routes, settings.knowledge)
-            exchanges += made
-            owners += [index] * len(made)
-        said: list[dict[str, Said]] = [{} for _ in cases]
-        for owner, exchange, utterances in zip(owners, exchanges, speak(role, exchanges), strict=True):
-            for branch, utterance in zip(exchange.branches, utterances, strict=True):
-                said[owner][branch.id] = utterance
-                traces[owner].append(
-                    Trace(
-                        exchange.case, role, branch.id, exchange.images, exchange.context, branch.prompt, utterance.text
-                    )
-                )
-        for index, case in enumerate(cases):
-            upstreams[index] = _listen(
-                role, case, upstreams[index], {name: one.text for name, one in said[index].items()}
-            )
-            if role == "decision_maker":
-                decided[index] = said[index]
-    return [
-        Outcome([_predict(case, question, said[question.id]) for question in case.seen.questions], trace)
-        for case, said, trace in zip(cases, decided, traces, strict=True)
-    ]
+    interviews = [interview(case, settings) for case in cases]
+    asked = [next(one) for one in interviews]
+    outcomes: list[Outcome] = []
+    while asked:
+        said = iter(speak(asked[0][0], [exchange for _, exchanges in asked for exchange in exchanges]))
+        following = []
+        for one, (_, exchanges) in zip(interviews, asked, strict=True):
+            try:
+                following.append(one.send(list(islice(said, len(exchanges)))))
+            except StopIteration as end:
+                outcomes.append(end.value)
+        asked = following
+    return outcomes
 
 
 def run_or_fail(cases: Sequence[Case], speak: Speak, settings: Settings) -> list[Outcome]:
     """`run_cases`, but a case that cannot be shown (a broken image) fails alone: its predictions carry the error."""
     try:
         return run_cases(cases, speak, settings)
+    except BackendError:
+        raise
     except EchoError as error:
         if len(cases) > 1:
             return [outcome for case in cases for outcome in run_or_fail([case], speak, settings)]
-        case = cases[0]
-        return [Outcome([_prediction(case, question, "", error=str(error)) for question in case.seen.questions], [])]
+        return [_failed(cases[0], error)]
+
+
+async def run_at_once(
+    cases: Iterable[Case], speak: SpeakLater, settings: Settings, at_once: int, write: Callable[[Case, Outcome], None]
+) -> None:
+    """Run the experts on a backend that is awaited: `at_once` cases under way, none of which waits for another.
+
+    `write` gets each outcome as soon as it is there. A case that cannot be shown fails alone, as in `run_or_fail`.
+    """
+    remaining = iter(cases)
+
+    async def work() -> None:
+        for case in remaining:
+            write(case, await _run_alone(case, speak, settings))
+
+    workers = [asyncio.create_task(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*workers)
+    finally:  # where one raised, the others end before the backend is closed
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _run_alone(case: Case, speak: SpeakLater, settings: Settings) -> Outcome:
+    one = interview(case, settings)
+    try:
+        role, exchanges = next(one)
+        while True:
+            role, exchanges = one.send(await speak(role, exchanges))
+    except StopIteration as end:
+        return end.value
+    except BackendError:
+        raise
+    except EchoError as error:
+        return _failed(case, error)
+
+
+def interview(
+    case: Case, settings: Settings
+) -> Generator[tuple[str, list[Exchange]], Sequence[Sequence[Said]], Outcome]:
+    """One case's way through the experts, for whoever drives a backend.
+
+    Yields each role with what it is asked (which may be nothing), is sent what it said, and returns the outcome.
+    """
+    routes = settings.routes()
+    upstream = Upstream()
+    traces: list[Trace] = []
+    said: dict[str, Said] = {}
+    for role in roles.ROLES:
+        seen = case.seen
+        if role == "decision_maker" and settings.option_order == "cyclic":
+            seen, upstream = _in_every_order(seen, upstream)
+        exchanges = roles.render(role, case.id, seen, upstream, routes, settings.knowledge)
+        said = {}
+        for exchange, utterances in zip(exchanges, (yield role, exchanges), strict=True):
+            for branch, utterance in zip(exchange.branches, utterances, strict=True):
+                said[branch.id] = utterance
+                traces.append(
+                    Trace(
+                        exchange.case, role, branch.id, exchange.images, exchange.context, branch.prompt, utterance.text
+                    )
+                )
+        upstream = _listen(role, case, upstream, {name: one.text for name, one in said.items()})
+    # The last role decides: what was said last are the answers.
+    outcome = Outcome([], traces)
+    for question in case.seen.questions:
+        shifts = range(len(question.options) if settings.option_order == "cyclic" else 1)
+        orders = [_predict(case, question, said[permuted(question, shift).id], settings, shift) for shift in shifts]
+        outcome.predictions.append(_averaged(case, question, orders) if settings.answer == "averaged" else orders[0])
+        if settings.option_order == "cyclic":
+            outcome.permuted.extend(Permuted(**vars(one), shift=shift) for shift, one in enumerate(orders))
+    return outcome
+
+
+def _in_every_order(seen: Seen, upstream: Upstream) -> tuple[Seen, Upstream]:
+    """Each question in all cyclic permutations of its options, with the same reasons, which were given without them."""
+    orders = [
+        (permuted(question, shift), upstream.reasons.get(question.id, ""))
+        for question in seen.questions
+        for shift in range(len(question.options))
+    ]
+    reasons = {question.id: reason for question, reason in orders}
+    return replace(seen, questions=tuple(question for question, _ in orders)), replace(upstream, reasons=reasons)
 
 
 def _listen(role: str, case: Case, upstream: Upstream, said: Mapping[str, str]) -> Upstream:
@@ -121,14 +204,35 @@ def _listen(role: str, case: Case, upstream: Upstream, said: Mapping[str, str]) 
     return upstream
 
 
-def _predict(case: Case, question: Question, said: Said) -> Prediction:
-    return _prediction(
-        case,
-        question,
-        said.text,
-        parsed=roles.parse_letter(said.text, question.options),
-        probabilities=_over_options(said.letters, question.options),
-    )
+def _predict(case: Case, question: Question, said: Said, settings: Settings, shift: int) -> Prediction:
+    """What was decided with the options `shift` places further on, in the question's own letters."""
+    shown = permuted(question, shift).options
+    probabilities = _over_options(said.letters, shown)
+    if probabilities is not None:
+        own = {own_letter(letter, shown, shift): value for letter, value in probabilities.items()}
+        probabilities = {letter: own[letter] for letter in probabilities}
+    if settings.answer != "generate":
+        letter = most_probable(probabilities)
+        return _prediction(case, question, letter or "", parsed=letter, probabilities=probabilities)
+    parsed = roles.parse_letter(said.text, shown)
+    if parsed is not None:
+        parsed = own_letter(parsed, shown, shift)
+    return _prediction(case, question, said.text, parsed=parsed, probabilities=probabilities)
+
+
+def _averaged(case: Case, question: Question, orders: Sequence[Prediction]) -> Prediction:
+    probabilities = average([one.probabilities for one in orders])
+    letter = most_probable(probabilities)
+    return _prediction(case, question, letter or "", parsed=letter, probabilities=probabilities)
+
+
+def most_probable(probabilities: Mapping[str, float] | None) -> str | None:
+    """The option with the highest probability, the first of equal ones; None where there are no probabilities."""
+    return max(probabilities, key=probabilities.__getitem__) if probabilities else None
+
+
+def _failed(case: Case, error: EchoError) -> Outcome:
+    return Outcome([_prediction(case, question, "", error=str(error)) for question in case.seen.questions], [])
 
 
 def _prediction(

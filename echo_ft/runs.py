@@ -1,31 +1,58 @@
-"""The folder of an evaluation run: written as predictions come, stopped at any moment, gone on with, never mixed."""
+"""The folder of an evaluation run: written as predictions come, stopped at any moment, gone on with, never mixed.
+
+One process writes into the run's own files. Several write a shard each, and the first of them brings the shards
+together when all are done, or when the run is started again, by however many processes.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from echo_ft.pipeline import Outcome
+from echo_ft.positions import Permuted
 from echo_ft.records import Case, EchoError, Prediction, Trace, from_dict, to_json, write_jsonl, write_whole
 
 PREDICTIONS, TRACES, RUN = "predictions.jsonl", "traces.jsonl", "run.json"
+PERMUTATIONS = "permutations.jsonl"
+"""Where options are permuted: the decisions in each order. predictions.jsonl has one a question all the same."""
 LOCK = ".lock"
 """Locked while a process writes to the folder; the file itself stays, empty."""
+
+SHARDS = "shards"
+"""Holds a folder for each of several processes while they write, named after its number."""
 
 CONTINUED = "continued_with"
 """Where run.json keeps what was noted by processes that went on with the run under other circumstances."""
 
-Record = TypeVar("Record", Prediction, Trace)
+Record = TypeVar("Record", Prediction, Trace, Permuted)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which one this is of the processes that share a run, and how it waits for the others."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that describes the run and brings the shards together."""
+        return self.index == 0
 
 
 class RunFolder:
     """Appends outcomes; a case counts as done when all its predictions are on disk.
 
-    Started again, a run asks the cases that failed once more: their images may have been put right. One process writes
-    to a folder at a time: close it, or use it in a `with` block, to let another one have it.
+    Started again, a run asks the cases that failed once more: their images may have been put right. One run writes to a
+    folder at a time: close it, or use it in a `with` block, to let another one have it.
     """
 
     def __init__(
@@ -34,33 +61,33 @@ class RunFolder:
         provenance: Mapping[str, Any],
         cases: Sequence[Case],
         noted: Mapping[str, Any] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """Start the run, or go on with the one that is there.
 
+        Each of several `processes` does so, and is held here until the first has looked at what is there.
         `provenance` is all that must not differ between the two, `noted` what run.json tells beside it: it may differ,
         and what a process that writes answers notes otherwise than the first is kept in `continued_with`. Raises
-        EchoError where the provenance differs, another process is at work in the folder, or it holds something else.
+        EchoError where the provenance differs, another run is at work in the folder, or it holds something else.
         """
         self.folder = folder
+        self.processes = processes or Processes()
         self.provenance = dict(provenance)
         self.cases = cases
         self.questions = sum(len(case.seen.questions) for case in cases)
         self._now = self._noted = json.loads(json.dumps(dict(noted or {})))
         self._continued: list[dict[str, Any]] = []
-        ours = {RUN + ".partial", LOCK}
-        if not (folder / RUN).is_file() and folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
-            raise EchoError(f"{folder} is not empty and holds no run; choose another --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._files: list[TextIO] = [_lock(folder)]
+        self._locks: list[TextIO] = []
+        self._files: dict[str, TextIO] = {}
         try:
-            if (folder / RUN).is_file():
-                self._go_on(_description(folder / RUN))
-            self.finish(complete=False)
-            self.done = self._recover()
-            self.finish(complete=len(self.done) == len(cases))
-            self._predictions = _append(folder / PREDICTIONS)
-            self._traces = _append(folder / TRACES)
-            self._files += [self._predictions, self._traces]
+            self.done = self._open() if self.processes.first else set()
+            self.processes.wait()
+            if not self.processes.first:  # from here on, others may be writing: what they do is no matter of this one
+                self.done = self._answered([folder], failed=False)
+            self._own = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
+            if self._own != folder:
+                self._own.mkdir(parents=True, exist_ok=True)
+                self._locks.append(_lock(self._own))
         except BaseException:
             self.close()
             raise
@@ -73,22 +100,77 @@ class RunFolder:
 
     def close(self) -> None:
         """Let go of the folder."""
-        for file in reversed(self._files):
+        for file in (*self._files.values(), *reversed(self._locks)):
             file.close()
 
+    def batches(self, size: int) -> list[Sequence[Case]]:
+        """This process's share of what is not done yet.
+
+        All cases in their order make batches of `size`, and one of which anything is missing is run as a whole: the
+        last bits of an answer depend on what it is computed beside, and so neither on when the run was stopped nor on
+        the number of processes.
+        """
+        batches = [self.cases[start : start + size] for start in range(0, len(self.cases), size)]
+        missing = [batch for batch in batches if any(case.id not in self.done for case in batch)]
+        return missing[self.processes.index :: self.processes.count]
+
     def write(self, case: Case, outcome: Outcome) -> None:
-        """Put one case on disk: what was seen and said first, the predictions, which make it count, last."""
+        """Put one case on disk: what was seen and said first, the predictions, which make it count, last.
+
+        A case that is done already stays as it is.
+        """
+        if case.id in self.done:
+            return
+        if self.processes.first:
+            self._note()
+        self._put(TRACES, outcome.traces)
+        self._put(PERMUTATIONS, outcome.permuted)
+        self._put(PREDICTIONS, outcome.predictions)
+        self.done.add(case.id)
+
+    def _put(self, name: str, records: Sequence[Record]) -> None:
+        if records and name not in self._files:
+            self._files[name] = _append(self._own / name)
+        if records:
+            self._files[name].write("".join(to_json(record) + "\n" for record in records))
+            self._files[name].flush()
+
+    def finish(self) -> None:
+        """Bring together what all processes wrote, and say in run.json whether it is all. Each of them calls this."""
+        if self.processes.count > 1:
+            for file in (*self._files.values(), self._locks.pop()):  # its shard's
+                file.close()
+            self.processes.wait()
+            if self.processes.first:
+                self.done = self._gather(failed=True)
+        if self.processes.first:
+            self._describe(complete=len(self.done) == len(self.cases))
+
+    def _open(self) -> set[str]:
+        """Make the folder this run's, and its files those of the cases that are done, whose ids it returns."""
+        ours = {RUN + ".partial", LOCK}
+        described = self.folder / RUN
+        if not described.is_file() and self.folder.is_dir() and any(p.name not in ours for p in self.folder.iterdir()):
+            raise EchoError(f"{self.folder} is not empty and holds no run; choose another --output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._locks.append(_lock(self.folder))
+        if described.is_file():
+            self._go_on(_description(described))
+        self._describe(complete=False)
+        done = self._gather(failed=False)
+        self._describe(complete=len(done) == len(self.cases))
+        if self.processes.count > 1 and len(done) < len(self.cases):
+            self._note()  # it speaks for the others too
+        return done
+
+    def _note(self) -> None:
+        """Keep in run.json what this process notes otherwise than the one that started the run."""
         changed = {key: value for key, value in self._now.items() if self._noted.get(key) != value}
         if changed and changed not in self._continued:
             self._continued.append(changed)
-            self.finish(complete=False)
-        for file, records in ((self._traces, outcome.traces), (self._predictions, outcome.predictions)):
-            file.write("".join(to_json(record) + "\n" for record in records))
-            file.flush()
-        self.done.add(case.id)
+            self._describe(complete=False)
 
-    def finish(self, complete: bool) -> None:
-        """Write run.json."""
+    def _describe(self, complete: bool) -> None:
         run = {**self._required(), **self._noted}
         if self._continued:
             run[CONTINUED] = self._continued
@@ -110,18 +192,52 @@ class RunFolder:
         self._noted = {key: value for key, value in earlier.items() if key not in {*required, "complete", CONTINUED}}
         self._continued = list(earlier.get(CONTINUED, []))
 
-    def _recover(self) -> set[str]:
-        """Ids of the finished cases; whatever belongs to a half-written one is taken out of both files."""
-        kept = {case.id: {question.id for question in case.seen.questions} for case in self.cases}
-        found: dict[str, dict[str, Prediction]] = {}
-        for prediction in _whole_rows(self.folder / PREDICTIONS, Prediction):
-            if prediction.error is None:
-                found.setdefault(prediction.case, {})[prediction.question] = prediction
-        done = {case for case, predictions in found.items() if case in kept and set(predictions) == kept[case]}
-        write_jsonl(self.folder / PREDICTIONS, (row for case in found if case in done for row in found[case].values()))
-        traces = {(t.case, t.role, t.branch): t for t in _whole_rows(self.folder / TRACES, Trace) if t.case in done}
-        write_jsonl(self.folder / TRACES, traces.values())
+    def _gather(self, failed: bool) -> set[str]:
+        """Take the shards into the run's own files, and whatever belongs to a half-written case out of them.
+
+        Returns the ids of the cases that are done; see `_answered`. Stopped in the middle, it loses nothing: the shards
+        go last.
+        """
+        shards = self.folder / SHARDS
+        folders = [self.folder, *sorted(shards.glob("*/"))]
+        for shard in folders[1:]:  # a process that outlived the first of its run may still write there
+            _lock(shard).close()
+        done = self._answered(folders, failed)
+        predictions = (
+            row for row in _rows(folders, PREDICTIONS, Prediction) if row.case in done and (failed or row.error is None)
+        )
+        write_jsonl(self.folder / PREDICTIONS, _distinct(predictions, lambda row: (row.case, row.question)))
+        traces = (row for row in _rows(folders, TRACES, Trace) if row.case in done)
+        write_jsonl(self.folder / TRACES, _distinct(traces, lambda row: (row.case, row.role, row.branch)))
+        if any((folder / PERMUTATIONS).is_file() for folder in folders):
+            orders = (row for row in _rows(folders, PERMUTATIONS, Permuted) if row.case in done)
+            write_jsonl(self.folder / PERMUTATIONS, _distinct(orders, lambda row: (row.case, row.question, row.shift)))
+        if shards.is_dir():
+            shutil.rmtree(shards)
         return done
+
+    def _answered(self, folders: Iterable[Path], failed: bool) -> set[str]:
+        """Ids of the cases whose questions are all answered; those that failed are among them where `failed` is set."""
+        asked = {case.id: {question.id for question in case.seen.questions} for case in self.cases}
+        answered: defaultdict[str, set[str]] = defaultdict(set)
+        for row in _rows(folders, PREDICTIONS, Prediction):
+            if failed or row.error is None:
+                answered[row.case].add(row.question)
+        return {case for case, questions in answered.items() if asked.get(case) == questions}
+
+
+def _rows(folders: Iterable[Path], name: str, cls: type[Record]) -> Iterator[Record]:
+    for folder in folders:
+        yield from _whole_rows(folder / name, cls)
+
+
+def _distinct(rows: Iterable[Record], key: Callable[[Record], Hashable]) -> Iterator[Record]:
+    """The first of the rows with each key."""
+    seen = set()
+    for row in rows:
+        if key(row) not in seen:
+            seen.add(key(row))
+            yield row
 
 
 def _lock(folder: Path) -> TextIO:

@@ -1,4 +1,4 @@
-"""Intervals and paired tests for figures over units whose questions hang together. Numpy, and scipy for one p-value.
+"""Intervals, paired tests and calibration for figures over units whose questions hang together. Numpy and scipy.
 
 The bootstrap draws physical parts, not photographs and not questions: the answers to several questions about a part,
 in however many photographs, share that part's luck, so questions drawn one by one would make intervals that are too
@@ -7,12 +7,14 @@ often each unit was drawn, so that every figure which is made of sums is one mat
 parts are compared within the same resamples. What a unit is the caller decides: `metrics.Sheet.weights` draws parts
 and gives each photograph its part's count.
 
-Shapes: R resamples, N units (parts in `resample`, photographs in `auroc`).
+`benchmarks/evaluation/coverage.py` measures how often the intervals hold the truth.
+
+Shapes: R resamples, N units (parts in `resample`, photographs elsewhere).
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -20,6 +22,12 @@ import numpy as np
 RESAMPLES = 2000
 SEED = 0
 LEVEL = 0.95
+
+TEMPERATURES = (0.01, 100.0)
+"""Bounds of `temperature`: at the first the scores separate the sides, at the second they say nothing of them."""
+
+BINS = 10
+"""Equal bins of a probability in `reliability`."""
 
 
 def resample(strata: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
@@ -38,15 +46,36 @@ def resample(strata: Sequence[Hashable], resamples: int = RESAMPLES, seed: int =
     return weights
 
 
-def percentile_interval(values: np.ndarray, level: float = LEVEL) -> np.ndarray:
-    """(2, ...): the percentile interval over the first axis (Efron and Tibshirani, 1993, chapter 13).
+def percentile_interval(values: np.ndarray, units: np.ndarray | float = math.inf, level: float = LEVEL) -> np.ndarray:
+    """(2, ...): the accelerated percentile interval over the first axis, widened for a small number of units.
 
-    Resamples in which the figure does not exist (nan) are left out; a figure that never exists gives nan.
+    The plain percentile interval holds the truth too seldom where units are few or most answers are right: its spread
+    is that of n - 1 of n units, it takes the normal for Student's t, and it leans away from the truth where resamples
+    are skewed. The first two are put right as in Hesterberg ("What Teachers Should Know About the Bootstrap", 2015:
+    the expanded percentile interval), the third as in Efron ("Better Bootstrap Confidence Intervals",
+    1987), with the acceleration and the bias correction of a mean, both a sixth of the resamples' skewness.
+
+    `units` is how many were drawn from for each figure, of the smaller side where it has two; it broadcasts to
+    `values[0]`. Resamples in which the figure does not exist (nan) are left out; a figure that never exists gives nan.
     """
-    tail = 100 * (1 - level) / 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a figure that never exists: nan is the answer
-        return np.nanpercentile(values, [tail, 100 - tail], axis=0)
+    from scipy.stats import norm, t  # takes a second to import
+
+    centred = values - mean_of_present(values, axis=0)
+    skewness = ratio(mean_of_present(centred**3, axis=0), mean_of_present(centred**2, axis=0) ** 1.5)
+    lean = np.nan_to_num(skewness) / 6
+    drawn = np.maximum(units, 2)
+    reach = t.ppf((1 + level) / 2, drawn - 1) / np.sqrt(1 - 1 / drawn)
+    ordered = np.sort(values, axis=0)  # nan comes last
+    last = np.maximum((~np.isnan(values)).sum(axis=0) - 1, 0)
+    ends = []
+    for z in (lean - reach, lean + reach):
+        place = norm.cdf(lean + z / np.maximum(1 - lean * z, 1e-9)) * last
+        below = np.floor(place).astype(int)
+        low, high = (
+            np.take_along_axis(ordered, index[None], axis=0)[0] for index in (below, np.minimum(below + 1, last))
+        )
+        ends.append(low + (place - below) * (high - low))
+    return np.stack(ends)
 
 
 def auroc(weights: np.ndarray, scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -97,3 +126,74 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (count - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def temperature(logits: np.ndarray, positive: np.ndarray) -> float:
+    """T of `expit(logits / T)` with the least log loss (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+
+    `logits` (N,) grow with the belief in `positive` (N,). The loss is convex in 1 / T, so where its slope is zero is
+    the one minimum; it lies beyond TEMPERATURES where the logits separate the sides, or do not grow with them.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import expit
+
+    def slope(inverse: float) -> float:
+        return float((logits * (expit(inverse * logits) - positive)).sum())
+
+    lowest, highest = TEMPERATURES
+    if slope(1 / highest) >= 0:
+        return highest
+    if slope(1 / lowest) <= 0:
+        return lowest
+    return 1 / brentq(slope, 1 / highest, 1 / lowest)
+
+
+def log_loss(logits: np.ndarray, positive: np.ndarray) -> float:
+    """The mean of -log P(truth), in nats, of `expit(logits)` (N,)."""
+    return float(np.logaddexp(0, np.where(positive, -logits, logits)).mean())
+
+
+def reliability(probabilities: np.ndarray, positive: np.ndarray) -> list[tuple[float, float, int]]:
+    """(mean probability, share of positives, number) of those (N,) in each of BINS equal bins that has any."""
+    bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    return [
+        (float(probabilities[bins == place].mean()), float(positive[bins == place].mean()), int((bins == place).sum()))
+        for place in np.unique(bins)
+    ]
+
+
+def expected_calibration_error(bins: Sequence[tuple[float, float, int]]) -> float:
+    """The mean gap between probability and share over the bins of `reliability`, weighted by number (Guo et al.)."""
+    return sum(number * abs(mean - share) for mean, share, number in bins) / sum(number for *_, number in bins)
+
+
+def false_alarm_threshold(negatives: np.ndarray, share: float) -> float | None:
+    """The lowest threshold at or above which a new negative scores with a probability of at most `share`.
+
+    Split conformal (Vovk et al., "Algorithmic Learning in a Random World", 2005): just above the score of rank
+    ceil((n + 1) (1 - share)) of the n `negatives`, however scores are distributed, as long as the new one is drawn as
+    they were. So no more than that share of these lies at or above it either. None where n is too small for the share.
+    """
+    rank = math.ceil((len(negatives) + 1) * (1 - share) - 1e-9)  # 20 * (1 - 0.05) is a hair more than 19
+    return float(np.nextafter(np.sort(negatives)[rank - 1], math.inf)) if rank <= len(negatives) else None
+
+
+def best_f1_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The score at or above which calling positive has the highest F1; the highest of several. Needs both sides."""
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, thresholds = precision_recall_curve(positive, scores)
+    f1 = np.nan_to_num(ratio(2 * precision * recall, precision + recall))[:-1]  # the last point has no threshold
+    return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
+
+
+def rates(weights: np.ndarray, called: np.ndarray, positive: np.ndarray) -> dict[str, np.ndarray]:
+    """`recall`, the share of `false_alarms` among negatives, and `f1`, each (R,), of what is `called` positive (N,)."""
+    found, missed, alarms, passed = (
+        weights[:, said & side].sum(axis=1) for side in (positive, ~positive) for said in (called, ~called)
+    )
+    return {
+        "recall": ratio(found, found + missed),
+        "false_alarms": ratio(alarms, alarms + passed),
+        "f1": ratio(2 * found, 2 * found + missed + alarms),
+    }

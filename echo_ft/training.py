@@ -134,7 +134,7 @@ def load_cases(
     if not planned.rows:
         if planned.rejected:
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
-        remedy = "give that split a larger share in the dataset's `fractions`"
+        remedy = "give that split a larger share in the dataset's `fractions`, or add photographs if it has too few"
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
     tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]

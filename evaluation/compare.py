@@ -1,7 +1,11 @@
 """Compare runs on the same questions: `python -m evaluation.compare BASELINE_DIR RUN_DIR ...`.
 
-Writes comparison.json and compare.html and prints each run's figures and their paired differences to the first run,
-with intervals, and ends with one sentence for each run.
+Several runs of one kind, such as of several seeds, stand together as their mean and its spread:
+
+    python -m evaluation.compare BASELINE_DIR tuned=SEED_0_DIR,SEED_1_DIR,SEED_2_DIR
+
+Writes comparison.json and compare.html and prints each kind's figures and their paired differences to the first one,
+with intervals, and ends with one sentence for each.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from echo_ft import config as configs
 from echo_ft import metrics, statistics
 from echo_ft.metrics import Sheet
 from echo_ft.records import KINDS, EchoError, write_whole
 from evaluation import pages
 from evaluation.pages import DETECTION_FIGURES, interval, show, signed, text_table
-from evaluation.score import Run, load_run, named_first
+from evaluation.score import SAME_MODEL, Run, load_run, named_first
 
 TOGETHER = "All questions"
 """The row of all kinds together in the McNemar tests."""
@@ -31,7 +37,10 @@ class CompareConfig:
     """Options of `python -m evaluation.compare`."""
 
     runs: list[str] = field(
-        metadata={"help": "Folders of two or more runs, the baseline first; may stand first, without --runs."}
+        metadata={
+            "help": "Folders of two or more runs, the baseline first; may stand first, without --runs. Runs of one "
+            "kind are joined by commas, with a name before them if wanted: tuned=SEED_0_DIR,SEED_1_DIR."
+        }
     )
     output: str | None = field(
         default=None, metadata={"help": "Where the comparison goes; `compare` next to the last run if absent."}
@@ -42,27 +51,77 @@ class CompareConfig:
     )
 
 
+@dataclass(frozen=True)
+class Group:
+    """One run, or several of one kind."""
+
+    name: str
+    members: list[str]
+    """The runs' own names."""
+    runs: list[Run]
+    sheets: list[Sheet]
+
+    @property
+    def title(self) -> str:
+        """The name, with the number of runs where there are several."""
+        return f"{self.name} ({len(self.runs)} runs)" if len(self.runs) > 1 else self.name
+
+
 def main(argv: list[str]) -> None:
     """Read, check that the runs can be compared, compare, write, print."""
     (config,) = configs.parse([CompareConfig], named_first(argv, "--runs"))
     if len(config.runs) < 2:
         raise EchoError("give two or more runs, the baseline first: python -m evaluation.compare BASE_DIR TUNED_DIR")
-    runs = [load_run(Path(folder)) for folder in config.runs]
-    sheets = [metrics.sheet(run.predictions) for run in runs]
-    names = run_names([run.folder for run in runs])
-    require_same_questions(names, runs, sheets)
-    comparison = compare(names, runs, sheets)
-    output = Path(config.output) if config.output else runs[-1].folder.resolve().parent / "compare"
+    groups = read_groups(config.runs)
+    comparison = compare(groups)
+    output = Path(config.output) if config.output else groups[-1].runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(comparison, indent=1, ensure_ascii=False)
     write_whole(output / "comparison.json", text + "\n")
-    write_whole(output / "compare.html", page(comparison, runs, sheets))
+    write_whole(output / "compare.html", page(comparison, groups))
     print(f"wrote comparison.json, compare.html to {output}\n")
     if config.report_to == "wandb":
         log_to_wandb(comparison)
     for warning in comparison["warnings"]:
         print(f"WARNING: {warning}", file=sys.stderr)
     print_comparison(comparison)
+
+
+def read_groups(words: Sequence[str]) -> list[Group]:
+    """The runs of `[NAME=]DIR[,DIR...]` words. Raises EchoError where they cannot be compared or put together."""
+    labels, folders = zip(*map(_split, words), strict=True)
+    names = run_names([folder for some in folders for folder in some])
+    runs = [load_run(folder) for some in folders for folder in some]
+    sheets = [metrics.sheet(run.predictions) for run in runs]
+    require_same_questions(names, runs, sheets)
+    groups, start = [], 0
+    for label, some in zip(labels, folders, strict=True):
+        chosen = slice(start, start := start + len(some))
+        groups.append(Group(label or ", ".join(names[chosen]), names[chosen], runs[chosen], sheets[chosen]))
+        require_one_kind(groups[-1])
+    if len({group.name for group in groups}) < len(groups):
+        raise EchoError(f"two of {', '.join(group.name for group in groups)} have one name; give each its own")
+    return groups
+
+
+def _split(word: str) -> tuple[str, list[Path]]:
+    """Name, empty where none is given, and folders; the path of one that is there may hold `=` and `,`."""
+    label, sign, rest = word.partition("=")
+    if not sign or "/" in label or Path(word).is_dir():
+        label, rest = "", word
+    return label, [Path(rest)] if Path(rest).is_dir() else [Path(folder) for folder in rest.split(",")]
+
+
+def require_one_kind(group: Group) -> None:
+    """Raise EchoError, naming what differs, where runs of a group differ in more than their adapters' training."""
+    for key in (*(key for key in SAME_MODEL if key != "adapters"), "answer"):
+        for name, run in zip(group.members[1:], group.runs[1:], strict=True):
+            ours, theirs = group.runs[0].provenance.get(key), run.provenance.get(key)
+            if ours != theirs:
+                raise EchoError(
+                    f"{group.members[0]} and {name} are not of one kind: their {key} differs ({ours} and {theirs}); "
+                    "give them as two runs, with a space between"
+                )
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -104,59 +163,110 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], sheets: Se
                 )
 
 
-def compare(names: Sequence[str], runs: Sequence[Run], sheets: Sequence[Sheet]) -> dict[str, Any]:
-    """comparison.json's content. All runs are resampled together: the same parts in the same resample."""
-    weights, once = sheets[0].weights(), sheets[0].once()
-    values = [{key: metrics.number(value[0]) for key, value in metrics.figures(one, once).items()} for one in sheets]
-    spreads = [metrics.figures(sheet, weights) for sheet in sheets]
-    counts = [metrics.counts(run.predictions) for run in runs]
-    tests = [mcnemar_tests(sheets[0], sheet) for sheet in sheets[1:]]
+def compare(groups: Sequence[Group]) -> dict[str, Any]:
+    """comparison.json's content. All runs are resampled together: the same parts in the same resample.
+
+    Where a group has several runs, these are resampled too, apart from the parts (Owen, "The Pigeonhole Bootstrap",
+    2007), so that its intervals hold what another seed would change as far as a few runs can tell it.
+    """
+    base, first = groups[0], groups[0].sheets[0]
+    weights, once = first.weights(), first.once()
+    units = [metrics.figure_units(group.sheets[0]) for group in groups]
+    values = [[metrics.figures(sheet, once) for sheet in group.sheets] for group in groups]
+    spreads = [_pooled(group, weights, seed) for seed, group in enumerate(groups, start=1)]
+    tests = [mcnemar_tests(base, group) for group in groups[1:]]
     for family in ([TOGETHER], list(KINDS)):
         found = [test[row] for test in tests for row in family if row in test]
         for test, adjusted in zip(found, statistics.holm([test["p"] for test in found]), strict=True):
             test["p_holm"] = adjusted
-    cases = len({one.case for one in runs[0].predictions})
+    described = [
+        {
+            "name": group.name,
+            "title": group.title,
+            "members": group.members,
+            "figures": {
+                key: _figure([metrics.number(one[key][0]) for one in some])
+                | {"interval": metrics.interval(spread[key], count)}
+                for key, count in rests_on.items()
+            },
+            "counts": metrics.counts([one for run in group.runs for one in run.predictions]),
+            "provenance": _merged([run.provenance for run in group.runs]),
+        }
+        for group, some, spread, rests_on in zip(groups, values, spreads, units, strict=True)
+    ]
+    questions, cases = len(first.predictions), len({one.case for one in first.predictions})
     differences = []
-    for place in range(1, len(runs)):
+    for place, group in enumerate(groups[1:], start=1):
         rows = {}
-        for key, base in values[0].items():
-            tuned = values[place][key]
-            low, high = map(metrics.number, statistics.percentile_interval(spreads[place][key] - spreads[0][key]))
+        for key, count in units[0].items():
+            before, after = (described[which]["figures"][key]["value"] for which in (0, place))
             rows[key] = {
-                "difference": None if tuned is None or base is None else tuned - base,
-                "interval": metrics.pair(low, high),
+                "difference": None if after is None or before is None else after - before,
+                "interval": metrics.interval(spreads[place][key] - spreads[0][key], min(count, units[place][key])),
             }
-        sentence = verdict(names[place], names[0], rows["Average"], counts[0]["questions"], cases)
-        differences.append({"run": names[place], "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
+        sentence = verdict(group.title, base.title, rows["Average"], questions, cases)
+        differences.append({"run": group.name, "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
     return {
-        "baseline": names[0],
-        "questions": counts[0]["questions"],
-        "images": counts[0]["images"],
+        "baseline": base.name,
+        "questions": questions,
+        "images": len(first.images),
         "cases": cases,
-        "warnings": [f"{name}: {text}" for name, run in zip(names, runs, strict=True) for text in run.warnings],
-        "runs": [
-            {
-                "name": name,
-                "figures": {
-                    key: {
-                        "value": value,
-                        "interval": metrics.pair(*map(metrics.number, statistics.percentile_interval(spread[key]))),
-                    }
-                    for key, value in figures.items()
-                },
-                "counts": count,
-                "provenance": run.provenance,
-            }
-            for name, run, figures, spread, count in zip(names, runs, values, spreads, counts, strict=True)
+        "warnings": [
+            f"{name}: {text}"
+            for group in groups
+            for name, run in zip(group.members, group.runs, strict=True)
+            for text in run.warnings
         ],
+        "runs": described,
         "differences": differences,
         "bootstrap": {"unit": "part", "resamples": statistics.RESAMPLES, "seed": statistics.SEED,
                       "level": statistics.LEVEL},
     }  # fmt: skip
 
 
-def mcnemar_tests(base: Sheet, other: Sheet) -> dict[str, dict[str, Any]]:
-    """{All questions and each kind: questions that one run alone answered correctly, and the exact p-value}."""
+def _pooled(group: Group, weights: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Each figure's mean over the group's runs, (R,), in resamples of the parts and, where there are several, of them.
+
+    One run less is drawn than there are, which gives their mean its true variance (Rao and Wu, 1988).
+    """
+    spreads = [metrics.figures(sheet, weights) for sheet in group.sheets]
+    count = len(spreads)
+    if count == 1:
+        return spreads[0]
+    draws = np.random.default_rng(seed).multinomial(count - 1, np.full(count, 1 / count), size=len(weights))
+    shares = draws.T / (count - 1)
+    return {key: (shares * np.array([spread[key] for spread in spreads])).sum(axis=0) for key in spreads[0]}
+
+
+def _figure(values: Sequence[float | None]) -> dict[str, Any]:
+    """The mean over runs, their standard deviation (None for one run), how many, and each run's own."""
+    known = [value for value in values if value is not None]
+    complete = len(known) == len(values)
+    return {
+        "value": float(np.mean(known)) if complete else None,
+        "standard_deviation": float(np.std(known, ddof=1)) if complete and len(values) > 1 else None,
+        "runs": len(values),
+        "values": list(values),
+    }
+
+
+def _merged(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the runs of a group have in common as it stands, the rest as a list of each run's."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in provenances for key in one):
+        values = [one.get(key) for one in provenances]
+        merged[key] = values[0] if all(value == values[0] for value in values) else values
+    return merged
+
+
+def mcnemar_tests(first: Group, second: Group) -> dict[str, dict[str, Any]]:
+    """{All questions and each kind: questions that one run alone answered correctly, and the exact p-value}.
+
+    Empty where either has several runs: a question that was answered several times makes no one pair.
+    """
+    if len(first.runs) > 1 or len(second.runs) > 1:
+        return {}
+    base, other = first.sheets[0], second.sheets[0]
     tests = {}
     for row in (TOGETHER, *KINDS):
         of_kind = base.kinds >= 0 if row == TOGETHER else base.kinds == KINDS.index(row)
@@ -183,26 +293,26 @@ def verdict(name: str, baseline: str, average: Mapping[str, Any], questions: int
     )
 
 
-def page(comparison: Mapping[str, Any], runs: Sequence[Run], sheets: Sequence[Sheet]) -> str:
-    """compare.html's text."""
+def page(comparison: Mapping[str, Any], groups: Sequence[Group]) -> str:
+    """compare.html's text. What changed is shown from the first run of the baseline to the last run."""
     described = [run["provenance"] for run in comparison["runs"]]
     keys = list(dict.fromkeys(key for one in described for key in one))
     differing = [key for key in keys if any(one.get(key) != described[0].get(key) for one in described)]
-    root = pages.image_root(runs[-1].provenance)
+    before, after = groups[0].sheets[0], groups[-1].sheets[-1]
+    root = pages.image_root(groups[-1].runs[-1].provenance)
     changed = {}
     for title, gained in (("Now right", True), ("Now wrong", False)):
-        correct = sheets[-1].correct if gained else sheets[0].correct
-        wrong = sheets[0].correct if gained else sheets[-1].correct
+        correct, wrong = (after.correct, before.correct) if gained else (before.correct, after.correct)
         found = [place for place in range(len(correct)) if correct[place] and not wrong[place]]
         chosen = [found[index * len(found) // 12] for index in range(12)] if len(found) > 12 else found
         changed[title] = (
             len(found),
             [
                 {
-                    "before": sheets[0].predictions[place],
-                    "after": sheets[-1].predictions[place],
+                    "before": before.predictions[place],
+                    "after": after.predictions[place],
                     "gained": gained,
-                    "thumbnail": pages.thumbnail(root, sheets[0].predictions[place].image),
+                    "thumbnail": pages.thumbnail(root, before.predictions[place].image),
                 }
                 for place in chosen
             ],
@@ -210,12 +320,17 @@ def page(comparison: Mapping[str, Any], runs: Sequence[Run], sheets: Sequence[Sh
     return pages.render(
         "compare.html.jinja",
         comparison=comparison,
-        curves=[metrics.roc_points(sheet) for sheet in sheets],
+        curves=[
+            (name, area, metrics.roc_points(sheet), place)
+            for place, (group, run) in enumerate(zip(groups, comparison["runs"], strict=True))
+            for name, area, sheet in zip(group.members, run["figures"]["AUROC"]["values"], group.sheets, strict=True)
+        ],
+        changed_runs=(groups[0].members[0], groups[-1].members[-1]),
         detection_figures=pages.DETECTION_FIGURES,
         together=TOGETHER,
         reach=_reach(comparison["differences"]),
         changed=changed,
-        same={key: described[0][key] for key in keys if key not in differing},
+        same={key: described[0].get(key) for key in keys if key not in differing},
         differing={key: [one.get(key) for one in described] for key in differing},
     )
 
@@ -234,13 +349,16 @@ def _reach(differences: Sequence[Mapping[str, Any]]) -> int:
 def print_comparison(comparison: Mapping[str, Any]) -> None:
     """The table of all runs, the differences to the baseline, and a sentence for each run, on stdout."""
     runs, keys = comparison["runs"], list(comparison["runs"][0]["figures"])
-    rows = [("strict", *(cell for run in runs for cell in (run["name"], "95 % interval")))]
+    rows = [("strict", *(cell for run in runs for cell in _cells(run, run["title"], "sd of runs", "95 % interval")))]
     for key in keys:
-        found = [run["figures"][key] for run in runs]
-        if any(one["value"] is not None for one in found):
-            cells = (cell for one in found for cell in (show(key, one["value"]), interval(key, one["interval"])))
-            rows.append((key, *cells))
-    rows.append(("unparsed + failed", *(cell for run in runs for cell in (_unread(run["counts"]), ""))))
+        if any(run["figures"][key]["value"] is not None for run in runs):
+            row = [key]
+            for run in runs:
+                one = run["figures"][key]
+                shown = (one["value"], one["standard_deviation"])
+                row += _cells(run, *(show(key, value) for value in shown), interval(key, one["interval"]))
+            rows.append(tuple(row))
+    rows.append(("unparsed + failed", *(cell for run in runs for cell in _cells(run, _unread(run["counts"]), "", ""))))
     print(text_table(rows))
     for difference in comparison["differences"]:
         rows = [(f"{difference['run']} - {comparison['baseline']}", "difference", "95 % interval", "won", "lost", "p")]
@@ -268,15 +386,22 @@ def _unread(counts: Mapping[str, Any]) -> str:
     return str(counts["unparsed"] + counts["failed"])
 
 
+def _cells(run: Mapping[str, Any], value: str, deviation: str, between: str) -> list[str]:
+    """A run's columns: the spread only where there are several."""
+    return [value, deviation, between] if len(run["members"]) > 1 else [value, between]
+
+
 def log_to_wandb(comparison: Mapping[str, Any]) -> None:
     """Log the figures of all runs as one W&B table, and the differences as summary values."""
     import wandb
 
     with wandb.init(project=os.environ.get("WANDB_PROJECT", "echo-ft"), job_type="compare") as run:
-        table = wandb.Table(columns=["run", "figure", "value", "low", "high"])
+        columns = ["run", "figure", "value", "low", "high", "runs", "standard_deviation"]
+        table = wandb.Table(columns=columns)
         for one in comparison["runs"]:
             for key, figure in one["figures"].items():
-                table.add_data(one["name"], key, figure["value"], *(figure["interval"] or (None, None)))
+                spread = figure["runs"], figure["standard_deviation"]
+                table.add_data(one["name"], key, figure["value"], *(figure["interval"] or (None, None)), *spread)
         run.log({"comparison": table})
         for difference in comparison["differences"]:
             for key, figure in difference["figures"].items():

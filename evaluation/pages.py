@@ -29,6 +29,13 @@ DETECTION_LABELS = {
 }
 """Keys of `report.detection` with an interval, and their names."""
 
+THRESHOLD_LABELS = {
+    "false_alarms": "false alarms at most {:g}, by validation",
+    "f1": "highest F1, by validation",
+    "best": "highest F1, by this run itself",
+}
+"""Keys of `report.calibration.thresholds`, and how each was chosen."""
+
 
 def render(template: str, **values: Any) -> str:
     """A self-contained HTML page."""

@@ -1,19 +1,35 @@
 """Run the four experts over a dataset: `python -m evaluation.run --config FILE [--adapters DIR] [--output DIR]`.
 
-Writes predictions.jsonl, traces.jsonl and run.json as it goes; started again with the same options it goes on.
-Without `adapters` the untuned base model runs the same pipeline with the same prompts: the baseline.
+Writes predictions.jsonl, traces.jsonl and run.json as it goes; started again with the same options it goes on. Several
+processes or GPUs share the cases: `accelerate launch -m evaluation.run ...`; each writes a shard in the run's folder.
+Without `adapters` the untuned base model runs the same pipeline with the same prompts: the baseline. With `--server`
+the models are not loaded here: a server that speaks OpenAI's chat protocol is asked.
 """
 
 from __future__ import annotations
 
-import os
+import asyncio
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import echo_ft
 from echo_ft import config as configs
-from echo_ft.model import DTYPES
+from echo_ft.dataset import Dataset
+from echo_ft.model import DTYPES, Adapter
+from echo_ft.pipeline import Outcome, Settings, run_at_once, run_or_fail
+from echo_ft.records import Case, EchoError
+from echo_ft.runs import Processes, RunFolder
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+LONGEST_WAIT = timedelta(days=30)
+"""How long the processes of a run wait for the slowest; torch's own ten minutes are less than one's share may take."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,10 @@ class RunConfig:
     output: str = field(metadata={"help": "The run's folder."})
     min_pixels: int = field(metadata={"help": "Fewest pixels of an image; as the adapters were trained."})
     max_pixels: int = field(metadata={"help": "Most pixels of an image; as the adapters were trained."})
-    adapters: str | None = field(default=None, metadata={"help": "Folder with an adapter a role; absent: the base."})
+    adapters: str | None = field(
+        default=None,
+        metadata={"help": "Folder with an adapter a role; absent: the base. With a server: those that it serves."},
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
     split: str = field(default="test", metadata={"help": "Which cases.", "choices": ["train", "validation", "test"]})
     routing: str = field(default="full", metadata={"help": "Experts by question kind.", "choices": ["full", "paper"]})
@@ -34,7 +53,24 @@ class RunConfig:
     )
     knowledge: str = field(default="guided", metadata={"help": "Knowledge.", "choices": ["guided", "all", "none"]})
     reasoning: str = field(default="on", metadata={"help": "The reasoning expert.", "choices": ["on", "off"]})
-    batch_size: int = field(default=8, metadata={"help": "Cases that run through a role together."})
+    answer: str = field(
+        default="generate",
+        metadata={
+            "help": "What decides: the text, read strictly, beside which the options' probabilities are kept; or these "
+            "probabilities alone; or their mean over the orders of the options (with option_order cyclic).",
+            "choices": ["generate", "logits", "averaged"],
+        },
+    )
+    option_order: str = field(
+        default="given",
+        metadata={
+            "help": "Order of the options; cyclic: every cyclic permutation of it too, kept in permutations.jsonl.",
+            "choices": ["given", "cyclic"],
+        },
+    )
+    batch_size: int = field(
+        default=8, metadata={"help": "Cases that run through a role together; with a server, requests under way."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that an expert may say; MMAD's limit."})
     dtype: str = field(
         default="auto", metadata={"help": "Weights' type; auto: the checkpoint's.", "choices": list(DTYPES)}
@@ -42,40 +78,38 @@ class RunConfig:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, which is the default; others take no mask of branches."}
     )
+    server: str | None = field(
+        default=None,
+        metadata={"help": "Address of an OpenAI-compatible server, http://HOST:PORT/v1; absent: the model runs here."},
+    )
+    server_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model's name on the server, {role} in it for the role's; absent: {role} with adapters, "
+            "else model_name_or_path."
+        },
+    )
+    server_timeout: float = field(default=300.0, metadata={"help": "Seconds that a request may take."})
+    server_patience: float = field(
+        default=600.0, metadata={"help": "Seconds that a request which fails is tried again before the run stops."}
+    )
 
 
 def main(argv: list[str]) -> None:
     """Check everything that must agree, then run what is not done yet."""
     (config,) = configs.parse([RunConfig], argv)
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from tqdm import tqdm
 
     from echo_ft.dataset import cases as load_cases
     from echo_ft.dataset import load_dataset
-    from echo_ft.engine import Engine
     from echo_ft.layout import Layout
-    from echo_ft.model import (
-        Adapter,
-        attach_adapters,
-        base_fingerprint,
-        find_adapters,
-        load_model,
-        load_processor,
-        training_sets,
-    )
-    from echo_ft.pipeline import Settings, run_or_fail
-    from echo_ft.provenance import ANSWERING, code_fingerprint, commit, versions
-    from echo_ft.records import EchoError
-    from echo_ft.roles import PROMPT_VERSION
-    from echo_ft.runs import RunFolder
+    from echo_ft.model import find_adapters, load_processor, training_sets
+    from echo_ft.provenance import ANSWERING, commit, versions
 
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise EchoError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if config.attn_implementation not in (None, "sdpa"):
-        raise EchoError(f"attn_implementation {config.attn_implementation} takes no mask of branches; set it to sdpa")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EchoError("evaluation.run is one process; start it with python, not with a launcher")
+    check(config)
     dataset = load_dataset(Path(config.dataset))
     cases = load_cases(dataset, config.split, config.reference)
     if not cases:
@@ -94,58 +128,177 @@ def main(argv: list[str]) -> None:
     training, warnings = training_sets(adapters, dataset, config.split, images)
     trained_for = {adapter.card.routing for adapter in adapters.values()} - {config.routing}
     if trained_for:
+        trained = ", ".join(sorted(trained_for))
+        remedy = f"; add --routing {trained}" if len(trained_for) == 1 else ""
         warnings.append(
-            f"adapters trained on routing {', '.join(sorted(trained_for))} run under {config.routing}: some "
-            "prompts are unlike those they were trained on"
+            f"adapters trained on routing {trained} run under {config.routing}: some prompts are unlike those they "
+            f"were trained on{remedy}"
         )
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    noted = {
+        "adapters_folder": config.adapters,
+        "server": config.server,
+        "trained_on": training,
+        "warnings": warnings,
+        "other_versions": {name: version for name, version in versions().items() if name not in ANSWERING},
+        "commit": commit(),
+    }
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+    processes = Processes(state.process_index, state.num_processes, waiting(state))
+    if processes.first:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    with RunFolder(Path(config.output), provenance(config, dataset, adapters), cases, noted, processes) as folder:
+        # A server makes its own batches.
+        batches = folder.batches(config.batch_size if config.server is None else 1)
+        if processes.first:
+            done = len(folder.done)
+            print(f"{len(cases)} cases of {config.split}, {done} done before, {len(cases) - done} to go", flush=True)
+        if batches:
+            count = sum(len(batch) for batch in batches)
+            part = f", process 1 of {processes.count}" if processes.count > 1 else ""
+            with tqdm(total=count, unit="case", desc=f"four experts{part}", disable=not processes.first) as progress:
+
+                def write(case: Case, outcome: Outcome) -> None:
+                    folder.write(case, outcome)
+                    progress.update()
+
+                layout = Layout(processor)
+                if config.server is None:
+                    paths = {role: adapter.path for role, adapter in adapters.items()}
+                    run_here(config, batches, paths, layout, dataset.root, write, state.device)
+                else:
+                    asyncio.run(ask_server(config, [case for (case,) in batches], layout, dataset.root, write))
+        folder.finish()
+    if processes.first:
+        print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
+    state.destroy_process_group()
+
+
+def check(config: RunConfig) -> None:
+    """Raise EchoError for options that cannot be run."""
+    for name in ("batch_size", "max_new_tokens", "server_timeout", "server_patience"):
+        if getattr(config, name) <= 0:
+            raise EchoError(f"{name} is {getattr(config, name)}; it must be more than 0")
+    if config.attn_implementation not in (None, "sdpa"):
+        raise EchoError(f"attn_implementation {config.attn_implementation} takes no mask of branches; set it to sdpa")
+    if config.answer == "averaged" and config.option_order == "given":
+        raise EchoError("answer averaged is over several orders of the options; set option_order to cyclic")
+    if config.server is None and config.server_model is not None:
+        raise EchoError("server_model names a model of a server; give --server its address, or take it out")
+
+
+def waiting(state: PartialState) -> Callable[[], None]:
+    """What holds a process until all others have come as far."""
+
+    def wait() -> None:
+        try:
+            state.wait_for_everyone()
+        except RuntimeError as error:  # torch's, of a connection that is gone
+            raise EchoError(
+                "another process of this run stopped, for the reason that it gives; the same command goes on"
+            ) from error
+
+    return wait
+
+
+def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]) -> dict[str, Any]:
+    """All that must be the same for a run to go on."""
+    from echo_ft.model import base_fingerprint
+    from echo_ft.provenance import ANSWERING, code_fingerprint, versions
+    from echo_ft.roles import PROMPT_VERSION
+
     options = asdict(config)
-    for name in ("output", "batch_size", "dataset", "adapters"):
+    passing = ("output", "batch_size", "dataset", "adapters", "server", "server_timeout", "server_patience")
+    for name in passing if config.server is None else (*passing, "dtype", "attn_implementation"):
         options.pop(name)
-    provenance = {
+    if config.server is not None:
+        options["server_model"] = server_model(config)
+    # The weights of a server need not be here.
+    weights = None if config.server else base_fingerprint(config.model_name_or_path, config.model_revision)
+    return {
         **options,
         "dataset": config.dataset,
         "dataset_fingerprint": dataset.fingerprint,
         "base_model": config.model_name_or_path,
-        "base_fingerprint": base_fingerprint(config.model_name_or_path, config.model_revision),
+        "base_fingerprint": weights,
         "adapters": {role: {"fingerprint": one.fingerprint, **asdict(one.card)} for role, one in adapters.items()},
         "prompt_version": PROMPT_VERSION,
         "versions": {name: version for name, version in versions().items() if name in ANSWERING},
         # What makes the answers, not what scores them: a stopped run goes on after a change to the latter.
         "code": code_fingerprint(Path(echo_ft.__file__).parent, Path(__file__)),
     }
-    noted = {
-        "adapters_folder": config.adapters,
-        "trained_on": training,
-        "warnings": warnings,
-        "other_versions": {name: version for name, version in versions().items() if name not in ANSWERING},
-        "commit": commit(),
-    }
-    with RunFolder(Path(config.output), provenance, cases, noted) as folder:
-        remaining = [case for case in cases if case.id not in folder.done]
-        print(
-            f"{len(cases)} cases of {config.split}, {len(folder.done)} done before, {len(remaining)} to go", flush=True
-        )
-        if remaining:
-            model = load_model(
-                config.model_name_or_path,
-                config.model_revision,
-                config.dtype,
-                attn_implementation=config.attn_implementation,
-                device_map="cuda" if torch.cuda.is_available() else None,
-            )
-            model = attach_adapters(model, {role: adapter.path for role, adapter in adapters.items()})
-            engine = Engine(model, Layout(processor), dataset.root, config.max_new_tokens)
-            settings = Settings(config.routing, config.reference, config.knowledge, config.reasoning)
-            with tqdm(total=len(cases), initial=len(folder.done), unit="case", desc="four experts") as progress:
-                for start in range(0, len(remaining), config.batch_size):
-                    batch = remaining[start : start + config.batch_size]
-                    for case, outcome in zip(batch, run_or_fail(batch, engine.speak, settings), strict=True):
-                        folder.write(case, outcome)
-                    progress.update(len(batch))
-        folder.finish(complete=len(folder.done) == len(cases))
-    print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
+
+
+def server_model(config: RunConfig) -> str:
+    """The name of the model on the server, `{role}` in it for the role's."""
+    return config.server_model or ("{role}" if config.adapters else config.model_name_or_path)
+
+
+def settings(config: RunConfig) -> Settings:
+    """What the pipeline needs to know of the options."""
+    return Settings(
+        config.routing, config.reference, config.knowledge, config.reasoning, config.answer, config.option_order
+    )
+
+
+Write = Callable[[Case, Outcome], None]
+
+
+def run_here(
+    config: RunConfig,
+    batches: Iterable[Sequence[Case]],
+    adapters: dict[str, Path],
+    layout: Any,
+    root: Path,
+    write: Write,
+    device: torch.device,
+) -> None:
+    """Load the model into this process, onto a GPU if `device` is one, and run the batches of cases through it."""
+    from echo_ft.engine import Engine
+    from echo_ft.model import attach_adapters, load_model
+
+    model = load_model(
+        config.model_name_or_path,
+        config.model_revision,
+        config.dtype,
+        attn_implementation=config.attn_implementation,
+        device_map=str(device) if device.type == "cuda" else None,
+    )
+    model = attach_adapters(model, adapters)
+    engine = Engine(model, layout, root, config.max_new_tokens, answer_tokens=answer_tokens(config))
+    for batch in batches:
+        for case, outcome in zip(batch, run_or_fail(batch, engine.speak, settings(config)), strict=True):
+            write(case, outcome)
+
+
+async def ask_server(config: RunConfig, cases: Sequence[Case], layout: Any, root: Path, write: Write) -> None:
+    """Run the cases through the models of a server, many requests at once."""
+    from echo_ft.server import Server
+
+    assert config.server is not None
+    async with Server(
+        config.server,
+        server_model(config),
+        layout,
+        root,
+        config.max_new_tokens,
+        answer_tokens(config),
+        config.batch_size,
+        config.server_timeout,
+        config.server_patience,
+    ) as server:
+        if not await server.check():
+            told = f"{config.server} does not tell the probabilities of tokens"
+            if config.answer != "generate":
+                raise EchoError(f"{told}; set answer to generate, or serve the model with vLLM")
+            print(f"warning: {told}: the run will have no P(option)", file=sys.stderr)
+        await run_at_once(cases, server.speak, settings(config), config.batch_size, write)
+
+
+def answer_tokens(config: RunConfig) -> int | None:
+    """Where probabilities decide, the decision maker's first token is all that is needed of its text."""
+    return 1 if config.answer != "generate" else None
 
 
 if __name__ == "__main__":

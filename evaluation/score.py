@@ -1,14 +1,18 @@
 """Score a run, or a file of answers in MMAD's format.
 
     python -m evaluation.score RUN_DIR
+    python -m evaluation.score RUN_DIR --calibration VALIDATION_RUN_DIR [--false_alarms 0.05]
     python -m evaluation.score --answers FILE --output DIR
 
-Writes report.json, report.html and answers.json (what MMAD's own scorer reads) and prints the strict table.
+Writes report.json, report.html and answers.json (what MMAD's own scorer reads) and prints the strict table. With a run
+of the same model over a validation split (`evaluation.run --split validation --output VALIDATION_RUN_DIR`) P(defect) is
+calibrated, and thresholds are chosen, there, and both are judged on this run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +36,24 @@ from echo_ft.runs import CONTINUED
 from evaluation import pages
 from evaluation.pages import DETECTION_LABELS, interval, percent, share, text_table
 
+SAME_MODEL = (
+    "base_model",
+    "base_fingerprint",
+    "model_revision",
+    "adapters",
+    "dtype",
+    "server_model",
+    "prompt_version",
+    "min_pixels",
+    "max_pixels",
+    "max_new_tokens",
+    "routing",
+    "reference",
+    "knowledge",
+    "reasoning",
+)
+"""What makes P(defect), and so must not differ between a run and the one that calibrates it."""
+
 FEW = 5
 """Fewer images than this on a side and the bootstrap has too little to draw from: said in a warning."""
 
@@ -45,6 +67,16 @@ class ScoreConfig:
     )
     answers: str | None = field(default=None, metadata={"help": "Instead of a run: answers in MMAD's format."})
     output: str | None = field(default=None, metadata={"help": "Where the report goes; a run's own folder if absent."})
+    calibration: str | None = field(
+        default=None,
+        metadata={
+            "help": "A run of the same model over a validation split: P(defect) and thresholds are fitted there."
+        },
+    )
+    false_alarms: float = field(
+        default=0.05,
+        metadata={"help": "With calibration: share of normal images that may be called defective at the threshold."},
+    )
 
 
 @dataclass(frozen=True)
@@ -69,13 +101,16 @@ def main(argv: list[str]) -> None:
         run = load_run(Path(config.run))
         output = Path(config.output or config.run)
         name, answers = run.folder.resolve().name, from_predictions(run.predictions)
+    elif config.calibration is not None:
+        raise EchoError("answers in MMAD's format hold no probabilities; give --calibration with the folder of a run")
     else:
         if config.output is None:
             raise EchoError("--answers needs --output DIR: the folder that the report goes to")
         output = Path(config.output)
         run, answers = load_answers(Path(config.answers))
         name = run.folder.name
-    report, page = build_report(name, run, answers)
+    calibration = {} if config.calibration is None else calibrate(run, Path(config.calibration), config.false_alarms)
+    report, page = build_report(name, run, answers, calibration)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_whole(output / "report.html", page)
@@ -163,8 +198,43 @@ def load_answers(path: Path) -> tuple[Run, list[Answer]]:
     return Run(path, predictions, provenance, [], rejections), answers
 
 
-def build_report(name: str, run: Run, answers: Sequence[Answer]) -> tuple[dict[str, Any], str]:
-    """report.json's content and report.html's text; `answers` are what the official table is made of."""
+def calibrate(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
+    """`metrics.calibration` by the validation run in `folder`, with its name and fingerprint.
+
+    Raises EchoError where that run is of another model or of parts that this one was scored on too.
+    """
+    if not 0 < false_alarms < 1:
+        raise EchoError(f"false_alarms is {false_alarms:g}; it is a share of the normal images, between 0 and 1")
+    validation = load_run(folder)
+    cannot = f"{folder} cannot calibrate {run.folder}: "
+    for key in SAME_MODEL:
+        ours, theirs = run.provenance.get(key), validation.provenance.get(key)
+        if ours != theirs:
+            values = "" if isinstance(ours, dict) else f" ({ours} and {theirs})"
+            raise EchoError(f"{cannot}their {key} differs{values}; run the validation split with the same options")
+    shared = {_part(one) for one in run.predictions} & {_part(one) for one in validation.predictions}
+    if shared:
+        raise EchoError(
+            f"{cannot}{len(shared)} parts are in both, such as {'/'.join(min(shared))}; "
+            "give a run over --split validation"
+        )
+    found = metrics.calibration(metrics.sheet(run.predictions), metrics.sheet(validation.predictions), false_alarms)
+    kept = ("dataset", "dataset_fingerprint", "split", "predictions_fingerprint")
+    origin = {"run": str(folder), **{key: validation.provenance.get(key) for key in kept}}
+    return {**found, "warnings": [f"{folder}: {text}" for text in validation.warnings], "provenance": origin}
+
+
+def _part(prediction: Prediction) -> tuple[str, str, str]:
+    return prediction.dataset, prediction.product, prediction.group
+
+
+def build_report(
+    name: str, run: Run, answers: Sequence[Answer], calibration: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """report.json's content and report.html's text.
+
+    `answers` are what the official table is made of; `calibration` is what `calibrate` returns, or empty.
+    """
     sheet = metrics.sheet(run.predictions)
     by_product: dict[str, list[Prediction]] = {product: [] for product in sheet.rows("product")[0]}
     for prediction in run.predictions:
@@ -176,7 +246,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer]) -> tuple[dict[s
     detection = metrics.detection(sheet)
     report = {
         "name": name,
-        "warnings": [*run.warnings, *cautions(run, sheet, detection)],
+        "warnings": [*run.warnings, *cautions(run, sheet, detection), *doubts(calibration)],
         "counts": {**metrics.counts(run.predictions), "rejected": len(run.rejections)},
         "tables": {"official": official_table(answers), "strict": metrics.strict_table(sheet)},
         "intervals": {"strict": metrics.strict_intervals(sheet)},
@@ -191,6 +261,9 @@ def build_report(name: str, run: Run, answers: Sequence[Answer]) -> tuple[dict[s
             for product, rows in by_product.items()
         },
         "detection": detection,
+        "calibration": calibration,
+        # Where probabilities decided, no text was asked for that could agree with them.
+        "two_ways": {} if run.provenance.get("answer") == "logits" else metrics.two_ways(run.predictions),
         "bootstrap": {
             "unit": "part",
             "resamples": statistics.RESAMPLES,
@@ -205,6 +278,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer]) -> tuple[dict[s
         report=report,
         kinds=KINDS,
         detection_labels=pages.DETECTION_LABELS,
+        threshold_labels=pages.THRESHOLD_LABELS,
         roc=metrics.roc_points(sheet),
         samples=pages.samples(run.predictions, run.provenance),
     )
@@ -237,6 +311,30 @@ def cautions(run: Run, sheet: metrics.Sheet, detection: Mapping[str, Mapping[str
     return found
 
 
+def doubts(calibration: Mapping[str, Any]) -> list[str]:
+    """What a reader of the calibrated figures must know."""
+    if not calibration:
+        return []
+    found = list(calibration["warnings"])
+    separating, meaningless = statistics.TEMPERATURES
+    if calibration["temperature"] == meaningless:
+        found.append(
+            "P(defect) does not grow with defects on the validation split: calibrated it is near 0.5 for every image"
+        )
+    if calibration["temperature"] == separating:
+        found.append(
+            "P(defect) separates the validation split without a mistake, so its temperature is the lowest tried; more "
+            "validation images would tell how sure it may be"
+        )
+    if "false_alarms" not in calibration["thresholds"]:
+        stated, normal = calibration["stated_false_alarms"], calibration["validation"]["normal"]
+        found.append(
+            f"no threshold can promise a share of false alarms of {stated:g} from {normal} normal validation images; "
+            f"that takes {math.ceil(1 / stated - 1e-9) - 1}, or a higher --false_alarms"
+        )
+    return found
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """The strict table with intervals and counts, on stdout."""
     counts, tables, spread = report["counts"], report["tables"], report["intervals"]["strict"]
@@ -265,6 +363,37 @@ def print_report(report: Mapping[str, Any]) -> None:
         rows += [(label, share(found[key]), interval("AUROC", found["intervals"][key])) for key, label in known]
         rows.append(("average precision", share(found["average_precision"]), ""))
         print(f"\n{text_table(rows)}\nP(defect) is known of {found['scored']} of {found['images']} images")
+    if report["calibration"]:
+        print_calibration(report["calibration"])
+    if report["two_ways"]:
+        found = report["two_ways"]["Average"]
+        agreement, spread = 100 * found["agreement"], [100 * bound for bound in found["interval"]]
+        print(
+            f"the text names the most probable option in {percent(agreement)} % of {found['questions']} questions "
+            f"({interval('Average', spread)}); by that option the average is {percent(found['logits'])}, by the text "
+            f"{percent(found['text'])}"
+        )
+
+
+def print_calibration(found: Mapping[str, Any]) -> None:
+    """Temperature, calibration error and the thresholds' figures, on stdout."""
+    fitted, error, loss = found["validation"], found["expected_calibration_error"], found["log_loss"]
+    print(
+        f"\nP(defect) calibrated on {fitted['normal']} normal and {fitted['defective']} defective images of "
+        f"{found['provenance']['run']}: temperature {found['temperature']:.3g}; expected calibration error "
+        f"{share(error['before'])} before, {share(error['after'])} after; log loss {share(loss['before'])}, "
+        f"{share(loss['after'])}\n"
+    )
+    rows: list[tuple[str, ...]] = [
+        ("threshold on P(defect)", "at", "figure", "validation", "this run", "95 % interval")
+    ]
+    for name, one in found["thresholds"].items():
+        label, at = pages.THRESHOLD_LABELS[name].format(found["stated_false_alarms"]), share(one["threshold"])
+        for key, value in one["test"].items():
+            shown = share(one["validation"][key]), share(value), interval("AUROC", one["intervals"].get(key))
+            rows.append((label, at, "F1" if key == "f1" else key.replace("_", " "), *shown))
+            label = at = ""
+    print(text_table(rows))
 
 
 def summary(counts: Mapping[str, Any]) -> str:

@@ -55,6 +55,26 @@ def test_every_answer_is_that_of_one_question_at_a_time(model, layout, exchanges
                 assert torch.tensor(value).exp().item() == pytest.approx(expected, abs=1e-5)
 
 
+def texts(said):
+    return [[utterance.text for utterance in utterances] for utterances in said]
+
+
+def test_one_answer_token_is_the_first_and_takes_no_step_of_decoding(model, layout, exchanges, tmp_path, monkeypatch):
+    steps = []
+    step = Engine._step
+    monkeypatch.setattr(Engine, "_step", lambda self, *inputs: steps.append(1) or step(self, *inputs))
+    first = Engine(model, layout, tmp_path, max_new_tokens=6, answer_tokens=1)
+    answers, steps_of_answers = first.speak("decision_maker", exchanges), len(steps)
+    words = first.speak("reasoning_expert", exchanges)
+    full = Engine(model, layout, tmp_path, max_new_tokens=6).speak("decision_maker", exchanges)
+    assert steps_of_answers == 1 < len(steps) - 1
+    for short, long in zip(answers, full, strict=True):
+        for one, other in zip(short, long, strict=True):
+            assert one.letters == pytest.approx(other.letters, abs=1e-6)
+            assert other.text.startswith(one.text) and one.text.count(" ") == 0
+    assert texts(words) == texts(full) != texts(answers), "what the others say is not cut"
+
+
 def test_batch_order_and_kept_features_change_nothing(model, layout, exchanges, tmp_path):
     engine = Engine(model, layout, tmp_path, max_new_tokens=8)
     together = engine.speak("decision_maker", exchanges)
@@ -62,7 +82,7 @@ def test_batch_order_and_kept_features_change_nothing(model, layout, exchanges, 
     one_by_one = [engine.speak("decision_maker", [exchange])[0] for exchange in reversed(exchanges)][::-1]
     small = Engine(model, layout, tmp_path, max_new_tokens=8, kept_images=1).speak("decision_maker", exchanges)
     for other in (again, one_by_one, small):
-        assert [[u.text for u in us] for us in other] == [[u.text for u in us] for us in together]
+        assert texts(other) == texts(together)
 
 
 def test_an_image_is_encoded_once_however_often_it_is_shown(model, layout, exchanges, tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ import random
 
 import numpy as np
 import pytest
+from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
-from echo_ft import metrics
+from echo_ft import metrics, statistics
 from echo_ft.records import GOOD, KINDS, EchoError, Prediction
 
 DETECTION, CLASSIFICATION = KINDS[0], KINDS[1]
@@ -232,3 +233,75 @@ def test_a_part_with_normal_and_defective_photographs_is_drawn_whole() -> None:
     sheet = metrics.sheet(mixed)
     for side in (sheet.defective, ~sheet.defective):
         assert (sheet.weights()[:, side].sum(axis=1) == 15).all()
+
+
+def test_a_figure_rests_on_the_parts_of_its_smaller_side() -> None:
+    rows = [prediction(image, DETECTION, True, group=f"part {image // 3}") for image in range(12)]
+    rows += [prediction(image, DETECTION, True, GOOD) for image in range(20, 23)]
+    rows += [prediction(image, CLASSIFICATION, True, group="part 0") for image in range(2)]
+    rows += [prediction(0, DETECTION, True, dataset="E"), prediction(0, KINDS[5], True, dataset="E")]
+    sheet = metrics.sheet(rows)
+    units = metrics.strict_units(sheet)
+    columns = [KINDS.index(kind) for kind in (DETECTION, CLASSIFICATION, KINDS[5])]
+    assert units[:, [*columns, -1]].tolist() == [[3, 1, 0, 7], [1, 0, 1, 1], [4, 1, 1, 8]]
+    found = metrics.figure_units(sheet)
+    assert [found[key] for key in ("AUROC", "recall", "specificity", "Average")] == [3, 5, 3, 8]
+
+
+def unsure(count: int, seed: int, sharpness: float = 4.0) -> list[Prediction]:
+    """Anomaly Detection alone, with P(defect) as sharp as that: at 1 it would be calibrated."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for image in range(count):
+        odds = random.normal() * 2
+        condition = "crack" if random.random() < expit(odds) else GOOD
+        sure = float(expit(sharpness * odds))
+        row = prediction(image + 10_000 * seed, DETECTION, (sure > 0.5) == (condition != GOOD), condition)
+        rows.append(dataclasses.replace(row, probabilities={"A": sure, "B": 1 - sure}))
+    return rows
+
+
+def test_calibration_undoes_overconfidence_and_judges_its_thresholds_on_the_other_run() -> None:
+    validation, test = (metrics.sheet(unsure(count, seed)) for seed, count in ((1, 2000), (2, 600)))
+    found = metrics.calibration(test, validation, false_alarms=0.1)
+    assert found["temperature"] == pytest.approx(4, rel=0.15)
+    for name in ("expected_calibration_error", "log_loss"):
+        assert found[name]["after"] < 0.6 * found[name]["before"]
+    assert found["validation"]["normal"] + found["validation"]["defective"] == 2000
+    fitted, scores = (expit(logit(one.defect_scores) / found["temperature"]) for one in (validation, test))
+    assert set(found["thresholds"]) == {"false_alarms", "f1", "best"}
+    for one in found["thresholds"].values():
+        for sheet, values, figures in ((validation, fitted, one["validation"]), (test, scores, one["test"])):
+            called = values >= one["threshold"]
+            assert figures["recall"] == pytest.approx(called[sheet.defective].mean())
+            assert figures["false_alarms"] == pytest.approx(called[~sheet.defective].mean())
+    alarms = found["thresholds"]["false_alarms"]
+    assert 0.09 < alarms["validation"]["false_alarms"] <= 0.1
+    low, high = alarms["intervals"]["false_alarms"]
+    assert low < 0.1 < high and low < alarms["test"]["false_alarms"] < high
+    chosen, best = (found["thresholds"][name]["test"]["f1"] for name in ("f1", "best"))
+    assert 0 < best - chosen < 0.1 and found["thresholds"]["best"]["intervals"] == {}
+
+
+def test_calibration_leaves_images_without_a_probability_out_and_tells_how_many_there_are() -> None:
+    rows = unsure(300, seed=1)
+    silent = [dataclasses.replace(row, probabilities=None) for row in unsure(50, seed=3)]
+    validation, test = metrics.sheet(rows), metrics.sheet(unsure(60, seed=2))
+    assert metrics.calibration(test, metrics.sheet(rows + silent), 0.1) == metrics.calibration(test, validation, 0.1)
+    few = [row for row in rows if row.condition != GOOD] + [row for row in rows if row.condition == GOOD][:8]
+    assert "false_alarms" not in metrics.calibration(test, metrics.sheet(few), 0.1)["thresholds"]
+    with pytest.raises(EchoError, match="P\\(defect\\) of 0 normal and 0 defective"):
+        metrics.calibration(test, metrics.sheet(silent), 0.1)
+    with pytest.raises(EchoError, match="the run has P\\(defect\\) of no image"):
+        metrics.calibration(metrics.sheet(silent), validation, 0.1)
+
+
+def test_certain_probabilities_and_a_run_of_one_side_are_calibrated_too() -> None:
+    certain = [
+        dataclasses.replace(row, probabilities={"A": float(place % 2), "B": float(1 - place % 2)})
+        for place, row in enumerate(unsure(200, seed=2))
+    ]
+    normal = metrics.sheet([row for row in certain if row.condition == GOOD])
+    found = metrics.calibration(normal, metrics.sheet(certain), 0.1)
+    assert np.isfinite(found["log_loss"]["after"]) and found["temperature"] <= statistics.TEMPERATURES[1]
+    assert found["thresholds"]["f1"]["test"]["recall"] is None and "best" not in found["thresholds"]

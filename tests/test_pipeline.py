@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
-from echo_ft.pipeline import Settings, run_cases, run_or_fail
+from echo_ft.pipeline import BackendError, Settings, run_at_once, run_cases, run_or_fail
 from echo_ft.records import EchoError, Exchange
 from tests.conftest import make_case
 
@@ -126,6 +127,69 @@ def test_a_broken_case_fails_alone_with_every_question(tmp_path):
     ]
     assert "is broken" in outcomes[1].predictions[0].error and outcomes[1].predictions[0].parsed is None
     assert outcomes[0] == run_cases(cases[:1], Parrot(), Settings())[0]
+
+
+def test_probabilities_decide_where_they_are_asked_to(case):
+    (outcome,) = run_cases([case], Parrot(says={**Parrot().says, "decide": "I think"}), Settings(answer="logits"))
+    assert all((p.parsed, p.text) == ("B", "B") for p in outcome.predictions), "B has the highest of the letters"
+    assert {t.text for t in outcome.traces if t.role == "decision_maker"} == {"I think"}
+    (by_text,) = run_cases([case], Parrot(), Settings())
+    assert [p.probabilities for p in outcome.predictions] == [p.probabilities for p in by_text.predictions]
+
+
+def test_without_probabilities_nothing_is_decided_by_them(case):
+    def silent(role: str, exchanges: Sequence[Exchange]) -> list[list[Spoken]]:
+        return [[Spoken(one.text, {}) for one in said] for said in Parrot()(role, exchanges)]
+
+    (outcome,) = run_cases([case], silent, Settings(answer="logits"))
+    assert all((p.parsed, p.text, p.probabilities) == (None, "", None) for p in outcome.predictions)
+    assert all(p.parsed == "B" for p in run_cases([case], silent, Settings())[0].predictions)
+
+
+@dataclass
+class Slow:
+    """A parrot that is awaited, and whose replies come in another order than they were asked for."""
+
+    parrot: Parrot = field(default_factory=Parrot)
+    under_way: int = 0
+    most: int = 0
+
+    async def __call__(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Spoken]]:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        for _ in range(3 if exchanges and exchanges[0].case.endswith("0") else 1):
+            await asyncio.sleep(0)
+        self.under_way -= 1
+        return self.parrot(role, exchanges)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 20])
+def test_cases_under_way_at_once_come_out_as_one_after_another(tmp_path, at_once):
+    cases = [make_case(tmp_path, f"line/part/{index}") for index in range(6)]
+    found, slow = {}, Slow(Parrot(broken=cases[1].seen.query))
+    asyncio.run(run_at_once(cases, slow, Settings(), at_once, lambda case, outcome: found.update({case.id: outcome})))
+    expected = run_or_fail(cases, Parrot(broken=cases[1].seen.query), Settings())
+    assert [found[case.id] for case in cases] == expected
+    assert slow.most == min(at_once, len(cases))
+
+
+def test_a_backend_that_fails_stops_the_run_and_marks_no_case(tmp_path):
+    cases = [make_case(tmp_path, f"line/part/{index}") for index in range(3)]
+
+    def gone(role: str, exchanges: Sequence[Exchange]) -> list[list[Spoken]]:
+        if any(exchange.case == cases[2].id for exchange in exchanges):
+            raise BackendError("the server is away")
+        return Parrot()(role, exchanges)
+
+    async def gone_later(role: str, exchanges: Sequence[Exchange]) -> list[list[Spoken]]:
+        return gone(role, exchanges)
+
+    written = []
+    with pytest.raises(BackendError, match="away"):
+        run_or_fail(cases, gone, Settings())
+    with pytest.raises(BackendError, match="away"):
+        asyncio.run(run_at_once(cases, gone_later, Settings(), 1, lambda case, _: written.append(case.id)))
+    assert written == [case.id for case in cases[:2]]
 
 
 def test_an_unknown_routing_is_named():

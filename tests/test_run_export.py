@@ -23,6 +23,7 @@ from echo_ft.model import (
     training_sets,
     write_card,
 )
+from echo_ft.positions import Permuted
 from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
@@ -168,6 +169,24 @@ def test_a_stopped_run_goes_on_and_ends_like_an_uninterrupted_one(dataset, tmp_p
         assert [(row.case, row.text) for row in whole] == [(row.case, row.text) for row in cut]
 
 
+def test_every_order_of_the_options_is_asked_and_the_mean_can_decide(dataset, tmp_path):
+    run(dataset, tmp_path / "given")
+    run(dataset, tmp_path / "cyclic", "--option_order", "cyclic")
+    run(dataset, tmp_path / "mean", "--option_order", "cyclic", "--answer", "averaged")
+    given, cyclic, mean = (
+        rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("given", "cyclic", "mean")
+    )
+    orders = {name: rows(tmp_path / name, "permutations.jsonl", Permuted) for name in ("cyclic", "mean")}
+    assert not (tmp_path / "given" / "permutations.jsonl").exists() and len(orders["cyclic"]) == 3 * 17
+    assert [row.text for row in given] == [row.text for row in cyclic]
+    for row, one, averaged in zip(given, cyclic, mean, strict=True):
+        assert one.probabilities == pytest.approx(row.probabilities, abs=1e-5)
+        found = [each.probabilities for each in orders["mean"] if each.question == row.question]
+        expected = {letter: sum(one[letter] for one in found) / len(found) for letter in row.options}
+        assert averaged.probabilities == pytest.approx(expected) and len(found) == len(row.options)
+        assert averaged.parsed == max(expected, key=expected.__getitem__)
+
+
 def test_switching_adapters_is_the_same_as_loading_one_alone(adapters, layout, case, tmp_path):
     together = attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {r: adapters / r for r in ROLES})
     engine = Engine(together, layout, tmp_path, max_new_tokens=3)
@@ -296,6 +315,7 @@ def test_weights_that_do_not_fit_are_not_loaded_silently(copied):
     [
         (["--batch_size", "0"], "batch_size is 0"),
         (["--attn_implementation", "eager"], "set it to sdpa"),
+        (["--answer", "averaged"], "set option_order to cyclic"),
         (["--split", "tests"], "tests"),
         (["--dtype", "fp16"], "argument --dtype: invalid choice: 'fp16'.*float16"),
         (["--dataset", "nowhere"], "there is no dataset nowhere"),

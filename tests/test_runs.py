@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from echo_ft import runs
 from echo_ft.pipeline import Settings, run_cases, run_or_fail
 from echo_ft.provenance import code_fingerprint
 from echo_ft.records import EchoError, Prediction, Trace, read_jsonl, write_whole
-from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
+from echo_ft.runs import LOCK, PREDICTIONS, RUN, SHARDS, TRACES, Processes, RunFolder
 from tests.conftest import make_case
 from tests.test_pipeline import Parrot
 
@@ -23,9 +27,9 @@ def cases(tmp_path):
 
 def run(folder, cases, provenance=PROVENANCE, stop_after=99, noted=None):
     with RunFolder(folder, provenance, cases, noted) as opened:
-        for case in [case for case in cases if case.id not in opened.done][:stop_after]:
+        for (case,) in opened.batches(1)[:stop_after]:
             opened.write(case, run_cases([case], Parrot(), Settings())[0])
-        opened.finish(complete=len(opened.done) == len(cases))
+        opened.finish()
     return opened
 
 
@@ -151,3 +155,128 @@ def test_a_kill_before_run_json_was_written_does_not_block_the_folder(tmp_path, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json.partial").write_text("{")
     assert len(run(tmp_path / "run", cases).done) == 4
+
+
+class KilledError(Exception):
+    """Stands for kill -9: a process that says nothing more."""
+
+
+def run_together(folder, cases, count, stop_after=99, parrot=None):
+    """A run by so many processes, here threads; each is killed after `stop_after` batches of two cases."""
+    barrier = threading.Barrier(count, timeout=20)
+
+    def process(index):
+        with RunFolder(folder, PROVENANCE, cases, processes=Processes(index, count, barrier.wait)) as opened:
+            for done, batch in enumerate(opened.batches(2)):
+                if done == stop_after:
+                    raise KilledError
+                for case, outcome in zip(batch, run_or_fail(batch, parrot or Parrot(), Settings()), strict=True):
+                    opened.write(case, outcome)
+            opened.finish()
+        return opened
+
+    with ThreadPoolExecutor(count) as pool:
+        return [started.exception() or started.result() for started in [pool.submit(process, n) for n in range(count)]]
+
+
+@pytest.fixture
+def many(tmp_path):
+    return [make_case(tmp_path / "images", f"line/part/{index}") for index in range(11)]
+
+
+def require_the_same_run(folder, whole):
+    for name, expected in content(whole).items():
+        assert sorted((folder / name).read_bytes().splitlines()) == sorted(expected.splitlines())
+    assert {path.name for path in folder.iterdir()} == {PREDICTIONS, TRACES, RUN, LOCK}
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_processes_share_the_cases_and_leave_the_run_of_one(tmp_path, many, count):
+    run(tmp_path / "whole", many)
+    first, *others = (opened.done for opened in run_together(tmp_path / "shared", many, count))
+    require_the_same_run(tmp_path / "shared", tmp_path / "whole")
+    assert len(first) == len(many), "it has brought all together"
+    assert sum(map(len, others)) == len(set.union(*others)) < len(many), "no case was run twice"
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("cut", [0, 1, 400, 2500])
+def test_killed_processes_are_gone_on_with_by_any_number_of_them(tmp_path, many, before, after, cut):
+    run(tmp_path / "whole", many)
+    ended = run_together(tmp_path / "run", many, before, stop_after=1)
+    assert all(isinstance(one, KilledError) for one in ended)
+    parts = list((tmp_path / "run" / SHARDS).glob("*")) or [tmp_path / "run"]
+    assert len(parts) == before
+    for name in (PREDICTIONS, TRACES):  # as a kill in the middle of a write would leave one of them
+        path = parts[-1] / name
+        path.write_bytes(path.read_bytes()[: -cut or None])
+    run_together(tmp_path / "run", many, after)
+    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_kill_while_the_shards_are_brought_together_loses_and_doubles_nothing(
+    tmp_path, many, stop, after, monkeypatch
+):
+    run(tmp_path / "whole", many)
+    run_together(tmp_path / "run", many, 3, stop_after=1)
+    steps = []
+
+    def killed_at(function):
+        def step(*arguments):
+            steps.append(function)
+            if len(steps) == stop:
+                raise KilledError
+            return function(*arguments)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_jsonl", killed_at(runs.write_jsonl))
+        patch.setattr(shutil, "rmtree", killed_at(shutil.rmtree))
+        with pytest.raises(KilledError):
+            run(tmp_path / "run", many)
+    run_together(tmp_path / "run", many, after)
+    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_process_that_outlived_its_run_is_waited_for(tmp_path, many):
+    run_together(tmp_path / "run", many, 2, stop_after=1)
+    orphan = RunFolder(tmp_path / "run", PROVENANCE, many, processes=Processes(1, 2))
+    with pytest.raises(EchoError, match=r"another process writes to .*shards/1;"):
+        run(tmp_path / "run", many)
+    orphan.close()
+    assert len(run(tmp_path / "run", many).done) == 11
+
+
+def test_cases_that_failed_in_a_shard_are_kept_and_asked_again(tmp_path, many):
+    run(tmp_path / "whole", many)
+    run_together(tmp_path / "run", many, 2, parrot=Parrot(broken=many[5].seen.query))
+    rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
+    assert {row.case for row in rows if row.error} == {many[5].id} and len(rows) == 77
+    assert json.loads((tmp_path / "run" / RUN).read_text())["complete"]
+    run_together(tmp_path / "run", many, 2)
+    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_batches_are_the_same_wherever_a_run_was_stopped_and_what_is_done_stays(tmp_path, many):
+    def ids(batches):
+        return [[case.id for case in batch] for batch in batches]
+
+    with RunFolder(tmp_path / "run", PROVENANCE, many) as opened:
+        whole = ids(opened.batches(4))
+        assert [len(batch) for batch in whole] == [4, 4, 3]
+        for case in (*many[:4], many[5]):
+            opened.write(case, run_cases([case], Parrot(), Settings())[0])
+        assert ids(opened.batches(4)) == whole[1:]
+        before = content(tmp_path / "run")
+        opened.write(many[5], run_cases([many[5]], Parrot({**Parrot().says, "decide": "A"}), Settings())[0])
+        assert content(tmp_path / "run") == before
+
+
+def test_what_several_processes_note_is_kept_too(tmp_path, many):
+    run(tmp_path / "run", many, noted={"commit": "one"}, stop_after=1)
+    with RunFolder(tmp_path / "run", PROVENANCE, many, {"commit": "two"}, Processes(0, 2)):
+        pass
+    assert json.loads((tmp_path / "run" / RUN).read_text())["continued_with"] == [{"commit": "two"}]

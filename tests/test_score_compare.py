@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +94,122 @@ def test_score_of_a_run_writes_the_report_and_prints_the_table(tmp_path: Path) -
     require_self_contained((folder / "report.html").read_text())
     again = json.loads((folder / "answers.json").read_text())
     assert len(again) == 80 and again[2]["gpt_answer"] == ""
+
+
+def test_the_text_and_the_probabilities_are_scored_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = predictions(1.0)  # text and probabilities agree, and are right
+    swapped = {"A": 0.2, "B": 0.8} if rows[0].answer == "A" else {"A": 0.8, "B": 0.2}
+    rows[0] = dataclasses.replace(rows[0], probabilities=swapped)  # of a defective image: right by the text alone
+    rows[1] = dataclasses.replace(rows[1], text="I cannot tell", parsed=None)  # right by probability alone
+    rows[3] = dataclasses.replace(rows[3], probabilities=None)  # a server that did not tell: not compared
+    rows[5] = dataclasses.replace(rows[5], text="", parsed=None, probabilities=None, error="broken image")
+    folder = make_run(tmp_path / "base", rows)
+    score.main([str(folder)])
+    found = json.loads((folder / "report.json").read_text())["two_ways"]
+    assert set(found) == {*KINDS[:2], "Average"}
+    questions = {name: figures["questions"] for name, figures in found.items()}
+    assert questions == {KINDS[0]: 40, KINDS[1]: 38, "Average": 78}
+    assert found[KINDS[0]]["agreement"] == pytest.approx(39 / 40)
+    assert found[KINDS[1]]["agreement"] == pytest.approx(37 / 38)
+    assert found["Average"]["agreement"] == pytest.approx(76 / 78)
+    low, high = found["Average"]["interval"]
+    assert 0.8 < low < 76 / 78 < high <= 1
+    assert (found[KINDS[0]]["text"], found[KINDS[0]]["logits"]) == pytest.approx((100, 97.5))
+    assert (found[KINDS[1]]["text"], found[KINDS[1]]["logits"]) == pytest.approx((100 * 37 / 38, 100))
+    printed = capsys.readouterr().out
+    assert "the text names the most probable option in 97.4 % of 78 questions (" in printed
+    assert "by that option the average is 98.8, by the text 98.7" in printed
+    assert "Two ways to answer" in (folder / "report.html").read_text()
+
+
+def test_a_run_that_was_decided_by_probabilities_or_has_none_has_no_agreement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = [dataclasses.replace(row, probabilities=None) for row in predictions(0.8)]
+    for folder in (
+        make_run(tmp_path / "logits", predictions(0.8), answer="logits"),
+        make_run(tmp_path / "server", silent, answer="generate"),
+    ):
+        score.main([str(folder)])
+        assert json.loads((folder / "report.json").read_text())["two_ways"] == {}
+        assert "Two ways" not in (folder / "report.html").read_text()
+    assert "most probable" not in capsys.readouterr().out
+
+
+def unsure(split: str, images: int, seed: int) -> list[Prediction]:
+    """Anomaly Detection of parts of their own, with a P(defect) that is worth something."""
+    luck = random.Random(seed)
+    rows = []
+    for row in predictions(1.0, images=images)[::2]:
+        score = min(max(luck.gauss(0.6 if row.condition != GOOD else 0.4, 0.15), 0.01), 0.99)
+        said = "A" if score > 0.5 else "B"
+        named = {"case": f"{split} {row.case}", "group": f"{split} {row.group}", "image": f"{split} {row.image}"}
+        rows.append(dataclasses.replace(row, **named, parsed=said, probabilities={"A": score, "B": 1 - score}))
+    return rows
+
+
+def test_p_defect_is_calibrated_by_a_run_over_the_validation_split(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "test", unsure("test", 80, 0))
+    validation = make_run(tmp_path / "validation", unsure("validation", 60, 1), split="validation", warnings=["odd"])
+    done = run_command("evaluation.score", folder, "--calibration", validation, "--false_alarms", "0.1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "report.json").read_text())["calibration"]
+    assert found["provenance"]["run"] == str(validation) and found["provenance"]["split"] == "validation"
+    assert found["validation"] == {"normal": 30, "defective": 30} and found["test"] == {"normal": 40, "defective": 40}
+    assert found["temperature"] < 1, "these probabilities are too shy"
+    alarms = found["thresholds"]["false_alarms"]
+    assert alarms["validation"]["false_alarms"] <= 0.1
+    assert f"temperature {found['temperature']:.3g}; expected calibration error " in done.stdout
+    low, high = alarms["intervals"]["recall"]
+    shown = rf"recall +0\.\d+ +{alarms['test']['recall']:.3f} +{low:.3f} to {high:.3f}"
+    assert re.search(rf"false alarms at most 0\.1, by validation +{alarms['threshold']:.3f} +{shown}", done.stdout)
+    assert "odd" in done.stderr
+    page = (folder / "report.html").read_text()
+    require_self_contained(page)
+    assert "Calibration of P(defect)" in page and page.count('<svg class="roc"') == 2
+    score.main([str(folder)])
+    assert "Calibration of P(defect)" not in (folder / "report.html").read_text()
+
+
+def test_a_threshold_that_too_few_normal_images_can_promise_is_told_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "test", unsure("test", 20, 0))
+    validation = make_run(tmp_path / "validation", unsure("validation", 20, 1), split="validation")
+    score.main([str(folder), "--calibration", str(validation)])
+    assert "false alarms of 0.05 from 10 normal validation images; that takes 19" in capsys.readouterr().err
+    assert set(json.loads((folder / "report.json").read_text())["calibration"]["thresholds"]) == {"f1", "best"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "validation",
+            {"base_model": "another"},
+            "their base_model differs .echo-tiny and another.; run the validation",
+        ),
+        ("validation", {"adapters": {"decision_maker": {"fingerprint": "beef"}}}, "their adapters differs; run"),
+        ("test", {}, "40 parts are in both, such as tiles/product 0/test part 0; give a run over --split validation"),
+    ],
+)
+def test_a_run_of_another_model_or_of_the_same_parts_does_not_calibrate(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    folder = make_run(tmp_path / "test", unsure("test", 40, 0))
+    other = make_run(tmp_path / "other", unsure(name, 40, 1), split=name, **changes)
+    with pytest.raises(EchoError, match=f"other cannot calibrate .*test: {message}"):
+        score.main([str(folder), "--calibration", str(other)])
+
+
+def test_calibration_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    folder, other = (make_run(tmp_path / name, unsure(name, 40, 1)) for name in ("test", "validation"))
+    with pytest.raises(EchoError, match="false_alarms is 5; it is a share"):
+        score.main([str(folder), "--calibration", str(other), "--false_alarms", "5"])
+    with pytest.raises(EchoError, match="hold no probabilities"):
+        score.main(["--answers", "x.json", "--output", str(tmp_path / "out"), "--calibration", str(other)])
 
 
 def test_answers_of_a_run_scored_as_a_file_give_the_same_official_table(tmp_path: Path) -> None:
@@ -239,6 +356,15 @@ def test_compare_ends_with_the_verdict_and_writes_beside_the_last_run(tmp_path: 
     require_self_contained((tmp_path / "compare" / "compare.html").read_text())
 
 
+def test_a_run_of_an_older_version_lacks_keys_and_is_compared(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "base", predictions(0.5))
+    newer = make_run(tmp_path / "newer", predictions(0.7), server_model=None, answer="generate")
+    compare.main([str(base), str(newer)])
+    page = (tmp_path / "compare" / "compare.html").read_text()
+    differing, same = page.split("What differs between the runs:")[1].split("What is the same:")
+    assert "answer" in differing and "server_model" in same
+
+
 def test_compare_figures_are_those_of_score(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, predictions(0.7, seed)) for seed, name in enumerate(["a", "b", "c"])]
     compare.main([*map(str, folders), "--output", str(tmp_path / "out")])
@@ -250,6 +376,67 @@ def test_compare_figures_are_those_of_score(tmp_path: Path) -> None:
         assert run["figures"]["Average"]["value"] == report["tables"]["strict"]["Average"]["Average"]
         assert run["figures"]["Average"]["interval"] == report["intervals"]["strict"]["Average"]["Average"]
         assert run["figures"]["AUROC"]["interval"] == report["detection"]["All"]["intervals"]["auroc"]
+
+
+def test_runs_of_several_seeds_stand_together_as_mean_and_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_run(tmp_path / "base", predictions(0.4, seed=9))
+    seeds = [make_run(tmp_path / f"seed{seed}", predictions(0.9, seed)) for seed in range(3)]
+    compare.main([str(base), f"tuned={','.join(map(str, seeds))}", "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    alone, tuned = comparison["runs"]
+    assert (tuned["name"], tuned["members"]) == ("tuned", ["seed0", "seed1", "seed2"])
+    assert tuned["counts"]["questions"] == 240 and comparison["questions"] == 80
+    figure, values = tuned["figures"]["Average"], []
+    for folder in seeds:
+        score.main([str(folder)])
+        values.append(json.loads((folder / "report.json").read_text())["tables"]["strict"]["Average"]["Average"])
+    assert figure["values"] == pytest.approx(values) and figure["runs"] == 3
+    mean, deviation = sum(values) / 3, statistics.stdev(values)
+    assert (figure["value"], figure["standard_deviation"]) == pytest.approx((mean, deviation))
+    assert figure["interval"][0] < mean < figure["interval"][1]
+    assert alone["figures"]["Average"]["standard_deviation"] is None
+    difference = comparison["differences"][0]
+    assert difference["figures"]["Average"]["difference"] == pytest.approx(mean - alone["figures"]["Average"]["value"])
+    assert difference["mcnemar"] == {}
+    assert re.search(rf"Average +.* {mean:.1f} +{deviation:.1f} +[\d.]+ to [\d.]+\n", printed)
+    assert printed.splitlines()[-1].startswith("tuned (3 runs) is better than base by ")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    require_self_contained(page)
+    assert f"mean of 3, sd {deviation:.1f}" in page and page.count("<polyline") == 4
+
+
+def test_the_interval_of_several_runs_holds_what_another_one_would_change(tmp_path: Path) -> None:
+    """Three runs that differ much on the same images, beside three of the same mean that are alike."""
+    base = make_run(tmp_path / "base", predictions(0.7, seed=9))
+    widths = []
+    for name, skills in (("alike", (0.7, 0.7, 0.7)), ("apart", (0.4, 0.7, 1.0))):
+        folders = [make_run(tmp_path / f"{name}{place}", predictions(skill)) for place, skill in enumerate(skills)]
+        compare.main([str(base), ",".join(map(str, folders)), "--output", str(tmp_path / name)])
+        found = json.loads((tmp_path / name / "comparison.json").read_text())["runs"][1]
+        assert found["name"] == f"{name}0, {name}1, {name}2"
+        widths.append(found["figures"]["Average"]["interval"])
+    assert widths[1][1] - widths[1][0] > 1.5 * (widths[0][1] - widths[0][0])
+
+
+def test_runs_that_are_not_of_one_kind_do_not_stand_together(tmp_path: Path) -> None:
+    base, one = (make_run(tmp_path / name, predictions(0.5)) for name in ("base", "one"))
+    other = make_run(tmp_path / "other", predictions(0.5), routing="paper")
+    with pytest.raises(EchoError, match="one and other are not of one kind: their routing differs"):
+        compare.main([str(base), f"{one},{other}"])
+    with pytest.raises(EchoError, match="two of base, base have one name"):
+        compare.main([str(base), f"base={one}"])
+    with pytest.raises(EchoError, match="two or more runs"):
+        compare.main([f"{base},{one}"])
+
+
+def test_a_folder_may_have_signs_of_a_group_in_its_name(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, predictions(0.5)) for name in ("rate=1e-4,seed=0", "rate=2e-4,seed=0")]
+    compare.main([*map(str, folders), "--output", str(tmp_path / "out")])
+    named = [run["name"] for run in json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]]
+    assert named == [folder.name for folder in folders]
 
 
 def test_a_run_is_not_better_than_its_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

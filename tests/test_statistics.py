@@ -1,11 +1,18 @@
-"""The bootstrap covers, the weighted AUROC is scikit-learn's, the tests are the textbook's."""
+"""The intervals cover, the weighted AUROC and the calibration are scikit-learn's, the tests are the textbook's."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from scipy.stats import binom, norm, skew, t
+from sklearn import metrics as sklearn_metrics
+from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.evaluation.coverage import SETTINGS, Coverage, Setting, coverage, latents, of_accuracy, of_reports
 from echo_ft import statistics
 
 
@@ -35,9 +42,38 @@ def test_auroc_without_one_of_the_sides_is_nan() -> None:
 
 def test_an_interval_leaves_resamples_without_the_figure_out() -> None:
     values = np.array([[np.nan, np.nan], [1.0, np.nan], [3.0, np.nan]])
-    low, high = statistics.percentile_interval(values, level=1.0)
-    assert (low[0], high[0]) == (1.0, 3.0)
+    low, high = statistics.percentile_interval(values)
+    assert (low[0], high[0]) == pytest.approx(np.percentile([1.0, 3.0], [2.5, 97.5]), abs=1e-12)
     assert np.isnan(low[1]) and np.isnan(high[1])
+
+
+def test_the_interval_is_the_accelerated_one_at_expanded_quantiles() -> None:
+    """Written out for one figure at a time."""
+    random = np.random.default_rng(0)
+    values = random.gamma(2, size=(500, 3)) * [1, -1, 1]
+    values[random.random(500) < 0.1, 2] = np.nan
+    units = np.array([7, 40, 1000])
+    low, high = statistics.percentile_interval(values, units, level=0.9)
+    for place, count in enumerate(units):
+        known = values[:, place][~np.isnan(values[:, place])]
+        lean = skew(known) / 6
+        reach = t.ppf(0.95, count - 1) * math.sqrt(count / (count - 1))
+        shares = [norm.cdf(lean + (lean + z) / (1 - lean * (lean + z))) for z in (-reach, reach)]
+        assert (low[place], high[place]) == pytest.approx(np.quantile(known, shares), abs=1e-9)
+
+
+def test_the_interval_is_the_plain_percentile_one_for_many_units_and_symmetric_resamples() -> None:
+    half = np.random.default_rng(0).normal(size=500)
+    values = np.concatenate([half, -half])
+    assert statistics.percentile_interval(values) == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-9)
+    wider = statistics.percentile_interval(values, units=10)
+    assert wider[0] < np.percentile(values, 2.5) and np.percentile(values, 97.5) < wider[1]
+
+
+@pytest.mark.parametrize("units", [0, 1, 2])
+def test_the_interval_of_hardly_any_units_is_all_that_the_resamples_hold(units: int) -> None:
+    assert statistics.percentile_interval(np.array([1.0, 2.0, 4.0]), units) == pytest.approx([1, 4])
+    assert statistics.percentile_interval(np.full(9, 100 / 3), units) == pytest.approx([100 / 3, 100 / 3])
 
 
 def test_mcnemar_is_the_exact_two_sided_binomial_test() -> None:
@@ -52,25 +88,107 @@ def test_holm_multiplies_step_by_step_and_never_decreases() -> None:
     assert statistics.holm([]) == []
 
 
-def _coverage(runs: int, resamples: int, by_image: bool, images: int = 80, questions: int = 5) -> float:
-    """How often the interval holds the true mean, when the questions of an image share most of their luck."""
-    random = np.random.default_rng(1)
-    covered = 0
-    for run in range(runs):
-        shares = random.beta(0.6, 0.4, size=images)  # the true accuracy over all images is 0.6
-        correct = (random.random((images, questions)) < shares[:, None]).astype(float)
-        values = correct.mean(axis=1) if by_image else correct.ravel()
-        weights = statistics.resample([0] * len(values), resamples, seed=run)
-        low, high = statistics.percentile_interval(weights @ values / len(values))
-        covered += low <= 0.6 <= high
-    return covered / runs
+def require_coverage(found: Coverage, runs: int) -> None:
+    """93 to 97 %, as far as so many runs can tell: a true share in between fails here once in a thousand times."""
+    least, most = binom.ppf(0.0005, runs, 0.93), binom.ppf(0.9995, runs, 0.97)
+    assert least <= round(found.held * runs) <= most, found
 
 
-def test_the_interval_over_images_covers_and_one_over_questions_would_not() -> None:
-    assert _coverage(150, 300, by_image=True) > 0.88
-    assert _coverage(150, 300, by_image=False) < 0.80
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_the_interval_holds_the_truth_where_questions_hang_together(setting: Setting) -> None:
+    require_coverage(of_accuracy(setting, runs=500)["interval"], 500)
 
 
-@pytest.mark.slow
-def test_the_interval_covers_in_95_of_100_of_many_simulations() -> None:
-    assert 0.925 < _coverage(1000, 2000, by_image=True) < 0.97
+def test_the_plain_percentile_interval_would_not() -> None:
+    found = of_accuracy(Setting(60, 3, 0.95), runs=4000)
+    require_coverage(found["interval"], 4000)
+    with pytest.raises(AssertionError):
+        require_coverage(found["plain percentile"], 4000)
+
+
+def test_questions_drawn_one_by_one_would_make_an_interval_too_narrow() -> None:
+    drawn = (latents(np.random.default_rng(0), 300, 40, 1) < 0).reshape(300, -1)
+    values = statistics.resample([0] * drawn.shape[1]) @ drawn.T / drawn.shape[1]
+    assert coverage(statistics.percentile_interval(values), 0.5).held < 0.87
+
+
+def test_the_intervals_of_a_report_hold_the_truth() -> None:
+    for found in of_reports(Setting(60, 2, 0.8), runs=100).values():
+        require_coverage(found, 100)
+
+
+def believed(count: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Overconfident log odds, and the truth."""
+    random = np.random.default_rng(seed)
+    positive = random.random(count) < 0.4
+    return 3 * (random.normal(size=count) + 1.5 * positive - 1), positive
+
+
+def test_the_temperature_is_logistic_regression_without_an_intercept() -> None:
+    logits, positive = believed()
+    fitted = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(logits[:, None], positive)
+    assert statistics.temperature(logits, positive) == pytest.approx(1 / fitted.coef_[0, 0], rel=1e-5)
+    assert statistics.temperature(5 * logits, positive) == pytest.approx(5 * statistics.temperature(logits, positive))
+
+
+def test_the_temperature_stops_where_the_scores_separate_the_sides_or_say_nothing_of_them() -> None:
+    positive = np.array([True, True, False, False])
+    assert statistics.temperature(np.array([1.0, 2, -1, -2]), positive) == statistics.TEMPERATURES[0]
+    assert statistics.temperature(np.array([-1.0, -2, 1, 2]), positive) == statistics.TEMPERATURES[1]
+
+
+def test_log_loss_and_the_bins_of_reliability_are_those_of_scikit_learn() -> None:
+    logits, positive = believed()
+    probabilities = 1 / (1 + np.exp(-logits))
+    assert statistics.log_loss(logits, positive) == pytest.approx(sklearn_metrics.log_loss(positive, probabilities))
+    bins = statistics.reliability(probabilities, positive)
+    shares, means = calibration_curve(positive, probabilities, n_bins=statistics.BINS)
+    np.testing.assert_allclose([one[:2] for one in bins], np.column_stack([means, shares]))
+    assert sum(number for *_, number in bins) == len(positive)
+    assert statistics.reliability(np.array([1.0, 0.0]), np.array([True, False])) == [(0, 0, 1), (1, 1, 1)]
+
+
+def test_the_expected_calibration_error_weighs_each_bin_by_its_number() -> None:
+    assert statistics.expected_calibration_error([(0.25, 0.5, 3), (0.9, 0.8, 1)]) == pytest.approx(0.85 / 4)
+
+
+@pytest.mark.parametrize(("count", "share", "above"), [(19, 0.05, 0), (100, 0.05, 4), (99, 0.1, 9), (9, 0.1, 0)])
+def test_the_threshold_for_false_alarms_has_the_conformal_rank(count: int, share: float, above: int) -> None:
+    scores = np.random.default_rng(0).permutation(np.arange(count) / count)
+    threshold = statistics.false_alarm_threshold(scores, share)
+    assert threshold is not None
+    assert (scores >= threshold).sum() == above <= share * count
+    assert statistics.false_alarm_threshold(scores[: math.ceil(1 / share) - 2], share) is None
+
+
+def test_the_threshold_for_false_alarms_holds_for_new_negatives_and_takes_no_tie_for_an_alarm() -> None:
+    random = np.random.default_rng(0)
+    thresholds = [statistics.false_alarm_threshold(random.random(30), 0.1) or 1 for _ in range(4000)]
+    alarms = 1 - np.mean(thresholds)  # the share of new uniform scores at or above
+    assert alarms == pytest.approx(3 / 31, abs=0.004)
+    tied = statistics.false_alarm_threshold(np.full(40, 0.5), 0.1)
+    assert tied is not None and tied > 0.5
+
+
+def test_the_best_threshold_has_the_highest_f1_of_all() -> None:
+    logits, positive = believed(60)
+    scores = np.round(logits)  # ties
+    best = statistics.best_f1_threshold(scores, positive)
+    found = {score: sklearn_metrics.f1_score(positive, scores >= score) for score in scores}
+    assert found[best] == pytest.approx(max(found.values()))
+
+
+def test_rates_are_those_of_scikit_learn_with_multiplicities_as_sample_weights() -> None:
+    logits, positive = believed(50)
+    called, weights = logits > 0, statistics.resample([0] * 50, resamples=10)
+    found = statistics.rates(weights, called, positive)
+    for place, row in enumerate(weights):
+        recall, specificity = (
+            sklearn_metrics.recall_score(positive, called, sample_weight=row, pos_label=side) for side in (True, False)
+        )
+        f1 = sklearn_metrics.f1_score(positive, called, sample_weight=row)
+        assert [found[key][place] for key in ("recall", "false_alarms", "f1")] == pytest.approx(
+            [recall, 1 - specificity, f1]
+        )
+    nothing = statistics.rates(np.ones((1, 3)), np.zeros(3, dtype=bool), np.ones(3, dtype=bool))
+    assert nothing["recall"] == nothing["f1"] == 0 and np.isnan(nothing["false_alarms"])
