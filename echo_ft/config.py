@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -134,6 +135,8 @@ def _raise(source: str) -> Callable[[str], None]:
 
 def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same command goes on where it can") -> None:
     """Run a script's `main(argv)`: an EchoError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    # bitsandbytes (0.50) warns when it is imported, by peft, that it does without a kernel of the hub's.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main(sys.argv[1:])
     except EchoError as error:
