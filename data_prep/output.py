@@ -25,6 +25,8 @@ from echo_ft.splits import SPLITS, divided_parts
 
 CONTENT = frozenset(
     {
+        "audit.html",
+        "audit.json",
         "images",
         "inspections.jsonl",
         "knowledge.json",

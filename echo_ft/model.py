@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class AdapterCard:
     """Which experts stood behind each kind of question in the dataset's rows."""
     versions: dict[str, str]
     commit: str
+    leaks: dict[str, str] = field(default_factory=dict)
+    """What data_prep.audit found, by the fingerprint of the dataset that training overlaps."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def make_card(
         routing=dataset.manifest["config"]["routing"],
         versions=versions(),
         commit=commit(),
+        leaks={name: found["verdict"] for name, found in dataset.manifest.get("audits", {}).items() if found["leak"]},
     )
 
 
@@ -278,6 +281,9 @@ def training_sets(
             }
         )
         who = f"the adapters of {', '.join(names)}"
+        leak = adapters[names[0]].card.leaks.get(dataset.fingerprint)
+        if leak:
+            warnings.append(leak)
         if trained_on:
             warnings.append(
                 f"{count} OF {len(images)} PHOTOGRAPHS OF THE SPLIT {split} WERE TRAINED ON, such as {trained_on[0]}: "

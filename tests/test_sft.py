@@ -328,3 +328,13 @@ def test_broken_and_missing_images_are_rejected_by_name_before_step_1(tmp_path):
     assert [rejection.item for rejection in planned.rejected] == [f"knowledge_guide train/{i}" for i in (1, 2, 3)]
     assert "train_1_2.png" in planned.rejected[0].reason and "train_2_2.png" in planned.rejected[1].reason
     assert "more than max_tokens 1000" in planned.rejected[2].reason
+
+
+def test_what_the_audit_found_is_said_and_travels_in_the_card(tmp_path, capsys):
+    folder = make_dataset(tmp_path / "data")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    verdicts = {"other": {"leak": True, "verdict": "LEAK: 3 of 9"}, "clean": {"leak": False, "verdict": "no leak"}}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "audits": verdicts}))
+    run_in_process(*tiny("decision_maker", folder, tmp_path / "out", *SHORT))
+    assert "WARNING: LEAK: 3 of 9" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "echo_ft.json").read_text())["leaks"] == {"other": "LEAK: 3 of 9"}

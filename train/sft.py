@@ -8,6 +8,7 @@ and a whole model ends there, which a run takes as its `model_name_or_path`.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from echo_ft import config as configs
@@ -50,6 +51,9 @@ def main(argv: list[str]) -> None:
         config.max_pixels,
         dataset,
     )
+    if sft.process_index == 0:
+        for verdict in card.leaks.values():
+            print(f"WARNING: {verdict}", file=sys.stderr)
     checkpoint = find_checkpoint(sft, card)
     train, planned = load_cases(layout, dataset, config, sft, "train")
     validation = load_cases(layout, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None

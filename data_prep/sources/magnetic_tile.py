@@ -2,7 +2,8 @@
 
 Layout: `MT_<Kind>/Imgs/<name>.jpg` with a pixel mask `<name>.png` of the same stem. The names `exp<e>_num_<n>` are
 exposures of one tile with numbers a few dozen apart: in the order of `n` over all kinds, a gap of more than 60
-starts the next tile. Those exposures are one group: a split by photograph would show the test's tiles in training.
+starts the next tile. Some tiles were photographed again after a larger gap, which AGAIN names. The photographs of one
+tile are one group: a split by photograph would show the test's tiles in training.
 """
 
 from __future__ import annotations
@@ -22,6 +23,23 @@ CONDITIONS = {
     "MT_Uneven": "uneven",
 }
 GAP = 60
+"""Largest difference of the numbers of two photographs that follow each other on one tile."""
+
+AGAIN = (
+    (461, 524), (1810, 1965), (3504, 3981), (4944, 5106), (5874, 13526), (7871, 8015), (8676, 9196, 10181, 10410,
+    10642, 10714, 10790), (24793, 25007), (33365, 33487), (37056, 37243, 37556, 37636), (39412, 39559), (43817,
+    43955), (53011, 65001), (61310, 61501), (75090, 75343), (77531, 77692), (85602, 85781, 85846, 85998, 86828,
+    88149), (94899, 95059), (98080, 98305, 98402), (108719, 108889), (124592, 124690), (136254, 136351), (148923,
+    149097), (154549, 154721), (155300, 155478), (165362, 165523), (187505, 187701), (193104, 193234), (240048,
+    240188), (241889, 242089), (246296, 246442), (257103, 257273, 257334), (257630, 257938, 258043), (258511,
+    258703), (262480, 262572), (271361, 271512), (283203, 283465), (293709, 293876), (339819, 339932), (348629,
+    348888), (355636, 358102),
+)  # fmt: skip
+"""Numbers at which a tile's photographs start anew after a larger gap: `data_prep.audit` found these from the pixels,
+and each pair was looked at. The photographs of one tuple show one tile."""
+
+FIRST = {f"tile-{number}": f"tile-{numbers[0]}" for numbers in AGAIN for number in numbers}
+"""For such a run of numbers, the tile's first one."""
 
 
 def read(config: SourceConfig) -> Items:
@@ -67,6 +85,6 @@ def read(config: SourceConfig) -> Items:
             dataset="magnetic_tile",
             product="magnetic_tile",
             condition=CONDITIONS[name],
-            group=group,
+            group=FIRST.get(group, group),
             mask=mask,
         )
