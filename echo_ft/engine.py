@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from echo_ft.images import load_image
 from echo_ft.layout import PADDING, Layout, Row, pad, pixels
 from echo_ft.records import LETTERS, Exchange
+
+READERS = 4
+"""Threads that read and resize images while the vision tower is at work."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +88,25 @@ class Engine:
         """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
         # An adapter on the vision tower makes the features the role's own.
         owner = role if self.adapted and self._tower_is_adapted(role) else ""
-        for name in dict.fromkeys(images):
-            if (owner, name) in self._features:
-                continue
+        missing = [image for image in dict.fromkeys(images) if (owner, image) not in self._features]
+        with ThreadPoolExecutor(READERS) as pool:
             # One by one: the last bits of what stands beside others depend on them, and so on what was kept before.
-            image = load_image(self.root / name)
-            inputs = pixels(self.layout, [image])
-            (feature,) = self.base.model.get_image_features(
-                inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
-            ).pooler_output
-            self._features[owner, name] = feature, image.size
+            for name, (inputs, size) in zip(missing, pool.map(self._open, missing), strict=True):
+                (feature,) = self.base.model.get_image_features(
+                    inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
+                ).pooler_output
+                self._features[owner, name] = feature, size
         found = [self._features[owner, name] for name in images]
         for name in images:
             self._features.move_to_end((owner, name))
         while len(self._features) > self.kept_images:
             self._features.popitem(last=False)
         return tuple(feature for feature, _ in found), [size for _, size in found]
+
+    def _open(self, name: str) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        """An image's pixels as the model takes them, and its (width, height)."""
+        image = load_image(self.root / name)
+        return pixels(self.layout, [image]), image.size
 
     def _tower_is_adapted(self, role: str) -> bool:
         return any(

@@ -157,7 +157,7 @@ class Ideal:
         """What the engine says."""
         with recorded(self.engine.base) as events:
             said = self.engine.speak(role, exchanges)
-        self.seconds += again(self.engine.base, events)
+        self.seconds += min(again(self.engine.base, events) for _ in range(2))  # the first time, memory is new
         return said
 
 
