@@ -30,9 +30,10 @@ from echo_ft.mmad_scorer import (
     to_predictions,
     write_answers,
 )
+from echo_ft.positions import Permuted, consistency, position_bias
 from echo_ft.provenance import commit, fingerprint_bytes
-from echo_ft.records import KINDS, EchoError, Prediction, Rejection, from_dict, write_whole
-from echo_ft.runs import CONTINUED
+from echo_ft.records import KINDS, EchoError, Prediction, Rejection, from_dict, read_jsonl, write_whole
+from echo_ft.runs import CONTINUED, PERMUTATIONS
 from evaluation import pages
 from evaluation.pages import DETECTION_LABELS, interval, percent, share, text_table
 
@@ -264,6 +265,7 @@ def build_report(
         "calibration": calibration,
         # Where probabilities decided, no text was asked for that could agree with them.
         "two_ways": {} if run.provenance.get("answer") == "logits" else metrics.two_ways(run.predictions),
+        "option_order": option_order(run.folder),
         "bootstrap": {
             "unit": "part",
             "resamples": statistics.RESAMPLES,
@@ -283,6 +285,16 @@ def build_report(
         samples=pages.samples(run.predictions, run.provenance),
     )
     return report, page
+
+
+def option_order(folder: Path) -> dict[str, Any]:
+    """What the place of an option did to the answers; empty where a run asked in one order only."""
+    path = folder / PERMUTATIONS
+    rows = list(read_jsonl(path, Permuted)) if path.is_file() else []
+    alike = consistency(rows)
+    if alike is None:
+        return {}
+    return {"consistent": alike[0], "questions": alike[1], "letters": [asdict(one) for one in position_bias(rows)]}
 
 
 def cautions(run: Run, sheet: metrics.Sheet, detection: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -373,6 +385,22 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"({interval('Average', spread)}); by that option the average is {percent(found['logits'])}, by the text "
             f"{percent(found['text'])}"
         )
+    if report["option_order"]:
+        print_option_order(report["option_order"])
+
+
+def print_option_order(found: Mapping[str, Any]) -> None:
+    """How often the answer kept its option, and how often each letter was chosen, on stdout."""
+    print(
+        f"\nin every order of its options the same one is chosen in {percent(100 * found['consistent'])} % of "
+        f"{found['questions']} questions\n"
+    )
+    rows = [("letter, of so many options", "chosen, %", "right, %", "found where right, %")]
+    for one in found["letters"]:
+        recall = None if one["recall"] is None else 100 * one["recall"]
+        shares = percent(100 * one["chosen"]), percent(100 * one["right"]), percent(recall)
+        rows.append((f"{one['letter']} of {one['options']}", *shares))
+    print(text_table(rows))
 
 
 def print_calibration(found: Mapping[str, Any]) -> None:

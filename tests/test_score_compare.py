@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from echo_ft.dataset import FORMAT
+from echo_ft.positions import Permuted
 from echo_ft.records import GOOD, KINDS, EchoError, Prediction, write_jsonl
 from evaluation import compare, score
 
@@ -122,6 +123,28 @@ def test_the_text_and_the_probabilities_are_scored_side_by_side(
     assert "the text names the most probable option in 97.4 % of 78 questions (" in printed
     assert "by that option the average is 98.8, by the text 98.7" in printed
     assert "Two ways to answer" in (folder / "report.html").read_text()
+
+
+def test_the_place_of_an_option_is_told_apart_from_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row for row in predictions(1.0) if len(row.options) == 2]
+    folder = make_run(tmp_path / "cyclic", predictions(1.0))
+    asked = []
+    for row in rows:
+        for shift in range(2):
+            # Always the letter A: the question's own A as given, its B where the options have changed places.
+            chosen = "AB"[shift]
+            asked.append(Permuted(**{**dataclasses.asdict(row), "text": "A", "parsed": chosen, "shift": shift}))
+    write_jsonl(folder / "permutations.jsonl", asked)
+    score.main([str(folder)])
+    found = json.loads((folder / "report.json").read_text())["option_order"]
+    assert (found["consistent"], found["questions"]) == (0, len(rows))
+    first, second = found["letters"]
+    assert (first["letter"], first["chosen"], first["right"]) == ("A", 1, 0.5)
+    assert (second["letter"], second["chosen"], second["recall"]) == ("B", 0, 0)
+    assert f"is chosen in 0.0 % of {len(rows)} questions" in capsys.readouterr().out
+    assert "Order of the options" in (folder / "report.html").read_text()
 
 
 def test_a_run_that_was_decided_by_probabilities_or_has_none_has_no_agreement(
