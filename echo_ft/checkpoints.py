@@ -32,11 +32,17 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
         wanted = newest_checkpoint(output)
         if wanted is None and sft.process_index == 0:
             print(f"there is no checkpoint in {output}: training starts from the beginning", flush=True)
-    if wanted is None or wanted.lower() == "false":
-        if (output / ADAPTER_CARD).is_file():
-            raise EchoError(
-                f"{output} holds a finished adapter, which would be replaced; choose another output_dir or delete it"
-            )
+    new = wanted is None or wanted.lower() == "false"
+    if (output / ADAPTER_CARD).is_file() and (new or Path(str(wanted)).resolve().parent != output.resolve()):
+        raise EchoError(
+            f"{output} holds a finished adapter, which would be replaced; choose another output_dir or delete it"
+        )
+    if (sft.resume_from_checkpoint or "false").lower() == "false" and any(output.glob("checkpoint-*")):
+        raise EchoError(
+            f"{output} holds checkpoints of an earlier run; go on with it by --resume_from_checkpoint true, choose "
+            "another output_dir or delete it"
+        )
+    if wanted is None or new:
         return None
     if not Path(wanted).is_dir():
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")

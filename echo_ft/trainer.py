@@ -21,7 +21,7 @@ from echo_ft.flops import Load, costs, peak
 from echo_ft.layout import IGNORED
 from echo_ft.model import ADAPTER_CARD, GROUPS, AdapterCard, load_model, part_of, write_card
 from echo_ft.records import EchoError
-from echo_ft.training import EchoConfig, packed_inputs, prepare_model
+from echo_ft.training import BalancedSampler, EchoConfig, packed_inputs, prepare_model
 from echo_ft.vision import FeatureStore
 
 
@@ -49,11 +49,19 @@ class PrefixSharingTrainer(SFTTrainer):
         self.config = config
         self.card = card
         super().__init__(*args, **kwargs)
+        self.sampler: BalancedSampler | None = None
         self.add_callback(Probe(self, largest))
+        self.add_callback(Epochs(self))
         self.implementation = implementation
         if implementation == "flex_attention" and self.args.device.type == "cpu":
             raise EchoError("attn_implementation flex_attention has no backward pass on a CPU (torch 2.15); set sdpa")
         tuned = self.accelerator.unwrap_model(self.model)
+        narrow = any(one.requires_grad and one.dtype in (torch.bfloat16, torch.float16) for one in tuned.parameters())
+        if self._is_whole and narrow:
+            raise EchoError(
+                "steps of full tuning round away in weights of 16 bits; set dtype: float32 (with bf16: true, it is "
+                "still computed in bfloat16), or take ZeRO or FSDP, which keep weights of 32 bits beside them"
+            )
         core = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
         prepare_model(core, store)
         self._costs = costs(core)
@@ -163,7 +171,8 @@ class PrefixSharingTrainer(SFTTrainer):
             if parameter.requires_grad
         }
         for name, rate in rates.items():
-            if rate and name not in part.values():
+            whole = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+            if rate is not None and name not in part.values() and not (whole and rate == 0):
                 modules = "attn.qkv, attn.proj" if name == "vision tower" else "merger.mlp.0"
                 raise EchoError(
                     f"{name.split()[0]}_learning_rate is {rate}, but nothing of the {name} is trained; name its "
@@ -189,14 +198,40 @@ class PrefixSharingTrainer(SFTTrainer):
         if self.args.should_save:
             write_card(folder, self.card)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # transformers (5.23) saves a whole Qwen2-VL under the names of older versions, and here looks for today's,
-        # finds none and goes on with the weights it has. from_pretrained knows both.
-        tuned = self.accelerator.unwrap_model(self.model)
-        if isinstance(tuned, PeftModel) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Balanced over processes, where there are several; `Epochs` sets its epoch."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        if args.world_size == 1 or args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        tokens, seed = dataset[args.length_column_name], args.seed if args.data_seed is None else args.data_seed
+        self.sampler = BalancedSampler(
+            list(tokens), args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps, seed
+        )
+        return self.sampler
+
+    def _load_best_model(self) -> None:
+        if self._is_whole:
+            self._load_whole(str(self.state.best_model_checkpoint))
         else:
-            tuned.load_state_dict(load_model(resume_from_checkpoint, dtype="auto").state_dict())
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._is_whole:
+            self._load_whole(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all weights are in this process and are tuned themselves."""
+        adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        return not (adapted or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _load_whole(self, folder: str) -> None:
+        # transformers (5.23) saves a whole Qwen2-VL under the names of older versions; the Trainer looks for today's,
+        # finds none and goes on with the weights it has. from_pretrained knows both.
+        self.accelerator.unwrap_model(self.model).load_state_dict(load_model(folder).state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, marked as whole after every process has written its part.
@@ -215,6 +250,18 @@ class PrefixSharingTrainer(SFTTrainer):
         if self.args.should_save:
             (folder / WHOLE).touch()
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+class Epochs(TrainerCallback):
+    """Tells the balanced sampler its epoch: where batches are skipped, accelerate (1.15) does not pass it on."""
+
+    def __init__(self, trainer: PrefixSharingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class Probe(TrainerCallback):

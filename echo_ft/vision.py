@@ -125,7 +125,7 @@ def share_images(model: Any, store: FeatureStore | None) -> None:
     if store is not None and not frozen:
         raise EchoError(
             "features cannot be kept of a vision tower that is trained; take `features` out of the config, or the "
-            "tower's and merger's modules out of lora_target_modules"
+            "tower's and merger's modules out of lora_target_modules (with use_peft: false, set their rates to 0)"
         )
     encode = core.get_image_features
 

@@ -1,7 +1,8 @@
 """Run by torchrun on two processes: under FSDP2, gradients are those of the whole model, also where one sees no image.
 
-accelerate (1.15) takes FSDP for GPUs alone, so PyTorch's own fully_shard is called here, on the layers that
-recipes/accelerate/fsdp2.yaml names. argv: a folder to draw into.
+accelerate (1.15) takes FSDP for GPUs alone, so PyTorch's own fully_shard is called here, on the blocks that
+recipes/accelerate/fsdp2.yaml names and on the whole; accelerate's own preparing is not tested by that. argv: a folder
+to draw into.
 """
 
 from __future__ import annotations

@@ -92,8 +92,16 @@ def test_a_finished_adapter_is_not_replaced_and_a_run_says_where_it_starts(datas
     assert "there is no checkpoint in" in capsys.readouterr().out
     with pytest.raises(EchoError, match="holds a finished adapter, which would be replaced; choose another output_dir"):
         run_in_process(*once)
+    with pytest.raises(EchoError, match="holds a finished adapter"):
+        elsewhere = tmp_path / "out" / "checkpoint-1"
+        run_in_process(*once, "--resume_from_checkpoint", elsewhere.rename(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1").rename(elsewhere)
+    run_in_process(*once, "--dry_run")
     run_in_process(*once, "--resume_from_checkpoint", "true")
     assert "training goes on from" in capsys.readouterr().out
+    (tmp_path / "out" / "echo_ft.json").unlink()
+    with pytest.raises(EchoError, match="holds checkpoints of an earlier run; go on with it by"):
+        run_in_process(*once)
 
 
 def test_a_resumed_run_goes_on_with_its_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):

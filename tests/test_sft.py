@@ -61,9 +61,14 @@ def tiny(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
     return ["--config", recipe, *fixed, *more]
 
 
+def history(output: Path) -> list[float]:
+    """The loss of each step."""
+    logged = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in logged if "loss" in entry]
+
+
 def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    found = [entry["loss"] for entry in history if "loss" in entry]
+    found = history(output)
     assert len(found) == 3
     return found
 
@@ -176,7 +181,10 @@ def run_in_process(*arguments: object) -> None:
         (["--attn_implementation", "eager"], "does not keep the branches of a row apart"),
         (["--lora_target_modules", "q_proj", "nothing_proj"], "the model has no module nothing_proj"),
         (["--label_smoothing_factor", 0.1], "label_smoothing_factor is not supported"),
-        (["--train_sampling_strategy", "group_by_length"], "saves padding, of which there is none here"),
+        (
+            ["--train_sampling_strategy", "group_by_length"],
+            "group_by_length saves padding, of which there is none",
+        ),
         (["--lora_target_modules", "q_proj", "--vision_learning_rate", 1e-5], "nothing of the vision tower is trained"),
         (["--lora_target_modules", "q_proj", "--merger_learning_rate", 1e-5], "nothing of the merger is trained"),
     ],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import RandomSampler
 
+from echo_ft.training import BalancedSampler
 from tests.conftest import ROOT, make_dataset
-from tests.test_sft import ALIKE, BIN, launch, losses, tiny
+from tests.test_sft import ALIKE, BIN, history, launch, losses, tiny
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2]
@@ -95,9 +99,49 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model_also_where_a_rank_sees_no_
     assert done.returncode == 0, done.stderr
 
 
-def test_balanced_ranks_give_the_losses_of_one_and_share_its_tokens(dataset, tmp_path):
-    balanced = [*ALIKE, "--save_strategy", "no", "--train_sampling_strategy", "batch_rebalance"]
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A dataset whose cases differ in length: every other one asks a single question."""
+    folder = make_dataset(tmp_path_factory.mktemp("uneven"))
+    path = folder / "sft" / "reasoning_expert" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if int(row["case"].split("/")[1]) % 2:
+            row["branches"] = row["branches"][:1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_uneven_cases_on_two_ranks_give_the_losses_of_one_also_gone_on_with_inside_an_epoch(uneven, tmp_path):
+    # Eight cases, four a step: the third step is in the second epoch, and the fourth ends it.
+    steps = [*ALIKE, "--save_strategy", "steps", "--save_steps", 1, "--max_steps", 4]
     for ranks in (1, 2):
-        more = [*balanced, "--per_device_train_batch_size", 4 // ranks]
-        launch(*tiny("reasoning_expert", dataset, tmp_path / str(ranks), *more), ranks=ranks)
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+        more = [*steps, "--per_device_train_batch_size", 4 // ranks]
+        launch(*tiny("reasoning_expert", uneven, tmp_path / str(ranks), *more), ranks=ranks)
+    found = {ranks: history(tmp_path / str(ranks)) for ranks in (1, 2)}
+    assert len(found[2]) == 4 and found[2] == pytest.approx(found[1], rel=1e-4)
+    resumed = ["--resume_from_checkpoint", tmp_path / "2" / "checkpoint-3", "--per_device_train_batch_size", 2]
+    launch(*tiny("reasoning_expert", uneven, tmp_path / "resumed", *steps, *resumed), ranks=2)
+    expected = load_file(tmp_path / "2" / "adapter_model.safetensors")
+    for name, weight in load_file(tmp_path / "resumed" / "adapter_model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize(("batch", "ranks", "accumulated"), [(2, 4, 1), (2, 4, 4), (1, 4, 8), (3, 2, 2)])
+def test_a_steps_cases_are_torchs_and_its_ranks_have_more_alike_tokens(batch, ranks, accumulated):
+    tokens = np.random.default_rng(0).integers(500, 5000, 811).tolist()
+    sampler = BalancedSampler(tokens, batch, ranks, accumulated, seed=7)
+    spread = {"balanced": [], "torch's": []}
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        plain = list(RandomSampler(tokens, generator=torch.Generator().manual_seed(7 + epoch)))
+        found = list(sampler)
+        assert sorted(found) == list(range(len(tokens))) and found != plain
+        step = batch * ranks * accumulated
+        for start in range(0, len(tokens) - step + 1, step):
+            for name, order in (("balanced", found), ("torch's", plain)):
+                cases = np.array(order[start : start + step])
+                assert sorted(cases) == sorted(plain[start : start + step])
+                of_ranks = np.array(tokens)[cases].reshape(accumulated, ranks, batch).sum(axis=2)
+                spread[name].append(float((of_ranks.max(axis=1) / of_ranks.mean(axis=1)).mean()))
+    assert np.mean(spread["balanced"]) - 1 < 0.7 * (np.mean(spread["torch's"]) - 1)

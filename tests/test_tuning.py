@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_full_tuning_goes_on_to_the_weights_of_an_uninterrupted_run(dataset, tmp
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     for name, weight in load_file(tmp_path / "resumed" / "model.safetensors").items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_the_best_of_full_tuning_is_loaded_and_saved(dataset, tmp_path):
+    best = ["--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1]
+    # A rate that ruins the model at once: the first checkpoint is the best.
+    best += ["--load_best_model_at_end", "true", "--learning_rate", 1, "--lr_scheduler_type", "linear"]
+    run_in_process(*full(dataset, tmp_path, *best, "--warmup_steps", 2))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    best_one = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
+    last = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert not state["best_model_checkpoint"].endswith("-3")
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weight, best_one[name]) for name, weight in saved.items())
+    assert not all(torch.equal(weight, last[name]) for name, weight in saved.items())
+
+
+def test_full_tuning_in_16_bits_is_refused(dataset, tmp_path):
+    with pytest.raises(EchoError, match="round away in weights of 16 bits; set dtype: float32"):
+        run_in_process(*full(dataset, tmp_path, "--dtype", "bfloat16"))
 
 
 def test_features_are_kept_of_a_tower_that_full_tuning_leaves_alone_and_of_no_other(dataset, tmp_path):

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if sft.process_index == 0:
         for verdict in card.leaks.values():
             print(f"WARNING: {verdict}", file=sys.stderr)
-    checkpoint = find_checkpoint(sft, card)
+    checkpoint = None if config.dry_run else find_checkpoint(sft, card)
     train, planned = load_cases(layout, dataset, config, sft, "train")
     validation = load_cases(layout, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None
     if config.dry_run:
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
         seen_with = {
             "base": card.base_fingerprint,
             "pixels": [config.min_pixels, config.max_pixels],
-            "precision": [base.dtype, sft.bf16, sft.fp16, base.load_in_8bit, base.load_in_4bit],
+            "precision": [base.dtype, sft.bf16, sft.fp16],
+            "quantization": str(get_quantization_config(base)),
             "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},
         }
         store = FeatureStore(
