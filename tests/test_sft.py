@@ -243,6 +243,24 @@ def test_the_probe_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
     assert tokens[0]["log_history"][-1].get("num_tokens") == tokens[1]["log_history"][-1].get("num_tokens")
 
 
+def test_training_starts_after_decoding_its_first_batches_and_no_more(tmp_path, monkeypatch):
+    from PIL import ImageFile
+
+    folder = make_dataset(tmp_path / "dataset", train=40)
+    rows = (folder / "sft" / "decision_maker" / "train.jsonl").read_text().splitlines()
+    images = {row["case"]: set(row["images"]) for row in map(json.loads, rows)}
+    decoded: set[str] = set()
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda image: decoded.add(Path(image.filename).name) or load(image)
+    )
+    one_step = ["--max_steps", 1, "--per_device_train_batch_size", 2, "--dataloader_num_workers", 0]
+    run_in_process(*tiny("decision_maker", folder, tmp_path / "out", *SHORT, *one_step))
+    seen = [case for case, names in images.items() if any(Path(name).name in decoded for name in names)]
+    # The largest batch, which is probed, the first one, and the one that the loader has ready for after it.
+    assert 2 <= len(seen) <= 6 and len(images) == 40
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

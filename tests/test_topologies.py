@@ -18,6 +18,7 @@ from tests.test_sft import ALIKE, BIN, history, launch, losses, tiny
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO = [*ALIKE, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+WHOLE = [*ALIKE, "--save_strategy", "no", "--use_peft", "false", "--learning_rate", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,29 @@ def test_two_ranks_under_deepspeed_give_the_losses_and_the_adapter_of_one(one_ra
     assert len(list((tmp_path / "two" / "checkpoint-3" / "global_step3").glob("*rank_[01]*optim_states.pt"))) == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
     same_adapter(tmp_path / "two", one_rank)
+
+
+@pytest.fixture(scope="module")
+def tuned_whole(dataset, tmp_path_factory):
+    """Full tuning of the reference extractor, three steps of four cases."""
+    output = tmp_path_factory.mktemp("whole") / "reference_extractor"
+    launch(*tiny("reference_extractor", dataset, output, *WHOLE, "--per_device_train_batch_size", 4))
+    return output
+
+
+@pytest.mark.parametrize("recipe", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_full_tuning_on_two_ranks_gives_the_losses_and_the_model_of_one(tuned_whole, dataset, tmp_path, recipe):
+    from echo_ft.model import load_model
+
+    arguments = tiny("reference_extractor", dataset, tmp_path / "two", *WHOLE, "--per_device_train_batch_size", 2)
+    if recipe == "ddp":
+        launch(*arguments, ranks=2)
+    else:
+        deepspeed(recipe, *arguments)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tuned_whole), rel=1e-4)
+    expected = load_model(str(tuned_whole)).state_dict()
+    for name, weight in load_model(str(tmp_path / "two")).state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-3)
 
 
 def test_a_rank_that_knows_its_images_does_not_leave_the_others_waiting_under_zero_3(dataset, tmp_path):
