@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,6 +25,13 @@ NAME = "prefix_sharing"
 
 IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """What `attend` can be made of, by transformers' names."""
+
+
+BLOCK = 128
+"""Tokens of a block of flex_attention's, torch's default."""
+
+ROWS = 8
+"""Blocks of queries whose mask is made at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,36 @@ def spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> list[Sp
 
 
 def block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:
-    """What `spans` says, for flex_attention: a (T, T) mask known by blocks, of which empty ones are never computed."""
+    """What `spans` says, for flex_attention: which blocks of BLOCK x BLOCK tokens are seen in part and which wholly.
+
+    Equal to torch's `create_block_mask`, which makes the (T, T) mask first, some GiB for a row of 32,768 tokens; here
+    no more of it is there at a time than the queries of ROWS blocks.
+    """
     segment = segments[0]
-    sizes = torch.tensor([length for _, length in lengths], device=segments.device)
-    exchange = torch.arange(len(lengths), device=segments.device).repeat_interleave(sizes)
+    length, device = len(segment), segments.device
+    sizes = torch.tensor([length for _, length in lengths], device=device)
+    exchange = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
 
     def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
         branch = (segment[key] == 0) | (segment[key] == segment[query])
         return (exchange[key] == exchange[query]) & branch & (key <= query)
 
-    return create_block_mask(visible, None, None, len(segment), len(segment), device=str(segments.device))
+    tokens = torch.arange(length, device=device)
+    padding = -length % BLOCK
+    counts = []
+    for queries in tokens.split(ROWS * BLOCK):
+        seen = visible(None, None, queries[:, None], tokens[None])
+        seen = torch.nn.functional.pad(seen, (0, padding, 0, -len(queries) % BLOCK))
+        counts.append(seen.unflatten(1, (-1, BLOCK)).sum(2).unflatten(0, (-1, BLOCK)).sum(1))
+    count = torch.cat(counts)[None, None]
+    part, whole = _ordered((count > 0) & (count < BLOCK**2)), _ordered(count == BLOCK**2)
+    return BlockMask.from_kv_blocks(*part, *whole, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length))
+
+
+def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the blocks (..., N) are set, and the numbers of all, those first: int32, as BlockMask has them."""
+    order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1).int(), order.int()
 
 
 def attend(

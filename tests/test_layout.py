@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from echo_ft import roles
+from echo_ft import attention, roles
 from echo_ft.flops import row_load, text_load
 from echo_ft.images import image_size
 from echo_ft.layout import IGNORED, PADDING, attention_mask, mark_trained, pad
@@ -172,6 +172,34 @@ def test_a_branch_sees_the_prefix_and_itself_and_padding_sees_nothing_else(layou
         query, key = int(segments[b, i]), int(segments[b, j])
         assert mask[b, 0, i, j] == (j <= i and (query == key or (key == 0 and query > 0))), (query, key)
     assert mask.any(dim=-1).all() and (segments == PADDING).any()
+
+
+@pytest.mark.parametrize("lengths", [[(100, 300)], [(128, 256), (700, 1500), (5, 40)], [(1, 1), (2000, 2300)]])
+def test_the_blocks_for_flex_attention_are_those_of_the_whole_mask(lengths):
+    """Its kernels need a GPU; which blocks they pass over does not."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    draw = np.random.default_rng(0)
+    made = []
+    for prefix, length in lengths:
+        branches = np.sort(draw.integers(1, 5, length - prefix))
+        made.append(np.concatenate([np.zeros(prefix, int), branches]))
+    segments = torch.from_numpy(np.concatenate(made))[None]
+    found = attention.block_mask(segments, lengths)
+    total = segments.shape[1]
+    expected = create_block_mask(found.mask_mod, None, None, total, total, device="cpu")
+    assert found.shape == expected.shape and torch.equal(found.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    # The mask itself is what sdpa is given, exchange by exchange.
+    query, key = torch.meshgrid(torch.arange(total), torch.arange(total), indexing="ij")
+    whole = found.mask_mod(0, 0, query, key)
+    start = 0
+    for span in attention.spans(segments, lengths):
+        inside = slice(span.start, span.end)
+        assert torch.equal(whole[span.branches : span.end, inside], span.mask[0, 0])
+        assert not whole[inside, :start].any()
+        start = span.end
 
 
 def test_a_control_token_in_a_text_is_refused_by_name(layout, case, tmp_path):
