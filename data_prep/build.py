@@ -9,6 +9,9 @@ Training rows are half of normal and half of defective cases in each product, fo
 both. With `routing: paper` the knowledge guide and the reasoning expert are consulted for defects only, in a run as in
 training: not for Anomaly Detection, nor for the two Object kinds, and normal parts are asked nothing else. The manifest
 has each role's cases and rows by side (`counts.sft_sides`) and a warning where one side is missing.
+
+`--folds N --fold I` keeps a share of the train split out of the training rows, for adapters that have not seen it;
+`--upstream predicted --traces RUN RUN ...` shows each role what the earlier ones said in runs of such adapters.
 """
 
 from __future__ import annotations
@@ -16,15 +19,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from data_prep import sources
-from data_prep.output import make_manifest, rejected_words, workspace, write_json
-from data_prep.prepare import Material, balanced, collect, prepare, progress
+from data_prep.output import Sides, Spool, make_manifest, rejected_words, workspace, write_json
+from data_prep.prepare import TRAINING, Material, balanced, collect, prepare, progress
 from data_prep.settings import BuildConfig
+from data_prep.upstream import Run, check_photographs, check_runs, described, predicted, read_runs
 from echo_ft.config import parse, run_main
-from echo_ft.records import GOOD, ROLES, EchoError, Exchange, write_jsonl
+from echo_ft.records import GOOD, ROLES, EchoError, Inspection, Question, Rejection, write_jsonl
 from echo_ft.splits import check_fractions
 
 
@@ -53,51 +60,74 @@ def build(config: BuildConfig) -> dict[str, Any]:
     from data_prep.preview import write_preview
     from echo_ft.features import describer
 
-    module = _source(config.source)
-    _check(config)
+    check(config)
+    runs = read_runs(config.traces, config.routing)
     with workspace(config.output, config.settings(), config.overwrite) as folder:
-        root = _root(config, folder)
-        root.mkdir(exist_ok=True)
-        source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
-        items = list(progress(module.read(source), "reading", "records"))
         describer(config.descriptor)  # a wrong name is told before the photographs are looked at
-        inspections, questions, rejections = collect(items, root)
-        if not inspections:
-            first = f"; the first: {rejections[0].item}: {rejections[0].reason}" if rejections else ""
-            raise EchoError(f"the source {config.source} holds no usable photograph in {root}{first}")
-        material = prepare(inspections, questions, rejections, root, config)
-        write_jsonl(folder / "inspections.jsonl", material.inspections)
-        write_jsonl(folder / "references.jsonl", material.references)
-        write_jsonl(folder / "questions.jsonl", material.questions)
+        root, inspections, questions, rejections = photographs(config, folder)
+        material = prepare(inspections, questions, rejections, root, folder, config)
+        if runs:
+            check_runs(runs, material, root)
         write_jsonl(folder / "rejected.jsonl", material.rejections)
         write_json(folder / "knowledge.json", material.knowledge)
-        write_sft(material, folder, root, config)
-        manifest = make_manifest(material, folder, root, config) | {"held_out": material.held_out}
+        sides = write_sft(material, root, config, runs)
+        manifest = make_manifest(material, sides, root, config) | {"held_out": material.held_out}
+        manifest |= {"upstream": config.upstream, "upstream_runs": described(runs)}
+        check_photographs(runs, manifest["images_fingerprint"])
         write_json(folder / "manifest.json", manifest)
         write_preview(folder, root, manifest, material)
     return manifest
 
 
-def write_sft(material: Material, folder: Path, root: Path, config: BuildConfig) -> None:
+def photographs(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspection], list[Question], list[Rejection]]:
+    """The root of the config's source, and what is in it as `collect` has it; one that draws, draws into `folder`.
+
+    Raises EchoError where nothing in it can be used.
+    """
+    root, items = records(config, folder)
+    inspections, questions, rejections = collect(progress(items, "reading", "records"), root)
+    if not inspections:
+        first = f"; the first: {rejections[0].item}: {rejections[0].reason}" if rejections else ""
+        raise EchoError(f"the source {config.source} holds no usable photograph in {root}{first}")
+    return root, inspections, questions, rejections
+
+
+def records(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
+    """The root of the config's source, and what the source yields; one that draws, draws into `folder`."""
+    root = _root(config, folder)
+    root.mkdir(exist_ok=True)
+    source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
+    return root, _source(config.source).read(source)
+
+
+def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequence[Run] = ()) -> dict[str, Sides]:
     """Write each role's training and validation rows; see `balanced` for the order and number of the former.
 
+    What earlier roles said is taken from `runs`, where there are any, and is what they should say otherwise.
     Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
+    Returns what each file under sft holds, by `<role>/<split>`.
     """
     from echo_ft.targets import gold_upstream, training_exchanges
 
-    for split in ("train", "validation"):
-        cases = material.cases(split)
-        # One role at a time would read each photograph four times; the rows of a split fit in memory.
-        rows: dict[tuple[str, str], list[Exchange]] = {}
-        for case in progress(cases, f"writing {split}", "cases"):
+    sides = {}
+    with ExitStack() as stack:
+        spools = {
+            (role, split): Spool(stack.enter_context(TemporaryFile(dir=material.folder)))
+            for role in ROLES
+            for split in TRAINING
+        }
+        # One role at a time would read each photograph four times.
+        for inspection, case in progress(material.training_cases(), "writing", "cases"):
             gold = gold_upstream(case, root)
+            said = predicted(case, runs, config.routing) if runs else gold
             for role in ROLES:
-                rows[role, case.id] = training_exchanges(case, role, root, config.routing, gold=gold)
-        for role in ROLES:
-            own = [case for case in cases if rows[role, case.id]]
-            if split == "train" and config.balance:
-                own = balanced(own, config.seed)
-            write_jsonl(folder / "sft" / role / f"{split}.jsonl", (row for case in own for row in rows[role, case.id]))
+                rows = training_exchanges(case, role, root, config.routing, said, gold)
+                if rows:
+                    spools[role, str(inspection.split)].add(inspection, rows)
+        for (role, split), spool in spools.items():
+            order = balanced(spool.cases, config.seed) if split == "train" and config.balance else spool.cases
+            sides[f"{role}/{split}"] = spool.write(order, material.folder / "sft" / role / f"{split}.jsonl")
+    return sides
 
 
 def _source(name: str) -> Any:
@@ -108,13 +138,20 @@ def _source(name: str) -> Any:
     return importlib.import_module(f"data_prep.sources.{name}")
 
 
-def _check(config: BuildConfig) -> None:
+def check(config: BuildConfig) -> None:
     """Raise EchoError for whatever can be told to be wrong before the photographs are read."""
+    _source(config.source)
     for key in ("annotations", "knowledge"):
         path = getattr(config, key)
-        if path is not None and not path.is_file():
+        if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
             raise EchoError(f"{key}: there is no file {path}; check the path")
     check_fractions(config.fractions)
+    for pair, there in {
+        "folds and fold": (config.folds is not None, config.fold is not None),
+        "upstream predicted and traces": (config.upstream == "predicted", bool(config.traces)),
+    }.items():
+        if there[0] != there[1]:
+            raise EchoError(f"{pair} go together; give both or neither")
     if config.source == "synthetic":
         if config.root is not None:
             raise EchoError("the source synthetic draws its images into the dataset folder; leave root out")

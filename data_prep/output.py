@@ -6,27 +6,28 @@ import hashlib
 import json
 import shutil
 import tempfile
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_prep.prepare import Material, progress, reference_pool, remedy, some
 from data_prep.settings import BuildConfig
-from echo_ft.dataset import FORMAT
+from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
 from echo_ft.geometry import mask_files
 from echo_ft.images import depth
 from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
-from echo_ft.records import GOOD, ROLES, EchoError, Inspection
+from echo_ft.records import GOOD, ROLES, EchoError, Exchange, Inspection, to_json
 from echo_ft.roles import PROMPT_VERSION
-from echo_ft.splits import SPLITS, divided_parts
+from echo_ft.splits import LEFT_OUT, SPLITS, divided_parts
 
 CONTENT = frozenset(
     {
         "audit.html",
         "audit.json",
+        DIGESTS,
         "images",
         "inspections.jsonl",
         "knowledge.json",
@@ -107,12 +108,58 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def make_manifest(material: Material, folder: Path, root: Path, config: BuildConfig) -> dict[str, Any]:
-    """What the dataset in `folder` holds, how it was made, and what to beware of."""
+Sides = dict[str, dict[str, int]]
+"""How many `cases` (repeats counted) and `rows` a file of training rows has of `normal` and of `defective` parts.
+
+Balance is a matter of cases: a defective one is asked more, and has more rows where routes differ.
+"""
+
+
+class Spool:
+    """The rows of one role, kept in a temporary file until the order is known in which they are written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """Keep them in `file`, which is empty and open to write and read."""
+        self.cases: list[Inspection] = []
+        """The cases in the order in which their rows came."""
+        self._file, self._ends, self._counts = file, array("q", [0]), array("q")
+
+    def add(self, case: Inspection, rows: Sequence[Exchange]) -> None:
+        """Keep the rows of one case."""
+        lines = "".join(to_json(row) + "\n" for row in rows).encode()
+        self._file.write(lines)
+        self.cases.append(case)
+        self._ends.append(self._ends[-1] + len(lines))
+        self._counts.append(len(rows))
+
+    def write(self, order: Sequence[Inspection], path: Path) -> Sides:
+        """Write the rows of these cases to `path`; returns what is there."""
+        number = {case.id: place for place, case in enumerate(self.cases)}
+        sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            for case in order:
+                place = number[case.id]
+                start, end = self._ends[place : place + 2]
+                self._file.seek(start)
+                file.write(self._file.read(end - start))
+                side = sides["normal" if case.condition == GOOD else "defective"]
+                side["cases"] += 1
+                side["rows"] += self._counts[place]
+        return sides
+
+
+def make_manifest(material: Material, sides: Mapping[str, Sides], root: Path, config: BuildConfig) -> dict[str, Any]:
+    """What the dataset holds, how it was made, and what to beware of; its images' digests go into its folder too.
+
+    `sides` is what the files under sft hold, by `<role>/<split>`.
+    """
+    folder = material.folder
     digests = _image_digests(material.inspections, root)
-    images = fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests)))
+    write_json(folder / DIGESTS, digests)
+    images = images_fingerprint(digests)
     names = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
-    counts = _counts(material, folder)
+    counts = _counts(material, sides)
     return {
         "format": FORMAT,
         "source": config.source,
@@ -149,45 +196,29 @@ def rejected_words(manifest: Mapping[str, Any]) -> str:
     return words + (" (see rejected.jsonl)" if manifest["rejected"] or dropped else "")
 
 
-def _counts(material: Material, folder: Path) -> dict[str, Any]:
-    asked = {question.inspection for question in material.questions}
-    cases: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    products: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+def _counts(material: Material, sides: Mapping[str, Sides]) -> dict[str, Any]:
+    splits = (*SPLITS, LEFT_OUT) if any(i.split == LEFT_OUT for i in material.inspections) else SPLITS
+    cases: dict[str, Counter[str]] = {split: Counter() for split in splits}
+    products: dict[str, Counter[str]] = {split: Counter() for split in splits}
     for inspection in material.inspections:
-        if inspection.id in asked:
+        if inspection.id in material.questions.inspections:
             cases[str(inspection.split)][inspection.condition] += 1
             products[str(inspection.split)][inspection.product] += 1
-    normal = {inspection.id for inspection in material.inspections if inspection.condition == GOOD}
-    paths = sorted((folder / "sft").glob("*/*.jsonl"))
-    sides = {path.relative_to(folder / "sft").with_suffix("").as_posix(): _sides(path, normal) for path in paths}
     return {
         "photographs": _sorted(Counter(str(inspection.split) for inspection in material.inspections)),
         "reference_pool": len(reference_pool(material.inspections)),
         "cases": {split: _sorted(found) for split, found in cases.items()},
         "products": {split: _sorted(found) for split, found in products.items()},
-        "questions": _sorted(Counter(question.kind for question in material.questions)),
-        "references": _sorted(Counter(reference.method for reference in material.references)),
-        "sft_rows": {name: sum(side["rows"] for side in found.values()) for name, found in sides.items()},
-        "sft_sides": sides,
+        "questions": _sorted(material.questions.kinds),
+        "references": _sorted(material.references.kinds),
+        "synthetic": _sorted(Counter(i.synthetic for i in material.inspections if i.synthetic)),
+        "sft_rows": {name: sum(side["rows"] for side in found.values()) for name, found in sorted(sides.items())},
+        "sft_sides": dict(sorted(sides.items())),
     }
 
 
 def _sorted(counter: Counter[str]) -> dict[str, int]:
     return {key: counter[key] for key in sorted(counter)}
-
-
-def _sides(path: Path, normal: Container[str]) -> dict[str, dict[str, int]]:
-    """How many `cases` (repeats counted) and `rows` of a role are of `normal` cases, and how many of others.
-
-    Balance is a matter of cases: a defective one is asked more, and has more rows where routes differ.
-    """
-    sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
-    with open(path, encoding="utf-8") as file:
-        for name, rows in groupby(json.loads(line)["case"] for line in file):
-            side = sides["normal" if name in normal else "defective"]
-            side["cases"] += 1
-            side["rows"] += len(list(rows))
-    return sides
 
 
 def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
@@ -203,8 +234,7 @@ def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, s
 def _warnings(material: Material, digests: dict[str, str], config: BuildConfig) -> list[str]:
     """What a user should know before trusting a number that comes from this dataset."""
     inspections = material.inspections
-    asked = {question.inspection for question in material.questions}
-    cases = [inspection for inspection in inspections if inspection.id in asked]
+    cases = [inspection for inspection in inspections if inspection.id in material.questions.inspections]
     test = [inspection for inspection in cases if inspection.split == "test"]
     found = []
     if not any(inspection.split == "train" for inspection in cases):
@@ -220,9 +250,15 @@ def _warnings(material: Material, digests: dict[str, str], config: BuildConfig) 
     lacking = ["/".join(place) for place in alone if (*place, True) not in sides or (*place, False) not in sides]
     if lacking:
         found.append(f"only normal or only defective training cases, so no balance: {some(lacking)}")
+    made = Counter(inspection.synthetic for inspection in inspections if inspection.synthetic)
+    if made:
+        methods = ", ".join(f"{count} by {method}" for method, count in sorted(made.items()))
+        found.append(
+            f"the defects of {made.total()} training photographs are synthetic ({methods}): no camera saw them; "
+            "validation and test have none"
+        )
     found += material.knowledge_doubts
-    served = {reference.inspection for reference in material.references}
-    bare = [inspection.image for inspection in cases if inspection.id not in served]
+    bare = [inspection.image for inspection in cases if inspection.id not in material.references.inspections]
     if bare:
         found.append(f"{len(bare)} cases have no reference: {some(bare)}")
     divided = divided_parts(inspections)

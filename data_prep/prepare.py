@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,23 +18,55 @@ from tqdm import tqdm
 from data_prep.images import boxes_fault, image_fault, mask_fault
 from data_prep.settings import BuildConfig
 from data_prep.sources import Item, Place, place_name
-from echo_ft.dataset import Descriptions, make_cases
-from echo_ft.records import GOOD, Case, EchoError, Entry, Inspection, Knowledge, Question, Reference, Rejection
-from echo_ft.splits import HOLDS_OUT, REFERENCE, make_splits, trainable, withheld
+from echo_ft.dataset import Descriptions, less_held_out, less_synthetic, make_cases
+from echo_ft.records import (
+    GOOD,
+    Case,
+    EchoError,
+    Entry,
+    Inspection,
+    Knowledge,
+    Question,
+    Reference,
+    Rejection,
+    read_jsonl,
+    write_jsonl,
+)
+from echo_ft.splits import HOLDS_OUT, LEFT_OUT, REFERENCE, leave_out, make_splits, part, trainable
 
 T = TypeVar("T")
+R = TypeVar("R", Reference, Question)
+
+SYNTHETIC_ELSEWHERE = (
+    "its defect is synthetic, and the photographs of its part are not all in the train split: validation and test ask "
+    "about photographs alone"
+)
+
+TRAINING = ("train", "validation")
+"""The splits that have rows for the roles."""
 
 MAX_REPEATS = 4
 """How often balancing repeats a case at most: beyond that a model learns the photograph, not the defect."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """The records of a dataset, before they are written."""
+class Written:
+    """Records that are in a file: how many of each kind, and the ids of the inspections that have any."""
 
+    kinds: Counter[str]
+    inspections: set[str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The records of a dataset. References and questions are in its folder already: of a million photographs there are
+    too many to hold.
+    """
+
+    folder: Path
     inspections: list[Inspection]
-    references: list[Reference]
-    questions: list[Question]
+    references: Written
+    questions: Written
     knowledge: Descriptions
     rejections: list[Rejection]
     split_words: str
@@ -44,11 +77,49 @@ class Material:
     training_knowledge: Descriptions
     """The knowledge less the conditions that training must not see."""
 
-    def cases(self, split: str) -> list[Case]:
-        """The cases of one split, as `echo_ft.dataset.cases` gives them but for what training must not see."""
-        inspections = [inspection for inspection in self.inspections if inspection.split == split]
-        knowledge = self.knowledge if split == "test" else self.training_knowledge
-        return make_cases(inspections, self.references, self.questions, knowledge)
+    def asked(self, split: str) -> list[Inspection]:
+        """The photographs of one split that have questions."""
+        return [one for one in self.inspections if one.split == split and one.id in self.questions.inspections]
+
+    def training_cases(self) -> Iterator[tuple[Inspection, Case]]:
+        """The photographs of TRAINING with questions, each with its case as `echo_ft.dataset.cases` gives it."""
+        references = by_inspection(read_jsonl(self.folder / "references.jsonl", Reference))
+        questions = by_inspection(read_jsonl(self.folder / "questions.jsonl", Question))
+        for inspection in self.inspections:
+            beside, asked = references(inspection.id), questions(inspection.id)
+            if inspection.split in TRAINING:
+                for case in make_cases([inspection], beside, asked, self.training_knowledge):
+                    yield inspection, case
+
+
+def by_inspection(records: Iterable[R]) -> Callable[[str], list[R]]:
+    """What gives the records of one inspection after the other: they and the calls are in the order of inspections."""
+    groups = groupby(records, key=lambda record: record.inspection)
+    waiting = next(groups, None)
+
+    def of(inspection: str) -> list[R]:
+        nonlocal waiting
+        if waiting is None or waiting[0] != inspection:
+            return []
+        found = list(waiting[1])
+        waiting = next(groups, None)
+        return found
+
+    return of
+
+
+def write_records(path: Path, records: Iterable[R], kind: Callable[[R], str]) -> Written:
+    """Write records of inspections as they are made."""
+    written = Written(Counter(), set())
+
+    def counted() -> Iterator[R]:
+        for record in records:
+            written.kinds[kind(record)] += 1
+            written.inspections.add(record.inspection)
+            yield record
+
+    write_jsonl(path, counted())
+    return written
 
 
 def progress(items: Iterable[T], words: str, unit: str) -> Iterable[T]:
@@ -108,14 +179,17 @@ def prepare(
     questions: list[Question],
     rejections: list[Rejection],
     root: Path,
+    folder: Path,
     config: BuildConfig,
 ) -> Material:
-    """Splits, references, knowledge and questions for usable photographs."""
+    """Splits, references, knowledge and questions for usable photographs, in files of the dataset in `folder`."""
     from echo_ft.knowledge import load_knowledge
 
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
     inspections, split_words, held_out = divide(inspections, root, config)
+    unplaced = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
+    inspections = [inspection for inspection in inspections if inspection.split is not None]
     inspections, references, unreadable = refer(inspections, root, config)
     known = load_knowledge(config.knowledge) if config.knowledge else {}
     knowledge, unknown = describe(inspections, known)
@@ -129,12 +203,16 @@ def prepare(
     left = {inspection.id for inspection in inspections}
     kept = [question for question in questions if question.inspection in left]
     lost = [Rejection(q.id, "its photograph cannot be used") for q in questions if q.inspection not in left]
+    write_jsonl(folder / "inspections.jsonl", inspections)
+    tested = less_synthetic(knowledge, inspections)
+    written = ask(asked, kept, tested, training_knowledge, root, config.seed)
     return Material(
+        folder,
         inspections,
-        references,
-        ask(asked, kept, knowledge, training_knowledge, root, config.seed),
+        write_records(folder / "references.jsonl", references, lambda reference: reference.method),
+        write_records(folder / "questions.jsonl", written, lambda question: question.kind),
         knowledge,
-        [*rejections, *unreadable, *lost],
+        [*rejections, *unplaced, *unreadable, *lost],
         split_words,
         held_out,
         unknown,
@@ -146,15 +224,35 @@ def prepare(
 def divide(
     inspections: Sequence[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], str, list[str]]:
-    """`make_splits` as the config has it, the same for every name of the list or folder that names the dataset.
+    """The splits that the config asks for, the same for every name of the list or folder that names the dataset.
 
     Otherwise renaming parts.csv to parts_v2.csv would deal anew, and train on what was the test. By dataset the names
-    are what is split by, so they count.
+    are what is split by, so they count. Synthetic defects change no split: they have none where theirs is not train.
     """
     name = place_name(config.source, root, config.annotations) if config.split != "by_dataset" else None
     named = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
-    done, words, held_out = make_splits(named, config.split, config.seed, config.fractions, config.held_out)
+    real = [inspection for inspection in named if inspection.synthetic is None]
+    dealt, words, held_out = make_splits(real, config.split, config.seed, config.fractions, config.held_out)
+    done = with_synthetic(named, dealt)
+    if config.folds is not None and config.fold is not None:
+        done = leave_out(done, config.folds, config.fold, config.seed)
+        words += f"; fold {config.fold} of {config.folds} (0 to {config.folds - 1}) of train is {LEFT_OUT}"
     return [dataclasses.replace(i, split=d.split) for i, d in zip(inspections, done, strict=True)], words, held_out
+
+
+def with_synthetic(inspections: Sequence[Inspection], real: Sequence[Inspection]) -> list[Inspection]:
+    """The inspections in their order: the `real` ones as dealt, and the synthetic with the train split or with none.
+
+    A synthetic defect is trained on where all photographs of its part are.
+    """
+    dealt = iter(real)
+    splits: dict[tuple[str, str, str], set[str | None]] = defaultdict(set)
+    for inspection in real:
+        splits[part(inspection)].add(inspection.split)
+    return [
+        dataclasses.replace(i, split="train" if splits[part(i)] == {"train"} else None) if i.synthetic else next(dealt)
+        for i in inspections
+    ]
 
 
 def remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
@@ -178,14 +276,18 @@ def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
 
 
 def reference_pool(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The normals from which references are taken: those of the train split, and `REFERENCE`."""
-    return [i for i in inspections if i.split in ("train", REFERENCE) and i.condition == GOOD]
+    """The normals from which references are taken: those of the train split, folds left out or not, and `REFERENCE`."""
+    return [i for i in inspections if i.split in ("train", LEFT_OUT, REFERENCE) and i.condition == GOOD]
 
 
 def refer(
     inspections: list[Inspection], root: Path, config: BuildConfig
-) -> tuple[list[Inspection], list[Reference], list[Rejection]]:
-    """The photographs that the descriptor could read, and the references of those that are asked about."""
+) -> tuple[list[Inspection], Iterator[Reference], list[Rejection]]:
+    """The photographs that the descriptor could read, and the references of those that are asked about, in one order.
+
+    Where a fold is left out, what is trained on shows nothing of it, not even as a reference; what is left out, and the
+    other splits, have the references that they have without folds.
+    """
     from echo_ft.retrieval import find_references
 
     asked, pool = queries(inspections), reference_pool(inspections)
@@ -194,11 +296,21 @@ def refer(
             "the train split holds no normal photograph, so there is nothing to compare with; "
             + remedy(inspections, config, defects=False)
         )
-    references, unreadable = find_references(
-        asked, pool, root, config.descriptor, config.k, config.scope, config.seed, config.cache
-    )
-    broken = {rejection.item for rejection in unreadable}
-    return [inspection for inspection in inspections if inspection.image not in broken], references, unreadable
+    searches = [(asked, pool)]
+    if config.folds is not None:
+        taught, others = ([i for i in asked if (i.split == "train") == side] for side in (True, False))
+        searches = [(taught, [normal for normal in pool if normal.split != LEFT_OUT]), (others, pool)]
+    found = []
+    unreadable: dict[str, Rejection] = {}
+    for searching, normals in searches:
+        references, rejected = find_references(
+            searching, normals, root, config.descriptor, config.k, config.scope, config.seed, config.cache, config.index
+        )
+        found.append(by_inspection(references))
+        unreadable |= {rejection.item: rejection for rejection in rejected}
+    left = [inspection for inspection in inspections if inspection.image not in unreadable]
+    beside = (row for inspection in left for references_of in found for row in references_of(inspection.id))
+    return left, beside, list(unreadable.values())
 
 
 def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], list[str]]:
@@ -259,20 +371,6 @@ def some(names: Collection[str], most: int = 3) -> str:
     return ", ".join([*names][:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def less_held_out(knowledge: Descriptions, held_out: Sequence[str]) -> Descriptions:
-    """The knowledge without the entries of conditions that are held out.
-
-    In training they would be options and entries that are never right, and the tuned model would avoid them in a test.
-    """
-    left: Descriptions = {}
-    for dataset, products in knowledge.items():
-        for product, entries in products.items():
-            away = withheld(entries, held_out)
-            seen = {condition: text for condition, text in entries.items() if condition not in away}
-            left.setdefault(dataset, {})[product] = seen
-    return left
-
-
 def ask(
     inspections: Sequence[Inspection],
     own: Sequence[Question],
@@ -280,7 +378,7 @@ def ask(
     training_knowledge: Descriptions,
     root: Path,
     seed: int,
-) -> list[Question]:
+) -> Iterator[Question]:
     """The source's own questions where it has them for a photograph, written ones otherwise.
 
     Those of the test split are written from `knowledge` and name all products, the others from `training_knowledge`
@@ -294,21 +392,19 @@ def ask(
     conditions = conditions_of(inspections)
     products = sorted({inspection.product for inspection in inspections})
     trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
-    questions: list[Question] = []
     for inspection in progress(inspections, "asking", "photographs"):
         if inspection.id in given:
-            questions += given[inspection.id]
+            yield from given[inspection.id]
             continue
         test = inspection.split == "test"
         known = knowledge if test else training_knowledge
         texts = known[inspection.dataset][inspection.product]
         shown = [name for name in conditions[inspection.dataset, inspection.product] if name in texts]
         entries = tuple(Entry(*item) for item in texts.items())
-        questions += write_questions(inspection, entries, shown, products if test else trained, root, seed)
-    return questions
+        yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
 
 
-def balanced(cases: Sequence[Case], seed: int) -> list[Case]:
+def balanced(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
     """As many normal as defective cases in each product, in a seeded random order in which none follows itself.
 
     The rarer side is repeated (no photograph is left out), up to `MAX_REPEATS` times; beyond that the other side is
@@ -316,10 +412,10 @@ def balanced(cases: Sequence[Case], seed: int) -> list[Case]:
     that lacks one side stays as it is.
     """
     rng = random.Random(f"{seed}/balance")
-    sides: dict[tuple[str, str], tuple[list[Case], list[Case]]] = defaultdict(lambda: ([], []))
+    sides: dict[tuple[str, str], tuple[list[Inspection], list[Inspection]]] = defaultdict(lambda: ([], []))
     for case in cases:
-        sides[case.dataset, case.product][case.truth.condition == GOOD].append(case)
-    chosen: list[Case] = []
+        sides[case.dataset, case.product][case.condition == GOOD].append(case)
+    chosen: list[Inspection] = []
     for defective, normal in sides.values():
         few, many = sorted((defective, normal), key=len)
         if not few:
@@ -332,14 +428,14 @@ def balanced(cases: Sequence[Case], seed: int) -> list[Case]:
     return _apart(chosen, rng)
 
 
-def _apart(cases: Sequence[Case], rng: random.Random) -> list[Case]:
+def _apart(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
     """The cases in their order, but those that follow themselves, which go where they do not.
 
     Training reads neighbouring rows of one case as one. There is always such a place: a repeated case has at least as
     many different ones of the other side, each there once, as it has repeats.
     """
-    order: list[Case] = []
-    again: list[Case] = []
+    order: list[Inspection] = []
+    again: list[Inspection] = []
     for case in cases:
         (again if order and order[-1].id == case.id else order).append(case)
     for case in again:

@@ -6,149 +6,244 @@ import base64
 import io
 import json
 import random
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from data_prep.output import rejected_words
 from data_prep.prepare import Material
 from echo_ft import geometry
+from echo_ft.dataset import make_cases
 from echo_ft.images import image_size, load_image
-from echo_ft.records import GOOD, ROLES, Case, Exchange, Reference, from_dict
-from echo_ft.splits import REFERENCE, SPLITS
+from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, Question, Reference, from_dict
+from echo_ft.splits import LEFT_OUT, REFERENCE, SPLITS
+
+R = TypeVar("R")
 
 MOST = 48
-"""Cases on the page."""
+"""Cases on the page, where this is enough to show every condition of every product."""
 
-SIDE = 224
-"""Longer side of its images, in pixels."""
+LIMIT = 400
+"""Cases on the page at most: it should open in any browser."""
 
-OUTLINE = (255, 45, 85)
+SIDE, ASIDE = 224, 144
+"""Longer side of its images, in pixels: of the photograph and its first reference, and of further references."""
+
+OWNER = re.compile(r'"(?:case|inspection)": ("(?:[^"\\]|\\.)*")')
+"""Whose row a line of JSON is. Of 200,000 rows few are on the page, and parsing all would take most of its time."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is shown: a data URI, its size, and the outlines of what is marked, as an SVG path."""
+
+    uri: str
+    width: int
+    height: int
+    outlines: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One case on the page; images are data URIs."""
+    """One case on the page."""
 
     case: Case
-    split: str
-    group: str
-    query: str
-    references: tuple[tuple[int, str, Reference], ...]
-    """Number as a candidate, image and record of each."""
+    inspection: Inspection
+    query: Picture
+    references: tuple[tuple[int, Picture, Reference], ...]
+    """Number as a candidate, image and record of each, the best ranked first."""
     targets: Mapping[str, Sequence[Exchange]]
     """Role to its training rows."""
 
+    def names(self) -> dict[str, str]:
+        """What the page calls each image."""
+        named = {row.image: f"candidate {number}" for number, _, row in self.references}
+        return {**named, self.case.seen.query: "under inspection"}
+
+    def filters(self) -> dict[str, str]:
+        """What the page's filters compare, by their names; of `role` all that it has rows for."""
+        return {
+            "dataset": self.inspection.dataset,
+            "product": self.inspection.product,
+            "condition": self.inspection.condition,
+            "split": str(self.inspection.split),
+            "role": " ".join(role for role in ROLES if self.targets.get(role)),
+            "synthetic": self.inspection.synthetic or "no",
+        }
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Bars of counts: a row has a name and a count for each column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, Sequence[int]]]
+    filter: str = ""
+    """The filter that takes the rows' names, if any."""
+
+    @property
+    def most(self) -> int:
+        """What the longest bar stands for."""
+        return max((sum(counts) for _, counts in self.rows), default=0) or 1
+
 
 def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], material: Material) -> None:
-    """Write `preview.html` into a dataset folder: counts, warnings, and up to 48 cases of every split and condition."""
+    """Write `preview.html` into a dataset folder: counts, warnings, and some cases of every product and condition."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    inspections = [inspection for inspection in material.inspections if inspection.id in material.questions.inspections]
+    chosen = choose(inspections, MOST, LIMIT)
+    cards = _cards(chosen, folder, root)
     page = environment.get_template("preview.html.jinja").render(
         name=folder.name,
         manifest=manifest,
         settings=json.dumps(manifest["config"], indent=2, ensure_ascii=False),
-        conditions=_conditions(manifest),
-        splits=SPLITS,
+        charts=_charts(manifest["counts"]),
+        filters=_filters(cards),
         apart=manifest["counts"]["photographs"].get(REFERENCE, 0),
         good=GOOD,
         rejected=rejected_words(manifest),
         is_marked=geometry.is_marked,
         roles=ROLES,
-        cards=_cards(folder, root, material),
+        cards=cards,
+        total=len(inspections),
+        places=len(set(map(_place, inspections))),
+        left_out=len(set(map(_place, inspections)) - set(map(_place, chosen))),
     )
     (folder / "preview.html").write_text(page, encoding="utf-8")
 
 
-def _conditions(manifest: Mapping[str, Any]) -> list[str]:
-    counts = manifest["counts"]["cases"].values()
-    return sorted({name for found in counts for name in found}, key=lambda name: (name != GOOD, name))
+def _charts(counts: Mapping[str, Any]) -> list[Chart]:
+    """The dataset in four charts."""
+    charts = []
+    for title, key, name in (("Cases by condition", "cases", "condition"), ("Cases by product", "products", "product")):
+        labels = {label for found in counts[key].values() for label in found}
+        rows = [(label, [found.get(label, 0) for found in counts[key].values()]) for label in labels]
+        rows.sort(key=lambda row: (row[0] != GOOD, -sum(row[1]), row[0]))
+        charts.append(Chart(title, tuple(counts[key]), rows, name))
+    charts.append(Chart("Questions by kind", ("questions",), [(kind, [n]) for kind, n in counts["questions"].items()]))
+    rows = []
+    for role in ROLES:
+        train = counts["sft_sides"][f"{role}/train"]
+        validation = counts["sft_rows"][f"{role}/validation"]
+        rows.append((role, [train["normal"]["rows"], train["defective"]["rows"], validation]))
+    charts.append(Chart("Training rows by role", ("normal", "defective", "validation"), rows, "role"))
+    return charts
 
 
-def _cards(folder: Path, root: Path, material: Material) -> list[Card]:
-    chosen = choose({split: material.cases(split) for split in SPLITS}, MOST)
-    ids = {case.id for _, case in chosen}
-    groups = {inspection.id: inspection.group for inspection in material.inspections}
+def _filters(cards: Sequence[Card]) -> dict[str, list[str]]:
+    """The values of each filter: `good` first, splits and roles in their own order, the others by name."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for card in cards:
+        for name, value in card.filters().items():
+            found[name] |= set(value.split()) if name == "role" else {value}
+    first = {value: place for place, value in enumerate((GOOD, *SPLITS, LEFT_OUT, *ROLES))}
+    filters = {name: sorted(them, key=lambda v: (first.get(v, len(first)), v)) for name, them in found.items()}
+    return {name: them for name, them in filters.items() if len(them) > 1 or name not in ("dataset", "synthetic")}
+
+
+def _rows(path: Path, cls: type[R], owners: Collection[str]) -> Iterator[R]:
+    """The rows of a file that belong to these cases."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            owner = OWNER.search(line)
+            if owner and json.loads(owner.group(1)) in owners:
+                yield from_dict(cls, json.loads(line))
+
+
+def _cards(chosen: Sequence[Inspection], folder: Path, root: Path) -> list[Card]:
+    ids = {inspection.id for inspection in chosen}
     targets: dict[str, dict[str, list[Exchange]]] = defaultdict(lambda: defaultdict(list))
     for role in ROLES:
         for split in ("train", "validation"):
-            for row in _rows(folder / "sft" / role / f"{split}.jsonl", ids):
+            for row in _rows(folder / "sft" / role / f"{split}.jsonl", Exchange, ids):
                 if row not in targets[row.case][role]:  # balancing repeats cases
                     targets[row.case][role].append(row)
-    return [
-        Card(
-            case,
-            split,
-            groups[case.id],
-            _outlined(case, root),
-            tuple(
-                (number, _data_uri(_small(root / row.image)), row)
-                for number, row in enumerate(case.seen.references, start=1)
-            ),
-            targets[case.id],
-        )
-        for split, case in chosen
-    ]
+    references = list(_rows(folder / "references.jsonl", Reference, ids))
+    questions = list(_rows(folder / "questions.jsonl", Question, ids))
+    cards = []
+    for inspection, case in zip(chosen, make_cases(list(chosen), references, questions, {}), strict=True):
+        ranked = sorted(enumerate(case.seen.references, start=1), key=lambda item: item[1].rank)
+        beside = [
+            (number, _picture(_small(root / row.image, SIDE if place == 0 else ASIDE)), row)
+            for place, (number, row) in enumerate(ranked)
+        ]
+        cards.append(Card(case, inspection, _outlined(case, root), tuple(beside), targets[case.id]))
+    return cards
 
 
-def _rows(path: Path, cases: set[str]) -> Iterator[Exchange]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if row["case"] in cases:
-                yield from_dict(Exchange, row)
+def _place(inspection: Inspection) -> tuple[str, str, str]:
+    return inspection.dataset, inspection.product, inspection.condition
 
 
-def choose(found: Mapping[str, Sequence[Case]], most: int) -> list[tuple[str, Case]]:
-    """Up to `most` cases with their split, as many of each split, product and condition as of any other."""
-    strata: dict[tuple[str, ...], list[Case]] = defaultdict(list)
-    for split, members in found.items():
-        for case in members:
-            strata[split, case.dataset, case.product, case.truth.condition].append(case)
-    for members in strata.values():
-        random.Random(0).shuffle(members)  # neighbours in a source often show the same part
-    chosen: list[tuple[int, str, Case]] = []
-    for depth in range(max(map(len, strata.values()), default=0)):
-        for number, (key, members) in enumerate(sorted(strata.items())):
-            if depth < len(members) and len(chosen) < most:
-                chosen.append((number, key[0], members[depth]))
-    order = {split: index for index, split in enumerate(SPLITS)}
-    return [(split, case) for _, split, case in sorted(chosen, key=lambda item: (order[item[1]], item[0]))]
+def choose(inspections: Sequence[Inspection], most: int, limit: int) -> list[Inspection]:
+    """A sample by split, product and condition: one of every condition of every product, then of each split, and so on.
+
+    Up to `most`, or as many as it takes to have one of every condition of every product, but never above `limit`. All
+    of a split, product and condition stand together, the training split first.
+    """
+    order = {split: index for index, split in enumerate((*SPLITS, LEFT_OUT))}
+    strata: dict[tuple[Any, ...], list[Inspection]] = defaultdict(list)
+    for inspection in inspections:
+        strata[(order[str(inspection.split)], *_place(inspection))].append(inspection)
+    ranked: list[tuple[int, int, Inspection]] = []
+    seen: set[tuple[Any, ...]] = set()
+    for number, (key, members) in enumerate(sorted(strata.items())):
+        # Neighbours in a source often show the same part.
+        some = random.Random(0).sample(members, min(len(members), most))
+        first = 0 if key[1:] not in seen else 1
+        seen.add(key[1:])
+        ranked += [(first if depth == 0 else depth + 1, number, one) for depth, one in enumerate(some)]
+    ranked.sort(key=lambda item: item[:2])
+    chosen = ranked[: min(max(most, len(seen)), limit)]
+    return [inspection for _, _, inspection in sorted(chosen, key=lambda item: (item[1], item[0]))]
 
 
-def _outlined(case: Case, root: Path) -> str:
-    """The photograph with the outline of its defect."""
+def _outlined(case: Case, root: Path) -> Picture:
+    """The photograph, with the outlines of its defect."""
     import numpy as np
-    from skimage.morphology import dilation
 
     path = root / case.seen.query
     image = _small(path)
     mask = geometry.load_mask(case.truth, root, image_size(path))
-    if mask is not None and mask.any():
-        grown = Image.fromarray(mask).resize(image.size) if mask.shape[0] < image.height else None
-        small = np.asarray(grown) if grown else geometry.resize_mask(mask, image.size)
-        edge = dilation(small, np.ones((5, 5))) & ~dilation(small, np.ones((3, 3)))
-        pixels = np.array(image)
-        pixels[edge] = OUTLINE
-        image = Image.fromarray(pixels)
-    return _data_uri(image)
+    if mask is None or not mask.any():
+        return _picture(image)
+    if mask.shape[0] < image.height:
+        return _picture(image, outlines(np.asarray(Image.fromarray(mask).resize(image.size))))
+    return _picture(image, outlines(geometry.resize_mask(mask, image.size)))
 
 
-def _small(path: Path) -> Image.Image:
-    image = load_image(path, least=(2 * SIDE, 2 * SIDE))
-    scale = SIDE / max(image.size)
+def outlines(mask: geometry.Mask) -> str:
+    """The borders of a mask (height, width) as an SVG path in its pixels, one closed line around each part or hole."""
+    import numpy as np
+    from skimage.measure import approximate_polygon, find_contours
+
+    lines = []
+    for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):  # padded: a line around what touches the border
+        # Contours go through the centres of pixels, whose corners are the path's whole numbers.
+        points = approximate_polygon(contour, 0.4)[:-1] - 0.5
+        lines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points) + "Z")
+    return "".join(lines)
+
+
+def _small(path: Path, side: int = SIDE) -> Image.Image:
+    image = load_image(path, least=(2 * side, 2 * side))
+    scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _data_uri(image: Image.Image) -> str:
+def _picture(image: Image.Image, outlined: str = "") -> Picture:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Picture(uri, *image.size, outlined)

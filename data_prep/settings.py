@@ -24,13 +24,24 @@ class BuildConfig:
         metadata={"help": "the list of photographs: mmad.json, a split of VisA, a manifest's CSV, JSONL or COCO JSON"},
     )
     knowledge: Path | None = field(
-        default=None, metadata={"help": "domain knowledge: JSON or YAML {dataset: {product: {condition: description}}}"}
+        default=None,
+        metadata={
+            "help": "domain knowledge: {dataset: {product: {condition: description}}} in JSON or YAML, or a folder of "
+            "such files (python -m data_prep.knowledge)"
+        },
     )
     descriptor: str = field(
         default="ViT-B-16/openai",
         metadata={"help": "retrieval features: an open_clip model/weights, or skimage, which needs no weights"},
     )
     k: int = field(default=3, metadata={"help": "references for each photograph"})
+    index: Literal["auto", "flat", "hnsw", "ivf_pq"] = field(
+        default="auto",
+        metadata={
+            "help": "how the normals of a product (with scope all: of all products) are searched: flat compares with "
+            "every one, hnsw is the paper's, ivf_pq is for very many; auto chooses by their number"
+        },
+    )
     scope: Literal["product", "all"] = field(
         default="product", metadata={"help": "where references come from: the photograph's product, or all of them"}
     )
@@ -54,6 +65,25 @@ class BuildConfig:
     routing: Literal["full", "paper"] = field(
         default="full", metadata={"help": "which experts stand behind each kind of question"}
     )
+    folds: int | None = field(
+        default=None,
+        metadata={"help": "deal the train split into so many folds, to train without one of them (with fold)"},
+    )
+    fold: int | None = field(
+        default=None,
+        metadata={"help": "the fold, from 0, that is not trained on and becomes the split left_out"},
+    )
+    upstream: Literal["gold", "predicted"] = field(
+        default="gold",
+        metadata={"help": "what a role is shown of earlier ones: what they should say, or what they said in traces"},
+    )
+    traces: list[Path] = field(
+        default_factory=list,
+        metadata={
+            "help": "with upstream predicted: folders of runs (evaluation.run) that describe the train and validation "
+            "cases by adapters that were not trained on them; of several, the first counts"
+        },
+    )
     balance: bool = field(
         default=True, metadata={"help": "as many normal as defective cases in each product's training rows"}
     )
@@ -71,4 +101,5 @@ class BuildConfig:
         values = dataclasses.asdict(self)
         for key in ("output", "overwrite", "cache"):
             del values[key]
+        values["traces"] = [str(folder) for folder in self.traces]
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

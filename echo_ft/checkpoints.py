@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 WHOLE = "whole"
 """The file in a checkpoint that is written last."""
 
+_SAME = (
+    "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
+)  # fmt: skip
+
 WANDB_RUN = "wandb_run_id.txt"
 """The file in an output folder that names its W&B run."""
 
@@ -24,8 +28,8 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or `true` for the newest in output_dir.
 
     With `true`, a run without a checkpoint starts from the beginning, with a word. Raises EchoError where the folder is
-    missing, where its adapter is of another role, dataset, base model, prompt version or pixel budget than `card`, and
-    where a new run would replace a finished adapter.
+    missing, where its adapter is of another role, dataset, base model, prompt version, pixel budget or share of
+    degraded queries than `card`, and where a new run would replace a finished adapter.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     if wanted is not None and wanted.lower() == "true":
@@ -49,7 +53,7 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     if not (Path(wanted) / WHOLE).is_file():
         raise EchoError(f"{wanted} is half written; give another one, or true for the newest that is whole")
     found = read_card(Path(wanted))
-    for name in ("role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels"):
+    for name in _SAME:
         if getattr(found, name) != getattr(card, name):
             raise EchoError(
                 f"{wanted} was trained with {name} {getattr(found, name)}, not {getattr(card, name)}; go on with the "

@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -30,12 +30,15 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     Raises EchoError for a file that is missing or not a mapping, an unknown key (naming the nearest known one), a value
     of the wrong type, and a missing required value.
     """
+    file, flags = _split(argv)
+    return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)
+
+
+def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: Sequence[str] = ()) -> tuple[Any, ...]:
+    """`parse` for a mapping that is there already; `source` names it in errors."""
     from transformers import HfArgumentParser  # takes seconds to import, and `--help` of a script should not
 
     known = {field.name for cls in types for field in dataclasses.fields(cls) if field.init}
-    file, flags = _split(argv)
-    source = file or COMMAND_LINE
-    config = _load(Path(file)) if file else {}
     for key in map(str, config):
         if key not in known:
             raise EchoError(f"{source}: unknown key {key!r}{_nearest(key, known)}")

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Case, EchoError, Entry, Inspection, Question, Reference, Seen, Truth, read_jsonl
 from echo_ft.retrieval import candidate_order
+from echo_ft.splits import withheld
 
 FORMAT = "echo-ft dataset 1"
 """`format` in manifest.json; another one means that the folder was built by another version."""
+
+DIGESTS = "digests.json"
+"""{path: SHA-256} of every photograph, mask and named reference, as they were when the dataset was built."""
+
+READERS = 4
+"""Threads that read images to check them."""
 
 Descriptions = dict[str, dict[str, dict[str, str]]]
 """{dataset: {product: {condition: description}}}, as in knowledge.json."""
@@ -61,19 +72,92 @@ def load_dataset(folder: Path) -> Dataset:
     return Dataset(folder, root, manifest)
 
 
-def cases(dataset: Dataset, split: str, reference: str = "retrieved") -> list[Case]:
+def images_fingerprint(digests: Mapping[str, str]) -> str:
+    """One fingerprint of all images, from their SHA-256 by path."""
+    return fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests)))
+
+
+def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
+    """Raise EchoError where an image is not, byte for byte, the one that the dataset was built from.
+
+    An image that is missing is left to whoever reads it. A dataset that has no digests, as an older version built it,
+    cannot tell.
+    """
+    path = dataset.folder / DIGESTS
+    if not path.is_file():
+        return
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EchoError(f"{path} is not JSON ({error}); build the dataset again") from error
+    if images_fingerprint(digests) != dataset.manifest["images_fingerprint"]:
+        raise EchoError(f"{path} is not the one of this dataset's manifest.json; build the dataset again")
+    asked = list(dict.fromkeys(images))
+
+    def changed(image: str) -> bool:
+        try:
+            with open(dataset.root / image, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() != digests.get(image)
+        except FileNotFoundError:
+            return False
+
+    with ThreadPoolExecutor(READERS) as pool:
+        found = [image for image, differs in zip(asked, pool.map(changed, asked), strict=True) if differs]
+    if found:
+        raise EchoError(
+            f"{len(found)} of {len(asked)} images that are used are not those that {dataset.folder} was built from "
+            f"(such as {found[0]}); put the files back, or build the dataset again"
+        )
+
+
+def cases(dataset: Dataset, split: str, reference: str = "retrieved", most: int | None = None) -> list[Case]:
     """The cases of one split, in the dataset's order: the photographs that have questions.
 
     `reference` chooses the normals beside each: `retrieved` (where the source names a reference, that one alone),
-    `random` (the control) or `none`; they come in the order of `candidate_order`, each with its rank. Raises EchoError
-    for another word.
+    `random` (the control) or `none`; of several, the `most` best ranked. They come in the order of `candidate_order`,
+    each with its rank. Raises EchoError for another word.
     """
     folder = dataset.folder
     inspections = list(read_jsonl(folder / "inspections.jsonl", Inspection))
     references = list(read_jsonl(folder / "references.jsonl", Reference))
     questions = list(read_jsonl(folder / "questions.jsonl", Question))
     knowledge = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
-    return make_cases([i for i in inspections if i.split == split], references, questions, knowledge, reference)
+    if split != "test" and dataset.manifest["config"].get("split") == "by_condition":
+        knowledge = less_held_out(knowledge, dataset.manifest["held_out"])
+    if split == "test":
+        knowledge = less_synthetic(knowledge, inspections)
+    chosen = [inspection for inspection in inspections if inspection.split == split]
+    return make_cases(chosen, references, questions, knowledge, reference, most)
+
+
+def less_held_out(knowledge: Descriptions, held_out: Sequence[str]) -> Descriptions:
+    """The knowledge without the entries of conditions that are held out for the test.
+
+    In training they would be options and entries that are never right, and the tuned model would avoid them in a test.
+    """
+    left: Descriptions = {}
+    for dataset, products in knowledge.items():
+        for product, entries in products.items():
+            away = withheld(entries, held_out)
+            seen = {condition: text for condition, text in entries.items() if condition not in away}
+            left.setdefault(dataset, {})[product] = seen
+    return left
+
+
+def less_synthetic(knowledge: Descriptions, inspections: Sequence[Inspection]) -> Descriptions:
+    """The knowledge without the entries of conditions that synthetic defects alone show.
+
+    A test is the same with and without synthetic defects in the training.
+    """
+    seen = {(i.dataset, i.product, i.condition) for i in inspections if i.synthetic is None}
+    made = {(i.dataset, i.product, i.condition) for i in inspections} - seen
+    return {
+        dataset: {
+            product: {name: text for name, text in entries.items() if (dataset, product, name) not in made}
+            for product, entries in products.items()
+        }
+        for dataset, products in knowledge.items()
+    }
 
 
 def make_cases(
@@ -82,6 +166,7 @@ def make_cases(
     questions: list[Question],
     knowledge: Descriptions,
     reference: str = "retrieved",
+    most: int | None = None,
 ) -> list[Case]:
     """Cases from records; an inspection without a question is not a case. See `cases`."""
     if reference not in REFERENCES:
@@ -100,7 +185,8 @@ def make_cases(
         beside = found.get((inspection.id, reference), [])
         if reference == "retrieved":
             beside = found.get((inspection.id, "given"), beside)
-        candidates = candidate_order(inspection.id, beside)
+        best = sorted(beside, key=lambda one: one.rank)[:most]
+        candidates = candidate_order(inspection.id, best)
         entries = knowledge.get(inspection.dataset, {}).get(inspection.product, {})
         seen = Seen(
             query=inspection.image,

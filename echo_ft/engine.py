@@ -11,16 +11,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from echo_ft.images import load_image
+from echo_ft.corruptions import Corruption, View, views
 from echo_ft.layout import PADDING, Layout, Row, pad, pixels
 from echo_ft.records import LETTERS, Exchange
+
+KEPT_IMAGES = 256
+"""Images whose features a run keeps: more than a batch has."""
 
 READERS = 4
 """Threads that read and resize images while the vision tower is at work."""
@@ -35,6 +40,10 @@ class Utterance:
     """Log-probability of each option letter as the first token."""
 
 
+Features = OrderedDict[tuple[str, View], tuple[torch.Tensor, tuple[int, int]]]
+"""Of each image as a role sees it: what the vision tower makes of it, (tokens, hidden), and its (width, height)."""
+
+
 class Engine:
     """One base model, with or without adapters named after the roles, and a bounded store of image features."""
 
@@ -44,12 +53,18 @@ class Engine:
         layout: Layout,
         root: Path,
         max_new_tokens: int = 128,
-        kept_images: int = 256,
+        kept_images: int = KEPT_IMAGES,
         answer_tokens: int | None = None,
+        corruption: Corruption | None = None,
+        features: Features | None = None,
+        max_batch_tokens: int | None = None,
     ) -> None:
         """`answer_tokens` is the most that the decision maker says; None: as many as the others.
 
-        One costs no step of decoding: it comes from the same logits as the letters' probabilities.
+        One costs no step of decoding: it comes from the same logits as the letters' probabilities. `corruption` is how
+        every query is degraded. `features` are those of an earlier engine on the same model and pixel budget, to go on
+        with. `max_batch_tokens` is the most that the cache may hold when all is said; exchanges that would need more
+        are taken apart, one that needs more by itself runs alone.
         """
         self.model = model.eval()
         self.layout = layout
@@ -57,10 +72,12 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.answer_tokens = answer_tokens or max_new_tokens
         self.kept_images = kept_images
+        self.corruption = corruption
+        self.max_batch_tokens = max_batch_tokens
         self.adapted = hasattr(model, "peft_config")
         self.base = model.get_base_model() if self.adapted else model
         self.device = self.base.device
-        self._features: OrderedDict[tuple[str, str], tuple[torch.Tensor, tuple[int, int]]] = OrderedDict()
+        self._features: Features = OrderedDict() if features is None else features
         ends = self.base.generation_config.eos_token_id
         self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
         self._letters = {letter: layout.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS}
@@ -75,37 +92,57 @@ class Engine:
             return []
         if self.adapted:
             self.model.set_adapter(role)
-        features, sizes = self._look(role, [image for exchange in exchanges for image in exchange.images])
-        shapes = iter(sizes)
-        rows = [self.layout.row(exchange, [next(shapes) for _ in exchange.images]) for exchange in exchanges]
-        cache, visible, starts = self._read(rows, features)
-        owners = torch.tensor([index for index, row in enumerate(rows) for _ in row.exchange.branches])
+        shown = [view for exchange in exchanges for view in views(exchange, self.root, self.corruption)]
+        looks = iter(zip(*self._look(role, shown), strict=True))
+        own = [[next(looks) for _ in exchange.images] for exchange in exchanges]
+        rows = [self.layout.row(one, [size for _, size in seen]) for one, seen in zip(exchanges, own, strict=True)]
         limit = self.answer_tokens if role == "decision_maker" else self.max_new_tokens
-        said = iter(self._continue(rows, owners.to(self.device), cache, visible, starts, limit))
-        return [[next(said) for _ in exchange.branches] for exchange in exchanges]
+        said: list[Utterance] = []
+        for start, end in pairwise(self._cuts(rows, limit)):
+            part = rows[start:end]
+            cache, visible, starts = self._read(part, tuple(feature for seen in own[start:end] for feature, _ in seen))
+            owners = torch.tensor([index for index, row in enumerate(part) for _ in row.exchange.branches])
+            said += self._continue(part, owners.to(self.device), cache, visible, starts, limit)
+        utterances = iter(said)
+        return [[next(utterances) for _ in exchange.branches] for exchange in exchanges]
 
-    def _look(self, role: str, images: Sequence[str]) -> tuple[Any, list[tuple[int, int]]]:
+    def _cuts(self, rows: Sequence[Row], limit: int) -> list[int]:
+        """Where rows are taken apart for the budget of tokens, and both ends; `limit` is the most that is said to each.
+
+        Every branch has a copy of its prefix in the cache, and all are padded to the longest.
+        """
+        cuts, prefix, branch, count = [0], 0, 0, 0
+        for index, row in enumerate(rows):
+            own_prefix, *own = np.bincount(row.segments).tolist()
+            prefix, branch, count = max(prefix, own_prefix), max(branch, *own), count + len(own)
+            fits = self.max_batch_tokens is None or count * (prefix + branch + limit) <= self.max_batch_tokens
+            if not fits and index > cuts[-1]:
+                cuts.append(index)
+                prefix, branch, count = own_prefix, max(own), len(own)
+        return [*cuts, len(rows)]
+
+    def _look(self, role: str, images: Sequence[View]) -> tuple[Any, list[tuple[int, int]]]:
         """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
         # An adapter on the vision tower makes the features the role's own.
         owner = role if self.adapted and self._tower_is_adapted(role) else ""
         missing = [image for image in dict.fromkeys(images) if (owner, image) not in self._features]
         with ThreadPoolExecutor(READERS) as pool:
             # One by one: the last bits of what stands beside others depend on them, and so on what was kept before.
-            for name, (inputs, size) in zip(missing, pool.map(self._open, missing), strict=True):
+            for view, (inputs, size) in zip(missing, pool.map(self._open, missing), strict=True):
                 (feature,) = self.base.model.get_image_features(
                     inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
                 ).pooler_output
-                self._features[owner, name] = feature, size
-        found = [self._features[owner, name] for name in images]
-        for name in images:
-            self._features.move_to_end((owner, name))
+                self._features[owner, view] = feature, size
+        found = [self._features[owner, view] for view in images]
+        for view in images:
+            self._features.move_to_end((owner, view))
         while len(self._features) > self.kept_images:
             self._features.popitem(last=False)
         return tuple(feature for feature, _ in found), [size for _, size in found]
 
-    def _open(self, name: str) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    def _open(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
         """An image's pixels as the model takes them, and its (width, height)."""
-        image = load_image(self.root / name)
+        image = view.load()
         return pixels(self.layout, [image]), image.size
 
     def _tower_is_adapted(self, role: str) -> bool:

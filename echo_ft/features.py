@@ -6,9 +6,9 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -40,20 +40,6 @@ class Describer(Protocol):
     def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
         """For each path a feature of length 1, float32 (d,), or None and why the image cannot be read."""
         ...
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of image files: `matrix[rows[path]]` belongs to `path`, `hashes[path]` is its content's SHA-256."""
-
-    rows: dict[str, int]
-    hashes: dict[str, str]
-    matrix: Vector
-    """(n, d) float32, rows of length 1."""
-
-    def of(self, path: str) -> Vector:
-        """The feature (d,) of one file."""
-        return self.matrix[self.rows[path]]
 
 
 def describer(name: str) -> Describer:
@@ -94,12 +80,8 @@ class ScikitImage:
 
     def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
         """As `Describer.vectors`; d = 2116."""
-        vectors, faults = [], []
-        for start in range(0, len(paths), BATCH):
-            for vector, fault in _decode(paths[start : start + BATCH], self._describe):
-                vectors.append(vector)
-                faults.append(fault)
-        return vectors, faults
+        described = [one for batch in _batches(paths, self._describe) for one in batch]
+        return [vector for vector, _ in described], [fault for _, fault in described]
 
     @staticmethod
     def _describe(image: Image.Image) -> Vector:
@@ -128,14 +110,16 @@ class OpenClip:
         self._loaded: tuple[Any, Any, str] | None = None
 
     def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
-        """As `Describer.vectors`. Raises EchoError where the weights cannot be had."""
+        """As `Describer.vectors`. Raises EchoError as `load` does."""
         import torch
 
         vectors: list[Vector | None] = []
         faults: list[str | None] = []
-        for start in range(0, len(paths), BATCH):
-            model, preprocess, device = self._load()
-            decoded = _decode(paths[start : start + BATCH], preprocess)
+        if not paths:
+            return vectors, faults
+        model, preprocess, device = self.load()
+        # A GPU need not wait for the next images to be decoded; on a CPU the two would take each other's time.
+        for decoded in _batches(paths, preprocess, ahead=int(device == "cuda")):
             tensors = [tensor for tensor, _ in decoded if tensor is not None]
             rows = iter(())
             if tensors:
@@ -147,7 +131,8 @@ class OpenClip:
             faults += [fault for _, fault in decoded]
         return vectors, faults
 
-    def _load(self) -> tuple[Any, Any, str]:
+    def load(self) -> tuple[Any, Any, str]:
+        """The model, what prepares an image for it, and the device. Raises EchoError without its weights."""
         if self._loaded is None:
             import open_clip
             import torch
@@ -174,8 +159,13 @@ class OpenClip:
         return self._loaded
 
 
-def _decode(paths: Sequence[Path], prepare: Callable[[Image.Image], Loaded]) -> list[tuple[Loaded | None, str | None]]:
-    """Each image, in RGB, prepared; or None and why it cannot be read."""
+def _batches(
+    paths: Sequence[Path], prepare: Callable[[Image.Image], Loaded], ahead: int = 0
+) -> Iterator[list[tuple[Loaded | None, str | None]]]:
+    """BATCH images at a time, in RGB and prepared; or None and why one cannot be read.
+
+    While a batch is in use, `ahead` further ones are decoded.
+    """
 
     def one(path: Path) -> tuple[Loaded | None, str | None]:
         try:
@@ -184,8 +174,14 @@ def _decode(paths: Sequence[Path], prepare: Callable[[Image.Image], Loaded]) -> 
             return None, images.fault(error)
         return prepare(rgb), None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(one, paths))
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        waiting: deque[Iterator[tuple[Loaded | None, str | None]]] = deque()
+        for start in range(0, len(paths), BATCH):
+            waiting.append(pool.map(one, paths[start : start + BATCH]))
+            if len(waiting) > ahead:
+                yield list(waiting.popleft())
+        while waiting:
+            yield list(waiting.popleft())
 
 
 def _unit(values: NDArray[Any]) -> Vector:

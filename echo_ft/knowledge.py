@@ -1,7 +1,8 @@
 """What is known about the conditions of each product, as a person or MMAD wrote it.
 
-The file is `{dataset: {product: {condition: text}}}`, as JSON (MMAD's domain_knowledge.json) or YAML. A text is free;
-where it has several sentences, the first says what the condition looks like and the last what follows from it.
+A file is `{dataset: {product: {condition: text}}}`, as JSON (MMAD's domain_knowledge.json) or YAML; a folder of them
+counts as one. A text is free; where it has several sentences, the first says what the condition looks like and the last
+what follows from it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from echo_ft.records import GOOD, EchoError, Entry, Knowledge
 
@@ -27,29 +31,89 @@ EFFECT = re.compile(
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error; the plain loader would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the plain loader's."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_knowledge(path: Path) -> Knowledge:
-    """The knowledge in a JSON or YAML file, texts as they stand.
+    """The knowledge in a JSON or YAML file, or in all those of a folder, texts as they stand.
 
-    Raises EchoError, with the file and the key, where it is missing, cannot be parsed, or is not nested like that.
+    Raises EchoError, with the file and the key, where it is missing, cannot be parsed, is not nested like that, where
+    nothing is written about a condition, and where two files of a folder describe the same product.
     """
-    import yaml
+    knowledge, files = read_knowledge(path)
+    for (dataset, product), file in files.items():
+        for condition, text in knowledge[dataset][product].items():
+            if not text:
+                raise EchoError(
+                    f"knowledge file {file}: {dataset}/{product}/{condition} is empty; write what the condition looks "
+                    "like, or take the line out"
+                )
+    return knowledge
 
+
+def read_knowledge(path: Path) -> tuple[Knowledge, dict[tuple[str, str], Path]]:
+    """As `load_knowledge`, with an empty text where nothing is written yet; and the file of each (dataset, product)."""
+    knowledge: dict[str, dict[str, dict[str, str]]] = {}
+    files: dict[tuple[str, str], Path] = {}
+    for file in knowledge_files(path) if path.is_dir() else [path]:
+        for dataset, products in parse_knowledge(file, _written(file)).items():
+            for product, conditions in products.items():
+                if (dataset, product) in files:
+                    raise EchoError(
+                        f"{files[dataset, product]} and {file} both describe {dataset}/{product}; keep one of them"
+                    )
+                files[dataset, product] = file
+                knowledge.setdefault(dataset, {})[product] = conditions
+    if not files and path.is_dir():
+        raise EchoError(f"the folder {path} holds no knowledge; it needs a YAML or JSON file")
+    return knowledge, files
+
+
+def knowledge_files(folder: Path) -> list[Path]:
+    """The YAML and JSON files of a folder and of those in it, hidden ones left out."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".yaml", ".yml", ".json")]
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _written(path: Path) -> str:
     try:
-        written = path.read_text(encoding="utf-8")
-        content = json.loads(written) if path.suffix == ".json" else yaml.safe_load(written)
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:
         raise EchoError(f"there is no knowledge file {path}; check the path, or leave `knowledge` out") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise EchoError(f"knowledge file {path} cannot be read: {error}") from error
+
+
+def parse_knowledge(path: Path, written: str) -> dict[str, dict[str, dict[str, str]]]:
+    """What is written in the file `path`; a text is empty where there is none yet."""
+    try:
+        content = json.loads(written) if path.suffix == ".json" else yaml.load(written, _Loader)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise EchoError(f"knowledge file {path} cannot be read: {' '.join(str(error).split())}") from error
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for dataset, products in _items(path, content, "", "datasets"):
         for product, conditions in _items(path, products, dataset, "products"):
+            texts = found.setdefault(dataset, {})[product] = {}
             for condition, text in _items(path, conditions, f"{dataset}/{product}", "conditions"):
-                if not isinstance(text, str) or not clean(text):
+                if text is not None and not isinstance(text, str):
                     raise EchoError(
                         f"knowledge file {path}: {dataset}/{product}/{condition} is {_kind(text)}; "
                         "write what the condition looks like, in quotes"
                     )
-    return content
+                texts[condition] = text if text and clean(text) else ""
+    return found
 
 
 def _items(path: Path, content: object, key: str, what: str) -> list[tuple[str, object]]:

@@ -410,18 +410,24 @@ def two_ways(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
         chosen = np.ones(len(both), dtype=bool) if kind == AVERAGE else text.kinds == place
         if not chosen.any():
             continue
-        asked, agreeing = np.zeros(len(text.images)), np.zeros(len(text.images))
-        np.add.at(asked, text.image_of[chosen], 1.0)
-        np.add.at(agreeing, text.image_of[chosen], agrees[chosen].astype(float))
-        parts = len(np.unique(text.parts[asked > 0]))
+        agreement, spread = share(text, weights, text.image_of[chosen], agrees[chosen])
         found[kind] = {
             "questions": int(chosen.sum()),
-            "agreement": float(agrees[chosen].mean()),
-            "interval": interval(statistics.ratio(weights @ agreeing, weights @ asked), parts),
+            "agreement": agreement,
+            "interval": spread,
             "text": tables[0][kind],
             "logits": tables[1][kind],
         }
     return found
+
+
+def share(sheet: Sheet, weights: np.ndarray, images: np.ndarray, holds: np.ndarray) -> tuple[float, list[float] | None]:
+    """The share of things that hold (M,) bool, each about one of the sheet's images (M,), and its 95 % interval."""
+    asked, held = np.zeros(len(sheet.images)), np.zeros(len(sheet.images))
+    np.add.at(asked, images, 1.0)
+    np.add.at(held, images, holds.astype(float))
+    parts = len(np.unique(sheet.parts[images]))
+    return float(holds.mean()), interval(statistics.ratio(weights @ held, weights @ asked), parts)
 
 
 def counts(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -48,6 +48,12 @@ class AdapterCard:
     commit: str
     leaks: dict[str, str] = field(default_factory=dict)
     """What data_prep.audit found, by the fingerprint of the dataset that training overlaps."""
+    corrupted_share: float = 0.0
+    """Share of the training cases whose query was degraded."""
+    synthetic: dict[str, int] = field(default_factory=dict)
+    """How many of the dataset's training photographs have a synthetic defect, by the method that made it."""
+    upstream: str = "gold"
+    """What the dataset's rows show of earlier roles: what they should say (gold), or what they said (predicted)."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,13 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
 
 
 def make_card(
-    role: str, base_model: str, revision: str | None, min_pixels: int, max_pixels: int, dataset: Dataset
+    role: str,
+    base_model: str,
+    revision: str | None,
+    min_pixels: int,
+    max_pixels: int,
+    dataset: Dataset,
+    corrupted_share: float = 0.0,
 ) -> AdapterCard:
     """The card of an adapter that is trained now, with this code and these packages."""
     return AdapterCard(
@@ -188,6 +200,9 @@ def make_card(
         versions=versions(),
         commit=commit(),
         leaks={name: found["verdict"] for name, found in dataset.manifest.get("audits", {}).items() if found["leak"]},
+        corrupted_share=corrupted_share,
+        synthetic=dataset.manifest.get("counts", {}).get("synthetic", {}),
+        upstream=dataset.manifest.get("upstream", "gold"),
     )
 
 
@@ -269,8 +284,8 @@ def training_sets(
         )
     for fingerprint, names in roles.items():
         where = adapters[names[0]].card.dataset
-        trained_on = _trained_on(where, fingerprint, dataset, images)
-        count = None if trained_on is None else len(trained_on)
+        memorised = trained_on(where, fingerprint, dataset.root, images, dataset)
+        count = None if memorised is None else len(memorised)
         found.append(
             {
                 "dataset": where,
@@ -284,9 +299,9 @@ def training_sets(
         leak = adapters[names[0]].card.leaks.get(dataset.fingerprint)
         if leak:
             warnings.append(leak)
-        if trained_on:
+        if memorised:
             warnings.append(
-                f"{count} OF {len(images)} PHOTOGRAPHS OF THE SPLIT {split} WERE TRAINED ON, such as {trained_on[0]}: "
+                f"{count} OF {len(images)} PHOTOGRAPHS OF THE SPLIT {split} WERE TRAINED ON, such as {memorised[0]}: "
                 f"{who} have them in their train split ({where}); figures over them measure memory, so evaluate on "
                 "photographs of no training split"
             )
@@ -303,10 +318,15 @@ def training_sets(
     return found, warnings
 
 
-def _trained_on(where: str, fingerprint: str, dataset: Dataset, images: Sequence[str]) -> list[str] | None:
-    """Those of `images` that are photographs of the train split of the dataset `where`; None where it is gone."""
+def trained_on(
+    where: str, fingerprint: str, root: Path, images: Sequence[str], asked: Dataset | None = None
+) -> list[str] | None:
+    """Those of `images`, under `root`, that are photographs of the train split of the dataset `where`, by content.
+
+    `asked` is read instead where it is that dataset. None where it is not there any more, or was built anew since.
+    """
     try:
-        source = dataset if dataset.fingerprint == fingerprint else load_dataset(Path(where))
+        source = asked if asked is not None and asked.fingerprint == fingerprint else load_dataset(Path(where))
         if source.fingerprint != fingerprint:
             return None
         inspections = read_jsonl(source.folder / "inspections.jsonl", Inspection)
@@ -328,7 +348,7 @@ def _trained_on(where: str, fingerprint: str, dataset: Dataset, images: Sequence
                 return path in paths
             return any(content(path) == content(other) for other in sizes.get(path.stat().st_size, ()))
 
-        return [image for image in images if known((dataset.root / image).resolve())]
+        return [image for image in images if known((root / image).resolve())]
     except (EchoError, OSError, KeyError):
         return None
 

@@ -167,7 +167,7 @@ def interview(
                         exchange.case, role, branch.id, exchange.images, exchange.context, branch.prompt, utterance.text
                     )
                 )
-        upstream = _listen(role, case, upstream, {name: one.text for name, one in said.items()})
+        upstream = listen(role, case, upstream, {name: one.text for name, one in said.items()})
     # The last role decides: what was said last are the answers.
     outcome = Outcome([], traces)
     for question in case.seen.questions:
@@ -190,7 +190,8 @@ def _in_every_order(seen: Seen, upstream: Upstream) -> tuple[Seen, Upstream]:
     return replace(seen, questions=tuple(question for question, _ in orders)), replace(upstream, reasons=reasons)
 
 
-def _listen(role: str, case: Case, upstream: Upstream, said: Mapping[str, str]) -> Upstream:
+def listen(role: str, case: Case, upstream: Upstream, said: Mapping[str, str]) -> Upstream:
+    """What is known after `role` has said `said` (branch to text) about a case, beside what the earlier ones said."""
     if role == "reference_extractor" and said:
         references = case.seen.references
         best = roles.parse_best(said["best"], len(references))

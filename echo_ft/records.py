@@ -67,6 +67,8 @@ class Inspection:
     """Several files that count as one mask, where the source has no single one."""
     polygons: tuple[tuple[float, ...], ...] = ()
     """Outlines of defects as (x0, y0, x1, y1, ...) in pixels of the image, beside boxes or instead of them."""
+    synthetic: str | None = None
+    """The method of `echo_ft.anomalies` that made the defect, where no camera saw it: for training alone."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,18 @@ class Upstream:
 Record = TypeVar("Record")
 
 
+def _fields(record: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(record):
+        return vars(record)  # `dataclasses.asdict` copies all that is in it, which takes longer than the JSON
+    raise TypeError(f"a record holds a {type(record).__name__}, which JSON has not")
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=_fields)
+
+
 def to_json(record: Any) -> str:
     """One line of JSON for a record; keys in the order of its fields."""
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=False)
+    return _ENCODER.encode(record)
 
 
 def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
@@ -229,16 +240,25 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
 
     Raises TypeError where a field is missing or unknown.
     """
-    hints = _hints(cls)  # type: ignore[arg-type]
-    unknown = set(row) - set(hints)
+    hints, nested = _hints(cls)  # type: ignore[arg-type]
+    unknown = row.keys() - hints.keys()
     if unknown:
-        raise TypeError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
-    return cls(**{name: _restore(hints[name], value) for name, value in row.items()})
+        raise TypeError(f"{cls.__name__} has no field {min(unknown)!r}")
+    return cls(**{**row, **{name: _restore(hints[name], row[name]) for name in nested if name in row}})
 
 
 @functools.cache  # resolving annotations takes longer than building the record
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _hints(cls: type) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The type of each field, and the fields that JSON does not give back as they were."""
+    hints = typing.get_type_hints(cls)
+    return hints, tuple(name for name, hint in hints.items() if not _is_plain(hint))
+
+
+def _is_plain(hint: Any) -> bool:
+    origin = typing.get_origin(hint) or hint
+    if origin in (types.UnionType, typing.Union):
+        return all(map(_is_plain, typing.get_args(hint)))
+    return origin is not tuple and not dataclasses.is_dataclass(origin)
 
 
 def _restore(hint: Any, value: Any) -> Any:

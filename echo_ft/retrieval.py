@@ -7,45 +7,84 @@ of it, nor another photograph of the same part comes back.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
-import shutil
-import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_ft.features import Describer, Features, describer
+from echo_ft.embedding import Features, describe_files
+from echo_ft.features import describer
+from echo_ft.index import VectorIndex
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import GOOD, EchoError, Inspection, Reference, Rejection
+from echo_ft.splits import Key, part
 
 SCOPES = ("product", "all")
 
-EXACT = 20_000
-"""Normals up to which the search is exact; more of them go into an HNSW graph, as in the paper's code (M = 64)."""
-
-CHUNK = 1024
+CHUNK = 256
 """Queries searched at once."""
 
 
-@dataclass(frozen=True)
-class Index:
-    """Normal photographs and the FAISS index over their features: row i of one is row i of the other.
+class Pool:
+    """The normal photographs that one search chooses from, and the index over their features, by place in `images`.
 
-    Files of equal content are one row, under the first path; `groups` then holds the parts of all of them.
+    Files of equal content are one place, under the first path; `by_part` then has it for the parts of all of them.
     """
 
-    images: tuple[str, ...]
-    hashes: tuple[str, ...]
-    groups: tuple[frozenset[str], ...]
-    faiss: Any
+    def __init__(
+        self, normals: Sequence[Inspection], features: Features, kind: str, key: str, cache: Path | None
+    ) -> None:
+        """`normals` have features, of the describer with this `key`; see `VectorIndex` for `kind`."""
+        self.places: dict[str, int] = {}
+        """By the content's hash."""
+        self.by_part: dict[Key, list[int]] = defaultdict(list)
+        images: list[str] = []
+        for normal in sorted(normals, key=lambda normal: normal.image):
+            place = self.places.setdefault(features.hashes[normal.image], len(images))
+            if place == len(images):
+                images.append(normal.image)
+            if place not in self.by_part[part(normal)]:
+                self.by_part[part(normal)].append(place)
+        self.images = tuple(images)
+        name = fingerprint_bytes(kind.encode(), key.encode(), "\n".join(self.places).encode())
+        rows = np.array([features.rows[image] for image in images])
+        self.index = VectorIndex(features.matrix, rows, kind, cache / f"index-{name}.faiss" if cache else None)
+
+    def barred(self, query: Inspection, features: Features) -> set[int]:
+        """The places that a query must not get: its own content, and its own part."""
+        copy = self.places.get(features.hashes[query.image])
+        own = set(self.by_part.get(part(query), ()))
+        return own if copy is None else own | {copy}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the searches found, as numbers: a million queries fit into memory."""
+
+    pools: list[tuple[str, ...]]
+    """The images of each pool."""
+    pool_of: NDArray[np.int32]
+    """(q,) Pool of each query, -1 without one."""
+    places: NDArray[np.int32]
+    """(q, 2, k) Retrieved and random places in the pool; -1 where there are fewer."""
+    similarities: NDArray[np.float32]
+    """(q, 2, k)"""
+
+    def of(self, number: int, query: Inspection) -> Iterator[Reference]:
+        """The references of one query: retrieved, then random."""
+        if self.pool_of[number] < 0:
+            return
+        images = self.pools[self.pool_of[number]]
+        for method, places, similarities in zip(
+            ("retrieved", "random"), self.places[number].tolist(), self.similarities[number].tolist(), strict=True
+        ):
+            for rank, (place, similarity) in enumerate(zip(places, similarities, strict=True), start=1):
+                if place >= 0:
+                    yield Reference(query.id, images[place], _rounded(similarity), rank, method)
 
 
 def find_references(
@@ -57,15 +96,18 @@ def find_references(
     scope: str,
     seed: int,
     cache: Path | None,
-) -> tuple[list[Reference], list[Rejection]]:
+    index: str = "auto",
+) -> tuple[Iterator[Reference], list[Rejection]]:
     """For each query `k` retrieved references, most similar first, and `k` random ones, which `seed` and its id decide.
 
     A reference that the query names stands as `given`, rank 1, beside them. `descriptor` is an open_clip
-    `<model>/<pretrained>` or `skimage`; `scope` is `product` or `all`; similarity is the cosine, -1..1. Where fewer
-    than `k` normals are admissible, those come; where none is, the query has none. Images that cannot be read are
-    rejected by path, once each, and are neither query nor candidate. `cache` keeps features and indices between runs.
+    `<model>/<pretrained>` or `skimage`; `scope` is `product` or `all`; `index` is the kind of `echo_ft.index`, one
+    index a product unless `scope` is `all`; similarity is the cosine, -1..1. Where fewer than `k` normals are
+    admissible, those come; where none is, the query has none. Images that cannot be read are rejected by path, once
+    each, and are neither query nor candidate. `cache` keeps features and approximate indices between runs. The
+    references come in the order of the queries, each made when it is asked for.
 
-    Raises EchoError for an unknown scope or descriptor, for `k` below 1, and for a normal that is not one.
+    Raises EchoError for an unknown scope, index or descriptor, for `k` below 1, and for a normal that is not one.
     """
     _check(normals, k, scope)
     given = {query.reference for query in queries if query.reference is not None}
@@ -77,24 +119,22 @@ def find_references(
     for normal in normals:
         if normal.image in features.rows:
             pools[_pool(normal, scope)].append(normal)
-    asked: dict[tuple[str, ...], list[Inspection]] = defaultdict(list)
-    for query in queries:
+    asked: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, query in enumerate(queries):
         if query.image in features.rows:
-            asked[_pool(query, scope)].append(query)
+            asked[_pool(query, scope)].append(number)
 
-    found: dict[str, list[Reference]] = {}
-    for pool, members in asked.items():
-        index = _index(pools[pool], features, describe.key, cache) if pools[pool] else None
-        for start in range(0, len(members), CHUNK):
-            chunk = members[start : start + CHUNK]
-            if index is not None:
-                found.update(_search(index, chunk, features, k, seed))
-            for query in chunk:
-                if query.reference in features.rows:
-                    similarity = float(features.of(query.image) @ features.of(query.reference))
-                    reference = Reference(query.id, query.reference, _rounded(similarity), 1, "given")
-                    found.setdefault(query.id, []).append(reference)
-    return [reference for query in queries for reference in found.get(query.id, [])], rejections
+    places = np.full((len(queries), 2, k), -1, np.int32)
+    found = Found([], np.full(len(queries), -1, np.int32), places, np.zeros(places.shape, np.float32))
+    for name, numbers in asked.items():
+        if pools[name]:
+            pool = Pool(pools[name], features, index, describe.key, cache)
+            found.pool_of[numbers] = len(found.pools)
+            found.pools.append(pool.images)
+            for start in range(0, len(numbers), CHUNK):
+                chunk = numbers[start : start + CHUNK]
+                _search(pool, chunk, [queries[number] for number in chunk], features, seed, found)
+    return _references(queries, features, found), rejections
 
 
 def candidate_order(case_id: str, references: Sequence[Reference]) -> tuple[Reference, ...]:
@@ -118,164 +158,51 @@ def _pool(inspection: Inspection, scope: str) -> tuple[str, ...]:
     return (inspection.dataset, inspection.product) if scope == "product" else ()
 
 
-def _part(inspection: Inspection) -> str:
-    return "\0".join((inspection.dataset, inspection.product, inspection.group))
-
-
-def describe_files(
-    paths: Sequence[str], root: Path, describe: Describer, cache: Path | None
-) -> tuple[Features, list[Rejection]]:
-    """Features of the files that can be read, in the order given, and a rejection for every other.
-
-    With `cache`, a file whose content has been described before is not read again.
-    """
-    store = cache / f"features-{describe.key}.npz" if cache else None
-    known = _load_store(store)
-    hashes: dict[str, str] = {}
-    rejections = []
-    for path in paths:
-        try:
-            with open(root / path, "rb") as file:
-                hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            rejections.append(Rejection(path, f"the image cannot be opened ({error.strerror}): {root / path}"))
-    new = list({digest: path for path, digest in reversed(hashes.items()) if digest not in known}.items())
-    vectors, faults = describe.vectors([root / path for _, path in new])
-    made = {digest: vector for (digest, _), vector in zip(new, vectors, strict=True) if vector is not None}
-    broken = {digest: fault for (digest, _), fault in zip(new, faults, strict=True) if fault is not None}
-    if store and made:
-        _save_store(store, {**known, **made})
-    known = {**known, **made}
-    readable = [path for path in hashes if hashes[path] in known]
-    rejections += [Rejection(path, broken[hashes[path]]) for path in hashes if hashes[path] in broken]
-    matrix = np.stack([known[hashes[path]] for path in readable]) if readable else np.zeros((0, 1), np.float32)
-    rows = {path: row for row, path in enumerate(readable)}
-    return Features(rows, hashes, matrix), sorted(rejections, key=lambda rejection: rejection.item)
-
-
-def _load_store(store: Path | None) -> dict[str, NDArray[np.float32]]:
-    if store is None or not store.is_file():
-        return {}
-    try:
-        with np.load(store, allow_pickle=False) as content:
-            return dict(zip(content["hashes"].tolist(), content["vectors"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise EchoError(f"the feature cache {store} cannot be read ({type(error).__name__}); delete it") from error
-
-
-def _save_store(store: Path, vectors: dict[str, NDArray[np.float32]]) -> None:
-    store.parent.mkdir(parents=True, exist_ok=True)
-    partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        np.savez(file, hashes=np.array(list(vectors)), vectors=np.stack(list(vectors.values())))
-    os.replace(partial, store)
-
-
-def _index(normals: Sequence[Inspection], features: Features, key: str, cache: Path | None) -> Index:
-    first: dict[str, str] = {}
-    parts: dict[str, set[str]] = defaultdict(set)
-    for normal in sorted(normals, key=lambda normal: normal.image):
-        digest = features.hashes[normal.image]
-        first.setdefault(digest, normal.image)
-        parts[digest].add(_part(normal))
-    images, hashes = tuple(first.values()), tuple(first)
-    groups = tuple(frozenset(parts[digest]) for digest in hashes)
-    rows = json.dumps([images, hashes])
-    folder = cache / f"index-{fingerprint_bytes(key.encode(), rows.encode())}" if cache else None
-    stored = _load_index(folder, rows)
-    if stored is not None:
-        return Index(images, hashes, groups, stored)
-    index = build_index(np.stack([features.of(image) for image in images]))
-    if folder is not None:
-        _save_index(folder, rows, index)
-    return Index(images, hashes, groups, index)
-
-
-def build_index(vectors: NDArray[np.float32]) -> Any:
-    """A FAISS inner-product index over normalised float32 rows (n, d): exact up to EXACT rows, HNSW (M = 64) beyond."""
-    import faiss
-
-    exact = len(vectors) <= EXACT
-    width = vectors.shape[1]
-    index: Any = faiss.IndexFlatIP(width) if exact else faiss.IndexHNSWFlat(width, 64, faiss.METRIC_INNER_PRODUCT)
-    index.add(vectors)
-    return index
-
-
-def _load_index(folder: Path | None, rows: str) -> Any:
-    import faiss
-
-    if folder is None or not folder.is_dir():
-        return None
-    try:
-        index = faiss.read_index(str(folder / "index.faiss"))
-        whole = (folder / "images.json").read_text(encoding="utf-8") == rows and index.ntotal == len(
-            json.loads(rows)[0]
-        )
-    except (OSError, RuntimeError):
-        whole = False
-    if not whole:
-        raise EchoError(f"the index in {folder} is damaged; delete that folder")
-    return index
-
-
-def _save_index(folder: Path, rows: str, index: Any) -> None:
-    """Write paths and index into one folder that appears whole or not at all."""
-    import faiss
-
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / "images.json").write_text(rows, encoding="utf-8")
-    faiss.write_index(index, str(partial / "index.faiss"))
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster, with the same content
-        shutil.rmtree(partial)
+def _references(queries: Sequence[Inspection], features: Features, found: Found) -> Iterator[Reference]:
+    for number, query in enumerate(queries):
+        yield from found.of(number, query)
+        if query.reference is not None and {query.image, query.reference} <= features.rows.keys():
+            similarity = float(features.of(query.image) @ features.of(query.reference))
+            yield Reference(query.id, query.reference, _rounded(similarity), 1, "given")
 
 
 def _search(
-    index: Index, queries: Sequence[Inspection], features: Features, k: int, seed: int
-) -> dict[str, list[Reference]]:
-    by_hash = {digest: row for row, digest in enumerate(index.hashes)}
-    by_part: dict[str, set[int]] = defaultdict(set)
-    for row, parts in enumerate(index.groups):
-        for part in parts:
-            by_part[part].add(row)
-    barred = []
-    for query in queries:
-        copy = by_hash.get(features.hashes[query.image])
-        barred.append(by_part[_part(query)] | ({copy} if copy is not None else set()))
-
+    pool: Pool, numbers: Sequence[int], queries: Sequence[Inspection], features: Features, seed: int, found: Found
+) -> None:
+    """Fill in what is found for these queries, which have these numbers."""
+    k, count = found.places.shape[2], len(pool.images)
+    barred = [pool.barred(query, features) for query in queries]
     # As many more as any of these queries may have to pass over.
-    depth = min(len(index.images), k + max(map(len, barred)))
-    if hasattr(index.faiss, "hnsw"):
-        index.faiss.hnsw.efSearch = max(128, 2 * depth)
-    vectors = np.stack([features.of(query.image) for query in queries])
-    similarities, rows = index.faiss.search(vectors, depth)
-    found = {}
-    for number, query in enumerate(queries):
+    depth = min(count, k + max(map(len, barred)))
+    vectors = features.stack([query.image for query in queries])
+    similarities, places = pool.index.search(vectors, depth)
+    for row, (number, query) in enumerate(zip(numbers, queries, strict=True)):
         near = [
-            (int(row), float(similarity))
-            for row, similarity in zip(rows[number], similarities[number], strict=True)
-            if row >= 0 and row not in barred[number]
-        ]
-        references = _ranked(index, query, near[:k], "retrieved")
-        free = _draw(len(index.images), barred[number], k, random.Random(f"{seed}/{query.id}"))
-        drawn = [(row, float(vectors[number] @ features.of(index.images[row]))) for row in free]
-        found[query.id] = references + _ranked(index, query, drawn, "random")
-    return found
+            (place, similarity)
+            for place, similarity in zip(places[row].tolist(), similarities[row].tolist(), strict=True)
+            if place >= 0 and place not in barred[row]
+        ][:k]
+        if len(near) < min(k, count - len(barred[row])):  # the approximate search missed what there is
+            near = _exhaustive(pool, vectors[row], barred[row], k)
+        free = _draw(count, barred[row], k, random.Random(f"{seed}/{query.id}"))
+        drawn = [(place, float(vectors[row] @ features.of(pool.images[place]))) for place in free]
+        for method, chosen in enumerate((near, drawn)):
+            for rank, (place, similarity) in enumerate(chosen):
+                found.places[number, method, rank] = place
+                found.similarities[number, method, rank] = similarity
+
+
+def _exhaustive(pool: Pool, vector: NDArray[np.float32], barred: set[int], k: int) -> list[tuple[int, float]]:
+    similarities = pool.index.compare(vector)
+    similarities[list(barred)] = -np.inf
+    count = min(k, len(similarities) - len(barred))
+    order = np.argsort(-similarities, kind="stable")[:count]
+    return [(int(place), float(similarities[place])) for place in order]
 
 
 def _draw(count: int, barred: set[int], k: int, draw: random.Random) -> list[int]:
-    rows = draw.sample(range(count), min(count, k + len(barred)))
-    return [row for row in rows if row not in barred][:k]
-
-
-def _ranked(index: Index, query: Inspection, rows: Iterable[tuple[int, float]], method: str) -> list[Reference]:
-    return [
-        Reference(query.id, index.images[row], _rounded(similarity), rank, method)
-        for rank, (row, similarity) in enumerate(rows, start=1)
-    ]
+    places = draw.sample(range(count), min(count, k + len(barred)))
+    return [place for place in places if place not in barred][:k]
 
 
 def _rounded(similarity: float) -> float:

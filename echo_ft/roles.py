@@ -159,11 +159,11 @@ def best_completion(best: int) -> str:
     return str(best + 1)
 
 
-def guide_completion(condition: str, description: str) -> str:
-    """What the knowledge guide should say about the entry that matters."""
+def guide_completion(condition: str, hint: str, description: str) -> str:
+    """What the knowledge guide should say about the entry that matters: of a defect, with a `hint` to look for it."""
     if condition == GOOD:
         return f"{GOOD}: {one_line(description)}"
-    return f"{condition}: look for this. {one_line(description)}"
+    return f"{condition}: {hint} {one_line(description)}"
 
 
 def parse_best(text: str, count: int) -> int | None:

@@ -226,9 +226,14 @@ class RunFolder:
         return {case for case, questions in answered.items() if asked.get(case) == questions}
 
 
+def failures(folder: Path) -> list[str]:
+    """Why predictions of a run failed, one reason for each that did."""
+    return [row.error for row in whole_rows(folder / PREDICTIONS, Prediction) if row.error is not None]
+
+
 def _rows(folders: Iterable[Path], name: str, cls: type[Record]) -> Iterator[Record]:
     for folder in folders:
-        yield from _whole_rows(folder / name, cls)
+        yield from whole_rows(folder / name, cls)
 
 
 def _distinct(rows: Iterable[Record], key: Callable[[Record], Hashable]) -> Iterator[Record]:
@@ -285,7 +290,7 @@ def _append(path: Path) -> TextIO:
     return open(path, "a", encoding="utf-8")
 
 
-def _whole_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
+def whole_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
     """The rows of a file whose last line may be half written."""
     if not path.is_file():
         return

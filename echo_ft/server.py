@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from echo_ft.corruptions import Corruption, View, views
 from echo_ft.engine import Utterance
-from echo_ft.images import load_image
 from echo_ft.layout import Layout
 from echo_ft.pipeline import BackendError
 from echo_ft.records import LETTERS, ROLES, Branch, EchoError, Exchange
@@ -70,12 +70,13 @@ class Server:
         at_once: int = 8,
         timeout: float = 300.0,
         patience: float = 600.0,
+        corruption: Corruption | None = None,
     ) -> None:
         """`model` is the name that the server knows, where `{role}` stands for the role's.
 
         At most `at_once` requests are under way. One that is not answered within `timeout` seconds, finds no server or
-        an overloaded one, is tried again for `patience` seconds. `answer_tokens` is as in `Engine`. The key, where the
-        server wants one, is the environment's OPENAI_API_KEY.
+        an overloaded one, is tried again for `patience` seconds. `answer_tokens` and `corruption` are as in `Engine`.
+        The key, where the server wants one, is the environment's OPENAI_API_KEY.
         """
         self.url = url
         self.models = {role: model.replace("{role}", role) for role in ROLES}
@@ -85,13 +86,14 @@ class Server:
         self.answer_tokens = answer_tokens or max_new_tokens
         self.timeout = timeout
         self.patience = patience
+        self.corruption = corruption
         self.kept_images = IMAGES * at_once
         # Tries are counted in seconds here, not in times: a server that is started again takes minutes to load.
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
         )
         self._slots = asyncio.Semaphore(at_once)
-        self._images: OrderedDict[str, asyncio.Task[Shown]] = OrderedDict()
+        self._images: OrderedDict[View, asyncio.Task[Shown]] = OrderedDict()
         self._answered = -math.inf
 
     async def __aenter__(self) -> Server:
@@ -128,23 +130,23 @@ class Server:
         limit = self.answer_tokens if decides else self.max_new_tokens
 
         async def ask(exchange: Exchange) -> list[Utterance]:
-            shown = [await self._show(image) for image in exchange.images]
+            shown = [await self._show(view) for view in views(exchange, self.root, self.corruption)]
             replies = await self._ask(self.models[role], exchange, shown, limit, logprobs=decides)
             return [Utterance((reply.choices[0].message.content or "").strip(), _letters(reply)) for reply in replies]
 
         return await asyncio.gather(*(ask(exchange) for exchange in exchanges))
 
-    async def _show(self, image: str) -> Shown:
+    async def _show(self, view: View) -> Shown:
         """The image, read and resized once for all that ask for it, beside the event loop."""
 
         def read() -> Shown:
-            loaded = load_image(self.root / image)
+            loaded = view.load()
             return self._url(loaded), loaded.size
 
-        if image not in self._images:
-            self._images[image] = asyncio.create_task(asyncio.to_thread(read))
-        self._images.move_to_end(image)
-        task = self._images[image]
+        if view not in self._images:
+            self._images[view] = asyncio.create_task(asyncio.to_thread(read))
+        self._images.move_to_end(view)
+        task = self._images[view]
         while len(self._images) > self.kept_images:
             self._images.popitem(last=False)
         return await task

@@ -20,6 +20,9 @@ SPLITS = ("train", "validation", "test")
 REFERENCE = "reference"
 """The split of normal photographs that serve as references and are neither trained on nor asked about."""
 
+LEFT_OUT = "left_out"
+"""The split of what one of several folds of the train split leaves out of the training rows."""
+
 HOLDS_OUT = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
 """Modes of `make_splits` that keep something for the test split alone, and what."""
 
@@ -211,6 +214,41 @@ def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Seque
             where[name] = split
             filled.update((split, _stratum(i)) for i in groups[name])
     return [i if i.split is not None else dataclasses.replace(i, split=where[part(i)]) for i in inspections]
+
+
+def leave_out(inspections: Sequence[Inspection], folds: int, fold: int, seed: int) -> list[Inspection]:
+    """The inspections, the train split's share of `fold` (0 to folds - 1) turned into `LEFT_OUT`.
+
+    The train split is dealt into folds by group and condition, the rarest condition first; `seed` draws, and the order
+    given does not matter. Raises EchoError where there is no such fold, and where the others hold no defect.
+    """
+    if not 0 <= fold < folds or folds < 2:
+        raise EchoError(f"there is no fold {fold} of {folds}; give at least 2 folds, and a fold from 0 to folds - 1")
+    groups: dict[Key, list[Inspection]] = defaultdict(list)
+    for inspection in inspections:
+        if inspection.split == "train":
+            groups[part(inspection)].append(inspection)
+    total = Counter(_stratum(inspection) for members in groups.values() for inspection in members)
+    rarest = {
+        name: min((_stratum(i) for i in members), key=lambda stratum: (total[stratum], stratum))
+        for name, members in groups.items()
+    }
+    names = sorted(groups)
+    random.Random(f"{seed}/folds").shuffle(names)
+    filled: Counter[tuple[int, Key]] = Counter()
+    sizes = [0] * folds
+    where: dict[Key, int] = {}
+    for name in sorted(names, key=lambda name: (total[rarest[name]], rarest[name])):
+        where[name] = min(range(folds), key=lambda number: (filled[number, rarest[name]], sizes[number]))
+        filled.update((where[name], _stratum(i)) for i in groups[name])
+        sizes[where[name]] += len(groups[name])
+    done = [
+        dataclasses.replace(i, split=LEFT_OUT) if i.split == "train" and where[part(i)] == fold else i
+        for i in inspections
+    ]
+    if not trainable(done):
+        raise EchoError(f"without fold {fold} of {folds} there is no defect to train on; add photographs of defects")
+    return done
 
 
 def check_fractions(fractions: Sequence[float]) -> None:

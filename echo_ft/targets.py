@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +23,30 @@ LOOK = (256, 256)
 FIT = 64
 """Cells a side over which candidates are compared: coarse, as two parts never lie exactly alike."""
 
-CONCLUSIONS = {
-    "Defect Classification": "the type of the defect is",
-    "Defect Localization": "the place of the defect is",
-    "Defect Description": "the appearance of the defect is",
-    "Defect Analysis": "the effect of the defect is",
-    "Object Classification": "the product is",
+# Ways to say the same, about equally long; the id of the case, or of the question, picks one. In each of them place,
+# size, shape, tone, condition and option stand in their own words, so that they can be read back.
+
+HINTS = ("look for this.", "check the part for this.", "this matters here.")
+MARKS = ("a {tone} {size} {shape} mark", "a {size} {tone} {shape} mark")
+SCATTERED = ("several {tone} {size} marks", "several {size} {tone} marks")
+OBSERVATIONS = ("{mark} {where}", "{where} {mark}")
+COMPARISONS = ("{beside} looks different there", "{beside} does not show this", "there {beside} looks different")
+UNMARKED = ("the part is not as it should be", "something on the part is not as it should be")
+UNMARKED_COMPARISONS = ("{beside} does not look like this", "{beside} looks different")
+HARMLESS = ("no mark stands out", "nothing stands out", "there is no mark on the part")
+HARMLESS_COMPARISONS = ("the part looks like {beside}", "the part is as {beside} is")
+DEFECT = ("yes, there is a defect: {name}", "yes, the part has a defect: {name}")
+NO_DEFECT = ("no, there is no defect", "no, the part has no defect")
+CONCLUSIONS = ("{subject} is: {answer}", "so {subject} is: {answer}")
+
+SUBJECTS = {
+    "Defect Classification": "the type of the defect",
+    "Defect Localization": "the place of the defect",
+    "Defect Description": "the appearance of the defect",
+    "Defect Analysis": "the effect of the defect",
+    "Object Classification": "the product",
 }
-"""How the last sentence of a reasoning begins, by kind; it ends with the right option's own words."""
+"""What a reasoning concludes about, by kind; its last sentence ends with the right option's own words."""
 
 
 def training_exchanges(
@@ -67,22 +84,27 @@ def gold_upstream(case: Case, root: Path) -> Upstream:
     """What the first three roles should say about a case; empty where its truth does not tell.
 
     The best reference is the candidate that differs least from the query outside the defect, in mean absolute grey;
-    of equals, the first.
+    of equals, the first. Which of several ways to say it is taken, the ids of the case and its questions decide.
     """
-    mask = _mask(case, root)
-    query = _look(root / case.seen.query)
-    references = [_look(root / reference.image) for reference in case.seen.references]
+    mask = defect_mask(case, root)
+    query = look(root / case.seen.query)
+    references = [look(root / reference.image) for reference in case.seen.references]
     best = _best(query, references, mask) if references else 0
     known = {entry.condition: entry.description for entry in case.seen.knowledge}
     condition = case.truth.condition
-    observation = _observe(condition, mask, query.fine, references[best].fine if references else None)
-    reasons = {question.id: _reason(case, question, observation) for question in case.seen.questions}
+    mark = _mark(mask, query.fine, references[best].fine if references else None)
+    reasons = {question.id: _reason(case, question, mark) for question in case.seen.questions}
+    hint = _draw(case.id).choice(HINTS)
     return Upstream(
         best=best,
         normal=brief(known[GOOD]) if GOOD in known else "",
-        guide=roles.guide_completion(condition, brief(known[condition])) if condition in known else "",
+        guide=roles.guide_completion(condition, hint, brief(known[condition])) if condition in known else "",
         reasons={identifier: reason for identifier, reason in reasons.items() if reason},
     )
+
+
+def _draw(identifier: str) -> random.Random:
+    return random.Random(f"phrases/{identifier}")
 
 
 def _completions(case: Case, role: str, gold: Upstream) -> dict[str, str]:
@@ -107,7 +129,8 @@ class Look(NamedTuple):
     coarse: geometry.Grey
 
 
-def _look(path: Path) -> Look:
+def look(path: Path) -> Look:
+    """The image as references are compared to it. Raises EchoError where it cannot be read."""
     return _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
@@ -117,7 +140,11 @@ def _load(path: Path, modified: int) -> Look:
     return Look(fine, fine.reshape(FIT, LOOK[1] // FIT, FIT, LOOK[0] // FIT).mean(axis=(1, 3)))
 
 
-def _mask(case: Case, root: Path) -> geometry.Mask | None:
+def defect_mask(case: Case, root: Path) -> geometry.Mask | None:
+    """The mask (height, width) of a case's defect; None for a normal part and where nothing says where it is.
+
+    Raises EchoError where the mask cannot be read.
+    """
     if case.truth.condition == GOOD:
         return None
     return geometry.load_mask(case.truth, root, image_size(root / case.seen.query))
@@ -128,32 +155,45 @@ def _best(query: Look, references: Sequence[Look], mask: geometry.Mask | None) -
     return int(np.argmin([geometry.misfit(query.coarse, reference.coarse, small) for reference in references]))
 
 
-def _observe(condition: str, mask: geometry.Mask | None, query: geometry.Grey, reference: geometry.Grey | None) -> str:
-    """What is to be seen: the mark that the mask shows, or that there is one, or that there is none."""
-    if condition == GOOD:
-        beside = "the part looks like the reference" if reference is not None else "the part is as a normal one"
-        return f"Observe: no mark stands out. Compare: {beside}."
-    beside = "the reference" if reference is not None else "a normal part"
+def _mark(
+    mask: geometry.Mask | None, query: geometry.Grey, reference: geometry.Grey | None
+) -> tuple[geometry.Region, str] | None:
+    """What the mask marks and its tone beside the reference; None where it marks nothing."""
     region = None if mask is None else geometry.measure(mask)
     if mask is None or region is None:
-        return f"Observe: the part is not as it should be. Compare: {beside} does not look like this."
-    tone = geometry.tone(geometry.contrast(query, geometry.resize_mask(mask, LOOK), reference))
-    mark = f"a {tone} {region.size} {region.shape} mark"
-    if region.shape == "scattered":
-        mark = f"several {tone} {region.size} marks"
-    return f"Observe: {mark} {geometry.at(region.place)}. Compare: {beside} looks different there."
+        return None
+    return region, geometry.tone(geometry.contrast(query, geometry.resize_mask(mask, LOOK), reference))
 
 
-def _reason(case: Case, question: Question, observation: str) -> str | None:
+def _observe(case: Case, mark: tuple[geometry.Region, str] | None, draw: random.Random) -> str:
+    """What is to be seen: the mark and where it is, or that there is one somewhere, or that there is none."""
+    beside = "the reference" if case.seen.references else "a normal part"
+    if case.truth.condition == GOOD:
+        observation, comparison = draw.choice(HARMLESS), draw.choice(HARMLESS_COMPARISONS)
+    elif mark is None:
+        observation, comparison = draw.choice(UNMARKED), draw.choice(UNMARKED_COMPARISONS)
+    else:
+        region, tone = mark
+        forms = SCATTERED if region.shape == "scattered" else MARKS
+        words = draw.choice(forms).format(tone=tone, size=region.size, shape=region.shape)
+        observation = draw.choice(OBSERVATIONS).format(mark=words, where=geometry.at(region.place))
+        comparison = draw.choice(COMPARISONS)
+    return f"Observe: {observation}. Compare: {comparison.format(beside=beside)}."
+
+
+def _reason(case: Case, question: Question, mark: tuple[geometry.Region, str] | None) -> str | None:
     right = _right(case, question)
     normal = case.truth.condition == GOOD
     if right is None or (normal and question.kind.startswith("Defect")):
         return None
     answer = right.strip().rstrip(".")
+    draw = _draw(question.id)
     if question.text == TEXTS["Anomaly Detection"]:
         if answer.casefold() != ("no" if normal else "yes"):
             return None  # answer and condition contradict each other
-        found = "no, there is no defect" if normal else f"yes, there is a defect: {readable(case.truth.condition)}"
+        found = draw.choice(NO_DEFECT if normal else DEFECT).format(name=readable(case.truth.condition))
     else:
-        found = f"{CONCLUSIONS.get(question.kind, 'the answer is')}: {answer}"
-    return f"{observation} Conclude: {found}" + ("" if found.endswith(("!", "?")) else ".")
+        subject = SUBJECTS.get(question.kind, "the answer")
+        found = draw.choice(CONCLUSIONS).format(subject=subject, answer=answer)
+    stop = "" if found.endswith(("!", "?")) else "."
+    return f"{_observe(case, mark, draw)} Conclude: {found}{stop}"

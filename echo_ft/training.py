@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from torch.utils.data import Sampler
 from trl import ModelConfig, SFTConfig
 
 from echo_ft import attention
+from echo_ft.corruptions import Corruption, View, draw_corruption, views
 from echo_ft.dataset import Dataset
 from echo_ft.flops import image_load, text_load
-from echo_ft.images import load_image
 from echo_ft.layout import Layout, Row, blank, pack, pixels
 from echo_ft.model import part_of
 from echo_ft.planning import Plan, case_starts, plan
 from echo_ft.records import ROLES, EchoError, Exchange, from_dict, read_jsonl, write_jsonl
-from echo_ft.vision import BLANK, FeatureStore, Images, project_patches, share_images
+from echo_ft.vision import FeatureStore, Images, project_patches, share_images
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ class EchoConfig:
         },
     )
     features_gib: float = field(default=20.0, metadata={"help": "At most so many GiB are written there."})
+    corrupted_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training cases whose query is degraded; the seed draws which, in what kind and how "
+            "severely (echo_ft/corruptions.py)."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check everything, plan and print what training would take; needs no GPU and no weights."},
@@ -140,7 +147,14 @@ def load_cases(
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
     tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]
-    return by_case(exchanges).add_column(sft.length_column_name, tokens), planned
+    cases = by_case(exchanges).add_column(sft.length_column_name, tokens)
+    if split == "train" and config.corrupted_share:
+        drawn = [draw_corruption(case[0].case, config.corrupted_share, sft.seed) for case in planned.cases()]
+        if sft.process_index == 0:
+            degraded = sum(one is not None for one in drawn)
+            print(f"{config.role}, {split}: {degraded} of {len(drawn)} cases have a degraded query", flush=True)
+        cases = cases.add_column("corruption", [None if one is None else asdict(one) for one in drawn])
+    return cases, planned
 
 
 def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
@@ -220,31 +234,36 @@ class Collator:
         self.always_look = always_look
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        exchanges = [from_dict(Exchange, example) for case in cases for example in case["exchanges"]]
-        batch = self.batch([self.layout.load_row(exchange, self.root) for exchange in exchanges])
+        exchanges, corruptions = [], []
+        for case in cases:
+            exchanges += [from_dict(Exchange, example) for example in case["exchanges"]]
+            how = case.get("corruption")
+            corruptions += [None if how is None else from_dict(Corruption, how)] * len(case["exchanges"])
+        batch = self.batch([self.layout.load_row(exchange, self.root) for exchange in exchanges], corruptions)
         batch["done"] = [len(cases), sum(len(exchange.branches) for exchange in exchanges)]
         return batch
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def batch(self, rows: Sequence[Row], corruptions: Sequence[Corruption | None] = ()) -> dict[str, Any]:
         """Rows packed into one, with the pixels of each different image whose features are not kept.
 
-        Beside `layout.pack`: pixel_values (P, C), image_grid_thw (images, 3), and `image_order`, `image_paths` and
-        `image_features` as in vision.Images.
+        `corruptions` are those of the rows' queries, none by default. Beside `layout.pack`: pixel_values (P, C),
+        image_grid_thw (images, 3), and `image_order`, `image_views` and `image_features` as in vision.Images.
         """
-        places = [str(self.root / image) for row in rows for image in row.exchange.images]
-        kept = {path: self.store.load(Path(path)) if self.store else None for path in dict.fromkeys(places)}
-        new = [path for path, features in kept.items() if features is None]
-        known = {path: features for path, features in kept.items() if features is not None}
-        image = pixels(self.layout, [load_image(Path(path)) for path in new])
+        pairs = zip(rows, corruptions or [None] * len(rows), strict=True)
+        places = [view for row, corruption in pairs for view in views(row.exchange, self.root, corruption)]
+        kept = {view: self.store.load(view) if self.store else None for view in dict.fromkeys(places)}
+        new: list[View | None] = [view for view, features in kept.items() if features is None]
+        known = {view: features for view, features in kept.items() if features is not None}
+        image = pixels(self.layout, [view.load() for view in new if view is not None])
         if self.always_look and not new:
-            new, image = [BLANK], blank(self.layout)
-        number = {path: index for index, path in enumerate((*new, *known))}
+            new, image = [None], blank(self.layout)
+        number = {view: index for index, view in enumerate((*new, *known))}
         return {
             **pack(rows),
             **image,
             "load": astuple(text_load(rows) + image_load(image["image_grid_thw"].tolist())),
-            "image_order": [number[path] for path in places],
-            "image_paths": new,
+            "image_order": [number[view] for view in places],
+            "image_views": new,
             "image_features": list(known.values()),
         }
 
@@ -258,9 +277,9 @@ def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dic
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     masks = attention.block_mask if implementation == "flex_attention" else attention.spans
     inputs["spans"] = masks(batch["segments"], batch["lengths"])
-    if batch["image_order"] or batch["image_paths"]:
+    if batch["image_order"] or batch["image_views"]:
         inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-        inputs["images"] = Images(batch["image_order"], batch["image_paths"], batch["image_features"])
+        inputs["images"] = Images(batch["image_order"], batch["image_views"], batch["image_features"])
     return inputs
 
 

@@ -15,7 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from echo_ft import corruptions
+from echo_ft.corruptions import View
+from echo_ft.provenance import code_fingerprint
 from echo_ft.records import EchoError
+
+CORRUPTING = code_fingerprint(Path(corruptions.__file__))
+"""Another code of theirs makes other features of degraded images."""
 
 
 class FeatureStore:
@@ -39,22 +45,24 @@ class FeatureStore:
         self.room = (most_bytes - _bytes_in(folder)) // processes
         self.full = False
 
-    def path(self, image: Path) -> Path:
-        """The file for an image; an image that has changed has another."""
-        stat = image.stat()
-        key = f"{image.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    def path(self, view: View) -> Path:
+        """The file for an image; an image that has changed has another, and so has a degraded one."""
+        stat = view.path.stat()
+        key = f"{view.path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+        if view.corruption is not None:
+            key += f"\n{view.image}\n{view.corruption}\n{CORRUPTING}"
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
-    def load(self, image: Path) -> torch.Tensor | None:
+    def load(self, view: View) -> torch.Tensor | None:
         """Features (tokens, hidden), or None where they are not kept."""
         try:
-            return load_file(self.path(image))["features"]
+            return load_file(self.path(view))["features"]
         except FileNotFoundError:
             return None
 
-    def save(self, image: Path, features: torch.Tensor) -> None:
+    def save(self, view: View, features: torch.Tensor) -> None:
         """Keep the features of an image, while there is room."""
-        path = self.path(image)
+        path = self.path(view)
         if path.exists():
             return
         if features.nbytes > self.room:
@@ -83,18 +91,14 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-BLANK = ""
-"""Stands for the path of a blank image, which is encoded because other processes encode images at the same time."""
-
-
 @dataclass(frozen=True)
 class Images:
     """The images of a batch: first those that are encoded, then those whose features are known."""
 
     order: Sequence[int]
     """For every image of the packed row, which of the different images it is."""
-    paths: Sequence[str]
-    """Of the encoded ones, or `BLANK`."""
+    views: Sequence[View | None]
+    """The encoded ones; None is a blank image, encoded because other processes encode images at the same time."""
     known: Sequence[torch.Tensor]
     """Features (tokens, hidden) of the others."""
 
@@ -136,11 +140,11 @@ def share_images(model: Any, store: FeatureStore | None) -> None:
             if images is None:
                 return encode(pixel_values, image_grid_thw, **kwargs)
             # The other arguments are the language model's.
-            new = encode(pixel_values, image_grid_thw, return_dict=True).pooler_output if images.paths else ()
+            new = encode(pixel_values, image_grid_thw, return_dict=True).pooler_output if images.views else ()
         if store is not None:
-            for path, encoded in zip(images.paths, new, strict=True):
-                if path != BLANK:
-                    store.save(Path(path), encoded)
+            for view, encoded in zip(images.views, new, strict=True):
+                if view is not None:
+                    store.save(view, encoded)
         different = (*new, *images.known)
         # transformers types it as one tensor. No place for an image: none of the first one's tokens.
         features: Any = tuple(different[index] for index in images.order) or (different[0][:0],)

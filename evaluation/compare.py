@@ -28,6 +28,10 @@ from evaluation import pages
 from evaluation.pages import DETECTION_FIGURES, interval, show, signed, text_table
 from evaluation.score import SAME_MODEL, Run, load_run, named_first
 
+PROTOCOL = ("answer", "option_order", "max_new_tokens", "min_pixels", "max_pixels", "prompt_version")
+"""How the questions are put and the answers read: the same for all runs of a comparison, unless it is what is compared.
+Model, adapters, routing, the experts' switches and corruption may differ: they are what comparisons are about."""
+
 TOGETHER = "All questions"
 """The row of all kinds together in the McNemar tests."""
 
@@ -41,6 +45,13 @@ class CompareConfig:
             "help": "Folders of two or more runs, the baseline first; may stand first, without --runs. Runs of one "
             "kind are joined by commas, with a name before them if wanted: tuned=SEED_0_DIR,SEED_1_DIR."
         }
+    )
+    compared: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Which part of the protocol may differ, because it is what is compared.",
+            "choices": list(PROTOCOL),
+        },
     )
     output: str | None = field(
         default=None, metadata={"help": "Where the comparison goes; `compare` next to the last run if absent."}
@@ -72,7 +83,7 @@ def main(argv: list[str]) -> None:
     (config,) = configs.parse([CompareConfig], named_first(argv, "--runs"))
     if len(config.runs) < 2:
         raise EchoError("give two or more runs, the baseline first: python -m evaluation.compare BASE_DIR TUNED_DIR")
-    groups = read_groups(config.runs)
+    groups = read_groups(config.runs, config.compared)
     comparison = compare(groups)
     output = Path(config.output) if config.output else groups[-1].runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
@@ -87,13 +98,17 @@ def main(argv: list[str]) -> None:
     print_comparison(comparison)
 
 
-def read_groups(words: Sequence[str]) -> list[Group]:
-    """The runs of `[NAME=]DIR[,DIR...]` words. Raises EchoError where they cannot be compared or put together."""
+def read_groups(words: Sequence[str], compared: Sequence[str] = ()) -> list[Group]:
+    """The runs of `[NAME=]DIR[,DIR...]` words. Raises EchoError where they cannot be compared or put together.
+
+    They may differ in the parts of the protocol that are `compared`.
+    """
     labels, folders = zip(*map(_split, words), strict=True)
     names = run_names([folder for some in folders for folder in some])
     runs = [load_run(folder) for some in folders for folder in some]
     sheets = [metrics.sheet(run.predictions) for run in runs]
     require_same_questions(names, runs, sheets)
+    require_one_protocol(names, runs, compared)
     groups, start = [], 0
     for label, some in zip(labels, folders, strict=True):
         chosen = slice(start, start := start + len(some))
@@ -114,7 +129,7 @@ def _split(word: str) -> tuple[str, list[Path]]:
 
 def require_one_kind(group: Group) -> None:
     """Raise EchoError, naming what differs, where runs of a group differ in more than their adapters' training."""
-    for key in (*(key for key in SAME_MODEL if key != "adapters"), "answer"):
+    for key in (key for key in SAME_MODEL if key != "adapters"):
         for name, run in zip(group.members[1:], group.runs[1:], strict=True):
             ours, theirs = group.runs[0].provenance.get(key), run.provenance.get(key)
             if ours != theirs:
@@ -160,6 +175,22 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], sheets: Se
                 raise EchoError(
                     f"{these}the {differing[0]} of question {key[1]} of case {key[0]} differs; "
                     "evaluate both on one dataset"
+                )
+
+
+def require_one_protocol(names: Sequence[str], runs: Sequence[Run], compared: Sequence[str]) -> None:
+    """Raise EchoError, naming what differs, where a run asked or read otherwise than the first.
+
+    What an older version did not write into a run is not known, and not refused.
+    """
+    first = runs[0].provenance
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        for key in PROTOCOL:
+            differs = key in first and key in run.provenance and first[key] != run.provenance[key]
+            if differs and key not in compared:
+                raise EchoError(
+                    f"{names[0]} and {name} cannot be compared: their {key} differs ({first[key]} and "
+                    f"{run.provenance[key]}); run both alike, or add --compared {key} if that is what you compare"
                 )
 
 
@@ -337,13 +368,12 @@ def page(comparison: Mapping[str, Any], groups: Sequence[Group]) -> str:
 
 def _reach(differences: Sequence[Mapping[str, Any]]) -> int:
     """Points to each side of zero that the drawing of the differences needs."""
-    bounds = [
+    return pages.reach(
         abs(bound) * (100 if key in DETECTION_FIGURES else 1)
         for difference in differences
         for key, one in difference["figures"].items()
         for bound in one["interval"] or ()
-    ]
-    return next((reach for reach in (10, 25, 50) if max(bounds, default=0) <= reach), 100)
+    )
 
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ DETECTION_LABELS = {
 }
 """Keys of `report.detection` with an interval, and their names."""
 
+EXPERT_LABELS = {
+    "best_reference": "extractor: the best reference",
+    "condition": "guide: the true condition",
+    "condition_recall": "the same, mean over conditions",
+    "place": "reasoner: the mask's place",
+    "place_touched": "reasoner: a place with some of the defect",
+    "conclusion": "reasoner's conclusion is the decision",
+}
+"""Keys of `report.experts.figures`, and their names."""
+
 THRESHOLD_LABELS = {
     "false_alarms": "false alarms at most {:g}, by validation",
     "f1": "highest F1, by validation",
@@ -48,13 +58,18 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(percent=percent, share=share, signed=signed, compact=compact)
+    environment.filters.update(percent=percent, hundredfold=hundredfold, share=share, signed=signed, compact=compact)
     return environment.get_template(template).render(**values)
 
 
 def percent(value: float | None) -> str:
     """`81.7`, or a dash where there is no figure."""
     return "–" if value is None else f"{value:.1f}"
+
+
+def hundredfold(value: float | None) -> str:
+    """A share as `81.7` percent, or a dash where there is none."""
+    return percent(None if value is None else 100 * value)
 
 
 def share(value: float | None) -> str:
@@ -75,6 +90,12 @@ def show(name: str, value: float | None) -> str:
 def interval(name: str, value: Sequence[float] | None) -> str:
     """`71.7 to 90.0`, or a dash."""
     return "–" if value is None else f"{show(name, value[0])} to {show(name, value[1])}"
+
+
+def reach(bounds: Iterable[float]) -> int:
+    """Points to each side of zero that a drawing of differences needs, `bounds` being their sizes."""
+    largest = max(bounds, default=0)
+    return next((points for points in (10, 25, 50) if largest <= points), 100)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

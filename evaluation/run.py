@@ -13,20 +13,27 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import echo_ft
 from echo_ft import config as configs
+from echo_ft.corruptions import KINDS, SEVERITIES, Corruption
 from echo_ft.dataset import Dataset
 from echo_ft.model import DTYPES, Adapter
-from echo_ft.pipeline import Outcome, Settings, run_at_once, run_or_fail
+from echo_ft.pipeline import Outcome, Settings, Speak, run_at_once, run_or_fail
 from echo_ft.records import Case, EchoError
-from echo_ft.runs import Processes, RunFolder
+from echo_ft.runs import Processes, RunFolder, failures
+from echo_ft.splits import LEFT_OUT, SPLITS
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+
+    from echo_ft.engine import Engine
+    from echo_ft.layout import Layout
+    from echo_ft.utterances import Utterances
 
 LONGEST_WAIT = timedelta(days=30)
 """How long the processes of a run wait for the slowest; torch's own ten minutes are less than one's share may take."""
@@ -46,13 +53,24 @@ class RunConfig:
         metadata={"help": "Folder with an adapter a role; absent: the base. With a server: those that it serves."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
-    split: str = field(default="test", metadata={"help": "Which cases.", "choices": ["train", "validation", "test"]})
+    split: str = field(default="test", metadata={"help": "Which cases.", "choices": [*SPLITS, LEFT_OUT]})
     routing: str = field(default="full", metadata={"help": "Experts by question kind.", "choices": ["full", "paper"]})
     reference: str = field(
         default="retrieved", metadata={"help": "Normal references.", "choices": ["retrieved", "random", "none"]}
     )
+    references: int | None = field(
+        default=None,
+        metadata={"help": "How many of a case's references are shown, the best ranked; absent: all that it has."},
+    )
     knowledge: str = field(default="guided", metadata={"help": "Knowledge.", "choices": ["guided", "all", "none"]})
     reasoning: str = field(default="on", metadata={"help": "The reasoning expert.", "choices": ["on", "off"]})
+    corruption: str | None = field(
+        default=None,
+        metadata={"help": "How every query is degraded; the references stay good photographs.", "choices": [*KINDS]},
+    )
+    severity: int | None = field(
+        default=None, metadata={"help": "How much it is degraded (with corruption).", "choices": list(SEVERITIES)}
+    )
     answer: str = field(
         default="generate",
         metadata={
@@ -70,6 +88,13 @@ class RunConfig:
     )
     batch_size: int = field(
         default=8, metadata={"help": "Cases that run through a role together; with a server, requests under way."}
+    )
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in the cache: branches x (prefix + branch + max_new_tokens), padded; cases that need "
+            "more go through a role in parts. Absent: batch_size alone decides. Memory, not answers, depends on it."
+        },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that an expert may say; MMAD's limit."})
     dtype: str = field(
@@ -95,35 +120,71 @@ class RunConfig:
     )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run with all that it reads, checked."""
+
+    config: RunConfig
+    dataset: Dataset
+    adapters: dict[str, Adapter]
+    cases: list[Case]
+    layout: Layout
+    noted: dict[str, Any]
+    """What run.json tells beside what must be the same for the run to go on; the `warnings` among it."""
+
+    @property
+    def adapter_paths(self) -> dict[str, Path]:
+        """The adapters' folders, by role."""
+        return {role: adapter.path for role, adapter in self.adapters.items()}
+
+
 def main(argv: list[str]) -> None:
     """Check everything that must agree, then run what is not done yet."""
     (config,) = configs.parse([RunConfig], argv)
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-    from tqdm import tqdm
+    prepared = prepare(config)
+    state = join_processes()
+    if state.is_main_process:
+        for warning in prepared.noted["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
+    carry_out(prepared, state)
+    if state.is_main_process:
+        failed = failures(Path(config.output))
+        told = [f"done: {config.output}", f"score it with `python -m evaluation.score {config.output}`"]
+        if failed:
+            told.insert(1, f"{len(failed)} predictions failed (the first: {failed[0]}), the same command asks again")
+        print("; ".join(told))
+    state.destroy_process_group()
 
-    from echo_ft.dataset import cases as load_cases
+
+def inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
+    """The dataset and the adapters of a run. Raises EchoError for options that cannot be run with them."""
     from echo_ft.dataset import load_dataset
-    from echo_ft.layout import Layout
-    from echo_ft.model import find_adapters, load_processor, training_sets
-    from echo_ft.provenance import ANSWERING, commit, versions
+    from echo_ft.model import find_adapters
 
     check(config)
     dataset = load_dataset(Path(config.dataset))
-    cases = load_cases(dataset, config.split, config.reference)
+    if config.references is not None and not 1 <= config.references <= dataset.manifest["config"]["k"]:
+        raise EchoError(
+            f"references is {config.references}, and {config.dataset} was built with k "
+            f"{dataset.manifest['config']['k']}; choose a number from 1 to that, or build it with a larger --k"
+        )
+    if config.adapters is None:
+        return dataset, {}
+    folder, base, revision = Path(config.adapters), config.model_name_or_path, config.model_revision
+    return dataset, find_adapters(folder, base, revision, config.min_pixels, config.max_pixels)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Everything that a run reads. Raises EchoError where it does not agree."""
+    from echo_ft.dataset import DIGESTS
+    from echo_ft.dataset import cases as load_cases
+    from echo_ft.model import training_sets
+    from echo_ft.provenance import ANSWERING, commit, versions
+
+    dataset, adapters = inputs(config)
+    cases = load_cases(dataset, config.split, config.reference, config.references)
     if not cases:
         raise EchoError(f"{config.dataset} has no case in the split {config.split}; see its manifest.json")
-    processor = load_processor(config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels)
-    adapters: dict[str, Adapter] = {}
-    if config.adapters is not None:
-        adapters = find_adapters(
-            Path(config.adapters),
-            config.model_name_or_path,
-            config.model_revision,
-            config.min_pixels,
-            config.max_pixels,
-        )
     images = list(dict.fromkeys(case.seen.query for case in cases))
     training, warnings = training_sets(adapters, dataset, config.split, images)
     trained_for = {adapter.card.routing for adapter in adapters.values()} - {config.routing}
@@ -134,6 +195,11 @@ def main(argv: list[str]) -> None:
             f"adapters trained on routing {trained} run under {config.routing}: some prompts are unlike those they "
             f"were trained on{remedy}"
         )
+    if not (dataset.folder / DIGESTS).is_file():
+        warnings.append(
+            f"{config.dataset} was built by an older version: nobody can tell whether its images are still those that "
+            "it was built from; build it again"
+        )
     noted = {
         "adapters_folder": config.adapters,
         "server": config.server,
@@ -142,19 +208,56 @@ def main(argv: list[str]) -> None:
         "other_versions": {name: version for name, version in versions().items() if name not in ANSWERING},
         "commit": commit(),
     }
+    layout = load_layout(config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels)
+    return Prepared(config, dataset, adapters, cases, layout, noted)
+
+
+@cache
+def load_layout(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Layout:
+    """The layout of prompts with the model's processor; runs of one model share it."""
+    from echo_ft.layout import Layout
+    from echo_ft.model import load_processor
+
+    return Layout(load_processor(model_name_or_path, revision, min_pixels, max_pixels))
+
+
+def join_processes() -> PartialState:
+    """This process among those that `accelerate launch` started."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+
+
+def carry_out(
+    prepared: Prepared,
+    state: PartialState,
+    engine_of: Callable[[Prepared, torch.device], Engine] | None = None,
+    utterances: Utterances | None = None,
+) -> None:
+    """Run what is not done yet of one run, in each of its processes.
+
+    An ablation gives `engine_of`, which may return one that has been in use, and the `utterances` that it keeps.
+    """
+    from tqdm import tqdm
+
+    from echo_ft.dataset import require_unchanged
+
+    config, cases = prepared.config, prepared.cases
     processes = Processes(state.process_index, state.num_processes, waiting(state))
-    if processes.first:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    with RunFolder(Path(config.output), provenance(config, dataset, adapters), cases, noted, processes) as folder:
+    described = provenance(config, prepared.dataset, prepared.adapters)
+    with RunFolder(Path(config.output), described, cases, prepared.noted, processes) as folder:
         # A server makes its own batches.
         batches = folder.batches(config.batch_size if config.server is None else 1)
         if processes.first:
             done = len(folder.done)
             print(f"{len(cases)} cases of {config.split}, {done} done before, {len(cases) - done} to go", flush=True)
         if batches:
+            seen = [case.seen for batch in batches for case in batch]
+            shown = [image for one in seen for image in (one.query, *(each.image for each in one.references))]
+            require_unchanged(prepared.dataset, shown)
             count = sum(len(batch) for batch in batches)
             part = f", process 1 of {processes.count}" if processes.count > 1 else ""
             with tqdm(total=count, unit="case", desc=f"four experts{part}", disable=not processes.first) as progress:
@@ -163,27 +266,31 @@ def main(argv: list[str]) -> None:
                     folder.write(case, outcome)
                     progress.update()
 
-                layout = Layout(processor)
                 if config.server is None:
-                    paths = {role: adapter.path for role, adapter in adapters.items()}
-                    run_here(config, batches, paths, layout, dataset.root, write, state.device)
+                    engine = (engine_of or load_engine)(prepared, state.device)
+                    run_here(config, batches, utterances.before(engine.speak) if utterances else engine.speak, write)
                 else:
-                    asyncio.run(ask_server(config, [case for (case,) in batches], layout, dataset.root, write))
+                    asyncio.run(ask_server(prepared, [case for (case,) in batches], utterances, write))
         folder.finish()
-    if processes.first:
-        print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
-    state.destroy_process_group()
 
 
 def check(config: RunConfig) -> None:
     """Raise EchoError for options that cannot be run."""
-    for name in ("batch_size", "max_new_tokens", "server_timeout", "server_patience"):
-        if getattr(config, name) <= 0:
-            raise EchoError(f"{name} is {getattr(config, name)}; it must be more than 0")
+    for name in ("batch_size", "max_batch_tokens", "max_new_tokens", "server_timeout", "server_patience"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise EchoError(f"{name} is {value}; it must be more than 0")
+    if config.server is not None and config.max_batch_tokens is not None:
+        raise EchoError(
+            "max_batch_tokens is of a model that runs here, and a server makes its own batches; take it out"
+        )
     if config.attn_implementation not in (None, "sdpa"):
         raise EchoError(f"attn_implementation {config.attn_implementation} takes no mask of branches; set it to sdpa")
     if config.answer == "averaged" and config.option_order == "given":
         raise EchoError("answer averaged is over several orders of the options; set option_order to cyclic")
+    if (config.corruption is None) != (config.severity is None):
+        given, lacking = ("corruption", "severity") if config.severity is None else ("severity", "corruption")
+        raise EchoError(f"{given} is given and {lacking} is not; add --{lacking} or take --{given} out")
     if config.server is None and config.server_model is not None:
         raise EchoError("server_model names a model of a server; give --server its address, or take it out")
 
@@ -208,18 +315,14 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
     from echo_ft.provenance import ANSWERING, code_fingerprint, versions
     from echo_ft.roles import PROMPT_VERSION
 
-    options = asdict(config)
-    passing = ("output", "batch_size", "dataset", "adapters", "server", "server_timeout", "server_patience")
-    for name in passing if config.server is None else (*passing, "dtype", "attn_implementation"):
-        options.pop(name)
-    if config.server is not None:
-        options["server_model"] = server_model(config)
     # The weights of a server need not be here.
     weights = None if config.server else base_fingerprint(config.model_name_or_path, config.model_revision)
     return {
-        **options,
+        **answering(config),
         "dataset": config.dataset,
         "dataset_fingerprint": dataset.fingerprint,
+        "annotations_fingerprint": dataset.manifest.get("annotations_fingerprint"),
+        "images_fingerprint": dataset.manifest.get("images_fingerprint"),
         "base_model": config.model_name_or_path,
         "base_fingerprint": weights,
         "adapters": {role: {"fingerprint": one.fingerprint, **asdict(one.card)} for role, one in adapters.items()},
@@ -228,6 +331,26 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
         # What makes the answers, not what scores them: a stopped run goes on after a change to the latter.
         "code": code_fingerprint(Path(echo_ft.__file__).parent, Path(__file__)),
     }
+
+
+def answering(config: RunConfig) -> dict[str, Any]:
+    """The options that the answers depend on, beside the dataset and the adapters."""
+    options = asdict(config)
+    passing = (
+        "output",
+        "batch_size",
+        "max_batch_tokens",
+        "dataset",
+        "adapters",
+        "server",
+        "server_timeout",
+        "server_patience",
+    )
+    for name in passing if config.server is None else (*passing, "dtype", "attn_implementation"):
+        options.pop(name)
+    if config.server is not None:
+        options["server_model"] = server_model(config)
+    return options
 
 
 def server_model(config: RunConfig) -> str:
@@ -242,22 +365,33 @@ def settings(config: RunConfig) -> Settings:
     )
 
 
+def corruption(config: RunConfig) -> Corruption | None:
+    """How the queries are degraded."""
+    if config.corruption is None or config.severity is None:
+        return None
+    return Corruption(config.corruption, config.severity)
+
+
 Write = Callable[[Case, Outcome], None]
 
 
-def run_here(
-    config: RunConfig,
-    batches: Iterable[Sequence[Case]],
-    adapters: dict[str, Path],
-    layout: Any,
-    root: Path,
-    write: Write,
-    device: torch.device,
-) -> None:
-    """Load the model into this process, onto a GPU if `device` is one, and run the batches of cases through it."""
-    from echo_ft.engine import Engine
+def run_here(config: RunConfig, batches: Iterable[Sequence[Case]], speak: Speak, write: Write) -> None:
+    """Run the batches of cases through the model in this process."""
+    for batch in batches:
+        for case, outcome in zip(batch, run_or_fail(batch, speak, settings(config)), strict=True):
+            write(case, outcome)
+
+
+def load_engine(prepared: Prepared, device: torch.device) -> Engine:
+    """An engine of its own for a run, its model on a GPU if `device` is one."""
+    return make_engine(prepared, load_weights(prepared, device))
+
+
+def load_weights(prepared: Prepared, device: torch.device) -> Any:
+    """The base model with the run's adapters."""
     from echo_ft.model import attach_adapters, load_model
 
+    config = prepared.config
     model = load_model(
         config.model_name_or_path,
         config.model_revision,
@@ -265,35 +399,51 @@ def run_here(
         attn_implementation=config.attn_implementation,
         device_map=str(device) if device.type == "cuda" else None,
     )
-    model = attach_adapters(model, adapters)
-    engine = Engine(model, layout, root, config.max_new_tokens, answer_tokens=answer_tokens(config))
-    for batch in batches:
-        for case, outcome in zip(batch, run_or_fail(batch, engine.speak, settings(config)), strict=True):
-            write(case, outcome)
+    return attach_adapters(model, prepared.adapter_paths)
 
 
-async def ask_server(config: RunConfig, cases: Sequence[Case], layout: Any, root: Path, write: Write) -> None:
+def make_engine(prepared: Prepared, model: Any, **options: Any) -> Engine:
+    """The engine of a run on a model that is loaded; `options` are further ones of Engine's."""
+    from echo_ft.engine import Engine
+
+    config = prepared.config
+    return Engine(
+        model,
+        prepared.layout,
+        prepared.dataset.root,
+        config.max_new_tokens,
+        answer_tokens=answer_tokens(config),
+        corruption=corruption(config),
+        max_batch_tokens=config.max_batch_tokens,
+        **options,
+    )
+
+
+async def ask_server(prepared: Prepared, cases: Sequence[Case], utterances: Utterances | None, write: Write) -> None:
     """Run the cases through the models of a server, many requests at once."""
     from echo_ft.server import Server
 
+    config = prepared.config
     assert config.server is not None
     async with Server(
         config.server,
         server_model(config),
-        layout,
-        root,
+        prepared.layout,
+        prepared.dataset.root,
         config.max_new_tokens,
         answer_tokens(config),
         config.batch_size,
         config.server_timeout,
         config.server_patience,
+        corruption(config),
     ) as server:
         if not await server.check():
             told = f"{config.server} does not tell the probabilities of tokens"
             if config.answer != "generate":
                 raise EchoError(f"{told}; set answer to generate, or serve the model with vLLM")
             print(f"warning: {told}: the run will have no P(option)", file=sys.stderr)
-        await run_at_once(cases, server.speak, settings(config), config.batch_size, write)
+        speak = utterances.before_later(server.speak) if utterances else server.speak
+        await run_at_once(cases, speak, settings(config), config.batch_size, write)
 
 
 def answer_tokens(config: RunConfig) -> int | None:

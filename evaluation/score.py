@@ -15,12 +15,15 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from echo_ft import config as configs
-from echo_ft import metrics, statistics
+from echo_ft import experts, metrics, statistics
+from echo_ft.dataset import cases as load_cases
+from echo_ft.dataset import load_dataset, require_unchanged
+from echo_ft.geometry import mask_files
 from echo_ft.mmad_scorer import (
     Answer,
     from_predictions,
@@ -32,10 +35,10 @@ from echo_ft.mmad_scorer import (
 )
 from echo_ft.positions import Permuted, consistency, position_bias
 from echo_ft.provenance import commit, fingerprint_bytes
-from echo_ft.records import KINDS, EchoError, Prediction, Rejection, from_dict, read_jsonl, write_whole
-from echo_ft.runs import CONTINUED, PERMUTATIONS
+from echo_ft.records import KINDS, EchoError, Prediction, Rejection, Trace, from_dict, read_jsonl, write_whole
+from echo_ft.runs import CONTINUED, PERMUTATIONS, TRACES, whole_rows
 from evaluation import pages
-from evaluation.pages import DETECTION_LABELS, interval, percent, share, text_table
+from evaluation.pages import DETECTION_LABELS, EXPERT_LABELS, hundredfold, interval, percent, share, text_table
 
 SAME_MODEL = (
     "base_model",
@@ -50,8 +53,10 @@ SAME_MODEL = (
     "max_new_tokens",
     "routing",
     "reference",
+    "references",
     "knowledge",
     "reasoning",
+    "answer",
 )
 """What makes P(defect), and so must not differ between a run and the one that calibrates it."""
 
@@ -266,6 +271,7 @@ def build_report(
         # Where probabilities decided, no text was asked for that could agree with them.
         "two_ways": {} if run.provenance.get("answer") == "logits" else metrics.two_ways(run.predictions),
         "option_order": option_order(run.folder),
+        "experts": expert_scores(run, sheet),
         "bootstrap": {
             "unit": "part",
             "resamples": statistics.RESAMPLES,
@@ -280,6 +286,7 @@ def build_report(
         report=report,
         kinds=KINDS,
         detection_labels=pages.DETECTION_LABELS,
+        expert_labels=pages.EXPERT_LABELS,
         threshold_labels=pages.THRESHOLD_LABELS,
         roc=metrics.roc_points(sheet),
         samples=pages.samples(run.predictions, run.provenance),
@@ -295,6 +302,29 @@ def option_order(folder: Path) -> dict[str, Any]:
     if alike is None:
         return {}
     return {"consistent": alike[0], "questions": alike[1], "letters": [asdict(one) for one in position_bias(rows)]}
+
+
+def expert_scores(run: Run, sheet: metrics.Sheet) -> dict[str, Any]:
+    """What the experts before the decision were worth (`experts.figures`), or why that cannot be told (`unavailable`).
+
+    It takes the dataset's truth and images, as they were when it was built. Empty for a file of answers.
+    """
+    if "dataset" not in run.provenance:
+        return {}
+    if not (run.folder / TRACES).is_file():
+        return {"unavailable": f"the run has no {TRACES}"}
+    try:
+        dataset = load_dataset(Path(str(run.provenance["dataset"])))
+        if dataset.fingerprint != run.provenance.get("dataset_fingerprint"):
+            raise EchoError(f"{dataset.folder} is another dataset than the run's; it was built again since")
+        cases = load_cases(dataset, str(run.provenance.get("split")))
+        # Without the prompts, which are most of what a trace takes.
+        traces = [replace(one, context="", prompt="") for one in whole_rows(run.folder / TRACES, Trace)]
+        used = {image for trace in traces for image in trace.images}
+        require_unchanged(dataset, [*sorted(used), *(name for case in cases for name in mask_files(case.truth))])
+    except (EchoError, OSError) as error:
+        return {"unavailable": str(error)}
+    return experts.figures(sheet, cases, traces, dataset.root)
 
 
 def cautions(run: Run, sheet: metrics.Sheet, detection: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -387,6 +417,25 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
     if report["option_order"]:
         print_option_order(report["option_order"])
+    if report["experts"]:
+        print_experts(report["experts"])
+
+
+def print_experts(found: Mapping[str, Any]) -> None:
+    """What the experts before the decision were worth, on stdout."""
+    if "unavailable" in found:
+        print(f"\nthe experts before the decision cannot be scored: {found['unavailable']}")
+        return
+    rows = [("experts before the decision", "%", "95 % interval", "by chance", "texts", "unread")]
+    for name, label in EXPERT_LABELS.items():
+        if name in found["figures"]:
+            one = found["figures"][name]
+            spread = interval("Average", one["interval"] and [100 * bound for bound in one["interval"]])
+            value, chance = hundredfold(one["value"]), hundredfold(one["chance"])
+            rows.append((label, value, spread, chance, str(one["texts"]), str(one["unread"])))
+    print("\n" + text_table(rows))
+    if found["unreadable"]:
+        print(f"{len(found['unreadable'])} cases are left out where it takes images ({found['unreadable'][0]})")
 
 
 def print_option_order(found: Mapping[str, Any]) -> None:

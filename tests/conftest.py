@@ -97,9 +97,10 @@ def case(tmp_path) -> Case:
 
 def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 3) -> Path:
     """A dataset folder as data_prep.build writes it, from drawn cases with every role's rows."""
+    import hashlib
     import json
 
-    from echo_ft.dataset import FORMAT
+    from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
     from echo_ft.records import ROLES, Inspection, write_jsonl
     from echo_ft.targets import training_exchanges
 
@@ -126,6 +127,10 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
                 folder / "sft" / role / f"{split}.jsonl",
                 (row for case in cases[split] for row in training_exchanges(case, role, folder / "images", "full")),
             )
-    manifest = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef", "config": {"routing": "full"}}
+    manifest: dict[str, object] = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef"}
+    manifest["config"] = {"routing": "full", "k": 2}
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "images").iterdir()}
+    (folder / DIGESTS).write_text(json.dumps(digests))
+    manifest["images_fingerprint"] = images_fingerprint(digests)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -62,7 +62,16 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-@pytest.mark.parametrize("document", ["README.md", "recipes/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "recipes/README.md",
+        "data_prep/README.md",
+        "train/README.md",
+        "evaluation/README.md",
+    ],
+)
 def test_documents_name_only_commands_and_files_that_exist(document):
     found = commands((ROOT / document).read_text(encoding="utf-8"))
     assert found

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from benchmarks.training import __main__ as benchmark
 from benchmarks.training.measured import work
 from benchmarks.training.neighbours import with_budget, write_rows
-from benchmarks.training.workload import MODEL, ROWS_A_STEP, SIDE, Workload, exchanges
+from benchmarks.training.workload import Workload, exchanges
 from echo_ft.layout import IGNORED, Layout
 from echo_ft.model import load_processor
 from tests.conftest import ROOT
@@ -27,8 +27,8 @@ def test_rows_for_other_tools_ask_every_question_once_in_the_tokens_of_this_proj
     monkeypatch.chdir(ROOT)
     workload = Workload(2, questions, 1)
     rows = [json.loads(line) for line in write_rows(tmp_path, workload).read_text().splitlines()]
-    theirs = AutoProcessor.from_pretrained(with_budget(tmp_path))
-    layout = Layout(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
+    theirs = AutoProcessor.from_pretrained(with_budget(tmp_path, workload))
+    layout = Layout(load_processor(workload.model, None, workload.pixels, workload.pixels))
     asked = [
         dataclasses.replace(exchange, branches=(branch,))
         for exchange in exchanges(tmp_path, workload)
@@ -51,8 +51,8 @@ def test_rows_for_other_tools_ask_every_question_once_in_the_tokens_of_this_proj
 @pytest.mark.parametrize("questions", [1, 2, 5])
 def test_a_step_has_the_same_number_of_questions_however_many_a_case_has(questions):
     workload = Workload(20, questions, 1)
-    assert workload.cases_a_step * questions == ROWS_A_STEP
-    assert workload.steps_an_epoch * ROWS_A_STEP == 20 * questions
+    assert workload.cases_a_step * questions == workload.rows
+    assert workload.steps_an_epoch * workload.rows == 20 * questions
 
 
 def test_work_of_a_padded_batch_leaves_padding_out():
@@ -79,7 +79,25 @@ def test_a_workload_without_whole_steps_is_refused(monkeypatch, capsys, options,
 
 def test_the_table_counts_against_the_fastest_of_the_others():
     run = {"losses": [1.0, 0.5], "patches": 1, "tokens": 2, "labels": 3, "peak_mib": 4.0, "versions": {"torch": "2"}}
+    run |= {"operations": 1e12, "device": "NVIDIA H200"}
     rates = {("trl", "all"): 5.0, ("ms-swift", "all"): 8.0, ("echo-ft", "all"): 40.0, ("ideal", "all"): 50.0}
-    text = benchmark.table({name: [run | {"rate": rate}] for name, rate in rates.items()})
+    text = benchmark.table({name: [run | {"rate": rate}] for name, rate in rates.items()}, rows=10)
     ratios = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in text.splitlines()[2:6]}
     assert ratios == {"trl": "0.62", "ms-swift": "1.00", "echo-ft": "5.00", "ideal": "6.25"}
+    # Ten questions of 1e12 operations in all, 40 questions a second, on a GPU of 989e12.
+    assert "| 4 (MFU 0.004) |" in text
+
+
+def test_a_model_of_random_weights_is_trained_by_the_trainer_as_by_its_ideal_loop(tmp_path):
+    """What the GPU benchmark does at the true sizes."""
+    from benchmarks.training.contender import ideal, ours
+    from tests.test_memory import small_config
+
+    config = small_config()
+    config.text_config.vocab_size = 4096  # of echo-tiny's tokenizer
+    config.save_pretrained(tmp_path / "config")
+    model = benchmark.random_model(str(tmp_path / "config"), tmp_path / "model")
+    workload = Workload(4, 5, 2, model=model, side=56)
+    trained, bare = ours(tmp_path, workload, kept=False), ideal(tmp_path, workload, kept=False)
+    assert trained.losses[0] == pytest.approx(bare.losses[0], rel=1e-4)
+    assert trained.work == bare.work and trained.work["operations"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,9 +19,11 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.output import rejected_words
+from data_prep.prepare import balanced
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import cases, load_dataset
 from echo_ft.records import ROLES, EchoError, Exchange, Inspection, Question, Reference, Rejection, read_jsonl, to_json
+from echo_ft.targets import training_exchanges
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JSONL = ["inspections.jsonl", "references.jsonl", "questions.jsonl", "rejected.jsonl"]
@@ -124,6 +127,20 @@ def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
     for name in [*JSONL, *SFT, "knowledge.json"]:
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert load_dataset(built).fingerprint == load_dataset(tmp_path / "again").fingerprint
+
+
+def test_training_rows_are_those_of_each_case_in_the_balanced_order(built):
+    """However they are kept until their order is known."""
+    dataset = load_dataset(built)
+    inspections = {i.id: i for i in rows(built, "inspections.jsonl", Inspection)}
+    for role in ROLES:
+        for split in ("train", "validation"):
+            made = {case.id: training_exchanges(case, role, dataset.root, "full") for case in cases(dataset, split)}
+            order = [inspections[name] for name, found in made.items() if found]
+            order = balanced(order, seed=0) if split == "train" else order
+            lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for case in order for row in made[case.id]]
+            text = (built / "sft" / role / f"{split}.jsonl").read_text()
+            assert lines and text == "".join(f"{line}\n" for line in lines)
 
 
 def test_references_are_train_normals_of_another_part_and_the_same_product(built):

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
+import yaml
 
+from benchmarks.evaluation import speed
+from benchmarks.evaluation.speed import Plain
+from data_prep.build import main as build_main
+from echo_ft.dataset import cases as load_cases
+from echo_ft.dataset import load_dataset
 from echo_ft.engine import Engine
-from tests.conftest import make_case
-from tests.test_layout import alone, exchanges_of
+from echo_ft.model import attach_adapters, load_model, load_processor
+from echo_ft.pipeline import Settings, run_cases
+from echo_ft.records import ROLES, Prediction, read_jsonl
+from evaluation.run import main as run_main
+from tests.conftest import ROOT, make_case
+from tests.test_layout import exchanges_of
 
-
-def ask_one(model, layout, exchange, root, max_new_tokens):
-    """Plain transformers: one question, one `generate`. Returns the text and the first token's log-probabilities."""
-    content = [{"type": "image"}] * len(exchange.images)
-    content.append({"type": "text", "text": exchange.context + exchange.branches[0].prompt})
-    text = layout.processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    images = [Image.open(root / image).convert("RGB") for image in exchange.images]
-    inputs = layout.processor(text=[text], images=images, return_tensors="pt")
-    out = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    said = layout.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said.strip(), torch.log_softmax(out.logits[0][0].float(), dim=-1)
+TILES = Path(os.environ.get("ECHO_FT_DATA", "../shared/data")) / "magnetic_tile"
 
 
 @pytest.fixture
@@ -46,13 +40,13 @@ def exchanges(tmp_path):
 def test_every_answer_is_that_of_one_question_at_a_time(model, layout, exchanges, tmp_path):
     engine = Engine(model, layout, tmp_path, max_new_tokens=12)
     said = engine.speak("decision_maker", exchanges)
+    one_at_a_time = Plain(model, layout.processor, tmp_path, max_new_tokens=12)
     for exchange, utterances in zip(exchanges, said, strict=True):
-        for single, utterance in zip(alone(exchange), utterances, strict=True):
-            text, scores = ask_one(model, layout, single, tmp_path, 12)
-            assert utterance.text == text
+        for branch, utterance in zip(exchange.branches, utterances, strict=True):
+            expected = one_at_a_time.ask(exchange, branch)
+            assert utterance.text == expected.text
             for letter, value in utterance.letters.items():
-                expected = scores[layout.tokenizer.convert_tokens_to_ids(letter)].exp().item()
-                assert torch.tensor(value).exp().item() == pytest.approx(expected, abs=1e-5)
+                assert math.exp(value) == pytest.approx(math.exp(expected.letters[letter]), abs=1e-5)
 
 
 def texts(said):
@@ -85,6 +79,39 @@ def test_batch_order_and_kept_features_change_nothing(model, layout, exchanges, 
         assert texts(other) == texts(together)
 
 
+@pytest.mark.parametrize("budget", [1, 900, 2500, 10**6])
+def test_a_budget_of_tokens_parts_a_batch_and_changes_no_answer(model, layout, tmp_path, monkeypatch, budget):
+    """Cases of unlike images and numbers of questions: every part is within the budget, or one exchange alone."""
+    cases = [
+        make_case(tmp_path, f"line/part/{i}", ((60 + 20 * i, 50), (56, 90), (64, 64)), seed=5 * i) for i in range(5)
+    ]
+    cases[1] = replace(cases[1], seen=replace(cases[1].seen, questions=cases[1].seen.questions[:1]))
+    exchanges = [exchange for case in cases for exchange in exchanges_of(case)]
+    words = 6
+    whole = Engine(model, layout, tmp_path, max_new_tokens=words).speak("reasoning_expert", exchanges)
+    parts, go_on = [], Engine._continue
+
+    def watched(self, rows, owners, cache, visible, starts, limit):
+        said = go_on(self, rows, owners, cache, visible, starts, limit)
+        parts.append((rows, len(owners), visible.shape[1]))
+        return said
+
+    monkeypatch.setattr(Engine, "_continue", watched)
+    engine = Engine(model, layout, tmp_path, max_new_tokens=words, max_batch_tokens=budget)
+    said = engine.speak("reasoning_expert", exchanges)
+    assert texts(said) == texts(whole)
+    for one, other in zip(said, whole, strict=True):
+        for utterance, expected in zip(one, other, strict=True):
+            assert utterance.letters == pytest.approx(expected.letters, abs=1e-5)
+    assert [row.exchange for rows, *_ in parts for row in rows] == exchanges
+    for rows, branches, prefix in parts:
+        longest = max(
+            int((row.segments == number).sum()) for row in rows for number in range(1, row.segments.max() + 1)
+        )
+        assert len(rows) == 1 or branches * (prefix + longest + words) <= budget
+    assert (len(parts) == len(exchanges)) if budget == 1 else (len(parts) == 1) == (budget == 10**6)
+
+
 def test_an_image_is_encoded_once_however_often_it_is_shown(model, layout, exchanges, tmp_path, monkeypatch):
     seen = []
     original = model.model.get_image_features
@@ -104,3 +131,61 @@ def test_an_exchange_without_references_can_be_asked(model, layout, case, tmp_pa
     bare = replace(exchanges_of(case)[-1], images=(case.seen.query,))
     assert len(engine.speak("decision_maker", [bare])[0]) == len(bare.branches)
     assert engine.speak("decision_maker", []) == []
+
+
+def require_every_answer(folder, recipe, *build):
+    """Every question of a recipe's test split, by its run and by one `generate` after another, all four experts each.
+
+    The adapters are the recipe's own, a few steps trained; every question goes through all the experts.
+    """
+    data, adapters = folder / "data", folder / "adapters"
+    settings = yaml.safe_load((ROOT / recipe / "run.yaml").read_text())
+    full = ["--routing", "full"]
+    build_main(["--config", f"{recipe}/data.yaml", "--output", str(data), *full, *build])
+    few = ["--max_steps", "3", "--warmup_steps", "0", "--learning_rate", "2e-4", "--eval_strategy", "no"]
+    for role in ROLES:
+        trained = [sys.executable, "train/sft.py", "--config", f"{recipe}/{role}.yaml", "--dataset", str(data), *few]
+        subprocess.run([*trained, "--output_dir", str(adapters / role)], check=True)
+    asked = ["--config", f"{recipe}/run.yaml", "--dataset", str(data), "--adapters", str(adapters), *full]
+    run_main([*asked, "--output", str(folder / "run")])
+    found = {one.question: one for one in read_jsonl(folder / "run" / "predictions.jsonl", Prediction)}
+
+    dataset, base = load_dataset(data), settings["model_name_or_path"]
+    processor = load_processor(base, None, settings["min_pixels"], settings["max_pixels"])
+    model = attach_adapters(load_model(base, dtype="float32"), {role: adapters / role for role in ROLES}).eval()
+    one_at_a_time = Plain(model, processor, dataset.root, settings["max_new_tokens"])
+    said = {}
+
+    def speak(role, exchanges):
+        """Every prompt alone; the questions of a case have those of the first two roles in common, asked once."""
+        for exchange in exchanges:
+            for branch in exchange.branches:
+                prompt = role, exchange.images, exchange.context, branch.prompt
+                if prompt not in said:
+                    (said[prompt],) = one_at_a_time.speak(role, [replace(exchange, branches=(branch,))])[0]
+        return [[said[role, one.images, one.context, branch.prompt] for branch in one.branches] for one in exchanges]
+
+    questions = speed.alone(load_cases(dataset, "test"))
+    assert len(questions) == len(found)
+    letters, greatest = 0, 0.0
+    for case in questions:
+        (expected,) = run_cases([case], speak, Settings())[0].predictions
+        other = found[expected.question]
+        letters += other.parsed == expected.parsed
+        differences = [abs(other.probabilities[letter] - value) for letter, value in expected.probabilities.items()]
+        greatest = max(greatest, *differences)
+    print(f"{recipe}: {letters} of {len(questions)} letters equal, probabilities differ by at most {greatest:.1e}")
+    assert letters == len(questions) and greatest < 1e-5
+
+
+@pytest.mark.slow
+def test_every_answer_of_the_demo_is_that_of_one_question_at_a_time(tmp_path):
+    require_every_answer(tmp_path, "recipes/tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_every_answer_about_magnetic_tiles_is_that_of_one_question_at_a_time(tmp_path):
+    if not TILES.is_dir():
+        pytest.skip(f"no folder {TILES}; set ECHO_FT_DATA")
+    require_every_answer(tmp_path, "recipes/magnetic_tile", "--root", str(TILES))

@@ -14,21 +14,18 @@ from echo_ft.records import Prediction, read_jsonl
 from echo_ft.runs import PREDICTIONS, RUN
 from tests.conftest import make_case
 
+WORDS = 5
+
 
 @pytest.fixture
 def cases(tmp_path):
     return [make_case(tmp_path, f"line/part/{index}", seed=index) for index in range(2)]
 
 
-@pytest.fixture(autouse=True)
-def few_words(monkeypatch):
-    monkeypatch.setattr(speed, "MOST_WORDS", 5)
-
-
 def test_one_question_at_a_time_and_the_engine_answer_alike(model, layout, cases, tmp_path):
-    engine = Engine(model, layout, tmp_path, speed.MOST_WORDS)
+    engine = Engine(model, layout, tmp_path, WORDS)
     found = speed.answers(run_cases(cases, engine.speak, Settings()))
-    plain = speed.Plain(model, layout.processor, tmp_path)
+    plain = speed.Plain(model, layout.processor, tmp_path, WORDS)
     alone = speed.alone(cases[:1])
     assert len(alone) == 7 and all(len(case.seen.questions) == 1 for case in alone)
     expected = speed.answers([run_cases([case], plain.speak, Settings())[0] for case in alone])
@@ -55,7 +52,7 @@ def test_the_ideal_computes_what_the_engine_computes(model, layout, cases, tmp_p
     def no_cache(events):
         return [event for event in events if event[0] != "cache"]
 
-    engine = Engine(model, layout, tmp_path, speed.MOST_WORDS)
+    engine = Engine(model, layout, tmp_path, WORDS)
     run_cases(cases, speak, Settings())
     assert len(said) == 4 and "forward" not in vars(model.model), "nothing is recorded any more"
 

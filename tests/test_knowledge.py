@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from data_prep.build import main as build
+from data_prep.knowledge import check, main, photographs, skeleton, summary
+from echo_ft.dataset import Dataset, load_dataset
 from echo_ft.knowledge import (
     appearance,
     brief,
@@ -14,9 +21,11 @@ from echo_ft.knowledge import (
     load_knowledge,
     misspelt,
     products_of,
+    read_knowledge,
     readable,
 )
-from echo_ft.records import EchoError, Entry
+from echo_ft.records import EchoError, Entry, Inspection, write_jsonl
+from tests.conftest import ROOT
 
 MMAD = (
     " <Broken Teeth>\n Description: The defect is a row of missing teeth. \n It is often near the middle. "
@@ -25,6 +34,7 @@ MMAD = (
 
 
 def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -50,6 +60,7 @@ def test_json_and_yaml_of_the_same_nesting_say_the_same(tmp_path: Path) -> None:
         ("k.yaml", "mine:\n  bolt:\n    good:", r"mine/bolt/good is empty"),
         ("k.yaml", "mine:\n  bolt:\n    good: 3", r"mine/bolt/good is 3"),
         ("k.yaml", "mine:\n  bolt:\n    no: text", r"the key False, which YAML does not read as text; quote it"),
+        ("k.yaml", "mine:\n  bolt:\n    dent: A.\n    dent: B.", r"the key 'dent' stands twice.* line 4"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -135,3 +146,194 @@ def test_mmads_own_file_loads_without_its_marks() -> None:
             for entry in entries:
                 assert not entry.description.startswith("<") and "Description:" not in entry.description[:20]
                 assert len(brief(entry.description).split()) <= 130
+
+
+def test_a_folder_counts_as_one_file(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "bolt.yaml", "mine:\n  bolt:\n    good: Even thread.\n")
+    write(tmp_path / "a" / "deep" / "nut.json", '{"mine": {"nut": {"good": "Six even sides."}}}')
+    write(tmp_path / "a" / ".bolt.yaml.swp.yaml", "not: finished")
+    write(tmp_path / "a" / "notes.txt", "none")
+    expected = {"mine": {"bolt": {"good": "Even thread."}, "nut": {"good": "Six even sides."}}}
+    assert load_knowledge(tmp_path / "a") == expected
+    assert load_knowledge(write(tmp_path / "one.json", json.dumps(expected))) == expected
+
+
+def test_a_folder_that_says_a_product_twice_or_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EchoError, match="holds no knowledge"):
+        load_knowledge(tmp_path)
+    for name in ("a.yaml", "b.yaml"):
+        write(tmp_path / name, "mine:\n  bolt:\n    good: Even thread.\n")
+    with pytest.raises(EchoError, match=r"a\.yaml and .*b\.yaml both describe mine/bolt"):
+        load_knowledge(tmp_path)
+
+
+def parts(folder: Path, knowledge: dict[str, dict[str, dict[str, str]]] | None = None, *more: str) -> Dataset:
+    """A dataset of two products, as far as knowledge is concerned: photographs of each condition, and their texts."""
+    shown = ["d/cap/good", "d/cap/good", "d/cap/no", "d/cap/dent", "d/nut: 5/good", "d/nut: 5/crack", *more]
+    inspections = []
+    for number, place in enumerate(shown):
+        dataset, product, condition = place.split("/")
+        inspections.append(Inspection(str(number), "x.png", dataset, product, condition, str(number)))
+    write_jsonl(folder / "inspections.jsonl", inspections)
+    stand_in = {place.split("/")[2]: readable(place.split("/")[2]) for place in shown if "/cap/" in place}
+    given = knowledge or {"d": {"cap": stand_in, "nut: 5": {"good": "Six even sides. It holds.", "crack": "crack"}}}
+    write(folder / "knowledge.json", json.dumps(given))
+    return Dataset(folder, folder, {})
+
+
+def test_a_skeleton_has_every_condition_in_order_and_what_is_described_already(tmp_path: Path) -> None:
+    skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    texts, files = read_knowledge(tmp_path / "k")
+    assert list(texts["d"]["cap"].items()) == [("good", ""), ("dent", ""), ("no", "")]
+    assert texts["d"]["nut: 5"] == {"good": "Six even sides. It holds.", "crack": ""}
+    assert files == {
+        ("d", "cap"): tmp_path / "k" / "d" / "cap.yaml",
+        ("d", "nut: 5"): tmp_path / "k" / "d" / "nut_5.yaml",
+    }
+    page = (tmp_path / "k" / "d" / "cap.yaml").read_text()
+    assert "    # 2 photographs\n    good:\n    # 1 photograph\n    dent:\n" in page
+    assert "first sentence" in page and "last" in page
+    with pytest.raises(EchoError, match=r"cap\.yaml: d/cap/good is empty; write what"):
+        load_knowledge(tmp_path / "k")
+
+
+def test_products_of_nearly_one_name_get_a_file_each(tmp_path: Path) -> None:
+    skeleton(parts(tmp_path / "parts", None, "d/nut. 5/good"), tmp_path / "k")
+    assert {file.name for file in read_knowledge(tmp_path / "k")[1].values()} == {
+        "cap.yaml",
+        "nut_5.yaml",
+        "nut_5_2.yaml",
+    }
+
+
+MINE = """\
+# my notes
+d:   # the line
+  # caps, old drawing
+  cap:
+    good: The rim is even. It seals.   # checked by Ada
+    dent: >
+      A hollow in the rim,
+      seen from the side. It leaks.
+
+  # nuts have their own page
+  washer: {good: A flat ring. It spreads the load.}
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_a_file_that_a_person_wrote_keeps_every_line_and_gets_what_it_lacks(tmp_path: Path, ending: str) -> None:
+    text = MINE.rstrip("\n") + ending if ending != "\r\n" else MINE.replace("\n", ending)
+    mine = tmp_path / "k" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_bytes(text.encode())
+    before = yaml.safe_load(text)
+    skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    after = mine.read_bytes().decode()
+    added = [line for line in after.splitlines() if line not in text.splitlines()]
+    assert added == ["    # 1 photograph", "    'no':"]
+    assert after.index("'no':") < after.index("# nuts")
+    assert [line for line in after.splitlines() if line not in added] == text.splitlines()
+    assert yaml.safe_load(after) == {"d": {**before["d"], "cap": {**before["d"]["cap"], "no": None}}}
+    assert read_knowledge(tmp_path / "k")[1]["d", "nut: 5"].name == "nut_5.yaml"
+    skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    assert mine.read_bytes().decode() == after
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mine.yaml", "d: {cap: {good: The rim is even. It seals.}}\n"),
+        ("mine.yaml", "d:\n  cap: {}\n"),
+        ("mine.yaml", "x:\n  cap: &cap\n    good: The rim is even.\nd:\n  cap: *cap\n"),
+        ("mine.json", '{"d": {"cap": {\n"good": "The rim is even. It seals."\n}}}'),
+    ],
+)
+def test_a_file_that_cannot_be_added_to_is_named_and_nothing_is_written(tmp_path: Path, name: str, text: str) -> None:
+    write(tmp_path / "k" / name, text)
+    with pytest.raises(EchoError, match=rf"{name} cannot be added to .*dent, no into d/cap"):
+        skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    assert [path.name for path in (tmp_path / "k").rglob("*")] == [name] and (tmp_path / "k" / name).read_text() == text
+
+
+def test_what_stands_under_a_misspelt_name_is_not_written_a_second_time(tmp_path: Path) -> None:
+    text = "d:\n  cap:\n    good: The rim is even. It seals.\n    dnet: A hollow. It leaks.\n    'no': No cap at all.\n"
+    write(tmp_path / "k" / "cap.yaml", text)
+    said = skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    assert any("'dnet' stays; did you mean 'dent'?" in line for line in said)
+    assert (tmp_path / "k" / "cap.yaml").read_text() == text
+
+
+GOOD_KNOWLEDGE = {
+    "cap": {"good": "The rim is even. It seals.", "dent": "A hollow in the rim. It leaks.", "no": "No cap at all."},
+    "nut: 5": {"good": "Six even sides. It holds.", "crack": "A dark line. The nut may fail."},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"cap": {"dent": None}}, "'dent' is missing, on 1 photograph"),
+        ({"cap": {"dent": ""}}, "'dent' is empty"),
+        ({"cap": {"dent": "A dent."}}, "'dent' is too short to be a description ('A dent.')"),
+        (
+            {"cap": {"dent": None, "dnet": "A hollow in the rim. It leaks."}},
+            "'dnet' occurs in no photograph; did you mean 'dent'?",
+        ),
+        ({"cap": {"melted": "The rim has run. It leaks."}}, "'melted' occurs in no photograph; take it out"),
+        ({"cap": None}, "d/cap: nothing is written"),
+        ({"cap": None, "caps": GOOD_KNOWLEDGE["cap"]}, "the product 'caps' of d; did you mean 'cap'?"),
+        (
+            {"gear": {"good": "Even teeth all around. It turns."}},
+            "no photograph is of the product 'gear' of d; take it out",
+        ),
+    ],
+)
+def test_a_check_says_what_is_wrong_and_that_alone(tmp_path: Path, change: dict, said: str | None) -> None:
+    written = {product: dict(texts) for product, texts in GOOD_KNOWLEDGE.items()}
+    for product, texts in change.items():
+        written[product] = {**written.get(product, {}), **(texts or {})}
+        written[product] = {name: text for name, text in written[product].items() if texts and text is not None}
+    content = {"d": {product: texts for product, texts in written.items() if texts}}
+    knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps(content)))
+    found = list(check(knowledge, files, photographs(parts(tmp_path / "parts"))))
+    assert len(found) == (said is not None) and (said is None or said in found[0]), found
+
+
+def test_a_check_names_a_dataset_that_is_none_and_knows_mmads_names(tmp_path: Path) -> None:
+    counts = photographs(parts(tmp_path / "parts"))
+    texts = {"e": GOOD_KNOWLEDGE, "d": GOOD_KNOWLEDGE}
+    knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps(texts)))
+    assert [line for line in check(knowledge, files, counts) if "the dataset 'e', but of d" in line]
+    renamed = {("MVTec-AD", product): shown for (_, product), shown in counts.items()}
+    knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps({"MVTec": GOOD_KNOWLEDGE})))
+    assert list(check(knowledge, files, renamed)) == []
+    assert summary(knowledge, renamed, 0) == (
+        "5 of 5 conditions are described; 1 of 3 defects get no question of Defect Analysis, as no effect is told; "
+        "nothing to correct"
+    )
+
+
+def test_from_the_skeleton_to_the_build_by_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = ["--config", str(ROOT / "recipes/tiny/data.yaml"), "--parts", "8", "--k", "1", "--output"]
+    build([*made, str(tmp_path / "parts"), "--knowledge", str(ROOT / "recipes/tiny/knowledge.yaml")])
+    main(["--dataset", str(tmp_path / "parts"), "--output", str(tmp_path / "k")])
+    assert load_knowledge(tmp_path / "k") == load_knowledge(ROOT / "recipes/tiny/knowledge.yaml")
+    build([*made, str(tmp_path / "again"), "--knowledge", str(tmp_path / "k")])
+    assert load_dataset(tmp_path / "again").fingerprint == load_dataset(tmp_path / "parts").fingerprint
+    flange = tmp_path / "k" / "synthetic" / "flange.yaml"
+    flange.write_text(flange.read_text().replace("chip:", "chipp:"))
+    command = [sys.executable, "-m", "data_prep.knowledge", "--dataset", tmp_path / "again", "--check", tmp_path / "k"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "'chipp' occurs in no photograph; did you mean 'chip'?" in done.stdout, done.stderr
+    flange.write_text(flange.read_text().replace("chipp:", "chip:"))
+    capsys.readouterr()
+    main(["--dataset", str(tmp_path / "again"), "--check", str(tmp_path / "k")])
+    assert capsys.readouterr().out.endswith("nothing to correct\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--output", "k", "--check", "k"]])
+def test_what_to_do_must_be_said(tmp_path: Path, options: list[str]) -> None:
+    with pytest.raises(EchoError, match="give either --output FOLDER"):
+        main(["--dataset", str(tmp_path), *options])

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 
 from echo_ft import config as configs
 from echo_ft.architectures import meta_model, model_config
+from echo_ft.corruptions import View
 from echo_ft.memory import Batch, activations, adapt, count_parameters, frozen_bytes, topologies
 from echo_ft.model import check_targets
 from echo_ft.records import ROLES, EchoError
@@ -149,7 +150,7 @@ def saved_bytes(model, rows=2, images=2, side=16, text=100):
         "pixel_values": torch.randn(rows * images * side**2, 3 * 2 * 14 * 14),
         "image_grid_thw": torch.tensor([[1, side, side]] * (rows * images)),
         "image_order": list(range(rows * images)),
-        "image_paths": [str(index) for index in range(rows * images)],
+        "image_views": [View(Path(), str(index)) for index in range(rows * images)],
         "image_features": [],
     }
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

@@ -19,7 +19,7 @@ from data_prep.prepare import MAX_REPEATS, balanced, divide
 from data_prep.settings import BuildConfig
 from data_prep.sources import NAMES
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, Case, EchoError, Inspection, Rejection, Seen, Truth, read_jsonl
+from echo_ft.records import ROLES, EchoError, Inspection, Rejection, read_jsonl
 from echo_ft.splits import REFERENCE, make_splits
 from tests.test_build import arguments, config, draw_manifest, edit_rows, rows, run
 
@@ -34,15 +34,15 @@ def test_a_truncated_file_is_found_in_every_format(tmp_path, suffix):
     assert "broken" in str(image_fault(path))
 
 
-def small_case(name: str, product: str, condition: str) -> Case:
-    return Case(name, "line", product, name, Seen(name, (), (), ()), Truth(condition, None, (), {}))
+def small_case(name: str, product: str, condition: str) -> Inspection:
+    return Inspection(name, name, "line", product, condition, name)
 
 
 def test_balancing_repeats_the_rarer_side_of_each_product_and_leaves_none_out():
     found = [small_case(f"a{i}", "a", "good") for i in range(10)] + [small_case(f"d{i}", "a", "dent") for i in range(4)]
     found += [small_case(f"b{i}", "b", "good" if i < 2 else "dent") for i in range(5)]
     chosen = balanced(found, seed=0)
-    sides = Counter((case.product, case.truth.condition == "good") for case in chosen)
+    sides = Counter((case.product, case.condition == "good") for case in chosen)
     assert sides == {("a", True): 10, ("a", False): 10, ("b", True): 3, ("b", False): 3}
     assert {case.id for case in chosen} == {case.id for case in found}
     assert max(Counter(case.id for case in chosen).values()) == 3
@@ -51,7 +51,7 @@ def test_balancing_repeats_the_rarer_side_of_each_product_and_leaves_none_out():
 
 def test_balancing_repeats_no_case_too_often():
     found = [small_case(f"a{i}", "a", "good") for i in range(100)] + [small_case("d", "a", "dent")]
-    counts = Counter(case.truth.condition for case in balanced(found, seed=0))
+    counts = Counter(case.condition for case in balanced(found, seed=0))
     assert counts == {"good": MAX_REPEATS, "dent": MAX_REPEATS}
 
 
@@ -64,7 +64,7 @@ def test_a_repeated_case_never_follows_itself(normals, dents):
         chosen = balanced(found, seed)
         assert all(one.id != next_.id for one, next_ in pairwise(chosen))
         size = min(max(normals, dents), MAX_REPEATS * min(normals, dents))
-        assert Counter(case.truth.condition for case in chosen) == {"good": size, "dent": size}
+        assert Counter(case.condition for case in chosen) == {"good": size, "dent": size}
 
 
 def test_balancing_leaves_a_product_of_one_side_alone():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echo_ft import retrieval
+from echo_ft import index, retrieval
 from echo_ft.features import OpenClip, ScikitImage, describer
+from echo_ft.index import VectorIndex
 from echo_ft.records import EchoError, Inspection, Reference
 from echo_ft.retrieval import candidate_order, find_references
 
@@ -38,10 +39,11 @@ def find(
     scope: str = "product",
     seed: int = 0,
     cache: Path | None = None,
+    kind: str = "auto",
 ) -> list[Reference]:
-    references, rejections = find_references(queries, normals, root, "skimage", k, scope, seed, cache)
+    references, rejections = find_references(queries, normals, root, "skimage", k, scope, seed, cache, kind)
     assert not rejections
-    return references
+    return list(references)
 
 
 def of(references: list[Reference], query: str, method: str = "retrieved") -> list[str]:
@@ -140,9 +142,10 @@ def test_a_broken_image_is_rejected_and_shifts_no_neighbour(tmp_path: Path, norm
     broken = [inspect("a_first.png"), inspect("n2_cut.png"), inspect("gone.png")]
     cache = tmp_path / "cache"
     for _ in range(2):  # the second time from the cache
-        references, rejections = find_references(
+        found, rejections = find_references(
             [inspect("query.png"), *broken], [*broken, *normals], tmp_path, "skimage", 1, "product", 0, cache
         )
+        references = list(found)
         assert of(references, "query.png") == ["n5.png"]
         assert [rejection.item for rejection in rejections] == ["a_first.png", "gone.png", "n2_cut.png"]
         assert all(rejection.reason for rejection in rejections)
@@ -173,36 +176,122 @@ def test_the_cache_spares_unchanged_files_and_notices_changed_ones(
 
 def test_a_damaged_cache_is_named_with_the_remedy(tmp_path: Path, normals: list[Inspection]) -> None:
     cache = tmp_path / "cache"
-    find(normals[:1], normals, tmp_path, cache=cache)
-    index = next(cache.glob("index-*"))
-    (index / "images.json").write_text("[]")
-    with pytest.raises(EchoError, match=r"index-.* is damaged; delete"):
-        find(normals[:1], normals, tmp_path, cache=cache)
-    next(cache.glob("features-*.npz")).write_bytes(b"cut")
-    with pytest.raises(EchoError, match=r"features-skimage.* cannot be read .*; delete it"):
+    find(normals[:1], normals, tmp_path, cache=cache, kind="hnsw")
+    next(cache.glob("index-*.faiss")).write_bytes(b"cut")
+    with pytest.raises(EchoError, match=r"the index .*index-.*faiss is damaged; delete it"):
+        find(normals[:1], normals, tmp_path, cache=cache, kind="hnsw")
+    next(cache.glob("features-skimage*/*.npz")).write_bytes(b"cut")
+    with pytest.raises(EchoError, match=r"features-skimage.*npz cannot be read .*; delete it"):
         find(normals[:1], normals, tmp_path, cache=cache)
 
 
-def test_the_graph_for_large_sets_finds_what_the_exact_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(2000, 32)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    exact = retrieval.build_index(vectors).search(vectors[:100], 5)[1]
-    monkeypatch.setattr(retrieval, "EXACT", 100)
-    graph = retrieval.build_index(vectors)
+def mixture(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors (count, width) around fifty centres."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(50, width))
+    vectors = centres[rng.integers(50, size=count)] + 0.5 * rng.normal(size=(count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ivf_pq` learns its codes from 256 vectors already, so that tests need not have ten thousand."""
+    monkeypatch.setattr(index, "IVF_LEAST", 256)
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_pq"])
+def test_an_approximate_index_finds_what_the_exact_search_finds(few_are_many: None, kind: str) -> None:
+    vectors, queries, places = mixture(3000, 32), mixture(200, 32, seed=1), np.arange(500, 3000)
+    exact = VectorIndex(vectors, places, "flat").search(queries, 5)
+    found = VectorIndex(vectors, places, kind)
+    assert found.kind == kind
+    similarities, near = found.search(queries, 5)
+    assert (near == exact[1]).mean() > 0.98
+    ours = np.einsum("qd,qnd->qn", queries, vectors[places[near]])
+    np.testing.assert_allclose(similarities, ours, atol=1e-6)  # by the vectors, not by their codes
+    assert (np.diff(similarities) <= 0).all()
+
+
+def test_the_graph_is_that_of_the_papers_code() -> None:
+    graph = VectorIndex(mixture(300, 16), np.arange(300), "hnsw").faiss
     assert graph.hnsw.nb_neighbors(1) == 64
-    graph.hnsw.efSearch = 128
-    found = graph.search(vectors[:100], 5)[1]
-    assert (exact == found).mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "taken"),
+    [
+        ("auto", 20_000, "flat"),
+        ("auto", 20_001, "hnsw"),
+        ("auto", 1_000_000, "ivf_pq"),
+        ("ivf_pq", 500, "flat"),  # too few to learn codes from
+        ("ivf_pq", 50_000, "ivf_pq"),
+        ("hnsw", 2, "hnsw"),
+        ("flat", 1_000_000, "flat"),
+    ],
+)
+def test_the_number_of_vectors_chooses_the_kind(kind: str, count: int, taken: str) -> None:
+    assert index.kind_for(kind, count) == taken
+
+
+@pytest.mark.parametrize("width", [7, 30, 512, 2116])
+def test_codes_fit_any_width(few_are_many: None, width: int) -> None:
+    vectors = mixture(300, width)
+    found = VectorIndex(vectors, np.arange(300), "ivf_pq").search(vectors[:20], 1)[1]
+    assert (found[:, 0] == np.arange(20)).all()
+
+
+def test_an_approximate_index_is_written_once_and_read_again(
+    tmp_path: Path, few_are_many: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, file = mixture(600, 16), tmp_path / "index.faiss"
+    made = VectorIndex(vectors, np.arange(600), "ivf_pq", file).search(vectors[:30], 4)
+    monkeypatch.setattr(VectorIndex, "_build", None)
+    read = VectorIndex(vectors, np.arange(600), "ivf_pq", file).search(vectors[:30], 4)
+    assert (made[0] == read[0]).all() and (made[1] == read[1]).all()
+    with pytest.raises(EchoError, match=r"index\.faiss is damaged; delete it"):
+        VectorIndex(vectors, np.arange(599), "ivf_pq", file)
 
 
 def test_the_graph_passes_over_barred_normals_as_the_exact_search_does(
-    tmp_path: Path, normals: list[Inspection], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, normals: list[Inspection]
 ) -> None:
-    exact = find(normals, normals, tmp_path)
-    monkeypatch.setattr(retrieval, "EXACT", 0)
-    assert find(normals, normals, tmp_path, cache=tmp_path / "cache") == exact
-    assert find(normals, normals, tmp_path, cache=tmp_path / "cache") == exact
+    exact = find(normals, normals, tmp_path, kind="flat")
+    for _ in range(2):  # the second time from the cache
+        assert find(normals, normals, tmp_path, cache=tmp_path / "cache", kind="hnsw") == exact
+
+
+def test_normals_that_an_approximate_search_misses_are_found_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All near neighbours are of the query's own part: what the search brings is barred, and others are admissible."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(600, 16)).astype(np.float32)
+    vectors[:300] = vectors[0] + 0.01 * vectors[:300]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    images = [f"{number}.png" for number in range(600)]
+    for number, image in enumerate(images):
+        (tmp_path / image).write_bytes(b"%d" % number)
+    rows = dict(zip(images, vectors, strict=True))
+
+    class Known:
+        key = "known"
+
+        def vectors(self, paths: list[Path]) -> tuple[list[np.ndarray], list[None]]:
+            return [rows[path.name] for path in paths], [None] * len(paths)
+
+    monkeypatch.setattr(retrieval, "describer", lambda name: Known())
+    monkeypatch.setattr(index, "IVF_LEAST", 256)
+    monkeypatch.setattr(index, "PROBES", 1)
+    pool = [inspect(image, group="own" if number < 300 else "") for number, image in enumerate(images)]
+    queries = [pool[0], pool[299], pool[300], pool[599]]
+    found = {kind: find(queries, pool, tmp_path, k=3, kind=kind) for kind in ("flat", "ivf_pq", "hnsw")}
+    assert [len(of(found["flat"], query.id)) for query in queries] == [3, 3, 3, 3]
+    for query in queries[:2]:
+        assert not {f"{number}.png" for number in range(300)} & set(of(found["ivf_pq"], query.id))
+        for kind in ("ivf_pq", "hnsw"):
+            assert of(found[kind], query.id) == of(found["flat"], query.id)
+    for query in queries[2:]:
+        assert len(of(found["ivf_pq"], query.id)) == 3
 
 
 def test_candidates_come_in_an_order_of_the_case_alone() -> None:
@@ -219,6 +308,7 @@ def test_candidates_come_in_an_order_of_the_case_alone() -> None:
     [
         ({"scope": "everything"}, "scope cannot be 'everything'; choose from product, all"),
         ({"k": 0}, "k is 0"),
+        ({"index": "tree"}, "index cannot be 'tree'; choose from auto, flat, hnsw, ivf_pq"),
         ({"descriptor": "ViT-B-17/openai"}, r"no model 'ViT-B-17'; did you mean .*ViT-B-16"),
         ({"descriptor": "scikit"}, "did you mean skimage"),
         ({"descriptor": "ViT-B-16/openay"}, "did you mean ViT-B-16/openai"),
@@ -271,7 +361,7 @@ def test_clip_retrieval_finds_the_same_texture(
     pixels[:2, :2] = 0
     Image.fromarray(pixels).save(tmp_path / "query.png")
     references, _ = find_references([inspect("query.png")], normals, tmp_path, "clip", 1, "product", 0, None)
-    assert of(references, "query.png") == ["n5.png"]
+    assert of(list(references), "query.png") == ["n5.png"]
 
 
 def test_openai_weights_meet_the_activation_they_were_trained_with(

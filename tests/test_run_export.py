@@ -169,6 +169,16 @@ def test_a_stopped_run_goes_on_and_ends_like_an_uninterrupted_one(dataset, tmp_p
         assert [(row.case, row.text) for row in whole] == [(row.case, row.text) for row in cut]
 
 
+def test_a_run_within_a_budget_of_tokens_is_the_run_without(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "whole", "--batch_size", 3)
+    cuts, parts = Engine._cuts, []
+    monkeypatch.setattr(Engine, "_cuts", lambda self, *rows: parts.append(cuts(self, *rows)) or parts[-1])
+    run(dataset, tmp_path / "parts", "--batch_size", 3, "--max_batch_tokens", 1000)
+    assert max(map(len, parts)) > 2, "nothing was parted"
+    whole, parted = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("whole", "parts"))
+    assert [(row.question, row.text) for row in whole] == [(row.question, row.text) for row in parted]
+
+
 def test_every_order_of_the_options_is_asked_and_the_mean_can_decide(dataset, tmp_path):
     run(dataset, tmp_path / "given")
     run(dataset, tmp_path / "cyclic", "--option_order", "cyclic")
@@ -314,6 +324,11 @@ def test_weights_that_do_not_fit_are_not_loaded_silently(copied):
     ("options", "message"),
     [
         (["--batch_size", "0"], "batch_size is 0"),
+        (["--max_batch_tokens", "0"], "max_batch_tokens is 0"),
+        (
+            ["--max_batch_tokens", "9", "--server", "http://127.0.0.1:9/v1"],
+            "a server makes its own batches; take it out",
+        ),
         (["--attn_implementation", "eager"], "set it to sdpa"),
         (["--answer", "averaged"], "set option_order to cyclic"),
         (["--split", "tests"], "tests"),
@@ -331,7 +346,7 @@ def test_show_prints_one_row_of_each_role_with_its_trained_tokens_marked(dataset
     show_main(["--dataset", str(dataset), "--model_name_or_path", str(ECHO_TINY)])
     printed = capsys.readouterr().out
     assert all(f"=== {role}" in printed for role in ROLES)
-    assert "[[stain: look for this." in printed and "<image:" in printed
+    assert "[[stain: " in printed and "<image:" in printed
     with pytest.raises(EchoError, match="has no row 99"):
         show_main(["--dataset", str(dataset), "--model_name_or_path", str(ECHO_TINY), "--row", "99"])
 

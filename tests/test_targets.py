@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.data.references import compare, row
+from echo_ft.dataset import Dataset
+from echo_ft.geometry import PLACES, SPREAD
 from echo_ft.questions import write_questions
 from echo_ft.records import (
     ROLES,
@@ -21,10 +27,25 @@ from echo_ft.records import (
     Seen,
     Truth,
     Upstream,
+    write_jsonl,
 )
 from echo_ft.retrieval import candidate_order
 from echo_ft.roles import ROUTINGS, parse_best, parse_letter, render
-from echo_ft.targets import gold_upstream, training_exchanges
+from echo_ft.targets import (
+    COMPARISONS,
+    CONCLUSIONS,
+    DEFECT,
+    HARMLESS,
+    HARMLESS_COMPARISONS,
+    HINTS,
+    MARKS,
+    NO_DEFECT,
+    OBSERVATIONS,
+    UNMARKED,
+    UNMARKED_COMPARISONS,
+    gold_upstream,
+    training_exchanges,
+)
 
 KNOWLEDGE = (
     Entry("good", "An even grey disc."),
@@ -57,14 +78,15 @@ def make(
     images: tuple[str, ...] = ("n1.png", "twin.png", "n2.png"),
     mask: str | None = "mask.png",
     knowledge: tuple[Entry, ...] = KNOWLEDGE,
+    name: str = "case",
 ) -> Case:
     query = "twin.png" if condition == "good" else "query.png"
-    inspection = Inspection("case", query, "drawn", "disc", condition, "g", mask=mask if condition != "good" else None)
+    inspection = Inspection(name, query, "drawn", "disc", condition, "g", mask=mask if condition != "good" else None)
     asked = write_questions(inspection, knowledge, ["good", "crack", "dent"], ["disc", "bolt"], root, seed=0)
-    references = tuple(Reference("case", image, 0.9, rank) for rank, image in enumerate(images, start=1))
+    references = tuple(Reference(name, image, 0.9, rank) for rank, image in enumerate(images, start=1))
     seen = Seen(query, references, knowledge, tuple(dataclasses.replace(question, answer=None) for question in asked))
     answers = {question.id: question.answer for question in asked if question.answer}
-    return Case("case", "drawn", "disc", "case", seen, Truth(condition, inspection.mask, (), answers))
+    return Case(name, "drawn", "disc", name, seen, Truth(condition, inspection.mask, (), answers))
 
 
 def completions(exchanges: list[Exchange]) -> dict[str, str | None]:
@@ -75,39 +97,105 @@ def kinds(said: dict[str, str | None]) -> dict[str, str | None]:
     return {identifier.split("#")[-1]: text for identifier, text in said.items()}
 
 
-def test_each_role_is_trained_to_say_the_truth(root: Path) -> None:
-    case = make(root)
-    assert completions(training_exchanges(case, "reference_extractor", root, "full")) == {
-        "best": "2",
-        "normal": "An even grey disc.",
+ALIKE = range(60)
+"""Numbers of cases that differ in nothing but their ids."""
+
+
+def all_said(root: Path, condition: str, role: str, **changes: object) -> dict[str, set[str]]:
+    """All that a role should say about cases that differ in their ids alone, by kind of question."""
+    said: dict[str, set[str]] = defaultdict(set)
+    for number in ALIKE:
+        case = make(root, condition, name=f"case {number}", **changes)  # type: ignore[arg-type]
+        for identifier, text in kinds(completions(training_exchanges(case, role, root, "full"))).items():
+            said[identifier].add(str(text))
+    return dict(said)
+
+
+def filled(
+    observations: Sequence[str], comparisons: Sequence[str], conclusions: Sequence[str], **words: str
+) -> set[str]:
+    return {
+        f"Observe: {observation}. Compare: {comparison}. Conclude: {conclusion}.".format(**words)
+        for observation in observations
+        for comparison in comparisons
+        for conclusion in conclusions
     }
-    assert completions(training_exchanges(case, "knowledge_guide", root, "full")) == {
-        "guide": "crack: look for this. A thin dark line. The disc breaks under load."
+
+
+def test_each_role_is_trained_to_say_the_truth_in_all_the_ways_there_are(root: Path) -> None:
+    assert all_said(root, "crack", "reference_extractor") == {
+        "best": {"2"},
+        "normal": {"An even grey disc."},
     }
-    seen = (
-        "Observe: a dark small elongated mark at the top left. Compare: the reference looks different there. Conclude: "
-    )
-    assert kinds(completions(training_exchanges(case, "reasoning_expert", root, "full"))) == {
-        "anomaly-detection": seen + "yes, there is a defect: crack.",
-        "defect-classification": seen + "the type of the defect is: crack.",
-        "defect-localization": seen + "the place of the defect is: top left.",
-        "defect-description": seen + "the appearance of the defect is: A thin dark line.",
-        "defect-analysis": seen + "the effect of the defect is: The disc breaks under load.",
+    entry = "A thin dark line. The disc breaks under load."
+    assert all_said(root, "crack", "knowledge_guide") == {"guide": {f"crack: {hint} {entry}" for hint in HINTS}}
+    marks = ("a dark small elongated mark", "a small dark elongated mark")
+    words = {"where": "at the top left", "beside": "the reference"}
+    seen = [form.format(mark=mark, **words) for form in OBSERVATIONS for mark in marks]
+    subjects = {
+        "defect-classification": ("the type of the defect", "crack"),
+        "defect-localization": ("the place of the defect", "top left"),
+        "defect-description": ("the appearance of the defect", "A thin dark line"),
+        "defect-analysis": ("the effect of the defect", "The disc breaks under load"),
     }
-    assert completions(training_exchanges(case, "decision_maker", root, "full")) == case.truth.answers
+    ways = {"anomaly-detection": filled(seen, COMPARISONS, DEFECT, name="crack", **words)} | {
+        kind: filled(seen, COMPARISONS, CONCLUSIONS, subject=subject, answer=answer, **words)
+        for kind, (subject, answer) in subjects.items()
+    }
+    said = all_said(root, "crack", "reasoning_expert")
+    assert said.keys() == ways.keys()
+    for kind, texts in said.items():
+        assert texts <= ways[kind]
+        assert len(texts) > len(ways[kind]) / 2, "ids share the ways out"
+
+
+def test_several_marks_are_said_to_be_several(root: Path) -> None:
+    query, mask = (np.array(Image.open(root / name)) for name in ("query.png", "mask.png"))
+    for x in (40, 60, 80):
+        query[12:18, x : x + 6], mask[12:18, x : x + 6] = 10, 255
+    Image.fromarray(query).save(root / "query.png")
+    Image.fromarray(mask).save(root / "mask.png")
+    for texts in all_said(root, "crack", "reasoning_expert").values():
+        observed = {text.split(". Compare: ")[0] for text in texts}
+        marks = ("several dark small marks", "several small dark marks")
+        assert observed == {f"Observe: {mark} at the top" for mark in marks} | {
+            f"Observe: at the top {mark}" for mark in marks
+        }
 
 
 def test_a_normal_part_is_concluded_to_be_one(root: Path) -> None:
-    case = make(root, "good", images=("n1.png", "n2.png"))
-    assert completions(training_exchanges(case, "knowledge_guide", root, "full")) == {
-        "guide": "good: An even grey disc."
-    }
-    seen = "Observe: no mark stands out. Compare: the part looks like the reference. Conclude: "
-    assert kinds(completions(training_exchanges(case, "reasoning_expert", root, "full"))) == {
-        "anomaly-detection": seen + "no, there is no defect.",
-        "object-classification": seen + "the product is: disc.",
-        "object-analysis": seen + "the answer is: An even grey disc.",
-    }
+    assert all_said(root, "good", "knowledge_guide") == {"guide": {"good: An even grey disc."}}
+    said = all_said(root, "good", "reasoning_expert", images=("n1.png", "n2.png"))
+    beside = {"beside": "the reference"}
+    assert said["anomaly-detection"] == filled(HARMLESS, HARMLESS_COMPARISONS, NO_DEFECT, **beside)
+    for kind, subject, answer in (
+        ("object-classification", "the product", "disc"),
+        ("object-analysis", "the answer", "An even grey disc"),
+    ):
+        words = {"subject": subject, "answer": answer, **beside}
+        assert said[kind] == filled(HARMLESS, HARMLESS_COMPARISONS, CONCLUSIONS, **words)
+
+
+def test_the_same_case_is_always_described_in_the_same_words(root: Path) -> None:
+    assert gold_upstream(make(root), root) == gold_upstream(make(root), root)
+
+
+def test_every_way_to_say_it_has_the_words_that_are_read_back() -> None:
+    for forms, slots in (
+        (MARKS, ("{tone}", "{size}", "{shape}")),
+        (OBSERVATIONS, ("{mark}", "{where}")),
+        (CONCLUSIONS, ("{subject}", "{answer}")),
+        (DEFECT, ("{name}",)),
+    ):
+        assert all(form.count(slot) == 1 for form in forms for slot in slots)
+    places = re.compile("|".join(rf"\b{place}\b" for place in (*PLACES, SPREAD)))
+    told = (*HINTS, *OBSERVATIONS, *COMPARISONS, *UNMARKED, *UNMARKED_COMPARISONS, *HARMLESS, *HARMLESS_COMPARISONS)
+    assert not any(places.search(form) for form in told), "a place is the defect's own"
+
+
+def test_the_decision_is_the_answer(root: Path) -> None:
+    case = make(root)
+    assert completions(training_exchanges(case, "decision_maker", root, "full")) == case.truth.answers
 
 
 def test_what_is_trained_is_what_inference_reads(root: Path) -> None:
@@ -142,6 +230,35 @@ def test_the_best_candidate_fits_outside_the_defect_wherever_it_stands(root: Pat
         assert images[gold_upstream(case, root).best] == "twin.png"
 
 
+@pytest.mark.parametrize(
+    ("retrieved", "won"),
+    [
+        (("bright.png", "n2.png"), [False, False, True, True]),
+        (("n2.png", "bright.png"), [False, False, False, True]),
+        (("twin.png", "n2.png"), [True, True, True, True]),
+        (("n2.png", "n1.png"), [False, False, False, False]),
+    ],
+)
+def test_the_benchmark_counts_where_the_retrieved_reference_is_closer(root: Path, retrieved, won) -> None:
+    """The first of each method, then the closest of each; and both where brightness does not count."""
+    twin, other = (np.array(Image.open(root / name)).astype(float) for name in ("twin.png", "n1.png"))
+    for name, pixels in (("bright", twin.clip(0, 205) + 50), ("mixed", 0.8 * twin + 0.2 * other)):
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{name}.png")
+    rows = [
+        Reference("case", image, 0.5, rank, method)
+        for method, images in (("retrieved", retrieved), ("random", ("mixed.png", "mixed.png")))
+        for rank, image in enumerate(images, start=1)
+    ]
+    asked = Question("q", "case", "Anomaly Detection", "Any?", {"A": "Yes.", "B": "No."}, "A")
+    marked = Inspection("case", "query.png", "drawn", "disc", "crack", "g", "test", "mask.png")
+    for name, records in (("inspections", [marked]), ("questions", [asked]), ("references", rows)):
+        write_jsonl(root / f"{name}.jsonl", records)
+    (root / "knowledge.json").write_text("{}")
+    parts, wins = compare(Dataset(root, root, {"config": {}}), "test")
+    assert parts == ["drawn/disc/g"] and wins.astype(bool).tolist() == [won]
+    assert row("all", parts * 2, np.concatenate([wins, 1 - wins])).count("50.0 (") == 4
+
+
 def test_a_shuffled_case_names_the_same_image(root: Path) -> None:
     case = make(root)
     for number in range(6):
@@ -162,8 +279,11 @@ def test_one_reference_and_none(root: Path) -> None:
 
 
 def test_without_a_mask_no_place_is_invented(root: Path) -> None:
-    for said in completions(training_exchanges(make(root, mask=None), "reasoning_expert", root, "full")).values():
-        assert said is not None and said.startswith("Observe: the part is not as it should be. Compare: the reference")
+    for texts in all_said(root, "crack", "reasoning_expert", mask=None).values():
+        for text in texts:
+            observed, _, concluded = text.partition(" Conclude: ")
+            assert concluded and any(f"Observe: {form}. Compare: " in observed for form in UNMARKED)
+            assert not re.search(r"\b(top|left|mark)\b", observed)
 
 
 def test_what_the_truth_does_not_tell_is_left_out(root: Path) -> None:
@@ -197,7 +317,7 @@ def test_a_question_written_elsewhere_is_concluded_in_its_own_words(root: Path) 
         truth=dataclasses.replace(case.truth, answers={"case#7": "B"}),
     )
     said = completions(training_exchanges(case, "reasoning_expert", root, "full"))["case#7"]
-    assert said is not None and said.endswith("Conclude: the effect of the defect is: It snaps!")
+    assert said is not None and said.endswith("the effect of the defect is: It snaps!")
 
 
 def test_the_truth_reaches_no_prompt_but_through_the_earlier_roles_words(root: Path) -> None:

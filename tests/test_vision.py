@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from echo_ft.corruptions import Corruption, View
 from echo_ft.records import Branch, EchoError, Exchange
 from echo_ft.training import Collator, packed_inputs, prepare_model
 from echo_ft.vision import FeatureStore, project_patches, share_images
@@ -52,18 +53,18 @@ def test_projected_patches_are_the_convolved_ones(model, layout):
 
 
 def test_features_come_back_as_they_were_and_a_changed_image_has_none(tmp_path):
-    draw(tmp_path / "a.png", (60, 40), 1)
+    photograph = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
     store, features = FeatureStore(tmp_path / "kept", "a tower", GIB), torch.randn(6, 8, dtype=torch.bfloat16)
-    assert store.load(tmp_path / "a.png") is None
-    store.save(tmp_path / "a.png", features)
-    assert torch.equal(store.load(tmp_path / "a.png"), features)
-    assert FeatureStore(tmp_path / "kept", "another tower", GIB).load(tmp_path / "a.png") is None
+    assert store.load(photograph) is None
+    store.save(photograph, features)
+    assert torch.equal(store.load(photograph), features)
+    assert FeatureStore(tmp_path / "kept", "another tower", GIB).load(photograph) is None
     draw(tmp_path / "a.png", (64, 40), 2)
-    assert store.load(tmp_path / "a.png") is None
+    assert store.load(photograph) is None
 
 
 def test_no_more_is_kept_than_there_is_room_for(tmp_path):
-    images = [tmp_path / draw(tmp_path / f"{index}.png", (60, 40), index) for index in range(3)]
+    images = [View(tmp_path, draw(tmp_path / f"{index}.png", (60, 40), index)) for index in range(3)]
     features = torch.zeros(16, 16)
     store = FeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
     for image in images:
@@ -75,7 +76,7 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path):
 
 
 def test_the_room_is_the_folders_and_the_processes_share_what_is_left(tmp_path, capsys):
-    images = [tmp_path / draw(tmp_path / f"{index}.png", (60, 40), index) for index in range(8)]
+    images = [View(tmp_path, draw(tmp_path / f"{index}.png", (60, 40), index)) for index in range(8)]
     features = torch.zeros(64, 64)
     room = 6 * (features.nbytes + 200)  # a file has a header
     first = FeatureStore(tmp_path / "kept", "a tower", room)
@@ -89,7 +90,7 @@ def test_the_room_is_the_folders_and_the_processes_share_what_is_left(tmp_path, 
 
 
 def test_what_a_killed_process_left_half_written_is_deleted(tmp_path):
-    image = tmp_path / draw(tmp_path / "a.png", (60, 40), 1)
+    image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
     store = FeatureStore(tmp_path / "kept", "a tower", GIB)
     store.save(image, torch.zeros(4, 4))
     old, new = store.folder / "old.123", store.folder / "new.124"
@@ -134,6 +135,29 @@ def test_workers_see_what_is_kept_meanwhile(layout, frozen, tmp_path):
         with torch.no_grad():
             frozen(**packed_inputs(batch))
     assert new[0] == 2 and new[-1] == 0
+
+
+def test_a_degraded_query_is_not_the_clean_image_neither_in_a_batch_nor_among_kept_features(layout, frozen, tmp_path):
+    """Image 1 is the query of the first case and a reference in the second, whose query is degraded."""
+    made = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
+    how = [None, Corruption("blur", 5), Corruption("blur", 5)]
+    prepared, store = copy.deepcopy(frozen), FeatureStore(tmp_path / "kept", "a tower", GIB)
+    prepare_model(frozen)
+    prepare_model(prepared, store)
+    plain, keeping = Collator(layout, tmp_path), Collator(layout, tmp_path, store)
+
+    alone = [logits_of(frozen, plain, made[index : index + 1], how[index : index + 1]) for index in range(3)]
+    for _ in range(2):  # computed, then kept
+        found = logits_of(prepared, keeping, made, how)
+        torch.testing.assert_close(found, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+    assert len(list(store.folder.glob("*.safetensors"))) == 5  # 0, 1 and 2 as they are, 1 and 2 degraded
+    clean = logits_of(frozen, plain, made[2:], [None])
+    assert (clean - alone[2]).abs().max() > 0.01
+
+
+def logits_of(model, collator, made, how):
+    rows = [collator.layout.load_row(exchange, collator.root) for exchange in made]
+    return model(**packed_inputs(collator.batch(rows, how))).logits
 
 
 def test_features_of_a_tower_that_is_trained_are_never_kept(model, tmp_path):

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from echo_ft.memory import adapt
     from echo_ft.model import check_targets, load_model, load_processor, make_card
     from echo_ft.planning import dry_run
-    from echo_ft.records import Exchange, from_dict
+    from echo_ft.records import EchoError, Exchange, from_dict
     from echo_ft.trainer import PrefixSharingTrainer
     from echo_ft.training import (
         Collator,
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
         argv = [*argv, "--use_cpu", "true"]
     config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
     check_options(sft, base)
+    if not 0 <= config.corrupted_share <= 1:
+        raise EchoError(f"corrupted_share is {config.corrupted_share:g}; it is a share of the cases, from 0 to 1")
     dataset = load_dataset(Path(config.dataset))
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     layout = Layout(processor)
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
         config.min_pixels,
         config.max_pixels,
         dataset,
+        config.corrupted_share,
     )
     if sft.process_index == 0:
         for verdict in card.leaks.values():

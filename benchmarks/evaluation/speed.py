@@ -60,6 +60,7 @@ class Plain:
     model: Any
     processor: Any
     root: Path
+    max_new_tokens: int
 
     def speak(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Utterance]]:
         """Every branch of every exchange, one after another."""
@@ -77,7 +78,12 @@ class Plain:
         images = [Image.open(self.root / image).convert("RGB") for image in exchange.images]
         inputs = self.processor(text=[text], images=images, return_tensors="pt")
         out = self.model.generate(
-            **inputs, max_new_tokens=MOST_WORDS, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         tokenizer = self.processor.tokenizer
         said = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -199,7 +205,7 @@ def main() -> None:
         model = load_model(MODEL, None, "float32").eval()
         if options.adapters:
             model = attach_adapters(model, {role: options.adapters / role for role in ROLES}).eval()
-        plain, some = Plain(model, layout.processor, root), cases[: options.plain_cases]
+        plain, some = Plain(model, layout.processor, root, MOST_WORDS), cases[: options.plain_cases]
 
         def engine() -> Engine:
             return Engine(model, layout, root, MOST_WORDS)

@@ -1,6 +1,7 @@
 """What is measured of a contender, in a process of its own; needs transformers alone, for other tools' environments.
 
-Prints one line of JSON: seconds of each step, losses, the work of a step, peak memory and versions.
+Prints one line of JSON: seconds of each step, losses, the work of a step, peak memory (of the process, or of its GPU),
+device and versions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.training.workload import Workload
@@ -26,7 +28,7 @@ class Steps(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.losses: list[float] = []
-        self.work: dict[str, int] = {}
+        self.work: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
@@ -42,10 +44,12 @@ class Steps(TrainerCallback):
         self.work = work(next(iter(train_dataloader)))
 
 
-def work(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Patches encoded, tokens that are not padding, and labels of a batch."""
+def work(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Patches encoded, tokens that are not padding, and labels of a batch, and its `load` if it tells it."""
     mask = batch.get("attention_mask")
+    told = {"load": batch["load"]} if "load" in batch else {}
     return {
+        **told,
         "patches": len(batch["pixel_values"]),
         "tokens": batch["input_ids"].numel() if mask is None else int(mask.sum()),
         "labels": int((batch["labels"] != -100).sum()),
@@ -64,18 +68,21 @@ def versions() -> dict[str, str]:
 
 
 def main(
-    contenders: Mapping[str, Callable[[Path, Workload, bool], Steps]],
-    name: str, folder: str, cases: str, questions: str, steps: str, workers: str, kept: str,
-) -> None:  # fmt: skip
-    """Run one contender and print what was measured."""
+    contenders: Mapping[str, Callable[[Path, Workload, bool], Steps]], name: str, folder: str, workload: str, kept: str
+) -> None:
+    """Run one contender on the workload, which is JSON, and print what was measured."""
     set_seed(0)
-    workload = Workload(int(cases), int(questions), int(steps), int(workers))
-    measured = contenders[name](Path(folder), workload, kept == "kept")
+    measured = contenders[name](Path(folder), Workload(**json.loads(workload)), kept == "kept")
+    gpu = torch.cuda.is_available()
     found = {
         "seconds": [later - earlier for earlier, later in zip(measured.ends, measured.ends[1:], strict=False)],
         "losses": measured.losses,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_mib": (
+            torch.cuda.max_memory_allocated() / 2**20 if gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        ),
+        "device": torch.cuda.get_device_name() if gpu else "CPU",
         "versions": versions(),
         **measured.work,
-    }
+    }  # fmt: skip
     print(json.dumps(found), flush=True)

@@ -1,6 +1,6 @@
 """LLaMA-Factory and ms-swift, each run by its own training command on the same rows, in an environment of its own.
 
-`PYTHON -m benchmarks.training.neighbours NAME FOLDER CASES QUESTIONS STEPS WORKERS all`; PYTHON is that environment's.
+`PYTHON -m benchmarks.training.neighbours NAME FOLDER WORKLOAD all`; PYTHON is that environment's.
 Set are the options that make the work equal (LoRA, precision, order of rows, optimizer, pixel budget) and those that a
 CPU needs; whatever else there is stays as it comes.
 """
@@ -16,25 +16,32 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.training.measured import Steps, main
-from benchmarks.training.workload import MODEL, ROWS_A_STEP, SIDE, Workload, chats, exchanges
+from benchmarks.training.workload import Workload, exchanges, rows_for
+from echo_ft.conversations import SHAREGPT, chats
 
 
 def write_rows(folder: Path, workload: Workload) -> Path:
     """The questions as JSON lines, one row each, and their images beside them."""
     path = folder / f"rows_{workload.questions}.jsonl"
-    rows = chats(exchanges(folder, workload), folder)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = (json.dumps(row) + "\n" for row in rows_for(exchanges(folder, workload), folder, chats))
+    path.write_text("".join(lines))
     return path
 
 
-def with_budget(folder: Path) -> Path:
-    """A copy of the model whose processor has this workload's pixel budget: LLaMA-Factory takes what the model has."""
-    copy = folder / "model"
-    shutil.copytree(MODEL, copy, dirs_exist_ok=True)
+def with_budget(folder: Path, workload: Workload) -> Path:
+    """The model with a processor of this workload's pixel budget: LLaMA-Factory takes what the model has."""
+    copy = Path(tempfile.mkdtemp(dir=folder))
+    for file in Path(workload.model).resolve().iterdir():
+        if file.suffix == ".safetensors":
+            (copy / file.name).symlink_to(file)
+        else:
+            shutil.copy(file, copy)
     path = copy / "processor_config.json"
     config = json.loads(path.read_text())
-    config["image_processor"]["size"] = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
+    config["image_processor"]["size"] = {"shortest_edge": workload.pixels, "longest_edge": workload.pixels}
     path.write_text(json.dumps(config))
     return copy
 
@@ -42,10 +49,11 @@ def with_budget(folder: Path) -> Path:
 def common(folder: Path, workload: Workload) -> dict[str, Any]:
     """Options that both tools have under one name."""
     return {
-        "template": "qwen2_vl", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4, "use_cpu": True, "seed": 0,
-        "lr_scheduler_type": "constant", "per_device_train_batch_size": ROWS_A_STEP, "gradient_accumulation_steps": 1,
-        "max_steps": workload.steps, "dataloader_num_workers": workload.workers, "logging_steps": 1,
-        "report_to": "none", "save_strategy": "no", "output_dir": tempfile.mkdtemp(dir=folder),
+        "template": "qwen2_vl", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4, "seed": 0,
+        "use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available(), "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": workload.rows, "gradient_accumulation_steps": 1, "max_steps": workload.steps,
+        "dataloader_num_workers": workload.workers, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+        "output_dir": tempfile.mkdtemp(dir=folder),
     }  # fmt: skip
 
 
@@ -56,19 +64,14 @@ def llama_factory(folder: Path, workload: Workload, kept: bool) -> Steps:
     sys.modules["torchaudio"] = importlib.util.module_from_spec(ModuleSpec("torchaudio", None))
     from llamafactory.train.tuner import run_exp
 
-    described = {
-        "file_name": write_rows(folder, workload).name,
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages", "images": "images"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    }
+    described = {"file_name": write_rows(folder, workload).name, **SHAREGPT}
     (folder / "dataset_info.json").write_text(json.dumps({"cases": described}))
     steps = Steps()
     options = common(folder, workload) | {
-        "stage": "sft", "do_train": True, "model_name_or_path": str(with_budget(folder)), "flash_attn": "sdpa",
-        "finetuning_type": "lora", "lora_target": "all", "dataset_dir": str(folder), "dataset": "cases",
-        "disable_shuffling": True, "image_max_pixels": SIDE * SIDE, "disable_gradient_checkpointing": True,
-        "dataloader_persistent_workers": workload.workers > 0,
+        "stage": "sft", "do_train": True, "model_name_or_path": str(with_budget(folder, workload)),
+        "flash_attn": "sdpa", "finetuning_type": "lora", "lora_target": "all", "dataset_dir": str(folder),
+        "dataset": "cases", "disable_shuffling": True, "image_max_pixels": workload.pixels,
+        "disable_gradient_checkpointing": True, "dataloader_persistent_workers": workload.workers > 0,
     }  # fmt: skip
     run_exp(options, callbacks=[steps])
     return steps
@@ -81,14 +84,15 @@ def ms_swift(folder: Path, workload: Workload, kept: bool) -> Steps:
     from swift.template.templates.qwen import Qwen2VLTemplate
 
     # ms-swift (4.6) knows Qwen's own number alone; with another one it drops the images without a word.
-    Qwen2VLTemplate.image_token_id = json.loads((Path(MODEL) / "config.json").read_text())["image_token_id"]
+    Qwen2VLTemplate.image_token_id = json.loads((Path(workload.model) / "config.json").read_text())["image_token_id"]
     steps = Steps()
     callbacks_map["steps"] = lambda args, trainer: steps
     options = common(folder, workload) | {
-        "model": with_budget(folder), "model_type": "qwen2_vl", "torch_dtype": "float32", "attn_impl": "sdpa",
+        "model": with_budget(folder, workload), "model_type": "qwen2_vl", "attn_impl": "sdpa",
+        "torch_dtype": "bfloat16" if torch.cuda.is_available() else "float32",
         "tuner_type": "lora", "target_modules": "all-linear", "lora_dropout": 0, "weight_decay": 0, "adam_beta2": 0.999,
         "dataset": write_rows(folder, workload), "dataset_shuffle": False, "train_dataloader_shuffle": False,
-        "max_pixels": SIDE * SIDE, "check_model": False, "gradient_checkpointing": False, "callbacks": "steps",
+        "max_pixels": workload.pixels, "check_model": False, "gradient_checkpointing": False, "callbacks": "steps",
     }  # fmt: skip
     sft_main([word for name, value in options.items() for word in (f"--{name}", str(value))])
     return steps

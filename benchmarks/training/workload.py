@@ -1,8 +1,8 @@
-"""The same cases, model and LoRA for every contender: two images at 448 x 448, ten questions a step, 2 cores."""
+"""The same cases, model and LoRA for every contender."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,34 @@ from PIL import Image
 from echo_ft.records import Branch, Exchange
 from echo_ft.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 
-SIDE = 448
 MODEL = "recipes/tiny/echo-tiny"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS_A_STEP = 10
-"""Questions of a step, whatever the number of them a case has."""
 CONTEXT = "The first image shows a normal part, the second the part under inspection.\n"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How many cases there are, how many questions each, and how many processes make batches beside the training."""
+    """Cases of two images and some questions each, and how they are trained on."""
 
     cases: int
     questions: int
     steps: int
     workers: int = 0
+    """Processes that make batches beside the training."""
+    model: str = MODEL
+    rows: int = 10
+    """Questions of a step, whatever the number of them a case has."""
+    side: int = 448
+    """Of a photograph, in pixels."""
 
     @property
     def cases_a_step(self) -> int:
-        return ROWS_A_STEP // self.questions
+        return self.rows // self.questions
+
+    @property
+    def pixels(self) -> int:
+        """The pixel budget: every photograph has as many."""
+        return self.side**2
 
     @property
     def steps_an_epoch(self) -> int:
@@ -49,7 +57,9 @@ def exchanges(folder: Path, workload: Workload) -> list[Exchange]:
             name = f"{kind}_{case}.png"
             if not (folder / name).is_file():
                 rng = np.random.default_rng((case, number))
-                Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / name)
+                Image.fromarray(rng.integers(0, 255, (workload.side, workload.side, 3), dtype=np.uint8)).save(
+                    folder / name
+                )
             names.append(name)
         branches = tuple(
             Branch(
@@ -63,24 +73,8 @@ def exchanges(folder: Path, workload: Workload) -> list[Exchange]:
     return made
 
 
-def conversations(made: Sequence[Exchange], folder: Path) -> list[dict[str, Any]]:
-    """The same questions, one row each, as TRL takes them."""
-    return [
-        {
-            "images": [str(folder / name) for name in exchange.images],
-            "prompt": [{"role": "user", "content": exchange.context + branch.prompt}],
-            "completion": [{"role": "assistant", "content": branch.completion}],
-        }
-        for exchange in made
-        for branch in exchange.branches
-    ]
-
-
-def chats(made: Sequence[Exchange], folder: Path) -> list[dict[str, Any]]:
-    """The same rows as LLaMA-Factory and ms-swift take them: `<image>` stands where an image goes."""
-    rows = conversations(made, folder)
-    for row in rows:
-        (asked,), answered = row.pop("prompt"), row.pop("completion")
-        places = "<image>" * len(row["images"])
-        row["messages"] = [{**asked, "content": places + asked["content"]}, *answered]
-    return rows
+def rows_for(
+    made: Sequence[Exchange], folder: Path, form: Callable[..., Iterator[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The same questions in another trainer's form (`conversations` or `chats`), one row each."""
+    return [row for exchange in made for row in form(exchange, [str(folder / name) for name in exchange.images])]

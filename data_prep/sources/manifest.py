@@ -3,8 +3,8 @@
 - CSV with a header, or JSON lines, one row a photograph. Needed are `image`, `product` and `condition` (`good` for a
   part without a defect; several defects are joined: `bent+melt`). Optional are `mask` (an image file), `boxes`
   ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical part
-  share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with) and `dataset`
-  (by default the list's name).
+  share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
+  (by default the list's name) and `synthetic` (what made a defect that no camera saw: `data_prep.synthesize` fills it).
 - COCO JSON: see `_coco`.
 - No list: the files that labelme has written under the root, see `_labelme`.
 
@@ -27,7 +27,7 @@ from data_prep.sources._rows import check_condition, needed_text, split_of, text
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
 
 NEEDED = ("image", "product", "condition")
-COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference", "dataset")
+COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
 
 
 def read(config: SourceConfig) -> Items:
@@ -93,8 +93,8 @@ def _check_columns(path: Path, names: Collection[str], needed: bool = True) -> N
         raise EchoError(f"{path} has no column {missing[0]!r}; needed are {', '.join(NEEDED)}; {_found(names)}")
     for name in names:
         # A misspelt `group` or `split` that went unnoticed would leak; columns of other meaning are left alone.
-        near = difflib.get_close_matches(str(name), COLUMNS, n=1, cutoff=0.75)
-        if near and name not in COLUMNS:
+        near = name not in COLUMNS and difflib.get_close_matches(str(name), COLUMNS, n=1, cutoff=0.75)
+        if near:
             raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
 
 
@@ -119,7 +119,9 @@ def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
     if boxes and condition == GOOD:
         raise RowError(f"it has boxes although its condition is {GOOD!r}")
     image = locate(root, image, "image")
-    mask, reference = text_of(row, "mask"), text_of(row, "reference")
+    mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
+    if synthetic and condition == GOOD:
+        raise RowError(f"its defect is synthetic although its condition is {GOOD!r}")
     return Inspection(
         id=image,
         image=image,
@@ -131,6 +133,7 @@ def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
         mask=locate(root, mask, "mask") if mask else None,
         boxes=boxes,
         reference=locate(root, reference, "reference") if reference else None,
+        synthetic=synthetic,
     )
 
 

@@ -1,0 +1,316 @@
+"""An ablation's cells are runs as evaluation.run makes them, and its table is evaluation.compare's; nothing twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+
+from echo_ft import config as configs
+from echo_ft import model as models
+from echo_ft.dataset import cases, load_dataset
+from echo_ft.engine import Engine
+from echo_ft.model import load_model, make_card, write_card
+from echo_ft.records import KINDS, ROLES, EchoError, Prediction, Trace, read_jsonl
+from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
+from evaluation import ablate, ablation_table, compare
+from evaluation.run import RunConfig
+from evaluation.run import main as run_main
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset
+from tests.test_score_compare import make_run, predictions, require_self_contained
+
+CELLS: dict[str, Any] = {
+    "tuned": {},
+    "base": {"adapters": None},
+    "no reference": {"reference": "none"},
+    "one of them": {"references": 1},
+    "no reasoning": {"reasoning": False},  # as YAML reads a bare off
+    "paper": {"routing": "paper"},
+    "blurred": {"corruption": "blur", "severity": 3},
+    "as tuned": {"routing": "full"},
+}
+RUNS = len(CELLS) - 1
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=1, validation=1, test=3)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, dataset):
+    """Four adapters with random weights, as train/sft.py leaves them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, role in enumerate(ROLES):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config).save_pretrained(folder / role)
+        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(dataset, adapters):
+    """What all cells have in common; batches of two, so that the last one is smaller."""
+    options = {"dataset": str(dataset), "adapters": str(adapters), "model_name_or_path": str(ECHO_TINY)}
+    options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
+    return {**options, "dtype": "float32", "baseline": "tuned", "cells": CELLS}
+
+
+def written(folder: Path, options: dict[str, Any]) -> list[str]:
+    """The command's arguments, the file being in `folder` and the ablation in `folder/out`."""
+    folder.mkdir(exist_ok=True)
+    text = yaml.safe_dump({"output": str(folder / "out"), **options}, sort_keys=False)
+    (folder / "ablation.yaml").write_text(text)
+    return ["--config", str(folder / "ablation.yaml")]
+
+
+@pytest.fixture(scope="module")
+def done(shared, tmp_path_factory):
+    """An ablation that nobody stopped, by the command of a user; what it printed lies in `printed`."""
+    folder = tmp_path_factory.mktemp("ablation")
+    (folder / "printed").write_text(command([sys.executable], written(folder, shared)))
+    return folder
+
+
+def command(launcher: list[str], arguments: list[str]) -> str:
+    """What the command of a user prints."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    words = [*launcher, "-m", "evaluation.ablate", *arguments]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def table_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "ablation.json").read_text())
+
+
+def run_of(folder: Path, name: str) -> Path:
+    """The run's folder of a cell."""
+    return next(folder / "out" / cell["run"] for cell in table_of(folder)["cells"] if cell["name"] == name)
+
+
+@pytest.mark.parametrize("name", ["base", "one of them", "no reasoning", "paper", "blurred"])
+def test_a_cell_is_the_run_that_evaluation_run_makes_alone(done, shared, tmp_path, name):
+    options = {**{key: value for key, value in shared.items() if key not in ("baseline", "cells")}, **CELLS[name]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**options, "output": str(tmp_path / "alone")}))
+    run_main(["--config", str(tmp_path / "run.yaml")])
+    cell, alone = run_of(done, name), tmp_path / "alone"
+    assert json.loads((cell / RUN).read_text()) == json.loads((alone / RUN).read_text())
+    assert list(read_jsonl(cell / TRACES, Trace)) == list(read_jsonl(alone / TRACES, Trace))
+    for one, other in zip(*(read_jsonl(at / PREDICTIONS, Prediction) for at in (cell, alone)), strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+        assert dataclasses.replace(one, probabilities=other.probabilities) == other
+
+
+def test_cells_of_equal_settings_are_one_run(done):
+    assert len(list((done / "out").glob("*/run.json"))) == RUNS
+    assert run_of(done, "as tuned") == run_of(done, "tuned") and run_of(done, "tuned").name.startswith("tuned-")
+    rows = {cell["name"]: cell for cell in table_of(done)["cells"]}
+    assert rows["as tuned"]["figures"] == rows["tuned"]["figures"] and rows["as tuned"]["difference"] is None
+    assert "as tuned has the settings of tuned: one run." in (done / "printed").read_text()
+
+
+def test_the_table_is_that_of_evaluation_compare(done, tmp_path):
+    names = [name for name in CELLS if name != "as tuned"]
+    compare.main([*(str(run_of(done, name)) for name in names), "--output", str(tmp_path)])
+    expected = json.loads((tmp_path / "comparison.json").read_text())
+    found = {cell["name"]: cell for cell in table_of(done)["cells"]}
+    for name, run in zip(names, expected["runs"], strict=True):
+        for key, figure in run["figures"].items():
+            assert found[name]["figures"][key] == {"value": figure["value"], "interval": figure["interval"]}
+        assert found[name]["counts"] == run["counts"] and found[name]["cases"] == 3
+    for name, difference in zip(names[1:], expected["differences"], strict=True):
+        ours, test = found[name]["difference"], difference["mcnemar"][compare.TOGETHER]
+        assert ours["figures"] == difference["figures"]
+        assert (ours["won"], ours["lost"], ours["p_holm"]) == (test["only_run"], test["only_baseline"], test["p_holm"])
+        assert (ours["questions"], ours["cases"]) == (21, 3)
+
+
+def test_the_table_is_printed_and_written_with_its_numbers_of_questions(done):
+    printed, markdown = (done / "printed").read_text(), (done / "out" / "ablation.md").read_text()
+    header, _, *rows = markdown.split("\n\n")[0].splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == list(CELLS)
+    assert [name.strip() for name in header.split("|")[-5:-1]] == ["unparsed, %", "questions", "cases", "seconds"]
+    for name, row in zip(CELLS, rows, strict=True):
+        assert [cell.strip() for cell in row.split("|")[-4:-2]] == ["21", "3"]
+        assert " ".join(row.replace("|", " ").split()) in " ".join(printed.split()), name
+    assert "Holm-corrected for 6 differences" in printed and "AD Anomaly Detection" in markdown
+    page = (done / "out" / "ablation.html").read_text()
+    require_self_contained(page)
+    assert all(f'<th scope="row">{name}</th>' in page for name in CELLS) and "corruption: blur" in page
+
+
+def asked_by(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
+    """What engines are asked from now on, what images they encode, and what models are loaded, as they come."""
+    asked, looked, loaded = [], [], []
+    speak, look, load = Engine.speak, Engine._open, models.load_model
+
+    def speaking(self, role, exchanges):
+        for one in exchanges:
+            words = [(role, self.adapted, self.corruption, one.images, one.context, b.prompt) for b in one.branches]
+            asked.extend(words)
+        return speak(self, role, exchanges)
+
+    monkeypatch.setattr(Engine, "speak", speaking)
+    monkeypatch.setattr(Engine, "_open", lambda self, view: looked.append((self.adapted, view)) or look(self, view))
+    monkeypatch.setattr(models, "load_model", lambda *some, **more: loaded.append(some) or load(*some, **more))
+    return asked, looked, loaded
+
+
+def test_nothing_is_computed_twice_and_a_finished_ablation_computes_nothing(done, shared, tmp_path, monkeypatch):
+    asked, looked, loaded = asked_by(monkeypatch)
+    ablate.main(written(tmp_path, shared))
+    assert len(set(asked)) == len(asked) and len(set(looked)) == len(looked) and len(loaded) == 2
+    for name in CELLS:
+        for file in (PREDICTIONS, TRACES):
+            assert (run_of(tmp_path, name) / file).read_bytes() == (run_of(done, name) / file).read_bytes()
+    before = table_of(tmp_path)
+    for calls in (asked, looked, loaded):
+        calls.clear()
+    ablate.main(written(tmp_path, {**shared, "baseline": "base"}))
+    assert not asked and not looked and not loaded
+    after = table_of(tmp_path)
+    for one, other in zip(before["cells"], after["cells"], strict=True):
+        assert one["figures"] == other["figures"] and one["run"] == other["run"]
+    assert after["cells"][1]["difference"] is None and after["cells"][0]["difference"]["questions"] == 21
+
+
+@pytest.mark.parametrize("stopped", [2, 11])
+def test_a_stopped_ablation_goes_on_to_the_bytes_of_one_left_alone(done, shared, tmp_path, monkeypatch, stopped):
+    """Stopped where the so manieth case would be written: in the first cell, and in one that shares much."""
+    write, count = RunFolder.write, []
+
+    def writing(self, case, outcome):
+        count.append(case)
+        if len(count) == stopped:
+            raise KeyboardInterrupt
+        write(self, case, outcome)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", writing)
+        with pytest.raises(KeyboardInterrupt):
+            ablate.main(written(tmp_path, shared))
+    kept = tmp_path / "out" / "utterances" / "0.jsonl"
+    kept.write_bytes(kept.read_bytes()[:-9])  # killed while it wrote what the decision makers said
+    ablate.main(written(tmp_path, shared))
+    for name in CELLS:
+        for file in (PREDICTIONS, TRACES):
+            assert (run_of(tmp_path, name) / file).read_bytes() == (run_of(done, name) / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_cells_of_one(done, shared, tmp_path):
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2"]
+    command(launcher, written(tmp_path, shared))
+    assert len(list((tmp_path / "out" / "utterances").iterdir())) == 2
+    for name in CELLS:
+        for file in (PREDICTIONS, TRACES):
+            ours, theirs = (run_of(folder, name) / file for folder in (tmp_path, done))
+            assert sorted(ours.read_bytes().splitlines()) == sorted(theirs.read_bytes().splitlines())
+    assert [one["figures"] for one in table_of(tmp_path)["cells"]] == [
+        one["figures"] for one in table_of(done)["cells"]
+    ]
+
+
+def test_a_cell_that_is_added_finds_what_the_others_left(done, shared, tmp_path, monkeypatch):
+    shutil.copytree(done / "out", tmp_path / "out")
+    asked, _, _ = asked_by(monkeypatch)
+    ablate.main(written(tmp_path, {**shared, "cells": {**CELLS, "late": {"knowledge": "none"}}}))
+    assert {role for role, *_ in asked} <= {"reasoning_expert", "decision_maker"}, "the extractor was asked before"
+    assert len(list((tmp_path / "out").glob("*/run.json"))) == RUNS + 1 and len(table_of(tmp_path)["cells"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"cells": {"tuned": {}, "b": {"refrence": "none"}}},
+            "^cell b: unknown key 'refrence'; did you mean 'reference'",
+        ),
+        ({"cels": {}}, "unknown key 'cels'; did you mean 'cells'"),
+        (
+            {"cells": {"tuned": {}, "b": {"reference": "nun"}}},
+            "^cell b: reference cannot be 'nun'; choose from retrieved",
+        ),
+        ({"cells": {"tuned": {}, "b": {"adapters": "nowhere"}}}, "^cell b: there is no folder nowhere"),
+        ({"cells": {"tuned": {}, "b": {"dataset": "nowhere"}}}, "^cell b: there is no dataset nowhere"),
+        ({"cells": {"tuned": {}, "b": {"corruption": "blur"}}}, "^cell b: corruption is given and severity is not"),
+        (
+            {"cells": {"tuned": {}, "b": {"references": 0}}},
+            "^cell b: references is 0, and .* choose a number from 1 to",
+        ),
+        ({"cells": {"tuned": {}, "b": {"references": 3}}}, "^cell b: references is 3, and .* was built with k 2"),
+        ({"cells": {"tuned": {}, "b": {"output": "x"}}}, "^cell b: its output is a folder under"),
+        ({"cells": {"tuned": {}, "b": "base"}}, "^cell b: 'base' is no mapping"),
+        ({"baseline": "tunde"}, "baseline is 'tunde', which is no cell; choose from tuned, base"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_runs(shared, tmp_path, changes, message):
+    with pytest.raises(EchoError, match=message):
+        ablate.main(written(tmp_path, {**shared, **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_references_are_shown_as_asked_for_the_best_ranked_first(dataset):
+    for method in ("retrieved", "random"):
+        every = cases(load_dataset(dataset), "test", method)
+        best = cases(load_dataset(dataset), "test", method, 1)
+        assert [one.seen.query for one in best] == [one.seen.query for one in every]
+        assert all([one.rank for one in case.seen.references] == [1] for case in best if case.seen.references)
+    assert all(len(case.seen.references) == 1 for case in cases(load_dataset(dataset), "test", "retrieved", 1))
+
+
+def test_a_cell_on_other_questions_is_compared_on_those_that_both_were_asked(tmp_path):
+    """Forty photographs, of which the second dataset has the last ten and ten of its own, and the third none."""
+    first, second = predictions(0.9), predictions(0.4, seed=1, images=50)[60:]
+    third = [dataclasses.replace(row, question_text="Another one?") for row in predictions(0.5)]
+    folders = {
+        "seen": make_run(tmp_path / "seen", first),
+        "novel": make_run(tmp_path / "novel", second, dataset_fingerprint="beef", warnings=["odd"]),
+        "other": make_run(tmp_path / "other", third, warnings=["odd", "new"]),
+    }
+    rows = [(name, {}, folder) for name, folder in folders.items()]
+    table = ablation_table.tabulate(rows, "seen", dict.fromkeys(folders, 1.0))
+    seen, novel, other = table["cells"]
+    assert (novel["counts"]["questions"], novel["cases"]) == (40, 20)
+    assert (novel["difference"]["questions"], novel["difference"]["cases"]) == (20, 10)
+    compare.main([
+        str(make_run(tmp_path / "a", first[60:])), str(make_run(tmp_path / "b", second[:20])),
+        "--output", str(tmp_path / "compare"),
+    ])  # fmt: skip
+    expected = json.loads((tmp_path / "compare" / "comparison.json").read_text())["differences"][0]
+    assert novel["difference"]["figures"] == expected["figures"]
+    assert novel["difference"]["p_holm"] == expected["mcnemar"][compare.TOGETHER]["p"]
+    assert other["difference"] is None and seen["difference"] is None
+    assert table["warnings"] == ["novel, other: odd", "other: new"]
+    told = ablation_table.text(table)
+    assert "is on the 20 questions of 10 cases that both were asked" in told
+    assert "other was asked other questions than seen, none of them the same" in told
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*/ablation.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_of_an_ablation_has_cells_that_can_be_read(path):
+    shared, ablation = configs.parse([RunConfig, ablate.AblationConfig], ["--config", str(path)])
+    cells = ablate.read_cells(shared, ablation)
+    assert len({cell.config.output for cell in cells}) == len(cells), "no two have the same settings"
+    (run,) = configs.parse([RunConfig], ["--config", str(path.with_name("run.yaml"))])
+    same = ("model_name_or_path", "dataset", "split", "routing", "min_pixels", "max_pixels", "dtype")
+    assert [getattr(shared, name) for name in same] == [getattr(run, name) for name in same]
+    differing = {option for cell in cells for option in cell.differs}
+    assert differing >= {"adapters", "reference", "references", "knowledge", "reasoning", "routing", "corruption"}
+    assert set(ablation_table.INITIALS) == set(KINDS) and len(set(ablation_table.INITIALS.values())) == len(KINDS)

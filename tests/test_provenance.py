@@ -1,0 +1,149 @@
+"""A run is of the images that its dataset was built from, and runs of different protocols do not stand together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.build import main as build_main
+from echo_ft.dataset import DIGESTS, Dataset, load_dataset, require_unchanged
+from echo_ft.records import EchoError, Inspection, Prediction, Reference, read_jsonl
+from evaluation import compare
+from evaluation.run import main as run_main
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
+from tests.test_score_compare import make_run, predictions
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "data"
+    build_main(["--config", "recipes/tiny/data.yaml", "--output", str(folder), "--parts", "8"])
+    return folder
+
+
+@pytest.fixture
+def built(drawn: Path, tmp_path: Path) -> Dataset:
+    shutil.copytree(drawn, tmp_path / "data")
+    return load_dataset(tmp_path / "data")
+
+
+def test_a_build_keeps_the_digest_of_every_image_that_a_run_can_show(built: Dataset) -> None:
+    inspections = read_jsonl(built.folder / "inspections.jsonl", Inspection)
+    references = read_jsonl(built.folder / "references.jsonl", Reference)
+    require_unchanged(built, [*(i.image for i in inspections), *(r.image for r in references)])
+    with pytest.raises(EchoError, match=r"1 of 1 images .*such as manifest\.json"):
+        require_unchanged(built, ["manifest.json"])
+
+
+def swap(first: Path, second: Path) -> None:
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        (lambda images: images[0].write_bytes(images[0].read_bytes() + b"."), 1),
+        (lambda images: images[0].write_bytes(b""), 1),
+        (lambda images: swap(images[0], images[1]), 2),
+        (lambda images: images[0].touch(), 0),
+        (lambda images: images[0].unlink(), 0),  # whoever reads it tells
+    ],
+)
+def test_images_that_were_changed_after_the_build_are_told_by_content(
+    built: Dataset, change: Callable[[list[Path]], Any], count: int
+) -> None:
+    names = [one.image for one in read_jsonl(built.folder / "inspections.jsonl", Inspection)][:5]
+    change([built.root / name for name in names])
+    if not count:
+        require_unchanged(built, names)
+        return
+    told = rf"{count} of 5 images .* not those .* was built from \(such as {names[0]}\); put the files back, or build"
+    with pytest.raises(EchoError, match=told):
+        require_unchanged(built, [*names, *names])
+
+
+def test_digests_that_are_not_the_datasets_are_refused(built: Dataset) -> None:
+    digests = json.loads((built.folder / DIGESTS).read_text())
+    digests[min(digests)] = "0" * 64
+    (built.folder / DIGESTS).write_text(json.dumps(digests))
+    with pytest.raises(EchoError, match=r"digests.json is not the one of this dataset's manifest.json"):
+        require_unchanged(built, [])
+    (built.folder / DIGESTS).write_text("{")
+    with pytest.raises(EchoError, match=r"digests.json is not JSON .*; build the dataset again"):
+        require_unchanged(built, [])
+
+
+def run(dataset: Path, output: Path) -> None:
+    options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
+    options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 3, "answer": "logits"}
+    run_main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+
+
+def test_a_run_refuses_a_changed_image_and_says_how_many_predictions_failed_for_a_missing_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=2)
+    query, reference = (dataset / "images" / name for name in ("test_0_2.png", "test_1_0.png"))
+    for changed in (query, reference):
+        original = changed.read_bytes()
+        changed.write_bytes(original[:-1])
+        with pytest.raises(EchoError, match=f"1 of 6 images that are used .*such as {changed.name}"):
+            run(dataset, tmp_path / "run")
+        changed.write_bytes(original)
+    content = query.read_bytes()
+    query.unlink()
+    run(dataset, tmp_path / "run")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"done: {tmp_path / 'run'}; 7 predictions failed (the first: ") and query.name in last
+    assert "the same command asks again; score it with" in last
+    query.write_bytes(content)
+    run(dataset, tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"done: {tmp_path / 'run'}; score it with")
+    assert len(list(read_jsonl(tmp_path / "run" / "predictions.jsonl", Prediction))) == 14
+
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    assert described["images_fingerprint"] == manifest["images_fingerprint"] and described["warnings"] == []
+    (dataset / DIGESTS).unlink()
+    run(dataset, tmp_path / "older")
+    assert "built by an older version" in json.loads((tmp_path / "older" / "run.json").read_text())["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("answer", ("generate", "logits")),
+        ("option_order", ("given", "cyclic")),
+        ("max_new_tokens", (64, 128)),
+        ("min_pixels", (784, 3136)),
+        ("max_pixels", (28224, 50176)),
+        ("prompt_version", ("2", "3")),
+    ],
+)
+def test_runs_of_another_protocol_are_compared_only_where_it_is_what_is_compared(
+    tmp_path: Path, key: str, values: tuple[Any, Any]
+) -> None:
+    base, other = (make_run(tmp_path / name, predictions(0.5), **{key: value})
+                   for name, value in zip(("base", "other"), values, strict=True))  # fmt: skip
+    told = f"base and other cannot be compared: their {key} differs .{values[0]} and {values[1]}.; .*--compared {key}"
+    with pytest.raises(EchoError, match=told):
+        compare.main([str(base), str(other)])
+    compare.main([str(base), str(other), "--compared", key])
+    assert (tmp_path / "compare" / "comparison.json").is_file()
+
+
+def test_what_comparisons_are_about_may_differ(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "base", predictions(0.5), routing="full", corruption=None, references=None)
+    other = make_run(
+        tmp_path / "other", predictions(0.5), routing="paper", reference="none", references=1, knowledge="all",
+        reasoning="off", corruption="blur", severity=3, base_model="another", base_fingerprint="beef",
+        adapters={"decision_maker": {"fingerprint": "beef"}}, dtype="bfloat16", code="beef", versions={"torch": "3"},
+    )  # fmt: skip
+    compare.main([str(base), str(other)])
