@@ -26,11 +26,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from data_prep import sources
-from data_prep.output import Sides, Spool, make_manifest, rejected_words, workspace, write_json
+from data_prep.output import Sides, Spool, image_digests, make_manifest, rejected_words, workspace, write_json
 from data_prep.prepare import TRAINING, Material, balanced, collect, prepare, progress
 from data_prep.settings import BuildConfig
 from data_prep.upstream import Run, check_photographs, check_runs, described, predicted, read_runs
 from echo_ft.config import parse, run_main
+from echo_ft.dataset import images_fingerprint
 from echo_ft.records import GOOD, ROLES, EchoError, Inspection, Question, Rejection, write_jsonl
 from echo_ft.splits import check_fractions
 
@@ -68,12 +69,13 @@ def build(config: BuildConfig) -> dict[str, Any]:
         material = prepare(inspections, questions, rejections, root, folder, config)
         if runs:
             check_runs(runs, material, root)
+        digests = image_digests(material.inspections, root)
+        check_photographs(runs, images_fingerprint(digests))
         write_jsonl(folder / "rejected.jsonl", material.rejections)
         write_json(folder / "knowledge.json", material.knowledge)
         sides = write_sft(material, root, config, runs)
-        manifest = make_manifest(material, sides, root, config) | {"held_out": material.held_out}
+        manifest = make_manifest(material, sides, digests, root, config) | {"held_out": material.held_out}
         manifest |= {"upstream": config.upstream, "upstream_runs": described(runs)}
-        check_photographs(runs, manifest["images_fingerprint"])
         write_json(folder / "manifest.json", manifest)
         write_preview(folder, root, manifest, material)
     return manifest
@@ -118,8 +120,8 @@ def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequenc
         }
         # One role at a time would read each photograph four times.
         for inspection, case in progress(material.training_cases(), "writing", "cases"):
-            gold = gold_upstream(case, root)
-            said = predicted(case, runs, config.routing) if runs else gold
+            said = predicted(case, runs, config.routing) if runs else None
+            gold = gold_upstream(case, root, said)
             for role in ROLES:
                 rows = training_exchanges(case, role, root, config.routing, said, gold)
                 if rows:

@@ -3,8 +3,9 @@
     python -m data_prep.convert --dataset data/parts --format trl|llamafactory|ms_swift --output FOLDER
 
 Writes `<role>/<split>.parquet` for TRL, `<role>/<split>.jsonl` and `dataset_info.json` for LLaMA-Factory, and
-`<role>/<split>.jsonl` for ms-swift. Images stay where they are and are named by their absolute path, but those that not
-every library would read as `echo_ft.images` does: of these the folder gets 8-bit copies in `images/`.
+`<role>/<split>.jsonl` for ms-swift; and manifest.json, which says where the rows come from. Images stay where they are
+and are named by their absolute path, but those that not every library would read as `echo_ft.images` does: of these the
+folder gets 8-bit copies in `images/`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from data_prep.output import write_json
 from data_prep.prepare import progress
 from echo_ft.config import parse, run_main
 from echo_ft.conversations import SHAREGPT, chats, conversations
-from echo_ft.dataset import Dataset, load_dataset
+from echo_ft.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.images import UNREADABLE, load_image
+from echo_ft.provenance import commit, versions
 from echo_ft.records import ROLES, EchoError, Exchange, read_jsonl
 
 PLAIN = ("RGB", "L")
@@ -67,7 +69,8 @@ def main(argv: list[str]) -> None:
 def convert(dataset: Dataset, form: str, output: Path) -> dict[str, int]:
     """Write the rows of every role and split into a new folder, whole or not at all; returns their numbers by file.
 
-    Raises EchoError where the folder holds something, an image cannot be read, or a text holds a token of a trainer.
+    Raises EchoError where the folder holds something, an image cannot be read or is not the one that the dataset was
+    built from, or a text holds a token of a trainer.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EchoError(f"{output} is there already; choose another output or remove it")
@@ -84,6 +87,8 @@ def convert(dataset: Dataset, form: str, output: Path) -> dict[str, int]:
                 counts[f"{role}/{split}"] = _write(exchanges, places, form, folder / role / split)
         if form == "llamafactory":
             write_json(folder / "dataset_info.json", _described(counts))
+        require_unchanged(dataset, places.known)
+        write_json(folder / "manifest.json", _manifest(dataset, form, counts))
         folder.rename(output)
     return counts
 
@@ -95,13 +100,14 @@ class Places:
         self.root, self.copies = root, copies
         self.final = final
         """Where `copies` will lie in the end."""
-        self._known: dict[str, str] = {}
+        self.known: dict[str, str] = {}
+        """The absolute paths by the images' names."""
 
     def of(self, name: str) -> str:
         """The absolute path of an image. Raises EchoError where it cannot be read."""
-        if name not in self._known:
-            self._known[name] = self._place(name)
-        return self._known[name]
+        if name not in self.known:
+            self.known[name] = self._place(name)
+        return self.known[name]
 
     def _place(self, name: str) -> str:
         if plain(self.root / name):
@@ -162,6 +168,20 @@ def _write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> int:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def _manifest(dataset: Dataset, form: str, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What the rows were made from and by."""
+    return {
+        "format": form,
+        "dataset": str(dataset.folder.resolve()),
+        "dataset_fingerprint": dataset.fingerprint,
+        "prompt_version": dataset.manifest["prompt_version"],
+        "rows": counts,
+        "synthetic": dataset.manifest.get("counts", {}).get("synthetic", {}),
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def _described(counts: Mapping[str, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.prepare import Material, progress, reference_pool, remedy, some
+from data_prep.prepare import REFERENCE_LEFT_OUT, Material, progress, reference_pool, remedy, some
 from data_prep.settings import BuildConfig
 from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
 from echo_ft.geometry import mask_files
@@ -149,13 +149,14 @@ class Spool:
         return sides
 
 
-def make_manifest(material: Material, sides: Mapping[str, Sides], root: Path, config: BuildConfig) -> dict[str, Any]:
+def make_manifest(
+    material: Material, sides: Mapping[str, Sides], digests: Mapping[str, str], root: Path, config: BuildConfig
+) -> dict[str, Any]:
     """What the dataset holds, how it was made, and what to beware of; its images' digests go into its folder too.
 
-    `sides` is what the files under sft hold, by `<role>/<split>`.
+    `sides` is what the files under sft hold, by `<role>/<split>`; `digests` is as `image_digests` gives it.
     """
     folder = material.folder
-    digests = _image_digests(material.inspections, root)
     write_json(folder / DIGESTS, digests)
     images = images_fingerprint(digests)
     names = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
@@ -221,7 +222,7 @@ def _sorted(counter: Counter[str]) -> dict[str, int]:
     return {key: counter[key] for key in sorted(counter)}
 
 
-def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
+def image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
     """SHA-256 of every photograph, mask and named reference, by path."""
     paths = {path for i in inspections for path in (i.image, *mask_files(i), i.reference) if path is not None}
     digests = {}
@@ -231,7 +232,7 @@ def _image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, s
     return digests
 
 
-def _warnings(material: Material, digests: dict[str, str], config: BuildConfig) -> list[str]:
+def _warnings(material: Material, digests: Mapping[str, str], config: BuildConfig) -> list[str]:
     """What a user should know before trusting a number that comes from this dataset."""
     inspections = material.inspections
     cases = [inspection for inspection in inspections if inspection.id in material.questions.inspections]
@@ -256,6 +257,12 @@ def _warnings(material: Material, digests: dict[str, str], config: BuildConfig) 
         found.append(
             f"the defects of {made.total()} training photographs are synthetic ({methods}): no camera saw them; "
             "validation and test have none"
+        )
+    hidden = sum(rejection.reason == REFERENCE_LEFT_OUT for rejection in material.rejections)
+    if hidden:
+        found.append(
+            f"the references named for {hidden} training photographs are of the fold that is left out: retrieved ones "
+            "stand in for them"
         )
     found += material.knowledge_doubts
     bare = [inspection.image for inspection in cases if inspection.id not in material.references.inspections]

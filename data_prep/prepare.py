@@ -32,15 +32,17 @@ from echo_ft.records import (
     read_jsonl,
     write_jsonl,
 )
-from echo_ft.splits import HOLDS_OUT, LEFT_OUT, REFERENCE, leave_out, make_splits, part, trainable
+from echo_ft.splits import HOLDS_OUT, LEFT_OUT, REFERENCE, leave_out, make_splits, part, trainable, withheld
 
 T = TypeVar("T")
 R = TypeVar("R", Reference, Question)
 
 SYNTHETIC_ELSEWHERE = (
-    "its defect is synthetic, and the photographs of its part are not all in the train split: validation and test ask "
-    "about photographs alone"
+    "its defect is synthetic, and it is of a kind that is held out, or the photographs of its part are not all in the "
+    "train split: validation and test ask about photographs alone"
 )
+
+REFERENCE_LEFT_OUT = "the named reference is of the fold that is left out, so no training row may show it"
 
 TRAINING = ("train", "validation")
 """The splits that have rows for the roles."""
@@ -83,29 +85,29 @@ class Material:
 
     def training_cases(self) -> Iterator[tuple[Inspection, Case]]:
         """The photographs of TRAINING with questions, each with its case as `echo_ft.dataset.cases` gives it."""
-        references = by_inspection(read_jsonl(self.folder / "references.jsonl", Reference))
-        questions = by_inspection(read_jsonl(self.folder / "questions.jsonl", Question))
-        for inspection in self.inspections:
-            beside, asked = references(inspection.id), questions(inspection.id)
+        references = by_inspection(self.inspections, read_jsonl(self.folder / "references.jsonl", Reference))
+        questions = by_inspection(self.inspections, read_jsonl(self.folder / "questions.jsonl", Question))
+        for inspection, beside, asked in zip(self.inspections, references, questions, strict=True):
             if inspection.split in TRAINING:
                 for case in make_cases([inspection], beside, asked, self.training_knowledge):
                     yield inspection, case
 
 
-def by_inspection(records: Iterable[R]) -> Callable[[str], list[R]]:
-    """What gives the records of one inspection after the other: they and the calls are in the order of inspections."""
+def by_inspection(inspections: Iterable[Inspection], records: Iterable[R]) -> Iterator[list[R]]:
+    """The records of each inspection, which come in the order of the inspections.
+
+    Raises ValueError at the end where they do not, or where one belongs to no inspection.
+    """
     groups = groupby(records, key=lambda record: record.inspection)
     waiting = next(groups, None)
-
-    def of(inspection: str) -> list[R]:
-        nonlocal waiting
-        if waiting is None or waiting[0] != inspection:
-            return []
-        found = list(waiting[1])
+    for inspection in inspections:
+        if waiting is None or waiting[0] != inspection.id:
+            yield []
+            continue
+        yield list(waiting[1])
         waiting = next(groups, None)
-        return found
-
-    return of
+    if waiting is not None:
+        raise ValueError(f"records of {waiting[0]} are not in the order of the inspections")
 
 
 def write_records(path: Path, records: Iterable[R], kind: Callable[[R], str]) -> Written:
@@ -190,7 +192,7 @@ def prepare(
     inspections, split_words, held_out = divide(inspections, root, config)
     unplaced = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
     inspections = [inspection for inspection in inspections if inspection.split is not None]
-    inspections, references, unreadable = refer(inspections, root, config)
+    inspections, references, unusable = refer(inspections, root, config)
     known = load_knowledge(config.knowledge) if config.knowledge else {}
     knowledge, unknown = describe(inspections, known)
     training_knowledge = less_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
@@ -212,7 +214,7 @@ def prepare(
         write_records(folder / "references.jsonl", references, lambda reference: reference.method),
         write_records(folder / "questions.jsonl", written, lambda question: question.kind),
         knowledge,
-        [*rejections, *unplaced, *unreadable, *lost],
+        [*rejections, *unplaced, *unusable, *lost],
         split_words,
         held_out,
         unknown,
@@ -233,24 +235,31 @@ def divide(
     named = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
     real = [inspection for inspection in named if inspection.synthetic is None]
     dealt, words, held_out = make_splits(real, config.split, config.seed, config.fractions, config.held_out)
-    done = with_synthetic(named, dealt)
+    done = with_synthetic(named, dealt, held_out if config.split == "by_condition" else ())
     if config.folds is not None and config.fold is not None:
         done = leave_out(done, config.folds, config.fold, config.seed)
         words += f"; fold {config.fold} of {config.folds} (0 to {config.folds - 1}) of train is {LEFT_OUT}"
     return [dataclasses.replace(i, split=d.split) for i, d in zip(inspections, done, strict=True)], words, held_out
 
 
-def with_synthetic(inspections: Sequence[Inspection], real: Sequence[Inspection]) -> list[Inspection]:
+def with_synthetic(
+    inspections: Sequence[Inspection], real: Sequence[Inspection], held_out: Collection[str]
+) -> list[Inspection]:
     """The inspections in their order: the `real` ones as dealt, and the synthetic with the train split or with none.
 
-    A synthetic defect is trained on where all photographs of its part are.
+    A synthetic defect is trained on where all photographs of its part are, unless its condition is held out.
     """
     dealt = iter(real)
     splits: dict[tuple[str, str, str], set[str | None]] = defaultdict(set)
     for inspection in real:
         splits[part(inspection)].add(inspection.split)
+    away = {place: withheld(conditions, held_out) for place, conditions in conditions_of(inspections).items()}
+
+    def trained(made: Inspection) -> bool:
+        return splits[part(made)] == {"train"} and made.condition not in away[made.dataset, made.product]
+
     return [
-        dataclasses.replace(i, split="train" if splits[part(i)] == {"train"} else None) if i.synthetic else next(dealt)
+        dataclasses.replace(i, split="train" if trained(i) else None) if i.synthetic else next(dealt)
         for i in inspections
     ]
 
@@ -285,12 +294,16 @@ def refer(
 ) -> tuple[list[Inspection], Iterator[Reference], list[Rejection]]:
     """The photographs that the descriptor could read, and the references of those that are asked about, in one order.
 
-    Where a fold is left out, what is trained on shows nothing of it, not even as a reference; what is left out, and the
-    other splits, have the references that they have without folds.
+    Where a fold is left out, what is trained on shows nothing of it, not even as a reference that the source names;
+    what is left out, and the other splits, have the references that they have without folds. What could not be used is
+    rejected.
     """
     from echo_ft.retrieval import find_references
 
-    asked, pool = queries(inspections), reference_pool(inspections)
+    hidden = named_of_fold(inspections, root)
+    dropped = [Rejection(image, REFERENCE_LEFT_OUT, "reference") for image in hidden.values()]
+    asked = [dataclasses.replace(i, reference=None) if i.id in hidden else i for i in queries(inspections)]
+    pool = reference_pool(inspections)
     if not pool and any(inspection.reference is None for inspection in asked):
         raise EchoError(
             "the train split holds no normal photograph, so there is nothing to compare with; "
@@ -300,17 +313,34 @@ def refer(
     if config.folds is not None:
         taught, others = ([i for i in asked if (i.split == "train") == side] for side in (True, False))
         searches = [(taught, [normal for normal in pool if normal.split != LEFT_OUT]), (others, pool)]
-    found = []
+    found: list[Iterator[Reference]] = []
     unreadable: dict[str, Rejection] = {}
     for searching, normals in searches:
         references, rejected = find_references(
             searching, normals, root, config.descriptor, config.k, config.scope, config.seed, config.cache, config.index
         )
-        found.append(by_inspection(references))
+        found.append(references)
         unreadable |= {rejection.item: rejection for rejection in rejected}
     left = [inspection for inspection in inspections if inspection.image not in unreadable]
-    beside = (row for inspection in left for references_of in found for row in references_of(inspection.id))
-    return left, beside, list(unreadable.values())
+    each = zip(*(by_inspection(left, references) for references in found), strict=True)
+    beside = (row for groups in each for group in groups for row in group)
+    return left, beside, [*dropped, *unreadable.values()]
+
+
+def named_of_fold(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
+    """The references that the source names for photographs of the train split and that are `LEFT_OUT`, by inspection.
+
+    It is the content of the files that counts.
+    """
+    from echo_ft.embedding import hash_files
+
+    left = [inspection.image for inspection in inspections if inspection.split == LEFT_OUT]
+    named = {i.id: i.reference for i in inspections if i.split == "train" and i.reference is not None}
+    if not left or not named:
+        return {}
+    hashes, _ = hash_files([*{*left, *named.values()}], root)
+    away = {hashes[image] for image in left if image in hashes}
+    return {name: reference for name, reference in named.items() if hashes.get(reference) in away}
 
 
 def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], list[str]]:
@@ -389,8 +419,10 @@ def ask(
     given: dict[str, list[Question]] = defaultdict(list)
     for question in own:
         given[question.inspection].append(question)
+    photographed = queries([inspection for inspection in inspections if inspection.synthetic is None])
+    tested = conditions_of(photographed)  # a test asks the same with and without synthetic defects in the training
     conditions = conditions_of(inspections)
-    products = sorted({inspection.product for inspection in inspections})
+    products = sorted({inspection.product for inspection in photographed})
     trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
     for inspection in progress(inspections, "asking", "photographs"):
         if inspection.id in given:
@@ -399,7 +431,8 @@ def ask(
         test = inspection.split == "test"
         known = knowledge if test else training_knowledge
         texts = known[inspection.dataset][inspection.product]
-        shown = [name for name in conditions[inspection.dataset, inspection.product] if name in texts]
+        shown = (tested if test else conditions)[inspection.dataset, inspection.product]
+        shown = [name for name in shown if name in texts]
         entries = tuple(Entry(*item) for item in texts.items())
         yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
 

@@ -6,17 +6,19 @@
 
 Takes the config of a build, whose source, root, annotations, knowledge and seed count here. Writes a folder that the
 source `manifest` reads: the source's photographs (hard links where the disk allows it, copies elsewhere), the synthetic
-ones with their masks under synthetic/, parts.jsonl with all of them, knowledge.yaml with what is known and a
-description of each synthetic condition, and rejected.jsonl. The source is only read; the same input and seed give the
-same files.
+ones with their masks under synthetic/, a list of all of them, knowledge.yaml with what is known and a description of
+each synthetic condition, rejected.jsonl, and manifest.json with how it was made. The list has the name of the source's
+own list, or of its folder where that names the dataset, so that a build splits the photographs as one of the source
+does; parts.jsonl otherwise. The source is only read; the same input and seed give the same files.
 
 A synthetic photograph belongs to the same part as the normal that it was made from, and to training alone: none is made
 of a photograph that the source gives to validation or test, and a build that deals splits itself leaves out those whose
-part is not in the train split.
+part is not in the train split, or whose condition it holds out for the test.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -32,16 +34,23 @@ import yaml
 from PIL import Image
 
 from data_prep.build import check, photographs
-from data_prep.output import workspace
+from data_prep.output import workspace, write_json
 from data_prep.prepare import progress
 from data_prep.settings import BuildConfig
+from data_prep.sources import place_name
 from data_prep.sources.manifest import COLUMNS
 from echo_ft.anomalies import METHODS, Anomaly, make_anomaly
 from echo_ft.config import parse, run_main
 from echo_ft.geometry import load_mask
-from echo_ft.images import image_size, load_image
+from echo_ft.images import UNREADABLE, decode, fault, image_size
 from echo_ft.knowledge import load_knowledge, products_of
+from echo_ft.provenance import commit, versions
 from echo_ft.records import GOOD, EchoError, Inspection, Knowledge, Question, Rejection, write_jsonl, write_whole
+
+FORMAT = "echo-ft synthetic 1"
+"""`format` in manifest.json."""
+
+REJECTED = "rejected.jsonl"
 
 FOLDER = "synthetic"
 """Where the synthetic photographs and all masks that the command draws lie in the output."""
@@ -66,18 +75,19 @@ class SynthesizeConfig:
 def main(argv: list[str]) -> None:
     """Command line: write the folder and say what is in it."""
     source, config = parse([BuildConfig, SynthesizeConfig], argv)
-    made, rejections = synthesize(source, config)
-    counts = ", ".join(f"{count} by {method}" for method, count in sorted(made.items()))
-    print(f"{source.output}: {made.total()} synthetic photographs: {counts}")
-    print(f"{len(rejections)} rejected" + (" (see rejected.jsonl)" if rejections else ""))
+    manifest = synthesize(source, config)
+    made = manifest["counts"]["synthetic"]
+    counts = ", ".join(f"{count} by {method}" for method, count in made.items())
+    print(f"{source.output}: {sum(made.values())} synthetic photographs: {counts}")
+    print(f"{manifest['rejected']} rejected" + (" (see rejected.jsonl)" if manifest["rejected"] else ""))
     print(
-        f"next: python -m data_prep.build --source manifest --annotations {source.output / 'parts.jsonl'} "
+        f"next: python -m data_prep.build --source manifest --annotations {source.output / manifest['list']} "
         f"--knowledge {source.output / 'knowledge.yaml'} --output DATASET"
     )
 
 
-def synthesize(source: BuildConfig, config: SynthesizeConfig) -> tuple[Counter[str], list[Rejection]]:
-    """Write the folder `source.output`, whole or not at all; returns how many each method made, and what was rejected.
+def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
+    """Write the folder `source.output`, whole or not at all; returns its manifest.
 
     Raises EchoError where the config of the build is wrong, the output holds something, the source has questions of its
     own (a list has no place for them) or no normal photograph that training may see, and where no defect can be made.
@@ -91,6 +101,10 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> tuple[Counter[s
     with workspace(source.output, {}, overwrite=False) as folder:
         root, inspections, questions, rejections = photographs(source, folder)
         normals = usable(source, inspections, questions)
+        # A build deals a dataset that the list names as one of any name, and others by their own (`prepare.divide`).
+        listed = f"{place_name(source.source, root, source.annotations) or 'parts'}.jsonl"
+        if listed == REJECTED:
+            raise EchoError(f"the list would be called {REJECTED}, as what is rejected is; rename the source's list")
         synthetic: list[Inspection] = []
         for made in draw(normals, root, folder, source.seed, config):
             if isinstance(made, Inspection):
@@ -100,11 +114,25 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> tuple[Counter[s
         if not synthetic:
             raise EchoError(f"no defect could be made on any of {len(normals)} normal photographs; try other methods")
         rows = [*(bring(one, root, folder) for one in inspections), *map(row, synthetic)]
-        write_whole(folder / "parts.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
-        write_jsonl(folder / "rejected.jsonl", rejections)
+        write_jsonl(folder / REJECTED, rejections)
+        write_whole(folder / listed, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
         text = yaml.safe_dump(describe(known, synthetic), allow_unicode=True, sort_keys=False, width=120)
         write_whole(folder / "knowledge.yaml", text)
-    return Counter(str(one.synthetic) for one in synthetic), rejections
+        manifest = {
+            "format": FORMAT,
+            "list": listed,
+            "config": source.settings() | dataclasses.asdict(config),
+            "counts": {
+                "photographs": len(inspections),
+                "normals": len(normals),
+                "synthetic": dict(sorted(Counter(str(one.synthetic) for one in synthetic).items())),
+            },
+            "rejected": len(rejections),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        write_json(folder / "manifest.json", manifest)
+    return manifest
 
 
 def usable(source: BuildConfig, inspections: Sequence[Inspection], questions: Sequence[Question]) -> list[Inspection]:
@@ -131,7 +159,11 @@ def draw(
 ) -> Iterator[Inspection | Rejection]:
     """The synthetic photographs of each normal, in files of `folder`, and a rejection for each that failed."""
     for normal in progress(normals, "making defects", "photographs"):
-        image = np.asarray(load_image(root / normal.image))
+        try:
+            image = np.asarray(decode(root / normal.image))
+        except UNREADABLE as error:  # which a look at the file's header and checksums does not tell
+            yield Rejection(normal.image, fault(error))
+            continue
         for number in range(1, config.per_normal + 1):
             words = f"{seed}/{normal.image}/{number}"
             for method in random.Random(words).sample(config.methods, len(config.methods)):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echo_ft.anomalies import METHODS
+from echo_ft.knowledge import readable
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Case, EchoError, Entry, Inspection, Question, Reference, Seen, Truth, read_jsonl
 from echo_ft.retrieval import candidate_order
@@ -145,15 +147,22 @@ def less_held_out(knowledge: Descriptions, held_out: Sequence[str]) -> Descripti
 
 
 def less_synthetic(knowledge: Descriptions, inspections: Sequence[Inspection]) -> Descriptions:
-    """The knowledge without the entries of conditions that synthetic defects alone show.
+    """The knowledge without the entries that there are because of synthetic defects.
 
-    A test is the same with and without synthetic defects in the training.
+    They are of conditions that these alone show, and say no more than the method's own words or the condition's name:
+    what a person wrote of a defect that was not photographed stands. So a test is the same with and without synthetic
+    defects in the training.
     """
+    words = {method.description for method in METHODS.values()}
     seen = {(i.dataset, i.product, i.condition) for i in inspections if i.synthetic is None}
     made = {(i.dataset, i.product, i.condition) for i in inspections} - seen
     return {
         dataset: {
-            product: {name: text for name, text in entries.items() if (dataset, product, name) not in made}
+            product: {
+                name: text
+                for name, text in entries.items()
+                if (dataset, product, name) not in made or text not in {*words, readable(name)}
+            }
             for product, entries in products.items()
         }
         for dataset, products in knowledge.items()

@@ -24,8 +24,8 @@ from echo_ft.corruptions import Corruption, View, views
 from echo_ft.layout import PADDING, Layout, Row, pad, pixels
 from echo_ft.records import LETTERS, Exchange
 
-KEPT_IMAGES = 256
-"""Images whose features a run keeps: more than a batch has."""
+RECENT_IMAGES = 256
+"""Images whose features an engine has at hand, those used last: more than a batch has."""
 
 READERS = 4
 """Threads that read and resize images while the vision tower is at work."""
@@ -40,8 +40,31 @@ class Utterance:
     """Log-probability of each option letter as the first token."""
 
 
-Features = OrderedDict[tuple[str, View], tuple[torch.Tensor, tuple[int, int]]]
-"""Of each image as a role sees it: what the vision tower makes of it, (tokens, hidden), and its (width, height)."""
+Look = tuple[torch.Tensor, tuple[int, int]]
+"""What the vision tower makes of an image, (tokens, hidden), and its (width, height)."""
+
+
+class Features:
+    """Looks at images that engines on one model and pixel budget go on with: the first ones that fit into `most` bytes.
+
+    None is dropped for another one: runs go through the same images in the same order, and of a store that is too small
+    for all and drops what was used longest ago each run would find nothing.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.size = 0
+        self._looks: dict[tuple[str, View], Look] = {}
+
+    def get(self, image: tuple[str, View]) -> Look | None:
+        """The look at an image as a role sees it, if it is kept."""
+        return self._looks.get(image)
+
+    def add(self, image: tuple[str, View], look: Look) -> None:
+        """Keep it, if it fits."""
+        if self.size + look[0].nbytes <= self.most:
+            self.size += look[0].nbytes
+            self._looks[image] = look
 
 
 class Engine:
@@ -53,7 +76,6 @@ class Engine:
         layout: Layout,
         root: Path,
         max_new_tokens: int = 128,
-        kept_images: int = KEPT_IMAGES,
         answer_tokens: int | None = None,
         corruption: Corruption | None = None,
         features: Features | None = None,
@@ -62,22 +84,22 @@ class Engine:
         """`answer_tokens` is the most that the decision maker says; None: as many as the others.
 
         One costs no step of decoding: it comes from the same logits as the letters' probabilities. `corruption` is how
-        every query is degraded. `features` are those of an earlier engine on the same model and pixel budget, to go on
-        with. `max_batch_tokens` is the most that the cache may hold when all is said; exchanges that would need more
-        are taken apart, one that needs more by itself runs alone.
+        every query is degraded. `features` are shared with other engines on the same model and pixel budget.
+        `max_batch_tokens` is the most that the cache may hold when all is said; exchanges that would need more are
+        taken apart, one that needs more by itself runs alone.
         """
         self.model = model.eval()
         self.layout = layout
         self.root = root
         self.max_new_tokens = max_new_tokens
         self.answer_tokens = answer_tokens or max_new_tokens
-        self.kept_images = kept_images
         self.corruption = corruption
         self.max_batch_tokens = max_batch_tokens
         self.adapted = hasattr(model, "peft_config")
         self.base = model.get_base_model() if self.adapted else model
         self.device = self.base.device
-        self._features: Features = OrderedDict() if features is None else features
+        self._shared = features
+        self._recent: OrderedDict[tuple[str, View], Look] = OrderedDict()
         ends = self.base.generation_config.eos_token_id
         self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
         self._letters = {letter: layout.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS}
@@ -125,20 +147,28 @@ class Engine:
         """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
         # An adapter on the vision tower makes the features the role's own.
         owner = role if self.adapted and self._tower_is_adapted(role) else ""
-        missing = [image for image in dict.fromkeys(images) if (owner, image) not in self._features]
+        found = {view: look for view in images if (look := self._find((owner, view))) is not None}
+        missing = [view for view in dict.fromkeys(images) if view not in found]
         with ThreadPoolExecutor(READERS) as pool:
             # One by one: the last bits of what stands beside others depend on them, and so on what was kept before.
             for view, (inputs, size) in zip(missing, pool.map(self._open, missing), strict=True):
                 (feature,) = self.base.model.get_image_features(
                     inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
                 ).pooler_output
-                self._features[owner, view] = feature, size
-        found = [self._features[owner, view] for view in images]
-        for view in images:
-            self._features.move_to_end((owner, view))
-        while len(self._features) > self.kept_images:
-            self._features.popitem(last=False)
-        return tuple(feature for feature, _ in found), [size for _, size in found]
+                found[view] = feature, size
+                if self._shared is not None:
+                    self._shared.add((owner, view), found[view])
+        for view, look in found.items():
+            self._recent[owner, view] = look
+            self._recent.move_to_end((owner, view))
+        while len(self._recent) > RECENT_IMAGES:
+            self._recent.popitem(last=False)
+        looks = [found[view] for view in images]
+        return tuple(feature for feature, _ in looks), [size for _, size in looks]
+
+    def _find(self, image: tuple[str, View]) -> Look | None:
+        shared = None if self._shared is None else self._shared.get(image)
+        return shared or self._recent.get(image)
 
     def _open(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
         """An image's pixels as the model takes them, and its (width, height)."""

@@ -109,22 +109,29 @@ def _figure(
     places = np.array([images[verdict.case] for verdict in verdicts])
     right = np.array([verdict.right for verdict in verdicts])
     value, interval = metrics.share(sheet, weights, places, right)
-    chances = [verdict.chance for verdict in verdicts if verdict.chance is not None]
     return {
         "value": value,
         "interval": interval,
-        "chance": float(np.mean(chances)) if chances else None,
+        "chance": _chance(verdicts),
         "texts": len(verdicts),
         "cases": len({verdict.case for verdict in verdicts}),
         "unread": sum(not verdict.read for verdict in verdicts),
     }
 
 
+def _chance(verdicts: Sequence[Verdict]) -> float | None:
+    """How often blind choices would be right, where there are any."""
+    chances = [verdict.chance for verdict in verdicts if verdict.chance is not None]
+    return float(np.mean(chances)) if chances else None
+
+
 def _mean(sheet: Sheet, images: Mapping[str, int], groups: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
-    """The unweighted mean of the groups' shares, and its interval.
+    """The unweighted mean of the groups' shares, its interval, and its chance.
 
     Parts are resampled within their group, so that none is ever without a part and left out of the mean; each group
-    takes a degree of freedom.
+    takes a degree of freedom. What a resample of n parts leaves out of their spread, a factor of sqrt(1 - 1 / n), is
+    much where a condition has few, and is put back group by group. A condition of one part has no spread to draw from:
+    then there is no interval.
     """
     units: dict[tuple[int, int], list[bool]] = {}
     for number, own in enumerate(groups):
@@ -133,14 +140,21 @@ def _mean(sheet: Sheet, images: Mapping[str, int], groups: Sequence[Sequence[Ver
     group = np.array([number for number, _ in units])
     asked, right = np.array([len(one) for one in units.values()]), np.array([sum(one) for one in units.values()])
     weights = statistics.resample(group.tolist())
-    spreads = []
-    for number in range(len(groups)):
+    sizes = np.bincount(group)
+    shares, spreads = [], []
+    for number, own in enumerate(groups):
         own_units = group == number
         drawn = weights[:, own_units]
-        spreads.append((drawn @ right[own_units]) / (drawn @ asked[own_units]))
-    shares = [np.mean([verdict.right for verdict in own]) for own in groups]
+        shares.append(float(np.mean([verdict.right for verdict in own])))
+        deviations = (drawn @ right[own_units]) / (drawn @ asked[own_units]) - shares[-1]
+        spreads.append(shares[-1] + deviations / np.sqrt(1 - 1 / max(sizes[number], 2)))
     free = len(units) - len(groups) + 1
-    return {"value": float(np.mean(shares)), "interval": metrics.interval(np.mean(spreads, axis=0), free)}
+    spread = np.clip(np.mean(spreads, axis=0), 0, 1)
+    return {
+        "value": float(np.mean(shares)),
+        "interval": metrics.interval(spread, free) if sizes.min() > 1 else None,
+        "chance": float(np.mean([chance for own in groups if (chance := _chance(own)) is not None])),
+    }
 
 
 def judge_words(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echo_ft import images
+from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import EchoError
 
 Vector = NDArray[np.float32]
@@ -101,12 +102,20 @@ class OpenClip:
     """Image features of an open_clip model, on the GPU where there is one; loaded when the first image needs it."""
 
     def __init__(self, model: str, pretrained: str | None) -> None:
-        """`pretrained` is a tag of open_clip's, a checkpoint file, or None for random weights (tests)."""
+        """`model` is a name of open_clip's or `local-dir:FOLDER`, which holds the weights too.
+
+        `pretrained` is a tag of open_clip's, a checkpoint file, or None for random weights (tests).
+        """
         self.model, self.pretrained = model, pretrained
         self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{DECODER}").strip("-")
+        folder = Path(model.removeprefix("local-dir:"))
         if pretrained and Path(pretrained).is_file():
             state = Path(pretrained).stat()
             self.key += f"-{state.st_size}-{state.st_mtime_ns}"
+        elif model.startswith("local-dir:") and folder.is_dir():
+            files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+            states = [f"{name}/{state.st_size}/{state.st_mtime_ns}" for name, state in files]
+            self.key += "-" + fingerprint_bytes(*map(str.encode, (str(folder.resolve()), *states)))
         self._loaded: tuple[Any, Any, str] | None = None
 
     def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:

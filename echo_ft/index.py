@@ -106,8 +106,14 @@ class VectorIndex:
             index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, LEARNT_FROM
             sample = np.random.default_rng(0).permutation(count)[: LEARNT_FROM * lists]
             index.train(self.matrix[self.rows[np.sort(sample)]])
-        for start in range(0, count, CHUNK):
-            index.add(self.matrix[self.rows[start : start + CHUNK]])
+        threads = faiss.omp_get_max_threads()
+        if self.kind == "hnsw":
+            faiss.omp_set_num_threads(1)  # several would link the graph in another order each time
+        try:
+            for start in range(0, count, CHUNK):
+                index.add(self.matrix[self.rows[start : start + CHUNK]])
+        finally:
+            faiss.omp_set_num_threads(threads)
         return index
 
 

@@ -32,17 +32,25 @@ EFFECT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; the plain loader would keep the last one without a word."""
+    """YAML in which a key that stands twice is an error, as is one that is a list or a mapping.
+
+    The plain loader would keep the last one without a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the plain loader's."""
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem="a key is a list or a mapping; quote a name that begins with a bracket or a brace",
+                    problem_mark=key.start_mark,
+                )
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
                 )
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -265,12 +265,8 @@ def detection_units(sheet: Sheet, members: np.ndarray) -> dict[str, int]:
 def detection(sheet: Sheet) -> dict[str, dict[str, Any]]:
     """{row: figures, their intervals and counts} for all images together and for each dataset, from 0 to 1."""
     weights = sheet.weights()
-    names, row_of = sheet.rows("dataset")
-    asked = _asked_for_defects(sheet)
     table = {}
-    for name, members in [(ALL, asked), *((name, asked & (row_of == place)) for place, name in enumerate(names))]:
-        if not members.any():
-            continue
+    for name, members in detection_rows(sheet).items():
         figures = {key: number(value[0]) for key, value in detection_arrays(sheet, sheet.once(), members).items()}
         spread, units = detection_arrays(sheet, weights, members), detection_units(sheet, members)
         table[name] = {
@@ -283,6 +279,14 @@ def detection(sheet: Sheet) -> dict[str, dict[str, Any]]:
             "intervals": {key: interval(value, units[key]) for key, value in spread.items()},
         }
     return table
+
+
+def detection_rows(sheet: Sheet) -> dict[str, np.ndarray]:
+    """{row: (N,) bool}: the images with a question of Anomaly Detection, all together and each dataset's, if any."""
+    names, row_of = sheet.rows("dataset")
+    asked = _asked_for_defects(sheet)
+    rows = {ALL: asked, **{name: asked & (row_of == place) for place, name in enumerate(names)}}
+    return {name: members for name, members in rows.items() if members.any()}
 
 
 def _asked_for_defects(sheet: Sheet) -> np.ndarray:

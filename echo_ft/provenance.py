@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import os
@@ -27,6 +28,9 @@ PACKAGES = (
 ANSWERING = ("torch", "transformers", "peft")
 """Those of PACKAGES that a model's answers come out of; the rest train, build and read."""
 
+ANSWERING_MODULES = ("engine", "pipeline", "server", "dataset", "model")
+"""Those of this package that a model's answers come out of, with all that they import of it (`sources`)."""
+
 
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that results depend on; `absent` where one is not installed."""
@@ -49,14 +53,33 @@ def commit() -> str:
         return "unknown"
 
 
-def code_fingerprint(*paths: Path) -> str:
-    """Fingerprint of Python sources: each of `paths` is a file, or a folder whose own .py files count.
+def code_fingerprint(*files: Path) -> str:
+    """Fingerprint of source files.
 
     Unlike the commit it is the same after a change to the documents, differs between two uncommitted states, and is
     there outside a checkout.
     """
-    files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
     return fingerprint_files(files, Path(os.path.commonpath([file.parent for file in files])))
+
+
+def sources(*modules: str) -> list[Path]:
+    """The files of this package that `modules` of it need: their own, and those of all that these import of it."""
+    package = Path(__file__).resolve().parent
+    found, waiting = set[str](), [*modules]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += _imported(package, (package / f"{module}.py").read_text(encoding="utf-8"))
+    return [package / f"{module}.py" for module in sorted(found)]
+
+
+def _imported(package: Path, source: str) -> list[str]:
+    """The modules of a package that a source imports anywhere, each by an absolute `from` import, as all do here."""
+    froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    names = [f"{node.module}.{alias.name}".split(".") for node in froms for alias in node.names]
+    inside = [rest[0] for top, *rest in names if top == package.name]
+    return [name for name in inside if (package / f"{name}.py").is_file()]
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -231,6 +231,12 @@ def failures(folder: Path) -> list[str]:
     return [row.error for row in whole_rows(folder / PREDICTIONS, Prediction) if row.error is not None]
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in a folder has nothing left to ask: it is complete, and no prediction of it failed."""
+    described = folder / RUN
+    return described.is_file() and _description(described).get("complete") is True and not failures(folder)
+
+
 def _rows(folders: Iterable[Path], name: str, cls: type[Record]) -> Iterator[Record]:
     for folder in folders:
         yield from whole_rows(folder / name, cls)

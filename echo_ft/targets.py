@@ -59,14 +59,14 @@ def training_exchanges(
 ) -> list[Exchange]:
     """The exchanges that `role` is trained on for a case: `roles.render`'s own, with completions from the truth.
 
-    `upstream` is what the earlier roles said; by default the gold. `gold` is `gold_upstream(case, root)`, where the
-    caller has it already: it reads the images, and is the same for all roles. A branch whose completion the truth does
-    not give is left out, and an exchange without branches too. Raises EchoError for an unknown role or routing, and
-    where the mask or an image cannot be read.
+    `upstream` is what the earlier roles said; by default the gold. `gold` is `gold_upstream(case, root, upstream)`,
+    where the caller has it already: it reads the images, and is the same for all roles. A branch whose completion the
+    truth does not give is left out, and an exchange without branches too. Raises EchoError for an unknown role or
+    routing, and where the mask or an image cannot be read.
     """
     if routing not in roles.ROUTINGS:
         raise EchoError(f"routing cannot be {routing!r}; choose from {', '.join(roles.ROUTINGS)}")
-    gold = gold or gold_upstream(case, root)
+    gold = gold or gold_upstream(case, root, upstream)
     completions = _completions(case, role, gold)
     exchanges = []
     for exchange in roles.render(role, case.id, case.seen, upstream or gold, roles.ROUTINGS[routing]):
@@ -80,11 +80,13 @@ def training_exchanges(
     return exchanges
 
 
-def gold_upstream(case: Case, root: Path) -> Upstream:
+def gold_upstream(case: Case, root: Path, upstream: Upstream | None = None) -> Upstream:
     """What the first three roles should say about a case; empty where its truth does not tell.
 
     The best reference is the candidate that differs least from the query outside the defect, in mean absolute grey;
-    of equals, the first. Which of several ways to say it is taken, the ids of the case and its questions decide.
+    of equals, the first. A defect's tone is told beside the reference that is shown with it: the one that the earlier
+    roles chose, where they said `upstream`, and the best by default. Which of several ways to say it is taken, the ids
+    of the case and its questions decide.
     """
     mask = defect_mask(case, root)
     query = look(root / case.seen.query)
@@ -92,7 +94,8 @@ def gold_upstream(case: Case, root: Path) -> Upstream:
     best = _best(query, references, mask) if references else 0
     known = {entry.condition: entry.description for entry in case.seen.knowledge}
     condition = case.truth.condition
-    mark = _mark(mask, query.fine, references[best].fine if references else None)
+    shown = upstream.best if upstream else best
+    mark = _mark(mask, query.fine, references[shown].fine if references else None)
     reasons = {question.id: _reason(case, question, mark) for question in case.seen.questions}
     hint = _draw(case.id).choice(HINTS)
     return Upstream(

@@ -18,7 +18,6 @@ import json
 import re
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from echo_ft import config as configs
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import ROLES, EchoError, write_whole
+from echo_ft.runs import finished
 from evaluation import ablation_table
 from evaluation.run import (
     Prepared,
@@ -34,7 +34,6 @@ from evaluation.run import (
     answer_tokens,
     answering,
     carry_out,
-    inputs,
     join_processes,
     load_weights,
     make_engine,
@@ -53,7 +52,7 @@ UTTERANCES = "utterances"
 """The folder under `output` with what the roles said. It can be deleted at any time: it is computed again."""
 
 SECONDS = "seconds.json"
-"""{run's folder: seconds that this command spent on it}, under `output`."""
+"""{run's folder: seconds that this command spent on it until it was finished}, under `output`."""
 
 ASKING = ("split", "routing", "reference", "references", "knowledge", "reasoning", "answer", "option_order", "adapters")
 """What a run's provenance tells that decides what a role is asked, or is said of each role apart."""
@@ -96,11 +95,11 @@ def main(argv: list[str]) -> None:
         if state.is_main_process:
             names = ", ".join(cell.name for cell in cells if cell.config.output == config.output)
             print(f"\n{place} of {len(runs)}: {names} -> {config.output}", flush=True)
-        clock = time.monotonic()
+        clock, nothing_to_ask = time.monotonic(), finished(Path(config.output))
         try:
             run_cell(prepare(config), state, engines, output / UTTERANCES)
         finally:
-            if state.is_main_process:
+            if state.is_main_process and not nothing_to_ask:
                 name = Path(config.output).name
                 seconds[name] = seconds.get(name, 0.0) + time.monotonic() - clock
                 write_whole(output / SECONDS, json.dumps(seconds, indent=1) + "\n")
@@ -127,7 +126,8 @@ def read_cells(shared: RunConfig, ablation: AblationConfig) -> list[Cell]:
         if "output" in changes:
             raise EchoError(f"cell {name}: its output is a folder under {shared.output}; take that line out")
         (config,) = configs.build([RunConfig], {**asdict(shared), **changes}, f"cell {name}")
-        settings = {**answering(config), "dataset": config.dataset, "adapters": config.adapters}
+        beside = {"dataset": config.dataset, "adapters": config.adapters, "server": config.server}
+        settings = {**answering(config), **beside}
         fingerprint = fingerprint_bytes(json.dumps(settings, sort_keys=True).encode())[:8]
         folder = folders.setdefault(fingerprint, _folder(Path(shared.output), name, fingerprint))
         differs = {option: getattr(config, option) for option in changes}
@@ -155,7 +155,7 @@ def in_order(cells: Sequence[Cell]) -> list[RunConfig]:
     models: dict[str, list[RunConfig]] = {}
     for cell in distinct.values():
         try:
-            _, adapters = inputs(cell.config)
+            adapters = prepare(cell.config).adapters  # what it reads is read again at its turn, not kept until then
         except EchoError as error:
             raise EchoError(f"cell {cell.name}: {error}") from error
         models.setdefault(_model(cell.config, adapters), []).append(cell.config)
@@ -179,6 +179,7 @@ def run_cell(prepared: Prepared, state: PartialState, engines: Engines, folder: 
     speakers = {
         role: {
             **shared,
+            "server": config.server,
             "adapter": prepared.adapters[role].fingerprint if role in prepared.adapters else None,
             "answer_tokens": answer_tokens(config) if role == "decision_maker" else None,
         }
@@ -198,7 +199,7 @@ class Engines:
         """The engine of a run whose model goes onto a GPU if `device` is one."""
         import torch
 
-        from echo_ft.engine import KEPT_IMAGES
+        from echo_ft.engine import Features
 
         wanted = _model(prepared.config, prepared.adapters)
         if self._loaded is None or self._loaded[0] != wanted:
@@ -206,12 +207,9 @@ class Engines:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._loaded = wanted, load_weights(prepared, device), OrderedDict()
+            self._loaded = wanted, load_weights(prepared, device), Features(int(self.features_gib * 2**30))
         _, model, features = self._loaded
-        merged = prepared.config.max_pixels // (prepared.layout.image_processor.patch_size * prepared.layout.merge) ** 2
-        largest = merged * model.config.get_text_config().hidden_size * model.dtype.itemsize
-        kept = int(self.features_gib * 2**30 / largest)
-        return make_engine(prepared, model, features=features, kept_images=max(KEPT_IMAGES, kept))
+        return make_engine(prepared, model, features=features)
 
 
 def read_seconds(output: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from echo_ft.records import KINDS, Prediction, write_whole
 from evaluation import pages
 from evaluation.compare import TOGETHER, Group, compare, p_text
 from evaluation.pages import percent, show, signed, text_table
-from evaluation.score import load_run
+from evaluation.score import FEW, load_run, thin_sides
 
 INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in KINDS}
 """Headings of the kinds' columns."""
@@ -28,35 +28,37 @@ def tabulate(
 ) -> dict[str, Any]:
     """ablation.json's content. `cells` are (name, options in which it differs, its run's folder), one run for several.
 
-    Each has its `figures` with intervals, its `counts`, and its `difference` to the baseline, None for the baseline
-    itself and where the two have no question in common. `p_holm` is corrected for all differences of the table.
+    Each has its `figures` with intervals, None where they rest on fewer than FEW parts, its `counts`, and its
+    `difference` to the baseline, None for the baseline itself and where the two have no question in common. `p_holm` is
+    corrected for all differences of the table.
     """
     folders = {name: folder for name, _, folder in cells}
     base = folders[baseline]
     first = {folder: name for name, folder in reversed(folders.items())}
     groups = {folder: _group(first[folder], folder) for folder in dict.fromkeys(folders.values())}
     same, own, differences = [groups[base]], dict[Path, Any](), dict[Path, Any]()
+    warned: dict[str, list[str]] = {}
     for folder, group in groups.items():
+        for warning in _warnings(group):
+            warned.setdefault(warning, []).append(group.name)
         common = _common(groups[base], group)
         if len(common) == len(groups[base].sheets[0].predictions) == len(group.sheets[0].predictions):
             same += [group] if folder != base else []
             continue
         own[folder] = compare([group])["runs"][0]
         if common:
-            pair = compare([_restricted(groups[base], common), _restricted(group, common)])
-            differences[folder] = _difference(pair["differences"][0], pair["questions"], pair["cases"])
+            pair = [_restricted(one, common) for one in (groups[base], group)]
+            differences[folder] = _difference(compare(pair)["differences"][0], *pair)
+            for warning in thin_sides(pair[0].sheets[0]):
+                warned.setdefault(f"on the questions that {baseline} was asked too, {warning}", []).append(group.name)
     together = compare(same)
     for group, described in zip(same, together["runs"], strict=True):
         own[group.runs[0].folder] = described
     for group, found in zip(same[1:], together["differences"], strict=True):
-        differences[group.runs[0].folder] = _difference(found, together["questions"], together["cases"])
+        differences[group.runs[0].folder] = _difference(found, groups[base], group)
     corrected = statistics.holm([difference["p"] for difference in differences.values()])
     for difference, p_holm in zip(differences.values(), corrected, strict=True):
         difference["p_holm"] = p_holm
-    warned: dict[str, list[str]] = {}
-    for group in groups.values():
-        for warning in group.runs[0].warnings:
-            warned.setdefault(warning, []).append(group.name)
     return {
         "baseline": baseline,
         "cells": [
@@ -67,11 +69,11 @@ def tabulate(
                 "same_run_as": first[folder],
                 "figures": {
                     key: {"value": figure["value"], "interval": figure["interval"]}
-                    for key, figure in own[folder]["figures"].items()
+                    for key, figure in _sure(own[folder]["figures"], groups[folder]).items()
                 },
                 "counts": own[folder]["counts"],
                 "cases": len({one.case for one in groups[folder].runs[0].predictions}),
-                "seconds": seconds[folder.name],
+                "seconds": seconds.get(folder.name),
                 "difference": differences.get(folder),
             }
             for name, differs, folder in cells
@@ -85,6 +87,21 @@ def tabulate(
 def _group(name: str, folder: Path) -> Group:
     run = load_run(folder)
     return Group(name, [name], [run], [metrics.sheet(run.predictions)])
+
+
+def _warnings(group: Group) -> list[str]:
+    """What a reader of one cell's figures must know."""
+    (run,), (sheet,) = group.runs, group.sheets
+    failed = [one.error for one in run.predictions if one.error is not None]
+    told = [f"{len(failed)} predictions failed ({failed[0]}); the same command asks again"] if failed else []
+    return [*run.warnings, *told, *thin_sides(sheet)]
+
+
+def _sure(figures: Mapping[str, Any], *groups: Group) -> dict[str, Any]:
+    """The figures of some groups without the intervals of those that rest on too few parts."""
+    units = [metrics.figure_units(group.sheets[0]) for group in groups]
+    few = {key for key in figures if min(one[key] for one in units) < FEW}
+    return {key: {**figure, "interval": None} if key in few else figure for key, figure in figures.items()}
 
 
 def _asked(one: Prediction) -> tuple[Any, ...]:
@@ -104,13 +121,13 @@ def _restricted(group: Group, asked: set[tuple[Any, ...]]) -> Group:
     return Group(group.name, group.members, group.runs, [metrics.sheet(chosen)])
 
 
-def _difference(found: Mapping[str, Any], questions: int, cases: int) -> dict[str, Any]:
-    """What the table shows of one of compare's differences, and on how much it rests."""
-    test = found["mcnemar"][TOGETHER]
+def _difference(found: Mapping[str, Any], base: Group, other: Group) -> dict[str, Any]:
+    """What the table shows of one of compare's differences, of two groups, and on how much it rests."""
+    test, asked = found["mcnemar"][TOGETHER], base.sheets[0].predictions
     return {
-        "questions": questions,
-        "cases": cases,
-        "figures": found["figures"],
+        "questions": len(asked),
+        "cases": len({one.case for one in asked}),
+        "figures": _sure(found["figures"], base, other),
         "won": test["only_run"],
         "lost": test["only_baseline"],
         "p": test["p"],
@@ -127,7 +144,7 @@ def columns(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
         compared = ("", "", "")
         if difference is not None:
             average = difference["figures"][AVERAGE]
-            between = " to ".join(signed(bound) for bound in average["interval"])
+            between = " to ".join(signed(bound) for bound in average["interval"] or [None])
             compared = (
                 f"{signed(average['difference'])} ({between})",
                 f"{difference['won']}, {difference['lost']}",
@@ -144,7 +161,7 @@ def columns(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 percent(unparsed),
                 str(counts["questions"]),
                 str(cell["cases"]),
-                f"{cell['seconds']:.0f}",
+                "–" if cell["seconds"] is None else f"{cell['seconds']:.0f}",
             )
         )
     return rows
@@ -163,9 +180,10 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
     found = [
         f"Strict figures in percent: {kinds}; AUROC of P(defect) from 0 to 1. Difference: to {base}, paired. In "
-        "brackets: 95 % intervals over physical parts. Won, lost: questions that the cell alone and that "
-        f"{base} alone answered correctly; p: exact McNemar test on these, Holm-corrected for {compared} differences. "
-        "Unparsed: or failed; both count as wrong. Seconds: what a cell took beside what others had computed."
+        f"brackets: 95 % intervals over physical parts, none for fewer than {FEW}. Won, lost: questions that the cell "
+        f"alone and that {base} alone answered correctly; p: exact McNemar test on these, Holm-corrected for "
+        f"{compared} differences. Unparsed: or failed; both count as wrong. Seconds: what a cell took beside what "
+        "others had computed; the first cell of a model carries its loading."
     ]
     sizes = {cell["name"]: (cell["counts"]["questions"], cell["cases"]) for cell in table["cells"]}
     runs = {cell["name"]: cell["run"] for cell in table["cells"]}
@@ -173,7 +191,7 @@ def notes(table: Mapping[str, Any]) -> list[str]:
         difference, name = cell["difference"], cell["name"]
         if cell["same_run_as"] != name:
             found.append(f"{name} has the settings of {cell['same_run_as']}: one run.")
-        elif difference is not None and (difference["questions"], difference["cases"]) != sizes[base]:
+        elif difference is not None and {(difference["questions"], difference["cases"])} != {sizes[base], sizes[name]}:
             found.append(
                 f"{name} was asked other questions than {base}: its difference, and what is won and lost, is on the "
                 f"{difference['questions']} questions of {difference['cases']} cases that both were asked."
@@ -208,7 +226,7 @@ def write(output: Path, table: Mapping[str, Any]) -> None:
         header=header,
         rows=list(zip(table["cells"], rows, averages, strict=True)),
         notes=notes(table),
-        reach=pages.reach(abs(bound) for average in averages if average for bound in average["interval"]),
+        reach=pages.reach(abs(bound) for average in averages if average for bound in average["interval"] or ()),
         same={key: value for key, value in described[0].items() if all(one.get(key) == value for one in described)},
     )
     write_whole(output / "ablation.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")

@@ -128,10 +128,15 @@ def _split(word: str) -> tuple[str, list[Path]]:
 
 
 def require_one_kind(group: Group) -> None:
-    """Raise EchoError, naming what differs, where runs of a group differ in more than their adapters' training."""
-    for key in (key for key in SAME_MODEL if key != "adapters"):
+    """Raise EchoError, naming what differs, where runs of a group differ in more than their adapters' training.
+
+    The same roles have an adapter in all of them.
+    """
+    for key in (*SAME_MODEL, "answer"):
         for name, run in zip(group.members[1:], group.runs[1:], strict=True):
             ours, theirs = group.runs[0].provenance.get(key), run.provenance.get(key)
+            if key == "adapters":
+                ours, theirs = (", ".join(sorted(adapters or {})) or "none" for adapters in (ours, theirs))
             if ours != theirs:
                 raise EchoError(
                     f"{group.members[0]} and {name} are not of one kind: their {key} differs ({ours} and {theirs}); "

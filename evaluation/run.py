@@ -11,13 +11,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import echo_ft
 from echo_ft import config as configs
 from echo_ft.corruptions import KINDS, SEVERITIES, Corruption
 from echo_ft.dataset import Dataset
@@ -288,6 +287,10 @@ def check(config: RunConfig) -> None:
         raise EchoError(f"attn_implementation {config.attn_implementation} takes no mask of branches; set it to sdpa")
     if config.answer == "averaged" and config.option_order == "given":
         raise EchoError("answer averaged is over several orders of the options; set option_order to cyclic")
+    if config.reference == "none" and config.references is not None:
+        raise EchoError(
+            f"references is {config.references}, and reference none shows none; take one of the two options out"
+        )
     if (config.corruption is None) != (config.severity is None):
         given, lacking = ("corruption", "severity") if config.severity is None else ("severity", "corruption")
         raise EchoError(f"{given} is given and {lacking} is not; add --{lacking} or take --{given} out")
@@ -312,13 +315,14 @@ def waiting(state: PartialState) -> Callable[[], None]:
 def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]) -> dict[str, Any]:
     """All that must be the same for a run to go on."""
     from echo_ft.model import base_fingerprint
-    from echo_ft.provenance import ANSWERING, code_fingerprint, versions
+    from echo_ft.provenance import ANSWERING, ANSWERING_MODULES, code_fingerprint, sources, versions
     from echo_ft.roles import PROMPT_VERSION
 
     # The weights of a server need not be here.
     weights = None if config.server else base_fingerprint(config.model_name_or_path, config.model_revision)
+    every = config.references == dataset.manifest["config"]["k"]
     return {
-        **answering(config),
+        **answering(replace(config, references=None) if every else config),
         "dataset": config.dataset,
         "dataset_fingerprint": dataset.fingerprint,
         "annotations_fingerprint": dataset.manifest.get("annotations_fingerprint"),
@@ -329,7 +333,7 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
         "prompt_version": PROMPT_VERSION,
         "versions": {name: version for name, version in versions().items() if name in ANSWERING},
         # What makes the answers, not what scores them: a stopped run goes on after a change to the latter.
-        "code": code_fingerprint(Path(echo_ft.__file__).parent, Path(__file__)),
+        "code": code_fingerprint(*sources(*ANSWERING_MODULES), Path(__file__).resolve()),
     }
 
 

@@ -56,7 +56,8 @@ SAME_MODEL = (
     "references",
     "knowledge",
     "reasoning",
-    "answer",
+    "corruption",
+    "severity",
 )
 """What makes P(defect), and so must not differ between a run and the one that calibrates it."""
 
@@ -213,9 +214,10 @@ def calibrate(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
         raise EchoError(f"false_alarms is {false_alarms:g}; it is a share of the normal images, between 0 and 1")
     validation = load_run(folder)
     cannot = f"{folder} cannot calibrate {run.folder}: "
-    for key in SAME_MODEL:
+    for key in (*SAME_MODEL, "answer"):
         ours, theirs = run.provenance.get(key), validation.provenance.get(key)
-        if ours != theirs:
+        # Whether the text or the options decide, P(defect) comes of the same letters; averaged, of all the orders.
+        if ours != theirs and (key != "answer" or "averaged" in (ours, theirs)):
             values = "" if isinstance(ours, dict) else f" ({ours} and {theirs})"
             raise EchoError(f"{cannot}their {key} differs{values}; run the validation split with the same options")
     shared = {_part(one) for one in run.predictions} & {_part(one) for one in validation.predictions}
@@ -252,7 +254,7 @@ def build_report(
     detection = metrics.detection(sheet)
     report = {
         "name": name,
-        "warnings": [*run.warnings, *cautions(run, sheet, detection), *doubts(calibration)],
+        "warnings": [*run.warnings, *cautions(run, sheet), *doubts(calibration)],
         "counts": {**metrics.counts(run.predictions), "rejected": len(run.rejections)},
         "tables": {"official": official_table(answers), "strict": metrics.strict_table(sheet)},
         "intervals": {"strict": metrics.strict_intervals(sheet)},
@@ -269,7 +271,7 @@ def build_report(
         "detection": detection,
         "calibration": calibration,
         # Where probabilities decided, no text was asked for that could agree with them.
-        "two_ways": {} if run.provenance.get("answer") == "logits" else metrics.two_ways(run.predictions),
+        "two_ways": (metrics.two_ways(run.predictions) if run.provenance.get("answer") in (None, "generate") else {}),
         "option_order": option_order(run.folder),
         "experts": expert_scores(run, sheet),
         "bootstrap": {
@@ -327,29 +329,36 @@ def expert_scores(run: Run, sheet: metrics.Sheet) -> dict[str, Any]:
     return experts.figures(sheet, cases, traces, dataset.root)
 
 
-def cautions(run: Run, sheet: metrics.Sheet, detection: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def cautions(run: Run, sheet: metrics.Sheet) -> list[str]:
     """What a reader of the figures must know: rows left out, sides that are missing or small."""
     found = []
     if run.rejections:
         first = run.rejections[0]
         found.append(f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})")
-    sides = [f"{row} ({side} alone)" for row, side in metrics.one_sided(sheet).items()]
-    if sides:
-        found.append(f"Anomaly Detection rests on one side alone: {', '.join(sides)}")
-    few = [
-        f"{row} has {figures[side]} {side} image{'' if figures[side] == 1 else 's'}"
-        for row, figures in detection.items()
-        for side in ("normal", "defective")
-        if row != metrics.ALL and 0 < figures[side] < FEW
-    ]
-    if few:
-        found.append(f"intervals of Anomaly Detection are too narrow where images are few: {', '.join(few)}")
+    found += thin_sides(sheet)
     taken = taken_for_normal(run.predictions)
     if taken:
         found.append(
             f"{len(taken)} defective images have `good` in their path ({taken[0]}), so the official figure counts them "
             "as normal, as MMAD's scorer would; the strict figures do not"
         )
+    return found
+
+
+def thin_sides(sheet: metrics.Sheet) -> list[str]:
+    """Where Anomaly Detection lacks a side, or has few images of one."""
+    found = []
+    sides = [f"{row} ({side} alone)" for row, side in metrics.one_sided(sheet).items()]
+    if sides:
+        found.append(f"Anomaly Detection rests on one side alone: {', '.join(sides)}")
+    few = [
+        f"{row} has {count} {side} image{'' if count == 1 else 's'}"
+        for row, members in metrics.detection_rows(sheet).items()
+        for side, shown in (("normal", ~sheet.defective), ("defective", sheet.defective))
+        if row != metrics.ALL and 0 < (count := int((members & shown).sum())) < FEW
+    ]
+    if few:
+        found.append(f"intervals of Anomaly Detection are too narrow where images are few: {', '.join(few)}")
     return found
 
 

@@ -102,6 +102,7 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
 
     from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
     from echo_ft.records import ROLES, Inspection, write_jsonl
+    from echo_ft.roles import PROMPT_VERSION
     from echo_ft.targets import training_exchanges
 
     made = {"train": train, "validation": validation, "test": test}
@@ -128,7 +129,7 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
                 (row for case in cases[split] for row in training_exchanges(case, role, folder / "images", "full")),
             )
     manifest: dict[str, object] = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef"}
-    manifest["config"] = {"routing": "full", "k": 2}
+    manifest |= {"config": {"routing": "full", "k": 2}, "prompt_version": PROMPT_VERSION}
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "images").iterdir()}
     (folder / DIGESTS).write_text(json.dumps(digests))
     manifest["images_fingerprint"] = images_fingerprint(digests)

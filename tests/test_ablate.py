@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from echo_ft.model import load_model, make_card, write_card
 from echo_ft.records import KINDS, ROLES, EchoError, Prediction, Trace, read_jsonl
 from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
 from evaluation import ablate, ablation_table, compare
-from evaluation.run import RunConfig
+from evaluation.run import RunConfig, prepare
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset
 from tests.test_score_compare import make_run, predictions, require_self_contained
@@ -128,12 +129,13 @@ def test_the_table_is_that_of_evaluation_compare(done, tmp_path):
     expected = json.loads((tmp_path / "comparison.json").read_text())
     found = {cell["name"]: cell for cell in table_of(done)["cells"]}
     for name, run in zip(names, expected["runs"], strict=True):
-        for key, figure in run["figures"].items():
-            assert found[name]["figures"][key] == {"value": figure["value"], "interval": figure["interval"]}
+        for key, figure in run["figures"].items():  # of three parts: too few for an interval
+            assert found[name]["figures"][key] == {"value": figure["value"], "interval": None}
         assert found[name]["counts"] == run["counts"] and found[name]["cases"] == 3
     for name, difference in zip(names[1:], expected["differences"], strict=True):
         ours, test = found[name]["difference"], difference["mcnemar"][compare.TOGETHER]
-        assert ours["figures"] == difference["figures"]
+        for key, figure in difference["figures"].items():
+            assert ours["figures"][key] == {"difference": figure["difference"], "interval": None}
         assert (ours["won"], ours["lost"], ours["p_holm"]) == (test["only_run"], test["only_baseline"], test["p_holm"])
         assert (ours["questions"], ours["cases"]) == (21, 3)
 
@@ -176,11 +178,12 @@ def test_nothing_is_computed_twice_and_a_finished_ablation_computes_nothing(done
     for name in CELLS:
         for file in (PREDICTIONS, TRACES):
             assert (run_of(tmp_path, name) / file).read_bytes() == (run_of(done, name) / file).read_bytes()
-    before = table_of(tmp_path)
+    before, seconds = table_of(tmp_path), (tmp_path / "out" / ablate.SECONDS).read_text()
     for calls in (asked, looked, loaded):
         calls.clear()
     ablate.main(written(tmp_path, {**shared, "baseline": "base"}))
     assert not asked and not looked and not loaded
+    assert (tmp_path / "out" / ablate.SECONDS).read_text() == seconds
     after = table_of(tmp_path)
     for one, other in zip(before["cells"], after["cells"], strict=True):
         assert one["figures"] == other["figures"] and one["run"] == other["run"]
@@ -252,6 +255,15 @@ def test_a_cell_that_is_added_finds_what_the_others_left(done, shared, tmp_path,
             "^cell b: references is 0, and .* choose a number from 1 to",
         ),
         ({"cells": {"tuned": {}, "b": {"references": 3}}}, "^cell b: references is 3, and .* was built with k 2"),
+        (
+            {"cells": {"tuned": {}, "b": {"reference": "none", "references": 1}}},
+            "^cell b: references is 1, and reference none shows none; take one of the two options out",
+        ),
+        (
+            {"cells": {"tuned": {}, "b": {"adapters": None, "model_name_or_path": "./nowhere"}}},
+            "^cell b: there is no model folder nowhere",
+        ),
+        ({"cells": {"tuned": {}, "b": {"split": "left_out"}}}, "^cell b: .* has no case in the split left_out"),
         ({"cells": {"tuned": {}, "b": {"output": "x"}}}, "^cell b: its output is a folder under"),
         ({"cells": {"tuned": {}, "b": "base"}}, "^cell b: 'base' is no mapping"),
         ({"baseline": "tunde"}, "baseline is 'tunde', which is no cell; choose from tuned, base"),
@@ -261,6 +273,36 @@ def test_a_mistake_is_one_sentence_before_anything_runs(shared, tmp_path, change
     with pytest.raises(EchoError, match=message):
         ablate.main(written(tmp_path, {**shared, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_cells_that_ask_two_servers_are_two_runs(shared):
+    servers = {f"port {port}": {"server": f"http://127.0.0.1:{port}/v1"} for port in (8001, 8002)}
+    given = {name: value for name, value in shared.items() if name not in ("baseline", "cells")}
+    (run,) = configs.build([RunConfig], {**given, "output": "out"}, "the test")
+    cells = ablate.read_cells(run, ablate.AblationConfig("port 8001", {**servers, "again": servers["port 8001"]}))
+    assert cells[0].config.output == cells[2].config.output != cells[1].config.output
+
+
+def test_what_one_server_said_is_not_taken_for_what_another_says(dataset, shared, tmp_path, monkeypatch):
+    given = {name: value for name, value in shared.items() if name not in ("baseline", "cells")}
+    speakers = []
+    monkeypatch.setattr(ablate, "carry_out", lambda prepared, state, engines, kept: speakers.append(kept._speakers))
+    for port in (8001, 8001, 8002):
+        server = {"server": f"http://127.0.0.1:{port}/v1", "output": str(tmp_path)}
+        (config,) = configs.build([RunConfig], {**given, **server}, "the test")
+        state = type("State", (), {"process_index": 0})()
+        ablate.run_cell(prepare(config), state, ablate.Engines(1), tmp_path / "utterances")
+    assert speakers[0] == speakers[1] and all(speakers[0][role] != speakers[2][role] for role in ROLES)
+
+
+def test_as_many_references_as_the_dataset_has_are_the_default(shared, tmp_path, capsys):
+    given = {name: value for name, value in shared.items() if name not in ("baseline", "cells")}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    run_main([*words, "--output", str(tmp_path / "run")])
+    run_main([*words, "--output", str(tmp_path / "run"), "--references", "2"])
+    assert "3 cases of test, 3 done before" in capsys.readouterr().out
+    with pytest.raises(EchoError, match="holds a run whose references is None, not 1"):
+        run_main([*words, "--output", str(tmp_path / "run"), "--references", "1"])
 
 
 def test_as_many_references_are_shown_as_asked_for_the_best_ranked_first(dataset):
@@ -291,13 +333,55 @@ def test_a_cell_on_other_questions_is_compared_on_those_that_both_were_asked(tmp
         "--output", str(tmp_path / "compare"),
     ])  # fmt: skip
     expected = json.loads((tmp_path / "compare" / "comparison.json").read_text())["differences"][0]
-    assert novel["difference"]["figures"] == expected["figures"]
+    assert novel["difference"]["figures"] == expected["figures"] and expected["figures"]["AUROC"]["interval"]
     assert novel["difference"]["p_holm"] == expected["mcnemar"][compare.TOGETHER]["p"]
     assert other["difference"] is None and seen["difference"] is None
     assert table["warnings"] == ["novel, other: odd", "other: new"]
     told = ablation_table.text(table)
     assert "is on the 20 questions of 10 cases that both were asked" in told
     assert "other was asked other questions than seen, none of them the same" in told
+
+
+def asked(first: int, last: int) -> list[Prediction]:
+    """Answers about the photographs of these numbers."""
+    return predictions(0.7, images=last)[2 * first :]
+
+
+@pytest.mark.parametrize(("seen", "other", "common"), [((0, 20), (0, 40), 20), ((0, 40), (20, 40), 20)])
+def test_a_cell_that_was_asked_more_or_less_is_compared_on_what_is_common_and_says_so(tmp_path, seen, other, common):
+    folders = {"seen": make_run(tmp_path / "seen", asked(*seen)), "other": make_run(tmp_path / "other", asked(*other))}
+    table = ablation_table.tabulate([(name, {}, folder) for name, folder in folders.items()], "seen", {})
+    assert table["cells"][1]["difference"]["cases"] == common
+    assert f"is on the {2 * common} questions of {common} cases that both were asked" in ablation_table.text(table)
+    assert [row[-1] for row in ablation_table.columns(table)] == ["seconds", "–", "–"]
+
+
+def test_few_parts_and_missing_sides_and_failures_are_told_in_the_place_of_intervals(tmp_path):
+    """The second cell has three photographs in common with the first, all defective, the third none that failed."""
+    few = [row for row in asked(30, 46) if row.condition != "good" or int(row.case.split("-")[1]) >= 40]
+    few = [row for row in few if int(row.case.split("-")[1]) >= 34]
+    broken = [dataclasses.replace(asked(0, 40)[0], parsed=None, error="broken image"), *asked(0, 40)[1:]]
+    folders = {
+        "seen": make_run(tmp_path / "seen", asked(0, 40)),
+        "few": make_run(tmp_path / "few", few),
+        "broken": make_run(tmp_path / "broken", broken),
+    }
+    table = ablation_table.tabulate([(name, {}, folder) for name, folder in folders.items()], "seen", {})
+    _, cell, other = table["cells"]
+    assert cell["difference"]["cases"] == 3 and other["difference"]["figures"]["Average"]["interval"]
+    assert all(one["interval"] is None for one in cell["difference"]["figures"].values())
+    assert cell["figures"]["Average"]["interval"] and cell["figures"]["specificity"]["interval"] is None
+    assert re.search(r"\(–\)", ablation_table.columns(table)[2][2])
+    assert table["warnings"] == [
+        "few: intervals of Anomaly Detection are too narrow where images are few: tiles has 3 normal images",
+        "few: on the questions that seen was asked too, Anomaly Detection rests on one side alone: tiles "
+        "(defective alone)",
+        "few: on the questions that seen was asked too, intervals of Anomaly Detection are too narrow where images "
+        "are few: tiles has 3 defective images",
+        "broken: 1 predictions failed (broken image); the same command asks again",
+    ]
+    ablation_table.write(tmp_path, table)
+    assert "1 predictions failed (broken image)" in (tmp_path / "ablation.html").read_text()
 
 
 RECIPES = sorted((ROOT / "recipes").glob("*/ablation.yaml"))
@@ -309,7 +393,8 @@ def test_every_recipe_of_an_ablation_has_cells_that_can_be_read(path):
     cells = ablate.read_cells(shared, ablation)
     assert len({cell.config.output for cell in cells}) == len(cells), "no two have the same settings"
     (run,) = configs.parse([RunConfig], ["--config", str(path.with_name("run.yaml"))])
-    same = ("model_name_or_path", "dataset", "split", "routing", "min_pixels", "max_pixels", "dtype")
+    same = ("model_name_or_path", "dataset", "split", "routing", "min_pixels", "max_pixels", "dtype", "max_new_tokens")
+    same += ("batch_size", "reference", "knowledge", "reasoning", "attn_implementation")
     assert [getattr(shared, name) for name in same] == [getattr(run, name) for name in same]
     differing = {option for cell in cells for option in cell.differs}
     assert differing >= {"adapters", "reference", "references", "knowledge", "reasoning", "routing", "corruption"}

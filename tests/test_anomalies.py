@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ import yaml
 from PIL import Image
 from scipy import ndimage
 
-from data_prep.build import build
-from data_prep.prepare import SYNTHETIC_ELSEWHERE
+from data_prep.build import build, photographs
+from data_prep.prepare import SYNTHETIC_ELSEWHERE, divide
 from data_prep.settings import BuildConfig
+from data_prep.sources.synthetic import LEAST_PARTS
 from data_prep.synthesize import SynthesizeConfig, synthesize
 from echo_ft.anomalies import LEAST, METHODS, MOST, TOLERANCE, foreground, make_anomaly, perlin_noise
 from echo_ft.dataset import cases, load_dataset
@@ -214,6 +217,12 @@ def test_the_command_lists_every_photograph_and_makes_defects_of_training_normal
         assert set(np.unique(mask)) == {0, 255} and not changed[mask == 0].any() and changed.any()
     assert {row["synthetic"] for row in synthetic} == set(METHODS)
     assert f"{len(synthetic)} synthetic photographs: " in said and "--source manifest" in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["list"] == "parts.jsonl" and manifest["config"]["per_normal"] == 2
+    assert manifest["config"]["seed"] == 3 and manifest["commit"] and manifest["versions"]["scikit-image"]
+    counts = manifest["counts"]
+    assert (counts["photographs"], counts["normals"]) == (25, 16)
+    assert sum(counts["synthetic"].values()) == len(synthetic) and manifest["rejected"] == len(failed)
 
 
 def test_photographs_are_linked_and_the_source_stays_as_it_is(made):
@@ -245,7 +254,7 @@ def test_the_same_seed_makes_the_same_files_and_another_one_others(tmp_path):
 
 
 def test_a_build_of_it_trains_on_synthetic_defects_and_tests_on_photographs(made, tmp_path):
-    _, folder, _ = made
+    raw, folder, _ = made
     said = command(
         "build", "--source", "manifest", "--annotations", folder / "parts.jsonl", "--knowledge",
         folder / "knowledge.yaml", "--output", tmp_path / "data", "--descriptor", "skimage", "--k", 2,
@@ -280,12 +289,17 @@ def test_a_build_of_it_trains_on_synthetic_defects_and_tests_on_photographs(made
         assert not invented & {option for question in case.seen.questions for option in question.options.values()}
     trained = cases(dataset, "train")
     assert invented <= {entry.condition for case in trained for entry in case.seen.knowledge}
+    build(config(raw / "parts.jsonl", tmp_path / "plain", knowledge=raw / "known.yaml", k=2))
+    plain = cases(load_dataset(tmp_path / "plain"), "test")
+    assert {case.id: (case.seen, case.truth) for case in asked} == {case.id: (case.seen, case.truth) for case in plain}
+    assert "scar" in {entry.condition for case in asked for entry in case.seen.knowledge}, "no photograph shows it"
 
 
 def test_where_the_build_deals_the_splits_what_is_made_follows_its_part_into_train_or_is_left_out(tmp_path):
     listed = draw_line(tmp_path / "raw", splits=False)
+    listed = listed.rename(listed.with_name("gasket.jsonl"))
     synthesize(config(listed, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
-    manifest = build(config(tmp_path / "made/parts.jsonl", tmp_path / "data", fractions=[0.5, 0.2, 0.3]))
+    manifest = build(config(tmp_path / "made/gasket.jsonl", tmp_path / "data", fractions=[0.5, 0.2, 0.3]))
     plain = build(config(listed, tmp_path / "plain", fractions=[0.5, 0.2, 0.3]))
     found = {name: list(read_jsonl(tmp_path / name / "inspections.jsonl", Inspection)) for name in ("data", "plain")}
     splits = {name: {one.image: one.split for one in rows if not one.synthetic} for name, rows in found.items()}
@@ -303,11 +317,55 @@ def test_where_the_build_deals_the_splits_what_is_made_follows_its_part_into_tra
     assert manifest["rejected"] == len(left) + plain["rejected"]
 
 
+def test_a_dataset_that_has_a_name_of_its_own_is_dealt_as_its_source_is(tmp_path):
+    source = BuildConfig("synthetic", tmp_path / "made", parts=LEAST_PARTS, split="seeded")
+    synthesize(source, SynthesizeConfig(["cutpaste"]))
+    (tmp_path / "drawn").mkdir()
+    dealt = []
+    for given in (source, config(tmp_path / "made/parts.jsonl", tmp_path / "data", split="seeded")):
+        root, inspections, _, _ = photographs(given, tmp_path / "drawn")
+        done, _, _ = divide(inspections, root, given)
+        dealt.append({one.image: one.split for one in done if one.synthetic is None})
+    assert dealt[0] == dealt[1] and set(dealt[0].values()) == {"train", "test"}
+
+
+def test_a_kind_that_is_held_out_is_not_trained_on_by_synthetic_defects_of_it(tmp_path):
+    listed = draw_line(tmp_path / "raw", splits=False)
+    scarred = disc(100, 130, 98)
+    scarred[45:48, 40:80] = 5
+    Image.fromarray(scarred).save(tmp_path / "raw/disc/scarred.png")
+    with open(listed, "a") as file:
+        file.write(json.dumps({"image": "disc/scarred.png", "product": "disc", "condition": "scar"}) + "\n")
+    synthesize(config(listed, tmp_path / "made"), SynthesizeConfig(["scar", "cutpaste"]))
+    build(config(tmp_path / "made/parts.jsonl", tmp_path / "data", split="by_condition", held_out=["scar"]))
+    found = list(read_jsonl(tmp_path / "data/inspections.jsonl", Inspection))
+    assert {one.condition for one in found if one.split == "train"} == {GOOD, "dent", "misplaced patch"}
+    assert [one.image for one in found if one.condition == "scar"] == ["disc/scarred.png"]
+    rejected = list(read_jsonl(tmp_path / "data/rejected.jsonl", Rejection))
+    scars = [row["image"] for row in listed_rows(tmp_path / "made") if row.get("synthetic") == "scar"]
+    assert scars and set(scars) <= {row.item for row in rejected if row.reason == SYNTHETIC_ELSEWHERE}
+    assert not re.search(r"\bscar\b", (tmp_path / "data/sft/decision_maker/train.jsonl").read_text())
+
+
+def test_a_photograph_that_does_not_decode_is_rejected_and_the_others_are_used(tmp_path):
+    listed = draw_line(tmp_path / "raw", splits=True, normals=2)
+    broken = tmp_path / "raw/disc/1-1.png"
+    chunks = [b"\x00\x00\x00\x40\x00\x00\x00\x40\x08\x02\x00\x00\x00", zlib.compress(bytes(99)), b""]
+    named = [kind + chunk for kind, chunk in zip((b"IHDR", b"IDAT", b"IEND"), chunks, strict=True)]
+    whole = b"".join((len(one) - 4).to_bytes(4, "big") + one + zlib.crc32(one).to_bytes(4, "big") for one in named)
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + whole)  # checksums are right, and pixels are missing
+    synthesize(config(listed, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    rejected = {row.item: row.reason for row in read_jsonl(tmp_path / "made/rejected.jsonl", Rejection)}
+    assert "the image is broken" in rejected["disc/1-1.png"]
+    assert any(row.get("synthetic") for row in listed_rows(tmp_path / "made"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"condition": "good", "synthetic": "cutpaste"}, "its defect is synthetic although its condition is 'good'"),
         ({"syntetic": "cutpaste"}, "did you mean 'synthetic'"),
+        ({"synthetic": "yes"}, "synthetic is 'yes', none of cutpaste, scar, perlin, poisson; leave it empty"),
     ],
 )
 def test_a_list_that_contradicts_itself_is_told(tmp_path, change, words):
@@ -332,6 +390,10 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path, made):
         synthesize(config(listed, made[1]), SynthesizeConfig())
     with pytest.raises(EchoError, match="the output needs the folder synthetic for itself"):
         synthesize(config(made[1] / "parts.jsonl", tmp_path / "again"), SynthesizeConfig())
+    with pytest.raises(EchoError, match=r"the list would be called rejected\.jsonl, as what is rejected is; rename"):
+        copied = listed.with_name("rejected.jsonl")
+        copied.write_text(listed.read_text())
+        synthesize(config(copied, tmp_path / "out"), SynthesizeConfig())
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
     listed.write_text("".join(json.dumps(row | {"split": "test"}) + "\n" for row in rows))
     with pytest.raises(EchoError, match="no normal photograph outside validation and test"):

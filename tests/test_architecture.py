@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from echo_ft import config as configs
 from tests.conftest import ROOT
 
 PARTS = ("echo_ft", "data_prep", "train", "evaluation")
@@ -62,16 +65,53 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "recipes/README.md",
-        "data_prep/README.md",
-        "train/README.md",
-        "evaluation/README.md",
-    ],
-)
+DOCUMENTS = ["README.md", "recipes/README.md", "data_prep/README.md", "train/README.md", "evaluation/README.md"]
+
+
+class AskedError(Exception):
+    """Ends a command where it knows what it wants of its command line."""
+
+
+def options(module: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The options of a command: the fields of the dataclasses that it has its command line read into."""
+
+    def build(types, *_):
+        raise AskedError({field.name for cls in types for field in dataclasses.fields(cls) if field.init})
+
+    with monkeypatch.context() as patch, pytest.raises(AskedError) as asked:
+        patch.setattr(configs, "build", build)
+        importlib.import_module(module).main([])
+    return {"config", *asked.value.args[0]}
+
+
+def flags(command: str) -> list[tuple[str, list[str]]]:
+    """Each command of ours in a line of a document, as a module, and the flags that follow it."""
+    found = []
+    for part in re.split(r"[;|&]|\s#", command):
+        named = re.search(r"-m ((?:data_prep|train|evaluation)\.\w+)|\b(train/\w+)\.py", part)
+        if named:
+            module = named[1] or named[2].replace("/", ".")
+            found.append((module, re.findall(r"\s\[?--(\w+)", part[named.end() :])))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_only_options_that_their_commands_have(document, monkeypatch):
+    for command in commands((ROOT / document).read_text(encoding="utf-8")):
+        for module, given in flags(command):
+            unknown = set(given) - options(module, monkeypatch) if given else set()
+            assert not unknown, command
+
+
+def test_an_option_that_a_command_does_not_have_is_seen(monkeypatch):
+    line = "accelerate launch --quiet train/sft.py --config a.yaml --refrences 1; python -m evaluation.run --output x"
+    (first, given), (second, other) = flags(line)
+    assert (first, second) == ("train.sft", "evaluation.run")
+    assert set(given) - options(first, monkeypatch) == {"refrences"}
+    assert not set(other) - options(second, monkeypatch)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_only_commands_and_files_that_exist(document):
     found = commands((ROOT / document).read_text(encoding="utf-8"))
     assert found

@@ -77,15 +77,24 @@ def test_a_workload_without_whole_steps_is_refused(monkeypatch, capsys, options,
     assert f"{options[0]} {named}" in capsys.readouterr().err
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", "--gpu"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--gpu: torch finds no GPU here" in capsys.readouterr().err
+
+
 def test_the_table_counts_against_the_fastest_of_the_others():
     run = {"losses": [1.0, 0.5], "patches": 1, "tokens": 2, "labels": 3, "peak_mib": 4.0, "versions": {"torch": "2"}}
-    run |= {"operations": 1e12, "device": "NVIDIA H200"}
+    run |= {"operations": 1e12, "device": "NVIDIA H200", "precision": "bfloat16"}
     rates = {("trl", "all"): 5.0, ("ms-swift", "all"): 8.0, ("echo-ft", "all"): 40.0, ("ideal", "all"): 50.0}
     text = benchmark.table({name: [run | {"rate": rate}] for name, rate in rates.items()}, rows=10)
     ratios = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in text.splitlines()[2:6]}
     assert ratios == {"trl": "0.62", "ms-swift": "1.00", "echo-ft": "5.00", "ideal": "6.25"}
     # Ten questions of 1e12 operations in all, 40 questions a second, on a GPU of 989e12.
     assert "| 4 (MFU 0.004) |" in text
+    assert "\n\nNVIDIA H200, bfloat16\n" in text
 
 
 def test_a_model_of_random_weights_is_trained_by_the_trainer_as_by_its_ideal_loop(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_prep.convert import convert, main
 from echo_ft.conversations import chats, conversations
-from echo_ft.dataset import load_dataset
+from echo_ft.dataset import DIGESTS, load_dataset
 from echo_ft.images import load_image
 from echo_ft.layout import IGNORED, Layout, Row, pixels
 from echo_ft.records import ROLES, Branch, EchoError, Exchange, read_jsonl
@@ -173,6 +173,7 @@ def awkward(folder: Path) -> None:
 def test_images_that_libraries_read_in_different_ways_get_plain_copies(form, tmp_path, layout):
     parts = make_dataset(tmp_path / "parts", train=1, validation=0, test=0)
     awkward(parts / "images")
+    (parts / DIGESTS).unlink()  # of the images as they were
     convert(load_dataset(parts), form, tmp_path / "rows")
     copies = sorted(path.name for path in (tmp_path / "rows" / "images").iterdir())
     assert copies == [f"train_0_{number}.png.png" for number in range(3)]
@@ -218,6 +219,22 @@ def test_a_folder_that_holds_something_is_left_alone_and_a_failure_leaves_nothin
     with pytest.raises(EchoError, match="there is no image"):
         convert(load_dataset(parts), "trl", tmp_path / "rows")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "parts"]
+
+
+def test_the_rows_say_where_they_come_from_and_images_that_changed_are_refused(tmp_path):
+    parts = make_dataset(tmp_path / "parts", train=2, validation=1, test=0)
+    counts = convert(load_dataset(parts), "ms_swift", tmp_path / "rows")
+    told = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    dataset = load_dataset(parts)
+    assert (told["dataset_fingerprint"], told["format"]) == (dataset.fingerprint, "ms_swift")
+    assert told["prompt_version"] == dataset.manifest["prompt_version"] and told["commit"] and told["versions"]
+    lines = {name: (tmp_path / "rows" / f"{name}.jsonl").read_text().count("\n") for name in counts}
+    assert told["rows"] == counts == lines and told["synthetic"] == {}
+    first = next(read_jsonl(parts / "sft" / ROLES[0] / "train.jsonl", Exchange)).images[0]
+    Image.new("RGB", (56, 56)).save(parts / "images" / first)
+    with pytest.raises(EchoError, match=rf"1 of \d+ images .*such as {first}"):
+        convert(dataset, "ms_swift", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_files_without_rows_are_left_out_and_named(tmp_path):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
+import types
 
 import numpy as np
 import pytest
 
 from benchmarks.data import embedding, index, rows
+from data_prep.build import build
+from data_prep.settings import BuildConfig
 from echo_ft.records import Inspection, read_jsonl
+from tests.conftest import ROOT
 
 
 def test_drawn_vectors_have_the_cosines_that_are_stated():
@@ -47,9 +54,46 @@ def test_a_list_of_many_names_of_few_photographs_is_built_whole(tmp_path):
     assert 0 < found.image_work < found.processor and found.peak_mib > 50
 
 
+def test_image_work_is_counted_once_in_whatever_thread_it_is_done(monkeypatch):
+    """Two threads at a time, each with a call within a call that takes it a second."""
+    clock, both = threading.local(), threading.Barrier(2, timeout=10)
+
+    def inner():
+        both.wait()
+        clock.now = 1.0
+        both.wait()
+
+    module = types.ModuleType("measured")
+    module.inner, module.outer = inner, lambda: module.inner()
+    monkeypatch.setitem(sys.modules, "measured", module)
+    monkeypatch.setattr(rows, "IMAGE_WORK", {"measured": ("inner", "outer")})
+    monkeypatch.setattr(rows, "time", types.SimpleNamespace(thread_time=lambda: getattr(clock, "now", 0.0)))
+    seconds = [0.0]
+    with rows.timed(seconds):
+        threads = [threading.Thread(target=module.outer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seconds == [2.0]
+
+
+def test_a_dataset_without_retrieved_references_to_compare_ends_in_one_sentence(tmp_path):
+    listed = rows.draw(tmp_path, 30)
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    normal = next(entry["image"] for entry in entries if entry["condition"] == "good")
+    listed.write_text("".join(json.dumps(entry | {"reference": normal}) + "\n" for entry in entries))
+    build(BuildConfig("manifest", tmp_path / "dataset", annotations=listed, descriptor="skimage", k=1))
+    command = [sys.executable, "-m", "benchmarks.data.references", str(tmp_path / "dataset")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.endswith("has no case with retrieved and random references; nothing can be compared\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_both_ways_to_describe_give_the_same_features(tmp_path):
     cells = [cell.strip() for cell in embedding.measure(tmp_path, "skimage", 6, 56, 1, 1).split("|")[1:-1]]
     name, where, *figures = cells
-    assert (name, where) == ("skimage", "1 processes of one thread")
+    assert name == "skimage" and where.startswith("1 x (") and where.endswith(" reading threads, 1 of torch)")
     plain, ours, _, difference, again = map(float, figures)
     assert plain > 0 and ours > 0 and again > 0 and difference <= 1e-5

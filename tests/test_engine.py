@@ -17,7 +17,7 @@ from benchmarks.evaluation.speed import Plain
 from data_prep.build import main as build_main
 from echo_ft.dataset import cases as load_cases
 from echo_ft.dataset import load_dataset
-from echo_ft.engine import Engine
+from echo_ft.engine import Engine, Features
 from echo_ft.model import attach_adapters, load_model, load_processor
 from echo_ft.pipeline import Settings, run_cases
 from echo_ft.records import ROLES, Prediction, read_jsonl
@@ -69,12 +69,13 @@ def test_one_answer_token_is_the_first_and_takes_no_step_of_decoding(model, layo
     assert texts(words) == texts(full) != texts(answers), "what the others say is not cut"
 
 
-def test_batch_order_and_kept_features_change_nothing(model, layout, exchanges, tmp_path):
+def test_batch_order_and_kept_features_change_nothing(model, layout, exchanges, tmp_path, monkeypatch):
     engine = Engine(model, layout, tmp_path, max_new_tokens=8)
     together = engine.speak("decision_maker", exchanges)
     again = engine.speak("decision_maker", exchanges)
     one_by_one = [engine.speak("decision_maker", [exchange])[0] for exchange in reversed(exchanges)][::-1]
-    small = Engine(model, layout, tmp_path, max_new_tokens=8, kept_images=1).speak("decision_maker", exchanges)
+    monkeypatch.setattr("echo_ft.engine.RECENT_IMAGES", 1)
+    small = Engine(model, layout, tmp_path, max_new_tokens=8).speak("decision_maker", exchanges)
     for other in (again, one_by_one, small):
         assert texts(other) == texts(together)
 
@@ -124,6 +125,26 @@ def test_an_image_is_encoded_once_however_often_it_is_shown(model, layout, excha
     engine.speak("decision_maker", exchanges)
     engine.speak("reasoning_expert", exchanges)
     assert sum(seen) == len({image for exchange in exchanges for image in exchange.images})
+
+
+def test_of_shared_features_the_first_that_fit_are_found_by_every_later_engine(
+    model, layout, exchanges, tmp_path, monkeypatch
+):
+    """Scans of the same images, one after another, in a store that has room for half of them."""
+    monkeypatch.setattr("echo_ft.engine.RECENT_IMAGES", 1)
+    looked, open_view = [], Engine._open
+    monkeypatch.setattr(Engine, "_open", lambda self, view: looked.append(view) or open_view(self, view))
+    count = len({image for exchange in exchanges for image in exchange.images})
+    every = Features(2**30)
+    expected = Engine(model, layout, tmp_path, max_new_tokens=4, features=every).speak("decision_maker", exchanges)
+    assert len(looked) == count
+    half = Features(every.size // 2)
+    for features, most in ((every, 0), (half, count), (half, count - 2), (half, count - 2)):
+        looked.clear()
+        engine = Engine(model, layout, tmp_path, max_new_tokens=4, features=features)
+        said = [engine.speak("decision_maker", [exchange])[0] for exchange in exchanges]
+        assert texts(said) == texts(expected) and len(set(looked)) <= most
+        assert features.size <= features.most
 
 
 def test_an_exchange_without_references_can_be_asked(model, layout, case, tmp_path):

@@ -15,11 +15,11 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.images import image_fault
-from data_prep.prepare import MAX_REPEATS, balanced, divide
+from data_prep.prepare import MAX_REPEATS, balanced, by_inspection, divide
 from data_prep.settings import BuildConfig
 from data_prep.sources import NAMES
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, EchoError, Inspection, Rejection, read_jsonl
+from echo_ft.records import ROLES, EchoError, Inspection, Reference, Rejection, read_jsonl
 from echo_ft.splits import REFERENCE, make_splits
 from tests.test_build import arguments, config, draw_manifest, edit_rows, rows, run
 
@@ -65,6 +65,15 @@ def test_a_repeated_case_never_follows_itself(normals, dents):
         assert all(one.id != next_.id for one, next_ in pairwise(chosen))
         size = min(max(normals, dents), MAX_REPEATS * min(normals, dents))
         assert Counter(case.condition for case in chosen) == {"good": size, "dent": size}
+
+
+def test_records_out_of_the_order_of_their_inspections_are_an_error_and_none_is_lost():
+    inspections = [small_case(name, "cap", "good") for name in "abc"]
+    records = [Reference(name, "n.png", 1.0, rank) for name in "ac" for rank in (1, 2)]
+    assert list(by_inspection(inspections, records)) == [records[:2], [], records[2:]]
+    for wrong in (records[::-1], [*records, Reference("d", "n.png", 1.0, 1)], [*records, records[0]]):
+        with pytest.raises(ValueError, match="are not in the order of the inspections"):
+            list(by_inspection(inspections, wrong))
 
 
 def test_balancing_leaves_a_product_of_one_side_alone():

@@ -212,6 +212,22 @@ def test_an_approximate_index_finds_what_the_exact_search_finds(few_are_many: No
     assert (np.diff(similarities) <= 0).all()
 
 
+def test_the_graph_is_the_same_each_time_however_many_threads_there_are() -> None:
+    import faiss
+
+    vectors = mixture(3000, 32)
+    before = faiss.omp_get_max_threads()
+    try:
+        graphs = []
+        for threads in (1, 4, 4):
+            faiss.omp_set_num_threads(threads)
+            graphs.append(faiss.serialize_index(VectorIndex(vectors, np.arange(3000), "hnsw").faiss).tobytes())
+            assert faiss.omp_get_max_threads() == threads
+        assert graphs[0] == graphs[1] == graphs[2]
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def test_the_graph_is_that_of_the_papers_code() -> None:
     graph = VectorIndex(mixture(300, 16), np.arange(300), "hnsw").faiss
     assert graph.hnsw.nb_neighbors(1) == 64
@@ -380,6 +396,18 @@ def test_openai_weights_meet_the_activation_they_were_trained_with(
         with pytest.raises(EchoError, match="cannot be loaded"):
             describer(name).vectors([tmp_path / "n0.png"])
     assert asked == {"ViT-B-16/openai": True, "ViT-B-16/laion2b_s34b_b88k": False}
+
+
+def test_the_features_of_a_local_folder_are_kept_apart_by_folder_and_by_weights(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "b", tmp_path / "a-b"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "open_clip_model.safetensors").write_bytes(b"one")
+    keys = [describer(f"local-dir:{folder}").key for folder in folders]
+    assert len(set(keys)) == 2 and all("/" not in key for key in keys)
+    assert keys[0] == describer(f"local-dir:{folders[0]}").key
+    (folders[0] / "open_clip_model.safetensors").write_bytes(b"other")
+    assert describer(f"local-dir:{folders[0]}").key not in keys
 
 
 def test_weights_that_cannot_be_fetched_end_in_one_sentence_with_the_remedy(tmp_path: Path) -> None:

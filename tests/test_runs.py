@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import pytest
 
 from echo_ft import runs
 from echo_ft.pipeline import Settings, run_cases, run_or_fail
-from echo_ft.provenance import code_fingerprint
+from echo_ft.provenance import ANSWERING_MODULES, code_fingerprint, sources
 from echo_ft.records import EchoError, Prediction, Trace, read_jsonl, write_whole
 from echo_ft.runs import LOCK, PREDICTIONS, RUN, SHARDS, TRACES, Processes, RunFolder
 from tests.conftest import make_case
@@ -114,15 +116,25 @@ def test_the_codes_fingerprint_is_of_its_sources_alone(tmp_path):
     source, script, page = tmp_path / "library" / "a.py", tmp_path / "run.py", tmp_path / "library" / "README.md"
     for path in (source, script, page):
         path.write_text("x = 1")
-    before = code_fingerprint(tmp_path / "library", script)
+    before = code_fingerprint(source, script)
     page.write_text("more words")
-    assert code_fingerprint(tmp_path / "library", script) == before
+    assert code_fingerprint(source, script) == before
     for path in (source, script):
         path.write_text("x = 2")
-        assert code_fingerprint(tmp_path / "library", script) != before
+        assert code_fingerprint(source, script) != before
         path.write_text("x = 1")
-    source.rename(source.with_name("b.py"))
-    assert code_fingerprint(tmp_path / "library", script) != before
+    assert code_fingerprint(source.rename(source.with_name("b.py")), script) != before
+
+
+def test_the_code_that_answers_is_what_its_modules_import_and_not_what_scores_or_trains():
+    found = {path.stem for path in sources(*ANSWERING_MODULES)}
+    assert found >= {*ANSWERING_MODULES, "roles", "layout", "corruptions", "images", "records", "positions"}
+    assert not found & {"experts", "metrics", "statistics", "mmad_scorer", "trainer", "training", "audit", "runs"}
+    for name in found:
+        values = vars(importlib.import_module(f"echo_ft.{name}")).values()
+        owners = [getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "") for value in values]
+        ours = {owner.removeprefix("echo_ft.") for owner in map(str, owners) if owner.startswith("echo_ft.")}
+        assert ours <= found, f"{name} has something of a module that is left out"
 
 
 def test_a_file_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from echo_ft.dataset import FORMAT
 from echo_ft.positions import Permuted
-from echo_ft.records import GOOD, KINDS, EchoError, Prediction, write_jsonl
+from echo_ft.records import GOOD, KINDS, ROLES, EchoError, Prediction, write_jsonl
 from evaluation import compare, score
 
 
@@ -151,6 +151,7 @@ def test_a_run_that_was_decided_by_probabilities_or_has_none_has_no_agreement(
     silent = [dataclasses.replace(row, probabilities=None) for row in predictions(0.8)]
     for folder in (
         make_run(tmp_path / "logits", predictions(0.8), answer="logits"),
+        make_run(tmp_path / "averaged", predictions(0.8), answer="averaged"),
         make_run(tmp_path / "server", silent, answer="generate"),
     ):
         score.main([str(folder)])
@@ -214,6 +215,8 @@ def test_a_threshold_that_too_few_normal_images_can_promise_is_told_and_left_out
         ),
         ("validation", {"adapters": {"decision_maker": {"fingerprint": "beef"}}}, "their adapters differs; run"),
         ("validation", {"answer": "averaged"}, "their answer differs .None and averaged."),
+        ("validation", {"corruption": "blur", "severity": 3}, "their corruption differs .None and blur."),
+        ("validation", {"severity": 3}, "their severity differs .None and 3."),
         ("test", {}, "40 parts are in both, such as tiles/product 0/test part 0; give a run over --split validation"),
     ],
 )
@@ -224,6 +227,13 @@ def test_a_run_of_another_model_or_of_the_same_parts_does_not_calibrate(
     other = make_run(tmp_path / "other", unsure(name, 40, 1), split=name, **changes)
     with pytest.raises(EchoError, match=f"other cannot calibrate .*test: {message}"):
         score.main([str(folder), "--calibration", str(other)])
+
+
+def test_a_run_that_was_decided_by_text_calibrates_one_that_was_decided_by_probabilities(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "test", unsure("test", 40, 0), answer="logits")
+    other = make_run(tmp_path / "other", unsure("validation", 40, 1), split="validation", answer="generate")
+    score.main([str(folder), "--calibration", str(other)])
+    assert json.loads((folder / "report.json").read_text())["calibration"]["temperature"] > 0
 
 
 def test_calibration_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
@@ -429,10 +439,23 @@ def test_the_interval_of_several_runs_holds_what_another_one_would_change(tmp_pa
 
 
 def test_runs_that_are_not_of_one_kind_do_not_stand_together(tmp_path: Path) -> None:
-    base, one = (make_run(tmp_path / name, predictions(0.5)) for name in ("base", "one"))
-    other = make_run(tmp_path / "other", predictions(0.5), routing="paper")
-    with pytest.raises(EchoError, match="one and other are not of one kind: their routing differs"):
-        compare.main([str(base), f"{one},{other}"])
+    adapters = {role: {"fingerprint": "beef"} for role in ROLES}
+    base, one = (make_run(tmp_path / name, predictions(0.5), adapters=adapters) for name in ("base", "one"))
+    for key, value, told in (
+        ("routing", "paper", "None and paper"),
+        ("corruption", "blur", "None and blur"),
+        ("severity", 3, "None and 3"),
+        ("adapters", {}, "decision_maker, knowledge_guide, reasoning_expert, reference_extractor and none"),
+        ("adapters", {"decision_maker": {"fingerprint": "f00d"}}, "reference_extractor and decision_maker"),
+    ):
+        other = make_run(tmp_path / "other", predictions(0.5), **{"adapters": adapters, key: value})
+        with pytest.raises(EchoError, match=f"one and other are not of one kind: their {key} differs .*{told}"):
+            compare.main([str(base), f"{one},{other}"])
+    logits = make_run(tmp_path / "logits", predictions(0.5), adapters=adapters, answer="logits")
+    with pytest.raises(EchoError, match="one and logits are not of one kind: their answer differs"):
+        compare.main([str(base), f"{one},{logits}", "--compared", "answer"])
+    again = make_run(tmp_path / "again", predictions(0.6), adapters={**adapters, ROLES[0]: {"fingerprint": "f00d"}})
+    compare.main([str(base), f"{one},{again}"])
     with pytest.raises(EchoError, match="two of base, base have one name"):
         compare.main([str(base), f"base={one}"])
     with pytest.raises(EchoError, match="two or more runs"):

@@ -366,6 +366,25 @@ def test_predicted_words_stand_in_for_gold_ones(root: Path) -> None:
     assert "Reasoning: Observe: nothing." in made[0].branches[0].prompt
 
 
+def test_the_tone_is_told_beside_the_reference_that_is_shown(root: Path) -> None:
+    darker = np.array(Image.open(root / "twin.png"))
+    darker[14:17, 4:28] = 0
+    query = np.array(Image.open(root / "query.png"))
+    query[14:17, 4:28] = 60
+    for name, pixels in (("darker", darker), ("query", query)):
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    case = make(root, images=("twin.png", "darker.png", "n1.png"))
+    gold = gold_upstream(case, root)
+    said = dataclasses.replace(gold, best=1)
+    beside = gold_upstream(case, root, said)
+    assert beside.best == gold.best == 0, "which is best does not depend on which was chosen"
+    for upstream, tone in ((gold, "dark"), (said, "bright")):
+        (made,) = training_exchanges(case, "reasoning_expert", root, "full", upstream)[:1]
+        assert made.images[0] == case.seen.references[upstream.best].image
+        words = [branch.completion or "" for branch in made.branches]
+        assert words and all(f" {tone} " in text for text in words)
+
+
 def test_wrong_names_and_broken_images_are_named(root: Path) -> None:
     case = make(root)
     with pytest.raises(EchoError, match="routing cannot be 'short'; choose from full, paper"):

@@ -131,6 +131,41 @@ def test_what_is_left_out_is_not_even_a_reference_in_training_and_has_its_own_re
         assert all(one.seen == shown[one.id] for one in cases(load_dataset(folder), LEFT_OUT))
 
 
+def test_a_named_reference_of_the_fold_that_is_left_out_is_not_shown_in_training(place, whole, tmp_path):
+    """Whether the list names the photograph itself or a copy of it; elsewhere what is named stands."""
+    shutil.copytree(place / "raw", tmp_path / "raw")
+    listed = tmp_path / "raw" / "parts.jsonl"
+    given = [json.loads(line) for line in listed.read_text().splitlines()]
+    split = {one.image: one.split for one in rows(whole, "inspections.jsonl", Inspection)}
+    normals = [row["image"] for row in given if row["condition"] == "good" and split[row["image"]] == "train"]
+    original = {}
+    for number, row in enumerate(given):
+        row["reference"] = normals[number % len(normals)]
+        if number % 2:
+            copy = f"copies/{number}.png"
+            (tmp_path / "raw/copies").mkdir(exist_ok=True)
+            shutil.copyfile(tmp_path / "raw" / row["reference"], tmp_path / "raw" / copy)
+            original[copy] = row["reference"]
+            row["reference"] = copy
+    listed.write_text("".join(json.dumps(row) + "\n" for row in given))
+    build_main(options(tmp_path, tmp_path / "fold", "--folds", 2, "--fold", 0))
+    inspections = rows(tmp_path / "fold", "inspections.jsonl", Inspection)
+    left = {one.image for one in inspections if one.split == LEFT_OUT}
+    hidden = {
+        one.id for one in inspections if one.split == "train" and original.get(one.reference, one.reference) in left
+    }
+    assert {one.reference in original for one in inspections if one.id in hidden} == {True, False}
+    references = rows(tmp_path / "fold", "references.jsonl", Reference)
+    stand = {row.inspection for row in references if row.method == "given"}
+    assert stand == {one.id for one in inspections} - hidden
+    assert hidden <= {row.inspection for row in references if row.method == "retrieved"}
+    shown = {name for role in ROLES for row in exchanges(tmp_path / "fold", role, "train") for name in row.images}
+    assert not {original.get(name, name) for name in shown} & left
+    manifest = json.loads((tmp_path / "fold" / "manifest.json").read_text())
+    assert manifest["dropped"]["reference"] == len(hidden)
+    assert any(f"named for {len(hidden)} training photographs are of the fold" in one for one in manifest["warnings"])
+
+
 def test_folds_share_out_every_condition_and_do_not_depend_on_the_order():
     kinds = ["good"] * 9 + ["dent"] * 4 + ["stain"] * 3
     made = [
@@ -272,13 +307,14 @@ def test_a_run_that_shows_other_things_than_training_rows_is_refused(place, clea
         predict(place, tmp_path / "out", [stray, *clean[1:]])
 
 
-def test_words_about_other_references_or_photographs_are_refused(place, clean, tmp_path):
+def test_words_about_other_references_or_photographs_are_refused(place, clean, tmp_path, monkeypatch):
     with pytest.raises(EchoError, match=r"reference_extractor was shown something else .* with the same config"):
         predict(place, tmp_path / "out", clean, "--k", 1)
     moved = tmp_path / "moved"
     shutil.copytree(place / "raw", moved / "raw")
     test = next(one for one in rows(place / "whole", "inspections.jsonl", Inspection) if one.split == "test")
     shutil.copyfile(moved / "raw" / "cap" / "good-0-1.png", moved / "raw" / test.image)
+    monkeypatch.delattr("data_prep.build.write_sft")  # it is told before hours of rows are written
     with pytest.raises(EchoError, match="whose photographs are not those of this dataset"):
         predict(moved, tmp_path / "out", clean)
 

@@ -5,9 +5,10 @@
 Drawn parts, PNG files of --side pixels, are described by `skimage`, or by the architecture of an open_clip model with
 random weights, which take as long as trained ones. One at a time is what a paper's code does: open the file, prepare
 it, encode a batch of one, in one process with --plain_threads threads (by default as many as torch takes). Against it
-stands what each process of `data_prep.embed` does, in --processes of them with a thread each, or in one on a GPU. What
-is loaded once is loaded before the clock starts. The features of both are compared; then all is asked for once more,
-which takes the time of hashing the files.
+stands what each process of `data_prep.embed` does, in --processes of them, or in one on a GPU. Each process reads and
+prepares images in up to 16 threads, no more than there are processors, which for `skimage` is all there is to do; torch
+has one thread in each, but on a GPU as many as it takes. What is loaded once is loaded before the clock starts. The
+features of both are compared; then all is asked for once more, which takes the time of hashing the files.
 
 Both are timed --repeats times in turn, and the median counts: nothing else should run on the machine.
 """
@@ -135,7 +136,8 @@ def measure(folder: Path, name: str, images: int, side: int, processes: int, rep
     found = FeatureStore(describe, cache).gather({digest: row for row, digest in enumerate(hashes.values())})
     difference = float(np.abs(found - expected).max())
     before, after = statistics.median(plain), statistics.median(ours)
-    where = torch.cuda.get_device_name() if gpu else f"{processes} processes of one thread"
+    readers = min(16, os.cpu_count() or 1)
+    where = torch.cuda.get_device_name() if gpu else f"{processes} x ({readers} reading threads, 1 of torch)"
     return (
         f"| {name} | {where} | {images / before:.1f} | {images / after:.1f} | {before / after:.2f} | {difference:.1e} "
         f"| {images / again:.0f} |"

@@ -3,8 +3,9 @@
 A reference is closer to a photograph where it differs less from it outside the defect, in mean absolute grey over 64 x
 64 cells of the whole image. Compared are, case by case, the first of the retrieved references with the first of the
 random ones, and the closest of those retrieved, which the reference extractor is trained to choose, with the closest of
-the random ones. As six exposures of one surface differ in brightness above all, the same once more for images less
-their own mean outside the defect. Shares of cases with 95 % intervals that resample parts.
+the random ones. Cases whose source names their reference are left out. As six exposures of one surface differ in
+brightness above all, the same once more for images less their own mean outside the defect. Shares of cases with 95 %
+intervals that resample parts.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ def misfits(case: Case, root: Path) -> np.ndarray:
 
 
 def compare(dataset: Dataset, split: str) -> tuple[list[str], np.ndarray]:
-    """The part of each case of a split that has references of both methods, and (cases, 4) whether retrieval won."""
+    """The part of each case of a split that has references of both methods, and (cases, 4) whether retrieval won.
+
+    A reference that the source names stands in place of the retrieved ones, so such a case has none.
+    """
     parts, wins = [], []
     retrieved, random = (cases(dataset, split, method) for method in METHODS)
     for own, drawn in zip(retrieved, random, strict=True):
-        if own.seen.references and drawn.seen.references:
+        methods = [{one.method for one in case.seen.references} for case in (own, drawn)]
+        if methods == [{method} for method in METHODS]:
             near, far = misfits(own, dataset.root), misfits(drawn, dataset.root)
             first, closest = near[:, 0] < far[:, 0], near.min(axis=1) < far.min(axis=1)
             parts.append("/".join((own.dataset, own.product, own.group)))
@@ -80,6 +85,8 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="a dataset folder, made by data_prep.build")
     dataset = load_dataset(parser.parse_args().dataset)
     found = {split: compare(dataset, split) for split in SPLITS}
+    if not any(parts for parts, _ in found.values()):
+        raise SystemExit(f"{dataset.folder} has no case with retrieved and random references; nothing can be compared")
     print(
         f"Share of cases, in per cent, whose retrieved reference is closer; {dataset.manifest['config']['descriptor']}"
     )

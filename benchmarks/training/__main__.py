@@ -27,6 +27,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.training.workload import MODEL, Workload
 from echo_ft.flops import peak
 
@@ -60,7 +62,6 @@ def random_model(name: str, folder: Path) -> str:
 
     `name` is a published model's, or a folder with a config.json.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from echo_ft.architectures import model_config
@@ -77,7 +78,7 @@ def random_model(name: str, folder: Path) -> str:
 
 
 def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: int) -> str:
-    """One line a contender of `rows` questions a step, medians over its runs, and the versions of what was measured."""
+    """One line a contender of `rows` questions a step, medians over its runs; device, precision and versions."""
     rates = {contender: statistics.median(found["rate"] for found in runs) for contender, runs in results.items()}
     best = max(rate for (name, _), rate in rates.items() if name in NEIGHBOURS)
     lines = [
@@ -98,6 +99,8 @@ def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: 
             f"| {runs[0]['patches']}, {runs[0]['tokens']}, {runs[0]['labels']} | {memory:.0f} "
             f"| {useful / 1e12:.3g}{share} |"
         )
+    first = results["echo-ft", "all"][0]
+    lines.append(f"\n{first['device']}, {first['precision']}")
     for (name, _), runs in results.items():
         if name in NEIGHBOURS:
             found = ", ".join(f"{package} {number}" for package, number in runs[0]["versions"].items())
@@ -126,6 +129,8 @@ def main() -> None:
         parser.error(f"--cases {options.cases} is not a multiple of the {options.rows // options.questions} of a step")
     if not options.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        parser.error("--gpu: torch finds no GPU here; leave it out, or see to torch.cuda.is_available()")
     own, neighbour = "benchmarks.training.contender", "benchmarks.training.neighbours"
     commands = {name: [sys.executable, "-m", own] for name in ("trl", "echo-ft", "ideal")}
     for name, python in (("llamafactory", options.llamafactory), ("ms-swift", options.ms_swift)):

@@ -1,7 +1,7 @@
 """What is measured of a contender, in a process of its own; needs transformers alone, for other tools' environments.
 
 Prints one line of JSON: seconds of each step, losses, the work of a step, peak memory (of the process, or of its GPU),
-device and versions.
+device, precision and versions.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def main(
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         ),
         "device": torch.cuda.get_device_name() if gpu else "CPU",
+        "precision": "bfloat16" if gpu else "float32",  # every contender's
         "versions": versions(),
         **measured.work,
     }  # fmt: skip

@@ -4,7 +4,8 @@
   part without a defect; several defects are joined: `bent+melt`). Optional are `mask` (an image file), `boxes`
   ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical part
   share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
-  (by default the list's name) and `synthetic` (what made a defect that no camera saw: `data_prep.synthesize` fills it).
+  (by default the list's name) and `synthetic` (the method of `echo_ft.anomalies` that made a defect which no camera
+  saw: `data_prep.synthesize` fills it).
 - COCO JSON: see `_coco`.
 - No list: the files that labelme has written under the root, see `_labelme`.
 
@@ -24,6 +25,7 @@ from data_prep.sources import Items, Place, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._rows import check_condition, needed_text, split_of, text_of
+from echo_ft.anomalies import METHODS
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
 
 NEEDED = ("image", "product", "condition")
@@ -120,6 +122,10 @@ def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
         raise RowError(f"it has boxes although its condition is {GOOD!r}")
     image = locate(root, image, "image")
     mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
+    if synthetic and synthetic not in METHODS:
+        raise RowError(
+            f"synthetic is {synthetic!r}, none of {', '.join(METHODS)}; leave it empty for what a camera saw"
+        )
     if synthetic and condition == GOOD:
         raise RowError(f"its defect is synthetic although its condition is {GOOD!r}")
     return Inspection(
