@@ -66,7 +66,10 @@ def build(config: BuildConfig) -> dict[str, Any]:
     with workspace(config.output, config.settings(), config.overwrite) as folder:
         describer(config.descriptor)  # a wrong name is told before the photographs are looked at
         root, inspections, questions, rejections = photographs(config, folder)
-        material = prepare(inspections, questions, rejections, root, folder, config)
+        try:
+            material = prepare(inspections, questions, rejections, root, folder, config)
+        except EchoError as error:  # rejected.jsonl goes with the folder
+            raise EchoError(f"{error}{_first(rejections)}") from error
         if runs:
             check_runs(runs, material, root)
         digests = image_digests(material.inspections, root)
@@ -89,9 +92,16 @@ def photographs(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspectio
     root, items = records(config, folder)
     inspections, questions, rejections = collect(progress(items, "reading", "records"), root)
     if not inspections:
-        first = f"; the first: {rejections[0].item}: {rejections[0].reason}" if rejections else ""
-        raise EchoError(f"the source {config.source} holds no usable photograph in {root}{first}")
+        where = config.annotations or root
+        raise EchoError(f"the source {config.source} holds no usable photograph in {where}{_first(rejections)}")
     return root, inspections, questions, rejections
+
+
+def _first(rejections: Sequence[Rejection]) -> str:
+    """How many photographs and rows were rejected, and why the first one was."""
+    if not rejections:
+        return ""
+    return f"; {len(rejections)} rejected, the first: {rejections[0].item}: {rejections[0].reason}"
 
 
 def records(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:

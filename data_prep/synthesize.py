@@ -81,7 +81,8 @@ def main(argv: list[str]) -> None:
     print(f"{source.output}: {sum(made.values())} synthetic photographs: {counts}")
     print(f"{manifest['rejected']} rejected" + (" (see rejected.jsonl)" if manifest["rejected"] else ""))
     print(
-        f"next: python -m data_prep.build --source manifest --annotations {source.output / manifest['list']} "
+        "next: python -m data_prep.build with the same --config and --source manifest "
+        f"--root {source.output} --annotations {source.output / manifest['list']} "
         f"--knowledge {source.output / 'knowledge.yaml'} --output DATASET"
     )
 

@@ -84,9 +84,10 @@ def check_runs(runs: Sequence[Run], material: Material, root: Path) -> None:
     inspections = [*material.asked("train"), *material.asked("validation")]
     bare = [one for one in inspections if not any(one.id in run.places for run in runs)]
     if bare:
+        remedy = REMEDY if bare[0].split == "train" else f"evaluation.run --split {bare[0].split} makes it"
         raise EchoError(
             f"no run in traces describes {bare[0].id}, of the split {bare[0].split} (of {len(inspections)} cases "
-            f"{len(bare)} are not described); give a run over it too: {REMEDY}; a case that failed in a run is asked "
+            f"{len(bare)} are not described); give a run over it too: {remedy}; a case that failed in a run is asked "
             "again by the run's own command"
         )
     for run in runs:

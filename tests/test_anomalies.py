@@ -170,7 +170,7 @@ def draw_line(root: Path, splits: bool, normals: int = 12) -> Path:
 def command(module: str, *arguments: object, fails: bool = False) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", f"data_prep.{module}", *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -106,7 +106,7 @@ def edit_rows(source: Path, change) -> None:
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "data_prep.build", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_writes_the_whole_dataset_folder(raw, tmp_path):
@@ -451,6 +451,10 @@ def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, words):
         (lambda row: row["condition"] != "good", "no normal photograph.* with; add normal photographs, with condition"),
         (lambda row: row["condition"] == "good" and row.update(split="train") is None, "; add photographs of defects$"),
         (lambda row: not row.update(split="train" if row["condition"] != "good" else "test"), "; set split to seeded$"),
+        (
+            lambda row: row["condition"] != "good" or not row.update(condition="ok"),
+            r"no normal photograph.*; \d+ rejected, the first: .* 'ok' is written 'good'",
+        ),
     ],
 )
 def test_a_dataset_that_nothing_can_be_made_of_is_an_error_that_says_what_would_help(raw, tmp_path, keep, words):

@@ -242,7 +242,7 @@ def test_files_without_rows_are_left_out_and_named(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "data_prep.convert", "--dataset", parts, "--format", "llamafactory", "--output",
          tmp_path / "rows"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "decision_maker/validation" in done.stdout and "0 rows, so no file" in done.stdout

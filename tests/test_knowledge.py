@@ -327,7 +327,7 @@ def test_from_the_skeleton_to_the_build_by_the_commands(tmp_path: Path, capsys: 
     flange = tmp_path / "k" / "synthetic" / "flange.yaml"
     flange.write_text(flange.read_text().replace("chip:", "chipp:"))
     command = [sys.executable, "-m", "data_prep.knowledge", "--dataset", tmp_path / "again", "--check", tmp_path / "k"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "'chipp' occurs in no photograph; did you mean 'chip'?" in done.stdout, done.stderr
     flange.write_text(flange.read_text().replace("chipp:", "chip:"))
     capsys.readouterr()

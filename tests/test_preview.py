@@ -181,7 +181,7 @@ def visit(path: Path, tmp_path: Path, fragment: str = "") -> tuple[str, list[str
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
          "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", f"--log-net-log={log}",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri() + fragment],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -175,7 +175,7 @@ class KilledError(Exception):
 
 def run_together(folder, cases, count, stop_after=99, parrot=None):
     """A run by so many processes, here threads; each is killed after `stop_after` batches of two cases."""
-    barrier = threading.Barrier(count, timeout=20)
+    barrier = threading.Barrier(count, timeout=120)
 
     def process(index):
         with RunFolder(folder, PROVENANCE, cases, processes=Processes(index, count, barrier.wait)) as opened:

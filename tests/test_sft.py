@@ -49,7 +49,7 @@ def launch(
         },
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
