@@ -123,7 +123,7 @@ row_strategy = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(row_strategy, min_size=1, max_size=30))
 def test_official_is_to_the_digit_what_mmads_scorer_makes_of_any_answers_file(rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
