@@ -22,7 +22,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def _products(side: Side) -> set[tuple[str, ...]]:
     return {(one.dataset, one.product) for one in side.cases.values()}
 
 
-def _names(keys: set[tuple[str, ...]]) -> tuple[str, ...]:
+def _names(keys: Collection[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple("/".join(key) for key in sorted(keys))
 
 

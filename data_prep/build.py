@@ -16,24 +16,18 @@ has each role's cases and rows by side (`counts.sft_sides`) and a warning where 
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-from data_prep import sources
-from data_prep.output import Sides, Spool, image_digests, make_manifest, rejected_words, workspace, write_json
-from data_prep.prepare import TRAINING, Material, balanced, collect, prepare, progress
+from data_prep.output import image_digests, make_manifest, rejected_words, workspace, write_json
+from data_prep.prepare import prepare
+from data_prep.raw import check, first_rejection, photographs
 from data_prep.settings import BuildConfig
-from data_prep.upstream import Run, check_photographs, check_runs, described, predicted, read_runs
+from data_prep.training_rows import write_sft
+from data_prep.upstream import check_photographs, check_runs, described, read_runs
 from echo_ft.config import parse, run_main
 from echo_ft.dataset import images_fingerprint
-from echo_ft.records import GOOD, ROLES, EchoError, Inspection, Question, Rejection, write_jsonl
-from echo_ft.splits import check_fractions
+from echo_ft.records import GOOD, EchoError, write_jsonl
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +63,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
         try:
             material = prepare(inspections, questions, rejections, root, folder, config)
         except EchoError as error:  # rejected.jsonl goes with the folder
-            raise EchoError(f"{error}{_first(rejections)}") from error
+            raise EchoError(f"{error}{first_rejection(rejections)}") from error
         if runs:
             check_runs(runs, material, root)
         digests = image_digests(material.inspections, root)
@@ -82,107 +76,6 @@ def build(config: BuildConfig) -> dict[str, Any]:
         write_json(folder / "manifest.json", manifest)
         write_preview(folder, root, manifest, material)
     return manifest
-
-
-def photographs(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspection], list[Question], list[Rejection]]:
-    """The root of the config's source, and what is in it as `collect` has it; one that draws, draws into `folder`.
-
-    Raises EchoError where nothing in it can be used.
-    """
-    root, items = records(config, folder)
-    inspections, questions, rejections = collect(progress(items, "reading", "records"), root)
-    if not inspections:
-        where = config.annotations or root
-        raise EchoError(f"the source {config.source} holds no usable photograph in {where}{_first(rejections)}")
-    return root, inspections, questions, rejections
-
-
-def _first(rejections: Sequence[Rejection]) -> str:
-    """How many photographs and rows were rejected, and why the first one was."""
-    if not rejections:
-        return ""
-    return f"; {len(rejections)} rejected, the first: {rejections[0].item}: {rejections[0].reason}"
-
-
-def records(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
-    """The root of the config's source, and what the source yields; one that draws, draws into `folder`."""
-    root = _root(config, folder)
-    root.mkdir(exist_ok=True)
-    source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
-    return root, _source(config.source).read(source)
-
-
-def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequence[Run] = ()) -> dict[str, Sides]:
-    """Write each role's training and validation rows; see `balanced` for the order and number of the former.
-
-    What earlier roles said is taken from `runs`, where there are any, and is what they should say otherwise.
-    Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
-    Returns what each file under sft holds, by `<role>/<split>`.
-    """
-    from echo_ft.targets import gold_upstream, training_exchanges
-
-    sides = {}
-    with ExitStack() as stack:
-        spools = {
-            (role, split): Spool(stack.enter_context(TemporaryFile(dir=material.folder)))
-            for role in ROLES
-            for split in TRAINING
-        }
-        # One role at a time would read each photograph four times.
-        for inspection, case in progress(material.training_cases(), "writing", "cases"):
-            said = predicted(case, runs, config.routing) if runs else None
-            gold = gold_upstream(case, root, said)
-            for role in ROLES:
-                rows = training_exchanges(case, role, root, config.routing, said, gold)
-                if rows:
-                    spools[role, str(inspection.split)].add(inspection, rows)
-        for (role, split), spool in spools.items():
-            order = balanced(spool.cases, config.seed) if split == "train" and config.balance else spool.cases
-            sides[f"{role}/{split}"] = spool.write(order, material.folder / "sft" / role / f"{split}.jsonl")
-    return sides
-
-
-def _source(name: str) -> Any:
-    if name not in sources.NAMES:
-        near = difflib.get_close_matches(name, sources.NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sources.NAMES)}"
-        raise EchoError(f"no source is named {name!r}; {hint}")
-    return importlib.import_module(f"data_prep.sources.{name}")
-
-
-def check(config: BuildConfig) -> None:
-    """Raise EchoError for whatever can be told to be wrong before the photographs are read."""
-    _source(config.source)
-    for key in ("annotations", "knowledge"):
-        path = getattr(config, key)
-        if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
-            raise EchoError(f"{key}: there is no file {path}; check the path")
-    check_fractions(config.fractions)
-    for pair, there in {
-        "folds and fold": (config.folds is not None, config.fold is not None),
-        "upstream predicted and traces": (config.upstream == "predicted", bool(config.traces)),
-    }.items():
-        if there[0] != there[1]:
-            raise EchoError(f"{pair} go together; give both or neither")
-    if config.source == "synthetic":
-        if config.root is not None:
-            raise EchoError("the source synthetic draws its images into the dataset folder; leave root out")
-        return
-    root = _root(config, config.output)
-    if not root.is_dir():
-        raise EchoError(f"root: there is no folder {root} (looked from {Path.cwd()}); check the path")
-    if root.resolve().is_relative_to(config.output.resolve()):
-        raise EchoError(f"the images in {root} lie inside the output {config.output}; choose another output")
-
-
-def _root(config: BuildConfig, folder: Path) -> Path:
-    if config.source == "synthetic":
-        return folder  # it draws into images/ and masks/ there
-    if config.root is not None:
-        return config.root
-    if config.annotations is not None:
-        return config.annotations.parent
-    raise EchoError(f"the source {config.source} needs root: the folder that holds its images")
 
 
 if __name__ == "__main__":

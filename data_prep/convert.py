@@ -21,7 +21,7 @@ from typing import Any, Literal
 from PIL import ExifTags, Image
 
 from data_prep.output import write_json
-from data_prep.prepare import progress
+from data_prep.raw import progress
 from echo_ft.config import parse, run_main
 from echo_ft.conversations import SHAREGPT, chats, conversations
 from echo_ft.dataset import Dataset, load_dataset, require_unchanged

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from data_prep.build import check, records
-from data_prep.prepare import progress
+from data_prep.raw import check, progress, records
 from data_prep.settings import BuildConfig
 from echo_ft.config import parse, run_main
 from echo_ft.records import EchoError, Inspection
@@ -71,4 +70,4 @@ def embed(config: BuildConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the same command goes on where it stopped")

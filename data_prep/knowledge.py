@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -185,7 +186,7 @@ def _added(
 
 
 def _inserted(written: str, place: tuple[str, str], lacking: Mapping[str, str], counts: Mapping[str, int]) -> str:
-    node = yaml.compose(written, yaml.SafeLoader)
+    node: Any = yaml.compose(written, yaml.SafeLoader)
     for name in place:
         node = next(value for key, value in node.value if key.value == name)
     first, last = node.value[0][0], node.value[-1][1]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
 import tempfile
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from data_prep.prepare import REFERENCE_LEFT_OUT, Material, progress, reference_pool, remedy, some
+from data_prep.prepare import REFERENCE_LEFT_OUT, Material, reference_pool, remedy, some
+from data_prep.raw import progress
 from data_prep.settings import BuildConfig
+from data_prep.training_rows import Sides
 from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
 from echo_ft.geometry import mask_files
 from echo_ft.images import depth
-from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
-from echo_ft.records import GOOD, ROLES, EchoError, Exchange, Inspection, to_json
+from echo_ft.provenance import commit, content_hash, fingerprint_bytes, fingerprint_files, versions
+from echo_ft.records import GOOD, ROLES, EchoError, Inspection
 from echo_ft.roles import PROMPT_VERSION
 from echo_ft.splits import LEFT_OUT, SPLITS, divided_parts
 
@@ -108,47 +109,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-Sides = dict[str, dict[str, int]]
-"""How many `cases` (repeats counted) and `rows` a file of training rows has of `normal` and of `defective` parts.
-
-Balance is a matter of cases: a defective one is asked more, and has more rows where routes differ.
-"""
-
-
-class Spool:
-    """The rows of one role, kept in a temporary file until the order is known in which they are written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        """Keep them in `file`, which is empty and open to write and read."""
-        self.cases: list[Inspection] = []
-        """The cases in the order in which their rows came."""
-        self._file, self._ends, self._counts = file, array("q", [0]), array("q")
-
-    def add(self, case: Inspection, rows: Sequence[Exchange]) -> None:
-        """Keep the rows of one case."""
-        lines = "".join(to_json(row) + "\n" for row in rows).encode()
-        self._file.write(lines)
-        self.cases.append(case)
-        self._ends.append(self._ends[-1] + len(lines))
-        self._counts.append(len(rows))
-
-    def write(self, order: Sequence[Inspection], path: Path) -> Sides:
-        """Write the rows of these cases to `path`; returns what is there."""
-        number = {case.id: place for place, case in enumerate(self.cases)}
-        sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            for case in order:
-                place = number[case.id]
-                start, end = self._ends[place : place + 2]
-                self._file.seek(start)
-                file.write(self._file.read(end - start))
-                side = sides["normal" if case.condition == GOOD else "defective"]
-                side["cases"] += 1
-                side["rows"] += self._counts[place]
-        return sides
-
-
 def make_manifest(
     material: Material, sides: Mapping[str, Sides], digests: Mapping[str, str], root: Path, config: BuildConfig
 ) -> dict[str, Any]:
@@ -225,11 +185,9 @@ def _sorted(counter: Counter[str]) -> dict[str, int]:
 def image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
     """SHA-256 of every photograph, mask and named reference, by path."""
     paths = {path for i in inspections for path in (i.image, *mask_files(i), i.reference) if path is not None}
-    digests = {}
-    for path in progress(sorted(paths), "fingerprint", "files"):
-        with open(root / path, "rb") as file:
-            digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {
+        path: content_hash(os.path.join(root, path)).hex() for path in progress(sorted(paths), "fingerprint", "files")
+    }
 
 
 def _warnings(material: Material, digests: Mapping[str, str], config: BuildConfig) -> list[str]:
@@ -244,8 +202,12 @@ def _warnings(material: Material, digests: Mapping[str, str], config: BuildConfi
             f"to train on this data, {remedy(inspections, config, defects=True)}"
         )
     for split in ("validation", "test"):
-        if not any(inspection.split == split for inspection in cases):
+        conditions = {inspection.condition == GOOD for inspection in cases if inspection.split == split}
+        if not conditions:
             found.append(f"no case is in the {split} split")
+        elif len(conditions) == 1:
+            side = "normal" if True in conditions else "defective"
+            found.append(f"the {split} split has {side} cases alone: its figures say nothing of the others")
     alone = sorted({(i.dataset, i.product) for i in cases if i.split == "train"})
     sides = {(i.dataset, i.product, i.condition == GOOD) for i in cases if i.split == "train"}
     lacking = ["/".join(place) for place in alone if (*place, True) not in sides or (*place, False) not in sides]

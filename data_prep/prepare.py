@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
-from data_prep.images import boxes_fault, image_fault, mask_fault
+from data_prep.raw import progress
 from data_prep.settings import BuildConfig
-from data_prep.sources import Item, Place, place_name
+from data_prep.sources import place_name
 from echo_ft.dataset import Descriptions, less_held_out, less_synthetic, make_cases
 from echo_ft.records import (
     GOOD,
@@ -34,7 +29,6 @@ from echo_ft.records import (
 )
 from echo_ft.splits import HOLDS_OUT, LEFT_OUT, REFERENCE, leave_out, make_splits, part, trainable, withheld
 
-T = TypeVar("T")
 R = TypeVar("R", Reference, Question)
 
 SYNTHETIC_ELSEWHERE = (
@@ -46,9 +40,6 @@ REFERENCE_LEFT_OUT = "the named reference is of the fold that is left out, so no
 
 TRAINING = ("train", "validation")
 """The splits that have rows for the roles."""
-
-MAX_REPEATS = 4
-"""How often balancing repeats a case at most: beyond that a model learns the photograph, not the defect."""
 
 
 @dataclass(frozen=True)
@@ -122,58 +113,6 @@ def write_records(path: Path, records: Iterable[R], kind: Callable[[R], str]) ->
 
     write_jsonl(path, counted())
     return written
-
-
-def progress(items: Iterable[T], words: str, unit: str) -> Iterable[T]:
-    """The items, with progress on stderr: live on a terminal, now and then in a log."""
-    live = sys.stderr.isatty()
-    return tqdm(items, desc=words, unit=f" {unit}", mininterval=0.1 if live else 10, leave=live)
-
-
-def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
-    """What a source yields, without the photographs that cannot be used; those and their reasons apart.
-
-    A mask that contradicts its photograph rejects the photograph too, unless the source has questions of its own for
-    it: a benchmark's questions stand without a mask.
-    """
-    read = list(items)
-    questions = [item for item in read if isinstance(item, Question)]
-    rejections = [item for item in read if isinstance(item, Rejection)]
-    asked = {question.inspection for question in questions}
-    places = {item.inspection: f" ({item.place})" for item in read if isinstance(item, Place)}
-    fault_of = cache(image_fault)
-    inspections: dict[str, Inspection] = {}
-    for item in progress([i for i in read if isinstance(i, Inspection)], "checking", "photographs"):
-        inspection = item
-        fault = fault_of(root / inspection.image) or boxes_fault(inspection, root)
-        if inspection.id in inspections:
-            fault = "the source lists it twice"
-        place = places.get(inspection.id, "")
-        if fault:
-            rejections.append(Rejection(inspection.image, fault + place))
-            continue
-        mask = mask_fault(inspection, root)
-        if mask:
-            stands = mask.photograph_stands or inspection.id in asked
-            words = "; the photograph is used without it" if stands else ""
-            rejections.append(Rejection(inspection.image, mask.reason + words + place, "mask" if stands else None))
-            if not stands:
-                continue
-            boxes = () if inspection.polygons else inspection.boxes  # boxes beside polygons are half of what is marked
-            inspection = dataclasses.replace(inspection, mask=None, masks=(), polygons=(), boxes=boxes)
-        fault = fault_of(root / inspection.reference) if inspection.reference else None
-        if fault:
-            reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
-            rejections.append(Rejection(str(inspection.reference), reason, "reference"))
-            inspection = dataclasses.replace(inspection, reference=None)
-        inspections[inspection.id] = inspection
-    kept = []
-    for question in questions:
-        if question.inspection in inspections:
-            kept.append(question)
-        else:
-            rejections.append(Rejection(question.id, "its photograph cannot be used"))
-    return list(inspections.values()), kept, rejections
 
 
 def prepare(
@@ -435,43 +374,3 @@ def ask(
         shown = [name for name in shown if name in texts]
         entries = tuple(Entry(*item) for item in texts.items())
         yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
-
-
-def balanced(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
-    """As many normal as defective cases in each product, in a seeded random order in which none follows itself.
-
-    The rarer side is repeated (no photograph is left out), up to `MAX_REPEATS` times; beyond that the other side is
-    sampled down. Per product, as a product with more defects than others would itself become the answer. A product
-    that lacks one side stays as it is.
-    """
-    rng = random.Random(f"{seed}/balance")
-    sides: dict[tuple[str, str], tuple[list[Inspection], list[Inspection]]] = defaultdict(lambda: ([], []))
-    for case in cases:
-        sides[case.dataset, case.product][case.condition == GOOD].append(case)
-    chosen: list[Inspection] = []
-    for defective, normal in sides.values():
-        few, many = sorted((defective, normal), key=len)
-        if not few:
-            chosen += many
-            continue
-        size = min(len(many), len(few) * MAX_REPEATS)
-        whole, rest = divmod(size, len(few))
-        chosen += few * whole + rng.sample(few, rest) + rng.sample(many, size)
-    rng.shuffle(chosen)
-    return _apart(chosen, rng)
-
-
-def _apart(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
-    """The cases in their order, but those that follow themselves, which go where they do not.
-
-    Training reads neighbouring rows of one case as one. There is always such a place: a repeated case has at least as
-    many different ones of the other side, each there once, as it has repeats.
-    """
-    order: list[Inspection] = []
-    again: list[Inspection] = []
-    for case in cases:
-        (again if order and order[-1].id == case.id else order).append(case)
-    for case in again:
-        free = [i for i in range(len(order) + 1) if all(near.id != case.id for near in order[max(0, i - 1) : i + 1])]
-        order.insert(rng.choice(free), case)
-    return order

@@ -20,8 +20,8 @@ from data_prep.prepare import Material
 from echo_ft import geometry
 from echo_ft.dataset import make_cases
 from echo_ft.images import image_size, load_image
-from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, Question, Reference, from_dict
-from echo_ft.splits import LEFT_OUT, REFERENCE, SPLITS
+from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, Question, Reference, from_dict, to_json
+from echo_ft.splits import LEFT_OUT, REFERENCE, SPLITS, stratum_of
 
 R = TypeVar("R")
 
@@ -116,8 +116,8 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], materia
         roles=ROLES,
         cards=cards,
         total=len(inspections),
-        places=len(set(map(_place, inspections))),
-        left_out=len(set(map(_place, inspections)) - set(map(_place, chosen))),
+        places=len(set(map(stratum_of, inspections))),
+        left_out=len(set(map(stratum_of, inspections)) - set(map(stratum_of, chosen))),
     )
     (folder / "preview.html").write_text(page, encoding="utf-8")
 
@@ -153,10 +153,11 @@ def _filters(cards: Sequence[Card]) -> dict[str, list[str]]:
 
 def _rows(path: Path, cls: type[R], owners: Collection[str]) -> Iterator[R]:
     """The rows of a file that belong to these cases."""
+    written = {to_json(owner) for owner in owners}
     with open(path, encoding="utf-8") as file:
         for line in file:
             owner = OWNER.search(line)
-            if owner and json.loads(owner.group(1)) in owners:
+            if owner and owner.group(1) in written:
                 yield from_dict(cls, json.loads(line))
 
 
@@ -181,10 +182,6 @@ def _cards(chosen: Sequence[Inspection], folder: Path, root: Path) -> list[Card]
     return cards
 
 
-def _place(inspection: Inspection) -> tuple[str, str, str]:
-    return inspection.dataset, inspection.product, inspection.condition
-
-
 def choose(inspections: Sequence[Inspection], most: int, limit: int) -> list[Inspection]:
     """A sample by split, product and condition: one of every condition of every product, then of each split, and so on.
 
@@ -194,7 +191,7 @@ def choose(inspections: Sequence[Inspection], most: int, limit: int) -> list[Ins
     order = {split: index for index, split in enumerate((*SPLITS, LEFT_OUT))}
     strata: dict[tuple[Any, ...], list[Inspection]] = defaultdict(list)
     for inspection in inspections:
-        strata[(order[str(inspection.split)], *_place(inspection))].append(inspection)
+        strata[(order[str(inspection.split)], *stratum_of(inspection))].append(inspection)
     ranked: list[tuple[int, int, Inspection]] = []
     seen: set[tuple[Any, ...]] = set()
     for number, (key, members) in enumerate(sorted(strata.items())):

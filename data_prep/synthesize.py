@@ -33,9 +33,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from data_prep.build import check, photographs
 from data_prep.output import workspace, write_json
-from data_prep.prepare import progress
+from data_prep.raw import check, photographs, progress
 from data_prep.settings import BuildConfig
 from data_prep.sources import place_name
 from data_prep.sources.manifest import COLUMNS

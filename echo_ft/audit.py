@@ -12,7 +12,6 @@ the side. Photographs must be upright: a copy that was turned or mirrored is not
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from PIL import Image
 from scipy import fft, linalg, ndimage
 
 from echo_ft.images import load_image
+from echo_ft.provenance import content_hash
 from echo_ft.records import EchoError
 
 Array = NDArray[np.float32]
@@ -354,8 +354,7 @@ def digests(paths: Sequence[Path]) -> Iterator[bytes]:
     """SHA-256 of each file. Raises EchoError where one cannot be opened."""
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                yield hashlib.file_digest(file, "sha256").digest()
+            yield content_hash(path)
         except OSError as error:
             reason = f"{path} cannot be opened ({error.strerror})"
             raise EchoError(f"{reason}; put it back or build the dataset again") from error

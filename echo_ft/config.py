@@ -136,7 +136,7 @@ def _raise(source: str) -> Callable[[str], None]:
     return error
 
 
-def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same command goes on where it can") -> None:
+def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same command starts anew") -> None:
     """Run a script's `main(argv)`: an EchoError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     # bitsandbytes (0.50) warns when it is imported, by peft, that it does without a kernel of the hub's.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

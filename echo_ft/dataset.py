@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft.anomalies import METHODS
+from echo_ft.images import READERS
 from echo_ft.knowledge import readable
-from echo_ft.provenance import fingerprint_bytes
+from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import Case, EchoError, Entry, Inspection, Question, Reference, Seen, Truth, read_jsonl
 from echo_ft.retrieval import candidate_order
 from echo_ft.splits import withheld
@@ -24,9 +24,6 @@ FORMAT = "echo-ft dataset 1"
 
 DIGESTS = "digests.json"
 """{path: SHA-256} of every photograph, mask and named reference, as they were when the dataset was built."""
-
-READERS = 4
-"""Threads that read images to check them."""
 
 Descriptions = dict[str, dict[str, dict[str, str]]]
 """{dataset: {product: {condition: description}}}, as in knowledge.json."""
@@ -98,8 +95,7 @@ def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
 
     def changed(image: str) -> bool:
         try:
-            with open(dataset.root / image, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() != digests.get(image)
+            return content_hash(dataset.root / image).hex() != digests.get(image)
         except FileNotFoundError:
             return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_ft.features import Describer, Vector
-from echo_ft.provenance import fingerprint_bytes
+from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import EchoError, Rejection
 
 SHARD = 2048
@@ -108,8 +107,7 @@ def hash_files(paths: Sequence[str], root: Path) -> tuple[dict[str, str], list[R
     rejections = []
     for path in paths:
         try:
-            with open(root / path, "rb") as file:
-                hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[path] = content_hash(os.path.join(root, path)).hex()
         except OSError as error:
             rejections.append(Rejection(path, f"the image cannot be opened ({error.strerror}): {root / path}"))
     return hashes, rejections

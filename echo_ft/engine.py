@@ -21,14 +21,12 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from echo_ft.corruptions import Corruption, View, views
+from echo_ft.images import READERS
 from echo_ft.layout import PADDING, Layout, Row, pad, pixels
 from echo_ft.records import LETTERS, Exchange
 
 RECENT_IMAGES = 256
 """Images whose features an engine has at hand, those used last: more than a batch has."""
-
-READERS = 4
-"""Threads that read and resize images while the vision tower is at work."""
 
 
 @dataclass(frozen=True)

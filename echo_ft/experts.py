@@ -17,14 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from echo_ft import geometry, metrics, statistics
+from echo_ft.images import READERS
 from echo_ft.knowledge import sentences
-from echo_ft.metrics import Sheet
 from echo_ft.records import Case, EchoError, Entry, Reference, Trace
 from echo_ft.roles import one_line, parse_best
+from echo_ft.sheets import Sheet
 from echo_ft.targets import defect_mask, gold_upstream
-
-READERS = 4
-"""Threads that read images: decoding them takes most of the time."""
 
 BEST, CONDITION, PLACE, TOUCHED, CONCLUSION = "best_reference", "condition", "place", "place_touched", "conclusion"
 """What is judged: the extractor's choice, the guide's condition, the reasoner's place and conclusion."""

@@ -26,6 +26,9 @@ WIDE = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 DEPTHS = (8, 10, 12, 14, 16)
 """Bits a pixel that cameras deliver."""
 
+READERS = 4
+"""Threads that read images for a process that also has other work: decoding and hashing let go of the interpreter."""
+
 
 class _RangeError(ValueError):
     """Grey values that no depth holds."""

@@ -61,13 +61,17 @@ def load_knowledge(path: Path) -> Knowledge:
     nothing is written about a condition, and where two files of a folder describe the same product.
     """
     knowledge, files = read_knowledge(path)
-    for (dataset, product), file in files.items():
-        for condition, text in knowledge[dataset][product].items():
-            if not text:
-                raise EchoError(
-                    f"knowledge file {file}: {dataset}/{product}/{condition} is empty; write what the condition looks "
-                    "like, or take the line out"
-                )
+    empty = [
+        f"{file}: {dataset}/{product}/{condition}"
+        for (dataset, product), file in files.items()
+        for condition, text in knowledge[dataset][product].items()
+        if not text
+    ]
+    if empty:
+        raise EchoError(
+            f"knowledge file {empty[0]} is empty{f', as are {len(empty) - 1} more' if len(empty) > 1 else ''}; write "
+            "what the condition looks like, or take the line out (python -m data_prep.knowledge lists them all)"
+        )
     return knowledge
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft.dataset import Dataset, load_dataset
-from echo_ft.provenance import commit, fingerprint_bytes, fingerprint_files, versions
+from echo_ft.provenance import commit, content_hash, fingerprint_bytes, fingerprint_files, versions
 from echo_ft.records import ROLES, EchoError, Inspection, from_dict, read_jsonl, write_whole
 from echo_ft.roles import PROMPT_VERSION
 
@@ -338,8 +337,7 @@ def trained_on(
 
         def content(path: Path) -> bytes:
             if path not in digests:
-                with open(path, "rb") as file:
-                    digests[path] = hashlib.file_digest(file, "sha256").digest()
+                digests[path] = content_hash(path)
             return digests[path]
 
         def known(path: Path) -> bool:

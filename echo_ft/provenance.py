@@ -100,6 +100,11 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(content_hash(path))
     return digest.hexdigest()[:16]
+
+
+def content_hash(path: Path | str) -> bytes:
+    """SHA-256 of a file's content, 32 bytes. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -241,10 +241,11 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
     Raises TypeError where a field is missing or unknown.
     """
     hints, nested = _hints(cls)  # type: ignore[arg-type]
-    unknown = row.keys() - hints.keys()
-    if unknown:
-        raise TypeError(f"{cls.__name__} has no field {min(unknown)!r}")
-    return cls(**{**row, **{name: _restore(hints[name], row[name]) for name in nested if name in row}})
+    if not row.keys() <= hints.keys():
+        raise TypeError(f"{cls.__name__} has no field {min(row.keys() - hints.keys())!r}")
+    if nested:
+        row = {**row, **{name: _restore(hints[name], row[name]) for name in nested if name in row}}
+    return cls(**row)
 
 
 @functools.cache  # resolving annotations takes longer than building the record

@@ -192,7 +192,7 @@ def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Seque
     groups: dict[Key, list[Inspection]] = defaultdict(list)
     for inspection in inspections:
         groups[part(inspection)].append(inspection)
-    total = Counter(_stratum(inspection) for inspection in inspections)
+    total = Counter(stratum_of(inspection) for inspection in inspections)
     filled: Counter[tuple[str, Key]] = Counter()
     where: dict[Key, str] = {}
     waiting: dict[Key, list[Key]] = defaultdict(list)
@@ -200,19 +200,19 @@ def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Seque
         given = Counter(i.split for i in groups[name] if i.split is not None)
         if given:
             where[name] = min(given, key=lambda split: (-given[split], SPLITS.index(split)))
-            filled.update((i.split or where[name], _stratum(i)) for i in groups[name])
+            filled.update((i.split or where[name], stratum_of(i)) for i in groups[name])
         else:
-            rarest = min((_stratum(i) for i in groups[name]), key=lambda stratum: (total[stratum], stratum))
+            rarest = min((stratum_of(i) for i in groups[name]), key=lambda stratum: (total[stratum], stratum))
             waiting[rarest].append(name)
     open_splits = [(split, fraction) for split, fraction in zip(SPLITS, fractions, strict=True) if fraction > 0]
     for stratum in sorted(waiting, key=lambda stratum: (total[stratum], stratum)):
         names = waiting[stratum]
         random.Random(f"{seed}/{'/'.join(stratum)}").shuffle(names)
         for name in names:
-            half = sum(_stratum(i) == stratum for i in groups[name]) / 2
+            half = sum(stratum_of(i) == stratum for i in groups[name]) / 2
             split, _ = min(open_splits, key=lambda pair: ((filled[pair[0], stratum] + half) / pair[1], -pair[1]))
             where[name] = split
-            filled.update((split, _stratum(i)) for i in groups[name])
+            filled.update((split, stratum_of(i)) for i in groups[name])
     return [i if i.split is not None else dataclasses.replace(i, split=where[part(i)]) for i in inspections]
 
 
@@ -228,9 +228,9 @@ def leave_out(inspections: Sequence[Inspection], folds: int, fold: int, seed: in
     for inspection in inspections:
         if inspection.split == "train":
             groups[part(inspection)].append(inspection)
-    total = Counter(_stratum(inspection) for members in groups.values() for inspection in members)
+    total = Counter(stratum_of(inspection) for members in groups.values() for inspection in members)
     rarest = {
-        name: min((_stratum(i) for i in members), key=lambda stratum: (total[stratum], stratum))
+        name: min((stratum_of(i) for i in members), key=lambda stratum: (total[stratum], stratum))
         for name, members in groups.items()
     }
     names = sorted(groups)
@@ -240,7 +240,7 @@ def leave_out(inspections: Sequence[Inspection], folds: int, fold: int, seed: in
     where: dict[Key, int] = {}
     for name in sorted(names, key=lambda name: (total[rarest[name]], rarest[name])):
         where[name] = min(range(folds), key=lambda number: (filled[number, rarest[name]], sizes[number]))
-        filled.update((where[name], _stratum(i)) for i in groups[name])
+        filled.update((where[name], stratum_of(i)) for i in groups[name])
         sizes[where[name]] += len(groups[name])
     done = [
         dataclasses.replace(i, split=LEFT_OUT) if i.split == "train" and where[part(i)] == fold else i
@@ -272,5 +272,6 @@ def part(inspection: Inspection) -> Key:
     return inspection.dataset, inspection.product, inspection.group
 
 
-def _stratum(inspection: Inspection) -> Key:
+def stratum_of(inspection: Inspection) -> Key:
+    """(dataset, product, condition): what splits keep in proportion."""
     return inspection.dataset, inspection.product, inspection.condition

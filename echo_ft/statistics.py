@@ -4,7 +4,7 @@ The bootstrap draws physical parts, not photographs and not questions: the answe
 in however many photographs, share that part's luck, so questions drawn one by one would make intervals that are too
 narrow (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). A resample is kept as how
 often each unit was drawn, so that every figure which is made of sums is one matrix product, and two runs on the same
-parts are compared within the same resamples. What a unit is the caller decides: `metrics.Sheet.weights` draws parts
+parts are compared within the same resamples. What a unit is the caller decides: `sheets.Sheet.weights` draws parts
 and gives each photograph its part's count.
 
 `benchmarks/evaluation/coverage.py` measures how often the intervals hold the truth.

@@ -15,7 +15,7 @@ from echo_ft import geometry, roles
 from echo_ft.images import image_size
 from echo_ft.knowledge import brief, readable
 from echo_ft.questions import TEXTS
-from echo_ft.records import GOOD, Case, EchoError, Exchange, Question, Upstream
+from echo_ft.records import GOOD, Branch, Case, EchoError, Exchange, Question, Upstream
 
 LOOK = (256, 256)
 """(width, height) at which query and reference are compared."""
@@ -71,7 +71,7 @@ def training_exchanges(
     exchanges = []
     for exchange in roles.render(role, case.id, case.seen, upstream or gold, roles.ROUTINGS[routing]):
         branches = tuple(
-            dataclasses.replace(branch, completion=completions[branch.id])
+            Branch(branch.id, branch.prompt, completions[branch.id])
             for branch in exchange.branches
             if completions.get(branch.id)
         )
@@ -137,7 +137,7 @@ def look(path: Path) -> Look:
     return _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
-@lru_cache(maxsize=256)  # the four roles of a case look at the same images
+@lru_cache(maxsize=256)  # cases of a product share references, and what reads ahead leaves its images here
 def _load(path: Path, modified: int) -> Look:
     fine = geometry.load_grey(path, LOOK)
     return Look(fine, fine.reshape(FIT, LOOK[1] // FIT, FIT, LOOK[0] // FIT).mean(axis=(1, 3)))

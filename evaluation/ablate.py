@@ -30,9 +30,6 @@ from echo_ft.runs import finished
 from evaluation import ablation_table
 from evaluation.run import (
     Prepared,
-    RunConfig,
-    answer_tokens,
-    answering,
     carry_out,
     join_processes,
     load_weights,
@@ -40,6 +37,7 @@ from evaluation.run import (
     prepare,
     provenance,
 )
+from evaluation.settings import RunConfig, answer_tokens, answering
 
 if TYPE_CHECKING:
     import torch
@@ -219,4 +217,4 @@ def read_seconds(output: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    configs.run_main(main)
+    configs.run_main(main, "the same command goes on where it stopped")

@@ -14,10 +14,12 @@ from typing import Any
 from echo_ft import metrics, statistics
 from echo_ft.mmad_scorer import AVERAGE
 from echo_ft.records import KINDS, Prediction, write_whole
+from echo_ft.sheets import make_sheet
 from evaluation import pages
 from evaluation.compare import TOGETHER, Group, compare, p_text
 from evaluation.pages import percent, show, signed, text_table
-from evaluation.score import FEW, load_run, thin_sides
+from evaluation.reading import load_run
+from evaluation.score import FEW, thin_sides
 
 INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in KINDS}
 """Headings of the kinds' columns."""
@@ -86,7 +88,7 @@ def tabulate(
 
 def _group(name: str, folder: Path) -> Group:
     run = load_run(folder)
-    return Group(name, [name], [run], [metrics.sheet(run.predictions)])
+    return Group(name, [name], [run], [make_sheet(run.predictions)])
 
 
 def _warnings(group: Group) -> list[str]:
@@ -118,7 +120,7 @@ def _common(base: Group, other: Group) -> set[tuple[Any, ...]]:
 def _restricted(group: Group, asked: set[tuple[Any, ...]]) -> Group:
     """The group with these questions alone."""
     chosen = [one for one in group.sheets[0].predictions if _asked(one) in asked]
-    return Group(group.name, group.members, group.runs, [metrics.sheet(chosen)])
+    return Group(group.name, group.members, group.runs, [make_sheet(chosen)])
 
 
 def _difference(found: Mapping[str, Any], base: Group, other: Group) -> dict[str, Any]:

@@ -22,11 +22,12 @@ import numpy as np
 
 from echo_ft import config as configs
 from echo_ft import metrics, statistics
-from echo_ft.metrics import Sheet
 from echo_ft.records import KINDS, EchoError, write_whole
+from echo_ft.sheets import Sheet, make_sheet
 from evaluation import pages
 from evaluation.pages import DETECTION_FIGURES, interval, show, signed, text_table
-from evaluation.score import SAME_MODEL, Run, load_run, named_first
+from evaluation.reading import Run, load_run
+from evaluation.score import SAME_MODEL, named_first
 
 PROTOCOL = ("answer", "option_order", "max_new_tokens", "min_pixels", "max_pixels", "prompt_version")
 """How the questions are put and the answers read: the same for all runs of a comparison, unless it is what is compared.
@@ -106,7 +107,7 @@ def read_groups(words: Sequence[str], compared: Sequence[str] = ()) -> list[Grou
     labels, folders = zip(*map(_split, words), strict=True)
     names = run_names([folder for some in folders for folder in some])
     runs = [load_run(folder) for some in folders for folder in some]
-    sheets = [metrics.sheet(run.predictions) for run in runs]
+    sheets = [make_sheet(run.predictions) for run in runs]
     require_same_questions(names, runs, sheets)
     require_one_protocol(names, runs, compared)
     groups, start = [], 0
@@ -215,7 +216,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
         found = [test[row] for test in tests for row in family if row in test]
         for test, adjusted in zip(found, statistics.holm([test["p"] for test in found]), strict=True):
             test["p_holm"] = adjusted
-    described = [
+    described: list[dict[str, Any]] = [
         {
             "name": group.name,
             "title": group.title,
@@ -390,8 +391,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
             row = [key]
             for run in runs:
                 one = run["figures"][key]
-                shown = (one["value"], one["standard_deviation"])
-                row += _cells(run, *(show(key, value) for value in shown), interval(key, one["interval"]))
+                value, deviation = (show(key, number) for number in (one["value"], one["standard_deviation"]))
+                row += _cells(run, value, deviation, interval(key, one["interval"]))
             rows.append(tuple(row))
     rows.append(("unparsed + failed", *(cell for run in runs for cell in _cells(run, _unread(run["counts"]), "", ""))))
     print(text_table(rows))
@@ -403,8 +404,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
                 counts = (
                     (str(test["only_run"]), str(test["only_baseline"]), p_text(test["p_holm"])) if test else ("",) * 3
                 )
-                shown = signed(one["difference"], 3 if key in DETECTION_FIGURES else 1)
-                rows.append((key, shown, interval(key, one["interval"]), *counts))
+                moved = signed(one["difference"], 3 if key in DETECTION_FIGURES else 1)
+                rows.append((key, moved, interval(key, one["interval"]), *counts))
         print("\n" + text_table(rows))
     print("\nAUROC, recall and specificity from 0 to 1, the rest in percent; won, lost: questions that one of the two")
     print("alone answered correctly; p: exact McNemar test on them, Holm-corrected\n")
@@ -431,7 +432,7 @@ def log_to_wandb(comparison: Mapping[str, Any]) -> None:
     import wandb
 
     with wandb.init(project=os.environ.get("WANDB_PROJECT", "echo-ft"), job_type="compare") as run:
-        columns = ["run", "figure", "value", "low", "high", "runs", "standard_deviation"]
+        columns: list[str | int] = ["run", "figure", "value", "low", "high", "runs", "standard_deviation"]
         table = wandb.Table(columns=columns)
         for one in comparison["runs"]:
             for key, figure in one["figures"].items():

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft import images
-from echo_ft.metrics import is_correct
 from echo_ft.records import EchoError, Prediction
+from echo_ft.sheets import is_correct
 
 SAMPLES = 24
 THUMBNAIL = 192

@@ -28,17 +28,17 @@ from echo_ft.mmad_scorer import (
     Answer,
     from_predictions,
     official_table,
-    read_answers,
     taken_for_normal,
-    to_predictions,
     write_answers,
 )
 from echo_ft.positions import Permuted, consistency, position_bias
-from echo_ft.provenance import commit, fingerprint_bytes
-from echo_ft.records import KINDS, EchoError, Prediction, Rejection, Trace, from_dict, read_jsonl, write_whole
-from echo_ft.runs import CONTINUED, PERMUTATIONS, TRACES, whole_rows
+from echo_ft.provenance import commit
+from echo_ft.records import KINDS, EchoError, Prediction, Trace, read_jsonl, write_whole
+from echo_ft.runs import PERMUTATIONS, TRACES, whole_rows
+from echo_ft.sheets import Sheet, make_sheet
 from evaluation import pages
 from evaluation.pages import DETECTION_LABELS, EXPERT_LABELS, hundredfold, interval, percent, share, text_table
+from evaluation.reading import Run, load_answers, load_run
 
 SAME_MODEL = (
     "base_model",
@@ -86,19 +86,6 @@ class ScoreConfig:
     )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, or a file of answers, read."""
-
-    folder: Path
-    """The folder or the file."""
-    predictions: list[Prediction]
-    provenance: dict[str, Any]
-    """run.json, with the fingerprint of predictions.jsonl; or the answers file and its fingerprint."""
-    warnings: list[str]
-    rejections: list[Rejection]
-
-
 def main(argv: list[str]) -> None:
     """Read, score, write, print."""
     (config,) = configs.parse([ScoreConfig], named_first(argv, "--run"))
@@ -135,76 +122,6 @@ def named_first(argv: Sequence[str], flag: str) -> list[str]:
     return [flag, *argv] if count else list(argv)
 
 
-def load_run(folder: Path) -> Run:
-    """The run in `folder`. Raises EchoError where there is none or it has no prediction."""
-    meta, rows = folder / "run.json", folder / "predictions.jsonl"
-    if not folder.is_dir():
-        raise EchoError(f"there is no folder {folder}; make a run with python -m evaluation.run --output {folder}")
-    for path in (meta, rows):
-        if not path.is_file():
-            raise EchoError(f"{folder} is not a run (it has no {path.name}); make one with python -m evaluation.run")
-    try:
-        provenance = json.loads(meta.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EchoError(f"{meta} is not JSON ({error}); start the same evaluation.run command again") from error
-    if not isinstance(provenance, dict):
-        raise EchoError(f"{meta} is not a run's description; start the same evaluation.run command again")
-    content = rows.read_bytes()
-    predictions, rejections = _predictions(rows, content, complete=provenance.get("complete") is True)
-    if not predictions:
-        raise EchoError(f"{rows} is empty; start the same evaluation.run command again, it goes on where it stopped")
-    warnings = [*_missing(provenance, predictions), *_warned(provenance)]
-    provenance["predictions_fingerprint"] = fingerprint_bytes(content)
-    return Run(folder, predictions, provenance, warnings, rejections)
-
-
-def _missing(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[str]:
-    """A warning where the rows are not all that the run should have, whatever run.json says of being complete."""
-    counts = {"cases": len({one.case for one in predictions}), "questions": len(predictions)}
-    differing = [
-        (count, provenance[name], name) for name, count in counts.items() if provenance.get(name, count) != count
-    ]
-    done, expected, what = differing[0] if differing else (counts["cases"], provenance.get("cases", "unknown"), "cases")
-    if provenance.get("complete") is True and not differing:
-        return []
-    return [
-        f"THE RUN IS NOT COMPLETE: {done} of {expected} {what}; the figures are of these alone; start the same "
-        "evaluation.run command again, it goes on where it stopped"
-    ]
-
-
-def _warned(provenance: Mapping[str, Any]) -> list[str]:
-    """What the run itself warned of, by any of the processes that wrote it."""
-    notes = [provenance, *provenance.get(CONTINUED, [])]
-    return list(dict.fromkeys(str(warning) for note in notes for warning in note.get("warnings", [])))
-
-
-def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Prediction], list[Rejection]]:
-    predictions: list[Prediction] = []
-    # splitlines would also part a text at U+2028, U+2029 and U+0085, which JSON leaves as they are.
-    lines = content.decode("utf-8", errors="replace").removesuffix("\n").split("\n") if content else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            predictions.append(from_dict(Prediction, json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
-            if not complete and number == len(lines):  # stopped in the middle of a line
-                return predictions, [Rejection(f"{path.name}:{number}", "cut off where the run stopped")]
-            raise EchoError(
-                f"{path}:{number} is not a prediction ({error}); take the line out and start evaluation.run again"
-            ) from error
-    return predictions, []
-
-
-def load_answers(path: Path) -> tuple[Run, list[Answer]]:
-    """A file in MMAD's format, as a run and as it stands. Raises EchoError where no row of it can be scored."""
-    answers = read_answers(path)
-    predictions, rejections = to_predictions(answers)
-    if not predictions:
-        raise EchoError(f"{path}: no row can be scored ({rejections[0].item}: {rejections[0].reason}); check the file")
-    provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(path.read_bytes())}
-    return Run(path, predictions, provenance, [], rejections), answers
-
-
 def calibrate(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
     """`metrics.calibration` by the validation run in `folder`, with its name and fingerprint.
 
@@ -226,7 +143,7 @@ def calibrate(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
             f"{cannot}{len(shared)} parts are in both, such as {'/'.join(min(shared))}; "
             "give a run over --split validation"
         )
-    found = metrics.calibration(metrics.sheet(run.predictions), metrics.sheet(validation.predictions), false_alarms)
+    found = metrics.calibration(make_sheet(run.predictions), make_sheet(validation.predictions), false_alarms)
     kept = ("dataset", "dataset_fingerprint", "split", "predictions_fingerprint")
     origin = {"run": str(folder), **{key: validation.provenance.get(key) for key in kept}}
     return {**found, "warnings": [f"{folder}: {text}" for text in validation.warnings], "provenance": origin}
@@ -243,7 +160,7 @@ def build_report(
 
     `answers` are what the official table is made of; `calibration` is what `calibrate` returns, or empty.
     """
-    sheet = metrics.sheet(run.predictions)
+    sheet = make_sheet(run.predictions)
     by_product: dict[str, list[Prediction]] = {product: [] for product in sheet.rows("product")[0]}
     for prediction in run.predictions:
         by_product[f"{prediction.dataset}/{prediction.product}"].append(prediction)
@@ -306,7 +223,7 @@ def option_order(folder: Path) -> dict[str, Any]:
     return {"consistent": alike[0], "questions": alike[1], "letters": [asdict(one) for one in position_bias(rows)]}
 
 
-def expert_scores(run: Run, sheet: metrics.Sheet) -> dict[str, Any]:
+def expert_scores(run: Run, sheet: Sheet) -> dict[str, Any]:
     """What the experts before the decision were worth (`experts.figures`), or why that cannot be told (`unavailable`).
 
     It takes the dataset's truth and images, as they were when it was built. Empty for a file of answers.
@@ -329,7 +246,7 @@ def expert_scores(run: Run, sheet: metrics.Sheet) -> dict[str, Any]:
     return experts.figures(sheet, cases, traces, dataset.root)
 
 
-def cautions(run: Run, sheet: metrics.Sheet) -> list[str]:
+def cautions(run: Run, sheet: Sheet) -> list[str]:
     """What a reader of the figures must know: rows left out, sides that are missing or small."""
     found = []
     if run.rejections:
@@ -345,7 +262,7 @@ def cautions(run: Run, sheet: metrics.Sheet) -> list[str]:
     return found
 
 
-def thin_sides(sheet: metrics.Sheet) -> list[str]:
+def thin_sides(sheet: Sheet) -> list[str]:
     """Where Anomaly Detection lacks a side, or has few images of one."""
     found = []
     sides = [f"{row} ({side} alone)" for row, side in metrics.one_sided(sheet).items()]

@@ -135,3 +135,29 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
     manifest["images_fingerprint"] = images_fingerprint(digests)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] | None = None) -> Path:
+    """Four adapters of echo-tiny with random weights, as train/sft.py leaves them, on each role's `targets`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from echo_ft.dataset import load_dataset
+    from echo_ft.model import load_model, make_card, write_card
+    from echo_ft.records import ROLES
+
+    for seed, role in enumerate(ROLES):
+        torch.manual_seed(seed)
+        modules = targets[role] if targets else ["q_proj", "v_proj"]
+        config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+        get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config).save_pretrained(folder / role)
+        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset)))
+    return folder
+
+
+@pytest.fixture
+def small_list(tmp_path: Path) -> Path:
+    """A list of 24 photographs of one product, for a test to change."""
+    from tests.drawn_parts import draw_manifest
+
+    return draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)

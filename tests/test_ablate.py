@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 
 from echo_ft import config as configs
 from echo_ft import model as models
 from echo_ft.dataset import cases, load_dataset
 from echo_ft.engine import Engine
-from echo_ft.model import load_model, make_card, write_card
 from echo_ft.records import KINDS, ROLES, EchoError, Prediction, Trace, read_jsonl
 from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
 from evaluation import ablate, ablation_table, compare
-from evaluation.run import RunConfig, prepare
 from evaluation.run import main as run_main
-from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset
-from tests.test_score_compare import make_run, predictions, require_self_contained
+from evaluation.run import prepare
+from evaluation.settings import RunConfig
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset, random_adapters
+from tests.made_runs import make_run, predictions, require_self_contained
 
 CELLS: dict[str, Any] = {
     "tuned": {},
@@ -50,14 +48,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, dataset):
-    """Four adapters with random weights, as train/sft.py leaves them."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, role in enumerate(ROLES):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config).save_pretrained(folder / role)
-        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset)))
-    return folder
+    return random_adapters(tmp_path_factory.mktemp("adapters"), dataset)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from skimage.draw import disk
 
-from data_prep.prepare import collect
+from data_prep.raw import collect
 from data_prep.sources import SourceConfig, manifest
 from echo_ft import geometry
 from echo_ft.records import EchoError, Inspection

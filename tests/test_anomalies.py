@@ -16,8 +16,9 @@ import yaml
 from PIL import Image
 from scipy import ndimage
 
-from data_prep.build import build, photographs
+from data_prep.build import build
 from data_prep.prepare import SYNTHETIC_ELSEWHERE, divide
+from data_prep.raw import photographs
 from data_prep.settings import BuildConfig
 from data_prep.sources.synthetic import LEAST_PARTS
 from data_prep.synthesize import SynthesizeConfig, synthesize

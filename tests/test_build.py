@@ -1,14 +1,11 @@
-"""The build: what a dataset folder holds and promises, and what happens to input that cannot be used."""
+"""The build: what a dataset folder holds and promises."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -17,54 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.build import build, main
-from data_prep.output import rejected_words
-from data_prep.prepare import balanced
-from data_prep.settings import BuildConfig
+from data_prep.build import build
+from data_prep.training_rows import balanced
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, EchoError, Exchange, Inspection, Question, Reference, Rejection, read_jsonl, to_json
+from echo_ft.records import ROLES, EchoError, Exchange, Inspection, Reference, to_json
 from echo_ft.targets import training_exchanges
+from tests.drawn_parts import config, described, draw_manifest, draw_part, edit_rows, rows, run
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 JSONL = ["inspections.jsonl", "references.jsonl", "questions.jsonl", "rejected.jsonl"]
 SFT = [f"sft/{role}/{split}.jsonl" for role in ROLES for split in ("train", "validation")]
-
-
-def draw_part(path: Path, seed: int, defect: bool = False, shade: float = 1.0) -> None:
-    """A noisy 48 x 40 part, darker by `shade`, with a black square and its mask `<stem>_mask.png` where defective."""
-    rng = np.random.default_rng(seed)
-    pixels = (np.linspace(60, 200, 48)[None, :] * shade + rng.normal(0, 12, (40, 48))).clip(0, 255).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if defect:
-        mask = np.zeros((40, 48), np.uint8)
-        y, x = rng.integers(4, 28, 2)
-        mask[y : y + 8, x : x + 8] = 255
-        pixels[mask > 0] = 5
-        Image.fromarray(mask).save(path.with_name(f"{path.stem}_mask.png"))
-    Image.fromarray(pixels).save(path)
-
-
-def draw_manifest(root: Path, products: tuple[str, ...], normals: int, defects: int) -> Path:
-    """Parts, two exposures each, with two kinds of defect, listed in parts.jsonl; returns the list's path."""
-    rows = []
-    for product in products:
-        for condition, count in (("good", normals), ("dent", defects), ("stain", defects)):
-            for number in range(count):
-                for exposure in (1, 2):
-                    name = f"{product}/{condition}-{number}-{exposure}.png"
-                    bad = condition != "good"
-                    draw_part(root / name, len(rows) // 2 + 1000 * exposure, bad, 1 / exposure)
-                    row = {"image": name, "product": product, "condition": condition}
-                    row |= {"group": f"{condition}-{number}"}
-                    rows.append(row | ({"mask": name.replace(".png", "_mask.png")} if bad else {}))
-    path = root / "parts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def config(listed: Path, output: Path, **changes) -> BuildConfig:
-    values = {"source": "manifest", "annotations": listed, "output": output, "descriptor": "skimage", "k": 2}
-    return BuildConfig(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -72,41 +30,11 @@ def raw(tmp_path_factory) -> Path:
     return draw_manifest(tmp_path_factory.mktemp("raw"), ("cap", "ring"), normals=12, defects=4)
 
 
-@pytest.fixture
-def small(tmp_path) -> Path:
-    """A list of 24 photographs of one product, for a test to change."""
-    return draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)
-
-
 @pytest.fixture(scope="module")
 def built(raw, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("datasets") / "parts"
     build(config(raw, output))
     return output
-
-
-def rows(folder: Path, name: str, cls: type) -> list:
-    return list(read_jsonl(folder / name, cls))
-
-
-def described(folder: Path) -> Path:
-    """Knowledge of both products, so that every kind of question is asked."""
-    text = {"good": "An even ramp.", "dent": "A black square. It causes leaks.", "stain": "A blot. It causes rust."}
-    (folder / "knowledge.yaml").write_text(json.dumps({"parts": {"cap": text, "ring": text}}))
-    return folder / "knowledge.yaml"
-
-
-def edit_rows(source: Path, change) -> None:
-    lines = [json.loads(line) for line in source.read_text().splitlines()]
-    for line in lines:
-        change(line)
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "data_prep.build", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_writes_the_whole_dataset_folder(raw, tmp_path):
@@ -190,12 +118,14 @@ def test_the_manifest_counts_each_roles_rows_by_side_and_warns_of_a_side_that_is
 
 
 @pytest.mark.parametrize("routing", ["full", "paper"])
-def test_rows_of_a_repeated_case_are_apart_in_every_role(small, tmp_path, routing):
+def test_rows_of_a_repeated_case_are_apart_in_every_role(small_list, tmp_path, routing):
     """Also in a role that has no rows for the normal cases that stand between the repeats elsewhere."""
-    edit_rows(small, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
-    edit_rows(small, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None)
+    edit_rows(small_list, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
+    edit_rows(
+        small_list, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None
+    )
     settings = {"routing": routing, "fractions": [0.7, 0.0, 0.3], "knowledge": described(tmp_path)}
-    build(config(small, tmp_path / "out", **settings))
+    build(config(small_list, tmp_path / "out", **settings))
     for role in ROLES:
         found = rows(tmp_path / "out", f"sft/{role}/train.jsonl", Exchange)
         assert found
@@ -206,18 +136,18 @@ def test_rows_of_a_repeated_case_are_apart_in_every_role(small, tmp_path, routin
         assert one_sided == (max(Counter(map(to_json, found)).values()) == 1), "repeated is what balance needs"
 
 
-def test_photographs_of_uneven_depths_are_reported(small, tmp_path):
+def test_photographs_of_uneven_depths_are_reported(small_list, tmp_path):
     def deepen(name: str, top: int) -> None:
-        path = small.parent / name
+        path = small_list.parent / name
         values = (np.asarray(Image.open(path)).astype(int) * top // 255).astype(np.uint16)
         Image.fromarray(values).save(path)
 
     for number in range(6):
         deepen(f"cap/good-{number}-1.png", 4095)
-    manifest = build(config(small, tmp_path / "even"))
+    manifest = build(config(small_list, tmp_path / "even"))
     assert not any("depths" in warning for warning in manifest["warnings"])
     deepen("cap/dent-0-1.png", 65535)
-    manifest = build(config(small, tmp_path / "uneven"))
+    manifest = build(config(small_list, tmp_path / "uneven"))
     (warning,) = [warning for warning in manifest["warnings"] if "depths" in warning]
     assert "parts/cap" in warning and "6 from 12 bits, 1 from 16 bits" in warning
 
@@ -261,10 +191,12 @@ def test_cases_take_references_by_method(built):
         cases(dataset, "test", "nearest")
 
 
-def test_a_reference_that_the_source_names_stands_unless_the_config_says_otherwise(small, tmp_path):
-    edit_rows(small, lambda row: row.update(reference="cap/good-0-1.png") if "cap/dent-0" in row["image"] else None)
-    build(config(small, tmp_path / "named"))
-    build(config(small, tmp_path / "free", named_references=False))
+def test_a_reference_that_the_source_names_stands_unless_the_config_says_otherwise(small_list, tmp_path):
+    edit_rows(
+        small_list, lambda row: row.update(reference="cap/good-0-1.png") if "cap/dent-0" in row["image"] else None
+    )
+    build(config(small_list, tmp_path / "named"))
+    build(config(small_list, tmp_path / "free", named_references=False))
     for folder, method in (("named", "given"), ("free", "retrieved")):
         dataset = load_dataset(tmp_path / folder)
         found = [c for split in ("train", "validation", "test") for c in cases(dataset, split) if "cap/dent-0" in c.id]
@@ -280,50 +212,6 @@ def test_knowledge_in_the_dataset_is_that_of_its_products(raw, tmp_path):
     assert knowledge["parts"]["cap"] == {**text, "stain": "stain"}
     assert manifest["products_without_knowledge"] == ["parts/ring"]
     assert any("parts/ring" in warning for warning in manifest["warnings"])
-
-
-def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small, tmp_path):
-    root = small.parent
-    (root / "cap/good-0-1.png").write_bytes(b"not an image")
-    whole = (root / "cap/good-1-1.png").read_bytes()
-    (root / "cap/good-1-1.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("L", (20, 20), 255).save(root / "cap/dent-0-1_mask.png")
-    Image.new("L", (48, 40), 0).save(root / "cap/dent-1-1_mask.png")
-    (root / "cap/dent-2-1_mask.png").write_bytes(b"")
-    Image.new("L", (48, 40), 255).save(root / "mark.png")
-    edit_rows(small, lambda r: r.update(mask="mark.png") if r["image"] == "cap/good-2-1.png" else None)
-    manifest = build(config(small, tmp_path / "out"))
-    rejections = rows(tmp_path / "out", "rejected.jsonl", Rejection)
-    reasons = {r.item: r.reason for r in rejections}
-    lines = {row["image"]: n for n, row in enumerate(map(json.loads, small.read_text().splitlines()), start=1)}
-    assert all(reason.endswith(f" (parts.jsonl:{lines[image]})") for image, reason in reasons.items())
-    assert manifest["rejected"] == 5 and manifest["dropped"] == {"mask": 1} and len(reasons) == 6
-    assert [r.item for r in rejections if r.dropped] == ["cap/dent-1-1.png"]
-    told = "5 rejected; 1 mask dropped, the photographs are used (see rejected.jsonl)"
-    assert rejected_words(manifest) == told and f"{told}." in (tmp_path / "out" / "preview.html").read_text()
-    assert "broken" in reasons["cap/good-0-1.png"] and "broken" in reasons["cap/good-1-1.png"]
-    assert "20 x 20 pixels, the photograph 48 x 40" in reasons["cap/dent-0-1.png"]
-    assert "marks nothing" in reasons["cap/dent-1-1.png"] and "used without it" in reasons["cap/dent-1-1.png"]
-    assert "dent-2-1_mask.png" in reasons["cap/dent-2-1.png"]
-    assert "labelled good" in reasons["cap/good-2-1.png"]
-    kept = {i.image: i for i in rows(tmp_path / "out", "inspections.jsonl", Inspection)}
-    assert len(kept) == 19 and kept["cap/dent-1-1.png"].mask is None
-    used = {r.image for r in rows(tmp_path / "out", "references.jsonl", Reference)}
-    assert used <= set(kept)
-
-
-def test_boxes_stand_in_for_a_mask_and_must_lie_in_the_photograph(small, tmp_path):
-
-    def box(row: dict) -> None:
-        if row.pop("mask", None):
-            row["boxes"] = [[40, 30, 60, 38]] if row["image"] == "cap/dent-0-1.png" else [[4, 4, 12, 12]]
-
-    edit_rows(small, box)
-    build(config(small, tmp_path / "out"))
-    (rejection,) = rows(tmp_path / "out", "rejected.jsonl", Rejection)
-    assert rejection.item == "cap/dent-0-1.png" and "48 x 40" in rejection.reason
-    places = {q.options[q.answer] for q in rows(tmp_path / "out", "questions.jsonl", Question) if "Where" in q.text}
-    assert places == {"top left"}
 
 
 def mmad_tree(root: Path) -> Path:
@@ -371,128 +259,14 @@ def test_a_benchmarks_question_stands_without_its_mask(tmp_path):
     assert len(cases(load_dataset(tmp_path / "out"), "test")) == 3
 
 
-def test_copies_of_test_photographs_in_training_are_reported(small, tmp_path):
-    root = small.parent
+def test_copies_of_test_photographs_in_training_are_reported(small_list, tmp_path):
+    root = small_list.parent
     shutil.copy(root / "cap/dent-0-1.png", root / "cap/dent-1-1.png")
     given = {"dent-0": "test", "dent-1": "train"}
-    edit_rows(small, lambda row: row.update(split=given.get(row["group"], "train")))
-    edit_rows(small, lambda row: row.pop("mask", None))
-    manifest = build(config(small, tmp_path / "out"))
+    edit_rows(small_list, lambda row: row.update(split=given.get(row["group"], "train")))
+    edit_rows(small_list, lambda row: row.pop("mask", None))
+    manifest = build(config(small_list, tmp_path / "out"))
     assert any("are copies" in warning and "cap/dent-0-1.png" in warning for warning in manifest["warnings"])
-
-
-def test_an_interrupted_build_leaves_the_old_dataset_and_nothing_else(small, tmp_path, monkeypatch):
-    build(config(small, tmp_path / "out"))
-    before = (tmp_path / "out" / "manifest.json").read_bytes()
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("data_prep.preview.write_preview", stop)
-    with pytest.raises(KeyboardInterrupt):
-        build(config(small, tmp_path / "out"))
-    with pytest.raises(KeyboardInterrupt):
-        build(config(small, tmp_path / "new"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
-    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
-
-
-def test_only_a_dataset_of_the_same_config_is_replaced(small, tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()  # an empty folder may be used
-    build(config(small, output))
-    build(config(small, output))
-    with pytest.raises(EchoError, match=r"another config \(it differs in seed\).*--overwrite"):
-        build(config(small, output, seed=1))
-    first = load_dataset(output).fingerprint
-    assert build(config(small, output, seed=1, overwrite=True))["fingerprint"] != first
-    (output / "thesis.txt").write_text("mine")
-    with pytest.raises(EchoError, match=r"thesis\.txt"):
-        build(config(small, output, seed=1))
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").write_bytes(b"")
-    with pytest.raises(EchoError, match="not a dataset"):
-        build(config(small, tmp_path / "photos", overwrite=True))
-    assert (output / "thesis.txt").is_file() and (tmp_path / "photos" / "a.png").is_file()
-
-
-def arguments(**values: object) -> list[str]:
-    return [word for key, value in values.items() for word in (f"--{key}", *str(value).split())]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"source": "manifets"}, "did you mean 'manifest'"),
-        ({"source": "folder", "root": "nowhere"}, "root: there is no folder nowhere"),
-        ({"source": "folder"}, "needs root"),
-        ({"annotations": "nowhere.csv"}, "there is no file nowhere.csv"),
-        ({"knowledge": "nowhere.yaml"}, "there is no file nowhere.yaml"),
-        ({"fractions": "0.5 0.2 0.2"}, "three shares of 1"),
-        ({"split": "random"}, "split"),
-        ({"output": "pyproject.toml/data"}, "pyproject.toml cannot be written"),
-        ({"k": "0"}, "k is 0"),
-        ({"sede": "1"}, "did you mean 'seed'"),
-    ],
-)
-def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, words):
-    options = {"source": "manifest", "output": tmp_path / "out", "descriptor": "skimage"}
-    if changes.get("source") != "folder":
-        options["annotations"] = raw
-    with pytest.raises(EchoError, match=re.escape(words)) as caught:
-        main(arguments(**{**options, **changes}))
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("keep", "words"),
-    [
-        (lambda row: False, "no usable photograph"),
-        (lambda row: row["condition"] != "good", "no normal photograph.* with; add normal photographs, with condition"),
-        (lambda row: row["condition"] == "good" and row.update(split="train") is None, "; add photographs of defects$"),
-        (lambda row: not row.update(split="train" if row["condition"] != "good" else "test"), "; set split to seeded$"),
-        (
-            lambda row: row["condition"] != "good" or not row.update(condition="ok"),
-            r"no normal photograph.*; \d+ rejected, the first: .* 'ok' is written 'good'",
-        ),
-    ],
-)
-def test_a_dataset_that_nothing_can_be_made_of_is_an_error_that_says_what_would_help(raw, tmp_path, keep, words):
-    lines = [row for row in map(json.loads, raw.read_text().splitlines()) if keep(row)]
-    source = raw.with_name(f"{tmp_path.name}.jsonl")
-    source.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    with pytest.raises(EchoError, match=words):
-        build(config(source, tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_user_mistake_ends_without_a_traceback(tmp_path):
-    (tmp_path / "mmad.json").write_text(json.dumps({"VisA/candle/test/bad/000.JPG": {}}))
-    done = run(*arguments(source="mmad", annotations=tmp_path / "mmad.json", output=tmp_path / "out"))
-    assert done.returncode == 2
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: all 1 photographs") and "Traceback" not in done.stderr
-    assert "VisA/candle/test/bad/000.JPG" in error and str(tmp_path) in error
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(None, "there is no dataset"), ("", "not JSON"), ('{"format": "other"}', "format"), ('{"root": 1}', "format")],
-)
-def test_a_folder_that_is_no_dataset_is_refused_with_the_remedy(tmp_path, content, words):
-    folder = tmp_path / "data"
-    if content is not None:
-        folder.mkdir()
-        (folder / "manifest.json").write_text(content)
-    with pytest.raises(EchoError, match=f"{words}.*build"):
-        load_dataset(folder)
-
-
-def test_a_dataset_whose_images_moved_says_where_they_were(small, tmp_path):
-    build(config(small, tmp_path / "out"))
-    small.parent.rename(tmp_path / "moved")
-    with pytest.raises(EchoError, match=r"no longer in .*raw"):
-        load_dataset(tmp_path / "out")
 
 
 def test_the_preview_needs_nothing_but_itself(built):

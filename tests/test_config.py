@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from echo_ft.config import parse
+from echo_ft.config import parse, run_main
 from echo_ft.records import EchoError
 
 
@@ -80,3 +80,15 @@ def test_a_missing_file_names_its_neighbour(write, tmp_path):
     write("dataset: d\n")
     with pytest.raises(EchoError, match=r"no config file .*rum\.yaml; did you mean .*run\.yaml"):
         parse([Options], ["--config", str(tmp_path / "rum.yaml")])
+
+
+def test_ctrl_c_says_whether_the_same_command_goes_on(monkeypatch, capsys):
+    def stopped(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["command"])
+    for told in ((), ("the same command goes on where it stopped",)):
+        with pytest.raises(SystemExit) as ended:
+            run_main(stopped, *told)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == f"stopped by Ctrl-C; {(*told, 'the same command starts anew')[0]}\n"

@@ -17,7 +17,7 @@ from PIL import Image
 from data_prep import sources
 from data_prep.build import build, main
 from data_prep.images import SUFFIXES
-from data_prep.prepare import collect
+from data_prep.raw import collect
 from data_prep.settings import BuildConfig
 from data_prep.sources import Place, SourceConfig, real_iad, synthetic, visa
 from echo_ft import geometry

@@ -19,7 +19,8 @@ from echo_ft import embedding, features
 from echo_ft.embedding import FeatureStore, describe_files, describe_new, hash_files
 from echo_ft.features import OpenClip, ScikitImage
 from echo_ft.records import EchoError
-from tests.test_build import REPOSITORY, config, draw_manifest, draw_part
+from tests.conftest import ROOT
+from tests.drawn_parts import config, draw_manifest, draw_part
 
 SMALL_SHARDS = (
     "import sys; from echo_ft import embedding; embedding.SHARD = 4\n"
@@ -45,7 +46,7 @@ def options(listed: Path, cache: Path) -> list[str]:
 def start(words: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, cwd=REPOSITORY, env=environment, **pipes)
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 
 
 def shards(cache: Path) -> dict[str, tuple[int, list[str]]]:

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from echo_ft import experts, geometry, metrics
+from echo_ft import experts, geometry
 from echo_ft.experts import Verdict, concluded, named_condition, named_place
 from echo_ft.pipeline import Settings, run_cases
 from echo_ft.records import GOOD, LETTERS, Case, Entry, Exchange, Trace, Upstream
+from echo_ft.sheets import make_sheet
 from echo_ft.targets import gold_upstream
 from evaluation import pages, score
 from evaluation.run import main as run_main
@@ -129,7 +130,7 @@ class Scripted:
 
 def scored(cases: Sequence[Case], backend: Scripted, root: Path) -> dict:
     outcomes = run_cases(cases, backend.speak, Settings())
-    sheet = metrics.sheet([one for outcome in outcomes for one in outcome.predictions])
+    sheet = make_sheet([one for outcome in outcomes for one in outcome.predictions])
     return experts.figures(sheet, cases, [trace for outcome in outcomes for trace in outcome.traces], root)
 
 
@@ -257,10 +258,10 @@ def test_one_candidate_is_no_choice_and_a_broken_image_leaves_its_case_out_with_
 
 def test_what_was_not_asked_has_no_figure(cases: list[Case], tmp_path: Path) -> None:
     outcomes = run_cases(cases, Scripted(cases, tmp_path).speak, Settings(knowledge="none", reasoning="off"))
-    sheet = metrics.sheet([one for outcome in outcomes for one in outcome.predictions])
+    sheet = make_sheet([one for outcome in outcomes for one in outcome.predictions])
     traces = [trace for outcome in outcomes for trace in outcome.traces]
     assert set(experts.figures(sheet, cases, traces, tmp_path)["figures"]) == {"best_reference"}
-    failed = metrics.sheet([replace(one, error="broken") for outcome in outcomes for one in outcome.predictions])
+    failed = make_sheet([replace(one, error="broken") for outcome in outcomes for one in outcome.predictions])
     assert experts.figures(failed, cases, [], tmp_path) == {"figures": {}, "conditions": {}, "unreadable": []}
 
 
@@ -306,7 +307,7 @@ def test_a_report_scores_the_experts_and_says_why_where_it_cannot(
 
 def test_traces_twice_in_a_stopped_run_count_once(cases: list[Case], tmp_path: Path) -> None:
     outcomes = run_cases(cases, Scripted(cases, tmp_path).speak, Settings())
-    sheet = metrics.sheet([one for outcome in outcomes[:9] for one in outcome.predictions])
+    sheet = make_sheet([one for outcome in outcomes[:9] for one in outcome.predictions])
     traces: list[Trace] = [trace for outcome in outcomes for trace in outcome.traces]
     once = experts.figures(sheet, cases, [one for outcome in outcomes[:9] for one in outcome.traces], tmp_path)
     assert experts.figures(sheet, cases, [*traces, *traces[:40]], tmp_path) == once

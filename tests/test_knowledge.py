@@ -195,7 +195,7 @@ def test_a_skeleton_has_every_condition_in_order_and_what_is_described_already(t
     page = (tmp_path / "k" / "d" / "cap.yaml").read_text()
     assert "    # 2 photographs\n    good:\n    # 1 photograph\n    dent:\n" in page
     assert "first sentence" in page and "last" in page
-    with pytest.raises(EchoError, match=r"cap\.yaml: d/cap/good is empty; write what"):
+    with pytest.raises(EchoError, match=r"cap\.yaml: d/cap/good is empty, as are 3 more; write what"):
         load_knowledge(tmp_path / "k")
 
 

@@ -250,7 +250,7 @@ def test_every_recipe_passes_its_config_check_and_finds_its_targets(folder):
         assert config.role == role == Path(sft.output_dir).name
         assert sft.max_length is None
         budgets.add((base.model_name_or_path, config.min_pixels, config.max_pixels))
-    from evaluation.run import RunConfig
+    from evaluation.settings import RunConfig
 
     (run,) = configs.parse([RunConfig], ["--config", str(RECIPES / folder / "run.yaml")])
     assert budgets == {(run.model_name_or_path, run.min_pixels, run.max_pixels)}

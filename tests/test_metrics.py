@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from echo_ft import metrics, statistics
 from echo_ft.records import GOOD, KINDS, EchoError, Prediction
+from echo_ft.sheets import make_sheet, p_defect
 
 DETECTION, CLASSIFICATION = KINDS[0], KINDS[1]
 
@@ -65,7 +66,7 @@ def test_an_unread_or_failed_answer_is_wrong_and_counted() -> None:
     rows = [prediction(image, CLASSIFICATION, right=True) for image in range(4)]
     rows[0] = dataclasses.replace(rows[0], parsed=None, text="perhaps")
     rows[1] = dataclasses.replace(rows[1], parsed=None, text="", error="broken image")
-    assert metrics.strict_table(metrics.sheet(rows))["D"][CLASSIFICATION] == 50.0
+    assert metrics.strict_table(make_sheet(rows))["D"][CLASSIFICATION] == 50.0
     counts = metrics.counts(rows)
     assert (counts["questions"], counts["unparsed"], counts["failed"]) == (4, 1, 1)
     assert counts["unparsed_share"] == 0.25
@@ -77,7 +78,7 @@ def test_kinds_that_were_not_asked_are_left_out_of_the_means() -> None:
         prediction(1, KINDS[2], False),
         prediction(0, KINDS[2], True, dataset="E"),
     ]
-    table = metrics.strict_table(metrics.sheet(rows))
+    table = metrics.strict_table(make_sheet(rows))
     assert table["D"][DETECTION] is None
     assert table["D"]["Average"] == 50.0
     assert table["E"]["Average"] == 100.0
@@ -87,14 +88,14 @@ def test_kinds_that_were_not_asked_are_left_out_of_the_means() -> None:
 
 def test_detection_is_the_mean_of_both_sides_however_unequal_they_are() -> None:
     rows = [prediction(image, DETECTION, True) for image in range(9)] + [prediction(9, DETECTION, False, GOOD)]
-    sheet = metrics.sheet(rows)
+    sheet = make_sheet(rows)
     assert metrics.strict_table(sheet)["D"][DETECTION] == 50.0
     assert metrics.one_sided(sheet) == {}
 
 
 def test_detection_on_one_side_alone_is_that_side_and_flagged() -> None:
     rows = [prediction(0, DETECTION, True), prediction(1, DETECTION, False), prediction(0, DETECTION, True, GOOD, "E")]
-    sheet = metrics.sheet(rows)
+    sheet = make_sheet(rows)
     assert metrics.strict_table(sheet)["D"][DETECTION] == 50.0
     assert metrics.one_sided(sheet) == {"D": "defective", "E": "normal"}
 
@@ -103,13 +104,13 @@ def test_the_order_of_predictions_changes_nothing() -> None:
     rows = many()
     shuffled = random.Random(1).sample(rows, len(rows))
     for figure in (metrics.strict_table, metrics.strict_intervals, metrics.detection, metrics.roc_points):
-        assert figure(metrics.sheet(rows)) == figure(metrics.sheet(shuffled))
+        assert figure(make_sheet(rows)) == figure(make_sheet(shuffled))
 
 
 @pytest.mark.parametrize("by", ["dataset", "product"])
 def test_a_weight_of_two_is_the_same_as_the_image_twice(by: str) -> None:
     rows = many()
-    sheet = metrics.sheet(rows)
+    sheet = make_sheet(rows)
     weights = np.random.default_rng(0).integers(0, 3, size=(1, len(sheet.images))).astype(float)
     times = {image: int(weight) for image, weight in zip(sheet.images, weights[0], strict=True)}
     copies = [
@@ -117,7 +118,7 @@ def test_a_weight_of_two_is_the_same_as_the_image_twice(by: str) -> None:
         for row in rows
         for copy in range(times[row.dataset, row.product, row.condition, row.image])
     ]
-    repeated = metrics.sheet(copies)
+    repeated = make_sheet(copies)
     assert repeated.rows(by)[0] == sheet.rows(by)[0]
     expected = metrics.strict_array(repeated, repeated.once(), by)
     np.testing.assert_allclose(metrics.strict_array(sheet, weights, by), expected)
@@ -126,7 +127,7 @@ def test_a_weight_of_two_is_the_same_as_the_image_twice(by: str) -> None:
 
 
 def test_every_figure_lies_in_its_interval() -> None:
-    sheet = metrics.sheet(many())
+    sheet = make_sheet(many())
     table, intervals = metrics.strict_table(sheet), metrics.strict_intervals(sheet)
     for row, figures in table.items():
         for column, value in figures.items():
@@ -140,12 +141,12 @@ def test_every_figure_lies_in_its_interval() -> None:
 
 def test_p_defect_is_the_probability_of_the_option_that_says_defect() -> None:
     defective, normal = prediction(0, DETECTION, True), prediction(1, DETECTION, True, GOOD)
-    assert metrics.p_defect(defective) == 0.8
-    assert metrics.p_defect(normal) == 0.2
-    assert metrics.p_defect(prediction(0, CLASSIFICATION, True)) is None
-    assert metrics.p_defect(dataclasses.replace(defective, probabilities=None)) is None
+    assert p_defect(defective) == 0.8
+    assert p_defect(normal) == 0.2
+    assert p_defect(prediction(0, CLASSIFICATION, True)) is None
+    assert p_defect(dataclasses.replace(defective, probabilities=None)) is None
     three = dataclasses.replace(normal, options={"A": "1", "B": "2", "C": "3"})
-    assert metrics.p_defect(three) is None, "which of two wrong options says defect is not known"
+    assert p_defect(three) is None, "which of two wrong options says defect is not known"
 
 
 def test_detection_figures_are_those_of_scikit_learn() -> None:
@@ -155,7 +156,7 @@ def test_detection_figures_are_those_of_scikit_learn() -> None:
         row = prediction(image, DETECTION, True, GOOD if image % 3 else "crack")
         score = float(np.round(luck.random(), 1))
         rows.append(dataclasses.replace(row, probabilities={"A": score, "B": 1 - score}))
-    found = metrics.detection(metrics.sheet(rows))["All"]
+    found = metrics.detection(make_sheet(rows))["All"]
     truth = [row.condition != GOOD for row in rows]
     assert found["auroc"] == pytest.approx(
         roc_auc_score(truth, [row.probabilities["A"] for row in rows if row.probabilities])
@@ -166,7 +167,7 @@ def test_detection_figures_are_those_of_scikit_learn() -> None:
 
 def test_detection_without_probabilities_keeps_what_the_decisions_say() -> None:
     rows = [dataclasses.replace(row, probabilities=None) for row in many() if row.kind == DETECTION]
-    found = metrics.detection(metrics.sheet(rows))["All"]
+    found = metrics.detection(make_sheet(rows))["All"]
     assert found["auroc"] is None and found["average_precision"] is None and found["scored"] == 0
     assert found["balanced_accuracy"] == pytest.approx((found["recall"] + found["specificity"]) / 2)
 
@@ -174,13 +175,13 @@ def test_detection_without_probabilities_keeps_what_the_decisions_say() -> None:
 def test_what_cannot_be_scored_is_refused_with_its_name() -> None:
     row = prediction(0, DETECTION, True)
     with pytest.raises(EchoError, match="no predictions"):
-        metrics.sheet([])
+        make_sheet([])
     with pytest.raises(EchoError, match=r"D-0.*unknown kind 'Guess'"):
-        metrics.sheet([dataclasses.replace(row, kind="Guess")])
+        make_sheet([dataclasses.replace(row, kind="Guess")])
     with pytest.raises(EchoError, match="answered twice"):
-        metrics.sheet([row, row])
+        make_sheet([row, row])
     with pytest.raises(EchoError, match="true answer 'E'"):
-        metrics.sheet([dataclasses.replace(row, answer="E")])
+        make_sheet([dataclasses.replace(row, answer="E")])
 
 
 def test_photographs_of_one_part_are_resampled_together() -> None:
@@ -194,9 +195,7 @@ def test_photographs_of_one_part_are_resampled_together() -> None:
         for exposure in range(6)
     ]
     parts = [dataclasses.replace(row, group=row.image) for row in six]
-    alone, together, apart = (
-        metrics.strict_intervals(metrics.sheet(rows))["D"][DETECTION] for rows in (one, six, parts)
-    )
+    alone, together, apart = (metrics.strict_intervals(make_sheet(rows))["D"][DETECTION] for rows in (one, six, parts))
     assert together == pytest.approx(alone, abs=7)
     assert apart[1] - apart[0] < 0.6 * (together[1] - together[0])
 
@@ -208,7 +207,7 @@ def test_parts_of_two_products_that_bear_one_number_are_two_parts() -> None:
         for place, product in enumerate(["a"] * 10 + ["b"] * 10)
     ]
     for by in ("dataset", "product"):
-        weights = metrics.sheet(rows).weights(by)
+        weights = make_sheet(rows).weights(by)
         assert (weights.sum(axis=1) == 20).all(), "twenty parts are drawn, in any of the resamples"
         assert (weights[:, :10] != weights[:, 10:]).any(), "each for itself"
 
@@ -218,7 +217,7 @@ def test_a_part_with_normal_and_defective_photographs_is_drawn_whole() -> None:
         return prediction(2 * part + (condition == GOOD), DETECTION, part % 2 == 0, condition, group=f"part {part}")
 
     both = [of(part, condition) for part in range(12) for condition in (GOOD, "crack")]
-    sheet = metrics.sheet(both)
+    sheet = make_sheet(both)
     weights = sheet.weights()
     group = {row.image: row.group for row in both}
     groups = np.array([group[image] for *_, image in sheet.images])
@@ -227,10 +226,10 @@ def test_a_part_with_normal_and_defective_photographs_is_drawn_whole() -> None:
         assert (normal == defective).all()
     low, high = metrics.strict_intervals(sheet)["D"][DETECTION] or (0, 0)
     apart = [dataclasses.replace(row, group=f"{row.group} {row.condition}") for row in both]
-    narrow, wide = metrics.strict_intervals(metrics.sheet(apart))["D"][DETECTION] or (0, 0)
+    narrow, wide = metrics.strict_intervals(make_sheet(apart))["D"][DETECTION] or (0, 0)
     assert high - low > 1.2 * (wide - narrow), "what the two sides of a part share widens the interval of their mean"
     mixed = [*both, *(of(part, GOOD) for part in range(12, 15)), *(of(part, "crack") for part in range(15, 18))]
-    sheet = metrics.sheet(mixed)
+    sheet = make_sheet(mixed)
     for side in (sheet.defective, ~sheet.defective):
         assert (sheet.weights()[:, side].sum(axis=1) == 15).all()
 
@@ -240,7 +239,7 @@ def test_a_figure_rests_on_the_parts_of_its_smaller_side() -> None:
     rows += [prediction(image, DETECTION, True, GOOD) for image in range(20, 23)]
     rows += [prediction(image, CLASSIFICATION, True, group="part 0") for image in range(2)]
     rows += [prediction(0, DETECTION, True, dataset="E"), prediction(0, KINDS[5], True, dataset="E")]
-    sheet = metrics.sheet(rows)
+    sheet = make_sheet(rows)
     units = metrics.strict_units(sheet)
     columns = [KINDS.index(kind) for kind in (DETECTION, CLASSIFICATION, KINDS[5])]
     assert units[:, [*columns, -1]].tolist() == [[3, 1, 0, 7], [1, 0, 1, 1], [4, 1, 1, 8]]
@@ -262,7 +261,7 @@ def unsure(count: int, seed: int, sharpness: float = 4.0) -> list[Prediction]:
 
 
 def test_calibration_undoes_overconfidence_and_judges_its_thresholds_on_the_other_run() -> None:
-    validation, test = (metrics.sheet(unsure(count, seed)) for seed, count in ((1, 2000), (2, 600)))
+    validation, test = (make_sheet(unsure(count, seed)) for seed, count in ((1, 2000), (2, 600)))
     found = metrics.calibration(test, validation, false_alarms=0.1)
     assert found["temperature"] == pytest.approx(4, rel=0.15)
     for name in ("expected_calibration_error", "log_loss"):
@@ -286,14 +285,14 @@ def test_calibration_undoes_overconfidence_and_judges_its_thresholds_on_the_othe
 def test_calibration_leaves_images_without_a_probability_out_and_tells_how_many_there_are() -> None:
     rows = unsure(300, seed=1)
     silent = [dataclasses.replace(row, probabilities=None) for row in unsure(50, seed=3)]
-    validation, test = metrics.sheet(rows), metrics.sheet(unsure(60, seed=2))
-    assert metrics.calibration(test, metrics.sheet(rows + silent), 0.1) == metrics.calibration(test, validation, 0.1)
+    validation, test = make_sheet(rows), make_sheet(unsure(60, seed=2))
+    assert metrics.calibration(test, make_sheet(rows + silent), 0.1) == metrics.calibration(test, validation, 0.1)
     few = [row for row in rows if row.condition != GOOD] + [row for row in rows if row.condition == GOOD][:8]
-    assert "false_alarms" not in metrics.calibration(test, metrics.sheet(few), 0.1)["thresholds"]
+    assert "false_alarms" not in metrics.calibration(test, make_sheet(few), 0.1)["thresholds"]
     with pytest.raises(EchoError, match="P\\(defect\\) of 0 normal and 0 defective"):
-        metrics.calibration(test, metrics.sheet(silent), 0.1)
+        metrics.calibration(test, make_sheet(silent), 0.1)
     with pytest.raises(EchoError, match="the run has P\\(defect\\) of no image"):
-        metrics.calibration(metrics.sheet(silent), validation, 0.1)
+        metrics.calibration(make_sheet(silent), validation, 0.1)
 
 
 def test_certain_probabilities_and_a_run_of_one_side_are_calibrated_too() -> None:
@@ -301,7 +300,7 @@ def test_certain_probabilities_and_a_run_of_one_side_are_calibrated_too() -> Non
         dataclasses.replace(row, probabilities={"A": float(place % 2), "B": float(1 - place % 2)})
         for place, row in enumerate(unsure(200, seed=2))
     ]
-    normal = metrics.sheet([row for row in certain if row.condition == GOOD])
-    found = metrics.calibration(normal, metrics.sheet(certain), 0.1)
+    normal = make_sheet([row for row in certain if row.condition == GOOD])
+    found = metrics.calibration(normal, make_sheet(certain), 0.1)
     assert np.isfinite(found["log_loss"]["after"]) and found["temperature"] <= statistics.TEMPERATURES[1]
     assert found["thresholds"]["f1"]["test"]["recall"] is None and "best" not in found["thresholds"]

@@ -15,13 +15,14 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.images import image_fault
-from data_prep.prepare import MAX_REPEATS, balanced, by_inspection, divide
+from data_prep.prepare import by_inspection, divide
 from data_prep.settings import BuildConfig
 from data_prep.sources import NAMES
+from data_prep.training_rows import MAX_REPEATS, balanced
 from echo_ft.dataset import cases, load_dataset
 from echo_ft.records import ROLES, EchoError, Inspection, Reference, Rejection, read_jsonl
 from echo_ft.splits import REFERENCE, make_splits
-from tests.test_build import arguments, config, draw_manifest, edit_rows, rows, run
+from tests.drawn_parts import arguments, config, draw_manifest, edit_rows, rows, run
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
@@ -79,12 +80,6 @@ def test_records_out_of_the_order_of_their_inspections_are_an_error_and_none_is_
 def test_balancing_leaves_a_product_of_one_side_alone():
     found = [small_case(f"a{i}", "a", "good") for i in range(5)]
     assert sorted(case.id for case in balanced(found, seed=0)) == [f"a{i}" for i in range(5)]
-
-
-@pytest.fixture
-def small(tmp_path) -> Path:
-    """A list of 24 photographs of one product, for a test to change."""
-    return draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)
 
 
 PRODUCTS = ("cap", "ring", "washer")
@@ -159,10 +154,10 @@ def knows(folder: Path, **datasets: dict) -> Path:
 
 
 def test_a_misspelt_condition_of_the_knowledge_is_a_warning_and_one_that_was_not_photographed_is_none(
-    small, tmp_path, capsys
+    small_list, tmp_path, capsys
 ):
     text = {"good": "An even ramp.", "dnet": "A black square.", "stain": "A blot.", "burr": "A sharp edge."}
-    given = {"source": "manifest", "annotations": small, "descriptor": "skimage", "output": tmp_path / "out"}
+    given = {"source": "manifest", "annotations": small_list, "descriptor": "skimage", "output": tmp_path / "out"}
     main(arguments(**given, knowledge=knows(tmp_path, parts={"cap": text})))
     told = "knowledge: condition 'dnet' of cap occurs in no photograph; did you mean 'dent'?"
     assert f"warning: {told}" in capsys.readouterr().err
@@ -170,7 +165,7 @@ def test_a_misspelt_condition_of_the_knowledge_is_a_warning_and_one_that_was_not
     assert [warning for warning in warnings if "knowledge" in warning] == [told]
     assert told.replace("'", "&#39;") in (tmp_path / "out" / "preview.html").read_text()
     text["dent"] = text.pop("dnet")
-    manifest = build(config(small, tmp_path / "right", knowledge=knows(tmp_path, parts={"cap": text})))
+    manifest = build(config(small_list, tmp_path / "right", knowledge=knows(tmp_path, parts={"cap": text})))
     assert not any("knowledge" in warning for warning in manifest["warnings"])
 
 
@@ -186,9 +181,9 @@ def test_a_misspelt_condition_of_the_knowledge_is_a_warning_and_one_that_was_not
         (None, "stand in: parts/cap"),
     ],
 )
-def test_what_the_knowledge_lacks_is_told_with_the_keys_that_it_has(small, tmp_path, known, words):
+def test_what_the_knowledge_lacks_is_told_with_the_keys_that_it_has(small_list, tmp_path, known, words):
     path = knows(tmp_path, **known) if known else None
-    manifest = build(config(small, tmp_path / "out", knowledge=path))
+    manifest = build(config(small_list, tmp_path / "out", knowledge=path))
     (warning,) = [warning for warning in manifest["warnings"] if "no knowledge" in warning]
     assert warning.endswith(words)
 
@@ -197,15 +192,15 @@ def test_what_the_knowledge_lacks_is_told_with_the_keys_that_it_has(small, tmp_p
     ("box", "used"),
     [([0.1, 0.1, 0.3, 0.3], False), ([0, 0, 0.99, 0.99], False), ([4, 4, 4.5, 12], True), ([4, 4, 5, 5], True)],
 )
-def test_boxes_in_shares_of_the_image_are_refused(small, tmp_path, box, used):
+def test_boxes_in_shares_of_the_image_are_refused(small_list, tmp_path, box, used):
     """No more than a pixel can be marked by numbers from 0 to 1; a scratch may be narrower than one."""
 
     def mark(row: dict) -> None:
         if row["image"] == "cap/dent-0-1.png":
             row.update(boxes=[box], mask=None)
 
-    edit_rows(small, mark)
-    build(config(small, tmp_path / "out"))
+    edit_rows(small_list, mark)
+    build(config(small_list, tmp_path / "out"))
     told = {r.item: r.reason for r in rows(tmp_path / "out", "rejected.jsonl", Rejection)}
     assert set(told) == (set() if used else {"cap/dent-0-1.png"})
     assert all("smaller than a pixel" in reason and "[[x0, y0, x1, y1], ...]" in reason for reason in told.values())
@@ -224,11 +219,27 @@ def test_boxes_in_shares_of_the_image_are_refused(small, tmp_path, box, used):
         ),
     ],
 )
-def test_a_train_split_without_defects_says_what_would_help(small, tmp_path, change, settings, words):
-    edit_rows(small, change)
-    manifest = build(config(small, tmp_path / "out", **settings))
+def test_a_train_split_without_defects_says_what_would_help(small_list, tmp_path, change, settings, words):
+    edit_rows(small_list, change)
+    manifest = build(config(small_list, tmp_path / "out", **settings))
     (warning,) = [warning for warning in manifest["warnings"] if "the training rows are empty" in warning]
     assert warning.endswith(f"to train on this data, {words}")
+
+
+@pytest.mark.parametrize(("kept", "side"), [("good", "normal"), ("dent", "defective")])
+def test_a_validation_split_of_one_side_is_told(small_list, tmp_path, kept, side):
+    held = ("good-0", "dent-0")
+
+    def split(row: dict) -> None:
+        validated = row["group"] in held and row["condition"] == kept
+        row.update(split="validation" if validated else "test" if row["group"] in held else "train")
+
+    edit_rows(small_list, split)
+    told = build(config(small_list, tmp_path / "out"))["warnings"]
+    assert any(warning.startswith(f"the validation split has {side} cases alone") for warning in told)
+    edit_rows(small_list, lambda row: row.update(split="validation" if row["group"] in held else "train"))
+    told = build(config(small_list, tmp_path / "both"))["warnings"]
+    assert not any("cases alone" in warning for warning in told) and "no case is in the test split" in told
 
 
 def test_help_names_the_sources_and_the_config_file():

@@ -16,7 +16,7 @@ from echo_ft.records import EchoError, Inspection, Prediction, Reference, read_j
 from evaluation import compare
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
-from tests.test_score_compare import make_run, predictions
+from tests.made_runs import make_run, predictions
 
 
 @pytest.fixture(scope="module")

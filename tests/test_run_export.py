@@ -7,8 +7,7 @@ import json
 import shutil
 
 import pytest
-import torch
-from peft import LoraConfig, LoraModel, get_peft_model
+from peft import LoraModel
 from safetensors.torch import load_file, save_file
 
 from echo_ft.dataset import load_dataset
@@ -26,7 +25,7 @@ from echo_ft.model import (
 from echo_ft.positions import Permuted
 from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
 from evaluation.run import main as run_main
-from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset, random_adapters
 from tests.test_layout import exchanges_of
 from train.export import main as export_main
 from train.show import main as show_main
@@ -41,15 +40,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, dataset):
-    """Four adapters with random weights, as train/sft.py leaves them; the reasoner's reaches into the vision tower."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, role in enumerate(ROLES):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=TARGETS[role], init_lora_weights=False)
-        adapted = get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config)
-        adapted.save_pretrained(folder / role)
-        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset)))
-    return folder
+    """Four adapters; the reasoner's reaches into the vision tower."""
+    return random_adapters(tmp_path_factory.mktemp("adapters"), dataset, TARGETS)
 
 
 def run(dataset, output, *more) -> None:

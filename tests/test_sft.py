@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from echo_ft.records import ROLES, EchoError
@@ -192,6 +193,17 @@ def run_in_process(*arguments: object) -> None:
 def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, message):
     with pytest.raises(EchoError, match=message):
         run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", *options))
+
+
+def test_a_dry_run_refuses_a_photograph_that_was_changed_since_the_build(tmp_path):
+    dataset = make_dataset(tmp_path / "data", train=2, validation=1, test=1)
+    options = tiny("decision_maker", dataset, tmp_path / "out", "--dry_run", "--eval_strategy", "no")
+    run_in_process(*options)
+    changed = dataset / "images" / "train_0_0.png"
+    with Image.open(changed) as image:
+        image.rotate(180).save(changed)
+    with pytest.raises(EchoError, match=r"are not those .*such as train_0_0\.png"):
+        run_in_process(*options)
 
 
 def test_features_of_a_trained_tower_are_refused(dataset, tmp_path):

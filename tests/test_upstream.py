@@ -8,12 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 from data_prep.build import main as build_main
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.model import load_model, make_card, read_card, write_card
+from echo_ft.model import make_card, read_card, write_card
 from echo_ft.records import (
     ROLES,
     EchoError,
@@ -28,8 +26,8 @@ from echo_ft.records import (
 from echo_ft.roles import one_line, parse_best
 from echo_ft.splits import LEFT_OUT, leave_out
 from evaluation.run import main as run_main
-from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS
-from tests.test_build import described, draw_manifest, run
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, random_adapters
+from tests.drawn_parts import described, draw_manifest, run
 
 ROUTING = "full"
 
@@ -66,14 +64,8 @@ def folds(place) -> list[Path]:
 @pytest.fixture(scope="module")
 def runs(place, folds) -> dict[str, Path]:
     """A run over what each fold leaves out, one over validation, and one over what fold 0 was trained on."""
-    for seed, role in enumerate(ROLES):
-        torch.manual_seed(seed)
-        model = load_model(str(ECHO_TINY), dtype="float32")
-        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        for fold in folds:
-            path = place / "adapters" / fold.name / role
-            adapted.save_pretrained(path)
-            write_card(path, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(fold)))
+    for fold in folds:
+        random_adapters(place / "adapters" / fold.name, fold)
     wanted = [(fold, LEFT_OUT) for fold in folds] + [(folds[0], "validation"), (folds[0], "train")]
     done = {}
     for fold, split in wanted:

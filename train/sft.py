@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from echo_ft import config as configs
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
 
     from echo_ft.architectures import meta_model
     from echo_ft.checkpoints import continue_wandb, find_checkpoint
-    from echo_ft.dataset import load_dataset
+    from echo_ft.dataset import load_dataset, require_unchanged
     from echo_ft.layout import Layout
     from echo_ft.memory import adapt
     from echo_ft.model import check_targets, load_model, load_processor, make_card
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> None:
     validation = load_cases(layout, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None
     if config.dry_run:
         if sft.process_index == 0:
+            # Training itself reads them one after another; to hash them all first would keep its GPUs waiting.
+            require_unchanged(dataset, (name for row in train for one in row["exchanges"] for name in one["images"]))
             first = from_dict(Exchange, train[0]["exchanges"][0])
             model = meta_model(base.model_name_or_path, base.model_revision)
             model = adapt(model, get_peft_config(base)) if base.use_peft else freeze(model, config)
@@ -89,7 +92,7 @@ def main(argv: list[str]) -> None:
         attn_implementation="sdpa",  # of the vision tower; the language model's is echo_ft.attention
         quantization_config=get_quantization_config(base),
     )
-    lora = get_peft_config(base)
+    lora: Any = get_peft_config(base)  # a LoraConfig
     if lora is None:
         freeze(model, config)
     else:

@@ -216,13 +216,13 @@ def _detection(rng: np.random.Generator, looks: _Looks) -> Lesson:
 
 def _questions(looks: _Looks) -> list[tuple[str, str, Sequence[str]]]:
     """(text, answer, all possible answers)"""
-    part = [
+    part: list[tuple[str, str, Sequence[str]]] = [
         ("What kind of part is it?", looks.kind, PRETRAINING_KINDS),
         ("What is the colour of the part?", looks.colour, tuple(COLOURS)),
     ]
     if not looks.defect:
         return part
-    marks = [
+    marks: list[tuple[str, str, Sequence[str]]] = [
         ("There is a defect. What is the type of the defect?", looks.defect, tuple(PRETRAINING_DEFECTS)),
         ("There is a defect. Where is the defect?", looks.place, PLACES),
         ("There is a defect. How large is the defect?", looks.extent, _EXTENTS),

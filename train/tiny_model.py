@@ -75,10 +75,10 @@ def build_tokenizer(rows: Iterable[Row]) -> Any:
     model = json.loads(bare.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[misc]  # pairs, though annotated as strings
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]  # Qwen2's has none either
         model_max_length=4096,
     )
     tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})

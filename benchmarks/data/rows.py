@@ -6,7 +6,7 @@ normal rows to two defective ones, one in four of which has a mask; features of 
 roles. The build runs in a process of its own, whose peak memory counts.
 
 Rates are of processor time, that of all threads, so that what else runs on the machine counts little. Image work is the
-part of it that is spent in hashing and opening files and in looking at their pixels (`IMAGE_WORK`), in whichever
+part of it that is spent in opening and hashing files and in looking at their pixels (`IMAGE_WORK`), in whichever
 thread. The rate of rows is without it, and it is printed beside: what it costs with real photographs depends on them.
 """
 
@@ -34,7 +34,7 @@ from PIL import Image
 from echo_ft import drawing  # nothing that imports what IMAGE_WORK names: that is for the process that builds
 
 IMAGE_WORK = {
-    "hashlib": ("file_digest",),
+    "echo_ft.provenance": ("content_hash",),
     "echo_ft.images": ("image_size", "load_image", "decode", "depth"),
     "echo_ft.geometry": ("measure", "load_mask", "load_grey", "resize_mask", "misfit", "contrast"),
     "echo_ft.targets": ("look",),

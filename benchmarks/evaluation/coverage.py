@@ -17,6 +17,7 @@ from scipy.stats import norm
 
 from echo_ft import metrics, statistics
 from echo_ft.records import GOOD, KINDS, Prediction
+from echo_ft.sheets import Sheet, make_sheet
 
 QUESTIONS = 5
 """Questions about an image."""
@@ -98,15 +99,15 @@ def of_reports(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage
     }
 
 
-def _pairs(setting: Setting, runs: int, seed: int) -> Iterator[tuple[metrics.Sheet, metrics.Sheet]]:
+def _pairs(setting: Setting, runs: int, seed: int) -> Iterator[tuple[Sheet, Sheet]]:
     random = np.random.default_rng(seed)
     parts = setting.images // setting.images_a_part
     for _ in range(runs):
-        shared, first, second = (latents(random, 1, parts, setting.images_a_part)[0] for _ in range(3))
-        yield tuple(
-            metrics.sheet(_answers(norm.ppf(setting.accuracy) - np.sqrt(0.5) * (shared + own)))
-            for own in (first, second)
+        shared, *both = (latents(random, 1, parts, setting.images_a_part)[0] for _ in range(3))
+        first, second = (
+            make_sheet(_answers(norm.ppf(setting.accuracy) - np.sqrt(0.5) * (shared + own))) for own in both
         )
+        yield first, second
 
 
 def _answers(margins: np.ndarray) -> list[Prediction]:

@@ -91,12 +91,13 @@ def ours(folder: Path, workload: Workload, kept: bool) -> Steps:
         processing_class=layout.processor,
         peft_config=lora(),
         config=EchoConfig("decision_maker", str(folder), workload.pixels, workload.pixels),
-        card=None,  # nothing is saved
+        card=None,  # type: ignore[arg-type]  # nothing is saved
         store=store,
         callbacks=[steps],
     )
     trainer.train()
-    count(steps, trainer.model.get_base_model())
+    model: Any = trainer.model
+    count(steps, model.get_base_model())
     return steps
 
 

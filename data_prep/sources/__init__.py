@@ -76,13 +76,13 @@ def locate(root: Path, text: str, what: str) -> str:
 
     Raises RowError where it leads out of the root or to no file; `what` names it there.
     """
-    base = Path(os.path.abspath(root))  # links below the root are left as they are
-    path = Path(os.path.abspath(base / text.replace("\\", "/")))
-    if not path.is_relative_to(base):
+    base = os.path.join(os.path.abspath(root), "")  # links below the root are left as they are
+    path = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
+    if not path.startswith(base):
         raise RowError(f"{what} {text} lies outside the root; set root to a folder that holds all images")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RowError(f"{what} {text} does not exist under the root")
-    return path.relative_to(base).as_posix()
+    return path[len(base) :].replace(os.sep, "/")
 
 
 def entries(folder: Path) -> list[Path]:

@@ -1,0 +1,160 @@
+"""The rows that the roles are trained on: written case by case, normal and defective parts in balance."""
+
+from __future__ import annotations
+
+import os
+import random
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+from data_prep.prepare import TRAINING, Material
+from data_prep.raw import progress
+from data_prep.settings import BuildConfig
+from data_prep.upstream import Run, predicted
+from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, to_json
+
+Sides = dict[str, dict[str, int]]
+"""How many `cases` (repeats counted) and `rows` a file of training rows has of `normal` and of `defective` parts.
+
+Balance is a matter of cases: a defective one is asked more, and has more rows where routes differ.
+"""
+
+
+class Spool:
+    """The rows of one role, kept in a temporary file until the order is known in which they are written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """Keep them in `file`, which is empty and open to write and read."""
+        self.cases: list[Inspection] = []
+        """The cases in the order in which their rows came."""
+        self._file, self._ends, self._counts = file, array("q", [0]), array("q")
+
+    def add(self, case: Inspection, rows: Sequence[Exchange]) -> None:
+        """Keep the rows of one case."""
+        lines = "".join(to_json(row) + "\n" for row in rows).encode()
+        self._file.write(lines)
+        self.cases.append(case)
+        self._ends.append(self._ends[-1] + len(lines))
+        self._counts.append(len(rows))
+
+    def write(self, order: Sequence[Inspection], path: Path) -> Sides:
+        """Write the rows of these cases to `path`; returns what is there."""
+        number = {case.id: place for place, case in enumerate(self.cases)}
+        sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            for case in order:
+                place = number[case.id]
+                start, end = self._ends[place : place + 2]
+                self._file.seek(start)
+                file.write(self._file.read(end - start))
+                side = sides["normal" if case.condition == GOOD else "defective"]
+                side["cases"] += 1
+                side["rows"] += self._counts[place]
+        return sides
+
+
+def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequence[Run] = ()) -> dict[str, Sides]:
+    """Write each role's training and validation rows; see `balanced` for the order and number of the former.
+
+    What earlier roles said is taken from `runs`, where there are any, and is what they should say otherwise.
+    Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
+    Returns what each file under sft holds, by `<role>/<split>`.
+    """
+    from echo_ft.targets import gold_upstream, training_exchanges
+
+    sides = {}
+    with ExitStack() as stack:
+        spools = {
+            (role, split): Spool(stack.enter_context(TemporaryFile(dir=material.folder)))
+            for role in ROLES
+            for split in TRAINING
+        }
+        # One role at a time would read each photograph four times.
+        for inspection, case in progress(_read_ahead(material.training_cases(), root), "writing", "cases"):
+            said = predicted(case, runs, config.routing) if runs else None
+            gold = gold_upstream(case, root, said)
+            for role in ROLES:
+                rows = training_exchanges(case, role, root, config.routing, said, gold)
+                if rows:
+                    spools[role, str(inspection.split)].add(inspection, rows)
+        for (role, split), spool in spools.items():
+            order = balanced(spool.cases, config.seed) if split == "train" and config.balance else spool.cases
+            sides[f"{role}/{split}"] = spool.write(order, material.folder / "sft" / role / f"{split}.jsonl")
+    return sides
+
+
+AHEAD = 24
+"""Cases whose images are read while as many others are written: `echo_ft.targets` has the images of both at hand."""
+
+
+def _read_ahead(cases: Iterator[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
+    """The cases as they come, their images read in threads before it is their turn."""
+    from echo_ft.targets import look
+
+    def read(images: Sequence[str]) -> None:
+        for image in images:
+            look(root / image)
+
+    threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        before: list[tuple[Inspection, Case]] = []
+        while chunk := list(islice(cases, AHEAD)):
+            seen = [case.seen for _, case in chunk]
+            images = sorted({name for one in seen for name in (one.query, *(each.image for each in one.references))})
+            reading = pool.map(read, [images[thread::threads] for thread in range(threads)])
+            yield from before
+            list(reading)
+            before = chunk
+        yield from before
+
+
+MAX_REPEATS = 4
+"""How often balancing repeats a case at most: beyond that a model learns the photograph, not the defect."""
+
+
+def balanced(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
+    """As many normal as defective cases in each product, in a seeded random order in which none follows itself.
+
+    The rarer side is repeated (no photograph is left out), up to `MAX_REPEATS` times; beyond that the other side is
+    sampled down. Per product, as a product with more defects than others would itself become the answer. A product
+    that lacks one side stays as it is.
+    """
+    rng = random.Random(f"{seed}/balance")
+    sides: dict[tuple[str, str], tuple[list[Inspection], list[Inspection]]] = defaultdict(lambda: ([], []))
+    for case in cases:
+        sides[case.dataset, case.product][case.condition == GOOD].append(case)
+    chosen: list[Inspection] = []
+    for defective, normal in sides.values():
+        few, many = sorted((defective, normal), key=len)
+        if not few:
+            chosen += many
+            continue
+        size = min(len(many), len(few) * MAX_REPEATS)
+        whole, rest = divmod(size, len(few))
+        chosen += few * whole + rng.sample(few, rest) + rng.sample(many, size)
+    rng.shuffle(chosen)
+    return _apart(chosen, rng)
+
+
+def _apart(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
+    """The cases in their order, but those that follow themselves, which go where they do not.
+
+    Training reads neighbouring rows of one case as one. There is always such a place: a repeated case has at least as
+    many different ones of the other side, each there once, as it has repeats.
+    """
+    order: list[Inspection] = []
+    again: list[Inspection] = []
+    for case in cases:
+        (again if order and order[-1].id == case.id else order).append(case)
+    for case in again:
+        free = [i for i in range(len(order) + 1) if all(near.id != case.id for near in order[max(0, i - 1) : i + 1])]
+        order.insert(rng.choice(free), case)
+    return order
