@@ -27,8 +27,8 @@ demo: $(INSTALLED)
 	rm -rf runs/$(NAME) data/$(NAME)
 	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output data/$(NAME) $(DATA)
 	set -e; for role in $(ROLES); do \
-	  $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) train/sft.py --config recipes/tiny/$$role.yaml \
-	    --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
+	  $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS) \
+	    train/sft.py --config recipes/tiny/$$role.yaml --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
 	done
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/base
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/tuned \

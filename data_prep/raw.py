@@ -17,7 +17,7 @@ from data_prep import sources
 from data_prep.images import boxes_fault, image_fault, mask_fault
 from data_prep.settings import BuildConfig
 from data_prep.sources import Item, Place
-from echo_ft.records import EchoError, Inspection, Question, Rejection
+from echo_ft.records import GOOD, EchoError, Inspection, Question, Rejection
 from echo_ft.splits import check_fractions
 
 T = TypeVar("T")
@@ -101,12 +101,17 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
                 continue
             boxes = () if inspection.polygons else inspection.boxes  # boxes beside polygons are half of what is marked
             inspection = dataclasses.replace(inspection, mask=None, masks=(), polygons=(), boxes=boxes)
-        fault = fault_of(root / inspection.reference) if inspection.reference else None
-        if fault:
-            reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
-            rejections.append(Rejection(str(inspection.reference), reason, "reference"))
-            inspection = dataclasses.replace(inspection, reference=None)
         inspections[inspection.id] = inspection
+    shown = {inspection.image: inspection for inspection in inspections.values()}
+    for inspection in list(inspections.values()):
+        if inspection.reference is None:
+            continue
+        fault = fault_of(root / inspection.reference) or _not_normal(shown.get(inspection.reference), inspection)
+        if fault:
+            place = places.get(inspection.id, "")
+            reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
+            rejections.append(Rejection(inspection.reference, reason, "reference"))
+            inspections[inspection.id] = dataclasses.replace(inspection, reference=None)
     kept = []
     for question in questions:
         if question.inspection in inspections:
@@ -114,6 +119,13 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
         else:
             rejections.append(Rejection(question.id, "its photograph cannot be used"))
     return list(inspections.values()), kept, rejections
+
+
+def _not_normal(named: Inspection | None, inspection: Inspection) -> str | None:
+    """Why a photograph of the list cannot be the reference of another, or None."""
+    if named is inspection:
+        return "it is the photograph itself"
+    return None if named is None or named.condition == GOOD else f"it shows a defect ({named.condition})"
 
 
 def progress(items: Iterable[T], words: str, unit: str) -> Iterable[T]:

@@ -6,10 +6,9 @@ import os
 import random
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -19,6 +18,7 @@ from data_prep.raw import progress
 from data_prep.settings import BuildConfig
 from data_prep.upstream import Run, predicted
 from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, to_json
+from echo_ft.targets import AT_HAND, gold_upstream, look, training_exchanges
 
 Sides = dict[str, dict[str, int]]
 """How many `cases` (repeats counted) and `rows` a file of training rows has of `normal` and of `defective` parts.
@@ -68,8 +68,6 @@ def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequenc
     Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
     Returns what each file under sft holds, by `<role>/<split>`.
     """
-    from echo_ft.targets import gold_upstream, training_exchanges
-
     sides = {}
     with ExitStack() as stack:
         spools = {
@@ -91,13 +89,12 @@ def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequenc
     return sides
 
 
-AHEAD = 24
-"""Cases whose images are read while as many others are written: `echo_ft.targets` has the images of both at hand."""
+AHEAD = AT_HAND // 3
+"""Images that are read while cases with as many others are written: those of both stay at hand in `echo_ft.targets`."""
 
 
-def _read_ahead(cases: Iterator[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
+def _read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
     """The cases as they come, their images read in threads before it is their turn."""
-    from echo_ft.targets import look
 
     def read(images: Sequence[str]) -> None:
         for image in images:
@@ -106,14 +103,27 @@ def _read_ahead(cases: Iterator[tuple[Inspection, Case]], root: Path) -> Iterato
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         before: list[tuple[Inspection, Case]] = []
-        while chunk := list(islice(cases, AHEAD)):
-            seen = [case.seen for _, case in chunk]
-            images = sorted({name for one in seen for name in (one.query, *(each.image for each in one.references))})
+        for chunk, images in _chunks(cases):
             reading = pool.map(read, [images[thread::threads] for thread in range(threads)])
             yield from before
             list(reading)
             before = chunk
         yield from before
+
+
+def _chunks(cases: Iterable[tuple[Inspection, Case]]) -> Iterator[tuple[list[tuple[Inspection, Case]], list[str]]]:
+    """The cases in chunks, each with its images: as many cases as have up to AHEAD, but one at least."""
+    chunk: list[tuple[Inspection, Case]] = []
+    images: dict[str, None] = {}
+    for inspection, case in cases:
+        own = dict.fromkeys((case.seen.query, *(reference.image for reference in case.seen.references)))
+        if chunk and len(images | own) > AHEAD:
+            yield chunk, list(images)
+            chunk, images = [], {}
+        chunk.append((inspection, case))
+        images |= own
+    if chunk:
+        yield chunk, list(images)
 
 
 MAX_REPEATS = 4

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import Material
+from echo_ft.adapters import ADAPTER_CARD, read_card, trained_on
 from echo_ft.dataset import load_dataset
-from echo_ft.model import ADAPTER_CARD, read_card, trained_on
 from echo_ft.pipeline import listen
 from echo_ft.provenance import fingerprint_files
 from echo_ft.records import ROLES, Case, EchoError, Trace, Upstream, from_dict
@@ -113,6 +113,12 @@ def _training(run: Run) -> dict[tuple[str, str], str]:
         card = run.description["adapters"].get(role)
         if card is not None:
             who[card["dataset"], card["dataset_fingerprint"]].append(role)
+    served = run.description.get("server_model")
+    if not who and served not in (None, run.description["base_model"]):
+        raise EchoError(
+            f"the run {run.folder} asked a server for {served} without --adapters, so nobody can tell which cases its "
+            "models were trained on; give evaluation.run their adapters too"
+        )
     found = {key: f"adapters ({', '.join(roles)})" for key, roles in who.items()}
     base = Path(run.description["base_model"])
     if (base / ADAPTER_CARD).is_file():  # a whole model that was tuned here

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echo_ft.model import ADAPTER_CARD, AdapterCard, read_card
+from echo_ft.adapters import ADAPTER_CARD, AdapterCard, read_card
 from echo_ft.records import EchoError, write_whole
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import difflib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -18,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from echo_ft.records import EchoError
+from echo_ft.written import read_yaml
 
 COMMAND_LINE = "the command line"
 
@@ -89,7 +91,7 @@ def _load(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {near[0]}?" if near else f" (looked in {Path.cwd()}); check the path"
         raise EchoError(f"there is no config file {path}{hint}")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        config = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EchoError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
@@ -140,6 +142,8 @@ def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same co
     """Run a script's `main(argv)`: an EchoError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     # bitsandbytes (0.50) warns when it is imported, by peft, that it does without a kernel of the hub's.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # TRL (1.16) and peft (0.21) use names that transformers (5.23) calls otherwise now; a user can change none of them.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         main(sys.argv[1:])
     except EchoError as error:

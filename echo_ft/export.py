@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from echo_ft.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters
 from echo_ft.layout import Layout, attention_mask, pad, pixels
-from echo_ft.model import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters, load_model, load_processor
+from echo_ft.model import load_model, load_processor
 from echo_ft.records import Branch, EchoError, Exchange
 from echo_ft.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 
@@ -99,6 +100,8 @@ def _fill(folder: Path, adapters: Mapping[str, Adapter], merge: Sequence[str], d
         merged = attach_adapters(base(), {role: folder / "adapters" / role}).merge_and_unload()
         merged.save_pretrained(target)
         processor.save_pretrained(target)
+        # What it was trained on travels with it: a run on it is not one of an untuned model.
+        shutil.copyfile(folder / "adapters" / role / ADAPTER_CARD, target / ADAPTER_CARD)
         del merged
         gc.collect()
         again = load_model(str(target), dtype=dtype).eval()

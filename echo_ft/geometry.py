@@ -125,9 +125,9 @@ def is_marked(marked: Marked) -> bool:
 def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
     """The mask of an inspection, or of a case's truth, as (height, width); None where it says nothing about the place.
 
-    `size` is (width, height) of the photograph in pixels. True is where any of the mask images is not black; without a
-    mask image, inside any polygon or box. Raises EchoError where a mask cannot be read or has other proportions than
-    the photograph, and where a polygon or box has no pixel in it.
+    `size` is (width, height) of the photograph in pixels. True is where any of the mask images is not black (of a JPEG:
+    brighter than half); without a mask image, inside any polygon or box. Raises EchoError where a mask cannot be read
+    or has other proportions than the photograph, and where a polygon or box has no pixel in it.
     """
     files = mask_files(marked)
     if files:
@@ -155,15 +155,15 @@ def _marks(path: Path, name: str) -> Mask:
     try:
         with Image.open(path) as image:
             # Pixels as stored: a palette of one colour, or values 0 and 1 alone, still mark something.
-            values = np.asarray(image)
+            values, stored = np.asarray(image), image.format != "JPEG"  # which leaves greys around what it compresses
             if image.mode in ("RGBA", "LA"):
                 values = values[..., :-1]
     except UNREADABLE as error:
         raise EchoError(
             f"mask {name} cannot be read ({type(error).__name__}); repair the file or drop its row"
         ) from error
-    marks = values != 0
-    return marks if marks.ndim == 2 else marks.any(axis=-1)
+    marks: Mask = np.asarray(values != 0 if stored else values > 127)
+    return marks if marks.ndim == 2 else np.asarray(marks.any(axis=-1))
 
 
 def fill_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Mask:

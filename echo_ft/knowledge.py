@@ -8,15 +8,14 @@ what follows from it.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from echo_ft.records import GOOD, EchoError, Entry, Knowledge
+from echo_ft.written import read_json, read_yaml
 
 ALIASES = {"DS-MVTec": "MVTec", "MVTec-AD": "MVTec"}
 """Datasets that MMAD's file keeps under another name."""
@@ -29,29 +28,6 @@ EFFECT = re.compile(
     r"disrupt|fail|risk|concern|unsafe|unusable|so that|can no longer|cannot|will)",
     re.IGNORECASE,
 )
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, as is one that is a list or a mapping.
-
-    The plain loader would keep the last one without a word.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the plain loader's."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem="a key is a list or a mapping; quote a name that begins with a bracket or a brace",
-                    problem_mark=key.start_mark,
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def load_knowledge(path: Path) -> Knowledge:
@@ -111,8 +87,8 @@ def _written(path: Path) -> str:
 def parse_knowledge(path: Path, written: str) -> dict[str, dict[str, dict[str, str]]]:
     """What is written in the file `path`; a text is empty where there is none yet."""
     try:
-        content = json.loads(written) if path.suffix == ".json" else yaml.load(written, _Loader)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        content = read_json(written) if path.suffix == ".json" else read_yaml(written)
+    except (ValueError, yaml.YAMLError) as error:
         raise EchoError(f"knowledge file {path} cannot be read: {' '.join(str(error).split())}") from error
     found: dict[str, dict[str, dict[str, str]]] = {}
     for dataset, products in _items(path, content, "", "datasets"):

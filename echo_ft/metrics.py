@@ -26,6 +26,9 @@ from echo_ft.sheets import Sheet, image_key, make_sheet
 ALL = "All"
 """The row of all images together in `detection`."""
 
+FEW = 5
+"""Parts that a figure rests on at least to have an interval."""
+
 _DETECTION = KINDS.index("Anomaly Detection")
 
 
@@ -55,7 +58,9 @@ def strict_array(sheet: Sheet, weights: np.ndarray, by: str = "dataset") -> np.n
 
 
 def strict_units(sheet: Sheet, by: str = "dataset") -> np.ndarray:
-    """(D + 1, K + 1): how many parts each figure of `strict_array` rests on; of its two sides the smaller one's."""
+    """(D + 1, K + 1): how many parts each figure of `strict_array` rests on: of its two sides the smaller one's, and
+    of a mean of rows the smallest one's, as each counts the same.
+    """
     names, row_of = sheet.rows(by)
     asked = np.zeros((sheet.parts.max() + 1, len(names), 2, len(KINDS)), dtype=bool)
     image = sheet.image_of
@@ -65,7 +70,8 @@ def strict_units(sheet: Sheet, by: str = "dataset") -> np.ndarray:
     units[:-1, :-1] = asked.any(axis=2).sum(axis=0)
     units[:-1, _DETECTION] = np.where(sides.min(axis=1) > 0, sides.min(axis=1), sides.max(axis=1))
     units[:-1, -1] = asked.any(axis=(2, 3)).sum(axis=0)
-    units[-1] = units[:-1].sum(axis=0)
+    asked_of = np.where(units[:-1] > 0, units[:-1], np.iinfo(int).max).min(axis=0)
+    units[-1] = np.where(units[:-1].any(axis=0), asked_of, 0)
     return units
 
 
@@ -75,8 +81,10 @@ def strict_table(sheet: Sheet, by: str = "dataset") -> Table:
 
 
 def strict_intervals(sheet: Sheet, by: str = "dataset") -> dict[str, dict[str, list[float] | None]]:
-    """{row: {column: [low, high]}}: 95 % intervals in percent of every figure in `strict_table`."""
-    low, high = statistics.percentile_interval(strict_array(sheet, sheet.weights(by), by), strict_units(sheet, by))
+    """{row: {column: [low, high]}}: 95 % intervals in percent of every figure in `strict_table`; see `interval`."""
+    units = strict_units(sheet, by)
+    spread = statistics.percentile_interval(strict_array(sheet, sheet.weights(by), by), units, (0.0, 100.0))
+    low, high = np.where(units < FEW, np.nan, spread)
     lows, highs = _as_table(sheet, low, by), _as_table(sheet, high, by)
     return {row: {column: pair(lows[row][column], highs[row][column]) for column in lows[row]} for row in lows}
 
@@ -335,9 +343,17 @@ def pair(low: float | None, high: float | None) -> list[float] | None:
     return None if low is None or high is None else [low, high]
 
 
-def interval(values: np.ndarray, units: int) -> list[float] | None:
-    """The interval of a figure (R,) that rests on so many units, None where it never exists."""
-    return pair(*map(number, statistics.percentile_interval(values, units)))
+def interval(values: np.ndarray, units: int, bounds: tuple[float, float] = (0.0, 1.0)) -> list[float] | None:
+    """The interval of a figure (R,) from `bounds[0]` to `bounds[1]`, resting on so many units.
+
+    None where the figure never exists, and where it rests on fewer than FEW: so few have too little to draw from.
+    """
+    return None if units < FEW else pair(*map(number, statistics.percentile_interval(values, units, bounds)))
+
+
+def bounds(figure: str) -> tuple[float, float]:
+    """The range of one of `figures`: detection's are from 0 to 1, the others in percent."""
+    return (0.0, 1.0) if figure in ("AUROC", "recall", "specificity") else (0.0, 100.0)
 
 
 def figures(sheet: Sheet, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -213,7 +213,9 @@ def _predict(case: Case, question: Question, said: Said, settings: Settings, shi
         own = {own_letter(letter, shown, shift): value for letter, value in probabilities.items()}
         probabilities = {letter: own[letter] for letter in probabilities}
     if settings.answer != "generate":
-        letter = most_probable(probabilities)
+        # A server tells the most probable tokens: a letter that is not among them is less probable than those that are.
+        heard = {own_letter(letter, shown, shift): said.letters[letter] for letter in shown if letter in said.letters}
+        letter = most_probable({letter: heard[letter] for letter in shown if letter in heard})
         return _prediction(case, question, letter or "", parsed=letter, probabilities=probabilities)
     parsed = roles.parse_letter(said.text, shown)
     if parsed is not None:

@@ -28,7 +28,7 @@ PACKAGES = (
 ANSWERING = ("torch", "transformers", "peft")
 """Those of PACKAGES that a model's answers come out of; the rest train, build and read."""
 
-ANSWERING_MODULES = ("engine", "pipeline", "server", "dataset", "model")
+ANSWERING_MODULES = ("engine", "pipeline", "server", "dataset", "model", "adapters")
 """Those of this package that a model's answers come out of, with all that they import of it (`sources`)."""
 
 

@@ -14,6 +14,7 @@ from echo_ft import geometry
 from echo_ft.images import image_size
 from echo_ft.knowledge import appearance, described, effect, readable
 from echo_ft.records import GOOD, LETTERS, Entry, Inspection, Question
+from echo_ft.splits import MIXED, kinds_of
 
 DEFECT = "There is a defect in the object. "
 
@@ -69,7 +70,9 @@ def _defect_choices(
 ) -> dict[str, tuple[str, list[str]]]:
     own = inspection.condition
     choices = {}
-    others = [condition for condition in {**dict.fromkeys(conditions), **known} if condition not in (own, GOOD)]
+    named = {**dict.fromkeys(conditions), **known}
+    # What a photograph of several defects shows too is no wrong option; where they are not named, none is one for sure.
+    others = [c for c in named if c != GOOD and own not in MIXED and not kinds_of(c) <= kinds_of(own)]
     choices["Defect Classification"] = readable(own), [readable(condition) for condition in others]
     region = _region(inspection, root)
     if region is not None:

@@ -46,7 +46,12 @@ def resample(strata: Sequence[Hashable], resamples: int = RESAMPLES, seed: int =
     return weights
 
 
-def percentile_interval(values: np.ndarray, units: np.ndarray | float = math.inf, level: float = LEVEL) -> np.ndarray:
+def percentile_interval(
+    values: np.ndarray,
+    units: np.ndarray | float = math.inf,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    level: float = LEVEL,
+) -> np.ndarray:
     """(2, ...): the accelerated percentile interval over the first axis, widened for a small number of units.
 
     The plain percentile interval holds the truth too seldom where units are few or most answers are right: its spread
@@ -54,6 +59,10 @@ def percentile_interval(values: np.ndarray, units: np.ndarray | float = math.inf
     are skewed. The first two are put right as in Hesterberg ("What Teachers Should Know About the Bootstrap", 2015:
     the expanded percentile interval), the third as in Efron ("Better Bootstrap Confidence Intervals",
     1987), with the acceleration and the bias correction of a mean, both a sixth of the resamples' skewness.
+
+    Where all resamples are the same (all answers right, or all wrong) they say nothing of how sure that is. There the
+    interval reaches as far as the exact one of a share of n out of n (Clopper and Pearson, 1934), in the figure's
+    range, whose ends are `bounds`.
 
     `units` is how many were drawn from for each figure, of the smaller side where it has two; it broadcasts to
     `values[0]`. Resamples in which the figure does not exist (nan) are left out; a figure that never exists gives nan.
@@ -75,7 +84,12 @@ def percentile_interval(values: np.ndarray, units: np.ndarray | float = math.inf
             np.take_along_axis(ordered, index[None], axis=0)[0] for index in (below, np.minimum(below + 1, last))
         )
         ends.append(low + (place - below) * (high - low))
-    return np.stack(ends)
+    low, high = ends
+    span = np.take_along_axis(ordered, np.asarray(last)[None], axis=0)[0] - ordered[0]
+    exact = bounds[1] * (1 - ((1 - level) / 2) ** (1 / np.maximum(units, 1)))
+    spare = np.where(span < 1e-9 * bounds[1], exact, 0.0)  # not where the figure never exists: its span is nan
+    lowest, highest = np.minimum(low, bounds[0]), np.maximum(high, bounds[1])
+    return np.stack([np.maximum(low - spare, lowest), np.minimum(high + spare, highest)])
 
 
 def auroc(weights: np.ndarray, scores: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -20,6 +20,9 @@ from echo_ft.records import GOOD, Branch, Case, EchoError, Exchange, Question, U
 LOOK = (256, 256)
 """(width, height) at which query and reference are compared."""
 
+AT_HAND = 256
+"""Images that are kept as they are compared, those used last."""
+
 FIT = 64
 """Cells a side over which candidates are compared: coarse, as two parts never lie exactly alike."""
 
@@ -137,7 +140,7 @@ def look(path: Path) -> Look:
     return _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
-@lru_cache(maxsize=256)  # cases of a product share references, and what reads ahead leaves its images here
+@lru_cache(maxsize=AT_HAND)  # cases of a product share references, and what reads ahead leaves its images here
 def _load(path: Path, modified: int) -> Look:
     fine = geometry.load_grey(path, LOOK)
     return Look(fine, fine.reshape(FIT, LOOK[1] // FIT, FIT, LOOK[0] // FIT).mean(axis=(1, 3)))

@@ -16,10 +16,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from echo_ft.adapters import ADAPTER_CARD, AdapterCard, write_card
 from echo_ft.checkpoints import WHOLE
 from echo_ft.flops import Load, costs, peak
 from echo_ft.layout import IGNORED
-from echo_ft.model import ADAPTER_CARD, GROUPS, AdapterCard, load_model, part_of, write_card
+from echo_ft.model import GROUPS, load_model, part_of
 from echo_ft.records import EchoError
 from echo_ft.training import BalancedSampler, EchoConfig, packed_inputs, prepare_model
 from echo_ft.vision import FeatureStore

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
+    from echo_ft.adapters import Adapter
     from echo_ft.engine import Engine, Features
-    from echo_ft.model import Adapter
 
 UTTERANCES = "utterances"
 """The folder under `output` with what the roles said. It can be deleted at any time: it is computed again."""

@@ -19,7 +19,7 @@ from evaluation import pages
 from evaluation.compare import TOGETHER, Group, compare, p_text
 from evaluation.pages import percent, show, signed, text_table
 from evaluation.reading import load_run
-from evaluation.score import FEW, thin_sides
+from evaluation.score import thin_sides
 
 INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in KINDS}
 """Headings of the kinds' columns."""
@@ -30,7 +30,7 @@ def tabulate(
 ) -> dict[str, Any]:
     """ablation.json's content. `cells` are (name, options in which it differs, its run's folder), one run for several.
 
-    Each has its `figures` with intervals, None where they rest on fewer than FEW parts, its `counts`, and its
+    Each has its `figures` with intervals, None where they rest on few parts, its `counts`, and its
     `difference` to the baseline, None for the baseline itself and where the two have no question in common. `p_holm` is
     corrected for all differences of the table.
     """
@@ -50,14 +50,14 @@ def tabulate(
         own[folder] = compare([group])["runs"][0]
         if common:
             pair = [_restricted(one, common) for one in (groups[base], group)]
-            differences[folder] = _difference(compare(pair)["differences"][0], *pair)
+            differences[folder] = _difference(compare(pair)["differences"][0], pair[0])
             for warning in thin_sides(pair[0].sheets[0]):
                 warned.setdefault(f"on the questions that {baseline} was asked too, {warning}", []).append(group.name)
     together = compare(same)
     for group, described in zip(same, together["runs"], strict=True):
         own[group.runs[0].folder] = described
     for group, found in zip(same[1:], together["differences"], strict=True):
-        differences[group.runs[0].folder] = _difference(found, groups[base], group)
+        differences[group.runs[0].folder] = _difference(found, groups[base])
     corrected = statistics.holm([difference["p"] for difference in differences.values()])
     for difference, p_holm in zip(differences.values(), corrected, strict=True):
         difference["p_holm"] = p_holm
@@ -71,7 +71,7 @@ def tabulate(
                 "same_run_as": first[folder],
                 "figures": {
                     key: {"value": figure["value"], "interval": figure["interval"]}
-                    for key, figure in _sure(own[folder]["figures"], groups[folder]).items()
+                    for key, figure in own[folder]["figures"].items()
                 },
                 "counts": own[folder]["counts"],
                 "cases": len({one.case for one in groups[folder].runs[0].predictions}),
@@ -99,13 +99,6 @@ def _warnings(group: Group) -> list[str]:
     return [*run.warnings, *told, *thin_sides(sheet)]
 
 
-def _sure(figures: Mapping[str, Any], *groups: Group) -> dict[str, Any]:
-    """The figures of some groups without the intervals of those that rest on too few parts."""
-    units = [metrics.figure_units(group.sheets[0]) for group in groups]
-    few = {key for key in figures if min(one[key] for one in units) < FEW}
-    return {key: {**figure, "interval": None} if key in few else figure for key, figure in figures.items()}
-
-
 def _asked(one: Prediction) -> tuple[Any, ...]:
     """All of a question and of the photograph that it is about."""
     about = (one.case, one.dataset, one.product, one.image, one.condition)
@@ -123,13 +116,13 @@ def _restricted(group: Group, asked: set[tuple[Any, ...]]) -> Group:
     return Group(group.name, group.members, group.runs, [make_sheet(chosen)])
 
 
-def _difference(found: Mapping[str, Any], base: Group, other: Group) -> dict[str, Any]:
-    """What the table shows of one of compare's differences, of two groups, and on how much it rests."""
+def _difference(found: Mapping[str, Any], base: Group) -> dict[str, Any]:
+    """What the table shows of one of compare's differences, and on how much of the baseline it rests."""
     test, asked = found["mcnemar"][TOGETHER], base.sheets[0].predictions
     return {
         "questions": len(asked),
         "cases": len({one.case for one in asked}),
-        "figures": _sure(found["figures"], base, other),
+        "figures": found["figures"],
         "won": test["only_run"],
         "lost": test["only_baseline"],
         "p": test["p"],
@@ -182,8 +175,8 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
     found = [
         f"Strict figures in percent: {kinds}; AUROC of P(defect) from 0 to 1. Difference: to {base}, paired. In "
-        f"brackets: 95 % intervals over physical parts, none for fewer than {FEW}. Won, lost: questions that the cell "
-        f"alone and that {base} alone answered correctly; p: exact McNemar test on these, Holm-corrected for "
+        f"brackets: 95 % intervals over physical parts, none for fewer than {metrics.FEW}. Won, lost: questions that "
+        f"the cell alone and that {base} alone answered correctly; p: exact McNemar test on these, Holm-corrected for "
         f"{compared} differences. Unparsed: or failed; both count as wrong. Seconds: what a cell took beside what "
         "others had computed; the first cell of a model carries its loading."
     ]

@@ -223,7 +223,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
             "members": group.members,
             "figures": {
                 key: _figure([metrics.number(one[key][0]) for one in some])
-                | {"interval": metrics.interval(spread[key], count)}
+                | {"interval": metrics.interval(spread[key], count, metrics.bounds(key))}
                 for key, count in rests_on.items()
             },
             "counts": metrics.counts([one for run in group.runs for one in run.predictions]),
@@ -237,9 +237,12 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
         rows = {}
         for key, count in units[0].items():
             before, after = (described[which]["figures"][key]["value"] for which in (0, place))
+            top = metrics.bounds(key)[1]
             rows[key] = {
                 "difference": None if after is None or before is None else after - before,
-                "interval": metrics.interval(spreads[place][key] - spreads[0][key], min(count, units[place][key])),
+                "interval": metrics.interval(
+                    spreads[place][key] - spreads[0][key], min(count, units[place][key]), (-top, top)
+                ),
             }
         sentence = verdict(group.title, base.title, rows["Average"], questions, cases)
         differences.append({"run": group.name, "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
@@ -316,8 +319,14 @@ def mcnemar_tests(first: Group, second: Group) -> dict[str, dict[str, Any]]:
 
 def verdict(name: str, baseline: str, average: Mapping[str, Any], questions: int, cases: int) -> str:
     """One plain sentence about the strict averages of two runs."""
-    difference, (low, high) = average["difference"], average["interval"]
+    difference = average["difference"]
     where = f"on {questions} questions of {cases} cases"
+    if average["interval"] is None:
+        return (
+            f"{name} and {baseline} cannot be told apart: the difference is {difference:+.1f} points {where}, and a "
+            f"dataset with fewer than {metrics.FEW} parts gives no interval"
+        )
+    low, high = average["interval"]
     if low > 0:
         by = f"{difference:.1f} points (95 % interval {low:.1f} to {high:.1f})"
         return f"{name} is better than {baseline} by {by} {where}"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
+from echo_ft.adapters import Adapter
 from echo_ft.dataset import Dataset
-from echo_ft.model import Adapter
 from echo_ft.pipeline import Outcome, Speak, run_at_once, run_or_fail
 from echo_ft.records import Case, EchoError
 from echo_ft.runs import Processes, RunFolder, failures
@@ -76,8 +76,9 @@ def main(argv: list[str]) -> None:
 
 def inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
     """The dataset and the adapters of a run. Raises EchoError for options that cannot be run with them."""
+    from echo_ft.adapters import find_adapters
     from echo_ft.dataset import load_dataset
-    from echo_ft.model import find_adapters
+    from echo_ft.model import base_fingerprint
 
     check(config)
     dataset = load_dataset(Path(config.dataset))
@@ -88,15 +89,16 @@ def inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
         )
     if config.adapters is None:
         return dataset, {}
-    folder, base, revision = Path(config.adapters), config.model_name_or_path, config.model_revision
-    return dataset, find_adapters(folder, base, revision, config.min_pixels, config.max_pixels)
+    base = config.model_name_or_path
+    weights = None if config.server else base_fingerprint(base, config.model_revision)  # a server's need not be here
+    return dataset, find_adapters(Path(config.adapters), base, weights, config.min_pixels, config.max_pixels)
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Everything that a run reads. Raises EchoError where it does not agree."""
+    from echo_ft.adapters import BASE, training_sets, tuned_base
     from echo_ft.dataset import DIGESTS
     from echo_ft.dataset import cases as load_cases
-    from echo_ft.model import training_sets
     from echo_ft.provenance import ANSWERING, commit, versions
 
     dataset, adapters = inputs(config)
@@ -104,14 +106,16 @@ def prepare(config: RunConfig) -> Prepared:
     if not cases:
         raise EchoError(f"{config.dataset} has no case in the split {config.split}; see its manifest.json")
     images = list(dict.fromkeys(case.seen.query for case in cases))
-    training, warnings = training_sets(adapters, dataset, config.split, images)
-    trained_for = {adapter.card.routing for adapter in adapters.values()} - {config.routing}
+    whole = tuned_base(config.model_name_or_path, config.min_pixels, config.max_pixels)
+    tuned = adapters | ({BASE: whole} if whole else {})
+    training, warnings = training_sets(tuned, dataset, config.split, images)
+    trained_for = {one.card.routing for one in tuned.values()} - {config.routing}
     if trained_for:
         trained = ", ".join(sorted(trained_for))
         remedy = f"; add --routing {trained}" if len(trained_for) == 1 else ""
         warnings.append(
-            f"adapters trained on routing {trained} run under {config.routing}: some prompts are unlike those they "
-            f"were trained on{remedy}"
+            f"adapters or weights trained on routing {trained} run under {config.routing}: some prompts are unlike "
+            f"those they were trained on{remedy}"
         )
     if not (dataset.folder / DIGESTS).is_file():
         warnings.append(
@@ -250,7 +254,8 @@ def load_engine(prepared: Prepared, device: torch.device) -> Engine:
 
 def load_weights(prepared: Prepared, device: torch.device) -> Any:
     """The base model with the run's adapters."""
-    from echo_ft.model import attach_adapters, load_model
+    from echo_ft.adapters import attach_adapters
+    from echo_ft.model import load_model
 
     config = prepared.config
     model = load_model(

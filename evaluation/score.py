@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from echo_ft import config as configs
 from echo_ft import experts, metrics, statistics
 from echo_ft.dataset import cases as load_cases
@@ -33,7 +35,7 @@ from echo_ft.mmad_scorer import (
 )
 from echo_ft.positions import Permuted, consistency, position_bias
 from echo_ft.provenance import commit
-from echo_ft.records import KINDS, EchoError, Prediction, Trace, read_jsonl, write_whole
+from echo_ft.records import KINDS, EchoError, Prediction, Trace, write_whole
 from echo_ft.runs import PERMUTATIONS, TRACES, whole_rows
 from echo_ft.sheets import Sheet, make_sheet
 from evaluation import pages
@@ -60,9 +62,6 @@ SAME_MODEL = (
     "severity",
 )
 """What makes P(defect), and so must not differ between a run and the one that calibrates it."""
-
-FEW = 5
-"""Fewer images than this on a side and the bootstrap has too little to draw from: said in a warning."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def build_report(
         "calibration": calibration,
         # Where probabilities decided, no text was asked for that could agree with them.
         "two_ways": (metrics.two_ways(run.predictions) if run.provenance.get("answer") in (None, "generate") else {}),
-        "option_order": option_order(run.folder),
+        "option_order": option_order(run),
         "experts": expert_scores(run, sheet),
         "bootstrap": {
             "unit": "part",
@@ -213,10 +212,13 @@ def build_report(
     return report, page
 
 
-def option_order(folder: Path) -> dict[str, Any]:
-    """What the place of an option did to the answers; empty where a run asked in one order only."""
-    path = folder / PERMUTATIONS
-    rows = list(read_jsonl(path, Permuted)) if path.is_file() else []
+def option_order(run: Run) -> dict[str, Any]:
+    """What the place of an option did to the answers; empty where a run asked in one order only.
+
+    Of the cases whose predictions are written: a run that was stopped may have permutations of one more.
+    """
+    asked = {(one.case, one.question) for one in run.predictions}
+    rows = [one for one in whole_rows(run.folder / PERMUTATIONS, Permuted) if (one.case, one.question) in asked]
     alike = consistency(rows)
     if alike is None:
         return {}
@@ -263,19 +265,19 @@ def cautions(run: Run, sheet: Sheet) -> list[str]:
 
 
 def thin_sides(sheet: Sheet) -> list[str]:
-    """Where Anomaly Detection lacks a side, or has few images of one."""
+    """Where Anomaly Detection lacks a side, or has few parts of one."""
     found = []
     sides = [f"{row} ({side} alone)" for row, side in metrics.one_sided(sheet).items()]
     if sides:
         found.append(f"Anomaly Detection rests on one side alone: {', '.join(sides)}")
     few = [
-        f"{row} has {count} {side} image{'' if count == 1 else 's'}"
+        f"{row} has {count} {side} part{'' if count == 1 else 's'}"
         for row, members in metrics.detection_rows(sheet).items()
         for side, shown in (("normal", ~sheet.defective), ("defective", sheet.defective))
-        if row != metrics.ALL and 0 < (count := int((members & shown).sum())) < FEW
+        if row != metrics.ALL and 0 < (count := len(np.unique(sheet.parts[members & shown]))) < metrics.FEW
     ]
     if few:
-        found.append(f"intervals of Anomaly Detection are too narrow where images are few: {', '.join(few)}")
+        found.append(f"Anomaly Detection has no interval where a side has fewer than {metrics.FEW}: {', '.join(few)}")
     return found
 
 
@@ -335,7 +337,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_calibration(report["calibration"])
     if report["two_ways"]:
         found = report["two_ways"]["Average"]
-        agreement, spread = 100 * found["agreement"], [100 * bound for bound in found["interval"]]
+        agreement, spread = 100 * found["agreement"], found["interval"] and [100 * bound for bound in found["interval"]]
         print(
             f"the text names the most probable option in {percent(agreement)} % of {found['questions']} questions "
             f"({interval('Average', spread)}); by that option the average is {percent(found['logits'])}, by the text "

@@ -142,8 +142,9 @@ def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] |
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from echo_ft.adapters import make_card, write_card
     from echo_ft.dataset import load_dataset
-    from echo_ft.model import load_model, make_card, write_card
+    from echo_ft.model import load_model
     from echo_ft.records import ROLES
 
     for seed, role in enumerate(ROLES):

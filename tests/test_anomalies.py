@@ -22,9 +22,9 @@ from data_prep.raw import photographs
 from data_prep.settings import BuildConfig
 from data_prep.sources.synthetic import LEAST_PARTS
 from data_prep.synthesize import SynthesizeConfig, synthesize
+from echo_ft.adapters import make_card
 from echo_ft.anomalies import LEAST, METHODS, MOST, TOLERANCE, foreground, make_anomaly, perlin_noise
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.model import make_card
 from echo_ft.records import GOOD, ROLES, EchoError, Exchange, Inspection, Question, Rejection, read_jsonl
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT
 

@@ -137,7 +137,7 @@ def test_a_run_is_not_better_than_its_copy(tmp_path: Path, capsys: pytest.Captur
     assert (
         capsys.readouterr()
         .out.splitlines()[-1]
-        .startswith("two and one cannot be told apart: the difference is +0.0 points (95 % interval +0.0 to +0.0)")
+        .startswith("two and one cannot be told apart: the difference is +0.0 points (95 % interval -8.8 to +8.8)")
     )
 
 

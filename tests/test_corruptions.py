@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from echo_ft.adapters import read_card
 from echo_ft.checkpoints import find_checkpoint
 from echo_ft.corruptions import KINDS, SEVERITIES, Corruption, View, corrupt, draw_corruption, views
 from echo_ft.engine import Engine
 from echo_ft.layout import pixels
-from echo_ft.model import read_card
 from echo_ft.records import EchoError, Prediction, read_jsonl
 from echo_ft.training import Collator, by_case
 from tests.conftest import make_case, make_dataset

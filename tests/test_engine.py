@@ -15,10 +15,11 @@ import yaml
 from benchmarks.evaluation import speed
 from benchmarks.evaluation.speed import Plain
 from data_prep.build import main as build_main
+from echo_ft.adapters import attach_adapters
 from echo_ft.dataset import cases as load_cases
 from echo_ft.dataset import load_dataset
 from echo_ft.engine import Engine, Features
-from echo_ft.model import attach_adapters, load_model, load_processor
+from echo_ft.model import load_model, load_processor
 from echo_ft.pipeline import Settings, run_cases
 from echo_ft.records import ROLES, Prediction, read_jsonl
 from evaluation.run import main as run_main

@@ -283,7 +283,7 @@ GOOD_KNOWLEDGE = {
             {"cap": {"dent": None, "dnet": "A hollow in the rim. It leaks."}},
             "'dnet' occurs in no photograph; did you mean 'dent'?",
         ),
-        ({"cap": {"melted": "The rim has run. It leaks."}}, "'melted' occurs in no photograph; take it out"),
+        ({"cap": {"melted": "The rim has run. It leaks."}}, None),  # nobody has photographed it yet
         ({"cap": None}, "d/cap: nothing is written"),
         ({"cap": None, "caps": GOOD_KNOWLEDGE["cap"]}, "the product 'caps' of d; did you mean 'cap'?"),
         (

@@ -10,18 +10,10 @@ import pytest
 from peft import LoraModel
 from safetensors.torch import load_file, save_file
 
+from echo_ft.adapters import Adapter, attach_adapters, find_adapters, make_card, read_card, training_sets, write_card
 from echo_ft.dataset import load_dataset
 from echo_ft.engine import Engine
-from echo_ft.model import (
-    Adapter,
-    attach_adapters,
-    find_adapters,
-    load_model,
-    make_card,
-    read_card,
-    training_sets,
-    write_card,
-)
+from echo_ft.model import base_fingerprint, load_model
 from echo_ft.positions import Permuted
 from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
 from evaluation.run import main as run_main
@@ -256,7 +248,7 @@ def test_an_adapter_that_changes_nothing_is_exported_as_it_is(copied, tmp_path):
 
 
 def find(folder, pixels=MAX_PIXELS, base=ECHO_TINY):
-    return find_adapters(folder, str(base), None, MIN_PIXELS, pixels)
+    return find_adapters(folder, str(base), base_fingerprint(str(base)), MIN_PIXELS, pixels)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, norm, skew, t
+from scipy.stats import binom, binomtest, norm, skew, t
 from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
@@ -73,7 +73,33 @@ def test_the_interval_is_the_plain_percentile_one_for_many_units_and_symmetric_r
 @pytest.mark.parametrize("units", [0, 1, 2])
 def test_the_interval_of_hardly_any_units_is_all_that_the_resamples_hold(units: int) -> None:
     assert statistics.percentile_interval(np.array([1.0, 2.0, 4.0]), units) == pytest.approx([1, 4])
-    assert statistics.percentile_interval(np.full(9, 100 / 3), units) == pytest.approx([100 / 3, 100 / 3])
+
+
+@pytest.mark.parametrize("units", [1, 5, 12, 400])
+@pytest.mark.parametrize("top", [1.0, 100.0])
+def test_where_no_resample_differs_the_interval_of_a_share_is_the_exact_one(units: int, top: float) -> None:
+    exact = binomtest(units, units).proportion_ci(0.95, "exact")
+    for value, bounds in ((1.0, (exact.low, 1.0)), (0.0, (0.0, 1 - exact.low))):
+        found = statistics.percentile_interval(np.full(50, top * value), units, (0.0, top))
+        assert found == pytest.approx([top * bound for bound in bounds])
+    difference = statistics.percentile_interval(np.zeros(50), units, (-top, top))
+    assert difference == pytest.approx([-top * (1 - exact.low), top * (1 - exact.low)])
+    assert np.isnan(statistics.percentile_interval(np.full(50, np.nan), units)).all()
+    some = np.full((50, 2), top)
+    some[0, 1] = 0.9 * top
+    varying = statistics.percentile_interval(some, units, (0.0, top))
+    assert varying[0, 0] < top and varying[:, 1] == pytest.approx(
+        statistics.percentile_interval(some[:, 1], units, (0.0, top))
+    )
+
+
+@pytest.mark.parametrize(("parts", "accuracy"), [(15, 0.9), (15, 0.95), (30, 0.95)])
+def test_intervals_of_a_few_single_questions_hold_the_truth(parts: int, accuracy: float) -> None:
+    """One question a part, as in a row of a kind: often all are right, where resamples alone say nothing."""
+    weights = statistics.resample([0] * parts)
+    luck = np.random.default_rng(0).random((400, parts)) < accuracy
+    low, high = statistics.percentile_interval(weights @ luck.T / parts, parts)
+    assert ((low <= accuracy) & (accuracy <= high)).mean() > 0.93
 
 
 def test_mcnemar_is_the_exact_two_sided_binomial_test() -> None:

@@ -57,7 +57,8 @@ def full(dataset, output, *more):
 
 
 def test_full_tuning_gives_a_whole_model_whose_frozen_part_is_the_bases(dataset, tmp_path):
-    from echo_ft.model import find_adapters, load_model
+    from echo_ft.adapters import find_adapters
+    from echo_ft.model import base_fingerprint, load_model
 
     run_in_process(*full(dataset, tmp_path / "reference_extractor"))
     output = tmp_path / "reference_extractor"
@@ -70,7 +71,7 @@ def test_full_tuning_gives_a_whole_model_whose_frozen_part_is_the_bases(dataset,
     assert losses(output)[2] < losses(output)[0]
     assert json.loads((output / "echo_ft.json").read_text())["role"] == "reference_extractor"
     with pytest.raises(EchoError, match=r"is a whole model, not an adapter; give it as model_name_or_path"):
-        find_adapters(tmp_path, str(ECHO_TINY), None, 784, 28224)
+        find_adapters(tmp_path, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), 784, 28224)
 
 
 def test_full_tuning_goes_on_to_the_weights_of_an_uninterrupted_run(dataset, tmp_path):

@@ -31,15 +31,17 @@ def main(argv: list[str]) -> None:
     (config,) = configs.parse([ExportConfig], argv)
     from dataclasses import replace
 
+    from echo_ft.adapters import find_adapters, read_card
     from echo_ft.export import export
-    from echo_ft.model import find_adapters, read_card
+    from echo_ft.model import base_fingerprint
 
     folder = Path(config.adapters)
     card = read_card(folder / ROLES[0])
     base = config.base_model or card.base_model
+    weights = base_fingerprint(base, card.base_revision)
     adapters = {
         role: replace(found, card=replace(found.card, base_model=base))
-        for role, found in find_adapters(folder, base, card.base_revision, card.min_pixels, card.max_pixels).items()
+        for role, found in find_adapters(folder, base, weights, card.min_pixels, card.max_pixels).items()
     }
     merge = [] if config.merge == ["none"] else config.merge
     for part, one in export(adapters, Path(config.output), merge, config.dtype).items():

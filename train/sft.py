@@ -19,12 +19,13 @@ def main(argv: list[str]) -> None:
     """Parse, plan, train, save."""
     from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
+    from echo_ft.adapters import leaks, make_card
     from echo_ft.architectures import meta_model
     from echo_ft.checkpoints import continue_wandb, find_checkpoint
     from echo_ft.dataset import load_dataset, require_unchanged
     from echo_ft.layout import Layout
     from echo_ft.memory import adapt
-    from echo_ft.model import check_targets, load_model, load_processor, make_card
+    from echo_ft.model import check_targets, load_model, load_processor
     from echo_ft.planning import dry_run
     from echo_ft.records import EchoError, Exchange, from_dict
     from echo_ft.trainer import PrefixSharingTrainer
@@ -46,19 +47,20 @@ def main(argv: list[str]) -> None:
     dataset = load_dataset(Path(config.dataset))
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     layout = Layout(processor)
-    card = make_card(
-        config.role,
-        base.model_name_or_path,
-        base.model_revision,
-        config.min_pixels,
-        config.max_pixels,
-        dataset,
-        config.corrupted_share,
-    )
     if sft.process_index == 0:
-        for verdict in card.leaks.values():
+        for verdict in leaks(dataset).values():
             print(f"WARNING: {verdict}", file=sys.stderr)
-    checkpoint = None if config.dry_run else find_checkpoint(sft, card)
+    if not config.dry_run:  # which does without the weights that a card tells of
+        card = make_card(
+            config.role,
+            base.model_name_or_path,
+            base.model_revision,
+            config.min_pixels,
+            config.max_pixels,
+            dataset,
+            config.corrupted_share,
+        )
+        checkpoint = find_checkpoint(sft, card)
     train, planned = load_cases(layout, dataset, config, sft, "train")
     validation = load_cases(layout, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None
     if config.dry_run:

@@ -87,8 +87,8 @@ def of_reports(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage
         units, weights = metrics.figure_units(one), one.weights()
         spread, second = metrics.figures(one, weights), metrics.figures(other, weights)
         for name in ("Average", "Anomaly Detection", "recall", "AUROC"):
-            found.setdefault(name, []).append(metrics.interval(spread[name], units[name]))
-        difference = metrics.interval(second["Average"] - spread["Average"], units["Average"])
+            found.setdefault(name, []).append(metrics.interval(spread[name], units[name], metrics.bounds(name)))
+        difference = metrics.interval(second["Average"] - spread["Average"], units["Average"], (-100.0, 100.0))
         found.setdefault("Average, difference", []).append(difference)
     # Scores of either side are normal with variance 1, their means at the bound and at minus the bound.
     area = norm.cdf(np.sqrt(2) * norm.ppf(setting.accuracy))

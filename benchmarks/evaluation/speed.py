@@ -24,11 +24,12 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
+from echo_ft.adapters import attach_adapters
 from echo_ft.dataset import cases as load_cases
 from echo_ft.dataset import load_dataset
 from echo_ft.engine import Engine, Utterance
 from echo_ft.layout import Layout
-from echo_ft.model import attach_adapters, load_model, load_processor
+from echo_ft.model import load_model, load_processor
 from echo_ft.pipeline import Outcome, Settings, run_cases
 from echo_ft.records import LETTERS, ROLES, Branch, Case, Exchange
 from echo_ft.runs import RunFolder

@@ -63,7 +63,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             reader = csv.DictReader(file)
             _check_columns(path, reader.fieldnames or ())
             for row in reader:
-                yield reader.line_num, row
+                cells: dict[Any, Any] = row
+                surplus = cells.pop(None, [])
+                if any(cell.strip() for cell in surplus):  # spreadsheets leave empty ones
+                    cells = {"broken": "it has more cells than the header has columns; quote a cell that holds a comma"}
+                yield reader.line_num, cells
     except (UnicodeDecodeError, csv.Error) as error:
         raise EchoError(f"{path} is not a CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
 
