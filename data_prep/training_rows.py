@@ -76,7 +76,7 @@ def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequenc
             for split in TRAINING
         }
         # One role at a time would read each photograph four times.
-        for inspection, case in progress(_read_ahead(material.training_cases(), root), "writing", "cases"):
+        for inspection, case in progress(read_ahead(material.training_cases(), root), "writing", "cases"):
             said = predicted(case, runs, config.routing) if runs else None
             gold = gold_upstream(case, root, said)
             for role in ROLES:
@@ -93,7 +93,7 @@ AHEAD = AT_HAND // 3
 """Images that are read while cases with as many others are written: those of both stay at hand in `echo_ft.targets`."""
 
 
-def _read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
+def read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
     """The cases as they come, their images read in threads before it is their turn."""
 
     def read(images: Sequence[str]) -> None:

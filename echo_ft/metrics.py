@@ -83,7 +83,9 @@ def strict_table(sheet: Sheet, by: str = "dataset") -> Table:
 def strict_intervals(sheet: Sheet, by: str = "dataset") -> dict[str, dict[str, list[float] | None]]:
     """{row: {column: [low, high]}}: 95 % intervals in percent of every figure in `strict_table`; see `interval`."""
     units = strict_units(sheet, by)
-    spread = statistics.percentile_interval(strict_array(sheet, sheet.weights(by), by), units, (0.0, 100.0))
+    sides = np.array([_sides(kind) for kind in (*KINDS, AVERAGE)])
+    resampled = strict_array(sheet, sheet.weights(by), by)
+    spread = statistics.percentile_interval(resampled, units, (0.0, 100.0), sides=sides)
     low, high = np.where(units < FEW, np.nan, spread)
     lows, highs = _as_table(sheet, low, by), _as_table(sheet, high, by)
     return {row: {column: pair(lows[row][column], highs[row][column]) for column in lows[row]} for row in lows}
@@ -159,7 +161,7 @@ def detection(sheet: Sheet) -> dict[str, dict[str, Any]]:
             "scored": int((members & ~np.isnan(sheet.defect_scores)).sum()),
             **figures,
             "average_precision": average_precision(sheet, members),
-            "intervals": {key: interval(value, units[key]) for key, value in spread.items()},
+            "intervals": {key: interval(value, units[key], key) for key, value in spread.items()},
         }
     return table
 
@@ -343,17 +345,22 @@ def pair(low: float | None, high: float | None) -> list[float] | None:
     return None if low is None or high is None else [low, high]
 
 
-def interval(values: np.ndarray, units: int, bounds: tuple[float, float] = (0.0, 1.0)) -> list[float] | None:
-    """The interval of a figure (R,) from `bounds[0]` to `bounds[1]`, resting on so many units.
+def interval(values: np.ndarray, units: int, figure: str = "", difference: bool = False) -> list[float] | None:
+    """The interval of a figure (R,) that rests on so many units, or of a difference of two.
 
-    None where the figure never exists, and where it rests on fewer than FEW: so few have too little to draw from.
+    `figure` is its name where it is one of `figures` or of `detection`; any other is a share from 0 to 1. None where it
+    never exists, and where it rests on fewer than FEW units: so few have too little to draw from.
     """
-    return None if units < FEW else pair(*map(number, statistics.percentile_interval(values, units, bounds)))
+    if units < FEW:
+        return None
+    top = 100.0 if figure in (*KINDS, AVERAGE) else 1.0
+    bounds = (-top if difference else 0.0, top)
+    return pair(*map(number, statistics.percentile_interval(values, units, bounds, sides=_sides(figure))))
 
 
-def bounds(figure: str) -> tuple[float, float]:
-    """The range of one of `figures`: detection's are from 0 to 1, the others in percent."""
-    return (0.0, 1.0) if figure in ("AUROC", "recall", "specificity") else (0.0, 100.0)
+def _sides(figure: str) -> int:
+    """Of how many shares, of normal and of defective images, a figure is the mean."""
+    return 2 if figure in (KINDS[_DETECTION], "balanced_accuracy") else 1
 
 
 def figures(sheet: Sheet, weights: np.ndarray) -> dict[str, np.ndarray]:

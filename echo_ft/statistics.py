@@ -51,6 +51,7 @@ def percentile_interval(
     units: np.ndarray | float = math.inf,
     bounds: tuple[float, float] = (0.0, 1.0),
     level: float = LEVEL,
+    sides: np.ndarray | float = 1,
 ) -> np.ndarray:
     """(2, ...): the accelerated percentile interval over the first axis, widened for a small number of units.
 
@@ -62,7 +63,7 @@ def percentile_interval(
 
     Where all resamples are the same (all answers right, or all wrong) they say nothing of how sure that is. There the
     interval reaches as far as the exact one of a share of n out of n (Clopper and Pearson, 1934), in the figure's
-    range, whose ends are `bounds`.
+    range, whose ends are `bounds`; half as far in a mean of two such shares, of `sides` 2.
 
     `units` is how many were drawn from for each figure, of the smaller side where it has two; it broadcasts to
     `values[0]`. Resamples in which the figure does not exist (nan) are left out; a figure that never exists gives nan.
@@ -86,7 +87,7 @@ def percentile_interval(
         ends.append(low + (place - below) * (high - low))
     low, high = ends
     span = np.take_along_axis(ordered, np.asarray(last)[None], axis=0)[0] - ordered[0]
-    exact = bounds[1] * (1 - ((1 - level) / 2) ** (1 / np.maximum(units, 1)))
+    exact = bounds[1] * (1 - ((1 - level) / 2) ** (1 / np.maximum(units, 1))) / sides
     spare = np.where(span < 1e-9 * bounds[1], exact, 0.0)  # not where the figure never exists: its span is nan
     lowest, highest = np.minimum(low, bounds[0]), np.maximum(high, bounds[1])
     return np.stack([np.maximum(low - spare, lowest), np.minimum(high + spare, highest)])

@@ -223,7 +223,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
             "members": group.members,
             "figures": {
                 key: _figure([metrics.number(one[key][0]) for one in some])
-                | {"interval": metrics.interval(spread[key], count, metrics.bounds(key))}
+                | {"interval": metrics.interval(spread[key], count, key)}
                 for key, count in rests_on.items()
             },
             "counts": metrics.counts([one for run in group.runs for one in run.predictions]),
@@ -237,11 +237,10 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
         rows = {}
         for key, count in units[0].items():
             before, after = (described[which]["figures"][key]["value"] for which in (0, place))
-            top = metrics.bounds(key)[1]
             rows[key] = {
                 "difference": None if after is None or before is None else after - before,
                 "interval": metrics.interval(
-                    spreads[place][key] - spreads[0][key], min(count, units[place][key]), (-top, top)
+                    spreads[place][key] - spreads[0][key], min(count, units[place][key]), key, difference=True
                 ),
             }
         sentence = verdict(group.title, base.title, rows["Average"], questions, cases)

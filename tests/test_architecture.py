@@ -123,3 +123,10 @@ def test_documents_name_only_commands_and_files_that_exist(document):
             assert (ROOT / path).is_file(), command
         for target in re.findall(r"(?:^|\s)make ([\w-]+)", command):
             assert target in targets, command
+
+
+def test_the_map_names_every_module_of_the_library():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    mapped = readme[readme.index("## Map") : readme.index("data_prep/     ")]
+    missing = {path.stem for path in (ROOT / "echo_ft").glob("[a-z]*.py")} - set(re.findall(r"\w+", mapped))
+    assert not missing

@@ -51,6 +51,20 @@ def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small_l
     assert used <= set(kept)
 
 
+def test_a_named_reference_that_is_the_photograph_itself_or_shows_a_defect_is_dropped(small_list, tmp_path):
+    named = {"cap/dent-0-1.png": "cap/dent-0-1.png", "cap/dent-1-1.png": "cap/stain-0-1.png"}
+    named |= {"cap/dent-2-1.png": "cap/good-0-1.png"}
+    edit_rows(small_list, lambda row: row.update(reference=named.get(row["image"])))
+    manifest = build(config(small_list, tmp_path / "out"))
+    told = {r.item: r.reason for r in rows(tmp_path / "out", "rejected.jsonl", Rejection) if r.dropped == "reference"}
+    assert set(told) == {"cap/dent-0-1.png", "cap/stain-0-1.png"} and manifest["dropped"] == {"reference": 2}
+    assert "it is the photograph itself; cap/dent-0-1.png gets a retrieved reference" in told["cap/dent-0-1.png"]
+    assert "it shows a defect (stain); cap/dent-1-1.png gets a" in told["cap/stain-0-1.png"]
+    references = rows(tmp_path / "out", "references.jsonl", Reference)
+    given = {r.inspection: r.image for r in references if r.method == "given"}
+    assert given == {"cap/dent-2-1.png": "cap/good-0-1.png"}
+
+
 def test_boxes_stand_in_for_a_mask_and_must_lie_in_the_photograph(small_list, tmp_path):
 
     def box(row: dict) -> None:

@@ -141,6 +141,19 @@ def test_a_run_is_not_better_than_its_copy(tmp_path: Path, capsys: pytest.Captur
     )
 
 
+def test_one_part_however_often_it_was_photographed_gives_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [dataclasses.replace(row, group="one") for row in predictions(1.0)]
+    wrong = [dataclasses.replace(row, parsed={"A": "B", "B": "A", "C": "A"}[row.answer]) for row in rows]
+    compare.main([str(make_run(tmp_path / "base", wrong)), str(make_run(tmp_path / "tuned", rows))])
+    printed = capsys.readouterr().out
+    assert "tuned and base cannot be told apart: the difference is +100.0 points" in printed
+    assert "fewer than 5 parts gives no interval" in printed and "better" not in printed
+    found = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    assert all(figure["interval"] is None for figure in found["differences"][0]["figures"].values())
+
+
 def test_the_verdict_names_the_worse_run_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [make_run(tmp_path / name, predictions(skill)) for name, skill in (("good", 1.0), ("bad", 0.2))]
     compare.main([*map(str, folders)])

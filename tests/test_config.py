@@ -51,6 +51,7 @@ def test_values_have_their_types_and_flags_win(write):
         ("dataset: d\n", ["--steps", "x"], "^the command line: argument --steps: invalid int value: 'x'"),
         ("dataset: d\nsteps: 1\n", ["--reasoning", "maybe"], "^the command line: argument --reasoning"),
         ("- a\n- b\n", [], "a config is a mapping"),
+        ("dataset: d\nsteps: 1\nsteps: 2\n", [], "not valid YAML: the key 'steps' stands twice"),
         ("a: [\n", [], "not valid YAML"),
     ],
 )

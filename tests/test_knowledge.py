@@ -61,6 +61,7 @@ def test_json_and_yaml_of_the_same_nesting_say_the_same(tmp_path: Path) -> None:
         ("k.yaml", "mine:\n  bolt:\n    good: 3", r"mine/bolt/good is 3"),
         ("k.yaml", "mine:\n  bolt:\n    no: text", r"the key False, which YAML does not read as text; quote it"),
         ("k.yaml", "mine:\n  bolt:\n    dent: A.\n    dent: B.", r"the key 'dent' stands twice.* line 4"),
+        ("k.json", '{"m": {"b": {"good": "A."}, "b": {"dent": "B."}}}', r"the key 'b' stands twice"),
         ("k.yaml", "mine:\n  {bolt}:\n    dent: A.", r"a key is a list or a mapping; quote .* line 2"),
         ("k.yaml", "[mine]:\n  bolt:\n    dent: A.", r"a key is a list or a mapping; quote .* line 1"),
     ],

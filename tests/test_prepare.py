@@ -18,10 +18,12 @@ from data_prep.images import image_fault
 from data_prep.prepare import by_inspection, divide
 from data_prep.settings import BuildConfig
 from data_prep.sources import NAMES
-from data_prep.training_rows import MAX_REPEATS, balanced
+from data_prep.training_rows import MAX_REPEATS, balanced, read_ahead
+from echo_ft import geometry
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, EchoError, Inspection, Reference, Rejection, read_jsonl
+from echo_ft.records import ROLES, Case, EchoError, Inspection, Reference, Rejection, Seen, Truth, read_jsonl
 from echo_ft.splits import REFERENCE, make_splits
+from echo_ft.targets import LOOK, look
 from tests.drawn_parts import arguments, config, draw_manifest, edit_rows, rows, run
 
 
@@ -75,6 +77,24 @@ def test_records_out_of_the_order_of_their_inspections_are_an_error_and_none_is_
     for wrong in (records[::-1], [*records, Reference("d", "n.png", 1.0, 1)], [*records, records[0]]):
         with pytest.raises(ValueError, match="are not in the order of the inspections"):
             list(by_inspection(inspections, wrong))
+
+
+@pytest.mark.parametrize("k", [1, 3, 12, 100])
+def test_every_image_is_read_once_and_ahead_of_its_case_however_many_references_it_has(tmp_path, monkeypatch, k):
+    read: list[str] = []
+    blank = np.zeros((LOOK[1], LOOK[0]), np.float32)
+    monkeypatch.setattr(geometry, "load_grey", lambda path, size: read.append(path.name) or blank)
+    names = {str(case): [f"{case}-{place}.png" for place in range(k + 1)] for case in range(60)}
+    cases = []
+    for name, (query, *others) in names.items():
+        seen = Seen(query, tuple(Reference(name, other, 1.0, rank) for rank, other in enumerate(others, 1)), (), ())
+        truth = Truth("good", None, (), {})
+        cases.append((small_case(name, "a", "good"), Case(name, "line", "a", name, seen, truth)))
+    for inspection, _ in read_ahead(iter(cases), tmp_path):
+        assert set(names[inspection.id]) <= set(read)
+        for name in names[inspection.id]:
+            look(tmp_path / name)
+    assert sorted(read) == sorted(name for shown in names.values() for name in shown)
 
 
 def test_balancing_leaves_a_product_of_one_side_alone():

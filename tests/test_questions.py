@@ -95,6 +95,21 @@ def test_a_kind_without_an_honest_answer_is_left_out(root: Path) -> None:
     assert [question.kind for question in only] == ["Anomaly Detection"]
 
 
+def test_what_a_photograph_of_several_defects_shows_too_is_no_wrong_option(root: Path) -> None:
+    conditions = ["good", "crack", "dent", "rust", "crack+dent", "combined"]
+    knowledge = (*KNOWLEDGE, Entry("crack+dent", "A line in a hollow. The disc breaks."), Entry("combined", "Several."))
+    for condition in ("crack+dent", "crack"):
+        asked = write_questions(inspect(condition), knowledge, conditions, PRODUCTS, root, 0)
+        named = next(question for question in asked if question.kind == "Defect Classification")
+        assert right(named) == condition.replace("+", " + ") or right(named) == condition
+        others = {text for letter, text in named.options.items() if letter != named.answer}
+        assert others == ({"rust"} if condition == "crack+dent" else {"dent", "rust", right(named) + "+dent"})
+        described = next(question for question in asked if question.kind == "Defect Description")
+        assert ("A thin dark line." in described.options.values()) == (condition == "crack")
+    mixed = write_questions(inspect("combined"), knowledge, conditions, PRODUCTS, root, 0)
+    assert [question.kind for question in mixed] == ["Anomaly Detection"], "any of the product's defects may be there"
+
+
 def test_an_empty_mask_gives_no_place(root: Path) -> None:
     Image.new("L", (90, 60)).save(root / "empty.png")
     assert "Defect Localization" not in write(inspect("crack", mask="empty.png"), root)
@@ -204,6 +219,16 @@ def test_every_kind_of_mask_image_is_read(tmp_path: Path, mode: str) -> None:
     mask = load_mask(inspect("crack", mask="mask.png"), tmp_path, (30, 20))
     assert mask is not None
     np.testing.assert_array_equal(mask, values > 0)
+
+
+@pytest.mark.parametrize("quality", [60, 75, 95])
+def test_a_mask_that_was_saved_as_jpeg_marks_what_was_drawn(tmp_path: Path, quality: int) -> None:
+    ys, xs = np.mgrid[:256, :256]
+    disc = (ys - 100) ** 2 + (xs - 60) ** 2 < 15**2
+    Image.fromarray(disc.astype(np.uint8) * 255).save(tmp_path / "mask.jpg", quality=quality)
+    mask = load_mask(inspect("crack", mask="mask.jpg"), tmp_path, (256, 256))
+    assert mask is not None and (mask ^ disc).sum() < 0.03 * disc.sum()
+    assert geometry.measure(mask) == geometry.measure(disc)
 
 
 def test_a_smaller_mask_of_the_same_proportions_fits_and_another_is_refused(tmp_path: Path) -> None:

@@ -132,6 +132,32 @@ def test_adapters_of_different_datasets_are_told(dataset, tmp_path):
     assert "trained on 2 different datasets" in warnings[0] and "adapters of decision_maker were trained" in warnings[1]
 
 
+@pytest.mark.parametrize("audited", ROLES)
+def test_a_leak_that_the_card_of_any_role_tells_is_told(dataset, audited):
+    """An audit may have been made after one role was trained and before another was."""
+    here = load_dataset(dataset)
+    adapters = trained(here)
+    card = dataclasses.replace(adapters[audited].card, leaks={here.fingerprint: "LEAK: 12 parts"})
+    adapters[audited] = dataclasses.replace(adapters[audited], card=card)
+    assert training_sets(adapters, here, "test", ["test_1_2.png"])[1] == ["LEAK: 12 parts"]
+
+
+def test_a_base_that_was_tuned_as_a_whole_is_checked_like_an_adapter(dataset, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    shutil.copytree(ECHO_TINY, whole)
+    card = make_card("decision_maker", str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset))
+    write_card(whole, card)
+    run(dataset, tmp_path / "run", "--model_name_or_path", whole, "--split", "train", "--routing", "paper")
+    told = capsys.readouterr().err
+    assert "1 OF 1 PHOTOGRAPHS OF THE SPLIT train WERE TRAINED ON" in told and "the base model have them in" in told
+    assert "weights trained on routing full run under paper" in told
+    (noted,) = json.loads((tmp_path / "run" / "run.json").read_text())["trained_on"]
+    assert noted["roles"] == ["the base model"] and noted["photographs_trained_on"] == 1
+    write_card(whole, dataclasses.replace(card, max_pixels=99))
+    with pytest.raises(EchoError, match=r"whole was trained with max_pixels 99, this run has \d+; set max_pixels to"):
+        run(dataset, tmp_path / "other", "--model_name_or_path", whole)
+
+
 def test_a_run_warns_of_photographs_that_were_trained_on_and_notes_them(dataset, adapters, tmp_path, capsys):
     for _ in range(2):  # the second time it goes on: what is noted is no part of what must be the same
         run(dataset, tmp_path / "tuned", "--adapters", adapters)
@@ -203,6 +229,8 @@ def test_an_export_reloads_to_the_trained_adapters_logits_and_runs(dataset, adap
     run(dataset, tmp_path / "exported", "--adapters", bundle / "adapters")
     first, second = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("original", "exported"))
     assert first == second
+    merged = read_card(bundle / "merged" / "decision_maker")
+    assert merged == read_card(adapters / "decision_maker"), "a merged model is known for what it was trained on"
     with pytest.raises(EchoError, match="exists already"):
         export_main(["--adapters", str(adapters), "--output", str(bundle)])
 

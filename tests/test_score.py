@@ -95,6 +95,22 @@ def test_the_place_of_an_option_is_told_apart_from_the_option(
     assert "Order of the options" in (folder / "report.html").read_text()
 
 
+def test_the_orders_of_a_run_that_was_stopped_are_those_of_its_predictions(tmp_path: Path) -> None:
+    """Orders go to the disk first, and the last line may be half written."""
+    whole = predictions(1.0)
+    asked = [Permuted(**{**dataclasses.asdict(row), "shift": shift}) for row in whole[::2] for shift in range(2)]
+    found = {}
+    for name, orders in (("some", asked[:20]), ("more", asked[:24])):
+        folder = make_run(tmp_path / name, whole[:20], complete=False)
+        write_jsonl(folder / "permutations.jsonl", orders)
+        if name == "more":
+            with open(folder / "permutations.jsonl", "a", encoding="utf-8") as file:
+                file.write('{"case": "tile-')
+        score.main([str(folder)])
+        found[name] = json.loads((folder / "report.json").read_text())["option_order"]
+    assert found["some"]["questions"] == 10 and found["more"] == found["some"]
+
+
 def test_a_run_that_was_decided_by_probabilities_or_has_none_has_no_agreement(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

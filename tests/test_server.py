@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from echo_ft.pipeline import BackendError, Settings, run_at_once
 from echo_ft.records import ROLES, EchoError, Prediction, Trace, read_jsonl
 from echo_ft.server import Server
 from evaluation.run import main as run_main
-from tests.conftest import ECHO_TINY, draw, make_case, make_dataset
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, draw, make_case, make_dataset, random_adapters
 from tests.test_layout import exchanges_of
 
 BUDGET = (12544, 28224)
@@ -223,6 +224,10 @@ def test_what_the_server_does_not_tell_is_not_guessed(fake, layout, case, tmp_pa
     unknown = [one.kind for one in outcome.predictions if one.probabilities is None]
     assert unknown == (["Defect Classification"] if missing == "a letter's" else [o.kind for o in outcome.predictions])
     assert all(one.parsed == "B" for one in outcome.predictions), "the text decides"
+    (outcome,) = outcomes(fake, layout, tmp_path, [case], Settings(answer="logits"))
+    assert [one.kind for one in outcome.predictions if one.probabilities is None] == unknown
+    told = "B" if missing == "a letter's" else None  # the one that is missing is less probable than any that is there
+    assert all(one.parsed == told for one in outcome.predictions)
 
 
 FAULTS: dict[str, Answer] = {
@@ -379,6 +384,21 @@ def test_probabilities_decide_in_a_run_without_a_server_too(dataset, tmp_path):
         assert one.probabilities[other.parsed] == pytest.approx(best, abs=1e-6) and other.text == other.parsed
     with pytest.raises(EchoError, match="answer is 'generate', not 'logits'"):
         run(dataset, tmp_path / "generate", "--answer", "logits")
+
+
+def test_a_client_of_served_adapters_needs_no_weights_of_the_base(dataset, fake, tmp_path):
+    base = tmp_path / "echo-tiny"
+    shutil.copytree(ECHO_TINY, base)
+    adapters = random_adapters(tmp_path / "adapters", dataset)
+    (base / "model.safetensors").unlink()
+    served = ["--server", fake.url, "--adapters", adapters, "--model_name_or_path", base]
+    run(dataset, tmp_path / "served", *served, budget=(MIN_PIXELS, MAX_PIXELS))
+    described = json.loads((tmp_path / "served" / "run.json").read_text())
+    assert described["base_fingerprint"] is None and set(described["adapters"]) == set(ROLES)
+    card = adapters / "decision_maker" / "echo_ft.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": "another"}))
+    with pytest.raises(EchoError, match="was trained on another base model"):
+        run(dataset, tmp_path / "mixed", *served, budget=(MIN_PIXELS, MAX_PIXELS))
 
 
 def test_a_wrong_option_of_a_server_is_one_sentence(dataset, tmp_path):

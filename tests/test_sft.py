@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -193,6 +194,17 @@ def run_in_process(*arguments: object) -> None:
 def test_a_mistake_is_one_sentence_with_the_remedy(dataset, tmp_path, options, message):
     with pytest.raises(EchoError, match=message):
         run_in_process(*tiny("decision_maker", dataset, tmp_path / "out", *options))
+
+
+def test_a_dry_run_needs_of_the_model_its_config_and_processor_alone(dataset, tmp_path, capsys):
+    model = tmp_path / "echo-tiny"
+    shutil.copytree(ECHO_TINY, model)
+    (model / "model.safetensors").unlink()
+    options = tiny("decision_maker", dataset, tmp_path / "out", "--model_name_or_path", model)
+    run_in_process(*options, "--dry_run")
+    assert "GiB a GPU" in capsys.readouterr().out
+    with pytest.raises(EchoError, match=r"echo-tiny has no model\.safetensors"):
+        run_in_process(*options)
 
 
 def test_a_dry_run_refuses_a_photograph_that_was_changed_since_the_build(tmp_path):

@@ -269,6 +269,22 @@ def test_manifest_rejects_a_bad_row_by_its_line(tmp_path, change, words):
     assert re.search(words, rejections[0].reason)
 
 
+def test_manifest_rejects_a_row_with_more_cells_than_columns(tmp_path):
+    """A comma that is not quoted moves every cell after it into another column; trailing empty cells do no harm."""
+    for name in "abc":
+        draw(tmp_path / f"{name}.png")
+    path = tmp_path / "parts.csv"
+    path.write_text(
+        'image,product,condition,group\na.png,pcb,bent,melt,7\nb.png,pcb,bent,7,,\nc.png,pcb,"bent,melt",8\n'
+    )
+    inspections, _, (rejection,) = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejection.item == "parts.csv:2" and "quote a cell that holds a comma" in rejection.reason
+    assert [(i.image, i.condition, i.group) for i in inspections] == [
+        ("b.png", "bent", "7"),
+        ("c.png", "bent,melt", "8"),
+    ]
+
+
 def test_manifest_rejects_a_photograph_listed_twice_and_a_line_that_is_not_json(tmp_path):
     draw(tmp_path / "a.png")
     row = json.dumps({"image": "a.png", "product": "cap", "condition": "good"})

@@ -84,6 +84,9 @@ def test_where_no_resample_differs_the_interval_of_a_share_is_the_exact_one(unit
         assert found == pytest.approx([top * bound for bound in bounds])
     difference = statistics.percentile_interval(np.zeros(50), units, (-top, top))
     assert difference == pytest.approx([-top * (1 - exact.low), top * (1 - exact.low)])
+    half = np.full(50, 0.5 * top)  # the mean of a side that is all right and one that is all wrong
+    mean = statistics.percentile_interval(half, units, (0.0, top), sides=2)
+    assert mean == pytest.approx([top * exact.low / 2, top * (1 - exact.low / 2)])
     assert np.isnan(statistics.percentile_interval(np.full(50, np.nan), units)).all()
     some = np.full((50, 2), top)
     some[0, 1] = 0.9 * top

@@ -123,6 +123,22 @@ def test_what_is_left_out_is_not_even_a_reference_in_training_and_has_its_own_re
         assert all(one.seen == shown[one.id] for one in cases(load_dataset(folder), LEFT_OUT))
 
 
+def test_what_a_servers_own_models_were_trained_on_nobody_can_tell(place, runs, tmp_path):
+    """Served without --adapters; an untuned base is served under its own name."""
+    copies = [Path(shutil.copytree(run, tmp_path / name)) for name, run in runs.items() if not name.endswith(" train")]
+
+    def served_as(model: str) -> list[Path]:
+        for copy in copies:
+            described = json.loads((copy / "run.json").read_text())
+            (copy / "run.json").write_text(json.dumps({**described, "adapters": {}, "server_model": model}))
+        return copies
+
+    predicted = ["--upstream", "predicted", "--traces"]
+    with pytest.raises(EchoError, match=r"asked a server for \{role\} without --adapters"):
+        build_main(options(place, tmp_path / "tuned", *predicted, *served_as("{role}")))
+    build_main(options(place, tmp_path / "base", *predicted, *served_as(str(ECHO_TINY))))
+
+
 def test_a_named_reference_of_the_fold_that_is_left_out_is_not_shown_in_training(place, whole, tmp_path):
     """Whether the list names the photograph itself or a copy of it; elsewhere what is named stands."""
     shutil.copytree(place / "raw", tmp_path / "raw")

@@ -80,6 +80,13 @@ def of_accuracy(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverag
     }
 
 
+def of_single_questions(parts: int, accuracy: float, runs: int, seed: int = 0) -> Coverage:
+    """Of a share with one question a part, as a row of one kind has it: often all of them are right."""
+    right = np.random.default_rng(seed).random((runs, parts)) < accuracy
+    values = statistics.resample([0] * parts) @ right.T / parts
+    return coverage(statistics.percentile_interval(values, parts), accuracy)
+
+
 def of_reports(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage]:
     """Of the figures in a report, and of the difference to a second run that is as good, through `echo_ft.metrics`."""
     found: dict[str, list[list[float] | None]] = {}
@@ -87,8 +94,10 @@ def of_reports(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage
         units, weights = metrics.figure_units(one), one.weights()
         spread, second = metrics.figures(one, weights), metrics.figures(other, weights)
         for name in ("Average", "Anomaly Detection", "recall", "AUROC"):
-            found.setdefault(name, []).append(metrics.interval(spread[name], units[name], metrics.bounds(name)))
-        difference = metrics.interval(second["Average"] - spread["Average"], units["Average"], (-100.0, 100.0))
+            found.setdefault(name, []).append(metrics.interval(spread[name], units[name], name))
+        difference = metrics.interval(
+            second["Average"] - spread["Average"], units["Average"], "Average", difference=True
+        )
         found.setdefault("Average, difference", []).append(difference)
     # Scores of either side are normal with variance 1, their means at the bound and at minus the bound.
     area = norm.cdf(np.sqrt(2) * norm.ppf(setting.accuracy))
@@ -134,7 +143,7 @@ def show(one: Coverage) -> str:
 
 
 def main() -> None:
-    """Print two tables in markdown."""
+    """Print the tables in markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=4000, help="simulated runs in each row of the first table")
     parser.add_argument("--reports", type=int, default=1000, help="and of the second")
@@ -147,6 +156,10 @@ def main() -> None:
         cells = (setting.images, setting.images // setting.images_a_part, setting.accuracy)
         shown = [*cells, show(found["plain percentile"]), show(found["interval"])]
         print("| " + " | ".join(map(str, shown)) + " |", flush=True)
+    print(f"\nOne question a part, {options.runs} runs:\n\n| parts | accuracy | interval |\n|---|---|---|")
+    for parts in (12, 15, 30, 60):
+        for accuracy in (0.8, 0.9, 0.95):
+            print(f"| {parts} | {accuracy} | {show(of_single_questions(parts, accuracy, options.runs))} |", flush=True)
     print(f"\nReports, {options.reports} runs:\n")
     for place, setting in enumerate(one for one in SETTINGS if one.images == 200 and one.images_a_part == 3):
         found = of_reports(setting, options.reports)
