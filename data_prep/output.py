@@ -207,7 +207,10 @@ def _warnings(material: Material, digests: Mapping[str, str], config: BuildConfi
             found.append(f"no case is in the {split} split")
         elif len(conditions) == 1:
             side = "normal" if True in conditions else "defective"
-            found.append(f"the {split} split has {side} cases alone: its figures say nothing of the others")
+            found.append(
+                f"the {split} split has {side} cases alone: its figures say nothing of the others, and nothing can be "
+                f"calibrated on it; give {split} a larger share in fractions, or add photographs"
+            )
     alone = sorted({(i.dataset, i.product) for i in cases if i.split == "train"})
     sides = {(i.dataset, i.product, i.condition == GOOD) for i in cases if i.split == "train"}
     lacking = ["/".join(place) for place in alone if (*place, True) not in sides or (*place, False) not in sides]

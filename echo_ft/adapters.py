@@ -100,8 +100,21 @@ def make_card(
 
 
 def write_card(folder: Path, card: AdapterCard) -> None:
-    """Put the card into the adapter's folder."""
+    """Put the card into the adapter's folder, and before it a README.md that says the same to people."""
+    write_whole(folder / "README.md", _readme(card))  # in the place of the template that PEFT or TRL leaves
     write_whole(folder / ADAPTER_CARD, json.dumps(asdict(card), indent=2) + "\n")
+
+
+def _readme(card: AdapterCard) -> str:
+    told = asdict(card)
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in told.items() if value not in ({}, 0.0)}
+    table = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    leaks = "".join(f"\n**{verdict}**\n" for verdict in card.leaks.values())
+    return (
+        f"---\nbase_model: {card.base_model}\n---\n\n# {card.role}\n\nOne of the four experts of echo-ft, tuned on "
+        f"`{card.dataset}` for `{card.base_model}`. It takes the prompts of this version and images within this pixel "
+        f"budget; `python -m evaluation.run --adapters FOLDER` checks that.\n{leaks}\n| | |\n|---|---|\n{table}\n"
+    )
 
 
 def read_card(folder: Path) -> AdapterCard:

@@ -155,3 +155,8 @@ def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same co
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        print(f"error: W&B: {error}; run wandb login, set WANDB_MODE=offline, or take report_to out", file=sys.stderr)
+        sys.exit(2)

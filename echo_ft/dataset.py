@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,7 +196,7 @@ def make_cases(
             query=inspection.image,
             references=candidates,
             knowledge=tuple(Entry(condition, description) for condition, description in entries.items()),
-            questions=tuple(dataclasses.replace(question, answer=None) for question in own),
+            questions=tuple(Question(one.id, one.inspection, one.kind, one.text, one.options) for one in own),
         )
         answers = {question.id: question.answer for question in own if question.answer is not None}
         truth = Truth(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -79,7 +78,8 @@ def training_exchanges(
             if completions.get(branch.id)
         )
         if branches:
-            exchanges.append(dataclasses.replace(exchange, branches=branches))
+            shown = exchange.images, exchange.context
+            exchanges.append(Exchange(role, case.id, *shown, branches, exchange.prompt_version))
     return exchanges
 
 

@@ -189,6 +189,13 @@ class PrefixSharingTrainer(SFTTrainer):
                     optimizer.add_param_group({**group, "params": members, "lr": group["lr"] if rate is None else rate})
         return optimizer
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        # Gone on with from its last step a run has nothing left to train; transformers (5.23) would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Under DeepSpeed and FSDP every process comes here.
         folder = Path(output_dir or str(self.args.output_dir))

@@ -92,11 +92,11 @@ def main(argv: list[str]) -> None:
     write_whole(output / "comparison.json", text + "\n")
     write_whole(output / "compare.html", page(comparison, groups))
     print(f"wrote comparison.json, compare.html to {output}\n")
-    if config.report_to == "wandb":
-        log_to_wandb(comparison)
     for warning in comparison["warnings"]:
         print(f"WARNING: {warning}", file=sys.stderr)
     print_comparison(comparison)
+    if config.report_to == "wandb":
+        log_to_wandb(comparison)
 
 
 def read_groups(words: Sequence[str], compared: Sequence[str] = ()) -> list[Group]:

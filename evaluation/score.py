@@ -271,7 +271,7 @@ def thin_sides(sheet: Sheet) -> list[str]:
     if sides:
         found.append(f"Anomaly Detection rests on one side alone: {', '.join(sides)}")
     few = [
-        f"{row} has {count} {side} part{'' if count == 1 else 's'}"
+        f"the dataset {row} has {count} {side} part{'' if count == 1 else 's'}"
         for row, members in metrics.detection_rows(sheet).items()
         for side, shown in (("normal", ~sheet.defective), ("defective", sheet.defective))
         if row != metrics.ALL and 0 < (count := len(np.unique(sheet.parts[members & shown]))) < metrics.FEW
@@ -386,8 +386,8 @@ def print_calibration(found: Mapping[str, Any]) -> None:
     print(
         f"\nP(defect) calibrated on {fitted['normal']} normal and {fitted['defective']} defective images of "
         f"{found['provenance']['run']}: temperature {found['temperature']:.3g}; expected calibration error "
-        f"{share(error['before'])} before, {share(error['after'])} after; log loss {share(loss['before'])}, "
-        f"{share(loss['after'])}\n"
+        f"{share(error['before'])} before, {share(error['after'])} after; log loss {share(loss['before'])} "
+        f"before, {share(loss['after'])} after\n"
     )
     rows: list[tuple[str, ...]] = [
         ("threshold on P(defect)", "at", "figure", "validation", "this run", "95 % interval")

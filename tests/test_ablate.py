@@ -364,11 +364,11 @@ def test_few_parts_and_missing_sides_and_failures_are_told_in_the_place_of_inter
     assert cell["figures"]["Average"]["interval"] and cell["figures"]["specificity"]["interval"] is None
     assert re.search(r"\(–\)", ablation_table.columns(table)[2][2])
     assert table["warnings"] == [
-        "few: Anomaly Detection has no interval where a side has fewer than 5: tiles has 3 normal parts",
+        "few: Anomaly Detection has no interval where a side has fewer than 5: the dataset tiles has 3 normal parts",
         "few: on the questions that seen was asked too, Anomaly Detection rests on one side alone: tiles "
         "(defective alone)",
         "few: on the questions that seen was asked too, Anomaly Detection has no interval where a side has fewer than "
-        "5: tiles has 3 defective parts",
+        "5: the dataset tiles has 3 defective parts",
         "broken: 1 predictions failed (broken image); the same command asks again",
     ]
     ablation_table.write(tmp_path, table)

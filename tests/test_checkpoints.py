@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -102,6 +103,25 @@ def test_a_finished_adapter_is_not_replaced_and_a_run_says_where_it_starts(datas
     (tmp_path / "out" / "echo_ft.json").unlink()
     with pytest.raises(EchoError, match="holds checkpoints of an earlier run; go on with it by"):
         run_in_process(*once)
+
+
+def test_gone_on_with_from_its_last_step_a_run_ends_with_the_same_adapter(dataset, tmp_path):
+    """As where a queue starts a finished job again, or one that was killed before it saved its adapter."""
+    output = tmp_path / "out"
+    steps = ["--max_steps", 3, "--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "no"]
+    options = tiny("reference_extractor", dataset, output, *steps)
+    run_in_process(*options)
+    files = [output / name for name in ("adapter_model.safetensors", "echo_ft.json")]
+    whole = [file.read_bytes() for file in files]
+    for gone in ([], files):
+        for file in gone:
+            file.unlink()
+        run_in_process(*options, "--resume_from_checkpoint", "true")
+        assert [file.read_bytes() for file in files] == whole
+        assert sorted(path.name for path in output.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+        assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 3
+    told = (output / "README.md").read_text()
+    assert "# reference_extractor" in told and f"| max_pixels | {28224} |" in told and "More Information" not in told
 
 
 def test_a_resumed_run_goes_on_with_its_wandb_run_and_a_new_one_does_not(tmp_path, monkeypatch):

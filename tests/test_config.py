@@ -93,3 +93,21 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(monkeypatch, capsys):
             run_main(stopped, *told)
         assert ended.value.code == 130
         assert capsys.readouterr().err == f"stopped by Ctrl-C; {(*told, 'the same command starts anew')[0]}\n"
+
+
+def test_what_wandb_refuses_is_one_sentence_and_other_errors_keep_their_traceback(monkeypatch, capsys):
+    from wandb.errors import UsageError
+
+    monkeypatch.setattr("sys.argv", ["command"])
+
+    def fails(error: Exception):
+        def main(argv: list[str]) -> None:
+            raise error
+
+        return main
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(fails(UsageError("No API key configured.")))
+    assert ended.value.code == 2 and "error: W&B: No API key configured.; run wandb login" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        run_main(fails(ZeroDivisionError()))
