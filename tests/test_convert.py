@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -75,8 +76,8 @@ def test_trl_trains_on_the_tokens_labels_and_pixels_of_this_projects_rows(
         output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=None,
         per_device_train_batch_size=1, per_device_eval_batch_size=1, train_sampling_strategy="sequential",
     )  # fmt: skip
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
+    trainer = SFTTrainer(  # which changes its model's forward for good
+        model=copy.deepcopy(model), args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
         processing_class=layout.processor,
     )  # fmt: skip
     for split, batches in (("train", trainer.get_train_dataloader()), ("validation", trainer.get_eval_dataloader())):
