@@ -87,7 +87,9 @@ def tuned_whole(dataset, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("recipe", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize(
+    "recipe", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
 def test_full_tuning_on_two_ranks_gives_the_losses_and_the_model_of_one(tuned_whole, dataset, tmp_path, recipe):
     from echo_ft.model import load_model
 
