@@ -1,4 +1,4 @@
-"""What the two pages share: the template environment, thumbnails, the sample of cases, how a number is shown."""
+"""What the pages share: the template environment, thumbnails, the sample of cases, how a number is shown."""
 
 from __future__ import annotations
 
