@@ -98,7 +98,7 @@ def read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator
 
     def read(images: Sequence[str]) -> None:
         for image in images:
-            look(root / image)
+            look(root, image)
 
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:

@@ -246,4 +246,4 @@ def _parts(text: str) -> tuple[str, str]:
     before, mark, after = folded.casefold().rpartition("conclude:")
     if mark:
         return before, after.strip()
-    return folded.casefold(), (sentences(folded) or [""])[-1].casefold()
+    return folded.casefold(), (sentences(folded) or ("",))[-1].casefold()

@@ -29,10 +29,10 @@ IVF_LEAST = 10_000
 LEARNT_FROM = 64
 """Vectors for each list of `ivf_pq` from which its centres are learnt."""
 
-PROBES = 32
+PROBES = 128
 """Lists of `ivf_pq` that a query looks into, of four times the root of all vectors."""
 
-RERANKED = 128
+RERANKED = 512
 """Neighbours by code that are ranked anew, at least."""
 
 CHUNK = 65_536

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -170,9 +171,10 @@ def described(entry: Entry) -> bool:
     return entry.description.casefold().rstrip(".") != readable(entry.condition).casefold()
 
 
-def sentences(description: str) -> list[str]:
+@lru_cache  # every photograph of a product asks for the sentences of all that is known about it
+def sentences(description: str) -> tuple[str, ...]:
     """The sentences of a description: each ends in a full stop, question or exclamation mark before a capital."""
-    return [part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", description.strip()) if part]
+    return tuple(part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", description.strip()) if part)
 
 
 def appearance(description: str) -> str:

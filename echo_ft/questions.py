@@ -103,7 +103,8 @@ def _region(inspection: Inspection, root: Path) -> geometry.Region | None:
 def _write(inspection: Inspection, kind: str, right: str, wrong: Sequence[str], seed: int) -> Question | None:
     identifier = f"{inspection.id}#{slug(kind)}"
     draw = random.Random(f"{seed}/{identifier}")
-    distinct = {_plain(text): text for text in wrong if _plain(text) != _plain(right)}
+    own = _plain(right)
+    distinct = {plain: text for text in wrong if (plain := _plain(text)) != own}
     # Sorted first: the order in which a source lists conditions must not matter.
     options = [right, *draw.sample(sorted(distinct.values()), min(MOST - 1, len(distinct)))]
     if len(options) < 2:

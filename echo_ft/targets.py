@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -92,21 +93,25 @@ def gold_upstream(case: Case, root: Path, upstream: Upstream | None = None) -> U
     of the case and its questions decide.
     """
     mask = defect_mask(case, root)
-    query = look(root / case.seen.query)
-    references = [look(root / reference.image) for reference in case.seen.references]
+    query = look(root, case.seen.query)
+    references = [look(root, reference.image) for reference in case.seen.references]
     best = _best(query, references, mask) if references else 0
     known = {entry.condition: entry.description for entry in case.seen.knowledge}
     condition = case.truth.condition
     shown = upstream.best if upstream else best
     mark = _mark(mask, query.fine, references[shown].fine if references else None)
     reasons = {question.id: _reason(case, question, mark) for question in case.seen.questions}
-    hint = _draw(case.id).choice(HINTS)
     return Upstream(
         best=best,
         normal=brief(known[GOOD]) if GOOD in known else "",
-        guide=roles.guide_completion(condition, hint, brief(known[condition])) if condition in known else "",
+        guide=_guide(case, known[condition]) if condition in known else "",
         reasons={identifier: reason for identifier, reason in reasons.items() if reason},
     )
+
+
+def _guide(case: Case, description: str) -> str:
+    hint = "" if case.truth.condition == GOOD else _draw(case.id).choice(HINTS)
+    return roles.guide_completion(case.truth.condition, hint, brief(description))
 
 
 def _draw(identifier: str) -> random.Random:
@@ -135,14 +140,19 @@ class Look(NamedTuple):
     coarse: geometry.Grey
 
 
-def look(path: Path) -> Look:
+def look(root: Path, image: str) -> Look:
     """The image as references are compared to it. Raises EchoError where it cannot be read."""
-    return _load(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    path = os.path.join(root, image)  # text: a row looks at many images, nearly all of them at hand
+    try:
+        modified = os.stat(path).st_mtime_ns
+    except OSError:
+        modified = 0  # reading it says why
+    return _load(path, modified)
 
 
 @lru_cache(maxsize=AT_HAND)  # cases of a product share references, and what reads ahead leaves its images here
-def _load(path: Path, modified: int) -> Look:
-    fine = geometry.load_grey(path, LOOK)
+def _load(path: str, modified: int) -> Look:
+    fine = geometry.load_grey(Path(path), LOOK)
     return Look(fine, fine.reshape(FIT, LOOK[1] // FIT, FIT, LOOK[0] // FIT).mean(axis=(1, 3)))
 
 

@@ -38,6 +38,12 @@ def test_recall_is_counted_against_the_exact_search(kind):
     assert found.recall == 1 or kind == "hnsw"
 
 
+def test_codes_find_the_nearest_of_one_product_too():
+    """Within one product there are no clusters that would tell where to look."""
+    found = index._measure("ivf_pq", 12_000, products=1, queries=512, seed=0)
+    assert found.kind == "ivf_pq" and found.recall > 0.99
+
+
 def test_a_list_of_many_names_of_few_photographs_is_built_whole(tmp_path):
     listed = rows.draw(tmp_path, 60)
     entries = [json.loads(line) for line in listed.read_text().splitlines()]

@@ -93,7 +93,7 @@ def test_every_image_is_read_once_and_ahead_of_its_case_however_many_references_
     for inspection, _ in read_ahead(iter(cases), tmp_path):
         assert set(names[inspection.id]) <= set(read)
         for name in names[inspection.id]:
-            look(tmp_path / name)
+            look(tmp_path, name)
     assert sorted(read) == sorted(name for shown in names.values() for name in shown)
 
 

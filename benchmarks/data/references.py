@@ -33,7 +33,7 @@ def misfits(case: Case, root: Path) -> np.ndarray:
     small = np.zeros((FIT, FIT), np.bool_) if mask is None else geometry.resize_mask(mask, (FIT, FIT))
     outside = ~small if not small.all() else np.ones_like(small)
     query, *references = (
-        look(root / image).coarse
+        look(root, image).coarse
         for image in (case.seen.query, *(one.image for one in sorted(case.seen.references, key=lambda one: one.rank)))
     )
 
