@@ -52,6 +52,8 @@ class AdapterCard:
     """How many of the dataset's training photographs have a synthetic defect, by the method that made it."""
     upstream: str = "gold"
     """What the dataset's rows show of earlier roles: what they should say (gold), or what they said (predicted)."""
+    quantization: str = ""
+    """`4bit` or `8bit` where the base was loaded so in training; a run and an export load it whole."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def make_card(
     max_pixels: int,
     dataset: Dataset,
     corrupted_share: float = 0.0,
+    quantization: str = "",
 ) -> AdapterCard:
     """The card of an adapter that is trained now, with this code and these packages."""
     return AdapterCard(
@@ -96,6 +99,7 @@ def make_card(
         corrupted_share=corrupted_share,
         synthetic=dataset.manifest.get("counts", {}).get("synthetic", {}),
         upstream=dataset.manifest.get("upstream", "gold"),
+        quantization=quantization,
     )
 
 
@@ -107,7 +111,7 @@ def write_card(folder: Path, card: AdapterCard) -> None:
 
 def _readme(card: AdapterCard) -> str:
     told = asdict(card)
-    values = {name: json.dumps(value, ensure_ascii=False) for name, value in told.items() if value not in ({}, 0.0)}
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in told.items() if value not in ({}, 0.0, "")}
     table = "\n".join(f"| {name} | {value} |" for name, value in values.items())
     leaks = "".join(f"\n**{verdict}**\n" for verdict in card.leaks.values())
     return (
@@ -202,6 +206,12 @@ def training_sets(
         warnings.append(
             f"the adapters were trained on {len(roles)} different datasets ({'; '.join(sources)}): a part that one has "
             "not seen another may have; train the four roles on one dataset"
+        )
+    quantized = [role for role, adapter in adapters.items() if adapter.card.quantization]
+    if quantized:
+        warnings.append(
+            f"the adapters of {', '.join(quantized)} were trained on a quantized base and answer on the whole one, "
+            "whose weights differ a little: compare with a run of adapters that were trained on the whole one"
         )
     for fingerprint, names in roles.items():
         places = list(dict.fromkeys(adapters[name].card.dataset for name in names))  # a dataset may have moved

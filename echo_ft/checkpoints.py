@@ -18,6 +18,7 @@ WHOLE = "whole"
 
 _SAME = (
     "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
+    "quantization",
 )  # fmt: skip
 
 WANDB_RUN = "wandb_run_id.txt"
@@ -28,14 +29,13 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or `true` for the newest in output_dir.
 
     With `true`, a run without a checkpoint starts from the beginning, with a word. Raises EchoError where the folder is
-    missing, where its adapter is of another role, dataset, base model, prompt version, pixel budget or share of
-    degraded queries than `card`, and where a new run would replace a finished adapter.
+    missing, where its adapter is of another role, dataset, base model, prompt version, pixel budget, share of
+    degraded queries or quantization than `card`, and where a new run would replace a finished adapter.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
-    if wanted is not None and wanted.lower() == "true":
+    newest = wanted is not None and wanted.lower() == "true"
+    if newest:
         wanted = newest_checkpoint(output)
-        if wanted is None and sft.process_index == 0:
-            print(f"there is no checkpoint in {output}: training starts from the beginning", flush=True)
     new = wanted is None or wanted.lower() == "false"
     if (output / ADAPTER_CARD).is_file() and (new or Path(str(wanted)).resolve().parent != output.resolve()):
         raise EchoError(
@@ -47,6 +47,8 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
             "another output_dir or delete it"
         )
     if wanted is None or new:
+        if newest and sft.process_index == 0:
+            print(f"there is no checkpoint in {output}: training starts from the beginning", flush=True)
         return None
     if not Path(wanted).is_dir():
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
@@ -54,10 +56,11 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
         raise EchoError(f"{wanted} is half written; give another one, or true for the newest that is whole")
     found = read_card(Path(wanted))
     for name in _SAME:
-        if getattr(found, name) != getattr(card, name):
+        before, now = getattr(found, name), getattr(card, name)
+        if before != now:
             raise EchoError(
-                f"{wanted} was trained with {name} {getattr(found, name)}, not {getattr(card, name)}; go on with the "
-                "same config, or choose another output_dir to start anew"
+                f"{wanted} was trained with {name} {before or 'none'}, not {now or 'none'}; go on with the same "
+                "config, or choose another output_dir to start anew"
             )
     if sft.process_index == 0:
         print(f"training goes on from {wanted}", flush=True)

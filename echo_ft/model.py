@@ -65,6 +65,9 @@ def load_processor(model_name_or_path: str, revision: str | None, min_pixels: in
         model_name_or_path,
         revision=revision,
         size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        # The published processors name these two, which come before `size`.
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
     size = processor.image_processor.size
     if (size["shortest_edge"], size["longest_edge"]) != (min_pixels, max_pixels):

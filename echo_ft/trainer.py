@@ -63,6 +63,8 @@ class PrefixSharingTrainer(SFTTrainer):
                 "steps of full tuning round away in weights of 16 bits; set dtype: float32 (with bf16: true, it is "
                 "still computed in bfloat16), or take ZeRO or FSDP, which keep weights of 32 bits beside them"
             )
+        if self.is_fsdp_enabled:
+            check_output_layer(tuned)
         core = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
         prepare_model(core, store)
         self._costs = costs(core)
@@ -115,7 +117,8 @@ class PrefixSharingTrainer(SFTTrainer):
             f"{len(inputs['image_grid_thw'])} images)"
         )
         try:
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
+            own = [self.args.device] if self.args.device.type == "cuda" else []
+            with torch.random.fork_rng(own), self.compute_loss_context_manager():
                 inputs = self._prepare_inputs(inputs)
                 model.train()
                 loss = self.compute_loss(model, inputs)
@@ -282,6 +285,19 @@ class Probe(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
         self.trainer.probe(self.cases)
+
+
+def check_output_layer(model: Any) -> None:
+    """Raise EchoError where the output layer is trained and has weights of its own, as the 7B's has: not under FSDP.
+
+    TRL (1.16) reads its weights past FSDP's hooks: each process would give its part the gradients of its own cases.
+    """
+    head = model.get_output_embeddings().weight
+    if head.requires_grad and head is not model.get_input_embeddings().weight:
+        raise EchoError(
+            "full tuning of a model whose output layer has weights of its own (the 7B) gives wrong gradients under "
+            "FSDP (TRL 1.16); take recipes/accelerate/zero3.yaml"
+        )
 
 
 def check_gradients(named: Mapping[str, torch.Tensor | None]) -> None:

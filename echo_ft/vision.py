@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ class FeatureStore:
             self.full = True
             return
         self.room -= features.nbytes
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}")  # processes of two nodes may have one number
         save_file({"features": features.detach().cpu().clone()}, partial)
         partial.replace(path)
 

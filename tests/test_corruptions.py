@@ -227,6 +227,8 @@ def test_a_training_says_how_many_queries_are_degraded_and_goes_on_only_with_the
     assert find_checkpoint(again, card) == str(output / "checkpoint-1")
     with pytest.raises(EchoError, match=r"trained with corrupted_share 0\.7, not 0\.2"):
         find_checkpoint(again, dataclasses.replace(card, corrupted_share=0.2))
+    with pytest.raises(EchoError, match="trained with quantization none, not 4bit"):
+        find_checkpoint(again, dataclasses.replace(card, quantization="4bit"))
 
 
 def test_a_share_above_one_is_refused(dataset, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +18,10 @@ from echo_ft import attention, roles
 from echo_ft.flops import row_load, text_load
 from echo_ft.images import image_size
 from echo_ft.layout import IGNORED, PADDING, attention_mask, mark_trained, pad
+from echo_ft.model import load_processor
 from echo_ft.records import Branch, EchoError, Exchange, Upstream
 from echo_ft.training import Collator, packed_inputs, prepare_model
-from tests.conftest import draw, make_case
+from tests.conftest import ECHO_TINY, draw, make_case
 
 WORDS = Upstream(best=1, normal="An even surface.", guide="stain: look for this. A dark spot.", reasons={})
 
@@ -43,6 +46,21 @@ def alone(exchange: Exchange) -> list[Exchange]:
 def messages(exchange: Exchange, branch: Branch):
     content = [{"type": "image"}] * len(exchange.images) + [{"type": "text", "text": exchange.context + branch.prompt}]
     return [{"role": "user", "content": content}]
+
+
+def test_a_processor_as_qwen_published_it_takes_the_pixel_budget(tmp_path):
+    """Qwen/Qwen2-VL's own files name min_pixels and max_pixels, which transformers puts before `size`."""
+    for file in ECHO_TINY.iterdir():
+        if file.name not in ("model.safetensors", "processor_config.json"):
+            shutil.copy(file, tmp_path)
+    saved = json.loads((ECHO_TINY / "processor_config.json").read_text())["image_processor"]
+    del saved["size"]
+    published = {**saved, "min_pixels": 3136, "max_pixels": 12845056, "processor_class": "Qwen2VLProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
+    images = load_processor(str(tmp_path), None, 784, 28 * 28 * 10).image_processor
+    assert (images.size["shortest_edge"], images.size["longest_edge"]) == (784, 28 * 28 * 10)
+    seen = images(images=[Image.new("RGB", (640, 480))], return_tensors="pt")
+    assert seen["image_grid_thw"].tolist() == [[1, 4, 6]]
 
 
 def test_tokens_are_those_of_the_processor_on_the_whole_conversation(layout, case, tmp_path):

@@ -267,6 +267,7 @@ def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, mon
     path = RECIPES / "accelerate" / f"{name}.yaml"
     cluster = load_config_from_file(str(path))
     assert cluster.mixed_precision == "bf16"
+    assert "gpu_ids" not in path.read_text()  # accelerate would put it over the user's CUDA_VISIBLE_DEVICES
     assert cluster.num_processes == (1 if name == "one_gpu" else 4)
     # accelerate reads its own loader's unknown keys as an error, but not those of deepspeed_config.
     options = {action.dest for action in launch_command_parser()._actions}

@@ -142,6 +142,15 @@ def test_a_leak_that_the_card_of_any_role_tells_is_told(dataset, audited):
     assert training_sets(adapters, here, "test", ["test_1_2.png"])[1] == ["LEAK: 12 parts"]
 
 
+def test_adapters_of_a_quantized_base_are_told(dataset):
+    here = load_dataset(dataset)
+    adapters = trained(here)
+    card = dataclasses.replace(adapters["decision_maker"].card, quantization="4bit")
+    adapters["decision_maker"] = dataclasses.replace(adapters["decision_maker"], card=card)
+    (warning,) = training_sets(adapters, here, "test", ["test_1_2.png"])[1]
+    assert "the adapters of decision_maker were trained on a quantized base and answer on the whole one" in warning
+
+
 def test_a_base_that_was_tuned_as_a_whole_is_checked_like_an_adapter(dataset, tmp_path, capsys):
     whole = tmp_path / "whole"
     shutil.copytree(ECHO_TINY, whole)

@@ -183,6 +183,7 @@ def run_in_process(*arguments: object) -> None:
         (["--attn_implementation", "eager"], "does not keep the branches of a row apart"),
         (["--lora_target_modules", "q_proj", "nothing_proj"], "the model has no module nothing_proj"),
         (["--label_smoothing_factor", 0.1], "label_smoothing_factor is not supported"),
+        (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "use_reentrant lets no one ask for gradients"),
         (
             ["--train_sampling_strategy", "group_by_length"],
             "group_by_length saves padding, of which there is none",

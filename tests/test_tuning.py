@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from echo_ft.records import EchoError
+from echo_ft.trainer import check_output_layer
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.test_sft import ALIKE, losses, run_in_process, tiny
 
@@ -125,3 +127,17 @@ def test_a_quantized_base_is_trained_and_starts_near_the_whole_one(plain, datase
     run_in_process(*tiny("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *quantized))
     assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=0.2)
     assert losses(tmp_path)[2] < losses(tmp_path)[0]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_output_layer_of_its_own_is_not_trained_under_fsdp(own):
+    config = AutoConfig.from_pretrained(ECHO_TINY)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = not own
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        model.tie_weights()
+    if own:
+        with pytest.raises(EchoError, match=r"gives wrong gradients under FSDP \(TRL 1\.16\); take recipes"):
+            check_output_layer(model)
+        model.requires_grad_(False)  # as under LoRA
+    check_output_layer(model)

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
             config.max_pixels,
             dataset,
             config.corrupted_share,
+            "4bit" if base.load_in_4bit else "8bit" if base.load_in_8bit else "",
         )
         checkpoint = find_checkpoint(sft, card)
     train, planned = load_cases(layout, dataset, config, sft, "train")
