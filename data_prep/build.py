@@ -70,8 +70,8 @@ def build(config: BuildConfig) -> dict[str, Any]:
         check_photographs(runs, images_fingerprint(digests))
         write_jsonl(folder / "rejected.jsonl", material.rejections)
         write_json(folder / "knowledge.json", material.knowledge)
-        sides = write_sft(material, root, config, runs)
-        manifest = make_manifest(material, sides, digests, root, config) | {"held_out": material.held_out}
+        sides, unused = write_sft(material, root, config, runs)
+        manifest = make_manifest(material, sides, unused, digests, root, config) | {"held_out": material.held_out}
         manifest |= {"upstream": config.upstream, "upstream_runs": described(runs)}
         write_json(folder / "manifest.json", manifest)
         write_preview(folder, root, manifest, material)

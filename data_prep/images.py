@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from echo_ft import geometry, images
 from echo_ft.records import GOOD, EchoError, Inspection
@@ -19,6 +19,16 @@ def list_images(folder: Path) -> Iterator[Path]:
     """The image files directly in `folder`, by name; nothing where there is no such folder."""
     if folder.is_dir():
         yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def name_fault(inspection: Inspection) -> str | None:
+    """Why the names of a record's files cannot be written down, or None: Linux has names that are no text in UTF-8."""
+    names = (inspection.image, *geometry.mask_files(inspection), inspection.reference or "")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return "the name of the file, of its mask or of its reference is not UTF-8; rename it"
+    return None
 
 
 def image_fault(path: Path, photograph: bool = True) -> str | None:
@@ -36,7 +46,8 @@ def image_fault(path: Path, photograph: bool = True) -> str | None:
             if image.format == "PNG":
                 image.verify()  # reads every chunk and its checksum
             else:
-                image.draft("L", (image.width // 8, image.height // 8))  # a JPEG then decodes at an eighth
+                eighth = max(1, image.width // 8), max(1, image.height // 8)
+                image.draft("L", eighth)  # a JPEG then decodes at an eighth
                 image.load()
         if photograph and wide:
             images.depth(path)
@@ -81,16 +92,23 @@ def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
 
 
 def boxes_fault(inspection: Inspection, root: Path) -> str | None:
-    """Why the boxes of a readable image cannot be used, or None."""
-    if not inspection.boxes:
+    """Why the boxes or outlines of a readable image cannot be used, or None."""
+    if not inspection.boxes and not inspection.polygons:
         return None
-    if inspection.condition == GOOD:
+    if inspection.boxes and inspection.condition == GOOD:
         return f"it has boxes although it is labelled {GOOD}"
     with Image.open(root / inspection.image) as image:
         width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned not in (0, 1):  # 0 stands for unknown
+        return (
+            f"its rotation mark (EXIF orientation {turned}) turns it where it is shown, and its boxes or outlines may "
+            "be meant for either; save it turned and without the mark, and annotate that file"
+        )
     for box in inspection.boxes:
         x0, y0, x1, y1 = box
-        inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+        near = min(x0, y0) > -1 and x1 < width + 1 and y1 < height + 1  # less than a pixel outside is rounding
+        inside = near and max(0, x0) < min(x1, width) and max(0, y0) < min(y1, height)
         if not all(map(math.isfinite, box)) or not inside:
             return f"box {list(box)} is not (x0, y0, x1, y1) inside the {width} x {height} pixels"
         if x1 - x0 < 1 and y1 - y0 < 1:

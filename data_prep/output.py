@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.prepare import REFERENCE_LEFT_OUT, Material, reference_pool, remedy, some
 from data_prep.raw import progress
 from data_prep.settings import BuildConfig
-from data_prep.training_rows import Sides
+from data_prep.training_rows import MAX_REPEATS, Sides
 from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
 from echo_ft.geometry import mask_files
 from echo_ft.images import depth
@@ -110,17 +110,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_manifest(
-    material: Material, sides: Mapping[str, Sides], digests: Mapping[str, str], root: Path, config: BuildConfig
+    material: Material,
+    sides: Mapping[str, Sides],
+    unused: Sequence[Inspection],
+    digests: Mapping[str, str],
+    root: Path,
+    config: BuildConfig,
 ) -> dict[str, Any]:
     """What the dataset holds, how it was made, and what to beware of; its images' digests go into its folder too.
 
-    `sides` is what the files under sft hold, by `<role>/<split>`; `digests` is as `image_digests` gives it.
+    `sides` and `unused` are as `write_sft` gives them; `digests` is as `image_digests` gives it.
     """
     folder = material.folder
     write_json(folder / DIGESTS, digests)
     images = images_fingerprint(digests)
     names = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
-    counts = _counts(material, sides)
+    counts = _counts(material, sides) | {"balanced_away": len(unused)}
     return {
         "format": FORMAT,
         "source": config.source,
@@ -136,6 +141,7 @@ def make_manifest(
         "warnings": [
             *_warnings(material, digests, config),
             *_one_sided(counts, config.routing),
+            *_balanced_away(material, unused),
             *_uneven_depths(material.inspections, root),
         ],
         "fingerprint": fingerprint_bytes(
@@ -265,6 +271,23 @@ def _one_sided(counts: Mapping[str, Any], routing: str) -> list[str]:
                 f"{role} has {most['rows']} training rows of {other} cases and none of {fewer} ones, so no balance{why}"
             )
     return found
+
+
+def _balanced_away(material: Material, unused: Sequence[Inspection]) -> list[str]:
+    """A warning where balance leaves training photographs out of all rows: how many, and of which products."""
+    if not unused:
+        return []
+    of = Counter((i.dataset, i.product, i.condition == GOOD) for i in material.asked("train"))
+    left = Counter((i.dataset, i.product, i.condition == GOOD) for i in unused)
+    places = [
+        f"{dataset}/{product}: {count} of {of[dataset, product, good]} {'normal' if good else 'defective'}"
+        for (dataset, product, good), count in left.most_common()
+    ]
+    return [
+        f"{len(unused)} training photographs are in no row ({some(places)}): of each product balance takes at most "
+        f"{MAX_REPEATS} times as many of one side as the other has; add photographs of the rarer side, or set "
+        "balance: false to train on all"
+    ]
 
 
 def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from data_prep import sources
-from data_prep.images import boxes_fault, image_fault, mask_fault
+from data_prep.images import boxes_fault, image_fault, mask_fault, name_fault
 from data_prep.settings import BuildConfig
 from data_prep.sources import Item, Place
 from echo_ft.records import GOOD, EchoError, Inspection, Question, Rejection
@@ -85,7 +85,7 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
     inspections: dict[str, Inspection] = {}
     for item in progress([i for i in read if isinstance(i, Inspection)], "checking", "photographs"):
         inspection = item
-        fault = fault_of(root / inspection.image) or boxes_fault(inspection, root)
+        fault = name_fault(inspection) or fault_of(root / inspection.image) or boxes_fault(inspection, root)
         if inspection.id in inspections:
             fault = "the source lists it twice"
         place = places.get(inspection.id, "")

@@ -61,14 +61,17 @@ class Spool:
         return sides
 
 
-def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequence[Run] = ()) -> dict[str, Sides]:
+def write_sft(
+    material: Material, root: Path, config: BuildConfig, runs: Sequence[Run] = ()
+) -> tuple[dict[str, Sides], list[Inspection]]:
     """Write each role's training and validation rows; see `balanced` for the order and number of the former.
 
     What earlier roles said is taken from `runs`, where there are any, and is what they should say otherwise.
     Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
-    Returns what each file under sft holds, by `<role>/<split>`.
+    Returns what each file under sft holds, by `<role>/<split>`, and the photographs that balance leaves out of all.
     """
     sides = {}
+    rowed, trained = dict[str, Inspection](), set[str]()
     with ExitStack() as stack:
         spools = {
             (role, split): Spool(stack.enter_context(TemporaryFile(dir=material.folder)))
@@ -86,7 +89,9 @@ def write_sft(material: Material, root: Path, config: BuildConfig, runs: Sequenc
         for (role, split), spool in spools.items():
             order = balanced(spool.cases, config.seed) if split == "train" and config.balance else spool.cases
             sides[f"{role}/{split}"] = spool.write(order, material.folder / "sft" / role / f"{split}.jsonl")
-    return sides
+            rowed |= {case.id: case for case in spool.cases}
+            trained |= {case.id for case in order}
+    return sides, [case for name, case in rowed.items() if name not in trained]
 
 
 AHEAD = AT_HAND // 3

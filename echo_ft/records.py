@@ -303,7 +303,8 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     count = 0
-    with open(partial, "w", encoding="utf-8") as file:
+    # Lone surrogates, as in a rejected file's name, become the escapes that JSON has for them.
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record in records:
             file.write(to_json(record) + "\n")
             count += 1

@@ -103,7 +103,8 @@ def check_options(sft: SFTConfig, model: ModelConfig) -> None:
             f"train_sampling_strategy {sft.train_sampling_strategy} saves padding, of which there is none here; choose "
             "random, which gives the processes of a step as many tokens each, or sequential"
         )
-    if (sft.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    checkpointing: Any = sft.gradient_checkpointing_kwargs or {}
+    if checkpointing.get("use_reentrant"):
         raise EchoError(
             "gradient_checkpointing_kwargs: use_reentrant lets no one ask for gradients before step 1, as is done "
             "here; take it out (ZeRO-3 sets it by itself)"

@@ -92,6 +92,32 @@ def test_what_lies_outside_the_photograph_is_named(tmp_path, change, words, stan
     assert [geometry.is_marked(i) for i in kept if i.image == "cap/1.jpg"] == [False] * stands
 
 
+@pytest.mark.parametrize("box", [[28, 2, 4 + 1e-9, 4], [-0.4, 6, 8, 4], [4, 20, 8, 4.7]])
+def test_a_box_that_rounding_puts_over_the_border_is_kept(tmp_path, box):
+    path = trees.coco(tmp_path).config.annotations
+    content = json.loads(path.read_text())
+    content["annotations"][0].update(segmentation=[], bbox=box)
+    write_json(path, content)
+    kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
+    assert not rejections
+    (one,) = (inspection for inspection in kept if inspection.image == "cap/1.jpg")
+    assert marks(one, tmp_path).any()
+
+
+@pytest.mark.parametrize(("mark", "used"), [(1, True), (3, False), (6, False)])
+def test_outlines_of_a_photograph_with_a_rotation_mark_may_be_meant_for_either(tmp_path, mark, used):
+    path = trees.coco(tmp_path).config.annotations
+    turned = Image.Exif()
+    turned[0x0112] = mark
+    for name in ("cap/0.jpg", "cap/1.jpg", "ring/2.jpg"):  # none, a polygon, a box
+        with Image.open(tmp_path / name) as image:
+            image.save(tmp_path / name, exif=turned)
+    kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
+    assert {i.image for i in kept} == {"cap/0.jpg", "3.jpg"} | ({"cap/1.jpg", "ring/2.jpg"} if used else set())
+    assert {r.item for r in rejections} == (set() if used else {"cap/1.jpg", "ring/2.jpg"})
+    assert all(f"(EXIF orientation {mark})" in r.reason for r in rejections)
+
+
 def test_boxes_beside_a_polygon_that_cannot_be_used_are_no_half_truth(tmp_path):
     path = trees.coco(tmp_path).config.annotations
     content = json.loads(path.read_text())

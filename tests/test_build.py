@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -134,6 +135,40 @@ def test_rows_of_a_repeated_case_are_apart_in_every_role(small_list, tmp_path, r
             assert len(branches) == len(set(branches)), "neighbouring rows of a case are that case once"
         one_sided = routing == "paper" and role in ("knowledge_guide", "reasoning_expert")
         assert one_sided == (max(Counter(map(to_json, found)).values()) == 1), "repeated is what balance needs"
+
+
+def test_photographs_that_balance_leaves_out_are_counted_and_named(tmp_path):
+    """Four times as many of one side as of the other are trained on, in each product, and no more."""
+    listed = draw_manifest(tmp_path / "raw", ("cap",), normals=20, defects=1)
+    edit_rows(listed, lambda row: row.update(split="test" if row["condition"] == "stain" else "train"))
+    manifest = build(config(listed, tmp_path / "balanced", split="given"))
+    (warning,) = [one for one in manifest["warnings"] if "are in no row" in one]
+    there = {i.id: i.condition for i in rows(tmp_path / "balanced", "inspections.jsonl", Inspection)}
+    shown = {row.case for row in rows(tmp_path / "balanced", "sft/decision_maker/train.jsonl", Exchange)}
+    dents = sum(condition == "dent" for name, condition in there.items() if name in shown)
+    goods = sum(condition == "good" for name, condition in there.items() if name in shown)
+    assert goods == 4 * dents > 0
+    cases = manifest["counts"]["cases"]["train"]
+    left = cases["good"] - goods
+    assert manifest["counts"]["balanced_away"] == left > 0
+    assert f"{left} training photographs are in no row (parts/cap: {left} of {cases['good']} normal)" in warning
+    manifest = build(config(listed, tmp_path / "all", split="given", balance=False))
+    assert manifest["counts"]["balanced_away"] == 0 and not any("in no row" in one for one in manifest["warnings"])
+
+
+def test_a_name_that_is_not_utf_8_is_rejected_and_the_others_are_built(tmp_path):
+    for place, count in (("train/good", 6), ("test/good", 2), ("test/dent", 4)):
+        for number in range(count):
+            draw_part(tmp_path / "line" / "cap" / place / f"{number}.png", number, place == "test/dent")
+    for path in (tmp_path / "line" / "cap" / "test" / "dent").glob("*_mask.png"):
+        path.unlink()
+    first = tmp_path / "line" / "cap" / "test" / "dent" / "0.png"
+    first.rename(os.fsdecode(os.fsencode(first.with_name("gr")) + b"\xfcn.png"))
+    made = config(tmp_path, tmp_path / "out", source="folder", annotations=None, root=tmp_path / "line", split="seeded")
+    manifest = build(made)
+    assert manifest["rejected"] == 1
+    (rejected,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
+    assert rejected["item"] == "cap/test/dent/gr\udcfcn.png" and "is not UTF-8; rename it" in rejected["reason"]
 
 
 def test_photographs_of_uneven_depths_are_reported(small_list, tmp_path):

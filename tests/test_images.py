@@ -93,6 +93,12 @@ def test_transparency_is_dropped_and_the_colours_under_it_stay(tmp_path, mode):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(opaque.convert(wanted)))
 
 
+@pytest.mark.parametrize("size", [(6, 500), (500, 6), (2, 2)])
+def test_a_narrow_jpeg_is_an_image(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "narrow.jpg")
+    assert image_fault(tmp_path / "narrow.jpg") is None
+
+
 def test_a_missing_and_a_broken_file_are_named_with_the_remedy(tmp_path):
     with pytest.raises(EchoError, match=r"there is no image .*gone\.png; put it back"):
         images.load_image(tmp_path / "gone.png")
