@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft import config as configs
-from echo_ft.audit import BEYOND, NEAREST, SAME, Match, digests, find_matches
+from echo_ft.audit import BEYOND, NEAREST, POOL, SAME, Match, digests, find_matches
 from echo_ft.dataset import Dataset, load_dataset
 from echo_ft.images import load_image
+from echo_ft.knowledge import ALIASES
 from echo_ft.provenance import commit, versions
 from echo_ft.records import EchoError, Inspection, Reference, read_jsonl, write_whole
 from echo_ft.splits import part
@@ -194,10 +195,28 @@ def _by_records(trained: Side, asked: Side, apart: bool) -> list[Finding]:
     products = _products(trained) & _products(asked)
     beside = _contents(asked, sorted(asked.references))
     known = beside.keys() & _contents(trained, sorted(trained.cases)).keys() if beside else set()
+    names = {name for _, name in _products(trained)} & {name for _, name in _products(asked)}
+    namesakes = names - {name for _, name in products}
+    seen = Counter(trained.products.get(path, "") for path in {*trained.cases, *trained.references})
+    many = [name for name, count in seen.items() if count > POOL]
     allowed = "" if apart else ", as this split allows"
     return [
         Finding("groups", True, len(groups), "groups have photographs on both sides", _names(groups)),
         Finding("products", apart, len(products), f"products are on both sides{allowed}", _names(products)),
+        Finding(
+            "same names",
+            False,
+            len(namesakes),
+            "products have the name of one on the other side, under another dataset's: if they are one, that leaks",
+            tuple(sorted(namesakes)),
+        ),
+        Finding(
+            "crowded",
+            False,
+            len(many),
+            f"products have more than {POOL} photographs on the training side: among so many, crops may be missed",
+            tuple(sorted(many)),
+        ),
         Finding(
             "tested beside",
             False,
@@ -213,7 +232,8 @@ def _contents(side: Side, images: Sequence[str]) -> dict[bytes, str]:
 
 
 def _products(side: Side) -> set[tuple[str, ...]]:
-    return {(one.dataset, one.product) for one in side.cases.values()}
+    """(dataset, product), by one name where MMAD has another for the dataset than its own source."""
+    return {(ALIASES.get(one.dataset, one.dataset), one.product) for one in side.cases.values()}
 
 
 def _names(keys: Collection[tuple[str, ...]]) -> tuple[str, ...]:

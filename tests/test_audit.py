@@ -210,6 +210,27 @@ def test_two_folders_share_products_only_where_that_is_allowed(tmp_path):
     assert not allowed["leak"] and allowed["verdict"].startswith("no leak found")
 
 
+@pytest.mark.parametrize(
+    ("names", "products", "namesakes"),
+    [
+        (("MVTec-AD", "DS-MVTec"), (1, True), (0, False)),  # MMAD's name for it
+        (("parts_train", "parts_test"), (0, True), (1, False)),
+    ],
+)
+def test_products_under_two_names_of_a_dataset_are_told(tmp_path, names, products, namesakes):
+    rows = [dataclasses.replace(row, dataset=names[row.split == "test"]) for row in clean(tmp_path)]
+    one, other = (dataset(tmp_path / split, [row for row in rows if row.split == split]) for split in ("train", "test"))
+    findings = found(AuditConfig([one, other]))
+    assert (findings["products"], findings["same names"]) == (products, namesakes)
+
+
+def test_products_of_many_photographs_are_named(tmp_path, monkeypatch):
+    rows = clean(tmp_path)
+    assert found(AuditConfig([dataset(tmp_path / "few", rows)]))["crowded"] == (0, False)
+    monkeypatch.setattr("data_prep.audit.POOL", 1)
+    assert found(AuditConfig([dataset(tmp_path / "many", rows)]))["crowded"] == (1, False)
+
+
 def test_each_evaluation_keeps_its_verdict_in_the_manifest(tmp_path):
     rows = clean(tmp_path)
     folder = dataset(tmp_path / "parts", rows)
