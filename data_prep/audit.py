@@ -214,7 +214,7 @@ def _by_records(trained: Side, asked: Side, apart: bool) -> list[Finding]:
             "crowded",
             False,
             len(many),
-            f"products have more than {POOL} photographs on the training side: among so many, crops may be missed",
+            f"products have more than {POOL} photographs on the training side: among so many, some crops may be missed",
             tuple(sorted(many)),
         ),
         Finding(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,14 @@ HASH = 16
 
 POOL = 256
 """Photographs whose hashes are nearest; what sets one apart from them ranks it."""
+
+APART = 128
+"""Photographs that join them of products with more than POOL, by what sets them apart from their product: there, many
+others are nearer to a crop than what it was cut from.
+"""
+
+LEARNT = 256
+"""Photographs from which is learnt how those of a product usually differ."""
 
 NEAREST = 24
 """Photographs that are laid over one that is asked about."""
@@ -105,7 +113,8 @@ def find_matches(trained: Sequence[Path], products: Sequence[str], asked: Sequen
     """Pairs of one of `trained` and one of `asked` that show the same surface, by the order of `asked`.
 
     `products` are those of `trained`: they tell how alike two parts of one product are. Files of equal content match
-    without a look. Memory depends on neither number, but for 100 bytes or so a file.
+    without a look. Memory depends on neither number, but for 100 bytes or so a file, and 20 MB for each product with more
+    than POOL of them.
     Raises EchoError where a photograph is missing or cannot be read: what was not looked at is not clean.
     """
     equal: dict[bytes, list[int]] = defaultdict(list)
@@ -130,7 +139,7 @@ def _near(trained: Sequence[Path], products: Sequence[str], asked: Sequence[Path
     if not trained or not asked:
         return []
     queries = list(_each(_query, asked))
-    candidates, views = _candidates(trained, np.stack([query.hash for query in queries]))
+    candidates, views = _candidates(trained, products, np.stack([query.hash for query in queries]))
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for row, slot in np.ndindex(candidates.shape):
         wanted[int(candidates[row, slot])].append((row, slot))
@@ -228,30 +237,84 @@ def _inside(boxes: Array) -> Array:
 VIEWS = _views()
 
 
-def _candidates(trained: Sequence[Path], hashes: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _candidates(
+    trained: Sequence[Path], products: Sequence[str], hashes: Array
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each hash of an INNER (n, d) the NEAREST photographs, (n, k), and in which of VIEWS each shows it."""
-    size = min(POOL, len(trained))
+    members = {product: np.flatnonzero(np.array(products) == product) for product in dict.fromkeys(products)}
+    crowds = {product: _Crowd(trained, own) for product, own in members.items() if len(own) > POOL}
+    size = min(POOL + bool(crowds) * APART, len(trained))
     near = np.full((len(hashes), 0), -1, np.float32)
     places, views = (np.zeros((len(hashes), 0), np.int64) for _ in range(2))
     vectors = np.zeros((len(hashes), 0, hashes.shape[1]), np.float16)
+    apart = near
     for start in range(0, len(trained), BLOCK):
         block = np.stack(list(_each(_view_hashes, trained[start : start + BLOCK])))
         cosines = (hashes @ block.reshape(-1, block.shape[-1]).T).reshape(len(hashes), len(block), len(VIEWS))
         best = cosines.argmax(axis=2)
         here = np.broadcast_to(np.arange(len(block)), best.shape)
         near = np.concatenate([near, np.take_along_axis(cosines, best[..., None], 2)[..., 0]], axis=1)
+        apart = np.concatenate([apart, _apart(hashes, block, products[start : start + BLOCK], crowds)], axis=1)
         places = np.concatenate([places, here + start], axis=1)
         views = np.concatenate([views, best], axis=1)
         vectors = np.concatenate([vectors, block.astype(np.float16)[here, best]], axis=1)
         if near.shape[1] > size:
-            top = np.argpartition(-near, size - 1, axis=1)[:, :size]
+            top = _first(near, apart, size)
             near = np.take_along_axis(near, top, axis=1)
+            apart = np.take_along_axis(apart, top, axis=1)
             places = np.take_along_axis(places, top, axis=1)
             views = np.take_along_axis(views, top, axis=1)
             vectors = np.take_along_axis(vectors, top[..., None], axis=1)
     ranked = [_set_apart(one, pool.astype(np.float32)) for one, pool in zip(hashes, vectors, strict=True)]
     order = np.argsort(-np.stack(ranked), axis=1, kind="stable")[:, :NEAREST]
     return np.take_along_axis(places, order, axis=1), np.take_along_axis(views, order, axis=1)
+
+
+def _first(near: Array, apart: Array, size: int) -> NDArray[np.int64]:
+    """Places (n, size) of the POOL nearest (n, m), and of those of the others that are most `apart` (n, m)."""
+    top = np.argpartition(-near, POOL - 1, axis=1)
+    if size == POOL:
+        return top[:, :POOL]
+    rest = np.take_along_axis(apart, top[:, POOL:], axis=1)
+    more = np.argpartition(-rest, size - POOL - 1, axis=1)[:, : size - POOL]
+    return np.concatenate([top[:, :POOL], np.take_along_axis(top[:, POOL:], more, axis=1)], axis=1)
+
+
+class _Crowd:
+    """How the photographs of a product that has more than POOL of them usually differ, in each of VIEWS."""
+
+    def __init__(self, trained: Sequence[Path], members: NDArray[np.int64]) -> None:
+        """Learnt from up to LEARNT of the `members`, places in `trained`, at even distances."""
+        some = members[np.linspace(0, len(members) - 1, min(LEARNT, len(members))).astype(int)]
+        hashes = np.stack(list(_each(_view_hashes, [trained[place] for place in some])))
+        self.means = hashes.mean(axis=0)
+        self.factors = np.stack([_factor(hashes[:, view] - mean) for view, mean in enumerate(self.means)])
+
+    def cosines(self, hashes: Array, block: Array) -> Array:
+        """Of hashes (n, d) and photographs (m, views, d), the greatest over the views, each whitened: (n, m)."""
+        most = np.full((len(hashes), len(block)), -1, np.float32)
+        for view, (mean, factor) in enumerate(zip(self.means, self.factors, strict=True)):
+            rows = np.concatenate([hashes, block[:, view]]) - mean
+            white = linalg.solve_triangular(factor, rows.T, lower=True)
+            white /= np.linalg.norm(white, axis=0) + 1e-9
+            np.maximum(most, white[:, : len(hashes)].T @ white[:, len(hashes) :], out=most)
+        return most
+
+
+def _apart(hashes: Array, block: Array, products: Sequence[str], crowds: Mapping[str, _Crowd]) -> Array:
+    """What sets photographs (m, views, d) apart as it does the hashes (n, d), by their crowds: (n, m); -1 without."""
+    found = np.full((len(hashes), len(block)), -1, np.float32)
+    for product in set(products) & crowds.keys():
+        own = np.flatnonzero(np.array(products) == product)
+        found[:, own] = crowds[product].cosines(hashes, block[own])
+    return found
+
+
+def _factor(spread: Array) -> Array:
+    """The Cholesky factor (d, d) of the covariance of rows (n, d) of mean 0, with a ridge."""
+    covariance = spread.T @ spread / len(spread)
+    covariance[np.diag_indices_from(covariance)] += 5e-5 * np.trace(covariance) + 1e-9
+    return np.linalg.cholesky(covariance)
 
 
 def _set_apart(one: Array, pool: Array) -> Array:
@@ -262,10 +325,8 @@ def _set_apart(one: Array, pool: Array) -> Array:
     """
     mean = pool.mean(axis=0)
     spread = pool - mean
-    covariance = spread.T @ spread / len(pool)
-    covariance[np.diag_indices_from(covariance)] += 5e-5 * np.trace(covariance) + 1e-9
     rows = np.vstack([one - mean, spread])
-    white = linalg.solve_triangular(np.linalg.cholesky(covariance), rows.T, lower=True)
+    white = linalg.solve_triangular(_factor(spread), rows.T, lower=True)
     white /= np.linalg.norm(white, axis=0) + 1e-9
     return np.asarray(white[:, 1:].T @ white[:, 0])
 

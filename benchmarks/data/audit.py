@@ -1,6 +1,6 @@
-"""What the leakage audit finds: `python -m benchmarks.data.audit [--images 5000] [--magnetic_tile DIR]`.
+"""What the leakage audit finds: `python -m benchmarks.data.audit [--images 5000] [--products 20]`.
 
-Drawn photographs of 20 products, a fifth of them asked about and the others trained on, every one of another part;
+Drawn photographs of several products, a fifth of them asked about and the others trained on, every one of another part;
 200 of those asked about (one in 25 of all) are made from a photograph that is trained on: a copy of the file, a JPEG
 of quality 50 to 90, half the size, a random crop of 90 % of each side (every other one scaled back), or a fifth
 brighter or darker. Then products that are asked about against other products that are trained on. With magnetic tiles:
@@ -33,7 +33,6 @@ from echo_ft.records import Inspection
 from echo_ft.splits import assign_splits
 
 KINDS = ("copy", "re-encoding", "half size", "crop", "brightness")
-PRODUCTS = 20
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,11 @@ def find(trained: Sequence[Planted], asked: Sequence[Planted]) -> list[Match]:
     )
 
 
-def drawn(folder: Path, images: int, seed: int) -> None:
+def drawn(folder: Path, images: int, products: int, seed: int) -> None:
     """Print what is found among drawn photographs."""
     leaks = images // 25 // len(KINDS)
     trained, asked = plant(
-        folder, PRODUCTS, images * 4 // 5 // PRODUCTS, (images // 5 - images // 25) // PRODUCTS, leaks, seed
+        folder, products, images * 4 // 5 // products, (images // 5 - images // 25) // products, leaks, seed
     )
     started = time.perf_counter()
     matches = find(trained, asked)
@@ -129,7 +128,7 @@ def drawn(folder: Path, images: int, seed: int) -> None:
             wrong.add(place)
     strange = sum(trained[m.trained].part != asked[m.asked].part for m in matches if asked[m.asked].kind)
     clean = sum(not one.kind for one in asked)
-    print(f"{len(trained)} photographs trained on, {len(asked)} asked about, {PRODUCTS} products on both sides")
+    print(f"{len(trained)} photographs trained on, {len(asked)} asked about, {products} products on both sides")
     print("| planted | found |\n|---|---|")
     for kind in KINDS:
         print(f"| {kind} | {right[kind]} of {sum(one.kind == kind for one in asked)} |")
@@ -138,7 +137,9 @@ def drawn(folder: Path, images: int, seed: int) -> None:
     print(f"pairs of a planted photograph with another part: {strange}")
     print(f"{seconds:.0f} s, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB")
     everything = [*trained, *(one for one in asked if not one.kind)]
-    parted = PRODUCTS * 4 // 5
+    parted = products * 4 // 5
+    if not parted:
+        return
     known, new = ([one for one in everything if (one.product < parted) == side] for side in (True, False))
     found = {match.asked for match in find(known, new)}
     print(f"split by product: {len(found)} of {len(new)} photographs of new products flagged, {len(known)} trained on")
@@ -174,11 +175,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--products", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--magnetic_tile", type=Path, help="the folder that holds MT_Blowhole to MT_Uneven")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        drawn(Path(folder), options.images, options.seed)
+        drawn(Path(folder), options.images, options.products, options.seed)
     if options.magnetic_tile:
         tiles(options.magnetic_tile)
 
