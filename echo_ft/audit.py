@@ -113,8 +113,8 @@ def find_matches(trained: Sequence[Path], products: Sequence[str], asked: Sequen
     """Pairs of one of `trained` and one of `asked` that show the same surface, by the order of `asked`.
 
     `products` are those of `trained`: they tell how alike two parts of one product are. Files of equal content match
-    without a look. Memory depends on neither number, but for 100 bytes or so a file, and 20 MB for each product with more
-    than POOL of them.
+    without a look. Memory depends on neither number, but for 100 bytes or so a file, and 20 MB for each product with
+    more than POOL of them.
     Raises EchoError where a photograph is missing or cannot be read: what was not looked at is not clean.
     """
     equal: dict[bytes, list[int]] = defaultdict(list)
