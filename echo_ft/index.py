@@ -1,7 +1,7 @@
 """Nearest neighbours by cosine in a FAISS index, exact or approximate, with exact similarities in any case.
 
 Three kinds: `flat` compares with every vector; `hnsw` is the graph of the paper's code (M = 64); `ivf_pq` looks into
-the lists nearest to the query, over codes of a byte for eight numbers, and ranks what it finds there anew by the
+the lists nearest to the query, over codes of about a byte for eight numbers, and ranks what it finds there anew by the
 vectors themselves.
 """
 

@@ -61,7 +61,7 @@ class PrefixSharingTrainer(SFTTrainer):
         if self._is_whole and narrow:
             raise EchoError(
                 "steps of full tuning round away in weights of 16 bits; set dtype: float32 (with bf16: true, it is "
-                "still computed in bfloat16), or take ZeRO or FSDP, which keep weights of 32 bits beside them"
+                "still computed in bfloat16), or take ZeRO, which keeps weights of 32 bits beside them"
             )
         if self.is_fsdp_enabled:
             check_output_layer(tuned)
