@@ -38,6 +38,9 @@ SYNTHETIC_ELSEWHERE = (
 
 REFERENCE_LEFT_OUT = "the named reference is of the fold that is left out, so no training row may show it"
 
+CONTROL = '"method": "random"'
+"""What marks half the lines of references.jsonl: those that no training row shows."""
+
 TRAINING = ("train", "validation")
 """The splits that have rows for the roles."""
 
@@ -76,7 +79,8 @@ class Material:
 
     def training_cases(self) -> Iterator[tuple[Inspection, Case]]:
         """The photographs of TRAINING with questions, each with its case as `echo_ft.dataset.cases` gives it."""
-        references = by_inspection(self.inspections, read_jsonl(self.folder / "references.jsonl", Reference))
+        shown = read_jsonl(self.folder / "references.jsonl", Reference, without=CONTROL)
+        references = by_inspection(self.inspections, shown)
         questions = by_inspection(self.inspections, read_jsonl(self.folder / "questions.jsonl", Question))
         for inspection, beside, asked in zip(self.inspections, references, questions, strict=True):
             if inspection.split in TRAINING:

@@ -34,7 +34,7 @@ LIMIT = 400
 SIDE, ASIDE = 224, 144
 """Longer side of its images, in pixels: of the photograph and its first reference, and of further references."""
 
-OWNER = re.compile(r'"(?:case|inspection)": ("(?:[^"\\]|\\.)*")')
+OWNER = re.compile(r'"(?:case|inspection)": ("[^"\\]*(?:\\.[^"\\]*)*")')
 """Whose row a line of JSON is. Of 200,000 rows few are on the page, and parsing all would take most of its time."""
 
 

@@ -94,12 +94,11 @@ def write_sft(
     return sides, [case for name, case in rowed.items() if name not in trained]
 
 
-AHEAD = AT_HAND // 3
-"""Images that are read while cases with as many others are written: those of both stay at hand in `echo_ft.targets`."""
-
-
 def read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
-    """The cases as they come, their images read in threads before it is their turn."""
+    """The cases as they come, their images read in threads before it is their turn.
+
+    Nothing is read while cases are written: that would wait for the interpreter's lock, and make the writing wait.
+    """
 
     def read(images: Sequence[str]) -> None:
         for image in images:
@@ -107,22 +106,18 @@ def read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator
 
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
-        before: list[tuple[Inspection, Case]] = []
         for chunk, images in _chunks(cases):
-            reading = pool.map(read, [images[thread::threads] for thread in range(threads)])
-            yield from before
-            list(reading)
-            before = chunk
-        yield from before
+            list(pool.map(read, [images[thread::threads] for thread in range(threads)]))
+            yield from chunk
 
 
 def _chunks(cases: Iterable[tuple[Inspection, Case]]) -> Iterator[tuple[list[tuple[Inspection, Case]], list[str]]]:
-    """The cases in chunks, each with its images: as many cases as have up to AHEAD, but one at least."""
+    """The cases in chunks, each with its images: as many cases as have up to AT_HAND, but one at least."""
     chunk: list[tuple[Inspection, Case]] = []
     images: dict[str, None] = {}
     for inspection, case in cases:
         own = dict.fromkeys((case.seen.query, *(reference.image for reference in case.seen.references)))
-        if chunk and len(images | own) > AHEAD:
+        if chunk and len(images | own) > AT_HAND:
             yield chunk, list(images)
             chunk, images = [], {}
         chunk.append((inspection, case))

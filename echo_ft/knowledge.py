@@ -161,6 +161,7 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
+@lru_cache  # asked for each photograph, of every condition and product
 def readable(name: str) -> str:
     """The name of a condition or product as words: `broken_large` is `broken large`, `good` is `free of defects`."""
     return "free of defects" if name == GOOD else " ".join(name.replace("_", " ").replace("-", " ").split())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from echo_ft import geometry
@@ -120,5 +121,6 @@ def slug(kind: str) -> str:
     return kind.lower().replace(" ", "-")
 
 
+@lru_cache  # the options of a product are its own for every photograph
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")

@@ -227,7 +227,7 @@ def _fields(record: Any) -> dict[str, Any]:
     raise TypeError(f"a record holds a {type(record).__name__}, which JSON has not")
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, default=_fields)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_fields)
 
 
 def to_json(record: Any) -> str:
@@ -276,13 +276,15 @@ def _restore(hint: Any, value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path, cls: type[Record]) -> Iterator[Record]:
-    """The records of a JSON-lines file.
+def read_jsonl(path: Path, cls: type[Record], without: str = "") -> Iterator[Record]:
+    """The records of a JSON-lines file, but for lines that hold the text `without`, which are not even parsed.
 
     Raises EchoError with file and line where a row is not such a record.
     """
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
+            if without and without in line:
+                continue
             try:
                 yield from_dict(cls, json.loads(line))
             except (json.JSONDecodeError, TypeError, AttributeError) as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from echo_ft.records import GOOD, KINDS, LETTERS, ROLES, Branch, EchoError, Exchange, Question, Seen, Upstream
 
@@ -149,6 +150,7 @@ def entries(seen: Seen) -> str:
     return "".join(f"- {one_line(entry.condition)}: {one_line(entry.description)}\n" for entry in seen.knowledge)
 
 
+@lru_cache(maxsize=1024)  # the texts of a product and of a kind of question come again in every prompt
 def one_line(text: str) -> str:
     """Text with its white space folded, so that words from outside cannot change a prompt's layout."""
     return " ".join(text.split())

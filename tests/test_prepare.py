@@ -15,13 +15,24 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.images import image_fault
-from data_prep.prepare import by_inspection, divide
+from data_prep.prepare import CONTROL, by_inspection, divide
 from data_prep.settings import BuildConfig
 from data_prep.sources import NAMES
 from data_prep.training_rows import MAX_REPEATS, balanced, read_ahead
 from echo_ft import geometry
 from echo_ft.dataset import cases, load_dataset
-from echo_ft.records import ROLES, Case, EchoError, Inspection, Reference, Rejection, Seen, Truth, read_jsonl
+from echo_ft.records import (
+    ROLES,
+    Case,
+    EchoError,
+    Inspection,
+    Reference,
+    Rejection,
+    Seen,
+    Truth,
+    read_jsonl,
+    write_jsonl,
+)
 from echo_ft.splits import REFERENCE, make_splits
 from echo_ft.targets import LOOK, look
 from tests.drawn_parts import arguments, config, draw_manifest, edit_rows, rows, run
@@ -77,6 +88,13 @@ def test_records_out_of_the_order_of_their_inspections_are_an_error_and_none_is_
     for wrong in (records[::-1], [*records, Reference("d", "n.png", 1.0, 1)], [*records, records[0]]):
         with pytest.raises(ValueError, match="are not in the order of the inspections"):
             list(by_inspection(inspections, wrong))
+
+
+@pytest.mark.parametrize("method", ["retrieved", "given", "random"])
+def test_of_the_references_training_passes_over_the_random_ones_alone(tmp_path, method):
+    named = Reference(f"part {CONTROL}", f"{CONTROL}.png", 1.0, 1, method)
+    write_jsonl(tmp_path / "references.jsonl", [named])
+    assert list(read_jsonl(tmp_path / "references.jsonl", Reference, without=CONTROL)) == [named] * (method != "random")
 
 
 @pytest.mark.parametrize("k", [1, 3, 12, 100])
