@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft import config as configs
-from echo_ft.audit import BEYOND, NEAREST, POOL, SAME, Match, digests, find_matches
+from echo_ft.audit import BEYOND, SAME, Match, digests, find_matches
 from echo_ft.dataset import Dataset, load_dataset
 from echo_ft.images import load_image
 from echo_ft.knowledge import ALIASES
+from echo_ft.perceptual import NEAREST, POOL
 from echo_ft.provenance import commit, versions
 from echo_ft.records import EchoError, Inspection, Reference, read_jsonl, write_whole
 from echo_ft.splits import part

@@ -47,15 +47,15 @@ def test_every_planted_leak_is_found_and_no_other_part_is_taken_for_one(planted)
 
 def test_a_crop_is_found_among_many_photographs_of_its_product(tmp_path, monkeypatch):
     """By the hashes alone a third of a product's other parts are nearer to a crop than what it was cut from."""
-    monkeypatch.setattr("echo_ft.audit.POOL", 24)
-    monkeypatch.setattr("echo_ft.audit.APART", 12)
+    monkeypatch.setattr("echo_ft.perceptual.POOL", 24)
+    monkeypatch.setattr("echo_ft.perceptual.APART", 12)
     trained, _ = plant(tmp_path, products=1, trained=120, clean=0, leaks=0, seed=0)
     rng = np.random.default_rng(0)
     crops = [alter(one.path, tmp_path / f"crop{number}", "crop", rng) for number, one in enumerate(trained[::20])]
     paths = [one.path for one in trained]
     matches = find_matches(paths, ["part"] * len(paths), crops)
     assert [(match.trained, match.asked) for match in matches] == [(20 * number, number) for number in range(6)]
-    monkeypatch.setattr("echo_ft.audit.APART", 0)
+    monkeypatch.setattr("echo_ft.perceptual.APART", 0)
     assert len(find_matches(paths, ["part"] * len(paths), crops)) < len(crops)
 
 
@@ -95,7 +95,7 @@ def test_small_chunks_and_blocks_change_nothing(planted, monkeypatch):
     whole = find(trained, asked)
     assert whole
     monkeypatch.setattr("echo_ft.audit.CHUNK", 7)
-    monkeypatch.setattr("echo_ft.audit.BLOCK", 11)
+    monkeypatch.setattr("echo_ft.perceptual.BLOCK", 11)
     assert find(trained, asked) == whole
 
 
