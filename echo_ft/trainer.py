@@ -199,6 +199,20 @@ class PrefixSharingTrainer(SFTTrainer):
             return
         super()._run_epoch(*arguments, **options)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, but that an adapter under ZeRO-2 is saved from the model in memory.
+
+        There, transformers (5.23) first copies all weights, the frozen ones too, into every process's main memory: it
+        leaves those out under ZeRO-3 alone.
+        """
+        deepspeed = self.is_deepspeed_enabled
+        adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        self.is_deepspeed_enabled = deepspeed and (is_deepspeed_zero3_enabled() or not adapted)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.is_deepspeed_enabled = deepspeed
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Under DeepSpeed and FSDP every process comes here.
         folder = Path(output_dir or str(self.args.output_dir))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from echo_ft.records import EchoError
-from echo_ft.trainer import check_output_layer
+from echo_ft.trainer import PrefixSharingTrainer, check_output_layer
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.test_sft import ALIKE, losses, run_in_process, tiny
 
@@ -51,6 +51,25 @@ def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(plain, dataset, tmp
     same = ["--use_rslora", "true", "--lora_alpha", int(alpha // r**0.5)]
     run_in_process(*tiny("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *same))
     assert losses(tmp_path) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_an_adapter_under_zero_2_is_saved_without_a_copy_of_the_base(plain, dataset, tmp_path, monkeypatch):
+    save = PrefixSharingTrainer.save_model
+    saved = []
+
+    def as_under_zero_2(self, *arguments, **options):
+        self.is_deepspeed_enabled = True  # without an engine: the Trainer's own way would fail
+        save(self, *arguments, **options)
+        saved.append(self.is_deepspeed_enabled)
+        self.is_deepspeed_enabled = False
+
+    monkeypatch.setattr(PrefixSharingTrainer, "save_model", as_under_zero_2)
+    run_in_process(*tiny("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE))
+    assert saved == [True]
+    expected = load_file(plain / "adapter_model.safetensors")
+    for name, weight in load_file(tmp_path / "adapter_model.safetensors").items():
+        assert torch.equal(weight, expected.pop(name)), name
+    assert not expected
 
 
 def full(dataset, output, *more):
