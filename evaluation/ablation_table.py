@@ -16,8 +16,8 @@ from echo_ft.mmad_scorer import AVERAGE
 from echo_ft.records import KINDS, Prediction, write_whole
 from echo_ft.sheets import make_sheet
 from evaluation import pages
-from evaluation.compare import TOGETHER, Group, compare, p_text
-from evaluation.pages import percent, show, signed, text_table
+from evaluation.comparison import TOGETHER, Group, compare
+from evaluation.pages import p_text, percent, show, signed, text_table
 from evaluation.reading import load_run
 from evaluation.score import thin_sides
 

@@ -92,6 +92,11 @@ def interval(name: str, value: Sequence[float] | None) -> str:
     return "–" if value is None else f"{show(name, value[0])} to {show(name, value[1])}"
 
 
+def p_text(value: float) -> str:
+    """`0.013`, or `< 0.001`."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def reach(bounds: Iterable[float]) -> int:
     """Points to each side of zero that a drawing of differences needs, `bounds` being their sizes."""
     largest = max(bounds, default=0)

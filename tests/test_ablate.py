@@ -22,6 +22,7 @@ from echo_ft.engine import Engine
 from echo_ft.records import KINDS, ROLES, EchoError, Prediction, Trace, read_jsonl
 from echo_ft.runs import PREDICTIONS, RUN, TRACES, RunFolder
 from evaluation import ablate, ablation_table, compare
+from evaluation.comparison import TOGETHER
 from evaluation.run import main as run_main
 from evaluation.run import prepare
 from evaluation.settings import RunConfig
@@ -124,7 +125,7 @@ def test_the_table_is_that_of_evaluation_compare(done, tmp_path):
             assert found[name]["figures"][key] == {"value": figure["value"], "interval": None}
         assert found[name]["counts"] == run["counts"] and found[name]["cases"] == 3
     for name, difference in zip(names[1:], expected["differences"], strict=True):
-        ours, test = found[name]["difference"], difference["mcnemar"][compare.TOGETHER]
+        ours, test = found[name]["difference"], difference["mcnemar"][TOGETHER]
         for key, figure in difference["figures"].items():
             assert ours["figures"][key] == {"difference": figure["difference"], "interval": None}
         assert (ours["won"], ours["lost"], ours["p_holm"]) == (test["only_run"], test["only_baseline"], test["p_holm"])
@@ -325,7 +326,7 @@ def test_a_cell_on_other_questions_is_compared_on_those_that_both_were_asked(tmp
     ])  # fmt: skip
     expected = json.loads((tmp_path / "compare" / "comparison.json").read_text())["differences"][0]
     assert novel["difference"]["figures"] == expected["figures"] and expected["figures"]["AUROC"]["interval"]
-    assert novel["difference"]["p_holm"] == expected["mcnemar"][compare.TOGETHER]["p"]
+    assert novel["difference"]["p_holm"] == expected["mcnemar"][TOGETHER]["p"]
     assert other["difference"] is None and seen["difference"] is None
     assert table["warnings"] == ["novel, other: odd", "other: new"]
     told = ablation_table.text(table)
