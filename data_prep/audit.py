@@ -192,7 +192,8 @@ def _by_pixels(pairs: Sequence[Mapping[str, Any]], trained: Side, asked: Side) -
 
 
 def _by_records(trained: Side, asked: Side, apart: bool) -> list[Finding]:
-    groups = {part(one) for one in trained.cases.values()} & {part(one) for one in asked.cases.values()}
+    elsewhere = trained.dataset.root != asked.dataset.root
+    groups = _groups(trained, elsewhere) & _groups(asked, elsewhere)
     products = _products(trained) & _products(asked)
     beside = _contents(asked, sorted(asked.references))
     known = beside.keys() & _contents(trained, sorted(trained.cases)).keys() if beside else set()
@@ -228,6 +229,15 @@ def _by_records(trained: Side, asked: Side, apart: bool) -> list[Finding]:
     ]
 
 
+def _groups(side: Side, elsewhere: bool) -> set[tuple[str, ...]]:
+    """The parts of a side's cases.
+
+    Where the other side's images are `elsewhere`, a photograph that is its own group is none: its group is its path,
+    and below another root that is another file.
+    """
+    return {part(one) for one in side.cases.values() if not (elsewhere and one.group == one.image)}
+
+
 def _contents(side: Side, images: Sequence[str]) -> dict[bytes, str]:
     return dict(zip(digests([side.dataset.root / image for image in images]), images, strict=True))
 
@@ -259,9 +269,11 @@ def _described(side: Side, splits: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(report: Mapping[str, Any], trained: Side, asked: Side, output: Path) -> None:
-    train = trained.dataset
-    audits = train.manifest.get("audits", {})
-    audits[asked.dataset.fingerprint] = {key: report[key] for key in ("leak", "verdict", "evaluation", "commit")}
+    train = load_dataset(trained.dataset.folder)  # as it is now: other audits may have ended since this one began
+    if train.fingerprint != trained.dataset.fingerprint:
+        raise EchoError(f"{train.folder} was built anew during the audit; audit it again")
+    verdict = {key: report[key] for key in ("leak", "verdict", "evaluation", "commit")}
+    audits = {**train.manifest.get("audits", {}), asked.dataset.fingerprint: verdict}
     manifest = {**train.manifest, "audits": audits}
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -69,17 +69,12 @@ def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
     names = geometry.mask_files(inspection)
     if not names and not inspection.polygons:
         return None
-    width, height = size = images.image_size(root / inspection.image)
     for name in names:
         fault = image_fault(root / name, photograph=False)
         if fault:
             return MaskFault(f"mask {name}: {fault}")
-        found = images.image_size(root / name)
-        if found != size:
-            sizes = f"{found[0]} x {found[1]} pixels, the photograph {width} x {height}"
-            return MaskFault(f"mask {name}: it has {sizes}")
     try:
-        marks = geometry.load_mask(inspection, root, size)
+        marks = geometry.load_mask(inspection, root, images.image_size(root / inspection.image))
     except EchoError as error:
         return MaskFault(str(error), photograph_stands=not names)
     marked = marks is not None and bool(marks.any())

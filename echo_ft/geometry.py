@@ -127,7 +127,7 @@ def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
 
     `size` is (width, height) of the photograph in pixels. True is where any of the mask images is not black (of a JPEG:
     brighter than half); without a mask image, inside any polygon or box. Raises EchoError where a mask cannot be read
-    or has other proportions than the photograph, and where a polygon or box has no pixel in it.
+    or has another size than the photograph, and where a polygon or box has no pixel in it.
     """
     files = mask_files(marked)
     if files:
@@ -140,14 +140,12 @@ def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
 def _read_mask(root: Path, name: str, size: tuple[int, int]) -> Mask:
     values = _marks(root / name, name)
     width, height = size
-    if abs(values.shape[1] * height - values.shape[0] * width) > max(width, height):
+    if values.shape != (height, width):
         found = f"{values.shape[1]} x {values.shape[0]}"
         raise EchoError(
             f"mask {name} has {found} pixels, its photograph {width} x {height}; "
             "use the mask that was made for this photograph"
         )
-    if values.shape != (height, width):
-        values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
     return values
 
 

@@ -257,6 +257,51 @@ def test_each_evaluation_keeps_its_verdict_in_the_manifest(tmp_path):
     assert {name: one["leak"] for name, one in audits.items()} == {"of other": True, "of parts": False}
 
 
+def test_what_happens_to_the_folder_during_an_audit_is_not_undone(tmp_path, monkeypatch):
+    rows = clean(tmp_path)
+    folder = dataset(tmp_path / "parts", rows)
+    copied = Path(shutil.copy(tmp_path / "train5.png", tmp_path / "copied.png"))
+    other = dataset(
+        tmp_path / "other", [Inspection("copied", copied.name, "elsewhere", "ring", "good", "ring", "test")]
+    )
+
+    def meanwhile(event):
+        def find(*arguments):
+            monkeypatch.undo()
+            event()
+            return find_matches(*arguments)
+
+        monkeypatch.setattr("data_prep.audit.find_matches", find)
+
+    def build_anew():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "new"}))
+
+    meanwhile(lambda: audit(AuditConfig([folder, other])))
+    audit(AuditConfig([folder]))
+    audits = load_dataset(folder).manifest["audits"]
+    assert {name: one["leak"] for name, one in audits.items()} == {"of other": True, "of parts": False}
+    meanwhile(build_anew)
+    with pytest.raises(EchoError, match="parts was built anew during the audit; audit it again"):
+        audit(AuditConfig([folder]))
+    assert load_dataset(folder).fingerprint == "new"
+
+
+def test_a_path_that_two_roots_have_is_no_part_on_both_sides_but_a_named_part_is(tmp_path):
+    folders = []
+    for place, seed in (("first", 0), ("second", 500)):
+        root = tmp_path / place
+        root.mkdir()
+        rows = [
+            photograph(root, f"{number}.png", split, seed + number) for number, split in enumerate(["train", "test"])
+        ]
+        rows += [
+            photograph(root, f"part-{place}-{split}.png", split, seed + 9, group="part") for split in ("train", "test")
+        ]
+        folders.append(dataset(root / "dataset", rows))
+    assert found(AuditConfig(folders, shared_products=True))["groups"] == (1, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

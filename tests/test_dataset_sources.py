@@ -274,7 +274,7 @@ def test_each_of_several_masks_counts_for_the_fingerprint_of_a_dataset(tmp_path)
 @pytest.mark.parametrize(
     ("change", "words", "stands"),
     [
-        (lambda path: draw(path, 255, (20, 20)), "20 x 20 pixels, the photograph 32 x 24", False),
+        (lambda path: draw(path, 255, (20, 20)), "20 x 20 pixels, its photograph 32 x 24", False),
         (lambda path: path.write_bytes(b"content"), "broken", False),
         (lambda path: [draw(file, 0) for file in path.parent.iterdir()], "marks nothing", True),
     ],

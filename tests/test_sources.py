@@ -201,6 +201,17 @@ def test_folder_passes_nothing_over_in_silence(tmp_path):
     assert "<product>/<split>/<condition>" in found["cap/test/001.png"] and ".png" in found["cap/test/dent/003.heic"]
 
 
+def test_folder_takes_no_other_word_for_good_as_a_defect(tmp_path):
+    for name in ("bolt/train/good/0", "bolt/test/bent/1", "nut/train/OK/0", "nut/test/normal/1", "nut/test/bent/2"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(path)
+    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    assert [(i.product, i.condition) for i in inspections] == [("bolt", "good"), ("bolt", "bent"), ("nut", "bent")]
+    assert [r.item for r in rejections] == ["nut/train/OK", "nut/test/normal"]
+    assert all("is written 'good' for a part without a defect" in r.reason for r in rejections)
+
+
 def test_folder_says_which_mask_is_missing_beside_others(tmp_path):
     draw(tmp_path / "cap/test/dent/000.png")
     draw(tmp_path / "cap/test/dent/001.png")
@@ -248,6 +259,9 @@ BAD_ROWS = [
     ({"condition": ""}, "condition is missing"),
     ({"condition": "OK"}, "'good'"),
     ({"condition": "Good"}, "'good'"),
+    ({"condition": "bent + OK"}, "'good'"),
+    ({"condition": "bent+good"}, "joins a defect with 'good'"),
+    ({"condition": "bent+"}, "or with nothing"),
     ({"split": "training"}, "none of train, validation, test"),
     ({"mask": "missing.png"}, "mask missing.png"),
     ({"reference": "missing.png"}, "reference missing.png"),
@@ -267,6 +281,33 @@ def test_manifest_rejects_a_bad_row_by_its_line(tmp_path, change, words):
     assert [i.image for i in inspections] == ["a.png"]
     assert [r.item for r in rejections] == ["parts.csv:3"]
     assert re.search(words, rejections[0].reason)
+
+
+def test_manifest_joins_several_defects_in_one_way_however_they_are_written(tmp_path):
+    """As other words they would be a defect of their own: holding `melt` out would leave `bent + melt` in training."""
+    rows = [
+        {"image": f"{number}.png", "product": "cap", "condition": condition}
+        for number, condition in enumerate(["bent + melt", "melt+bent", " bent+melt+bent "])
+    ]
+    for row in rows:
+        draw(tmp_path / row["image"])
+    path = write_csv(tmp_path / "parts.csv", rows, ["image", "product", "condition"])
+    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == [] and [i.condition for i in inspections] == ["bent+melt"] * 3
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_manifest_leaves_columns_of_other_meaning_alone(tmp_path, kind):
+    others = {"image_id": "7", "product_id": "8", "bent": "0", "broken": "1"}
+    rows = [{"image": "a.png", "product": "cap", "condition": "good", **others}]
+    draw(tmp_path / "a.png")
+    path = tmp_path / f"parts.{kind}"
+    if kind == "csv":
+        write_csv(path, rows, list(rows[0]))
+    else:
+        path.write_text(json.dumps(rows[0]) + "\n")
+    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == [] and [i.image for i in inspections] == ["a.png"]
 
 
 def test_manifest_rejects_a_row_with_more_cells_than_columns(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.sources import RowError
 from echo_ft.images import image_size
 from echo_ft.records import GOOD, EchoError
-from echo_ft.splits import SPLITS, join_kinds
+from echo_ft.splits import SEVERAL, SPLITS, join_kinds
 
 OTHER_WORDS_FOR_GOOD = frozenset({"ok", "normal", "none", "free", "defect-free", "pass"})
 
@@ -44,6 +44,17 @@ def check_condition(condition: str) -> str:
     if condition != GOOD and (condition.casefold() == GOOD or condition.casefold() in OTHER_WORDS_FOR_GOOD):
         raise RowError(f"condition {condition!r} is written {GOOD!r} for a part without a defect")
     return condition
+
+
+def named_condition(text: str) -> str:
+    """The condition that a list or a folder names: one kind of defect, several joined (`bent + melt`), or `good`.
+
+    Raises RowError as `check_condition` does, and where `good` or nothing is joined with a defect.
+    """
+    kinds = [check_condition(kind.strip()) for kind in text.split(SEVERAL)]
+    if "" in kinds or (GOOD in kinds and len(kinds) > 1):
+        raise RowError(f"condition {text!r} joins a defect with {GOOD!r} or with nothing; name the defects alone")
+    return join_kinds(kinds)
 
 
 def condition_of(labels: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from data_prep.images import list_images
-from data_prep.sources import Items, SourceConfig, entries, passed_over
+from data_prep.sources import Items, RowError, SourceConfig, entries, passed_over
+from data_prep.sources._rows import named_condition
 from echo_ft.records import EchoError, Inspection, Rejection
 from echo_ft.splits import SPLITS
 
@@ -53,7 +54,11 @@ def read_tree(
             places = [path for path in entries(folder) if path.is_dir()]
             yield from passed_over(root, folder, places, "")
             for place in places:
-                condition = (conditions or {}).get(place.name, place.name)
+                try:
+                    condition = (conditions or {}).get(place.name) or named_condition(place.name)
+                except RowError as error:
+                    yield Rejection(place.relative_to(root).as_posix(), f"the folder is passed over: {error}")
+                    continue
                 yield from _photographs(root, dataset, product, place, condition, masks)
         yield from _masks_of_nothing(root, product / MASKS, masks)
 

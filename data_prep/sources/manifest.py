@@ -1,7 +1,7 @@
 """A list of photographs that a person or an annotation tool can write.
 
 - CSV with a header, or JSON lines, one row a photograph. Needed are `image`, `product` and `condition` (`good` for a
-  part without a defect; several defects are joined: `bent+melt`). Optional are `mask` (an image file), `boxes`
+  part without a defect; several defects are joined in any order: `bent+melt`). Optional are `mask` (an image file), `boxes`
   ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical part
   share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
   (by default the list's name) and `synthetic` (the method of `echo_ft.anomalies` that made a defect which no camera
@@ -24,7 +24,7 @@ from typing import Any
 from data_prep.sources import Items, Place, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
-from data_prep.sources._rows import check_condition, needed_text, split_of, text_of
+from data_prep.sources._rows import named_condition, needed_text, split_of, text_of
 from echo_ft.anomalies import METHODS
 from echo_ft.records import GOOD, EchoError, Inspection, Rejection
 
@@ -47,6 +47,8 @@ def read(config: SourceConfig) -> Items:
     first_line: dict[str, int] = {}
     for line, row in rows:
         try:
+            if isinstance(row, RowError):
+                raise row
             inspection = _inspection(row, config.root, path.stem)
             if inspection.image in first_line:
                 raise RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
@@ -57,7 +59,8 @@ def read(config: SourceConfig) -> Items:
             yield Rejection(f"{path.name}:{line}", str(error))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
+    """Line and cells of each row, or what is wrong with it; so for `_jsonl_rows`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -66,13 +69,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
                 if any(cell.strip() for cell in surplus):  # spreadsheets leave empty ones
-                    cells = {"broken": "it has more cells than the header has columns; quote a cell that holds a comma"}
-                yield reader.line_num, cells
+                    words = "it has more cells than the header has columns; quote a cell that holds a comma"
+                    yield reader.line_num, RowError(words)
+                else:
+                    yield reader.line_num, cells
     except (UnicodeDecodeError, csv.Error) as error:
         raise EchoError(f"{path} is not a CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
     try:
         # Not splitlines(): it also parts at U+2028, U+2029 and U+0085, which JSON leaves as they are within a text.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -84,22 +89,23 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            row = {"broken": f"the line is not JSON ({error})"}
+            yield number, RowError(f"the line is not JSON ({error})")
+            continue
         if isinstance(row, dict):
-            if "broken" not in row:
-                _check_columns(path, row, needed=False)
+            _check_columns(path, row, needed=False)
             yield number, row
         else:
-            yield number, {"broken": "the line is not a JSON object"}
+            yield number, RowError("the line is not a JSON object")
 
 
 def _check_columns(path: Path, names: Collection[str], needed: bool = True) -> None:
     missing = [column for column in NEEDED if column not in names]
     if needed and missing:
         raise EchoError(f"{path} has no column {missing[0]!r}; needed are {', '.join(NEEDED)}; {_found(names)}")
+    absent = [column for column in COLUMNS if column not in names]
     for name in names:
         # A misspelt `group` or `split` that went unnoticed would leak; columns of other meaning are left alone.
-        near = name not in COLUMNS and difflib.get_close_matches(str(name), COLUMNS, n=1, cutoff=0.75)
+        near = name not in COLUMNS and difflib.get_close_matches(str(name), absent, n=1, cutoff=0.75)
         if near:
             raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
 
@@ -116,10 +122,8 @@ def _found(names: Collection[str]) -> str:
 
 
 def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
-    if "broken" in row:
-        raise RowError(row["broken"])
     image, product = needed_text(row, "image"), needed_text(row, "product")
-    condition = check_condition(needed_text(row, "condition"))
+    condition = named_condition(needed_text(row, "condition"))
     split = split_of(row)
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
