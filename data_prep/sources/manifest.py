@@ -1,9 +1,9 @@
 """A list of photographs that a person or an annotation tool can write.
 
 - CSV with a header, or JSON lines, one row a photograph. Needed are `image`, `product` and `condition` (`good` for a
-  part without a defect; several defects are joined in any order: `bent+melt`). Optional are `mask` (an image file), `boxes`
-  ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical part
-  share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
+  part without a defect; several defects are joined in any order: `bent+melt`). Optional are `mask` (an image file),
+  `boxes` ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical
+  part share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
   (by default the list's name) and `synthetic` (the method of `echo_ft.anomalies` that made a defect which no camera
   saw: `data_prep.synthesize` fills it).
 - COCO JSON: see `_coco`.
