@@ -29,7 +29,7 @@ from typing import Any
 
 from echo_ft import config as configs
 from echo_ft.audit import BEYOND, SAME, Match, digests, find_matches
-from echo_ft.dataset import Dataset, load_dataset
+from echo_ft.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.images import load_image
 from echo_ft.knowledge import ALIASES
 from echo_ft.perceptual import NEAREST, POOL
@@ -106,7 +106,8 @@ def main(argv: list[str]) -> None:
 def audit(config: AuditConfig) -> dict[str, Any]:
     """Compare, and write audit.json, audit.html and the verdict in the manifest; returns what audit.json holds.
 
-    Raises EchoError for folders that are no datasets, a side without photographs, and photographs that are gone.
+    Raises EchoError for folders that are no datasets, a side without photographs, and photographs that are gone or
+    are not those that the dataset was built from.
     """
     if not 1 <= len(config.folders) <= 2:
         raise EchoError(
@@ -117,6 +118,8 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     seen = sorted(trained.cases.keys() | trained.references)
     queries = sorted(asked.cases)
     products = [trained.products.get(path, "") for path in seen]
+    require_unchanged(train, seen)
+    require_unchanged(evaluation, queries)
     matches = find_matches([train.root / path for path in seen], products, [evaluation.root / path for path in queries])
     pairs = [_pair(match, seen[match.trained], queries[match.asked], trained, asked) for match in matches]
     findings = [*_by_pixels(pairs, trained, asked), *_by_records(trained, asked, _apart(config, train))]

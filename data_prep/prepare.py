@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -312,7 +313,7 @@ def describe(inspections: Sequence[Inspection], known: Knowledge) -> tuple[Descr
 
 
 def doubts(inspections: Sequence[Inspection], known: Knowledge) -> list[str]:
-    """Where the knowledge and the photographs do not fit together, a sentence each."""
+    """Where names, the knowledge and the photographs do not fit together, a sentence each."""
     from echo_ft.knowledge import misspelt, products_of
 
     found: list[str] = []
@@ -336,7 +337,21 @@ def doubts(inspections: Sequence[Inspection], known: Knowledge) -> list[str]:
         found.append(f"no knowledge of conditions, so their names stand in: {some(bare)}")
     for held, places in unknown.items():
         found.append(f"no knowledge, so the names of the conditions stand in: {some(places)}{held}")
-    return found
+    return found + two_spellings(inspections)
+
+
+def two_spellings(inspections: Sequence[Inspection]) -> list[str]:
+    """Products, and conditions, of a dataset whose names differ in case and marks alone, a sentence for each name."""
+    found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for (dataset, product), conditions in conditions_of(inspections).items():
+        for what, name in (("products", product), *(("conditions", condition) for condition in conditions)):
+            found[dataset, what, " ".join(re.findall(r"[^\W_]+", name.casefold()))].add(name)
+    return [
+        f"{what} of {dataset} that differ in their spelling alone: {', '.join(sorted(names))}; "
+        "if they are one, spell them alike"
+        for (dataset, what, _), names in found.items()
+        if len(names) > 1
+    ]
 
 
 def some(names: Collection[str], most: int = 3) -> str:

@@ -87,7 +87,7 @@ class RunFolder:
             self._own = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
             if self._own != folder:
                 self._own.mkdir(parents=True, exist_ok=True)
-                self._locks.append(_lock(self._own))
+                self._locks.append(lock(self._own))
         except BaseException:
             self.close()
             raise
@@ -153,7 +153,7 @@ class RunFolder:
         if not described.is_file() and self.folder.is_dir() and any(p.name not in ours for p in self.folder.iterdir()):
             raise EchoError(f"{self.folder} is not empty and holds no run; choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._locks.append(_lock(self.folder))
+        self._locks.append(lock(self.folder))
         if described.is_file():
             self._go_on(_description(described))
         self._describe(complete=False)
@@ -201,7 +201,7 @@ class RunFolder:
         shards = self.folder / SHARDS
         folders = [self.folder, *sorted(shards.glob("*/"))]
         for shard in folders[1:]:  # a process that outlived the first of its run may still write there
-            _lock(shard).close()
+            lock(shard).close()
         done = self._answered(folders, failed)
         predictions = (
             row for row in _rows(folders, PREDICTIONS, Prediction) if row.case in done and (failed or row.error is None)
@@ -251,8 +251,11 @@ def _distinct(rows: Iterable[Record], key: Callable[[Record], Hashable]) -> Iter
             yield row
 
 
-def _lock(folder: Path) -> TextIO:
-    """The folder's lock, which the kernel takes back when the process ends, however it ends."""
+def lock(folder: Path, option: str = "--output") -> TextIO:
+    """A folder's lock until it is closed; the kernel takes it back when the process ends, however it ends.
+
+    Raises EchoError, naming the `option` that chooses another folder, while another process holds it.
+    """
     import fcntl  # Windows has none, and can still score the runs of other machines
 
     file = _append(folder / LOCK)
@@ -261,7 +264,7 @@ def _lock(folder: Path) -> TextIO:
     except BlockingIOError as error:
         file.close()
         raise EchoError(
-            f"another process writes to {folder}; wait until it ends, or choose another --output"
+            f"another process writes to {folder}; wait until it ends, or choose another {option}"
         ) from error
     except OSError as error:  # some network file systems have no locks; a run on them is still worth having
         warnings.warn(f"{folder} cannot be locked ({error}): start no second run there meanwhile", stacklevel=3)

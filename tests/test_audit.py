@@ -20,7 +20,8 @@ from benchmarks.data.audit import KINDS, Planted, alter, find, plant
 from data_prep.audit import AuditConfig, audit
 from data_prep.sources import SourceConfig, magnetic_tile
 from echo_ft.audit import evidence, find_matches
-from echo_ft.dataset import FORMAT, load_dataset
+from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint, load_dataset
+from echo_ft.provenance import content_hash
 from echo_ft.records import EchoError, Inspection, Reference, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -285,6 +286,19 @@ def test_what_happens_to_the_folder_during_an_audit_is_not_undone(tmp_path, monk
     with pytest.raises(EchoError, match="parts was built anew during the audit; audit it again"):
         audit(AuditConfig([folder]))
     assert load_dataset(folder).fingerprint == "new"
+
+
+def test_a_photograph_that_was_changed_since_the_build_is_an_error(tmp_path):
+    rows = clean(tmp_path)
+    folder = dataset(tmp_path / "parts", rows)
+    digests = {row.image: content_hash(tmp_path / row.image).hex() for row in rows}
+    (folder / DIGESTS).write_text(json.dumps(digests))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"images_fingerprint": images_fingerprint(digests)}))
+    assert not audit(AuditConfig([folder]))["leak"]
+    shutil.copy(tmp_path / "train5.png", tmp_path / "test1.png")
+    with pytest.raises(EchoError, match=r"1 of 4 images .* are not those that .* was built from \(such as test1.png\)"):
+        audit(AuditConfig([folder]))
 
 
 def test_a_path_that_two_roots_have_is_no_part_on_both_sides_but_a_named_part_is(tmp_path):

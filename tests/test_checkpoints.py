@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from echo_ft.records import EchoError
+from echo_ft.runs import LOCK, lock
 from tests.conftest import ROOT, make_dataset
 from tests.test_sft import ALIKE, BIN, launch, run_in_process, tiny
 
@@ -103,6 +104,21 @@ def test_a_finished_adapter_is_not_replaced_and_a_run_says_where_it_starts(datas
     (tmp_path / "out" / "echo_ft.json").unlink()
     with pytest.raises(EchoError, match="holds checkpoints of an earlier run; go on with it by"):
         run_in_process(*once)
+
+
+def test_a_second_training_into_one_folder_is_refused_and_leaves_it_alone(dataset, tmp_path):
+    once = tiny("reference_extractor", dataset, tmp_path / "out", *ALIKE[:-2], "--max_steps", 1)
+    (tmp_path / "out").mkdir()
+    with lock(tmp_path / "out"):
+        run_in_process(*once, "--dry_run")
+        with pytest.raises(EchoError, match=r"another process writes to .*out; .* choose another output_dir"):
+            run_in_process(*once)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    run_in_process(*once)
+    assert (tmp_path / "out" / "echo_ft.json").is_file()
+    nowhere = tmp_path / "out" / "echo_ft.json" / "out"
+    with pytest.raises(EchoError, match=r"output_dir .*out cannot be made \(Not a directory\); choose another"):
+        run_in_process(*tiny("reference_extractor", dataset, nowhere, *ALIKE[:-2], "--max_steps", 1))
 
 
 def test_gone_on_with_from_its_last_step_a_run_ends_with_the_same_adapter(dataset, tmp_path):

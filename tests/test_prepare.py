@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.images import image_fault
-from data_prep.prepare import CONTROL, by_inspection, divide
+from data_prep.prepare import CONTROL, by_inspection, divide, two_spellings
 from data_prep.settings import BuildConfig
 from data_prep.sources import NAMES
 from data_prep.training_rows import MAX_REPEATS, balanced, read_ahead
@@ -88,6 +88,15 @@ def test_records_out_of_the_order_of_their_inspections_are_an_error_and_none_is_
     for wrong in (records[::-1], [*records, Reference("d", "n.png", 1.0, 1)], [*records, records[0]]):
         with pytest.raises(ValueError, match="are not in the order of the inspections"):
             list(by_inspection(inspections, wrong))
+
+
+def test_names_that_differ_in_their_spelling_alone_are_told():
+    found = [small_case("a", "cap", "rust"), small_case("b", "Cap", "Rust"), small_case("c", "nut", "rust_")]
+    found += [small_case("d", "nut", "rust 2"), small_case("e", "cap 2", "bent+rust")]
+    assert two_spellings(found) == [
+        "products of line that differ in their spelling alone: Cap, cap; if they are one, spell them alike",
+        "conditions of line that differ in their spelling alone: Rust, rust, rust_; if they are one, spell them alike",
+    ]
 
 
 @pytest.mark.parametrize("method", ["retrieved", "given", "random"])

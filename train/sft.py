@@ -9,15 +9,42 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
 
+if TYPE_CHECKING:
+    from echo_ft.training import EchoConfig
+
 
 def main(argv: list[str]) -> None:
-    """Parse, plan, train, save."""
-    from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+    """Parse, and train, alone in the output folder."""
+    from trl import ModelConfig, SFTConfig
+
+    from echo_ft.records import EchoError
+    from echo_ft.runs import lock
+    from echo_ft.training import EchoConfig, check_options
+
+    if "--dry_run" in argv:  # transformers refuses bf16 on a machine without a GPU unless it is told to use the CPU
+        argv = [*argv, "--use_cpu", "true"]
+    config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
+    check_options(sft, base)
+    with ExitStack() as stack:
+        if sft.process_index == 0 and not config.dry_run:
+            output = Path(sft.output_dir)
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise EchoError(f"output_dir {output} cannot be made ({error.strerror}); choose another") from error
+            stack.enter_context(lock(output, "output_dir"))
+        train(config, sft, base)
+
+
+def train(config: EchoConfig, sft: Any, base: Any) -> None:
+    """Plan, train, save. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
+    from trl import get_peft_config, get_quantization_config
 
     from echo_ft.adapters import leaks, make_card
     from echo_ft.architectures import meta_model
@@ -29,19 +56,9 @@ def main(argv: list[str]) -> None:
     from echo_ft.planning import dry_run
     from echo_ft.records import EchoError, Exchange, from_dict
     from echo_ft.trainer import PrefixSharingTrainer
-    from echo_ft.training import (
-        Collator,
-        EchoConfig,
-        check_options,
-        freeze,
-        load_cases,
-    )
+    from echo_ft.training import Collator, freeze, load_cases
     from echo_ft.vision import FeatureStore
 
-    if "--dry_run" in argv:  # transformers refuses bf16 on a machine without a GPU unless it is told to use the CPU
-        argv = [*argv, "--use_cpu", "true"]
-    config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
-    check_options(sft, base)
     if not 0 <= config.corrupted_share <= 1:
         raise EchoError(f"corrupted_share is {config.corrupted_share:g}; it is a share of the cases, from 0 to 1")
     dataset = load_dataset(Path(config.dataset))
@@ -62,13 +79,13 @@ def main(argv: list[str]) -> None:
             "4bit" if base.load_in_4bit else "8bit" if base.load_in_8bit else "",
         )
         checkpoint = find_checkpoint(sft, card)
-    train, planned = load_cases(layout, dataset, config, sft, "train")
+    cases, planned = load_cases(layout, dataset, config, sft, "train")
     validation = load_cases(layout, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None
     if config.dry_run:
         if sft.process_index == 0:
             # Training itself reads them one after another; to hash them all first would keep its GPUs waiting.
-            require_unchanged(dataset, (name for row in train for one in row["exchanges"] for name in one["images"]))
-            first = from_dict(Exchange, train[0]["exchanges"][0])
+            require_unchanged(dataset, (name for row in cases for one in row["exchanges"] for name in one["images"]))
+            first = from_dict(Exchange, cases[0]["exchanges"][0])
             model = meta_model(base.model_name_or_path, base.model_revision)
             model = adapt(model, get_peft_config(base)) if base.use_peft else freeze(model, config)
             print(dry_run(planned, first, layout, dataset.root, model, sft, base), flush=True)
@@ -104,7 +121,7 @@ def main(argv: list[str]) -> None:
         model=model,
         args=sft,
         data_collator=Collator(layout, dataset.root, store, always_look=sft.world_size > 1),
-        train_dataset=train,
+        train_dataset=cases,
         eval_dataset=validation,
         processing_class=processor,
         peft_config=lora,
