@@ -14,7 +14,7 @@ else
 NAME := demo
 endif
 
-.PHONY: install demo test test-slow style types clean
+.PHONY: install demo test test-slow style types pictures clean
 
 install: $(INSTALLED)
 
@@ -51,6 +51,21 @@ style: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# The pictures in the documentation, from the pages of the last demo. Needs chromium.
+CHROMIUM ?= chromium
+SHOOT := $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars
+CROP := $(BIN)/python -c "import sys; from PIL import Image; path, top = sys.argv[1], int(sys.argv[2]); \
+  image = Image.open(path).convert('RGB'); image = image.crop((0, top, *image.size)); \
+  image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)"
+
+pictures: $(INSTALLED)
+	mkdir -p docs/images
+	$(SHOOT) --window-size=1000,1060 --screenshot=docs/images/compare.png "file://$(CURDIR)/runs/demo/compare/compare.html"
+	$(SHOOT) --window-size=1000,835 --screenshot=docs/images/report.png "file://$(CURDIR)/runs/demo/tuned/report.html"
+	$(SHOOT) --window-size=1200,1845 --screenshot=docs/images/preview.png \
+	  "file://$(CURDIR)/data/demo/preview.html#condition=missing%20ball"
+	$(CROP) docs/images/preview.png 965
 
 clean:
 	rm -rf runs data
