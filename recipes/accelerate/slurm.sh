@@ -1,14 +1,15 @@
 #!/bin/bash
-# Several machines under SLURM: one launcher a machine, which starts one process a GPU.
+# Several machines under SLURM: one launcher per machine, which starts one process per GPU.
 #   sbatch recipes/accelerate/slurm.sh recipes/qwen2_vl_7b/decision_maker.yaml [--key value ...]
-# The steps grow with the processes: divide gradient_accumulation_steps by the factor to keep the recipe's batch.
+# The batch grows with the number of processes. To keep the recipe's batch size, divide gradient_accumulation_steps by
+# that number.
 #SBATCH --job-name=echo-ft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=08:00:00
-#SBATCH --requeue # a requeued job goes on where the last whole checkpoint stands
+#SBATCH --requeue # a requeued job resumes from the last complete checkpoint
 set -euo pipefail
 
 recipe=${1:?give the recipe of a role, such as recipes/qwen2_vl_7b/decision_maker.yaml}
