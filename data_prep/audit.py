@@ -17,8 +17,6 @@ training takes it into the adapter. Exit status: 0 without a leak, 1 with one, 2
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import sys
 from collections import Counter
@@ -28,27 +26,30 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft import config as configs
-from echo_ft.audit import BEYOND, SAME, Match, digests, find_matches
-from echo_ft.dataset import Dataset, load_dataset, require_unchanged
-from echo_ft.images import load_image
-from echo_ft.knowledge import ALIASES
-from echo_ft.perceptual import NEAREST, POOL
+from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
+from echo_ft.data.knowledge import ALIASES
+from echo_ft.data.splits import part
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl, write_text
+from echo_ft.html import jpeg_uri, render_page, thumbnail
+from echo_ft.images.decode import load_image
+from echo_ft.leakage.matches import BEYOND, SAME, Match, digests, find_matches
+from echo_ft.leakage.perceptual_hash import CANDIDATES, NEAREST_HASHES
 from echo_ft.provenance import commit, versions
-from echo_ft.records import EchoError, Inspection, Reference, read_jsonl, write_whole
-from echo_ft.splits import part
+from echo_ft.records import Inspection, Reference
 
-FORMAT = "echo-ft audit 1"
+AUDIT_FORMAT = "echo-ft audit 1"
 
 TRAINED, ASKED = ("train", "validation"), ("test",)
 """Splits that training reads, and splits that an evaluation asks about."""
 
-APART = ("by_product", "by_dataset")
+MAX_PROMPTS_APART = ("by_product", "by_dataset")
 """Values of a build's `split` that promise products on one side only."""
 
-MOST = 60
+MAX_PAIRS = 60
 """Pairs on the page."""
 
-SIDE = 224
+PAIR_SIDE = 224
 """Longer side of its images, in pixels."""
 
 
@@ -92,8 +93,7 @@ class Finding:
 
 def main(argv: list[str]) -> None:
     """Audit, write the report, say what was found."""
-    words = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
-    (config,) = configs.parse([AuditConfig], ["--folders", *argv] if words else argv)
+    (config,) = configs.parse([AuditConfig], configs.named_first(argv, "--folders"))
     report = audit(config)
     for finding in report["findings"]:
         print(f"  {finding['name']:<16} {finding['count']:>6}  {finding['words']}")
@@ -126,7 +126,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     found = [finding for finding in findings if finding.leak and finding.count]
     output = config.output or train.folder
     report = {
-        "format": FORMAT,
+        "format": AUDIT_FORMAT,
         "verdict": _verdict(found, train, evaluation),
         "leak": bool(found),
         "output": str(output),
@@ -159,7 +159,7 @@ def _apart(config: AuditConfig, train: Dataset) -> bool:
     """Whether a product on both sides is a leak."""
     if len(config.folders) == 2:
         return not config.shared_products
-    return train.manifest["config"].get("split") in APART
+    return train.manifest["config"].get("split") in MAX_PROMPTS_APART
 
 
 def _pair(match: Match, seen: str, query: str, trained: Side, asked: Side) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _by_records(trained: Side, asked: Side, apart: bool) -> list[Finding]:
     names = {name for _, name in _products(trained)} & {name for _, name in _products(asked)}
     namesakes = names - {name for _, name in products}
     seen = Counter(trained.products.get(path, "") for path in {*trained.cases, *trained.references})
-    many = [name for name, count in seen.items() if count > POOL]
+    many = [name for name, count in seen.items() if count > NEAREST_HASHES]
     allowed = "" if apart else ", as this split allows"
     return [
         Finding("groups", True, len(groups), "groups have photographs on both sides", _names(groups)),
@@ -219,7 +219,7 @@ def _by_records(trained: Side, asked: Side, apart: bool) -> list[Finding]:
             "crowded",
             False,
             len(many),
-            f"products have more than {POOL} photographs on the training side: among so many, some crops may be missed",
+            f"products have more than {NEAREST_HASHES} photographs on the training side: among so many, some crops may be missed",
             tuple(sorted(many)),
         ),
         Finding(
@@ -280,9 +280,9 @@ def _write(report: Mapping[str, Any], trained: Side, asked: Side, output: Path) 
     manifest = {**train.manifest, "audits": audits}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "audit.json", _text(report))
-        write_whole(output / "audit.html", _page(report, trained, asked))
-        write_whole(train.folder / "manifest.json", _text(manifest))
+        write_text(output / "audit.json", _text(report))
+        write_text(output / "audit.html", _page(report, trained, asked))
+        write_text(train.folder / "manifest.json", _text(manifest))
     except OSError as error:
         raise EchoError(f"the report cannot be written ({error}); choose another output") from error
 
@@ -293,14 +293,9 @@ def _text(value: Mapping[str, Any]) -> str:
 
 def _page(report: Mapping[str, Any], trained: Side, asked: Side) -> str:
     """The self-contained page: of each test photograph its most similar pair, the least certain first."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     best = {pair["asked"]: pair for pair in sorted(report["pairs"], key=lambda pair: pair["similarity"])}
     order = sorted(best.values(), key=lambda pair: pair["similarity"])
-    shown = [order[index * len(order) // MOST] for index in range(MOST)] if len(order) > MOST else order
+    shown = [order[index * len(order) // MAX_PAIRS] for index in range(MAX_PAIRS)] if len(order) > MAX_PAIRS else order
     others = Counter(pair["asked"] for pair in report["pairs"])
     cards = [
         {
@@ -311,17 +306,13 @@ def _page(report: Mapping[str, Any], trained: Side, asked: Side) -> str:
         }
         for pair in shown
     ]
-    return environment.get_template("audit.html.jinja").render(
-        report=report, cards=cards, photographs=len(order), nearest=NEAREST
-    )
+    template = Path(__file__).parent / "audit.html.jinja"
+    return render_page(template, report=report, cards=cards, photographs=len(order), nearest=CANDIDATES)
 
 
 def _thumbnail(path: Path) -> str:
-    image = load_image(path, least=(2 * SIDE, 2 * SIDE))
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = load_image(path, least=(2 * PAIR_SIDE, 2 * PAIR_SIDE))
+    return jpeg_uri(thumbnail(image, PAIR_SIDE), quality=85)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,24 @@ has each role's cases and rows by side (`counts.sft_sides`) and a warning where 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from data_prep.output import image_digests, make_manifest, rejected_words, workspace, write_json
+from data_prep.collect import check_config, usable_images
+from data_prep.config import BuildConfig
+from data_prep.manifest import image_digests, make_manifest, rejected_words
 from data_prep.prepare import prepare
-from data_prep.raw import check, first_rejection, photographs
-from data_prep.settings import BuildConfig
+from data_prep.preview import write_preview
+from data_prep.progress import first_rejection
 from data_prep.training_rows import write_sft
 from data_prep.upstream import check_photographs, check_runs, described, read_runs
+from data_prep.workspace import workspace
 from echo_ft.config import parse, run_main
-from echo_ft.dataset import images_fingerprint
-from echo_ft.records import GOOD, EchoError, write_jsonl
+from echo_ft.data.dataset import images_fingerprint
+from echo_ft.errors import EchoError
+from echo_ft.files import write_json, write_jsonl
+from echo_ft.records import GOOD
+from echo_ft.retrieval.descriptors import describer
+from echo_ft.terminal import LOGGER
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +47,7 @@ def main(argv: list[str]) -> None:
         print(f"  {split:<10} {total:>6} cases: {good} normal, {total - good} defective")
     print(f"  references {counts['reference_pool']:>6} normal photographs")
     for warning in manifest["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        LOGGER.warning(warning)
     print(rejected_words(manifest))
     print(f"look at it: {config.output / 'preview.html'}")
 
@@ -52,14 +58,12 @@ def build(config: BuildConfig) -> dict[str, Any]:
     Raises EchoError for an unknown source, a missing root, an output folder that is something else, and where
     nothing usable is left.
     """
-    from data_prep.preview import write_preview
-    from echo_ft.features import describer
 
-    check(config)
+    check_config(config)
     runs = read_runs(config.traces, config.routing)
     with workspace(config.output, config.settings(), config.overwrite) as folder:
         describer(config.descriptor)  # a wrong name is told before the photographs are looked at
-        root, inspections, questions, rejections = photographs(config, folder)
+        root, inspections, questions, rejections = usable_images(config, folder)
         try:
             material = prepare(inspections, questions, rejections, root, folder, config)
         except EchoError as error:  # rejected.jsonl goes with the folder

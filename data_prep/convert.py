@@ -4,14 +4,13 @@
 
 Writes `<role>/<split>.parquet` for TRL, `<role>/<split>.jsonl` and `dataset_info.json` for LLaMA-Factory, and
 `<role>/<split>.jsonl` for ms-swift; and manifest.json, which says where the rows come from. Images stay where they are
-and are named by their absolute path, but those that not every library would read as `echo_ft.images` does: of these the
+and are named by their absolute path, but those that not every library would read as `echo_ft.images.decode` does: of these the
 folder gets 8-bit copies in `images/`.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,19 +19,20 @@ from typing import Any, Literal
 
 from PIL import ExifTags, Image
 
-from data_prep.output import write_json
-from data_prep.raw import progress
+from data_prep.progress import progress
 from echo_ft.config import parse, run_main
-from echo_ft.conversations import SHAREGPT, chats, conversations
-from echo_ft.dataset import Dataset, load_dataset, require_unchanged
-from echo_ft.images import UNREADABLE, load_image
+from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
+from echo_ft.data.export_rows import SHAREGPT, chats, conversations
+from echo_ft.errors import EchoError
+from echo_ft.files import atomic_folder, read_jsonl, write_json
+from echo_ft.images.decode import UNREADABLE, load_image
 from echo_ft.provenance import commit, versions
-from echo_ft.records import ROLES, EchoError, Exchange, read_jsonl
+from echo_ft.records import ROLES, Exchange
 
 PLAIN = ("RGB", "L")
 """Pillow's modes that every library turns into the same RGB pixels."""
 
-ROWS = 1000
+ROWS_PER_GROUP = 1000
 """Rows of a group in a Parquet file."""
 
 USE = {
@@ -74,12 +74,9 @@ def convert(dataset: Dataset, form: str, output: Path) -> dict[str, int]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EchoError(f"{output} is there already; choose another output or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
-        folder = Path(partial) / output.name
-        folder.mkdir()
-        places = Places(dataset.root, folder / "images", output.resolve() / "images")
+    with atomic_folder(output) as folder:
+        places = ImagePaths(dataset.root, folder / "images", output.resolve() / "images")
         for role in ROLES:
             for split in ("train", "validation"):
                 path = dataset.folder / "sft" / role / f"{split}.jsonl"
@@ -89,11 +86,10 @@ def convert(dataset: Dataset, form: str, output: Path) -> dict[str, int]:
             write_json(folder / "dataset_info.json", _described(counts))
         require_unchanged(dataset, places.known)
         write_json(folder / "manifest.json", _manifest(dataset, form, counts))
-        folder.rename(output)
     return counts
 
 
-class Places:
+class ImagePaths:
     """Where images lie for other libraries: in their own place, or as a copy in a folder of 8-bit RGB."""
 
     def __init__(self, root: Path, copies: Path, final: Path) -> None:
@@ -131,7 +127,7 @@ def plain(path: Path) -> bool:
         return False  # `load_image` says what is wrong with it
 
 
-def _write(exchanges: Iterable[Exchange], places: Places, form: str, path: Path) -> int:
+def _write(exchanges: Iterable[Exchange], places: ImagePaths, form: str, path: Path) -> int:
     """Write one file of rows, or none where there are no rows; returns how many there are."""
     make = conversations if form == "trl" else chats
     rows = (row for exchange in exchanges for row in make(exchange, [places.of(name) for name in exchange.images]))
@@ -154,7 +150,7 @@ def write_parquet(path: Path, rows: Iterator[Mapping[str, Any]]) -> int:
     schema = datasets.Features(features).arrow_schema
     count = 0
     with ParquetWriter(path, schema) as writer:
-        while group := list(islice(rows, ROWS)):
+        while group := list(islice(rows, ROWS_PER_GROUP)):
             table = [{**row, "images": [{"bytes": None, "path": name} for name in row["images"]]} for row in group]
             writer.write_table(pyarrow.Table.from_pylist(table, schema=schema))
             count += len(group)

@@ -11,15 +11,15 @@ photograph that has changed is described anew.
 
 from __future__ import annotations
 
-from datetime import timedelta
-
-from data_prep.raw import check, progress, records
-from data_prep.settings import BuildConfig
+from data_prep.collect import check_config, source_items
+from data_prep.config import BuildConfig
+from data_prep.progress import progress
 from echo_ft.config import parse, run_main
-from echo_ft.records import EchoError, Inspection
-
-LONGEST_WAIT = timedelta(days=30)
-"""How long the processes wait for the slowest; torch's own ten minutes are less than one's share may take."""
+from echo_ft.errors import EchoError
+from echo_ft.processes import join_processes
+from echo_ft.records import Inspection
+from echo_ft.retrieval.descriptor_cache import DescriptorCache, describe_new, hash_files
+from echo_ft.retrieval.descriptors import describer
 
 
 def main(argv: list[str]) -> None:
@@ -33,27 +33,21 @@ def embed(config: BuildConfig) -> None:
 
     Raises EchoError without a cache, for a source that draws, and for a config that cannot be built.
     """
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object, parse_flag_from_env
-
-    from echo_ft.embedding import FeatureStore, describe_new, hash_files
-    from echo_ft.features import describer
+    from accelerate.utils import gather_object
 
     if config.cache is None:
         raise EchoError("there is nowhere to keep the features; give --cache DIR, and the same to data_prep.build")
     if config.source == "synthetic":
         raise EchoError("the source synthetic draws its photographs when a dataset is built; there are none before")
-    check(config)
+    check_config(config)
     describe = describer(config.descriptor)
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
-    root, items = records(config, config.output)
+    state = join_processes()
+    root, items = source_items(config, config.output)
     inspections = [item for item in items if isinstance(item, Inspection)]
     named = {path for one in inspections for path in (one.image, one.reference) if path is not None}
     share = sorted(named)[state.process_index :: state.num_processes]
     hashes, missing = hash_files(share, root)
-    store = FeatureStore(describe, config.cache)
+    store = DescriptorCache(describe, config.cache)
     known = store.known()
     broken: dict[str, str] = {}
     for faults in progress(describe_new(hashes, root, describe, store), "describing", "shards"):

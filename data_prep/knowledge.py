@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from echo_ft.config import parse, run_main
-from echo_ft.dataset import Dataset, load_dataset
-from echo_ft.knowledge import (
+from echo_ft.data.dataset import Dataset, load_dataset
+from echo_ft.data.knowledge import (
     ALIASES,
     clean,
     described,
@@ -37,7 +37,9 @@ from echo_ft.knowledge import (
     products_of,
     read_knowledge,
 )
-from echo_ft.records import GOOD, EchoError, Entry, Inspection, Knowledge, read_jsonl, write_whole
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl, write_text
+from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 
 FEWEST = 4
 """Words of the shortest description: fewer are a name."""
@@ -73,14 +75,14 @@ def main(argv: list[str]) -> None:
             print(line)
         return
     knowledge, files = read_knowledge(config.check)
-    counts = photographs(dataset)
-    findings = list(check(knowledge, files, counts))
-    print("\n".join([*findings, summary(knowledge, counts, len(findings))]))
+    counts = count_images(dataset)
+    findings = list(check_knowledge(knowledge, files, counts))
+    print("\n".join([*findings, missing_summary(knowledge, counts, len(findings))]))
     if findings:
         sys.exit(1)
 
 
-def photographs(dataset: Dataset) -> Counts:
+def count_images(dataset: Dataset) -> Counts:
     """How many photographs of each product show each condition."""
     shown = Counter(
         (i.dataset, i.product, i.condition) for i in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)
@@ -103,7 +105,7 @@ def skeleton(dataset: Dataset, folder: Path) -> list[str]:
     there, files = read_knowledge(folder) if folder.is_dir() and knowledge_files(folder) else ({}, {})
     texts: dict[Path, str] = {}
     said = []
-    for (name, product), counts in photographs(dataset).items():
+    for (name, product), counts in count_images(dataset).items():
         new = _descriptions(counts, known.get(name, {}).get(product, {}))
         under = next((key for key in (name, ALIASES.get(name)) if (key, product) in files), None)
         if under is None:
@@ -126,7 +128,7 @@ def skeleton(dataset: Dataset, folder: Path) -> list[str]:
             said.append(f"{path}: left as it is")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_text(path, text)
     return said
 
 
@@ -199,7 +201,7 @@ def _inserted(written: str, place: tuple[str, str], lacking: Mapping[str, str], 
     return "".join([*lines[:end], new, *lines[end:]])
 
 
-def check(knowledge: Knowledge, files: Mapping[tuple[str, str], Path], counts: Counts) -> Iterator[str]:
+def check_knowledge(knowledge: Knowledge, files: Mapping[tuple[str, str], Path], counts: Counts) -> Iterator[str]:
     """What does not fit between the knowledge (see `read_knowledge`) and the photographs, a sentence each."""
     names = {dataset: dataset if dataset in knowledge else ALIASES.get(dataset, dataset) for dataset, _ in counts}
     for dataset in knowledge:
@@ -235,7 +237,7 @@ def _product(where: str, texts: Mapping[str, str], shown: Mapping[str, int]) -> 
             yield f"{where}: {condition!r} is too short to be a description ({clean(text)!r})"
 
 
-def summary(knowledge: Knowledge, counts: Counts, findings: int) -> str:
+def missing_summary(knowledge: Knowledge, counts: Counts, findings: int) -> str:
     """How much is described, and of how many defects not what follows from them."""
     texts = [
         (condition, clean(text))

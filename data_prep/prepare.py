@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from data_prep.raw import progress
-from data_prep.settings import BuildConfig
+from data_prep.config import BuildConfig
+from data_prep.progress import progress
 from data_prep.sources import place_name
-from echo_ft.dataset import Descriptions, less_held_out, less_synthetic, make_cases
-from echo_ft.records import (
-    GOOD,
-    Case,
-    EchoError,
-    Entry,
-    Inspection,
-    Knowledge,
-    Question,
-    Reference,
-    Rejection,
-    read_jsonl,
-    write_jsonl,
-)
-from echo_ft.splits import HOLDS_OUT, LEFT_OUT, REFERENCE, leave_out, make_splits, part, trainable, withheld
+from echo_ft.data.dataset import less_held_out, less_synthetic, make_cases
+from echo_ft.data.knowledge import describe_products, knowledge_warnings, load_knowledge
+from echo_ft.data.questions import write_all_questions
+from echo_ft.data.splits import HOLDS_OUT, LEFT_OUT, leave_out, make_splits, queries, reference_pool, with_synthetic
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl, write_jsonl
+from echo_ft.records import GOOD, Case, Inspection, Knowledge, Question, Reference, Rejection
+from echo_ft.retrieval.references import find_references, references_in_left_out_fold
 
-R = TypeVar("R", Reference, Question)
+_R = TypeVar("_R", Reference, Question)
 
 SYNTHETIC_ELSEWHERE = (
     "its defect is synthetic, and it is of a kind that is held out, or the photographs of its part are not all in the "
@@ -39,15 +31,15 @@ SYNTHETIC_ELSEWHERE = (
 
 REFERENCE_LEFT_OUT = "the named reference is of the fold that is left out, so no training row may show it"
 
-CONTROL = '"method": "random"'
+CONTROL_MARK = '"method": "random"'
 """What marks half the lines of references.jsonl: those that no training row shows."""
 
-TRAINING = ("train", "validation")
+TRAINING_SPLITS = ("train", "validation")
 """The splits that have rows for the roles."""
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteSummary:
     """Records that are in a file: how many of each kind, and the ids of the inspections that have any."""
 
     kinds: Counter[str]
@@ -55,23 +47,23 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Material:
+class DatasetDraft:
     """The records of a dataset. References and questions are in its folder already: of a million photographs there are
     too many to hold.
     """
 
     folder: Path
     inspections: list[Inspection]
-    references: Written
-    questions: Written
-    knowledge: Descriptions
+    references: WriteSummary
+    questions: WriteSummary
+    knowledge: Knowledge
     rejections: list[Rejection]
     split_words: str
     held_out: list[str]
     unknown_products: list[str]
     knowledge_doubts: list[str]
     """Where the knowledge and the photographs do not fit together, a sentence each."""
-    training_knowledge: Descriptions
+    training_knowledge: Knowledge
     """The knowledge less the conditions that training must not see."""
 
     def asked(self, split: str) -> list[Inspection]:
@@ -79,17 +71,17 @@ class Material:
         return [one for one in self.inspections if one.split == split and one.id in self.questions.inspections]
 
     def training_cases(self) -> Iterator[tuple[Inspection, Case]]:
-        """The photographs of TRAINING with questions, each with its case as `echo_ft.dataset.cases` gives it."""
-        shown = read_jsonl(self.folder / "references.jsonl", Reference, without=CONTROL)
+        """The photographs of TRAINING with questions, each with its case as `echo_ft.data.dataset.load_cases` gives it."""
+        shown = read_jsonl(self.folder / "references.jsonl", Reference, without=CONTROL_MARK)
         references = by_inspection(self.inspections, shown)
         questions = by_inspection(self.inspections, read_jsonl(self.folder / "questions.jsonl", Question))
         for inspection, beside, asked in zip(self.inspections, references, questions, strict=True):
-            if inspection.split in TRAINING:
+            if inspection.split in TRAINING_SPLITS:
                 for case in make_cases([inspection], beside, asked, self.training_knowledge):
                     yield inspection, case
 
 
-def by_inspection(inspections: Iterable[Inspection], records: Iterable[R]) -> Iterator[list[R]]:
+def by_inspection(inspections: Iterable[Inspection], records: Iterable[_R]) -> Iterator[list[_R]]:
     """The records of each inspection, which come in the order of the inspections.
 
     Raises ValueError at the end where they do not, or where one belongs to no inspection.
@@ -106,11 +98,11 @@ def by_inspection(inspections: Iterable[Inspection], records: Iterable[R]) -> It
         raise ValueError(f"records of {waiting[0]} are not in the order of the inspections")
 
 
-def write_records(path: Path, records: Iterable[R], kind: Callable[[R], str]) -> Written:
+def write_records(path: Path, records: Iterable[_R], kind: Callable[[_R], str]) -> WriteSummary:
     """Write records of inspections as they are made."""
-    written = Written(Counter(), set())
+    written = WriteSummary(Counter(), set())
 
-    def counted() -> Iterator[R]:
+    def counted() -> Iterator[_R]:
         for record in records:
             written.kinds[kind(record)] += 1
             written.inspections.add(record.inspection)
@@ -127,18 +119,17 @@ def prepare(
     root: Path,
     folder: Path,
     config: BuildConfig,
-) -> Material:
+) -> DatasetDraft:
     """Splits, references, knowledge and questions for usable photographs, in files of the dataset in `folder`."""
-    from echo_ft.knowledge import load_knowledge
 
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
-    inspections, split_words, held_out = divide(inspections, root, config)
+    inspections, split_words, held_out = assign_splits_of_config(inspections, root, config)
     unplaced = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
     inspections = [inspection for inspection in inspections if inspection.split is not None]
-    inspections, references, unusable = refer(inspections, root, config)
+    inspections, references, unusable = find_all_references(inspections, root, config)
     known = load_knowledge(config.knowledge) if config.knowledge else {}
-    knowledge, unknown = describe(inspections, known)
+    knowledge, unknown = describe_products(inspections, known)
     training_knowledge = less_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
     asked = queries(inspections)
     if not asked:
@@ -151,8 +142,10 @@ def prepare(
     lost = [Rejection(q.id, "its photograph cannot be used") for q in questions if q.inspection not in left]
     write_jsonl(folder / "inspections.jsonl", inspections)
     tested = less_synthetic(knowledge, inspections)
-    written = ask(asked, kept, tested, training_knowledge, root, config.seed)
-    return Material(
+    written = progress(
+        write_all_questions(asked, kept, tested, training_knowledge, root, config.seed), "asking", "questions"
+    )
+    return DatasetDraft(
         folder,
         inspections,
         write_records(folder / "references.jsonl", references, lambda reference: reference.method),
@@ -162,12 +155,12 @@ def prepare(
         split_words,
         held_out,
         unknown,
-        doubts(inspections, known),
+        knowledge_warnings(inspections, known),
         training_knowledge,
     )
 
 
-def divide(
+def assign_splits_of_config(
     inspections: Sequence[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], str, list[str]]:
     """The splits that the config asks for, the same for every name of the list or folder that names the dataset.
@@ -186,28 +179,6 @@ def divide(
     return [dataclasses.replace(i, split=d.split) for i, d in zip(inspections, done, strict=True)], words, held_out
 
 
-def with_synthetic(
-    inspections: Sequence[Inspection], real: Sequence[Inspection], held_out: Collection[str]
-) -> list[Inspection]:
-    """The inspections in their order: the `real` ones as dealt, and the synthetic with the train split or with none.
-
-    A synthetic defect is trained on where all photographs of its part are, unless its condition is held out.
-    """
-    dealt = iter(real)
-    splits: dict[tuple[str, str, str], set[str | None]] = defaultdict(set)
-    for inspection in real:
-        splits[part(inspection)].add(inspection.split)
-    away = {place: withheld(conditions, held_out) for place, conditions in conditions_of(inspections).items()}
-
-    def trained(made: Inspection) -> bool:
-        return splits[part(made)] == {"train"} and made.condition not in away[made.dataset, made.product]
-
-    return [
-        dataclasses.replace(i, split="train" if trained(i) else None) if i.synthetic else next(dealt)
-        for i in inspections
-    ]
-
-
 def remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
     """What brings photographs of defects, or normal ones, into a train split that has none of them."""
     if not any((inspection.condition != GOOD) == defects for inspection in inspections):
@@ -219,21 +190,7 @@ def remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool
     return "give train a larger share in fractions"
 
 
-def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The photographs that questions are asked about: all, but for `REFERENCE` and a train split of normals alone.
-
-    Such a split (MVTec-AD's and MMAD's) cannot train the roles and serves as the pool of references.
-    """
-    unasked = {REFERENCE} if trainable(inspections) else {REFERENCE, "train"}
-    return [inspection for inspection in inspections if inspection.split not in unasked]
-
-
-def reference_pool(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The normals from which references are taken: those of the train split, folds left out or not, and `REFERENCE`."""
-    return [i for i in inspections if i.split in ("train", LEFT_OUT, REFERENCE) and i.condition == GOOD]
-
-
-def refer(
+def find_all_references(
     inspections: list[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], Iterator[Reference], list[Rejection]]:
     """The photographs that the descriptor could read, and the references of those that are asked about, in one order.
@@ -242,9 +199,8 @@ def refer(
     what is left out, and the other splits, have the references that they have without folds. What could not be used is
     rejected.
     """
-    from echo_ft.retrieval import find_references
 
-    hidden = named_of_fold(inspections, root)
+    hidden = references_in_left_out_fold(inspections, root)
     dropped = [Rejection(image, REFERENCE_LEFT_OUT, "reference") for image in hidden.values()]
     asked = [dataclasses.replace(i, reference=None) if i.id in hidden else i for i in queries(inspections)]
     pool = reference_pool(inspections)
@@ -269,127 +225,3 @@ def refer(
     each = zip(*(by_inspection(left, references) for references in found), strict=True)
     beside = (row for groups in each for group in groups for row in group)
     return left, beside, [*dropped, *unreadable.values()]
-
-
-def named_of_fold(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
-    """The references that the source names for photographs of the train split and that are `LEFT_OUT`, by inspection.
-
-    It is the content of the files that counts.
-    """
-    from echo_ft.embedding import hash_files
-
-    left = [inspection.image for inspection in inspections if inspection.split == LEFT_OUT]
-    named = {i.id: i.reference for i in inspections if i.split == "train" and i.reference is not None}
-    if not left or not named:
-        return {}
-    hashes, _ = hash_files([*{*left, *named.values()}], root)
-    away = {hashes[image] for image in left if image in hashes}
-    return {name: reference for name, reference in named.items() if hashes.get(reference) in away}
-
-
-def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], list[str]]:
-    """The conditions that each product's photographs show, by (dataset, product), in one order for all."""
-    found: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for inspection in inspections:
-        found[inspection.dataset, inspection.product].add(inspection.condition)
-    return {place: sorted(names, key=lambda name: (name != GOOD, name)) for place, names in sorted(found.items())}
-
-
-def describe(inspections: Sequence[Inspection], known: Knowledge) -> tuple[Descriptions, list[str]]:
-    """The knowledge entries of every product, and the products that nothing is known about.
-
-    For those the names of the conditions stand in.
-    """
-    from echo_ft.knowledge import entries_for
-
-    descriptions: Descriptions = {}
-    unknown = []
-    for (dataset, product), conditions in conditions_of(inspections).items():
-        entries, found = entries_for(known, dataset, product, conditions)
-        descriptions.setdefault(dataset, {})[product] = {entry.condition: entry.description for entry in entries}
-        if not found:
-            unknown.append(f"{dataset}/{product}")
-    return descriptions, unknown
-
-
-def doubts(inspections: Sequence[Inspection], known: Knowledge) -> list[str]:
-    """Where names, the knowledge and the photographs do not fit together, a sentence each."""
-    from echo_ft.knowledge import misspelt, products_of
-
-    found: list[str] = []
-    bare: list[str] = []
-    unknown: dict[str, list[str]] = defaultdict(list)
-    for (dataset, product), conditions in conditions_of(inspections).items():
-        products = products_of(known, dataset)
-        entries = products.get(product, {})
-        if not entries:
-            held = f"of {dataset} the file holds {some(products)}" if products else f"the file holds {some(known)}"
-            unknown[f"; {held}" if known else ""].append(f"{dataset}/{product}")
-            continue
-        meant = misspelt(entries, conditions)
-        found += [
-            f"knowledge: condition {name!r} of {product} occurs in no photograph; did you mean {near!r}?"
-            for name, near in meant.items()
-        ]
-        named = {*entries, *meant.values()}
-        bare += [f"{dataset}/{product}/{condition}" for condition in conditions if condition not in named]
-    if bare:
-        found.append(f"no knowledge of conditions, so their names stand in: {some(bare)}")
-    for held, places in unknown.items():
-        found.append(f"no knowledge, so the names of the conditions stand in: {some(places)}{held}")
-    return found + two_spellings(inspections)
-
-
-def two_spellings(inspections: Sequence[Inspection]) -> list[str]:
-    """Products, and conditions, of a dataset whose names differ in case and marks alone, a sentence for each name."""
-    found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    for (dataset, product), conditions in conditions_of(inspections).items():
-        for what, name in (("products", product), *(("conditions", condition) for condition in conditions)):
-            found[dataset, what, " ".join(re.findall(r"[^\W_]+", name.casefold()))].add(name)
-    return [
-        f"{what} of {dataset} that differ in their spelling alone: {', '.join(sorted(names))}; "
-        "if they are one, spell them alike"
-        for (dataset, what, _), names in found.items()
-        if len(names) > 1
-    ]
-
-
-def some(names: Collection[str], most: int = 3) -> str:
-    """The first of the names, and how many more there are."""
-    return ", ".join([*names][:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def ask(
-    inspections: Sequence[Inspection],
-    own: Sequence[Question],
-    knowledge: Descriptions,
-    training_knowledge: Descriptions,
-    root: Path,
-    seed: int,
-) -> Iterator[Question]:
-    """The source's own questions where it has them for a photograph, written ones otherwise.
-
-    Those of the test split are written from `knowledge` and name all products, the others from `training_knowledge`
-    and the products of their own splits.
-    """
-    from echo_ft.questions import write_questions
-
-    given: dict[str, list[Question]] = defaultdict(list)
-    for question in own:
-        given[question.inspection].append(question)
-    photographed = queries([inspection for inspection in inspections if inspection.synthetic is None])
-    tested = conditions_of(photographed)  # a test asks the same with and without synthetic defects in the training
-    conditions = conditions_of(inspections)
-    products = sorted({inspection.product for inspection in photographed})
-    trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
-    for inspection in progress(inspections, "asking", "photographs"):
-        if inspection.id in given:
-            yield from given[inspection.id]
-            continue
-        test = inspection.split == "test"
-        known = knowledge if test else training_knowledge
-        texts = known[inspection.dataset][inspection.product]
-        shown = (tested if test else conditions)[inspection.dataset, inspection.product]
-        shown = [name for name in shown if name in texts]
-        entries = tuple(Entry(*item) for item in texts.items())
-        yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)

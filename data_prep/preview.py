@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import random
 import re
@@ -13,25 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
-from data_prep.output import rejected_words
-from data_prep.prepare import Material
-from echo_ft import geometry
-from echo_ft.dataset import make_cases
-from echo_ft.images import image_size, load_image
-from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, Question, Reference, from_dict, to_json
-from echo_ft.splits import LEFT_OUT, REFERENCE, SPLITS, stratum_of
+from data_prep.manifest import rejected_words
+from data_prep.prepare import DatasetDraft
+from echo_ft.data.dataset import make_cases
+from echo_ft.data.splits import LEFT_OUT, REFERENCE, SPLITS, stratum_of
+from echo_ft.files import from_dict, to_json
+from echo_ft.html import jpeg_uri, render_page
+from echo_ft.images import masks
+from echo_ft.images.decode import image_size, load_image
+from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, Question, Reference
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
-MOST = 48
+MAX_CARDS = 48
 """Cases on the page, where this is enough to show every condition of every product."""
 
 LIMIT = 400
 """Cases on the page at most: it should open in any browser."""
 
-SIDE, ASIDE = 224, 144
+CARD_SIDE, ASIDE = 224, 144
 """Longer side of its images, in pixels: of the photograph and its first reference, and of further references."""
 
 OWNER = re.compile(r'"(?:case|inspection)": ("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -93,17 +94,13 @@ class Chart:
         return max((sum(counts) for _, counts in self.rows), default=0) or 1
 
 
-def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], material: Material) -> None:
+def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], material: DatasetDraft) -> None:
     """Write `preview.html` into a dataset folder: counts, warnings, and some cases of every product and condition."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     inspections = [inspection for inspection in material.inspections if inspection.id in material.questions.inspections]
-    chosen = choose(inspections, MOST, LIMIT)
+    chosen = choose(inspections, MAX_CARDS, LIMIT)
     cards = _cards(chosen, folder, root)
-    page = environment.get_template("preview.html.jinja").render(
+    page = render_page(
+        Path(__file__).parent / "preview.html.jinja",
         name=folder.name,
         manifest=manifest,
         settings=json.dumps(manifest["config"], indent=2, ensure_ascii=False),
@@ -112,7 +109,7 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], materia
         apart=manifest["counts"]["photographs"].get(REFERENCE, 0),
         good=GOOD,
         rejected=rejected_words(manifest),
-        is_marked=geometry.is_marked,
+        is_marked=masks.is_marked,
         roles=ROLES,
         cards=cards,
         total=len(inspections),
@@ -151,7 +148,7 @@ def _filters(cards: Sequence[Card]) -> dict[str, list[str]]:
     return {name: them for name, them in filters.items() if len(them) > 1 or name not in ("dataset", "synthetic")}
 
 
-def _rows(path: Path, cls: type[R], owners: Collection[str]) -> Iterator[R]:
+def _rows(path: Path, cls: type[_R], owners: Collection[str]) -> Iterator[_R]:
     """The rows of a file that belong to these cases."""
     written = {to_json(owner) for owner in owners}
     with open(path, encoding="utf-8") as file:
@@ -175,7 +172,7 @@ def _cards(chosen: Sequence[Inspection], folder: Path, root: Path) -> list[Card]
     for inspection, case in zip(chosen, make_cases(list(chosen), references, questions, {}), strict=True):
         ranked = sorted(enumerate(case.seen.references, start=1), key=lambda item: item[1].rank)
         beside = [
-            (number, _picture(_small(root / row.image, SIDE if place == 0 else ASIDE)), row)
+            (number, _picture(_small(root / row.image, CARD_SIDE if place == 0 else ASIDE)), row)
             for place, (number, row) in enumerate(ranked)
         ]
         cards.append(Card(case, inspection, _outlined(case, root), tuple(beside), targets[case.id]))
@@ -207,21 +204,19 @@ def choose(inspections: Sequence[Inspection], most: int, limit: int) -> list[Ins
 
 def _outlined(case: Case, root: Path) -> Picture:
     """The photograph, with the outlines of its defect."""
-    import numpy as np
 
     path = root / case.seen.query
     image = _small(path)
-    mask = geometry.load_mask(case.truth, root, image_size(path))
+    mask = masks.load_mask(case.truth, root, image_size(path))
     if mask is None or not mask.any():
         return _picture(image)
     if mask.shape[0] < image.height:
         return _picture(image, outlines(np.asarray(Image.fromarray(mask).resize(image.size))))
-    return _picture(image, outlines(geometry.resize_mask(mask, image.size)))
+    return _picture(image, outlines(masks.resize_mask(mask, image.size)))
 
 
-def outlines(mask: geometry.Mask) -> str:
+def outlines(mask: masks.Mask) -> str:
     """The borders of a mask (height, width) as an SVG path in its pixels, one closed line around each part or hole."""
-    import numpy as np
     from skimage.measure import approximate_polygon, find_contours
 
     lines = []
@@ -232,7 +227,7 @@ def outlines(mask: geometry.Mask) -> str:
     return "".join(lines)
 
 
-def _small(path: Path, side: int = SIDE) -> Image.Image:
+def _small(path: Path, side: int = CARD_SIDE) -> Image.Image:
     image = load_image(path, least=(2 * side, 2 * side))
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -240,7 +235,4 @@ def _small(path: Path, side: int = SIDE) -> Image.Image:
 
 
 def _picture(image: Image.Image, outlined: str = "") -> Picture:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Picture(uri, *image.size, outlined)
+    return Picture(jpeg_uri(image), *image.size, outlined)

@@ -33,20 +33,23 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from data_prep.output import workspace, write_json
-from data_prep.raw import check, photographs, progress
-from data_prep.settings import BuildConfig
+from data_prep.collect import check_config, usable_images
+from data_prep.config import BuildConfig
+from data_prep.progress import progress
 from data_prep.sources import place_name
 from data_prep.sources.manifest import COLUMNS
-from echo_ft.anomalies import METHODS, Anomaly, make_anomaly
+from data_prep.workspace import workspace
 from echo_ft.config import parse, run_main
-from echo_ft.geometry import load_mask
-from echo_ft.images import UNREADABLE, decode, fault, image_size
-from echo_ft.knowledge import load_knowledge, products_of
+from echo_ft.data.knowledge import load_knowledge, products_of
+from echo_ft.errors import EchoError
+from echo_ft.files import write_json, write_jsonl, write_text
+from echo_ft.images.decode import UNREADABLE, decode, fault, image_size
+from echo_ft.images.masks import load_mask
+from echo_ft.images.synthetic_defects import METHODS, SyntheticDefect, make_defect
 from echo_ft.provenance import commit, versions
-from echo_ft.records import GOOD, EchoError, Inspection, Knowledge, Question, Rejection, write_jsonl, write_whole
+from echo_ft.records import GOOD, Inspection, Knowledge, Question, Rejection
 
-FORMAT = "echo-ft synthetic 1"
+SYNTHETIC_FORMAT = "echo-ft synthetic 1"
 """`format` in manifest.json."""
 
 REJECTED = "rejected.jsonl"
@@ -92,14 +95,14 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
     Raises EchoError where the config of the build is wrong, the output holds something, the source has questions of its
     own (a list has no place for them) or no normal photograph that training may see, and where no defect can be made.
     """
-    check(source)
+    check_config(source)
     if config.per_normal < 1:
         raise EchoError(f"per_normal is {config.per_normal}; it must be 1 or more")
     if source.output.is_dir() and any(source.output.iterdir()):
         raise EchoError(f"{source.output} holds files already; choose another output, and build the dataset from it")
     known = load_knowledge(source.knowledge) if source.knowledge else {}
     with workspace(source.output, {}, overwrite=False) as folder:
-        root, inspections, questions, rejections = photographs(source, folder)
+        root, inspections, questions, rejections = usable_images(source, folder)
         normals = usable(source, inspections, questions)
         # A build deals a dataset that the list names as one of any name, and others by their own (`prepare.divide`).
         listed = f"{place_name(source.source, root, source.annotations) or 'parts'}.jsonl"
@@ -115,11 +118,11 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
             raise EchoError(f"no defect could be made on any of {len(normals)} normal photographs; try other methods")
         rows = [*(bring(one, root, folder) for one in inspections), *map(row, synthetic)]
         write_jsonl(folder / REJECTED, rejections)
-        write_whole(folder / listed, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
+        write_text(folder / listed, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
         text = yaml.safe_dump(describe(known, synthetic), allow_unicode=True, sort_keys=False, width=120)
-        write_whole(folder / "knowledge.yaml", text)
+        write_text(folder / "knowledge.yaml", text)
         manifest = {
-            "format": FORMAT,
+            "format": SYNTHETIC_FORMAT,
             "list": listed,
             "config": source.settings() | dataclasses.asdict(config),
             "counts": {
@@ -167,7 +170,7 @@ def draw(
         for number in range(1, config.per_normal + 1):
             words = f"{seed}/{normal.image}/{number}"
             for method in random.Random(words).sample(config.methods, len(config.methods)):
-                anomaly = make_anomaly(method, image, words)
+                anomaly = make_defect(method, image, words)
                 if anomaly is not None:
                     yield write(anomaly, method, f"{FOLDER}/{normal.image}/{method}-{number}", normal, folder)
                     break
@@ -177,7 +180,7 @@ def draw(
                 )
 
 
-def write(anomaly: Anomaly, method: str, stem: str, normal: Inspection, folder: Path) -> Inspection:
+def write(anomaly: SyntheticDefect, method: str, stem: str, normal: Inspection, folder: Path) -> Inspection:
     """The photograph and its mask as files `<stem>.png` and `<stem>_mask.png`, without loss, and their record."""
     image, mask = f"{stem}.png", f"{stem}_mask.png"
     (folder / image).parent.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
-from data_prep.prepare import TRAINING, Material
-from data_prep.raw import progress
-from data_prep.settings import BuildConfig
-from data_prep.upstream import Run, predicted
-from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, to_json
-from echo_ft.targets import AT_HAND, gold_upstream, look, training_exchanges
+from data_prep.config import BuildConfig
+from data_prep.prepare import TRAINING_SPLITS, DatasetDraft
+from data_prep.progress import progress
+from data_prep.upstream import UpstreamRun, predicted
+from echo_ft.experts.targets import AT_HAND, gold_upstream, load_compared, training_exchanges
+from echo_ft.files import to_json
+from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection
 
 Sides = dict[str, dict[str, int]]
 """How many `cases` (repeats counted) and `rows` a file of training rows has of `normal` and of `defective` parts.
@@ -27,7 +28,7 @@ Balance is a matter of cases: a defective one is asked more, and has more rows w
 """
 
 
-class Spool:
+class RowBuffer:
     """The rows of one role, kept in a temporary file until the order is known in which they are written."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -62,7 +63,7 @@ class Spool:
 
 
 def write_sft(
-    material: Material, root: Path, config: BuildConfig, runs: Sequence[Run] = ()
+    material: DatasetDraft, root: Path, config: BuildConfig, runs: Sequence[UpstreamRun] = ()
 ) -> tuple[dict[str, Sides], list[Inspection]]:
     """Write each role's training and validation rows; see `balanced` for the order and number of the former.
 
@@ -74,9 +75,9 @@ def write_sft(
     rowed, trained = dict[str, Inspection](), set[str]()
     with ExitStack() as stack:
         spools = {
-            (role, split): Spool(stack.enter_context(TemporaryFile(dir=material.folder)))
+            (role, split): RowBuffer(stack.enter_context(TemporaryFile(dir=material.folder)))
             for role in ROLES
-            for split in TRAINING
+            for split in TRAINING_SPLITS
         }
         # One role at a time would read each photograph four times.
         for inspection, case in progress(read_ahead(material.training_cases(), root), "writing", "cases"):
@@ -102,7 +103,7 @@ def read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator
 
     def read(images: Sequence[str]) -> None:
         for image in images:
-            look(root, image)
+            load_compared(root, image)
 
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:

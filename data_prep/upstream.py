@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import Material
-from echo_ft.adapters import ADAPTER_CARD, read_card, trained_on
-from echo_ft.dataset import load_dataset
-from echo_ft.pipeline import listen
+from data_prep.prepare import DatasetDraft
+from echo_ft.data.dataset import load_dataset
+from echo_ft.data.splits import LEFT_OUT
+from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import update_upstream
+from echo_ft.experts.roles import ROUTINGS, render
+from echo_ft.files import from_dict
+from echo_ft.inference.run_folder import RUN, TRACES
+from echo_ft.model.adapters import ADAPTER_CARD, read_card, trained_on
 from echo_ft.provenance import fingerprint_files
-from echo_ft.records import ROLES, Case, EchoError, Trace, Upstream, from_dict
-from echo_ft.roles import ROUTINGS, render
-from echo_ft.runs import RUN, TRACES
-from echo_ft.splits import LEFT_OUT
+from echo_ft.records import ROLES, Case, Trace, Upstream
 
 EARLIER = ROLES[:-1]
 """The roles whose words others are shown."""
@@ -35,11 +37,13 @@ AS_TRAINED = {
 }
 """What a run must have of the switches that change what roles see."""
 
-REMEDY = f"data_prep.build --folds N --fold I, training and evaluation.run --split {LEFT_OUT} make one of each fold"
+REMEDY_FOR_TRACES = (
+    f"data_prep.build --folds N --fold I, training and evaluation.run --split {LEFT_OUT} make one of each fold"
+)
 
 
 @dataclass(frozen=True)
-class Run:
+class UpstreamRun:
     """A run of evaluation.run that is complete."""
 
     folder: Path
@@ -49,12 +53,12 @@ class Run:
     """Where the traces of each case begin in traces.jsonl, in bytes; a case's traces stand together."""
 
 
-def read_runs(folders: Sequence[Path], routing: str) -> list[Run]:
+def read_runs(folders: Sequence[Path], routing: str) -> list[UpstreamRun]:
     """The runs, checked to show what a dataset of that routing shows. Raises EchoError where one does not."""
     return [_read_run(folder, {**AS_TRAINED, "routing": routing}) for folder in folders]
 
 
-def _read_run(folder: Path, wanted: Mapping[str, Any]) -> Run:
+def _read_run(folder: Path, wanted: Mapping[str, Any]) -> UpstreamRun:
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
         if not run["complete"]:
@@ -72,10 +76,10 @@ def _read_run(folder: Path, wanted: Mapping[str, Any]) -> Run:
                 place += len(line)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EchoError(f"traces: {folder} is not a run of evaluation.run ({error}); check the path") from error
-    return Run(folder, run, places)
+    return UpstreamRun(folder, run, places)
 
 
-def check_runs(runs: Sequence[Run], material: Material, root: Path) -> None:
+def check_runs(runs: Sequence[UpstreamRun], material: DatasetDraft, root: Path) -> None:
     """Raise EchoError where a train or validation case is described by no run, or by adapters that were trained on it.
 
     The latter is told by the photographs' content, in the train split of the dataset that is named in the adapters'
@@ -84,7 +88,7 @@ def check_runs(runs: Sequence[Run], material: Material, root: Path) -> None:
     inspections = [*material.asked("train"), *material.asked("validation")]
     bare = [one for one in inspections if not any(one.id in run.places for run in runs)]
     if bare:
-        remedy = REMEDY if bare[0].split == "train" else f"evaluation.run --split {bare[0].split} makes it"
+        remedy = REMEDY_FOR_TRACES if bare[0].split == "train" else f"evaluation.run --split {bare[0].split} makes it"
         raise EchoError(
             f"no run in traces describes {bare[0].id}, of the split {bare[0].split} (of {len(inspections)} cases "
             f"{len(bare)} are not described); give a run over it too: {remedy}; a case that failed in a run is asked "
@@ -102,11 +106,11 @@ def check_runs(runs: Sequence[Run], material: Material, root: Path) -> None:
             if known:
                 raise EchoError(
                     f"the run {run.folder} describes {named[known[0]]} by {who} that were trained on it, in "
-                    f"{where} ({len(known)} such cases); give a run of adapters that were not: {REMEDY}"
+                    f"{where} ({len(known)} such cases); give a run of adapters that were not: {REMEDY_FOR_TRACES}"
                 )
 
 
-def _training(run: Run) -> dict[tuple[str, str], str]:
+def _training(run: UpstreamRun) -> dict[tuple[str, str], str]:
     """Dataset and fingerprint of all that a run's earlier roles were trained on, with who was."""
     who: dict[tuple[str, str], list[str]] = defaultdict(list)
     for role in EARLIER:
@@ -127,7 +131,7 @@ def _training(run: Run) -> dict[tuple[str, str], str]:
     return found
 
 
-def check_photographs(runs: Sequence[Run], images_fingerprint: str) -> None:
+def check_photographs(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
     """Raise EchoError where a run was over other photographs than those of the dataset that is built."""
     for run in runs:
         where = run.description["dataset"]
@@ -141,7 +145,7 @@ def check_photographs(runs: Sequence[Run], images_fingerprint: str) -> None:
             )
 
 
-def predicted(case: Case, runs: Sequence[Run], routing: str) -> Upstream:
+def predicted(case: Case, runs: Sequence[UpstreamRun], routing: str) -> Upstream:
     """What the earlier roles said about a case, in the first of the runs that describes it.
 
     Raises EchoError where they were shown or asked something else than they would be now, and where one is missing.
@@ -162,11 +166,11 @@ def predicted(case: Case, runs: Sequence[Run], routing: str) -> Upstream:
                         "build the dataset of the run and this one with the same config, and run it again"
                     )
                 words[branch.id] = trace.text
-        upstream = listen(role, case, upstream, words)
+        upstream = update_upstream(role, case, upstream, words)
     return upstream
 
 
-def _traces(run: Run, case: str) -> Iterator[Trace]:
+def _traces(run: UpstreamRun, case: str) -> Iterator[Trace]:
     with open(run.folder / TRACES, "rb") as file:
         file.seek(run.places[case])
         for line in file:
@@ -176,7 +180,7 @@ def _traces(run: Run, case: str) -> Iterator[Trace]:
             yield from_dict(Trace, row)
 
 
-def described(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def described(runs: Sequence[UpstreamRun]) -> list[dict[str, Any]]:
     """The runs as a manifest has them: what was said, by which adapters, over which dataset."""
     return [
         {

@@ -1,0 +1,25 @@
+"""echo-ft: tune Qwen2-VL for industrial inspection with Echo's four expert roles.
+
+The names below are imported when they are first used, so that `import echo_ft` loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PLACES = {
+    "Case": "echo_ft.records",
+    "EchoError": "echo_ft.errors",
+    "Prediction": "echo_ft.records",
+    "load_cases": "echo_ft.data.dataset",
+    "load_dataset": "echo_ft.data.dataset",
+}
+
+__all__ = ["Case", "EchoError", "Prediction", "load_cases", "load_dataset"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

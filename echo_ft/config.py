@@ -18,8 +18,9 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from echo_ft.records import EchoError
-from echo_ft.written import read_yaml
+from echo_ft.errors import EchoError
+from echo_ft.strict_yaml import read_yaml
+from echo_ft.terminal import LOGGER, log_to_terminal
 
 COMMAND_LINE = "the command line"
 
@@ -144,13 +145,14 @@ def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same co
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL (1.16) and peft (0.21) use names that transformers (5.23) calls otherwise now; a user can change none of them.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
+    log_to_terminal()
     try:
         main(sys.argv[1:])
     except EchoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        LOGGER.error("%s", error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"stopped by Ctrl-C; {how_to_go_on}", file=sys.stderr)
+        sys.stderr.write(f"stopped by Ctrl-C; {how_to_go_on}\n")
         sys.exit(130)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,5 +160,11 @@ def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same co
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "wandb":
             raise
-        print(f"error: W&B: {error}; run wandb login, set WANDB_MODE=offline, or take report_to out", file=sys.stderr)
+        LOGGER.error("W&B: %s; run wandb login, set WANDB_MODE=offline, or remove report_to", error)
         sys.exit(2)
+
+
+def named_first(argv: Sequence[str], flag: str) -> list[str]:
+    """Words before the first option, given to `flag`: `RUN_DIR --output X` is `--run RUN_DIR --output X`."""
+    count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return [flag, *argv] if count else list(argv)

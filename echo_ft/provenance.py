@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 PACKAGES = (
@@ -25,11 +25,16 @@ PACKAGES = (
     "scikit-image",
 )
 
-ANSWERING = ("torch", "transformers", "peft")
+ANSWERING_PACKAGES = ("torch", "transformers", "peft")
 """Those of PACKAGES that a model's answers come out of; the rest train, build and read."""
 
-ANSWERING_MODULES = ("engine", "pipeline", "server", "dataset", "model", "adapters")
-"""Those of this package that a model's answers come out of, with all that they import of it (`sources`)."""
+ANSWERING_MODULES = (
+    "inference.engine", "experts.pipeline", "inference.server", "data.dataset", "model.loading", "model.adapters",
+)  # fmt: skip
+"""The modules of this package that produce a model's answers, together with all that they import (`source_files`)."""
+
+SUPPORTING_MODULES = ("errors", "provenance")
+"""Imported by those, but unable to change an answer: a change to them does not stop a run from resuming."""
 
 
 def versions() -> dict[str, str]:
@@ -62,24 +67,32 @@ def code_fingerprint(*files: Path) -> str:
     return fingerprint_files(files, Path(os.path.commonpath([file.parent for file in files])))
 
 
-def sources(*modules: str) -> list[Path]:
-    """The files of this package that `modules` of it need: their own, and those of all that these import of it."""
+def source_files(*modules: str, without: Collection[str] = ()) -> list[Path]:
+    """The files of this package that `modules` of it need: their own, and those of everything these import from it.
+
+    Modules are named from the package on, as in `inference.engine`. Neither those in `without`, nor what only these
+    import, are followed.
+    """
     package = Path(__file__).resolve().parent
     found, waiting = set[str](), [*modules]
     while waiting:
         module = waiting.pop()
-        if module not in found:
+        if module not in found and module not in without:
             found.add(module)
-            waiting += _imported(package, (package / f"{module}.py").read_text(encoding="utf-8"))
-    return [package / f"{module}.py" for module in sorted(found)]
+            waiting += _imported(package, _module_file(package, module).read_text(encoding="utf-8"))
+    return [_module_file(package, module) for module in sorted(found)]
+
+
+def _module_file(package: Path, module: str) -> Path:
+    return package.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def _imported(package: Path, source: str) -> list[str]:
     """The modules of a package that a source imports anywhere, each by an absolute `from` import, as all do here."""
     froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
-    names = [f"{node.module}.{alias.name}".split(".") for node in froms for alias in node.names]
-    inside = [rest[0] for top, *rest in names if top == package.name]
-    return [name for name in inside if (package / f"{name}.py").is_file()]
+    named = [name for node in froms for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))]
+    inside = [str(name).removeprefix(f"{package.name}.") for name in named if str(name).startswith(f"{package.name}.")]
+    return [name for name in inside if _module_file(package, name).is_file()]
 
 
 def _git(folder: Path, *arguments: str) -> str:

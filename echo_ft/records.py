@@ -7,16 +7,8 @@ cannot reach it: it is never handed over.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
-import os
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
 
 GOOD = "good"
 """The condition of a part without a defect."""
@@ -24,7 +16,7 @@ GOOD = "good"
 LETTERS = "ABCDE"
 """Option letters that MMAD admits."""
 
-KINDS = (
+QUESTION_TYPES = (
     "Anomaly Detection",
     "Defect Classification",
     "Defect Localization",
@@ -36,14 +28,22 @@ KINDS = (
 """MMAD's seven kinds of question, in the order of its tables."""
 
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
-"""The four experts, in the order in which they speak."""
+"""The four experts, in the order of the pipeline."""
+
+SYNTHETIC_DESCRIPTIONS = {
+    "cutpaste": "A rectangular patch of the surface lies where it does not belong, with hard straight edges. "
+    "The surface is not continuous there, which can affect how the part works.",
+    "scar": "A short thin strip of another shade crosses the surface at a slant. "
+    "The surface is damaged along it and can fail there.",
+    "perlin": "A blotch with ragged edges shows another texture than the surface around it. "
+    "It may be dirt or another material, which will affect coating and fit.",
+    "poisson": "A patch of the surface has the structure of another place, and its edges fade into the surroundings. "
+    "The part is out of shape there, which can affect its fit.",
+}
+"""What a defect made by each method of `images.synthetic_defects` looks like, and what follows from it."""
 
 Knowledge = Mapping[str, Mapping[str, Mapping[str, str]]]
 """{dataset: {product: {condition: description}}}: the schema of MMAD's domain_knowledge.json."""
-
-
-class EchoError(Exception):
-    """An error whose message a user can act on: what is wrong, where, and the remedy. Shown without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Inspection:
     polygons: tuple[tuple[float, ...], ...] = ()
     """Outlines of defects as (x0, y0, x1, y1, ...) in pixels of the image, beside boxes or instead of them."""
     synthetic: str | None = None
-    """The method of `echo_ft.anomalies` that made the defect, where no camera saw it: for training alone."""
+    """The method of `echo_ft.images.synthetic_defects` that made the defect, where no camera saw it: for training alone."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,15 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What a model generated for one branch."""
+
+    text: str
+    letters: Mapping[str, float]
+    """Log-probability of each option letter as the first token; a server may return only some of them."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The decision about one question, with the truth and the breakdown keys that a scorer needs beside it."""
 
@@ -216,99 +225,3 @@ class Upstream:
     guide: str = ""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Question id to the reasoning expert's words."""
-
-
-Record = TypeVar("Record")
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(record):
-        return vars(record)  # `dataclasses.asdict` copies all that is in it, which takes longer than the JSON
-    raise TypeError(f"a record holds a {type(record).__name__}, which JSON has not")
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_fields)
-
-
-def to_json(record: Any) -> str:
-    """One line of JSON for a record; keys in the order of its fields."""
-    return _ENCODER.encode(record)
-
-
-def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
-    """A record from parsed JSON; nested records and tuples are restored.
-
-    Raises TypeError where a field is missing or unknown.
-    """
-    hints, nested = _hints(cls)  # type: ignore[arg-type]
-    if not row.keys() <= hints.keys():
-        raise TypeError(f"{cls.__name__} has no field {min(row.keys() - hints.keys())!r}")
-    if nested:
-        row = {**row, **{name: _restore(hints[name], row[name]) for name in nested if name in row}}
-    return cls(**row)
-
-
-@functools.cache  # resolving annotations takes longer than building the record
-def _hints(cls: type) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The type of each field, and the fields that JSON does not give back as they were."""
-    hints = typing.get_type_hints(cls)
-    return hints, tuple(name for name, hint in hints.items() if not _is_plain(hint))
-
-
-def _is_plain(hint: Any) -> bool:
-    origin = typing.get_origin(hint) or hint
-    if origin in (types.UnionType, typing.Union):
-        return all(map(_is_plain, typing.get_args(hint)))
-    return origin is not tuple and not dataclasses.is_dataclass(origin)
-
-
-def _restore(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _restore(next(arg for arg in args if arg is not type(None)), value)
-    if origin is tuple:
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        return tuple(_restore(inner or args[index], item) for index, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value)
-    return value
-
-
-def read_jsonl(path: Path, cls: type[Record], without: str = "") -> Iterator[Record]:
-    """The records of a JSON-lines file, but for lines that hold the text `without`, which are not even parsed.
-
-    Raises EchoError with file and line where a row is not such a record.
-    """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if without and without in line:
-                continue
-            try:
-                yield from_dict(cls, json.loads(line))
-            except (json.JSONDecodeError, TypeError, AttributeError) as error:
-                raise EchoError(
-                    f"{path}:{number} is not a {cls.__name__} row ({error}); make the file again"
-                ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that a reader finds whole or not at all, however the writer ends."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_jsonl(path: Path, records: Iterable[Any]) -> int:
-    """Write records as JSON lines, atomically; returns how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    # Lone surrogates, as in a rejected file's name, become the escapes that JSON has for them.
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in records:
-            file.write(to_json(record) + "\n")
-            count += 1
-    os.replace(partial, path)
-    return count

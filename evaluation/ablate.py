@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,27 +23,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
+from echo_ft.errors import EchoError
+from echo_ft.files import write_text
+from echo_ft.inference.generation_cache import GenerationCache
+from echo_ft.inference.run_folder import finished
 from echo_ft.provenance import fingerprint_bytes
-from echo_ft.records import ROLES, EchoError, write_whole
-from echo_ft.runs import finished
+from echo_ft.records import ROLES
+from echo_ft.terminal import LOGGER
 from evaluation import ablation_table
-from evaluation.run import (
-    Prepared,
-    carry_out,
-    join_processes,
-    load_weights,
-    make_engine,
-    prepare,
-    provenance,
-)
-from evaluation.settings import RunConfig, answer_tokens, answering
+from evaluation.config import RunConfig, answer_tokens, answering
+from evaluation.run import Prepared, carry_out, join_processes, load_weights, make_engine, prepare_run, provenance
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from echo_ft.adapters import Adapter
-    from echo_ft.engine import Engine, Features
+    from echo_ft.inference.engine import Engine, ImageFeatureCache
+    from echo_ft.model.adapters import Adapter
+
 
 UTTERANCES = "utterances"
 """The folder under `output` with what the roles said. It can be deleted at any time: it is computed again."""
@@ -95,18 +91,18 @@ def main(argv: list[str]) -> None:
             print(f"\n{place} of {len(runs)}: {names} -> {config.output}", flush=True)
         clock, nothing_to_ask = time.monotonic(), finished(Path(config.output))
         try:
-            run_cell(prepare(config), state, engines, output / UTTERANCES)
+            run_cell(prepare_run(config), state, engines, output / UTTERANCES)
         finally:
             if state.is_main_process and not nothing_to_ask:
                 name = Path(config.output).name
                 seconds[name] = seconds.get(name, 0.0) + time.monotonic() - clock
-                write_whole(output / SECONDS, json.dumps(seconds, indent=1) + "\n")
+                write_text(output / SECONDS, json.dumps(seconds, indent=1) + "\n")
     if state.is_main_process:
         rows = [(cell.name, cell.differs, Path(cell.config.output)) for cell in cells]
         table = ablation_table.tabulate(rows, ablation.baseline, seconds)
         ablation_table.write(output, table)
         for warning in table["warnings"]:
-            print(f"WARNING: {warning}", file=sys.stderr)
+            LOGGER.warning(warning)
         print(f"\n{ablation_table.text(table)}\n\nwrote ablation.json, ablation.md, ablation.html to {output}")
     state.destroy_process_group()
 
@@ -153,7 +149,7 @@ def in_order(cells: Sequence[Cell]) -> list[RunConfig]:
     models: dict[str, list[RunConfig]] = {}
     for cell in distinct.values():
         try:
-            adapters = prepare(cell.config).adapters  # what it reads is read again at its turn, not kept until then
+            adapters = prepare_run(cell.config).adapters  # what it reads is read again at its turn, not kept until then
         except EchoError as error:
             raise EchoError(f"cell {cell.name}: {error}") from error
         models.setdefault(_model(cell.config, adapters), []).append(cell.config)
@@ -169,7 +165,6 @@ def _model(config: RunConfig, adapters: Mapping[str, Adapter]) -> str:
 
 def run_cell(prepared: Prepared, state: PartialState, engines: Engines, folder: Path) -> None:
     """Run what is not done yet of one cell, asking only what no cell has asked before."""
-    from echo_ft.utterances import Utterances
 
     config = prepared.config
     described = provenance(config, prepared.dataset, prepared.adapters)
@@ -183,7 +178,7 @@ def run_cell(prepared: Prepared, state: PartialState, engines: Engines, folder: 
         }
         for role in ROLES
     }
-    carry_out(prepared, state, engines, Utterances(folder, speakers, state.process_index))
+    carry_out(prepared, state, engines, GenerationCache(folder, speakers, state.process_index))
 
 
 class Engines:
@@ -191,13 +186,13 @@ class Engines:
 
     def __init__(self, features_gib: float) -> None:
         self.features_gib = features_gib
-        self._loaded: tuple[str, Any, Features] | None = None
+        self._loaded: tuple[str, Any, ImageFeatureCache] | None = None
 
     def __call__(self, prepared: Prepared, device: torch.device) -> Engine:
         """The engine of a run whose model goes onto a GPU if `device` is one."""
         import torch
 
-        from echo_ft.engine import Features
+        from echo_ft.inference.engine import ImageFeatureCache
 
         wanted = _model(prepared.config, prepared.adapters)
         if self._loaded is None or self._loaded[0] != wanted:
@@ -205,7 +200,7 @@ class Engines:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._loaded = wanted, load_weights(prepared, device), Features(int(self.features_gib * 2**30))
+            self._loaded = wanted, load_weights(prepared, device), ImageFeatureCache(int(self.features_gib * 2**30))
         _, model, features = self._loaded
         return make_engine(prepared, model, features=features)
 

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echo_ft import metrics, statistics
-from echo_ft.mmad_scorer import AVERAGE
-from echo_ft.records import KINDS, Prediction, write_whole
-from echo_ft.sheets import make_sheet
+from echo_ft.files import write_text
+from echo_ft.metrics import intervals
+from echo_ft.metrics.comparison import TOGETHER, Group, compare
+from echo_ft.metrics.figures import AVERAGE, MIN_PARTS
+from echo_ft.metrics.loading import load_run
+from echo_ft.metrics.prediction_table import make_prediction_table
+from echo_ft.metrics.report import small_side_warnings
+from echo_ft.records import QUESTION_TYPES, Prediction
 from evaluation import pages
-from evaluation.comparison import TOGETHER, Group, compare
 from evaluation.pages import p_text, percent, show, signed, text_table
-from evaluation.reading import load_run
-from evaluation.score import thin_sides
 
-INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in KINDS}
+INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in QUESTION_TYPES}
 """Headings of the kinds' columns."""
 
 
@@ -44,21 +45,21 @@ def tabulate(
         for warning in _warnings(group):
             warned.setdefault(warning, []).append(group.name)
         common = _common(groups[base], group)
-        if len(common) == len(groups[base].sheets[0].predictions) == len(group.sheets[0].predictions):
+        if len(common) == len(groups[base].tables[0].predictions) == len(group.tables[0].predictions):
             same += [group] if folder != base else []
             continue
         own[folder] = compare([group])["runs"][0]
         if common:
             pair = [_restricted(one, common) for one in (groups[base], group)]
             differences[folder] = _difference(compare(pair)["differences"][0], pair[0])
-            for warning in thin_sides(pair[0].sheets[0]):
+            for warning in small_side_warnings(pair[0].tables[0]):
                 warned.setdefault(f"on the questions that {baseline} was asked too, {warning}", []).append(group.name)
     together = compare(same)
     for group, described in zip(same, together["runs"], strict=True):
         own[group.runs[0].folder] = described
     for group, found in zip(same[1:], together["differences"], strict=True):
         differences[group.runs[0].folder] = _difference(found, groups[base])
-    corrected = statistics.holm([difference["p"] for difference in differences.values()])
+    corrected = intervals.holm([difference["p"] for difference in differences.values()])
     for difference, p_holm in zip(differences.values(), corrected, strict=True):
         difference["p_holm"] = p_holm
     return {
@@ -88,15 +89,15 @@ def tabulate(
 
 def _group(name: str, folder: Path) -> Group:
     run = load_run(folder)
-    return Group(name, [name], [run], [make_sheet(run.predictions)])
+    return Group(name, [name], [run], [make_prediction_table(run.predictions)])
 
 
 def _warnings(group: Group) -> list[str]:
     """What a reader of one cell's figures must know."""
-    (run,), (sheet,) = group.runs, group.sheets
+    (run,), (table,) = group.runs, group.tables
     failed = [one.error for one in run.predictions if one.error is not None]
     told = [f"{len(failed)} predictions failed ({failed[0]}); the same command asks again"] if failed else []
-    return [*run.warnings, *told, *thin_sides(sheet)]
+    return [*run.warnings, *told, *small_side_warnings(table)]
 
 
 def _asked(one: Prediction) -> tuple[Any, ...]:
@@ -106,19 +107,19 @@ def _asked(one: Prediction) -> tuple[Any, ...]:
 
 
 def _common(base: Group, other: Group) -> set[tuple[Any, ...]]:
-    first, second = ({_asked(one) for one in group.sheets[0].predictions} for group in (base, other))
+    first, second = ({_asked(one) for one in group.tables[0].predictions} for group in (base, other))
     return first & second
 
 
 def _restricted(group: Group, asked: set[tuple[Any, ...]]) -> Group:
     """The group with these questions alone."""
-    chosen = [one for one in group.sheets[0].predictions if _asked(one) in asked]
-    return Group(group.name, group.members, group.runs, [make_sheet(chosen)])
+    chosen = [one for one in group.tables[0].predictions if _asked(one) in asked]
+    return Group(group.name, group.members, group.runs, [make_prediction_table(chosen)])
 
 
 def _difference(found: Mapping[str, Any], base: Group) -> dict[str, Any]:
     """What the table shows of one of compare's differences, and on how much of the baseline it rests."""
-    test, asked = found["mcnemar"][TOGETHER], base.sheets[0].predictions
+    test, asked = found["mcnemar"][TOGETHER], base.tables[0].predictions
     return {
         "questions": len(asked),
         "cases": len({one.case for one in asked}),
@@ -131,7 +132,9 @@ def _difference(found: Mapping[str, Any], base: Group) -> dict[str, Any]:
 
 def columns(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table's rows as text, the header first; kinds that no cell was asked are left out."""
-    kinds = [kind for kind in KINDS if any(cell["figures"][kind]["value"] is not None for cell in table["cells"])]
+    kinds = [
+        kind for kind in QUESTION_TYPES if any(cell["figures"][kind]["value"] is not None for cell in table["cells"])
+    ]
     header = ("cell", "average, %", "difference", "won, lost", "p", "AUROC", *(INITIALS[kind] for kind in kinds))
     rows = [(*header, "unparsed, %", "questions", "cases", "seconds")]
     for cell in table["cells"]:
@@ -165,7 +168,7 @@ def columns(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _figure(name: str, figure: Mapping[str, Any]) -> str:
     if figure["value"] is None:
         return "–"
-    return f"{show(name, figure['value'])} ({pages.interval(name, figure['interval'])})"
+    return f"{show(name, figure['value'])} ({pages.interval_text(name, figure['interval'])})"
 
 
 def notes(table: Mapping[str, Any]) -> list[str]:
@@ -175,7 +178,7 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
     found = [
         f"Strict figures in percent: {kinds}; AUROC of P(defect) from 0 to 1. Difference: to {base}, paired. In "
-        f"brackets: 95 % intervals over physical parts, none for fewer than {metrics.FEW}. Won, lost: questions that "
+        f"brackets: 95 % intervals over physical parts, none for fewer than {MIN_PARTS}. Won, lost: questions that "
         f"the cell alone and that {base} alone answered correctly; p: exact McNemar test on these, Holm-corrected for "
         f"{compared} differences. Unparsed: or failed; both count as wrong. Seconds: what a cell took beside what "
         "others had computed; the first cell of a model carries its loading."
@@ -224,6 +227,6 @@ def write(output: Path, table: Mapping[str, Any]) -> None:
         reach=pages.reach(abs(bound) for average in averages if average for bound in average["interval"] or ()),
         same={key: value for key, value in described[0].items() if all(one.get(key) == value for one in described)},
     )
-    write_whole(output / "ablation.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    write_whole(output / "ablation.md", markdown(table))
-    write_whole(output / "ablation.html", page)
+    write_text(output / "ablation.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    write_text(output / "ablation.md", markdown(table))
+    write_text(output / "ablation.html", page)

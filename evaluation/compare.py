@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from echo_ft import config as configs
-from echo_ft import metrics
-from echo_ft.records import EchoError, write_whole
-from echo_ft.sheets import Sheet, make_sheet
+from echo_ft.config import named_first
+from echo_ft.errors import EchoError
+from echo_ft.files import write_text
+from echo_ft.metrics import detection
+from echo_ft.metrics.comparison import TOGETHER, Group, compare
+from echo_ft.metrics.loading import Run, load_run
+from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
+from echo_ft.metrics.report import SAME_MODEL
+from echo_ft.terminal import LOGGER
 from evaluation import pages
-from evaluation.comparison import TOGETHER, Group, compare
-from evaluation.pages import DETECTION_FIGURES, interval, p_text, show, signed, text_table
-from evaluation.reading import Run, load_run
-from evaluation.score import SAME_MODEL, named_first
+from evaluation.pages import DETECTION_FIGURES, interval_text, p_text, show, signed, text_table
 
 PROTOCOL = ("answer", "option_order", "max_new_tokens", "min_pixels", "max_pixels", "prompt_version")
 """How the questions are put and the answers read: the same for all runs of a comparison, unless it is what is compared.
@@ -69,11 +71,11 @@ def main(argv: list[str]) -> None:
     output = Path(config.output) if config.output else groups[-1].runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(comparison, indent=1, ensure_ascii=False)
-    write_whole(output / "comparison.json", text + "\n")
-    write_whole(output / "compare.html", page(comparison, groups))
+    write_text(output / "comparison.json", text + "\n")
+    write_text(output / "compare.html", page(comparison, groups))
     print(f"wrote comparison.json, compare.html to {output}\n")
     for warning in comparison["warnings"]:
-        print(f"WARNING: {warning}", file=sys.stderr)
+        LOGGER.warning(warning)
     print_comparison(comparison)
     if config.report_to == "wandb":
         log_to_wandb(comparison)
@@ -87,13 +89,13 @@ def read_groups(words: Sequence[str], compared: Sequence[str] = ()) -> list[Grou
     labels, folders = zip(*map(_split, words), strict=True)
     names = run_names([folder for some in folders for folder in some])
     runs = [load_run(folder) for some in folders for folder in some]
-    sheets = [make_sheet(run.predictions) for run in runs]
-    require_same_questions(names, runs, sheets)
+    tables = [make_prediction_table(run.predictions) for run in runs]
+    require_same_questions(names, runs, tables)
     require_one_protocol(names, runs, compared)
     groups, start = [], 0
     for label, some in zip(labels, folders, strict=True):
         chosen = slice(start, start := start + len(some))
-        groups.append(Group(label or ", ".join(names[chosen]), names[chosen], runs[chosen], sheets[chosen]))
+        groups.append(Group(label or ", ".join(names[chosen]), names[chosen], runs[chosen], tables[chosen]))
         require_one_kind(groups[-1])
     if len({group.name for group in groups}) < len(groups):
         raise EchoError(f"two of {', '.join(group.name for group in groups)} have one name; give each its own")
@@ -137,16 +139,16 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def require_same_questions(names: Sequence[str], runs: Sequence[Run], sheets: Sequence[Sheet]) -> None:
+def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Sequence[PredictionTable]) -> None:
     """Raise EchoError, naming what differs, where a run was not asked just what the first was."""
-    first = {(one.case, one.question): one for one in sheets[0].predictions}
-    for name, run, sheet in zip(names[1:], runs[1:], sheets[1:], strict=True):
+    first = {(one.case, one.question): one for one in tables[0].predictions}
+    for name, run, table in zip(names[1:], runs[1:], tables[1:], strict=True):
         these = f"{names[0]} and {name} cannot be compared: "
         for name_of in ("dataset_fingerprint", "split"):
             ours, theirs = runs[0].provenance.get(name_of), run.provenance.get(name_of)
             if ours != theirs:
                 raise EchoError(f"{these}their {name_of} differs ({ours} and {theirs}); evaluate both on one dataset")
-        other = {(one.case, one.question): one for one in sheet.predictions}
+        other = {(one.case, one.question): one for one in table.predictions}
         missing, more = sorted(first.keys() - other.keys()), sorted(other.keys() - first.keys())
         if missing or more:
             example = (missing or more)[0]
@@ -185,7 +187,7 @@ def page(comparison: Mapping[str, Any], groups: Sequence[Group]) -> str:
     described = [run["provenance"] for run in comparison["runs"]]
     keys = list(dict.fromkeys(key for one in described for key in one))
     differing = [key for key in keys if any(one.get(key) != described[0].get(key) for one in described)]
-    before, after = groups[0].sheets[0], groups[-1].sheets[-1]
+    before, after = groups[0].tables[0], groups[-1].tables[-1]
     root = pages.image_root(groups[-1].runs[-1].provenance)
     changed = {}
     for title, gained in (("Now right", True), ("Now wrong", False)):
@@ -199,7 +201,7 @@ def page(comparison: Mapping[str, Any], groups: Sequence[Group]) -> str:
                     "before": before.predictions[place],
                     "after": after.predictions[place],
                     "gained": gained,
-                    "thumbnail": pages.thumbnail(root, before.predictions[place].image),
+                    "thumbnail": pages.thumbnail_uri(root, before.predictions[place].image),
                 }
                 for place in chosen
             ],
@@ -208,9 +210,9 @@ def page(comparison: Mapping[str, Any], groups: Sequence[Group]) -> str:
         "compare.html.jinja",
         comparison=comparison,
         curves=[
-            (name, area, metrics.roc_points(sheet), place)
+            (name, area, detection.roc_points(table), place)
             for place, (group, run) in enumerate(zip(groups, comparison["runs"], strict=True))
-            for name, area, sheet in zip(group.members, run["figures"]["AUROC"]["values"], group.sheets, strict=True)
+            for name, area, table in zip(group.members, run["figures"]["AUROC"]["values"], group.tables, strict=True)
         ],
         changed_runs=(groups[0].members[0], groups[-1].members[-1]),
         detection_figures=pages.DETECTION_FIGURES,
@@ -242,7 +244,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
             for run in runs:
                 one = run["figures"][key]
                 value, deviation = (show(key, number) for number in (one["value"], one["standard_deviation"]))
-                row += _cells(run, value, deviation, interval(key, one["interval"]))
+                row += _cells(run, value, deviation, interval_text(key, one["interval"]))
             rows.append(tuple(row))
     rows.append(("unparsed + failed", *(cell for run in runs for cell in _cells(run, _unread(run["counts"]), "", ""))))
     print(text_table(rows))
@@ -255,7 +257,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
                     (str(test["only_run"]), str(test["only_baseline"]), p_text(test["p_holm"])) if test else ("",) * 3
                 )
                 moved = signed(one["difference"], 3 if key in DETECTION_FIGURES else 1)
-                rows.append((key, moved, interval(key, one["interval"]), *counts))
+                rows.append((key, moved, interval_text(key, one["interval"]), *counts))
         print("\n" + text_table(rows))
     print("\nAUROC, recall and specificity from 0 to 1, the rest in percent; won, lost: questions that one of the two")
     print("alone answered correctly; p: exact McNemar test on them, Holm-corrected\n")

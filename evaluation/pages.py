@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echo_ft import images
-from echo_ft.records import EchoError, Prediction
-from echo_ft.sheets import is_correct
+from echo_ft.data.dataset import load_dataset
+from echo_ft.errors import EchoError
+from echo_ft.html import jpeg_uri, render_page, thumbnail
+from echo_ft.images import decode
+from echo_ft.metrics.detection import roc_points
+from echo_ft.metrics.loading import Run
+from echo_ft.metrics.prediction_table import is_correct, make_prediction_table
+from echo_ft.records import QUESTION_TYPES, Prediction
 
 SAMPLES = 24
 THUMBNAIL = 192
@@ -49,17 +52,28 @@ THRESHOLD_LABELS = {
 
 def render(template: str, **values: Any) -> str:
     """A self-contained HTML page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    filters = {
+        "percent": percent,
+        "hundredfold": hundredfold,
+        "share": share_text,
+        "signed": signed,
+        "compact": compact,
+    }
+    return render_page(Path(__file__).parent / template, filters, **values)
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
+
+def report_page(report: Mapping[str, Any], run: Run) -> str:
+    """report.html's text from report.json's content."""
+    return render(
+        "report.html.jinja",
+        report=report,
+        kinds=QUESTION_TYPES,
+        detection_labels=DETECTION_LABELS,
+        expert_labels=EXPERT_LABELS,
+        threshold_labels=THRESHOLD_LABELS,
+        roc=roc_points(make_prediction_table(run.predictions)),
+        samples=samples(run.predictions, run.provenance),
     )
-    environment.filters.update(percent=percent, hundredfold=hundredfold, share=share, signed=signed, compact=compact)
-    return environment.get_template(template).render(**values)
 
 
 def percent(value: float | None) -> str:
@@ -72,7 +86,7 @@ def hundredfold(value: float | None) -> str:
     return percent(None if value is None else 100 * value)
 
 
-def share(value: float | None) -> str:
+def share_text(value: float | None) -> str:
     """`0.907`, or a dash where there is no figure."""
     return "–" if value is None else f"{value:.3f}"
 
@@ -84,10 +98,10 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 def show(name: str, value: float | None) -> str:
     """A figure in its own unit: detection from 0 to 1, the rest in percent."""
-    return share(value) if name in DETECTION_FIGURES else percent(value)
+    return share_text(value) if name in DETECTION_FIGURES else percent(value)
 
 
-def interval(name: str, value: Sequence[float] | None) -> str:
+def interval_text(name: str, value: Sequence[float] | None) -> str:
     """`71.7 to 90.0`, or a dash."""
     return "–" if value is None else f"{show(name, value[0])} to {show(name, value[1])}"
 
@@ -122,7 +136,6 @@ def image_root(provenance: Mapping[str, Any]) -> Path | None:
     """Where a run's images lie, or None where its dataset is not reachable from here."""
     if "dataset" not in provenance:
         return None
-    from echo_ft.dataset import load_dataset
 
     try:
         return load_dataset(Path(str(provenance["dataset"]))).root
@@ -130,18 +143,15 @@ def image_root(provenance: Mapping[str, Any]) -> Path | None:
         return None
 
 
-def thumbnail(root: Path | None, image: str) -> str | None:
+def thumbnail_uri(root: Path | None, image: str) -> str | None:
     """A small JPEG as a data URI, or None where the image cannot be read: pages are made without images too."""
     if root is None:
         return None
     try:
-        small = images.decode(root / image)
-    except images.UNREADABLE:
+        small = decode.decode(root / image)
+    except decode.UNREADABLE:
         return None
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_uri(thumbnail(small, THUMBNAIL))
 
 
 def samples(predictions: Sequence[Prediction], provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -158,7 +168,7 @@ def samples(predictions: Sequence[Prediction], provenance: Mapping[str, Any]) ->
         {
             "case": case,
             "first": rows[0],
-            "thumbnail": thumbnail(root, rows[0].image),
+            "thumbnail": thumbnail_uri(root, rows[0].image),
             "questions": [{"row": row, "correct": is_correct(row)} for row in rows],
             "right": sum(map(is_correct, rows)),
         }

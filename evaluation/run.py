@@ -9,33 +9,54 @@ the models are not loaded here: a server that speaks OpenAI's chat protocol is a
 from __future__ import annotations
 
 import asyncio
-import sys
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from echo_ft import config as configs
-from echo_ft.adapters import Adapter
-from echo_ft.dataset import Dataset
-from echo_ft.pipeline import Outcome, Speak, run_at_once, run_or_fail
-from echo_ft.records import Case, EchoError
-from echo_ft.runs import Processes, RunFolder, failures
-from evaluation import settings
-from evaluation.settings import RunConfig, answer_tokens, answering, check, corruption, pipeline_settings, server_model
+from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, require_unchanged
+from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
+from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.inference.run_folder import Processes, RunFolder, failures
+from echo_ft.inference.server import Server
+from echo_ft.model.adapters import BASE, Adapter, attach_adapters, find_adapters, training_sets, tuned_base
+from echo_ft.model.loading import base_fingerprint, load_model, load_processor
+from echo_ft.model.rows import RowBuilder
+from echo_ft.processes import join_processes
+from echo_ft.provenance import (
+    ANSWERING_MODULES,
+    ANSWERING_PACKAGES,
+    SUPPORTING_MODULES,
+    code_fingerprint,
+    commit,
+    source_files,
+    versions,
+)
+from echo_ft.records import Case
+from echo_ft.terminal import LOGGER
+from evaluation.config import (
+    RunConfig,
+    answer_tokens,
+    answering,
+    check_config,
+    corruption,
+    pipeline_settings,
+    server_model,
+)
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from echo_ft.engine import Engine
-    from echo_ft.layout import Layout
-    from echo_ft.utterances import Utterances
-
-LONGEST_WAIT = timedelta(days=30)
-"""How long the processes of a run wait for the slowest; torch's own ten minutes are less than one's share may take."""
+    from echo_ft.inference.engine import Engine
+    from echo_ft.inference.generation_cache import GenerationCache
+    from echo_ft.model.rows import RowBuilder
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,7 @@ class Prepared:
     dataset: Dataset
     adapters: dict[str, Adapter]
     cases: list[Case]
-    layout: Layout
+    row_builder: RowBuilder
     noted: dict[str, Any]
     """What run.json tells beside what must be the same for the run to go on; the `warnings` among it."""
 
@@ -59,11 +80,11 @@ class Prepared:
 def main(argv: list[str]) -> None:
     """Check everything that must agree, then run what is not done yet."""
     (config,) = configs.parse([RunConfig], argv)
-    prepared = prepare(config)
+    prepared = prepare_run(config)
     state = join_processes()
     if state.is_main_process:
         for warning in prepared.noted["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
+            LOGGER.warning(warning)
     carry_out(prepared, state)
     if state.is_main_process:
         failed = failures(Path(config.output))
@@ -76,11 +97,8 @@ def main(argv: list[str]) -> None:
 
 def inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
     """The dataset and the adapters of a run. Raises EchoError for options that cannot be run with them."""
-    from echo_ft.adapters import find_adapters
-    from echo_ft.dataset import load_dataset
-    from echo_ft.model import base_fingerprint
 
-    check(config)
+    check_config(config)
     dataset = load_dataset(Path(config.dataset))
     if config.references is not None and not 1 <= config.references <= dataset.manifest["config"]["k"]:
         raise EchoError(
@@ -94,12 +112,8 @@ def inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
     return dataset, find_adapters(Path(config.adapters), base, weights, config.min_pixels, config.max_pixels)
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare_run(config: RunConfig) -> Prepared:
     """Everything that a run reads. Raises EchoError where it does not agree."""
-    from echo_ft.adapters import BASE, training_sets, tuned_base
-    from echo_ft.dataset import DIGESTS
-    from echo_ft.dataset import cases as load_cases
-    from echo_ft.provenance import ANSWERING, commit, versions
 
     dataset, adapters = inputs(config)
     cases = load_cases(dataset, config.split, config.reference, config.references)
@@ -127,45 +141,32 @@ def prepare(config: RunConfig) -> Prepared:
         "server": config.server,
         "trained_on": training,
         "warnings": warnings,
-        "other_versions": {name: version for name, version in versions().items() if name not in ANSWERING},
+        "other_versions": {name: version for name, version in versions().items() if name not in ANSWERING_PACKAGES},
         "commit": commit(),
     }
-    layout = load_layout(config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels)
-    return Prepared(config, dataset, adapters, cases, layout, noted)
+    row_builder = load_row_builder(
+        config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels
+    )
+    return Prepared(config, dataset, adapters, cases, row_builder, noted)
 
 
 @cache
-def load_layout(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Layout:
+def load_row_builder(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> RowBuilder:
     """The layout of prompts with the model's processor; runs of one model share it."""
-    from echo_ft.layout import Layout
-    from echo_ft.model import load_processor
 
-    return Layout(load_processor(model_name_or_path, revision, min_pixels, max_pixels))
-
-
-def join_processes() -> PartialState:
-    """This process among those that `accelerate launch` started."""
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+    return RowBuilder(load_processor(model_name_or_path, revision, min_pixels, max_pixels))
 
 
 def carry_out(
     prepared: Prepared,
     state: PartialState,
     engine_of: Callable[[Prepared, torch.device], Engine] | None = None,
-    utterances: Utterances | None = None,
+    generations: GenerationCache | None = None,
 ) -> None:
     """Run what is not done yet of one run, in each of its processes.
 
     An ablation gives `engine_of`, which may return one that has been in use, and the `utterances` that it keeps.
     """
-    from tqdm import tqdm
-
-    from echo_ft.dataset import require_unchanged
 
     config, cases = prepared.config, prepared.cases
     processes = Processes(state.process_index, state.num_processes, waiting(state))
@@ -190,9 +191,11 @@ def carry_out(
 
                 if config.server is None:
                     engine = (engine_of or load_engine)(prepared, state.device)
-                    run_here(config, batches, utterances.before(engine.speak) if utterances else engine.speak, write)
+                    run_here(
+                        config, batches, generations.wrap(engine.generate) if generations else engine.generate, write
+                    )
                 else:
-                    asyncio.run(ask_server(prepared, [case for (case,) in batches], utterances, write))
+                    asyncio.run(ask_server(prepared, [case for (case,) in batches], generations, write))
         folder.finish()
 
 
@@ -212,9 +215,6 @@ def waiting(state: PartialState) -> Callable[[], None]:
 
 def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]) -> dict[str, Any]:
     """All that must be the same for a run to go on."""
-    from echo_ft.model import base_fingerprint
-    from echo_ft.provenance import ANSWERING, ANSWERING_MODULES, code_fingerprint, sources, versions
-    from echo_ft.roles import PROMPT_VERSION
 
     # The weights of a server need not be here.
     weights = None if config.server else base_fingerprint(config.model_name_or_path, config.model_revision)
@@ -229,10 +229,12 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
         "base_fingerprint": weights,
         "adapters": {role: {"fingerprint": one.fingerprint, **asdict(one.card)} for role, one in adapters.items()},
         "prompt_version": PROMPT_VERSION,
-        "versions": {name: version for name, version in versions().items() if name in ANSWERING},
+        "versions": {name: version for name, version in versions().items() if name in ANSWERING_PACKAGES},
         # What makes the answers, not what scores them: a stopped run goes on after a change to the latter.
         "code": code_fingerprint(
-            *sources(*ANSWERING_MODULES), Path(__file__).resolve(), Path(settings.__file__).resolve()
+            *source_files(*ANSWERING_MODULES, without=SUPPORTING_MODULES),
+            Path(__file__).resolve(),
+            Path(inspect.getfile(RunConfig)).resolve(),
         ),
     }
 
@@ -240,10 +242,10 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
 Write = Callable[[Case, Outcome], None]
 
 
-def run_here(config: RunConfig, batches: Iterable[Sequence[Case]], speak: Speak, write: Write) -> None:
+def run_here(config: RunConfig, batches: Iterable[Sequence[Case]], generate: Generate, write: Write) -> None:
     """Run the batches of cases through the model in this process."""
     for batch in batches:
-        for case, outcome in zip(batch, run_or_fail(batch, speak, pipeline_settings(config)), strict=True):
+        for case, outcome in zip(batch, run_or_fail(batch, generate, pipeline_settings(config)), strict=True):
             write(case, outcome)
 
 
@@ -254,8 +256,6 @@ def load_engine(prepared: Prepared, device: torch.device) -> Engine:
 
 def load_weights(prepared: Prepared, device: torch.device) -> Any:
     """The base model with the run's adapters."""
-    from echo_ft.adapters import attach_adapters
-    from echo_ft.model import load_model
 
     config = prepared.config
     model = load_model(
@@ -270,12 +270,12 @@ def load_weights(prepared: Prepared, device: torch.device) -> Any:
 
 def make_engine(prepared: Prepared, model: Any, **options: Any) -> Engine:
     """The engine of a run on a model that is loaded; `options` are further ones of Engine's."""
-    from echo_ft.engine import Engine
+    from echo_ft.inference.engine import Engine
 
     config = prepared.config
     return Engine(
         model,
-        prepared.layout,
+        prepared.row_builder,
         prepared.dataset.root,
         config.max_new_tokens,
         answer_tokens=answer_tokens(config),
@@ -285,16 +285,17 @@ def make_engine(prepared: Prepared, model: Any, **options: Any) -> Engine:
     )
 
 
-async def ask_server(prepared: Prepared, cases: Sequence[Case], utterances: Utterances | None, write: Write) -> None:
+async def ask_server(
+    prepared: Prepared, cases: Sequence[Case], generations: GenerationCache | None, write: Write
+) -> None:
     """Run the cases through the models of a server, many requests at once."""
-    from echo_ft.server import Server
 
     config = prepared.config
     assert config.server is not None
     async with Server(
         config.server,
         server_model(config),
-        prepared.layout,
+        prepared.row_builder,
         prepared.dataset.root,
         config.max_new_tokens,
         answer_tokens(config),
@@ -307,9 +308,9 @@ async def ask_server(prepared: Prepared, cases: Sequence[Case], utterances: Utte
             told = f"{config.server} does not tell the probabilities of tokens"
             if config.answer != "generate":
                 raise EchoError(f"{told}; set answer to generate, or serve the model with vLLM")
-            print(f"warning: {told}: the run will have no P(option)", file=sys.stderr)
-        speak = utterances.before_later(server.speak) if utterances else server.speak
-        await run_at_once(cases, speak, pipeline_settings(config), config.batch_size, write)
+            LOGGER.warning(f"{told}: the run will have no P(option)")
+        generate = generations.wrap_async(server.generate) if generations else server.generate
+        await run_cases_async(cases, generate, pipeline_settings(config), config.batch_size, write)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,40 @@ import dataclasses
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from echo_ft.records import Case, Entry, Question, Reference, Seen, Truth
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+
 ROOT = Path(__file__).resolve().parent.parent
 ECHO_TINY = Path(os.environ.get("ECHO_TINY", ROOT / "recipes" / "tiny" / "echo-tiny"))
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 112 * 112
 
 
-@pytest.fixture(scope="session")
-def layout():
-    from echo_ft.layout import Layout
-    from echo_ft.model import load_processor
+@pytest.fixture(scope="session", autouse=True)
+def _terminal():
+    """What the library reports is on stdout and stderr, as in a command."""
+    from echo_ft.terminal import log_to_terminal
 
-    return Layout(load_processor(str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS))
+    log_to_terminal()
+
+
+@pytest.fixture(scope="session")
+def row_builder():
+    from echo_ft.model.loading import load_processor
+    from echo_ft.model.rows import RowBuilder
+
+    return RowBuilder(load_processor(str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS))
 
 
 @pytest.fixture(scope="session")
 def model():
-    from echo_ft.model import load_model
+    from echo_ft.model.loading import load_model
 
     return load_model(str(ECHO_TINY), dtype="float32").eval()
 
@@ -100,10 +108,11 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
     import hashlib
     import json
 
-    from echo_ft.dataset import DIGESTS, FORMAT, images_fingerprint
-    from echo_ft.records import ROLES, Inspection, write_jsonl
-    from echo_ft.roles import PROMPT_VERSION
-    from echo_ft.targets import training_exchanges
+    from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint
+    from echo_ft.experts.roles import PROMPT_VERSION
+    from echo_ft.experts.targets import training_exchanges
+    from echo_ft.files import write_jsonl
+    from echo_ft.records import ROLES, Inspection
 
     made = {"train": train, "validation": validation, "test": test}
     cases = {
@@ -128,7 +137,7 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
                 folder / "sft" / role / f"{split}.jsonl",
                 (row for case in cases[split] for row in training_exchanges(case, role, folder / "images", "full")),
             )
-    manifest: dict[str, object] = {"format": FORMAT, "root": "images", "fingerprint": "0123456789abcdef"}
+    manifest: dict[str, object] = {"format": DATASET_FORMAT, "root": "images", "fingerprint": "0123456789abcdef"}
     manifest |= {"config": {"routing": "full", "k": 2}, "prompt_version": PROMPT_VERSION}
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "images").iterdir()}
     (folder / DIGESTS).write_text(json.dumps(digests))
@@ -142,9 +151,9 @@ def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] |
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from echo_ft.adapters import make_card, write_card
-    from echo_ft.dataset import load_dataset
-    from echo_ft.model import load_model
+    from echo_ft.data.dataset import load_dataset
+    from echo_ft.model.adapters import make_card, write_card
+    from echo_ft.model.loading import load_model
     from echo_ft.records import ROLES
 
     for seed, role in enumerate(ROLES):
@@ -159,6 +168,6 @@ def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] |
 @pytest.fixture
 def small_list(tmp_path: Path) -> Path:
     """A list of 24 photographs of one product, for a test to change."""
-    from tests.drawn_parts import draw_manifest
+    from tests.support.drawn_manifest import draw_manifest
 
     return draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)

@@ -1,132 +1,217 @@
-"""The rules of the tree, each held by a test."""
+"""The rules of CONTRIBUTING.md that a machine can check."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import importlib
 import re
 import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from echo_ft import config as configs
 from tests.conftest import ROOT
 
-PARTS = ("echo_ft", "data_prep", "train", "evaluation")
-FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
+SCRIPTS = ("data_prep", "train", "evaluation")
+CODE = sorted(path for part in ("echo_ft", *SCRIPTS, "benchmarks") for path in (ROOT / part).rglob("*.py"))
+LIGHT = [path for path in CODE if path.relative_to(ROOT).parts[0] != "benchmarks"]  # these patch before they import
+LIBRARY = sorted((ROOT / "echo_ft").rglob("*.py"))
+
+STREETS = {
+    "images": set(),
+    "drawn": {"images"},
+    "data": {"images"},
+    "retrieval": {"images", "data"},
+    "leakage": {"images"},
+    "experts": {"images", "data"},
+    "model": {"images", "data", "experts"},
+    "training": {"images", "data", "model"},
+    "inference": {"images", "experts", "model"},
+    "metrics": {"images", "data", "experts", "inference"},
+}
+"""Which street of echo_ft may import which. All may import the files on the ground floor, which import no street."""
+
+SAME_NAME = {
+    "main": "the entry point of every command",
+}
+"""Public names that two modules of echo_ft may define, and why. At most five."""
+
+HEAVY = {
+    "accelerate", "bitsandbytes", "cv2", "datasets", "deepspeed", "faiss", "jinja2", "open_clip", "openai", "peft",
+    "pyarrow", "skimage", "sklearn", "torch", "torchvision", "transformers", "trl", "wandb",
+}  # fmt: skip
+"""Packages that a function may import, so that `--help` and light commands do not load them."""
+
+LIGHT_INSIDE = {"fcntl": "Windows has none"}
+"""Other modules that a function may import, and why."""
+
+RETIRED = (
+    "speak", "SpeakLater", "Utterance", "Utterances", "listen", "interview", "Sheet", "make_sheet", "glimpse", "Glimpse",
+    "looked_at", "learn_to_look", "Said", "thin_sides", "two_spellings", "two_ways",
+)  # fmt: skip
+"""Private names that a term of the field has replaced."""
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            names.add((node.module or "").split(".")[0])
-    return names
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_library_imports_no_script_and_scripts_never_each_other(path):
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_file(module: str) -> Path | None:
+    """The file of one of our modules, or None."""
+    base = ROOT.joinpath(*module.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The modules that an import statement names, ours as deep as they go."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0 and node.module, "imports are absolute"
+        deeper = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [name if module_file(name) else node.module for name in deeper]
+    return []
+
+
+def all_imports(path: Path) -> set[str]:
+    return {name for node in ast.walk(tree(path)) for name in imported(node)}
+
+
+@pytest.mark.parametrize("path", CODE, ids=names(CODE))
+def test_library_imports_no_script_and_scripts_never_each_other(path):
     part = path.relative_to(ROOT).parts[0]
-    allowed = {"echo_ft", part}
-    assert imported(path) & set(PARTS) <= allowed
+    if part != "benchmarks":
+        assert {name.split(".")[0] for name in all_imports(path)} & {*SCRIPTS, "echo_ft"} <= {"echo_ft", part}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=names(LIBRARY))
+def test_streets_import_only_downwards(path):
+    parts = path.relative_to(ROOT).parts
+    ours = [name.split(".") for name in all_imports(path) if name.startswith("echo_ft.")]
+    streets = {name[1] for name in ours if name[1] in STREETS}
+    if len(parts) == 2:
+        assert parts[1] == "__init__.py" or not streets
+    else:
+        assert streets - {parts[1]} <= STREETS[parts[1]]
+
+
+def test_street_table_lists_every_folder_and_has_no_circle():
+    folders = {path.name for path in (ROOT / "echo_ft").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*STREETS}
+    order = [*STREETS]
+    for place, street in enumerate(order):
+        assert STREETS[street] <= {*order[:place]}
+
+
+def test_folders_and_files_and_functions_stay_small():
+    for folder in {path.parent for path in LIBRARY}:
+        assert len([*folder.glob("*.py")]) <= 12, folder
+    for path in CODE:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
+        for node in ast.walk(tree(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def public_definitions(path: Path) -> Iterator[str]:
+    for node in tree(path).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found = [node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        else:
+            found = []
+        yield from (name for name in found if not name.startswith("_"))
+
+
+def test_no_public_name_is_defined_twice_in_the_library():
+    places = defaultdict(list)
+    for path in LIBRARY:
+        for name in public_definitions(path):
+            places[name].append(str(path.relative_to(ROOT)))
+    twice = {name: found for name, found in places.items() if len(found) > 1 and name not in SAME_NAME}
+    assert not twice
+    assert len(SAME_NAME) <= 5
+
+
+def test_library_prints_nothing():
+    for path in LIBRARY:
+        calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
+        assert not [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "print"], path
+
+
+@cache
+def is_heavy(module: str) -> bool:
+    """Whether importing one of our modules imports a heavy package."""
+    path = module_file(module)
+    if path is None:
+        return module.split(".")[0] in HEAVY
+    return any(is_heavy(name) for node in tree(path).body for name in imported(node))
+
+
+def imports_inside_functions(path: Path) -> Iterator[tuple[int, str]]:
+    for function in ast.walk(tree(path)):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                yield from ((node.lineno, name) for name in imported(node))
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=names(LIGHT))
+def test_functions_import_only_what_is_heavy(path):
+    loaded = {name for node in tree(path).body for name in imported(node)}
+    for line, name in imports_inside_functions(path):
+        where = f"{path.relative_to(ROOT)}:{line} imports {name} inside a function"
+        assert name.split(".")[0] in LIGHT_INSIDE or is_heavy(name), f"{where}, which saves nothing"
+        assert name not in loaded, f"{where}, which the file has loaded already"
+
+
+def test_command_help_loads_no_heavy_package():
+    for module in ("data_prep.build", "evaluation.score", "evaluation.compare"):
+        script = f"import sys, {module}; print(*sorted(set(sys.modules) & {{'torch', 'transformers', 'trl', 'faiss'}}))"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "", f"{module} loads {done.stdout}"
 
 
 def test_models_load_from_safetensors_and_never_run_remote_code():
-    text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
     assert not re.search(r"trust_remote_code\s*=\s*True", text)
     assert not re.search(r"torch\.load\(|pickle\.load", text)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_readable(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
-
-
-def test_no_path_of_a_machine_is_committed():
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode != 0:
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    for name in filter(None, tracked.stdout.split("\0")):
-        path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".jinja"} and path.is_file():
-            found = re.search(r"(?<![\w.])/(?:home|root|Users|tmp)/\w+", path.read_text(encoding="utf-8"))
-            assert not found, f"{name}: {found.group()}"
+    kinds = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".jinja", ".cff"}
+    return [path for name in listed.stdout.split("\0") if (path := ROOT / name).suffix in kinds and path.is_file()]
 
 
-def commands(text: str) -> list[str]:
-    """The command lines of a document's code blocks, continued lines joined."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def test_no_machine_path_is_committed():
+    for path in tracked():
+        found = re.search(r"(?<![\w.])/(?:home|root|Users|tmp)/\w+", path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
 
 
-DOCUMENTS = ["README.md", "recipes/README.md", "data_prep/README.md", "train/README.md", "evaluation/README.md"]
+def test_retired_names_do_not_come_back():
+    pattern = re.compile(rf"\b({'|'.join(RETIRED)})\b")
+    for path in tracked():
+        if path != Path(__file__).resolve():
+            found = pattern.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)} says {found.group()}"
 
 
-class AskedError(Exception):
-    """Ends a command where it knows what it wants of its command line."""
-
-
-def options(module: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The options of a command: the fields of the dataclasses that it has its command line read into."""
-
-    def build(types, *_):
-        raise AskedError({field.name for cls in types for field in dataclasses.fields(cls) if field.init})
-
-    with monkeypatch.context() as patch, pytest.raises(AskedError) as asked:
-        patch.setattr(configs, "build", build)
-        importlib.import_module(module).main([])
-    return {"config", *asked.value.args[0]}
-
-
-def flags(command: str) -> list[tuple[str, list[str]]]:
-    """Each command of ours in a line of a document, as a module, and the flags that follow it."""
-    found = []
-    for part in re.split(r"[;|&]|\s#", command):
-        named = re.search(r"-m ((?:data_prep|train|evaluation)\.\w+)|\b(train/\w+)\.py", part)
-        if named:
-            module = named[1] or named[2].replace("/", ".")
-            found.append((module, re.findall(r"\s\[?--(\w+)", part[named.end() :])))
-    return found
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_documents_name_only_options_that_their_commands_have(document, monkeypatch):
-    for command in commands((ROOT / document).read_text(encoding="utf-8")):
-        for module, given in flags(command):
-            unknown = set(given) - options(module, monkeypatch) if given else set()
-            assert not unknown, command
-
-
-def test_an_option_that_a_command_does_not_have_is_seen(monkeypatch):
-    line = "accelerate launch --quiet train/sft.py --config a.yaml --refrences 1; python -m evaluation.run --output x"
-    (first, given), (second, other) = flags(line)
-    assert (first, second) == ("train.sft", "evaluation.run")
-    assert set(given) - options(first, monkeypatch) == {"refrences"}
-    assert not set(other) - options(second, monkeypatch)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_documents_name_only_commands_and_files_that_exist(document):
-    found = commands((ROOT / document).read_text(encoding="utf-8"))
-    assert found
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    for command in found:
-        for module in re.findall(r"-m ((?:data_prep|train|evaluation)\.\w+)", command):
-            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
-        for path in re.findall(r"(?:^|\s)((?:train|recipes)/[\w./-]+\.(?:py|yaml))", command):
-            assert (ROOT / path).is_file(), command
-        for target in re.findall(r"(?:^|\s)make ([\w-]+)", command):
-            assert target in targets, command
-
-
-def test_the_map_names_every_module_of_the_library():
+def test_readme_maps_every_folder_of_the_library():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    mapped = readme[readme.index("## Map") : readme.index("data_prep/     ")]
-    missing = {path.stem for path in (ROOT / "echo_ft").glob("[a-z]*.py")} - set(re.findall(r"\w+", mapped))
+    missing = [street for street in STREETS if not re.search(rf"\b{street}/", readme)]
     assert not missing

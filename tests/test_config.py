@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from echo_ft.config import parse, run_main
-from echo_ft.records import EchoError
+from echo_ft.errors import EchoError
 
 
 @dataclass(frozen=True)

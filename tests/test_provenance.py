@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from data_prep.build import main as build_main
-from echo_ft.dataset import DIGESTS, Dataset, load_dataset, require_unchanged
-from echo_ft.records import EchoError, Inspection, Prediction, Reference, read_jsonl
+from echo_ft.data.dataset import DIGESTS, Dataset, load_dataset, require_unchanged
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl
+from echo_ft.records import Inspection, Prediction, Reference
 from evaluation import compare
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset
-from tests.made_runs import make_run, predictions
+from tests.support.runs import make_run, predictions
 
 
 @pytest.fixture(scope="module")

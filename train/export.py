@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from echo_ft import config as configs
-from echo_ft.model import DTYPES
+from echo_ft.model.adapters import find_adapters, read_card
+from echo_ft.model.loading import DTYPES, base_fingerprint
 from echo_ft.records import ROLES
 
 
@@ -29,11 +30,8 @@ class ExportConfig:
 def main(argv: list[str]) -> None:
     """Check, export, compare, say so."""
     (config,) = configs.parse([ExportConfig], argv)
-    from dataclasses import replace
 
-    from echo_ft.adapters import find_adapters, read_card
-    from echo_ft.export import export
-    from echo_ft.model import base_fingerprint
+    from echo_ft.inference.bundle import export_bundle
 
     folder = Path(config.adapters)
     card = read_card(folder / ROLES[0])
@@ -44,7 +42,7 @@ def main(argv: list[str]) -> None:
         for role, found in find_adapters(folder, base, weights, card.min_pixels, card.max_pixels).items()
     }
     merge = [] if config.merge == ["none"] else config.merge
-    for part, one in export(adapters, Path(config.output), merge, config.dtype).items():
+    for part, one in export_bundle(adapters, Path(config.output), merge, config.dtype).items():
         print(
             f"{part}: reloaded, logits within {one.difference:.2g} of the trained adapter's, {one.share:.2%} of what "
             "it changes"

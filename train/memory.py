@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from echo_ft import config as configs
-from echo_ft.records import EchoError
+from echo_ft.errors import EchoError
+from echo_ft.model.architectures import meta_model
+from echo_ft.training.memory import Batch, adapt, report
 
 _ROWS = {
     "reference_extractor": (4, 384, 96),
@@ -44,9 +46,8 @@ def main(argv: list[str]) -> None:
     """Parse, count, print."""
     from trl import ModelConfig, SFTConfig, get_peft_config
 
-    from echo_ft.architectures import meta_model
-    from echo_ft.memory import Batch, adapt, report
-    from echo_ft.training import EchoConfig, check_options, freeze
+    from echo_ft.model.preparation import freeze
+    from echo_ft.training.config import EchoConfig, check_options
 
     # transformers refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
     own, config, sft, base = configs.parse(
@@ -65,7 +66,11 @@ def main(argv: list[str]) -> None:
     if own.gpus < 1:
         raise EchoError(f"gpus {own.gpus}: give the number of GPUs, 1 or more")
     model = meta_model(base.model_name_or_path, base.model_revision)
-    model = adapt(model, get_peft_config(base)) if base.use_peft else freeze(model, config)
+    model = (
+        adapt(model, get_peft_config(base))
+        if base.use_peft
+        else freeze(model, config.vision_learning_rate, config.merger_learning_rate)
+    )
     print(f"{base.model_name_or_path}, {config.role}")
     print(report(model, batch, sft, base, own.gpus))
 

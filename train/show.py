@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from echo_ft import config as configs
-from echo_ft.records import ROLES
+from echo_ft.data.dataset import load_dataset
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl
+from echo_ft.model.loading import load_processor
+from echo_ft.model.rows import IGNORED, RowBuilder, mark_trained
+from echo_ft.records import ROLES, Exchange
 
 
 @dataclass(frozen=True)
@@ -27,27 +33,21 @@ class ShowConfig:
 def main(argv: list[str]) -> None:
     """One block a role: images, tokens, text with the trained tokens in [[...]], green on a terminal."""
     (config,) = configs.parse([ShowConfig], argv)
-    from itertools import islice
-
-    from echo_ft.dataset import load_dataset
-    from echo_ft.layout import IGNORED, Layout, mark_trained
-    from echo_ft.model import load_processor
-    from echo_ft.records import EchoError, Exchange, read_jsonl
 
     dataset = load_dataset(Path(config.dataset))
-    layout = Layout(load_processor(config.model_name_or_path, None, config.min_pixels, config.max_pixels))
+    row_builder = RowBuilder(load_processor(config.model_name_or_path, None, config.min_pixels, config.max_pixels))
     marks = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     for role in ROLES:
         path = dataset.folder / "sft" / role / "train.jsonl"
         exchange = next(islice(read_jsonl(path, Exchange), config.row, None), None)
         if exchange is None:
             raise EchoError(f"{path} has no row {config.row}; give a smaller --row")
-        row = layout.load_row(exchange, dataset.root)
+        row = row_builder.load_row(exchange, dataset.root)
         trained = int((row.labels != IGNORED).sum())
         print(f"=== {role}, case {exchange.case}: {len(exchange.images)} images, {row.prefix_length} shared tokens,")
         print(f"    {len(exchange.branches)} branches, {len(row.input_ids)} tokens, {trained} of them trained on")
         print("\n".join(f"    image: {dataset.root / image}" for image in exchange.images))
-        print(mark_trained(row, layout, *marks))
+        print(mark_trained(row, row_builder, *marks))
 
 
 if __name__ == "__main__":

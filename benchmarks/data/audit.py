@@ -27,10 +27,10 @@ import numpy as np
 from PIL import Image
 
 from data_prep.sources import SourceConfig, magnetic_tile
-from echo_ft import drawing
-from echo_ft.audit import Match, find_matches
+from echo_ft.data.splits import assign_splits
+from echo_ft.drawn import parts
+from echo_ft.leakage.matches import Match, find_matches
 from echo_ft.records import Inspection
-from echo_ft.splits import assign_splits
 
 KINDS = ("copy", "re-encoding", "half size", "crop", "brightness")
 
@@ -54,16 +54,16 @@ def plant(
     Returns the photographs that are trained on and those that are asked about.
     """
     rng = np.random.default_rng(seed)
-    kinds = [kind for kind in drawing.PRETRAINING_KINDS if kind != "grainy sheet"]
-    styles = list(drawing.DEMO_PRODUCTS.values())[:products]
+    kinds = [kind for kind in parts.PRETRAINING_KINDS if kind != "grainy sheet"]
+    styles = list(parts.DEMO_PRODUCTS.values())[:products]
     while len(styles) < products:
-        styles.append(drawing.random_style(rng, kinds[len(styles) % len(kinds)], marks=len(styles) % 2 == 0))
+        styles.append(parts.random_style(rng, kinds[len(styles) % len(kinds)], marks=len(styles) % 2 == 0))
     sides: tuple[list[Planted], list[Planted]] = [], []
     for product, style in enumerate(styles):
         for part in range(trained + clean):
-            defect = drawing.random_defect(rng, style) if part % 3 == 0 else None
-            drawn = drawing.Part(style, int(rng.integers(2**31)), defect)
-            pixels = drawing.photograph(drawn, int(rng.integers(2**31))).image
+            defect = parts.random_defect(rng, style) if part % 3 == 0 else None
+            drawn = parts.Part(style, int(rng.integers(2**31)), defect)
+            pixels = parts.photograph(drawn, int(rng.integers(2**31))).image
             path = folder / f"{product}" / f"{part}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, compress_level=1)

@@ -28,19 +28,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from echo_ft import drawing
-from echo_ft.embedding import FeatureStore, describe_new, hash_files
-from echo_ft.features import Describer, OpenClip, ScikitImage, Vector, describer
-from echo_ft.images import decode
+from echo_ft.drawn import parts
+from echo_ft.images.decode import decode
+from echo_ft.retrieval.descriptor_cache import DescriptorCache, describe_new, hash_files
+from echo_ft.retrieval.descriptors import Describer, OpenClip, ScikitImage, Vector, describer
 
 
 def draw(folder: Path, images: int, side: int) -> list[str]:
     """Draw `images` photographs; returns their names."""
-    products = list(drawing.DEMO_PRODUCTS)
+    products = list(parts.DEMO_PRODUCTS)
     names = [f"{number:06d}.png" for number in range(images)]
     for number, name in enumerate(names):
-        part = drawing.demo_part(products[number % len(products)], "good", number)
-        photograph = Image.fromarray(drawing.photograph(part, number).image)
+        part = parts.demo_part(products[number % len(products)], "good", number)
+        photograph = Image.fromarray(parts.photograph(part, number).image)
         photograph.resize((side, side), Image.Resampling.BICUBIC).save(folder / name)
     return names
 
@@ -93,7 +93,7 @@ def _share(names: list[str], root: Path, descriptor: str, cache: Path, threads: 
     describe.vectors([root / names[0]])
     barrier.wait()
     hashes, _ = hash_files(names, root)
-    for _ in describe_new(hashes, root, describe, FeatureStore(describe, cache)):
+    for _ in describe_new(hashes, root, describe, DescriptorCache(describe, cache)):
         pass
     barrier.wait()
 
@@ -133,7 +133,7 @@ def measure(folder: Path, name: str, images: int, side: int, processes: int, rep
         ours.append(in_processes(names, folder, descriptor, cache, processes, gpu))
     again = in_processes(names, folder, descriptor, cache, processes, gpu)
     hashes, _ = hash_files(names, folder)
-    found = FeatureStore(describe, cache).gather({digest: row for row, digest in enumerate(hashes.values())})
+    found = DescriptorCache(describe, cache).gather({digest: row for row, digest in enumerate(hashes.values())})
     difference = float(np.abs(found - expected).max())
     before, after = statistics.median(plain), statistics.median(ours)
     readers = min(16, os.cpu_count() or 1)

@@ -6,7 +6,7 @@ within the product (13 %: 24 directions, the j-th with a share of 1/j), and nois
 photographs have a cosine of 0.6 on average, two of one product 0.85, and the nearest of a thousand about 0.94. The
 products (1,000, or --products) have equally many. Queries are further draws from the same products.
 
-Building is `echo_ft.index.VectorIndex`, in a process of its own whose peak memory, the vectors themselves included,
+Building is `echo_ft.retrieval.index.VectorIndex`, in a process of its own whose peak memory, the vectors themselves included,
 counts; searching is by batches of 64 and includes the ranking by exact similarity. Recall is against the exact search.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_ft.index import KINDS, VectorIndex
+from echo_ft.retrieval.index import INDEX_TYPES, VectorIndex
 
 WIDTH, DIRECTIONS = 512, 24
 COMMON, PRODUCT, WITHIN, NOISE = 0.60, 0.25, 0.13, 0.02
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--products", type=int, default=1000)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["auto"])
+    parser.add_argument("--kinds", nargs="+", choices=INDEX_TYPES, default=["auto"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print("| vectors | products | kind | build s | processor s | peak GiB | ms a query | processor ms | recall@1 |")

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_ft import geometry
-from echo_ft.dataset import Dataset, cases, load_dataset
+from echo_ft.data.dataset import Dataset, load_cases, load_dataset
+from echo_ft.data.splits import SPLITS
+from echo_ft.experts.targets import FIT, defect_mask, load_compared
+from echo_ft.images import masks
+from echo_ft.metrics.intervals import percentile_interval, ratio, resample
 from echo_ft.records import Case
-from echo_ft.splits import SPLITS
-from echo_ft.statistics import percentile_interval, ratio, resample
-from echo_ft.targets import FIT, defect_mask, look
 
 METHODS = ("retrieved", "random")
 COLUMNS = ("first against first", "closest against closest", "first, less the mean", "closest, less the mean")
@@ -30,20 +30,20 @@ COLUMNS = ("first against first", "closest against closest", "first, less the me
 def misfits(case: Case, root: Path) -> np.ndarray:
     """(2, k): how far each reference of a case is from its query outside the defect, by rank; then less the means."""
     mask = defect_mask(case, root)
-    small = np.zeros((FIT, FIT), np.bool_) if mask is None else geometry.resize_mask(mask, (FIT, FIT))
+    small = np.zeros((FIT, FIT), np.bool_) if mask is None else masks.resize_mask(mask, (FIT, FIT))
     outside = ~small if not small.all() else np.ones_like(small)
     query, *references = (
-        look(root, image).coarse
+        load_compared(root, image).coarse
         for image in (case.seen.query, *(one.image for one in sorted(case.seen.references, key=lambda one: one.rank)))
     )
 
-    def centred(grey: geometry.Grey) -> geometry.Grey:
+    def centred(grey: masks.Grey) -> masks.Grey:
         return grey - grey[outside].mean()
 
     return np.array(
         [
-            [geometry.misfit(query, one, small) for one in references],
-            [geometry.misfit(centred(query), centred(one), small) for one in references],
+            [masks.misfit(query, one, small) for one in references],
+            [masks.misfit(centred(query), centred(one), small) for one in references],
         ]
     )
 
@@ -54,7 +54,7 @@ def compare(dataset: Dataset, split: str) -> tuple[list[str], np.ndarray]:
     A reference that the source names stands in place of the retrieved ones, so such a case has none.
     """
     parts, wins = [], []
-    retrieved, random = (cases(dataset, split, method) for method in METHODS)
+    retrieved, random = (load_cases(dataset, split, method) for method in METHODS)
     for own, drawn in zip(retrieved, random, strict=True):
         methods = [{one.method for one in case.seen.references} for case in (own, drawn)]
         if methods == [{method} for method in METHODS]:

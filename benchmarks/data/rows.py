@@ -31,14 +31,14 @@ from typing import Any
 
 from PIL import Image
 
-from echo_ft import drawing  # nothing that imports what IMAGE_WORK names: that is for the process that builds
+from echo_ft.drawn import parts  # nothing that imports what IMAGE_WORK names: that is for the process that builds
 
 IMAGE_WORK = {
     "echo_ft.provenance": ("content_hash",),
-    "echo_ft.images": ("image_size", "load_image", "decode", "depth"),
-    "echo_ft.geometry": ("measure", "load_mask", "load_grey", "resize_mask", "misfit", "contrast"),
-    "echo_ft.targets": ("look",),
-    "data_prep.images": ("image_fault", "mask_fault", "boxes_fault"),
+    "echo_ft.images.decode": ("image_size", "load_image", "decode", "depth"),
+    "echo_ft.images.masks": ("measure", "load_mask", "load_grey", "resize_mask", "misfit", "contrast"),
+    "echo_ft.experts.targets": ("load_compared",),
+    "data_prep.faults": ("image_fault", "mask_fault", "boxes_fault"),
 }
 """Functions that look at files or pixels, by module, each module after those that it imports."""
 
@@ -75,12 +75,12 @@ class Measured:
 
 def draw(folder: Path, rows: int) -> Path:
     """Draw SOURCES photographs, give them `rows` names, and list those in rows.jsonl; returns the list's path."""
-    products = list(drawing.DEMO_PRODUCTS)
+    products = list(parts.DEMO_PRODUCTS)
     shown = []
     for number in range(SOURCES):
         product = products[number % len(products)]
         condition = GOOD if number % 5 < 3 else DEFECTS[number % 5 - 3]
-        photo = drawing.photograph(drawing.demo_part(product, condition, number), number, SIZE)
+        photo = parts.photograph(parts.demo_part(product, condition, number), number, SIZE)
         names = [f"{number}.png", f"{number}-mask.png"] if number % 10 == 3 else [f"{number}.png"]
         for name, pixels in zip(names, (photo.image, photo.mask), strict=False):
             Image.fromarray(pixels).save(folder / name)
@@ -146,10 +146,10 @@ def _build(listed: Path, output: Path) -> Measured:
     image_work = [0.0]
     with timed(image_work):
         from data_prep.build import build
-        from data_prep.settings import BuildConfig
+        from data_prep.config import BuildConfig
 
         knowledge = listed.with_name("knowledge.json")
-        knowledge.write_text(json.dumps({listed.stem: dict.fromkeys(drawing.DEMO_PRODUCTS, KNOWLEDGE)}))
+        knowledge.write_text(json.dumps({listed.stem: dict.fromkeys(parts.DEMO_PRODUCTS, KNOWLEDGE)}))
         config = BuildConfig("manifest", output, annotations=listed, knowledge=knowledge, descriptor="skimage")
         image_work[0], started, processor = 0.0, time.perf_counter(), time.process_time()
         counts = build(config)["counts"]

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from echo_ft import metrics, statistics
-from echo_ft.records import GOOD, KINDS, Prediction
-from echo_ft.sheets import Sheet, make_sheet
+from echo_ft.metrics import comparison
+from echo_ft.metrics import intervals as statistics
+from echo_ft.metrics.figures import figure_interval
+from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
+from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 
 QUESTIONS = 5
 """Questions about an image."""
@@ -88,14 +90,14 @@ def of_single_questions(parts: int, accuracy: float, runs: int, seed: int = 0) -
 
 
 def of_reports(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage]:
-    """Of the figures in a report, and of the difference to a second run that is as good, through `echo_ft.metrics`."""
+    """Of the figures in a report, and of the difference to a second run that is as good, through `echo_ft.metrics.comparison`."""
     found: dict[str, list[list[float] | None]] = {}
     for one, other in _pairs(setting, runs, seed):
-        units, weights = metrics.figure_units(one), one.weights()
-        spread, second = metrics.figures(one, weights), metrics.figures(other, weights)
+        units, weights = comparison.compared_units(one), one.weights()
+        spread, second = comparison.compared_figures(one, weights), comparison.compared_figures(other, weights)
         for name in ("Average", "Anomaly Detection", "recall", "AUROC"):
-            found.setdefault(name, []).append(metrics.interval(spread[name], units[name], name))
-        difference = metrics.interval(
+            found.setdefault(name, []).append(figure_interval(spread[name], units[name], name))
+        difference = figure_interval(
             second["Average"] - spread["Average"], units["Average"], "Average", difference=True
         )
         found.setdefault("Average, difference", []).append(difference)
@@ -108,13 +110,13 @@ def of_reports(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage
     }
 
 
-def _pairs(setting: Setting, runs: int, seed: int) -> Iterator[tuple[Sheet, Sheet]]:
+def _pairs(setting: Setting, runs: int, seed: int) -> Iterator[tuple[PredictionTable, PredictionTable]]:
     random = np.random.default_rng(seed)
     parts = setting.images // setting.images_a_part
     for _ in range(runs):
         shared, *both = (latents(random, 1, parts, setting.images_a_part)[0] for _ in range(3))
         first, second = (
-            make_sheet(_answers(norm.ppf(setting.accuracy) - np.sqrt(0.5) * (shared + own))) for own in both
+            make_prediction_table(_answers(norm.ppf(setting.accuracy) - np.sqrt(0.5) * (shared + own))) for own in both
         )
         yield first, second
 
@@ -130,7 +132,7 @@ def _answers(margins: np.ndarray) -> list[Prediction]:
         rows.append(
             Prediction(
                 name, f"{name}/{question}", "drawn", "part", str(part), f"{name}.png",
-                "crack" if defective else GOOD, KINDS[question], "?", {"A": "Yes.", "B": "No."},
+                "crack" if defective else GOOD, QUESTION_TYPES[question], "?", {"A": "Yes.", "B": "No."},
                 right, parsed, parsed, {right: float(sure), wrong: 1 - float(sure)},
             )
         )  # fmt: skip

@@ -12,25 +12,16 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from echo_ft.pipeline import Outcome, Settings, run_at_once, run_or_fail
-from echo_ft.records import KINDS, Case, Entry, Exchange, Question, Reference, Seen, Truth
-from echo_ft.runs import RunFolder
+from echo_ft.experts.pipeline import Outcome, PipelineConfig, run_cases_async, run_or_fail
+from echo_ft.inference.run_folder import RunFolder
+from echo_ft.records import QUESTION_TYPES, Case, Entry, Exchange, Generation, Question, Reference, Seen, Truth
 
 SENTENCE = "Observe: a dark spot near the edge. Compare: the normal part is even there. Conclude: it is a stain. "
 """What the reasoning expert may say: two of these."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the backend says to one branch."""
-
-    text: str
-    letters: dict[str, float]
 
 
 SAYS = {
@@ -42,22 +33,22 @@ SAYS = {
 LETTERS = {"A": -1.9, "B": -0.4, "C": -2.5, "D": -3.25, "E": -8.0}
 
 
-def speak(role: str, exchanges: Sequence[Exchange]) -> list[list[Said]]:
+def generate(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
     """A backend that needs no time."""
-    return [[Said(SAYS[role], LETTERS) for _ in exchange.branches] for exchange in exchanges]
+    return [[Generation(SAYS[role], LETTERS) for _ in exchange.branches] for exchange in exchanges]
 
 
-async def speak_later(role: str, exchanges: Sequence[Exchange]) -> list[list[Said]]:
+async def generate_async(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
     """The same as a server, which lets other cases go on meanwhile."""
     await asyncio.sleep(0)
-    return speak(role, exchanges)
+    return generate(role, exchanges)
 
 
 def make_cases(count: int, questions: int) -> list[Case]:
     """Cases of one product, with three references, five conditions and questions of four options each."""
     knowledge = tuple(Entry(condition, SENTENCE) for condition in ("good", "stain", "scratch", "dent", "hole"))
     options = {letter: f"The part shows the condition number {letter}." for letter in "ABCD"}
-    kinds = (KINDS * questions)[:questions]
+    kinds = (QUESTION_TYPES * questions)[:questions]
     made = []
     for index in range(count):
         name = f"bench/part/{index:06d}"
@@ -89,10 +80,10 @@ def measure(folder: Path, cases: Sequence[Case], batch_size: int, later: bool) -
                 sizes.append(mebibytes())
 
         if later:
-            asyncio.run(run_at_once(cases, speak_later, Settings(), batch_size, write))
+            asyncio.run(run_cases_async(cases, generate_async, PipelineConfig(), batch_size, write))
         else:
             for batch in run.batches(batch_size):
-                for case, outcome in zip(batch, run_or_fail(batch, speak, Settings()), strict=True):
+                for case, outcome in zip(batch, run_or_fail(batch, generate, PipelineConfig()), strict=True):
                     write(case, outcome)
         run.finish()
     return time.process_time() - began, sizes[0], sizes[-1]

@@ -24,15 +24,14 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from echo_ft.adapters import attach_adapters
-from echo_ft.dataset import cases as load_cases
-from echo_ft.dataset import load_dataset
-from echo_ft.engine import Engine, Utterance
-from echo_ft.layout import Layout
-from echo_ft.model import load_model, load_processor
-from echo_ft.pipeline import Outcome, Settings, run_cases
-from echo_ft.records import LETTERS, ROLES, Branch, Case, Exchange
-from echo_ft.runs import RunFolder
+from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.experts.pipeline import Outcome, PipelineConfig, run_cases
+from echo_ft.inference.engine import Engine
+from echo_ft.inference.run_folder import RunFolder
+from echo_ft.model.adapters import attach_adapters
+from echo_ft.model.loading import load_model, load_processor
+from echo_ft.model.rows import RowBuilder
+from echo_ft.records import LETTERS, ROLES, Branch, Case, Exchange, Generation
 
 SIDE = 448
 QUESTIONS = 5
@@ -63,14 +62,14 @@ class Plain:
     root: Path
     max_new_tokens: int
 
-    def speak(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Utterance]]:
+    def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
         """Every branch of every exchange, one after another."""
         if exchanges and hasattr(self.model, "peft_config"):
             self.model.set_adapter(role)
         return [[self.ask(exchange, branch) for branch in exchange.branches] for exchange in exchanges]
 
     @torch.inference_mode()
-    def ask(self, exchange: Exchange, branch: Branch) -> Utterance:
+    def ask(self, exchange: Exchange, branch: Branch) -> Generation:
         """What the model says to one prompt."""
         content = [{"type": "image"}] * len(exchange.images)
         content.append({"type": "text", "text": exchange.context + branch.prompt})
@@ -89,7 +88,7 @@ class Plain:
         tokenizer = self.processor.tokenizer
         said = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         scores = torch.log_softmax(out.logits[0][0].float(), dim=-1)
-        return Utterance(said.strip(), {one: float(scores[tokenizer.convert_tokens_to_ids(one)]) for one in LETTERS})
+        return Generation(said.strip(), {one: float(scores[tokenizer.convert_tokens_to_ids(one)]) for one in LETTERS})
 
 
 def alone(cases: Sequence[Case]) -> list[Case]:
@@ -162,10 +161,10 @@ class Ideal:
     engine: Engine
     seconds: float = 0.0
 
-    def speak(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Utterance]]:
+    def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
         """What the engine says."""
         with recorded(self.engine.base) as events:
-            said = self.engine.speak(role, exchanges)
+            said = self.engine.generate(role, exchanges)
         self.seconds += min(again(self.engine.base, events) for _ in range(2))  # the first time, memory is new
         return said
 
@@ -204,14 +203,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root, cases = draw_cases(folder / "data", options.cases)
-        layout = Layout(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
+        row_builder = RowBuilder(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
         model = load_model(MODEL, None, "float32").eval()
         if options.adapters:
             model = attach_adapters(model, {role: options.adapters / role for role in ROLES}).eval()
-        plain, some = Plain(model, layout.processor, root, MOST_WORDS), cases[: options.plain_cases]
+        plain, some = Plain(model, row_builder.processor, root, MOST_WORDS), cases[: options.plain_cases]
 
         def engine() -> Engine:
-            return Engine(model, layout, root, MOST_WORDS)
+            return Engine(model, row_builder, root, MOST_WORDS)
 
         def whole_run(number: int) -> list[Outcome]:
             """The loop of evaluation/run.py."""
@@ -219,13 +218,13 @@ def main() -> None:
             with RunFolder(folder / f"run_{number}", {}, cases) as run:
                 asking = engine()
                 for batch in run.batches(options.batch_size):
-                    for case, outcome in zip(batch, run_cases(batch, asking.speak, Settings()), strict=True):
+                    for case, outcome in zip(batch, run_cases(batch, asking.generate, PipelineConfig()), strict=True):
                         run.write(case, outcome)
                         said.append(outcome)
                 run.finish()
             return said
 
-        run_cases(cases[:1], engine().speak, Settings())  # the first pass of a process is slower
+        run_cases(cases[:1], engine().generate, PipelineConfig())  # the first pass of a process is slower
         rates: dict[str, list[float]] = {way: [] for way in ("question by question", "case by case", "engine", "ideal")}
         largest = 0.0
         for number in range(options.runs):
@@ -234,12 +233,12 @@ def main() -> None:
             rates["engine"].append(len(found) / (time.perf_counter() - began))
             ideal = Ideal(engine())
             for start in range(0, len(cases), options.batch_size):
-                run_cases(cases[start : start + options.batch_size], ideal.speak, Settings())
+                run_cases(cases[start : start + options.batch_size], ideal.generate, PipelineConfig())
             rates["ideal"].append(len(found) / ideal.seconds)
             for way, asked in (("question by question", alone(some)), ("case by case", some)):
                 began = time.perf_counter()
                 expected = answers(
-                    [outcome for case in asked for outcome in run_cases([case], plain.speak, Settings())]
+                    [outcome for case in asked for outcome in run_cases([case], plain.generate, PipelineConfig())]
                 )
                 rates[way].append(len(expected) / (time.perf_counter() - began))
                 largest = max(largest, require_the_same(expected, found))

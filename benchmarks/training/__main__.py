@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.training.workload import MODEL, Workload
-from echo_ft.flops import peak
+from echo_ft.training.flops import peak
 
 CONTENDERS = (
     ("trl", "all"), ("llamafactory", "all"), ("ms-swift", "all"),
@@ -64,7 +64,7 @@ def random_model(name: str, folder: Path) -> str:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from echo_ft.architectures import model_config
+    from echo_ft.model.architectures import model_config
 
     config, tiny = model_config(name), AutoConfig.from_pretrained(MODEL)
     for token in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):

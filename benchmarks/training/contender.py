@@ -21,13 +21,16 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.training.measured import Steps, main, work
 from benchmarks.training.workload import TARGETS, Workload, exchanges, rows_for
-from echo_ft.conversations import conversations
-from echo_ft.flops import Load, costs
-from echo_ft.layout import Layout
-from echo_ft.model import load_model, load_processor
-from echo_ft.trainer import PrefixSharingTrainer
-from echo_ft.training import Collator, EchoConfig, by_case, packed_inputs, prepare_model
-from echo_ft.vision import FeatureStore
+from echo_ft.data.export_rows import conversations
+from echo_ft.model.loading import load_model, load_processor
+from echo_ft.model.preparation import packed_inputs, prepare_model
+from echo_ft.model.rows import RowBuilder
+from echo_ft.model.vision import TowerFeatureStore
+from echo_ft.training.cases import by_case
+from echo_ft.training.collator import Collator
+from echo_ft.training.config import EchoConfig
+from echo_ft.training.flops import Load, costs
+from echo_ft.training.trainer import PrefixSharingTrainer
 
 GPU = torch.cuda.is_available()
 
@@ -75,9 +78,9 @@ def trl_stock(folder: Path, workload: Workload, kept: bool) -> Steps:
 
 def ours(folder: Path, workload: Workload, kept: bool) -> Steps:
     """This project's trainer; `kept` keeps the frozen tower's features across epochs."""
-    layout = Layout(processor_of(workload))
-    store = FeatureStore(folder / "features", "benchmark", 2**30) if kept else None
-    collator = Collator(layout, folder, store)
+    row_builder = RowBuilder(processor_of(workload))
+    store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if kept else None
+    collator = Collator(row_builder, folder, store)
     rows = datasets.Dataset.from_list([asdict(exchange) for exchange in exchanges(folder, workload)])
     args = arguments(folder, workload.cases_a_step, workload)
     args.remove_unused_columns = False
@@ -88,7 +91,7 @@ def ours(folder: Path, workload: Workload, kept: bool) -> Steps:
         args=args,
         data_collator=collator,
         train_dataset=by_case(rows),
-        processing_class=layout.processor,
+        processing_class=row_builder.processor,
         peft_config=lora(),
         config=EchoConfig("decision_maker", str(folder), workload.pixels, workload.pixels),
         card=None,  # type: ignore[arg-type]  # nothing is saved
@@ -108,18 +111,18 @@ def count(steps: Steps, core: Any) -> None:
 
 def ideal(folder: Path, workload: Workload, kept: bool) -> Steps:
     """Forward and backward of batches made before, and nothing else."""
-    layout = Layout(processor_of(workload))
+    row_builder = RowBuilder(processor_of(workload))
     model = get_peft_model(base(workload).to("cuda" if GPU else "cpu"), lora()).train()
     made = exchanges(folder, workload)
-    store = FeatureStore(folder / "features", "benchmark", 2**30) if kept else None
+    store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if kept else None
     prepare_model(model.get_base_model(), store)
-    collator = Collator(layout, folder, store)
+    collator = Collator(row_builder, folder, store)
 
     size = workload.cases_a_step
     firsts = range(0, workload.cases, size)
 
     def batch_of(first: int) -> dict[str, Any]:
-        batch = collator.batch([layout.load_row(exchange, folder) for exchange in made[first : first + size]])
+        batch = collator.batch([row_builder.load_row(exchange, folder) for exchange in made[first : first + size]])
         return send_to_device(batch, model.device)
 
     if kept:

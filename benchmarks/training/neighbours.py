@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.training.measured import Steps, main
 from benchmarks.training.workload import Workload, exchanges, rows_for
-from echo_ft.conversations import SHAREGPT, chats
+from echo_ft.data.export_rows import SHAREGPT, chats
 
 
 def write_rows(folder: Path, workload: Workload) -> Path:

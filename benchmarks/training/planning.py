@@ -53,22 +53,23 @@ def write_rows(folder: Path, cases: int) -> Path:
 
 def main() -> None:
     """Write, plan, print."""
-    from echo_ft.layout import Layout
-    from echo_ft.model import load_processor
-    from echo_ft.planning import plan
-    from echo_ft.records import Exchange, read_jsonl
+    from echo_ft.files import read_jsonl
+    from echo_ft.model.loading import load_processor
+    from echo_ft.model.rows import RowBuilder
+    from echo_ft.records import Exchange
+    from echo_ft.training.planning import plan
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=100_000)
     cases = parser.parse_args().cases
     with tempfile.TemporaryDirectory() as name:
         path = write_rows(Path(name), cases)
-        layout = Layout(load_processor(MODEL, None, 784, 448 * 448))
+        row_builder = RowBuilder(load_processor(MODEL, None, 784, 448 * 448))
         start = time.monotonic()
-        planned = plan(layout, read_jsonl(path, Exchange), path.parent, max_tokens=32768)
+        planned = plan(row_builder, read_jsonl(path, Exchange), path.parent, max_tokens=32768)
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{cases} cases planned in {seconds:.1f} s, {peak:.2f} GiB at most: {planned.words()}")
+        print(f"{cases} cases planned in {seconds:.1f} s, {peak:.2f} GiB at most: {planned.summary()}")
 
 
 if __name__ == "__main__":

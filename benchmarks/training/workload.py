@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 from echo_ft.records import Branch, Exchange
-from echo_ft.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 
 MODEL = "recipes/tiny/echo-tiny"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

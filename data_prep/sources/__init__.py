@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.images import SUFFIXES
+from data_prep.faults import SUFFIXES
 from echo_ft.records import Inspection, Question, Rejection
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
@@ -26,19 +26,19 @@ NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if
 
 
 @dataclass(frozen=True)
-class Place:
+class ItemPlace:
     """Where in its list an inspection stands, as `parts.csv:3`: told where its photograph turns out to be unusable."""
 
     inspection: str
     place: str
 
 
-Item = Inspection | Question | Rejection | Place
+Item = Inspection | Question | Rejection | ItemPlace
 
 UNNAMED = "defective"
 """The condition of a defect that its dataset does not name."""
 
-TEXTS = frozenset({".txt", ".md", ".pdf", "license", "license-dataset", "licence", "readme"})
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".pdf", "license", "license-dataset", "licence", "readme"})
 """Suffixes and stems of files that go with a dataset and hold no data."""
 
 SYSTEM = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
@@ -145,7 +145,7 @@ def unlisted(root: Path, folder: Path, used: Collection[str], why: str) -> Items
 
 def is_text(path: Path) -> bool:
     """Whether a file is one of those that go with a dataset and hold no data."""
-    return path.suffix.lower() in TEXTS or path.stem.lower() in TEXTS
+    return path.suffix.lower() in TEXT_SUFFIXES or path.stem.lower() in TEXT_SUFFIXES
 
 
 def not_an_image(item: str) -> Rejection:

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, Place, RowError, locate
+from data_prep.sources import ItemPlace, Items, RowError, locate
 from data_prep.sources._rows import condition_of, needed_text, polygon_of, product_of, size_of, split_of, text_of
-from echo_ft.records import EchoError, Inspection, Rejection
+from echo_ft.errors import EchoError
+from echo_ft.records import Inspection, Rejection
 
 LISTS = ("images", "annotations", "categories")
 
@@ -79,7 +80,7 @@ def _inspection(
         boxes.append(_box(name, row.get("bbox")))
         if outline:
             yield Rejection(name, f"a run-length mask of {labels[-1]} is not read; its bbox is used", "mask")
-    yield Place(name, place)
+    yield ItemPlace(name, place)
     yield Inspection(
         id=name,
         image=name,

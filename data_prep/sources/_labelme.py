@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.images import SUFFIXES
+from data_prep.faults import SUFFIXES
 from data_prep.sources import Items, RowError, locate, not_an_image, strays
 from data_prep.sources._rows import condition_of, needed_text, polygon_of, product_of, size_of
-from echo_ft.images import UNREADABLE
-from echo_ft.records import EchoError, Inspection, Rejection
+from echo_ft.errors import EchoError
+from echo_ft.images.decode import UNREADABLE
+from echo_ft.records import Inspection, Rejection
 
 Box = tuple[float, float, float, float]
 

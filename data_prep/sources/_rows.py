@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import RowError
-from echo_ft.images import image_size
-from echo_ft.records import GOOD, EchoError
-from echo_ft.splits import SEVERAL, SPLITS, join_kinds
+from echo_ft.data.splits import SEVERAL, SPLITS, join_kinds
+from echo_ft.errors import EchoError
+from echo_ft.images.decode import image_size
+from echo_ft.records import GOOD
 
 OTHER_WORDS_FOR_GOOD = frozenset({"ok", "normal", "none", "free", "defect-free", "pass"})
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from data_prep.images import list_images
+from data_prep.faults import list_images
 from data_prep.sources import Items, RowError, SourceConfig, entries, passed_over
 from data_prep.sources._rows import named_condition
-from echo_ft.records import EchoError, Inspection, Rejection
-from echo_ft.splits import SPLITS
+from echo_ft.data.splits import SPLITS
+from echo_ft.errors import EchoError
+from echo_ft.records import Inspection, Rejection
 
 FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
 """Name of a folder to the split that its photographs are of."""

@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 from data_prep.sources import Items, SourceConfig, entries, passed_over
-from echo_ft.records import GOOD, EchoError, Inspection, Rejection
+from echo_ft.errors import EchoError
+from echo_ft.records import GOOD, Inspection, Rejection
 
 CONDITIONS = {
     "MT_Blowhole": "blowhole",

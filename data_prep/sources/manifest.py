@@ -4,7 +4,7 @@
   part without a defect; several defects are joined in any order: `bent+melt`). Optional are `mask` (an image file),
   `boxes` ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical
   part share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
-  (by default the list's name) and `synthetic` (the method of `echo_ft.anomalies` that made a defect which no camera
+  (by default the list's name) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made a defect which no camera
   saw: `data_prep.synthesize` fills it).
 - COCO JSON: see `_coco`.
 - No list: the files that labelme has written under the root, see `_labelme`.
@@ -21,12 +21,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, Place, RowError, SourceConfig, locate
+from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._rows import named_condition, needed_text, split_of, text_of
-from echo_ft.anomalies import METHODS
-from echo_ft.records import GOOD, EchoError, Inspection, Rejection
+from echo_ft.errors import EchoError
+from echo_ft.images.synthetic_defects import METHODS
+from echo_ft.records import GOOD, Inspection, Rejection
 
 NEEDED = ("image", "product", "condition")
 COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
@@ -53,7 +54,7 @@ def read(config: SourceConfig) -> Items:
             if inspection.image in first_line:
                 raise RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
             first_line[inspection.image] = line
-            yield Place(inspection.id, f"{path.name}:{line}")
+            yield ItemPlace(inspection.id, f"{path.name}:{line}")
             yield inspection
         except RowError as error:
             yield Rejection(f"{path.name}:{line}", str(error))

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.images import list_images
+from data_prep.faults import list_images
 from data_prep.sources import Items, SourceConfig, passed_over
-from echo_ft.mmad_scorer import FOLDED
-from echo_ft.records import GOOD, KINDS, LETTERS, EchoError, Inspection, Question, Rejection
+from echo_ft.errors import EchoError
+from echo_ft.metrics.mmad import FOLDED
+from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Inspection, Question, Rejection
 
 NORMALS = {"DS-MVTec": "MVTec-AD"}
 """Where the normals of a dataset lie, if not in the dataset's own folder."""
@@ -120,7 +121,7 @@ def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
         return Rejection(name, "the question is not an object")
     kind = FOLDED.get(str(item.get("type")), str(item.get("type")))
     options, answer = item.get("Options"), item.get("Answer")
-    if kind not in KINDS:
+    if kind not in QUESTION_TYPES:
         return Rejection(name, f"the type {item.get('type')!r} is none of MMAD's nine")
     if not isinstance(options, dict) or not options or not set(options) <= set(LETTERS):
         return Rejection(name, f"the options are not texts under the letters {LETTERS[0]} to {LETTERS[-1]}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from data_prep.sources import Items, SourceConfig
 from data_prep.sources.folder import read_tree
-from echo_ft.splits import join_kinds
+from echo_ft.data.splits import join_kinds
 
 
 def read(config: SourceConfig) -> Items:

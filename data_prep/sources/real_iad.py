@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Items, Place, RowError, SourceConfig, locate, passed_over, unlisted
-from echo_ft.records import GOOD, EchoError, Inspection, Rejection
+from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate, passed_over, unlisted
+from echo_ft.errors import EchoError
+from echo_ft.records import GOOD, Inspection, Rejection
 
 CONDITIONS = {
     "AK": "pit",
@@ -53,7 +54,7 @@ def read(config: SourceConfig) -> Items:
                 try:
                     inspection = _inspection(root, prefix, row, split, content["meta"]["normal_class"])
                     used |= {inspection.image, inspection.mask or inspection.image}
-                    yield Place(inspection.id, place)
+                    yield ItemPlace(inspection.id, place)
                     yield inspection
                 except RowError as error:
                     yield Rejection(place, str(error))

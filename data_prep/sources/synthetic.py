@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep.sources import Items, SourceConfig
-from echo_ft import drawing
-from echo_ft.records import GOOD, EchoError, Inspection
+from echo_ft.drawn import parts
+from echo_ft.errors import EchoError
+from echo_ft.records import GOOD, Inspection
 
 LEAST_PARTS = 8
 """Below this, a product would lack one of its four defects."""
@@ -39,7 +40,7 @@ def read(config: SourceConfig) -> Items:
 
 
 def _plan(config: SourceConfig) -> Iterator[Inspection]:
-    for product, defects in drawing.DEMO_DEFECTS.items():
+    for product, defects in parts.DEMO_DEFECTS.items():
         for number in range(config.parts):
             condition = GOOD if number % 2 == 0 else defects[number // 2 % len(defects)]
             for exposure in (1, 2) if number % 8 in (2, 5) else (1,):
@@ -55,14 +56,14 @@ def _plan(config: SourceConfig) -> Iterator[Inspection]:
                 )
 
 
-def _photograph(inspection: Inspection, seed: int) -> drawing.Photo:
-    products = list(drawing.DEMO_DEFECTS)
+def _photograph(inspection: Inspection, seed: int) -> parts.Photo:
+    products = list(parts.DEMO_DEFECTS)
     part, exposure = inspection.id.rsplit("/", 1)[1].split("_")
     rng = np.random.default_rng((seed, products.index(inspection.product), int(part)))
     while True:
         part_seed, *cameras = rng.integers(2**31, size=3).tolist()
-        made = drawing.demo_part(inspection.product, inspection.condition, part_seed)
-        photos = [drawing.photograph(made, camera) for camera in cameras]
+        made = parts.demo_part(inspection.product, inspection.condition, part_seed)
+        photos = [parts.photograph(made, camera) for camera in cameras]
         # The choice must not depend on the exposure, or two photographs of a part would show different parts.
         if inspection.condition == GOOD or all(photo.mask.sum() >= _VISIBLE for photo in photos):
             return photos[int(exposure) - 1]

@@ -15,9 +15,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.sources import UNNAMED, Items, Place, RowError, SourceConfig, entries, locate, passed_over, unlisted
-from echo_ft.records import GOOD, EchoError, Inspection, Rejection
-from echo_ft.splits import join_kinds
+from data_prep.sources import UNNAMED, ItemPlace, Items, RowError, SourceConfig, entries, locate, passed_over, unlisted
+from echo_ft.data.splits import join_kinds
+from echo_ft.errors import EchoError
+from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FILES = "split_csv"
 KINDS = "image_anno.csv"
@@ -39,7 +40,7 @@ def read(config: SourceConfig) -> Items:
             yield Rejection(f"{path.name}:{line}", str(error))
             continue
         used.add(inspection.image)
-        yield Place(inspection.id, f"{path.name}:{line}")
+        yield ItemPlace(inspection.id, f"{path.name}:{line}")
         if row["mask"]:
             try:
                 inspection = dataclasses.replace(inspection, mask=locate(root, row["mask"], "mask"))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS
+from echo_ft.errors import EchoError
+from echo_ft.files import atomic_folder
+
+CONTENT = frozenset(
+    {
+        "audit.html",
+        "audit.json",
+        DIGESTS,
+        "images",
+        "inspections.jsonl",
+        "knowledge.json",
+        "manifest.json",
+        "masks",
+        "preview.html",
+        "questions.jsonl",
+        "references.jsonl",
+        "rejected.jsonl",
+        "sft",
+    }
+)
+"""What a dataset folder holds at its top; a folder with anything else in it is never removed."""
+
+
+@contextmanager
+def workspace(output: Path, config: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """A folder to build in. It takes the place of `output` when the block ends well, and is removed when it does not.
+
+    Raises EchoError, before anything is built, where `output` is something else than a dataset, or one that was built
+    with another config (`overwrite` allows that).
+    """
+    _check_replaceable(output, config, overwrite)
+    with atomic_folder(output) as folder:
+        yield folder
+
+
+def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise EchoError(f"{output} is a file; choose another output")
+    names = {path.name for path in output.iterdir()}
+    if not names:
+        return
+    manifest = _manifest(output / "manifest.json")
+    if manifest is None:
+        raise EchoError(f"{output} holds files that are not a dataset of this project; choose another output")
+    foreign = sorted(names - CONTENT)
+    if foreign:
+        raise EchoError(
+            f"{output} also holds {foreign[0]}, which a build would remove; move it or choose another output"
+        )
+    before = manifest.get("config", {})
+    changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
+    if changed and not overwrite:
+        raise EchoError(
+            f"{output} holds a dataset of another config (it differs in {', '.join(changed)}); "
+            "choose another output or add --overwrite"
+        )
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(DATASET_FORMAT.rsplit(" ", 1)[0])
+    return manifest if ours else None

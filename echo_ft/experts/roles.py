@@ -1,0 +1,189 @@
+"""The four roles of Echo (arXiv 2501.15795): what each is shown, and how what it says is read.
+
+`render` is the one place where prompts are made, for training and for inference alike. It receives `Seen` and the
+words of the earlier roles, never the truth; in training rows those words are gold, made from it. Images come first,
+then the context that all branches of a case share, then the branch (`Exchange`): whatever several questions share is
+computed once.
+
+Any change of a prompt's text changes `PROMPT_VERSION`; the golden files in tests/golden pin both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from echo_ft.errors import EchoError
+from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, ROLES, Branch, Exchange, Question, Seen, Upstream
+
+PROMPT_VERSION = "2"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which experts stand behind the decision maker for one kind of question."""
+
+    reference: bool = True
+    knowledge: bool = True
+    reasoning: bool = True
+
+
+ROUTINGS: Mapping[str, Mapping[str, Route]] = {
+    # The product's knowledge names the product: for Object Classification that would be the answer. What a normal part
+    # looks like is knowledge too: in training rows it is the `good` entry, word for word.
+    "full": {kind: Route(knowledge=kind != "Object Classification") for kind in QUESTION_TYPES},
+    # The method's published code; it does not support the two Object kinds, which get the reference alone here.
+    "paper": {
+        "Anomaly Detection": Route(True, False, False),
+        "Defect Classification": Route(True, True, False),
+        "Defect Localization": Route(False, False, False),
+        "Defect Description": Route(True, True, True),
+        "Defect Analysis": Route(True, False, True),
+        "Object Classification": Route(True, False, False),
+        "Object Analysis": Route(True, False, False),
+    },
+}
+
+BEST_PROMPT = "Which candidate is the best baseline for the last image? Answer with its number."
+NORMAL_PROMPT = "What does a normal part look like here?"
+GUIDE_PROMPT = "Which of these conditions matters here, and what should be looked for?"
+REASON_INSTRUCTION = "Observe, compare with what is normal, then conclude, in a few short sentences."
+DECIDE_INSTRUCTION = "Answer with the letter of the correct option only."
+
+
+def groups(questions: tuple[Question, ...], routes: Mapping[str, Route]) -> list[tuple[Route, tuple[Question, ...]]]:
+    """Questions that share one route, and so images and context, in order of first appearance."""
+    grouped: dict[Route, list[Question]] = {}
+    for question in questions:
+        grouped.setdefault(routes[question.kind], []).append(question)
+    return [(route, tuple(members)) for route, members in grouped.items()]
+
+
+def render(
+    role: str,
+    case: str,
+    seen: Seen,
+    upstream: Upstream = Upstream(),
+    routes: Mapping[str, Route] = ROUTINGS["full"],
+    knowledge: str = "guided",
+) -> list[Exchange]:
+    """What `role` is shown and asked about a case; completions are None.
+
+    One exchange for each group of questions that share a route; the first two roles do not see questions and get one
+    exchange at most. `knowledge` is `guided` (the knowledge guide's words), `all` (every entry of the product) or
+    `none`. An empty list means that no question needs this role.
+    """
+    if role == "reference_extractor":
+        return _reference_extractor(case, seen, routes)
+    if role == "knowledge_guide":
+        return _knowledge_guide(case, seen, upstream, routes, knowledge)
+    if role in ("reasoning_expert", "decision_maker"):
+        return _per_question(role, case, seen, upstream, routes, knowledge)
+    raise EchoError(f"no role is named {role!r}; the roles are {', '.join(ROLES)}")
+
+
+def _reference_extractor(case: str, seen: Seen, routes: Mapping[str, Route]) -> list[Exchange]:
+    if not seen.references or not any(routes[question.kind].reference for question in seen.questions):
+        return []
+    count = len(seen.references)
+    candidates = f"The first {count} images are candidates 1 to {count}, normal parts."
+    if count == 1:
+        candidates = "The first image is candidate 1, a normal part."
+    context = f"{candidates} The last image is the part under inspection.\n"
+    images = (*(reference.image for reference in seen.references), seen.query)
+    branches = (Branch("best", BEST_PROMPT), Branch("normal", NORMAL_PROMPT))
+    return [Exchange("reference_extractor", case, images, context, branches, PROMPT_VERSION)]
+
+
+def _knowledge_guide(
+    case: str, seen: Seen, upstream: Upstream, routes: Mapping[str, Route], knowledge: str
+) -> list[Exchange]:
+    asked = any(routes[question.kind].knowledge for question in seen.questions)
+    if knowledge != "guided" or not seen.knowledge or not asked:
+        return []
+    images, context = _look(seen, upstream, any(route.reference for route in routes.values()))
+    context += f"Known conditions of this part:\n{entries(seen)}"
+    return [Exchange("knowledge_guide", case, images, context, (Branch("guide", GUIDE_PROMPT),), PROMPT_VERSION)]
+
+
+def _per_question(
+    role: str, case: str, seen: Seen, upstream: Upstream, routes: Mapping[str, Route], knowledge: str
+) -> list[Exchange]:
+    exchanges = []
+    for route, questions in groups(seen.questions, routes):
+        if role == "reasoning_expert" and not route.reasoning:
+            continue
+        images, context = _look(seen, upstream, route.reference)
+        if role == "reasoning_expert" and route.reference and route.knowledge and upstream.normal:
+            context += f"Normal: {one_line(upstream.normal)}\n"
+        if route.knowledge and knowledge == "all" and seen.knowledge:
+            context += f"Known conditions of this part:\n{entries(seen)}"
+        elif route.knowledge and knowledge == "guided" and upstream.guide:
+            context += f"Guide: {one_line(upstream.guide)}\n"
+        prompt = _reasoning if role == "reasoning_expert" else _decision
+        branches = tuple(Branch(question.id, prompt(question, upstream, route)) for question in questions)
+        exchanges.append(Exchange(role, case, images, context, branches, PROMPT_VERSION))
+    return exchanges
+
+
+def _look(seen: Seen, upstream: Upstream, reference: bool) -> tuple[tuple[str, ...], str]:
+    if reference and seen.references:
+        best = seen.references[upstream.best].image
+        return (best, seen.query), "The first image is a normal part. The second image is the part under inspection.\n"
+    return (seen.query,), "The image is the part under inspection.\n"
+
+
+def _reasoning(question: Question, upstream: Upstream, route: Route) -> str:
+    return f"Question: {one_line(question.text)}\n{REASON_INSTRUCTION}"
+
+
+def _decision(question: Question, upstream: Upstream, route: Route) -> str:
+    options = "\n".join(f"{letter}. {one_line(text)}" for letter, text in question.options.items())
+    reason = upstream.reasons.get(question.id, "") if route.reasoning else ""
+    reasoning = f"Reasoning: {one_line(reason)}\n" if reason else ""
+    return f"Question: {one_line(question.text)}\n{options}\n{reasoning}{DECIDE_INSTRUCTION}"
+
+
+def entries(seen: Seen) -> str:
+    """The product's knowledge, a line an entry."""
+    return "".join(f"- {one_line(entry.condition)}: {one_line(entry.description)}\n" for entry in seen.knowledge)
+
+
+@lru_cache(maxsize=1024)  # the texts of a product and of a kind of question come again in every prompt
+def one_line(text: str) -> str:
+    """Text with its white space folded, so that words from outside cannot change a prompt's layout."""
+    return " ".join(text.split())
+
+
+def best_completion(best: int) -> str:
+    """What the reference extractor should say for candidate `best`, counted from 0."""
+    return str(best + 1)
+
+
+def guide_completion(condition: str, hint: str, description: str) -> str:
+    """What the knowledge guide should say about the entry that matters: of a defect, with a `hint` to look for it."""
+    if condition == GOOD:
+        return f"{GOOD}: {one_line(description)}"
+    return f"{condition}: {hint} {one_line(description)}"
+
+
+def parse_best(text: str, count: int) -> int | None:
+    """The candidate that the reference extractor named, counted from 0, or None where it named none of `count`."""
+    match = re.fullmatch(r"\s*(?:candidate\s*)?(\d+)\s*\.?\s*", text, flags=re.IGNORECASE)
+    number = int(match.group(1)) if match else 0
+    return number - 1 if 1 <= number <= count else None
+
+
+def parse_letter(text: str, options: Mapping[str, str]) -> str | None:
+    """The option that a decision names, or None: strict, never guessed.
+
+    Accepted are the letter alone, with the closing marks people use (`B`, `B.`, `(B)`, `B:`), and the letter followed
+    by exactly that option's own text (`B. Crack.`).
+    """
+    match = re.fullmatch(rf"\s*\(?([{LETTERS}])\)?[.:]?(?:\s+(.*?))?\s*", text, flags=re.DOTALL)
+    if not match or match.group(1) not in options:
+        return None
+    rest = match.group(2)
+    return match.group(1) if not rest or one_line(rest) == one_line(options[match.group(1)]) else None

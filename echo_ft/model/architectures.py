@@ -1,0 +1,110 @@
+"""The architectures of Qwen2-VL without their weights, for whatever can be checked before a download.
+
+The configs of the two published models are written out here, so that a recipe for them can be checked without a
+connection. Sources: config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct; arXiv 2409.12191.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from echo_ft.errors import EchoError
+
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2-VL-2B-Instruct": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2-VL-7B-Instruct": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+"""What tells the two sizes apart; `_config` adds what they share."""
+
+
+def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
+    """The Qwen2VLConfig of a local folder, of the hub's cache, of one of the two published models, or of the hub.
+
+    In that order, so that the published models need no connection. Raises EchoError where none of them has it, and
+    where the model is not a Qwen2-VL.
+    """
+    from transformers import AutoConfig, Qwen2VLConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if Path(model_name_or_path).is_dir():
+            raise EchoError(
+                f"{model_name_or_path} has no readable config.json; model_name_or_path takes a model's folder or a "
+                "hub name"
+            ) from error
+        if model_name_or_path in _PUBLISHED:
+            return _config(**_PUBLISHED[model_name_or_path])
+        config = _hub_config(model_name_or_path, revision)
+    if not isinstance(config, Qwen2VLConfig):
+        raise EchoError(f"{model_name_or_path} is a {config.model_type} model; echo-ft tunes Qwen2-VL (qwen2_vl)")
+    return config
+
+
+def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
+    """The model with its true modules and shapes on the meta device: no weights, no memory.
+
+    Raises EchoError as `model_config` does.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config = model_config(model_name_or_path, revision)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def _hub_config(name: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    known = " or ".join(_PUBLISHED)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise EchoError(f"there is no model folder {name}; give a model's folder or a hub name such as {known}")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EchoError(
+            f"the config of {name} could not be had ({reason}); check the name and the connection, or use {known}, "
+            "which need none"
+        ) from error
+
+
+def _config(tie_word_embeddings: bool, **text: Any) -> Any:
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        text_config={
+            **text,
+            "num_hidden_layers": 28,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={
+            "depth": 32,
+            "embed_dim": 1280,
+            "hidden_size": text["hidden_size"],
+            "num_heads": 16,
+            "mlp_ratio": 4,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        tie_word_embeddings=tie_word_embeddings,
+    )

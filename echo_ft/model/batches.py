@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
+
+
+def pixels(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """`pixel_values` (P, C) and `image_grid_thw` (images, 3) as the model takes them; none of either for no images."""
+    import torch
+
+    if not images:
+        return {
+            "pixel_values": blank(row_builder)["pixel_values"][:0],
+            "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
+        }
+    batch = row_builder.image_processor(images=list(images), return_tensors="pt")
+    return {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+
+
+def blank(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
+    """What `pixels` makes, of the smallest image that the model can take, one token large."""
+    import torch
+
+    processor, side = row_builder.image_processor, row_builder.merge
+    values = 3 * processor.temporal_patch_size * processor.patch_size**2
+    return {"pixel_values": torch.zeros(side**2, values), "image_grid_thw": torch.tensor([[1, side, side]])}
+
+
+def pad(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows side by side, padded on the right: input_ids, labels, segments (B, L) and position_ids (3, B, L)."""
+    import torch
+
+    length = max(len(row.input_ids) for row in rows)
+
+    def stack(arrays: Sequence[np.ndarray], value: int) -> torch.Tensor:
+        out = torch.full((len(arrays), length), value, dtype=torch.long)
+        for index, array in enumerate(arrays):
+            out[index, : len(array)] = torch.from_numpy(array)
+        return out
+
+    return {
+        "input_ids": stack([row.input_ids for row in rows], pad_token_id),
+        "labels": stack([row.labels for row in rows], IGNORED),
+        "segments": stack([row.segments for row in rows], PADDING),
+        "position_ids": torch.stack([stack([row.positions[axis] for row in rows], 0) for axis in range(3)]),
+    }
+
+
+def pack(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows one after another as a single row of T tokens, without padding.
+
+    input_ids, labels, segments (1, T), position_ids (3, 1, T), and `lengths`: (prefix length, length) of each row.
+    """
+    import torch
+
+    def join(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(arrays, axis=-1))
+
+    return {
+        "input_ids": join([row.input_ids for row in rows])[None],
+        "labels": join([row.labels for row in rows])[None],
+        "segments": join([row.segments for row in rows])[None],
+        "position_ids": join([row.positions for row in rows])[:, None],
+        "lengths": [(row.prefix_length, len(row.input_ids)) for row in rows],
+    }
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """(B, 1, L, L) bool, True where the query token (row) may see the key token (column), from segments (B, L).
+
+    Causal; a branch sees the prefix and itself. A padding token sees padding alone, so that no row of the softmax is
+    empty.
+    """
+    import torch
+
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    visible = (query == key) | ((key == 0) & (query > 0))
+    return (visible & causal)[:, None]

@@ -1,0 +1,190 @@
+"""A build of input that cannot be used, of options that are wrong, and one that is interrupted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_prep.build import build, main
+from data_prep.manifest import rejected_words
+from echo_ft.data.dataset import load_dataset
+from echo_ft.errors import EchoError
+from echo_ft.records import Inspection, Question, Reference, Rejection
+from tests.support.drawn_manifest import arguments, config, draw_manifest, edit_rows, rows, run
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    return draw_manifest(tmp_path_factory.mktemp("raw"), ("cap", "ring"), normals=12, defects=4)
+
+
+def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small_list, tmp_path):
+    root = small_list.parent
+    (root / "cap/good-0-1.png").write_bytes(b"not an image")
+    whole = (root / "cap/good-1-1.png").read_bytes()
+    (root / "cap/good-1-1.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (20, 20), 255).save(root / "cap/dent-0-1_mask.png")
+    Image.new("L", (48, 40), 0).save(root / "cap/dent-1-1_mask.png")
+    (root / "cap/dent-2-1_mask.png").write_bytes(b"")
+    Image.new("L", (48, 40), 255).save(root / "mark.png")
+    edit_rows(small_list, lambda r: r.update(mask="mark.png") if r["image"] == "cap/good-2-1.png" else None)
+    manifest = build(config(small_list, tmp_path / "out"))
+    rejections = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    reasons = {r.item: r.reason for r in rejections}
+    lines = {row["image"]: n for n, row in enumerate(map(json.loads, small_list.read_text().splitlines()), start=1)}
+    assert all(reason.endswith(f" (parts.jsonl:{lines[image]})") for image, reason in reasons.items())
+    assert manifest["rejected"] == 5 and manifest["dropped"] == {"mask": 1} and len(reasons) == 6
+    assert [r.item for r in rejections if r.dropped] == ["cap/dent-1-1.png"]
+    told = "5 rejected; 1 mask dropped, the photographs are used (see rejected.jsonl)"
+    assert rejected_words(manifest) == told and f"{told}." in (tmp_path / "out" / "preview.html").read_text()
+    assert "broken" in reasons["cap/good-0-1.png"] and "broken" in reasons["cap/good-1-1.png"]
+    assert "20 x 20 pixels, its photograph 48 x 40" in reasons["cap/dent-0-1.png"]
+    assert "marks nothing" in reasons["cap/dent-1-1.png"] and "used without it" in reasons["cap/dent-1-1.png"]
+    assert "dent-2-1_mask.png" in reasons["cap/dent-2-1.png"]
+    assert "labelled good" in reasons["cap/good-2-1.png"]
+    kept = {i.image: i for i in rows(tmp_path / "out", "inspections.jsonl", Inspection)}
+    assert len(kept) == 19 and kept["cap/dent-1-1.png"].mask is None
+    used = {r.image for r in rows(tmp_path / "out", "references.jsonl", Reference)}
+    assert used <= set(kept)
+
+
+def test_a_named_reference_that_is_the_photograph_itself_or_shows_a_defect_is_dropped(small_list, tmp_path):
+    named = {"cap/dent-0-1.png": "cap/dent-0-1.png", "cap/dent-1-1.png": "cap/stain-0-1.png"}
+    named |= {"cap/dent-2-1.png": "cap/good-0-1.png"}
+    edit_rows(small_list, lambda row: row.update(reference=named.get(row["image"])))
+    manifest = build(config(small_list, tmp_path / "out"))
+    told = {r.item: r.reason for r in rows(tmp_path / "out", "rejected.jsonl", Rejection) if r.dropped == "reference"}
+    assert set(told) == {"cap/dent-0-1.png", "cap/stain-0-1.png"} and manifest["dropped"] == {"reference": 2}
+    assert "it is the photograph itself; cap/dent-0-1.png gets a retrieved reference" in told["cap/dent-0-1.png"]
+    assert "it shows a defect (stain); cap/dent-1-1.png gets a" in told["cap/stain-0-1.png"]
+    references = rows(tmp_path / "out", "references.jsonl", Reference)
+    given = {r.inspection: r.image for r in references if r.method == "given"}
+    assert given == {"cap/dent-2-1.png": "cap/good-0-1.png"}
+
+
+def test_boxes_stand_in_for_a_mask_and_must_lie_in_the_photograph(small_list, tmp_path):
+
+    def box(row: dict) -> None:
+        if row.pop("mask", None):
+            row["boxes"] = [[40, 30, 60, 38]] if row["image"] == "cap/dent-0-1.png" else [[4, 4, 12, 12]]
+
+    edit_rows(small_list, box)
+    build(config(small_list, tmp_path / "out"))
+    (rejection,) = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    assert rejection.item == "cap/dent-0-1.png" and "48 x 40" in rejection.reason
+    places = {q.options[q.answer] for q in rows(tmp_path / "out", "questions.jsonl", Question) if "Where" in q.text}
+    assert places == {"top left"}
+
+
+def test_an_interrupted_build_leaves_the_old_dataset_and_nothing_else(small_list, tmp_path, monkeypatch):
+    build(config(small_list, tmp_path / "out"))
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.preview.write_preview", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(config(small_list, tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):
+        build(config(small_list, tmp_path / "new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_only_a_dataset_of_the_same_config_is_replaced(small_list, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()  # an empty folder may be used
+    build(config(small_list, output))
+    build(config(small_list, output))
+    with pytest.raises(EchoError, match=r"another config \(it differs in seed\).*--overwrite"):
+        build(config(small_list, output, seed=1))
+    first = load_dataset(output).fingerprint
+    assert build(config(small_list, output, seed=1, overwrite=True))["fingerprint"] != first
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(EchoError, match=r"thesis\.txt"):
+        build(config(small_list, output, seed=1))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    with pytest.raises(EchoError, match="not a dataset"):
+        build(config(small_list, tmp_path / "photos", overwrite=True))
+    assert (output / "thesis.txt").is_file() and (tmp_path / "photos" / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "manifets"}, "did you mean 'manifest'"),
+        ({"source": "folder", "root": "nowhere"}, "root: there is no folder nowhere"),
+        ({"source": "folder"}, "needs root"),
+        ({"annotations": "nowhere.csv"}, "there is no file nowhere.csv"),
+        ({"knowledge": "nowhere.yaml"}, "there is no file nowhere.yaml"),
+        ({"fractions": "0.5 0.2 0.2"}, "three shares of 1"),
+        ({"split": "random"}, "split"),
+        ({"output": "pyproject.toml/data"}, "pyproject.toml cannot be written"),
+        ({"k": "0"}, "k is 0"),
+        ({"sede": "1"}, "did you mean 'seed'"),
+    ],
+)
+def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, words):
+    options = {"source": "manifest", "output": tmp_path / "out", "descriptor": "skimage"}
+    if changes.get("source") != "folder":
+        options["annotations"] = raw
+    with pytest.raises(EchoError, match=re.escape(words)) as caught:
+        main(arguments(**{**options, **changes}))
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (lambda row: False, "no usable photograph in .*; it names none: add a row for each photograph"),
+        (lambda row: row["condition"] != "good", "no normal photograph.* with; add normal photographs, with condition"),
+        (lambda row: row["condition"] == "good" and row.update(split="train") is None, "; add photographs of defects$"),
+        (lambda row: not row.update(split="train" if row["condition"] != "good" else "test"), "; set split to seeded$"),
+        (
+            lambda row: row["condition"] != "good" or not row.update(condition="ok"),
+            r"no normal photograph.*; \d+ rejected, the first: .* 'ok' is written 'good'",
+        ),
+    ],
+)
+def test_a_dataset_that_nothing_can_be_made_of_is_an_error_that_says_what_would_help(raw, tmp_path, keep, words):
+    lines = [row for row in map(json.loads, raw.read_text().splitlines()) if keep(row)]
+    source = raw.with_name(f"{tmp_path.name}.jsonl")
+    source.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with pytest.raises(EchoError, match=words):
+        build(config(source, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_mistake_ends_without_a_traceback(tmp_path):
+    (tmp_path / "mmad.json").write_text(json.dumps({"VisA/candle/test/bad/000.JPG": {}}))
+    done = run(*arguments(source="mmad", annotations=tmp_path / "mmad.json", output=tmp_path / "out"))
+    assert done.returncode == 2
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: all 1 photographs") and "Traceback" not in done.stderr
+    assert "VisA/candle/test/bad/000.JPG" in error and str(tmp_path) in error
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "there is no dataset"), ("", "not JSON"), ('{"format": "other"}', "format"), ('{"root": 1}', "format")],
+)
+def test_a_folder_that_is_no_dataset_is_refused_with_the_remedy(tmp_path, content, words):
+    folder = tmp_path / "data"
+    if content is not None:
+        folder.mkdir()
+        (folder / "manifest.json").write_text(content)
+    with pytest.raises(EchoError, match=f"{words}.*build"):
+        load_dataset(folder)
+
+
+def test_a_dataset_whose_images_moved_says_where_they_were(small_list, tmp_path):
+    build(config(small_list, tmp_path / "out"))
+    small_list.parent.rename(tmp_path / "moved")
+    with pytest.raises(EchoError, match=r"no longer in .*raw"):
+        load_dataset(tmp_path / "out")

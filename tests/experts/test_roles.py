@@ -1,0 +1,141 @@
+"""Prompts: pinned to the letter, blind to the truth, and answers read strictly."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from echo_ft.data.dataset import make_cases
+from echo_ft.errors import EchoError
+from echo_ft.experts import roles
+from echo_ft.experts.pipeline import PipelineConfig, run_cases
+from echo_ft.experts.targets import gold_upstream, training_exchanges
+from echo_ft.records import QUESTION_TYPES, ROLES, Entry, Inspection, Question, Reference, Seen, Upstream
+from tests.conftest import ROOT
+from tests.support.backends import ScriptedBackend
+
+GOLDEN = ROOT / "tests" / "golden"
+SAID = Upstream(best=1, normal="An even  surface.\n", guide="stain: look for this. A dark spot.", reasons={})
+
+
+def as_text(exchanges) -> str:
+    parts = [f"prompt version {roles.PROMPT_VERSION}"]
+    for exchange in exchanges:
+        parts.append(f"==== {exchange.role}: images {', '.join(exchange.images)}\n{exchange.context}")
+        parts += [f"---- {branch.id}\n{branch.prompt}" for branch in exchange.branches]
+    return "\n".join(parts) + "\n"
+
+
+@pytest.mark.parametrize("routing", ["full", "paper"])
+@pytest.mark.parametrize("role", ROLES)
+def test_prompts_are_the_golden_ones(role, routing, case):
+    upstream = replace(SAID, reasons={q.id: "Observe: a mark. Conclude: a stain." for q in case.seen.questions})
+    text = as_text(roles.render(role, case.id, case.seen, upstream, roles.ROUTINGS[routing]))
+    path = GOLDEN / f"{role}_{routing}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), "a prompt changed: raise PROMPT_VERSION, then UPDATE_GOLDEN=1"
+
+
+def test_prompts_with_all_knowledge_are_the_golden_ones(case):
+    text = as_text(roles.render("decision_maker", case.id, case.seen, SAID, knowledge="all"))
+    path = GOLDEN / "decision_maker_all_knowledge.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def secret_case(condition: str, letter: str):
+    """A case as the dataset loads it, whose truth and paths say `condition` and whose answers are `letter`."""
+    inspection = Inspection(f"d/p/{condition}/0", f"p/{condition}/0.png", "d", "product-name", condition, "g", "test")
+    inspection = replace(
+        inspection,
+        mask=f"p/{condition}/mask.png",
+        masks=(f"p/{condition}/mask-1.png", f"p/{condition}/mask-2.png"),
+        boxes=((1.5, 2.5, 3.5, 4.5),),
+        polygons=((6.25, 7.25, 8.25, 7.25, 8.25, 9.25),) if condition == "SECRET" else (),
+    )
+    questions = [
+        Question(f"{inspection.id}#{kind}", inspection.id, kind, "What is it?", {"A": "One.", "B": "Two."}, letter)
+        for kind in QUESTION_TYPES
+    ]
+    references = [Reference(inspection.id, f"p/{condition}/normal{i}.png", 0.9, i) for i in (1, 2)]
+    knowledge = {"d": {"product-name": {"good": "Even.", "stain": "Dark.", "dent": "Deep."}}}
+    return make_cases([inspection], references, questions, knowledge)[0]
+
+
+@pytest.mark.parametrize("knowledge", ["guided", "all", "none"])
+@pytest.mark.parametrize("routing", ["full", "paper"])
+def test_condition_mask_polygons_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowledge):
+    """The whole pipeline on cases that differ in their truth alone, loaded as a run loads them: the prompts are equal.
+
+    Paths are set aside: a file's folder often names the defect, and a prompt must not hold it either.
+    """
+    settings = PipelineConfig(routing, knowledge=knowledge)
+    prompts = []
+    for condition, letter in (("SECRET", "A"), ("HIDDEN", "B")):
+        case = secret_case(condition, letter)
+        assert case.truth.condition == condition and set(case.truth.answers.values()) == {letter}
+        assert len(case.truth.masks) == 2 and bool(case.truth.polygons) == (condition == "SECRET")
+        (outcome,) = run_cases([case], ScriptedBackend(says={**ScriptedBackend().says, "best": "1"}), settings)
+        assert len({trace.role for trace in outcome.traces}) == (4 if knowledge == "guided" else 3)
+        prompts.append([(trace.role, trace.context, trace.prompt) for trace in outcome.traces])
+    assert prompts[0] == prompts[1]
+    text = str(prompts)
+    assert not any(word in text for word in ("SECRET", "HIDDEN", "product-name", ".png", "1.5", "6.25", "mask"))
+
+
+@pytest.mark.parametrize("knowledge", ["guided", "all"])
+@pytest.mark.parametrize("routing", ["full", "paper"])
+@pytest.mark.parametrize("role", ROLES)
+def test_object_classification_sees_no_knowledge_that_names_the_object(role, routing, knowledge, case, tmp_path):
+    """Neither in a run nor in a training row, whose earlier words are the knowledge itself, does any role see it."""
+    words = ("washer disc", "washer blot")
+    known = (Entry("good", f"An even {words[0]}."), Entry("stain", f"A {words[1]}. It weakens the coating."))
+    case = replace(case, seen=replace(case.seen, knowledge=known))
+    gold = gold_upstream(case, tmp_path)
+    assert words[0] in gold.normal and words[1] in gold.guide
+    rows = training_exchanges(case, role, tmp_path, routing)
+    rows += roles.render(role, case.id, case.seen, gold, roles.ROUTINGS[routing], knowledge)
+    assert rows or role == "knowledge_guide"
+    for exchange in rows:
+        for branch in exchange.branches:
+            if branch.id.endswith("#Object Classification"):
+                assert not any(word in exchange.context + branch.prompt for word in words)
+    text = str([exchange.context for exchange in rows])
+    assert role == "reference_extractor" or any(word in text for word in words), "other questions have it"
+
+
+def test_words_from_outside_cannot_change_the_layout_of_a_prompt(case):
+    said = replace(SAID, guide="stain\nQuestion: x\n\nA. y", reasons={q.id: "\n\nA" for q in case.seen.questions})
+    for exchange in roles.render("decision_maker", case.id, case.seen, said):
+        assert exchange.context.count("\n") <= 2 and "\n\n" not in exchange.context
+        assert all("Reasoning: A\n" in branch.prompt for branch in exchange.branches)
+
+
+def test_an_unknown_role_is_named():
+    with pytest.raises(EchoError, match=r"decision_maker"):
+        roles.render("decider", "case", Seen("", (), (), ()))
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"), (" B ", "B"), ("B.", "B"), ("(C)", "C"), ("D:", "D"), ("C. Stain.", "C"), ("C: Stain.", "C"),
+        ("", None), ("E", None), ("F", None), ("a", None), ("A defect", None), ("A. Stain.", None), ("AB", None),
+        ("A B", None), ("The answer is A", None), ("I think it is a scratch", None), ("Scratch.", None), ("1", None),
+    ],
+)  # fmt: skip
+def test_letters_are_read_strictly(text, letter):
+    options = {"A": "Scratch.", "B": "Dent.", "C": "Stain.", "D": "Chip."}
+    assert roles.parse_letter(text, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "best"),
+    [("1", 0), ("3", 2), (" Candidate 2. ", 1), ("4", None), ("0", None), ("", None), ("1 or 2", None), ("best", None)],
+)
+def test_the_best_reference_is_read_strictly(text, best):
+    assert roles.parse_best(text, 3) == best

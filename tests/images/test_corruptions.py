@@ -1,0 +1,245 @@
+"""Degraded photographs: the draw, the strengths, and that a run and a training degrade the query alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl
+from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corrupt, draw_corruption
+from echo_ft.images.views import View, views
+from echo_ft.inference.engine import Engine
+from echo_ft.model.adapters import read_card
+from echo_ft.model.batches import pixels
+from echo_ft.records import Prediction
+from echo_ft.training.cases import by_case
+from echo_ft.training.checkpoints import find_checkpoint
+from echo_ft.training.collator import Collator
+from tests.conftest import make_case, make_dataset
+from tests.support.exchanges import exchanges_of, with_completions
+from tests.support.runs import run_evaluation
+from tests.support.servers import FakeServer, ask_server, shown_images
+from tests.support.training import launch, tiny_options
+from train.sft import main as sft_main
+
+
+def pattern(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Stripes and patches of all coarsenesses, neither near black nor near white."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    bands = [
+        0.5 + 0.2 * np.sin(2 * np.pi * f * (x + 0.4 * y)) + 0.15 * np.sin(2 * np.pi * 3 * f * y) for f in (4, 9, 17)
+    ]
+    return Image.fromarray((np.stack(bands, axis=-1) * 255).astype(np.uint8)).convert(mode)
+
+
+def change(image: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of the values."""
+    return float(np.abs(np.asarray(image, float) - np.asarray(other, float)).mean())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_size_and_mode_stay_and_every_severity_changes_more_than_the_one_before(kind, mode):
+    image = pattern(301, 190, mode)
+    for seed in range(3):
+        degraded = [corrupt(image, kind, severity, seed) for severity in SEVERITIES]
+        assert {(one.size, one.mode) for one in degraded} == {(image.size, mode)}
+        changes = [change(image, one) for one in degraded]
+        assert changes[0] > 0.3 and changes == sorted(changes) and len(set(changes)) == 5, changes
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_the_same_seed_gives_the_same_picture_and_the_original_stays(kind):
+    image = pattern(120, 90)
+    before = image.tobytes()
+    first, again = (corrupt(image, kind, 3, "0/part.png").tobytes() for _ in range(2))
+    assert first == again and image.tobytes() == before
+    drawn = {corrupt(image, kind, 3, f"{seed}/part.png").tobytes() for seed in range(12)}
+    assert len(drawn) == {"noise": 12, "motion": 12, "exposure": 2}.get(kind, 1)
+
+
+@pytest.mark.parametrize("kind", ["blur", "low_resolution", "motion", "noise"])
+def test_a_severity_does_the_same_to_a_photograph_of_any_size(kind):
+    """Brought to one size, a photograph and the same at three times its side are as far from what they were."""
+    small, large = pattern(224, 224), pattern(672, 672)
+    found = change(small, corrupt(small, kind, 3, 0))
+    shown = change(small, corrupt(large, kind, 3, 0).resize(small.size, Image.Resampling.BOX))
+    assert shown == pytest.approx(found, rel=0.35)
+
+
+def test_blur_is_a_gaussian_of_the_stated_deviation():
+    image = pattern(448, 448, "L")
+    expected = gaussian_filter(np.asarray(image, float), 2 * 4.0, mode="nearest", truncate=4)
+    found = np.asarray(corrupt(image, "blur", 4, 0), float)
+    assert np.abs(found - expected)[40:-40, 40:-40].max() < 3  # Pillow's is three boxes
+
+
+def test_a_point_that_is_shaken_becomes_a_line_through_where_it_was():
+    values = np.zeros((225, 225), np.uint8)
+    values[112, 112] = 255
+    wide = Image.fromarray(np.asarray(Image.fromarray(values).resize((675, 675), Image.Resampling.NEAREST)))
+    found = np.asarray(corrupt(wide, "motion", 2, 1), float)
+    y, x = np.indices(found.shape) - 337.0
+    weights = found / found.sum()
+    centre = (weights * x).sum(), (weights * y).sum()
+    spread = np.cov(np.stack([x.ravel(), y.ravel()]), aweights=weights.ravel())
+    values, vectors = np.linalg.eigh(spread)
+    angle = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1])) % 180
+    assert np.abs(centre).max() < 1 and values[1] > 50 * values[0]
+    assert min(angle, 180 - angle) <= 45
+
+
+def test_exposure_multiplies_the_light_and_grey_stays_grey():
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    light = ((100 / 255 + 0.055) / 1.055) ** 2.4
+    expected = {
+        round(255 * (1.055 * (light * gain) ** (1 / 2.4) - 0.055)) for gain in (2**-1, 2**1)
+    }  # severity 2 is one stop
+    found = {corrupt(grey, "exposure", 2, seed).getpixel((0, 0)) for seed in range(12)}
+    assert found == {(value,) * 3 for value in expected}
+    noisy = np.asarray(corrupt(pattern(60, 60, "L").convert("RGB"), "noise", 3, 0))
+    assert (noisy == noisy[:, :, :1]).all()
+
+
+@pytest.mark.parametrize(("kind", "severity", "words"), [("fog", 3, "noise, jpeg"), ("blur", 6, "1, 2, 3, 4, 5")])
+def test_an_unknown_kind_or_severity_is_refused_with_the_known_ones(kind, severity, words):
+    with pytest.raises(EchoError, match=words):
+        corrupt(pattern(20, 20), kind, severity, 0)
+
+
+def test_the_query_alone_is_degraded(case, tmp_path):
+    how = Corruption("noise", 5)
+    for exchange in exchanges_of(case):
+        *references, query = views(exchange, tmp_path, how)
+        assert (query.image, query.corruption) == (case.seen.query, how)
+        assert all(one.corruption is None for one in references) and len(references) == len(exchange.images) - 1
+    clean, degraded = View(tmp_path, case.seen.query).load(), View(tmp_path, case.seen.query, how).load()
+    assert change(clean, degraded) > 20 and clean.size == degraded.size
+    other = View(tmp_path, case.seen.query, dataclasses.replace(how, seed=1)).load()
+    assert change(degraded, other) > 20, "the seed counts"
+
+
+def test_a_run_does_not_mix_a_degraded_query_with_the_reference_of_the_same_name(model, row_builder, tmp_path):
+    """The first case's query is the second's reference: kept features of the one are not shown as the other."""
+    first, second = make_case(tmp_path), make_case(tmp_path, "line/part/2", seed=9)
+    looks_at_first = [
+        dataclasses.replace(one, images=(first.seen.query, second.seen.query)) for one in exchanges_of(second)[-1:]
+    ]
+    asked = [*exchanges_of(first)[-1:], *looks_at_first]
+    how = Corruption("blur", 5)
+    together = Engine(model, row_builder, tmp_path, max_new_tokens=1, corruption=how).generate("decision_maker", asked)
+    for exchange, said in zip(asked, together, strict=True):
+        references, query = exchange.images[:-1], exchange.images[-1]
+        View(tmp_path, query, how).load().save(tmp_path / f"degraded_{query}")
+        swapped = dataclasses.replace(exchange, images=(*references, f"degraded_{query}"))
+        (expected,) = Engine(model, row_builder, tmp_path, max_new_tokens=1).generate("decision_maker", [swapped])
+        (clean,) = Engine(model, row_builder, tmp_path, max_new_tokens=1).generate("decision_maker", [exchange])
+        for one, other, untouched in zip(said, expected, clean, strict=True):
+            assert one.letters == pytest.approx(other.letters, abs=1e-5) != untouched.letters
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=12, validation=2, test=2)
+
+
+def test_a_run_with_degraded_queries_says_so_and_goes_on_only_as_such(dataset, tmp_path):
+    run_evaluation(dataset, tmp_path / "clean", "--max_new_tokens", 1)
+    noisy = ("--max_new_tokens", 1, "--corruption", "noise", "--severity", 5)
+    run_evaluation(dataset, tmp_path / "noisy", *noisy)
+    run_evaluation(dataset, tmp_path / "noisy", *noisy)  # it goes on
+    rows = [list(read_jsonl(tmp_path / name / "predictions.jsonl", Prediction)) for name in ("clean", "noisy")]
+    assert [row.question for row in rows[0]] == [row.question for row in rows[1]]
+    assert [row.image for row in rows[0]] == [row.image for row in rows[1]], "names stay as they are"
+    assert [row.probabilities for row in rows[0]] != [row.probabilities for row in rows[1]]
+    described = json.loads((tmp_path / "noisy" / "run.json").read_text())
+    assert (described["corruption"], described["severity"]) == ("noise", 5)
+    with pytest.raises(EchoError, match=r"severity is 5, not 4; choose another --output"):
+        run_evaluation(dataset, tmp_path / "noisy", *noisy[:-1], 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--corruption", "noise"), "corruption is given and severity is not; add --severity"),
+        (("--severity", "2"), "severity is given and corruption is not; add --corruption"),
+        (("--corruption", "fog", "--severity", "2"), "'fog'"),
+        (("--corruption", "blur", "--severity", "6"), "6"),
+    ],
+)
+def test_half_a_corruption_is_refused(dataset, tmp_path, flags, words):
+    with pytest.raises(EchoError, match=words):
+        run_evaluation(dataset, tmp_path / "run", *flags)
+
+
+def test_a_server_is_sent_the_degraded_query_and_good_references(row_builder, case, tmp_path):
+    how, exchange, server = Corruption("motion", 4), exchanges_of(case)[-1], FakeServer()
+    ask_server(server, row_builder, tmp_path, [exchange], corruption=how)
+    server.close()
+    for body in server.asked:
+        for sent, view in zip(shown_images(body), views(exchange, tmp_path, how), strict=True):
+            expected, found = (
+                row_builder.image_processor(images=[image], return_tensors="np") for image in (view.load(), sent)
+            )
+            np.testing.assert_array_equal(expected["pixel_values"], found["pixel_values"])
+
+
+def test_draws_of_a_training_have_the_share_and_all_kinds_and_are_its_seeds():
+    names = [f"line/part/{index}" for index in range(3000)]
+    drawn = [draw_corruption(name, 0.3, 7) for name in names]
+    degraded = [one for one in drawn if one is not None]
+    assert 0.26 < len(degraded) / len(names) < 0.34
+    pairs = {(one.kind, one.severity) for one in degraded}
+    assert pairs == {(kind, severity) for kind in CORRUPTIONS for severity in SEVERITIES}
+    assert drawn == [draw_corruption(name, 0.3, 7) for name in names] != [draw_corruption(n, 0.3, 8) for n in names]
+    assert all(draw_corruption(name, 0.0, 7) is None for name in names)
+    more = [draw_corruption(name, 0.6, 7) for name in names]
+    assert all(one is None or one == other for one, other in zip(drawn, more, strict=True)), "a larger share adds"
+
+
+def test_a_training_batch_has_the_degraded_query_of_its_case(row_builder, case, tmp_path):
+    exchange = asdict(with_completions(exchanges_of(case)[-1], ["B"] * 7))
+    how = Corruption("jpeg", 3, seed=5)
+    rows = by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(how)])
+    batch = Collator(row_builder, tmp_path)([rows[0]])
+    expected = pixels(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, how)])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert not torch.equal(
+        Collator(row_builder, tmp_path)([{"exchanges": [exchange]}])["pixel_values"], batch["pixel_values"]
+    )
+
+
+def test_a_training_says_how_many_queries_are_degraded_and_goes_on_only_with_the_same_share(dataset, tmp_path):
+    output = tmp_path / "decision_maker"
+    flags = ["--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", 1]
+    printed = launch(*tiny_options("decision_maker", dataset, output, *flags, "--corrupted_share", 0.7))
+    count = sum(draw_corruption(f"train/{index}", 0.7, 0) is not None for index in range(12))
+    assert 0 < count < 12 and f"decision_maker, train: {count} of 12 cases have a degraded query" in printed
+    assert json.loads((output / "echo_ft.json").read_text())["corrupted_share"] == 0.7
+    card = read_card(output)
+    again = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(output), process_index=0)
+    assert find_checkpoint(again, card) == str(output / "checkpoint-1")
+    with pytest.raises(EchoError, match=r"trained with corrupted_share 0\.7, not 0\.2"):
+        find_checkpoint(again, dataclasses.replace(card, corrupted_share=0.2))
+    with pytest.raises(EchoError, match="trained with quantization none, not 4bit"):
+        find_checkpoint(again, dataclasses.replace(card, quantization="4bit"))
+
+
+def test_a_share_above_one_is_refused(dataset, tmp_path):
+    with pytest.raises(EchoError, match=r"corrupted_share is 1\.5; it is a share of the cases"):
+        sft_main(
+            [
+                str(one)
+                for one in tiny_options("decision_maker", dataset, tmp_path, "--corrupted_share", 1.5, "--dry_run")
+            ]
+        )

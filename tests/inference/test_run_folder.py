@@ -1,0 +1,315 @@
+"""A run's folder: stopped anywhere, gone on with, nothing lost, doubled or mixed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from echo_ft import provenance
+from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail
+from echo_ft.files import LOCK, read_jsonl, write_text
+from echo_ft.inference import run_folder
+from echo_ft.inference.run_folder import PREDICTIONS, RUN, SHARDS, TRACES, Processes, RunFolder
+from echo_ft.provenance import ANSWERING_MODULES, SUPPORTING_MODULES, code_fingerprint, source_files
+from echo_ft.records import Prediction, Trace
+from tests.conftest import make_case
+from tests.support.backends import ScriptedBackend
+
+PROVENANCE = {"prompt_version": "1", "max_pixels": 100, "adapters": {}}
+
+
+@pytest.fixture
+def cases(tmp_path):
+    return [make_case(tmp_path / "images", f"line/part/{index}") for index in range(4)]
+
+
+def run(folder, cases, provenance=PROVENANCE, stop_after=99, noted=None):
+    with RunFolder(folder, provenance, cases, noted) as opened:
+        for (case,) in opened.batches(1)[:stop_after]:
+            opened.write(case, run_cases([case], ScriptedBackend(), PipelineConfig())[0])
+        opened.finish()
+    return opened
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in (PREDICTIONS, TRACES, RUN)}
+
+
+@pytest.mark.parametrize("cut", [1, 37, 400, 2500])
+def test_a_run_that_was_cut_anywhere_ends_like_an_uninterrupted_one(tmp_path, cases, cut):
+    run(tmp_path / "whole", cases)
+    run(tmp_path / "cut", cases, stop_after=2)
+    for name in (PREDICTIONS, TRACES):  # as a kill in the middle of a write would leave it
+        path = tmp_path / "cut" / name
+        path.write_bytes(path.read_bytes()[:-cut])
+    assert json.loads((tmp_path / "cut" / RUN).read_text())["complete"] is False
+    run(tmp_path / "cut", cases)
+    for name, expected in content(tmp_path / "whole").items():
+        assert sorted(content(tmp_path / "cut")[name].splitlines()) == sorted(expected.splitlines())
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, cases):
+    run(tmp_path / "run", cases)
+    before = content(tmp_path / "run")
+    assert len(run(tmp_path / "run", cases).done) == 4
+    assert content(tmp_path / "run") == before
+    assert len(list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))) == 28
+    assert len(list(read_jsonl(tmp_path / "run" / TRACES, Trace))) == 4 * 17
+
+
+def test_another_run_in_the_same_folder_is_refused_by_the_name_of_what_differs(tmp_path, cases):
+    run(tmp_path / "run", cases, stop_after=1)
+    with pytest.raises(EchoError, match="max_pixels is 100, not 200"):
+        run(tmp_path / "run", cases, {**PROVENANCE, "max_pixels": 200})
+    with pytest.raises(EchoError, match="cases is 4, not 3"):
+        run(tmp_path / "run", cases[:3])
+
+
+def test_what_differs_is_named_down_to_its_leaf_and_one_that_is_absent_too(tmp_path, cases):
+    tuned = {**PROVENANCE, "adapters": {"decision_maker": {"fingerprint": "aaaa", "routing": "full"}}}
+    other = {**PROVENANCE, "adapters": {"decision_maker": {"fingerprint": "bbbb", "routing": "paper"}}}
+    run(tmp_path / "run", cases, tuned, stop_after=1)
+    with pytest.raises(EchoError, match=r"adapters\.decision_maker\.fingerprint is 'aaaa', not 'bbbb'; choose another"):
+        run(tmp_path / "run", cases, other)
+    with pytest.raises(EchoError, match=r"adapters\.decision_maker is '2 values', not None"):
+        run(tmp_path / "run", cases)
+
+
+def test_what_is_only_noted_does_not_stop_a_run_and_every_writers_is_kept(tmp_path, cases):
+    first, second = {"commit": "one", "warnings": []}, {"commit": "two", "warnings": []}
+    run(tmp_path / "run", cases, noted=first, stop_after=1)
+    run(tmp_path / "run", cases, noted=second, stop_after=0)
+    assert "continued_with" not in json.loads((tmp_path / "run" / RUN).read_text()), "it wrote no answer"
+    run(tmp_path / "run", cases, noted=second, stop_after=1)
+    run(tmp_path / "run", cases, noted=first)
+    run(tmp_path / "run", cases, noted={"commit": "three", "warnings": []})
+    description = json.loads((tmp_path / "run" / RUN).read_text())
+    assert description["commit"] == "one" and description["continued_with"] == [{"commit": "two"}]
+    assert description["complete"] and description["questions"] == 28
+
+
+def test_a_second_process_in_the_folder_is_refused_and_the_first_loses_nothing(tmp_path, cases):
+    with RunFolder(tmp_path / "run", PROVENANCE, cases) as opened:
+        opened.write(cases[0], run_cases([cases[0]], ScriptedBackend(), PipelineConfig())[0])
+        with pytest.raises(EchoError, match="another process writes to"):
+            run(tmp_path / "run", cases)
+        opened.write(cases[1], run_cases([cases[1]], ScriptedBackend(), PipelineConfig())[0])
+    assert len(run(tmp_path / "run", cases, stop_after=0).done) == 2
+
+
+def test_a_run_that_is_refused_lets_go_of_the_folder(tmp_path, cases):
+    run(tmp_path / "run", cases, stop_after=1)
+    with pytest.raises(EchoError) as refusal:  # its traceback holds on to the object
+        run(tmp_path / "run", cases, {**PROVENANCE, "max_pixels": 200})
+    assert len(run(tmp_path / "run", cases).done) == 4, refusal
+    (tmp_path / "run" / RUN).write_text("{")
+    with pytest.raises(EchoError, match=r"run\.json is not JSON"):
+        run(tmp_path / "run", cases)
+
+
+def test_the_codes_fingerprint_is_of_its_sources_alone(tmp_path):
+    (tmp_path / "library").mkdir()
+    source, script, page = tmp_path / "library" / "a.py", tmp_path / "run.py", tmp_path / "library" / "README.md"
+    for path in (source, script, page):
+        path.write_text("x = 1")
+    before = code_fingerprint(source, script)
+    page.write_text("more words")
+    assert code_fingerprint(source, script) == before
+    for path in (source, script):
+        path.write_text("x = 2")
+        assert code_fingerprint(source, script) != before
+        path.write_text("x = 1")
+    assert code_fingerprint(source.rename(source.with_name("b.py")), script) != before
+
+
+def test_only_modules_that_answer_decide_whether_a_run_may_resume():
+    package = Path(provenance.__file__).parent
+    files = source_files(*ANSWERING_MODULES, without=SUPPORTING_MODULES)
+    found = {".".join(path.relative_to(package).with_suffix("").parts) for path in files}
+    assert len(found) <= 16
+    assert found >= {
+        *ANSWERING_MODULES,
+        "experts.roles",
+        "model.rows",
+        "model.batches",
+        "images.corruptions",
+        "records",
+    }
+    assert {name.split(".")[0] for name in found} <= {
+        "data", "experts", "files", "images", "inference", "model", "records",
+    }  # fmt: skip
+    for name in found:
+        values = vars(importlib.import_module(f"echo_ft.{name}")).values()
+        owners = [getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "") for value in values]
+        ours = {owner.removeprefix("echo_ft.") for owner in map(str, owners) if owner.startswith("echo_ft.")}
+        assert ours <= found | {*SUPPORTING_MODULES}, f"{name} has something of a module that is left out"
+
+
+def test_a_file_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path):
+    write_text(tmp_path / "card.json", "whole")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "card.json", "half" * 10000 + "\ud800")
+    assert (tmp_path / "card.json").read_text() == "whole"
+
+
+def test_a_folder_that_holds_something_else_is_not_touched(tmp_path, cases):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(EchoError, match="holds no run"):
+        run(tmp_path / "mine", cases)
+
+
+def test_a_case_that_failed_is_asked_again_when_its_image_is_back(tmp_path, cases):
+    opened = RunFolder(tmp_path / "run", PROVENANCE, cases)
+    broken = ScriptedBackend(broken=cases[1].seen.query)
+    for case, outcome in zip(cases, run_or_fail(cases, broken, PipelineConfig()), strict=True):
+        opened.write(case, outcome)
+    opened.close()
+    assert cases[1].id not in run(tmp_path / "run", cases, stop_after=0).done
+    run(tmp_path / "run", cases)
+    rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
+    assert len(rows) == 28 and all(row.error is None for row in rows)
+
+
+def test_a_kill_before_run_json_was_written_does_not_block_the_folder(tmp_path, cases):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.partial").write_text("{")
+    assert len(run(tmp_path / "run", cases).done) == 4
+
+
+class KilledError(Exception):
+    """Stands for kill -9: a process that says nothing more."""
+
+
+def run_together(folder, cases, count, stop_after=99, parrot=None):
+    """A run by so many processes, here threads; each is killed after `stop_after` batches of two cases."""
+    barrier = threading.Barrier(count, timeout=120)
+
+    def process(index):
+        with RunFolder(folder, PROVENANCE, cases, processes=Processes(index, count, barrier.wait)) as opened:
+            for done, batch in enumerate(opened.batches(2)):
+                if done == stop_after:
+                    raise KilledError
+                for case, outcome in zip(
+                    batch, run_or_fail(batch, parrot or ScriptedBackend(), PipelineConfig()), strict=True
+                ):
+                    opened.write(case, outcome)
+            opened.finish()
+        return opened
+
+    with ThreadPoolExecutor(count) as pool:
+        return [started.exception() or started.result() for started in [pool.submit(process, n) for n in range(count)]]
+
+
+@pytest.fixture
+def many(tmp_path):
+    return [make_case(tmp_path / "images", f"line/part/{index}") for index in range(11)]
+
+
+def require_the_same_run(folder, whole):
+    for name, expected in content(whole).items():
+        assert sorted((folder / name).read_bytes().splitlines()) == sorted(expected.splitlines())
+    assert {path.name for path in folder.iterdir()} == {PREDICTIONS, TRACES, RUN, LOCK}
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_processes_share_the_cases_and_leave_the_run_of_one(tmp_path, many, count):
+    run(tmp_path / "whole", many)
+    first, *others = (opened.done for opened in run_together(tmp_path / "shared", many, count))
+    require_the_same_run(tmp_path / "shared", tmp_path / "whole")
+    assert len(first) == len(many), "it has brought all together"
+    assert sum(map(len, others)) == len(set.union(*others)) < len(many), "no case was run twice"
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("cut", [0, 1, 400, 2500])
+def test_killed_processes_are_gone_on_with_by_any_number_of_them(tmp_path, many, before, after, cut):
+    run(tmp_path / "whole", many)
+    ended = run_together(tmp_path / "run", many, before, stop_after=1)
+    assert all(isinstance(one, KilledError) for one in ended)
+    parts = list((tmp_path / "run" / SHARDS).glob("*")) or [tmp_path / "run"]
+    assert len(parts) == before
+    for name in (PREDICTIONS, TRACES):  # as a kill in the middle of a write would leave one of them
+        path = parts[-1] / name
+        path.write_bytes(path.read_bytes()[: -cut or None])
+    run_together(tmp_path / "run", many, after)
+    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_kill_while_the_shards_are_brought_together_loses_and_doubles_nothing(
+    tmp_path, many, stop, after, monkeypatch
+):
+    run(tmp_path / "whole", many)
+    run_together(tmp_path / "run", many, 3, stop_after=1)
+    steps = []
+
+    def killed_at(function):
+        def step(*arguments):
+            steps.append(function)
+            if len(steps) == stop:
+                raise KilledError
+            return function(*arguments)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_jsonl", killed_at(run_folder.write_jsonl))
+        patch.setattr(shutil, "rmtree", killed_at(shutil.rmtree))
+        with pytest.raises(KilledError):
+            run(tmp_path / "run", many)
+    run_together(tmp_path / "run", many, after)
+    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_process_that_outlived_its_run_is_waited_for(tmp_path, many):
+    run_together(tmp_path / "run", many, 2, stop_after=1)
+    orphan = RunFolder(tmp_path / "run", PROVENANCE, many, processes=Processes(1, 2))
+    with pytest.raises(EchoError, match=r"another process writes to .*shards/1;"):
+        run(tmp_path / "run", many)
+    orphan.close()
+    assert len(run(tmp_path / "run", many).done) == 11
+
+
+def test_cases_that_failed_in_a_shard_are_kept_and_asked_again(tmp_path, many):
+    run(tmp_path / "whole", many)
+    run_together(tmp_path / "run", many, 2, parrot=ScriptedBackend(broken=many[5].seen.query))
+    rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
+    assert {row.case for row in rows if row.error} == {many[5].id} and len(rows) == 77
+    assert json.loads((tmp_path / "run" / RUN).read_text())["complete"]
+    run_together(tmp_path / "run", many, 2)
+    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_batches_are_the_same_wherever_a_run_was_stopped_and_what_is_done_stays(tmp_path, many):
+    def ids(batches):
+        return [[case.id for case in batch] for batch in batches]
+
+    with RunFolder(tmp_path / "run", PROVENANCE, many) as opened:
+        whole = ids(opened.batches(4))
+        assert [len(batch) for batch in whole] == [4, 4, 3]
+        for case in (*many[:4], many[5]):
+            opened.write(case, run_cases([case], ScriptedBackend(), PipelineConfig())[0])
+        assert ids(opened.batches(4)) == whole[1:]
+        before = content(tmp_path / "run")
+        opened.write(
+            many[5],
+            run_cases([many[5]], ScriptedBackend({**ScriptedBackend().says, "decide": "A"}), PipelineConfig())[0],
+        )
+        assert content(tmp_path / "run") == before
+
+
+def test_what_several_processes_note_is_kept_too(tmp_path, many):
+    run(tmp_path / "run", many, noted={"commit": "one"}, stop_after=1)
+    with RunFolder(tmp_path / "run", PROVENANCE, many, {"commit": "two"}, Processes(0, 2)):
+        pass
+    assert json.loads((tmp_path / "run" / RUN).read_text())["continued_with"] == [{"commit": "two"}]

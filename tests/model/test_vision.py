@@ -1,0 +1,170 @@
+"""Images are encoded once: within a batch, and with a store across epochs and runs."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from echo_ft.errors import EchoError
+from echo_ft.images.corruptions import Corruption
+from echo_ft.images.views import View
+from echo_ft.model.preparation import packed_inputs, prepare_model
+from echo_ft.model.vision import TowerFeatureStore, project_patches, share_images
+from echo_ft.records import Branch, Exchange
+from echo_ft.training.collator import Collator
+from tests.conftest import draw
+
+GIB = 2**30
+
+
+@pytest.fixture
+def frozen(model):
+    prepared = copy.deepcopy(model)
+    prepared.model.visual.requires_grad_(False)
+    return prepared
+
+
+def exchanges_over(root, *cases: tuple[int, ...]) -> list[Exchange]:
+    """An exchange for each tuple of image numbers."""
+    names = {number: draw(root / f"{number}.png", (60 + number, 90), number) for case in cases for number in case}
+    branch = Branch("1", "Question: Is it so?\nA. Yes.\nB. No.\n", "A")
+    return [
+        Exchange("decision_maker", str(case), tuple(names[number] for number in case), "", (branch,), "1")
+        for case in cases
+    ]
+
+
+def batch_of(collator, made):
+    return collator.batch([collator.row_builder.load_row(exchange, collator.root) for exchange in made])
+
+
+def test_projected_patches_are_the_convolved_ones(model, row_builder):
+    projected = copy.deepcopy(model)
+    project_patches(projected)
+    patches = torch.randn(24, 3 * 2 * row_builder.image_processor.patch_size**2)
+    found, expected = projected.model.visual.patch_embed(patches), model.model.visual.patch_embed(patches)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for embedding in (projected, model):
+        embedding.zero_grad()
+        (embedding.model.visual.patch_embed(patches) ** 2).sum().backward()
+    gradients = [one.model.visual.patch_embed.proj.weight.grad for one in (projected, model)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_features_come_back_as_they_were_and_a_changed_image_has_none(tmp_path):
+    photograph = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
+    store, features = TowerFeatureStore(tmp_path / "kept", "a tower", GIB), torch.randn(6, 8, dtype=torch.bfloat16)
+    assert store.load(photograph) is None
+    store.save(photograph, features)
+    assert torch.equal(store.load(photograph), features)
+    assert TowerFeatureStore(tmp_path / "kept", "another tower", GIB).load(photograph) is None
+    draw(tmp_path / "a.png", (64, 40), 2)
+    assert store.load(photograph) is None
+
+
+def test_no_more_is_kept_than_there_is_room_for(tmp_path):
+    images = [View(tmp_path, draw(tmp_path / f"{index}.png", (60, 40), index)) for index in range(3)]
+    features = torch.zeros(16, 16)
+    store = TowerFeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
+    for image in images:
+        store.save(image, features)
+    assert [store.load(image) is not None for image in images] == [True, True, False]
+    again = TowerFeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
+    again.save(images[2], features)
+    assert again.load(images[2]) is None and not list(again.folder.glob("*.[0-9]*"))
+
+
+def test_the_room_is_the_folders_and_the_processes_share_what_is_left(tmp_path, capsys):
+    images = [View(tmp_path, draw(tmp_path / f"{index}.png", (60, 40), index)) for index in range(8)]
+    features = torch.zeros(64, 64)
+    room = 6 * (features.nbytes + 200)  # a file has a header
+    first = TowerFeatureStore(tmp_path / "kept", "a tower", room)
+    for image in images[:2]:
+        first.save(image, features)
+    ranks = [TowerFeatureStore(tmp_path / "kept", "another tower", room, processes=2) for _ in range(2)]
+    for index, image in enumerate(images):
+        ranks[index % 2].save(image, features)
+    assert len(list(ranks[0].folder.glob("*.safetensors"))) == 4
+    assert capsys.readouterr().out.count("as large as features_gib allows") == 2
+
+
+def test_what_a_killed_process_left_half_written_is_deleted(tmp_path):
+    image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
+    store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
+    store.save(image, torch.zeros(4, 4))
+    old, new = store.folder / "old.123", store.folder / "new.124"
+    for half in (old, new):
+        half.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
+    assert not old.exists() and new.exists() and store.load(image) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EchoError, match=r"features cannot be kept in .*file"):
+        TowerFeatureStore(tmp_path / "file", "a tower", GIB)
+
+
+def test_kept_features_give_the_logits_of_computed_ones_and_no_image_is_decoded_again(row_builder, frozen, tmp_path):
+    made = exchanges_over(tmp_path, (0, 1), (2, 1), (1, 3))
+    prepared, store = copy.deepcopy(frozen), TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
+    prepare_model(frozen)
+    prepare_model(prepared, store)
+    plain, keeping = Collator(row_builder, tmp_path), Collator(row_builder, tmp_path, store)
+    first = batch_of(keeping, made[:2])
+    assert len(first["image_grid_thw"]) == 3  # image 1 comes twice
+    for kept in (first, batch_of(keeping, made)):
+        found = prepared(**packed_inputs(kept)).logits
+        expected = frozen(**packed_inputs(batch_of(plain, made[: len(kept["lengths"])]))).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(batch_of(keeping, made)["image_grid_thw"]) == 0
+    assert prepared(**packed_inputs(batch_of(keeping, made))).logits.requires_grad  # the language model's graph stays
+
+
+def test_workers_see_what_is_kept_meanwhile(row_builder, frozen, tmp_path):
+    made = exchanges_over(tmp_path, (0, 1))
+    store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
+    collator = Collator(row_builder, tmp_path, store)
+    prepare_model(frozen, store)
+    loader = DataLoader([0, 0, 0, 0], collate_fn=lambda _: batch_of(collator, made), num_workers=1, prefetch_factor=1)
+    new = []
+    for batch in loader:
+        new.append(len(batch["image_grid_thw"]))
+        with torch.no_grad():
+            frozen(**packed_inputs(batch))
+    assert new[0] == 2 and new[-1] == 0
+
+
+def test_a_degraded_query_is_not_the_clean_image_neither_in_a_batch_nor_among_kept_features(
+    row_builder, frozen, tmp_path
+):
+    """Image 1 is the query of the first case and a reference in the second, whose query is degraded."""
+    made = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
+    how = [None, Corruption("blur", 5), Corruption("blur", 5)]
+    prepared, store = copy.deepcopy(frozen), TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
+    prepare_model(frozen)
+    prepare_model(prepared, store)
+    plain, keeping = Collator(row_builder, tmp_path), Collator(row_builder, tmp_path, store)
+
+    alone = [logits_of(frozen, plain, made[index : index + 1], how[index : index + 1]) for index in range(3)]
+    for _ in range(2):  # computed, then kept
+        found = logits_of(prepared, keeping, made, how)
+        torch.testing.assert_close(found, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+    assert len(list(store.folder.glob("*.safetensors"))) == 5  # 0, 1 and 2 as they are, 1 and 2 degraded
+    clean = logits_of(frozen, plain, made[2:], [None])
+    assert (clean - alone[2]).abs().max() > 0.01
+
+
+def logits_of(model, collator, made, how):
+    rows = [collator.row_builder.load_row(exchange, collator.root) for exchange in made]
+    return model(**packed_inputs(collator.batch(rows, how))).logits
+
+
+def test_features_of_a_tower_that_is_trained_are_never_kept(model, tmp_path):
+    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+        share_images(copy.deepcopy(model), TowerFeatureStore(tmp_path, "a tower", GIB))

@@ -1,0 +1,81 @@
+"""Photographs of drawn parts, the list that names them, and builds of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.config import BuildConfig
+from echo_ft.files import read_jsonl
+from tests.conftest import ROOT
+
+
+def draw_part(path: Path, seed: int, defect: bool = False, shade: float = 1.0) -> None:
+    """A noisy 48 x 40 part, darker by `shade`, with a black square and its mask `<stem>_mask.png` where defective."""
+    rng = np.random.default_rng(seed)
+    pixels = (np.linspace(60, 200, 48)[None, :] * shade + rng.normal(0, 12, (40, 48))).clip(0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if defect:
+        mask = np.zeros((40, 48), np.uint8)
+        y, x = rng.integers(4, 28, 2)
+        mask[y : y + 8, x : x + 8] = 255
+        pixels[mask > 0] = 5
+        Image.fromarray(mask).save(path.with_name(f"{path.stem}_mask.png"))
+    Image.fromarray(pixels).save(path)
+
+
+def draw_manifest(root: Path, products: tuple[str, ...], normals: int, defects: int) -> Path:
+    """Parts, two exposures each, with two kinds of defect, listed in parts.jsonl; returns the list's path."""
+    rows = []
+    for product in products:
+        for condition, count in (("good", normals), ("dent", defects), ("stain", defects)):
+            for number in range(count):
+                for exposure in (1, 2):
+                    name = f"{product}/{condition}-{number}-{exposure}.png"
+                    bad = condition != "good"
+                    draw_part(root / name, len(rows) // 2 + 1000 * exposure, bad, 1 / exposure)
+                    row = {"image": name, "product": product, "condition": condition}
+                    row |= {"group": f"{condition}-{number}"}
+                    rows.append(row | ({"mask": name.replace(".png", "_mask.png")} if bad else {}))
+    path = root / "parts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(listed: Path, output: Path, **changes) -> BuildConfig:
+    values = {"source": "manifest", "annotations": listed, "output": output, "descriptor": "skimage", "k": 2}
+    return BuildConfig(**{**values, **changes})
+
+
+def rows(folder: Path, name: str, cls: type) -> list:
+    return list(read_jsonl(folder / name, cls))
+
+
+def edit_rows(source: Path, change) -> None:
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    for line in lines:
+        change(line)
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def described(folder: Path) -> Path:
+    """Knowledge of both products, so that every kind of question is asked."""
+    text = {"good": "An even ramp.", "dent": "A black square. It causes leaks.", "stain": "A blot. It causes rust."}
+    (folder / "knowledge.yaml").write_text(json.dumps({"parts": {"cap": text, "ring": text}}))
+    return folder / "knowledge.yaml"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "data_prep.build", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def arguments(**values: object) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", *str(value).split())]

@@ -1,0 +1,72 @@
+"""Folders of runs as `evaluation.run` leaves them, made without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from echo_ft.files import write_jsonl
+from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
+from evaluation.run import main as run_main
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS
+
+
+def predictions(skill: float, seed: int = 0, images: int = 40) -> list[Prediction]:
+    """One run's answers, right with probability `skill`, two questions an image; the questions do not depend on it."""
+    luck = random.Random(seed)
+    rows = []
+    for image in range(images):
+        condition = GOOD if image % 2 else "crack"
+        for kind in QUESTION_TYPES[:2]:
+            options = (
+                {"A": "Yes.", "B": "No."} if kind == QUESTION_TYPES[0] else {"A": "Bend.", "B": "Hole.", "C": "Crack."}
+            )
+            answer = "A" if condition != GOOD else "B"
+            parsed = answer if luck.random() < skill else {"A": "B", "B": "A"}[answer]
+            probabilities = {letter: 0.7 if letter == parsed else 0.3 / (len(options) - 1) for letter in options}
+            rows.append(
+                Prediction(
+                    f"tile-{image}", f"tile-{image}/{kind}", "tiles",
+                    f"product {image % 3}", f"part {image}",
+                    f"{image}.png", condition, kind, "<b>Is there a defect?</b>",
+                    options, answer, parsed, parsed, probabilities,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def make_run(folder: Path, rows: list[Prediction], **changes: Any) -> Path:
+    write_jsonl(folder / "predictions.jsonl", rows)
+    run = {
+        "dataset": "nowhere",
+        "dataset_fingerprint": "f00d",
+        "split": "test",
+        "base_model": "echo-tiny",
+        "adapters": {},
+    }
+    run |= {"complete": True, "cases": len({row.case for row in rows}), **changes}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def run_command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def require_self_contained(page: str) -> None:
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|@import|url\(|<script""", page)
+    assert "<b>Is there a defect?" not in page, "texts of a run are escaped"
+
+
+def run_evaluation(dataset, output, *more) -> None:
+    options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
+    options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
+    run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.conftest import ECHO_TINY, ROOT
+
+BIN = Path(sys.executable).parent
+SAME_TRAINING = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0"]
+
+
+def launch(
+    *arguments: object, ranks: int = 1, fails: bool = False, launcher: Sequence[object] = (), **environment: str
+) -> str:
+    """Run train/sft.py by `accelerate launch` with the flags in `launcher`. Returns what it printed.
+
+    Two ranks are torchrun's: `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15).
+    """
+    start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["accelerate", "launch", "--quiet", *launcher]
+    done = subprocess.run(
+        [str(BIN / str(start[0])), *map(str, start[1:]), "train/sft.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def tiny_options(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
+    recipe = ROOT / "recipes" / "tiny" / f"{role}.yaml"
+    fixed = ["--dataset", dataset, "--output_dir", output, "--model_name_or_path", ECHO_TINY, "--report_to", "none"]
+    return ["--config", recipe, *fixed, *more]
+
+
+def history(output: Path) -> list[float]:
+    """The loss of each step."""
+    logged = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in logged if "loss" in entry]
+
+
+def losses(output: Path) -> list[float]:
+    found = history(output)
+    assert len(found) == 3
+    return found
+
+
+def run_in_process(*arguments: object) -> None:
+    from train.sft import main
+
+    main([str(argument) for argument in arguments])

@@ -1,0 +1,330 @@
+"""Recipes for the published models, proven without weights; the memory estimate against what autograd saves."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from echo_ft import config as configs
+from echo_ft.errors import EchoError
+from echo_ft.images.views import View
+from echo_ft.model.architectures import meta_model, model_config
+from echo_ft.model.loading import check_targets
+from echo_ft.model.preparation import packed_inputs, prepare_model
+from echo_ft.records import ROLES
+from echo_ft.training.memory import Batch, activations, adapt, count_parameters, frozen_bytes, topologies
+from tests.conftest import ROOT
+from tests.support.models import small_config
+
+RECIPES = ROOT / "recipes"
+FOLDERS = ("qwen2_vl_2b", "qwen2_vl_7b")
+TOPOLOGIES = ("one_gpu", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
+LANGUAGE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VISION = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+MERGER = ["merger.mlp.0", "merger.mlp.2"]
+NAME_2B = "Qwen/Qwen2-VL-2B-Instruct"
+NAME_7B = "Qwen/Qwen2-VL-7B-Instruct"
+
+
+@pytest.fixture(scope="module")
+def meta_2b():
+    """The 2B's architecture; tests do not change it."""
+    return meta_model(NAME_2B)
+
+
+def parse_recipe(path, *flags):
+    from trl import ModelConfig, SFTConfig
+
+    from echo_ft.training.config import EchoConfig
+
+    argv = ["--config", str(path), "--use_cpu", "true", *flags]
+    return configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
+
+
+# The published architectures
+
+
+@pytest.mark.parametrize(("name", "parameters"), [(NAME_2B, 2_208_985_600), (NAME_7B, 8_291_375_616)])
+def test_the_published_architectures_have_the_published_number_of_parameters(name, parameters):
+    assert sum(weight.numel() for weight in meta_model(name).parameters()) == parameters
+
+
+def test_a_local_folder_is_read_before_anything_else(tmp_path):
+    small_config().save_pretrained(tmp_path)
+    assert model_config(str(tmp_path)).text_config.hidden_size == 192
+
+
+def test_an_unknown_model_is_an_error_that_names_the_known_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EchoError, match="Qwen/Qwen2-VL-2B-Instruct"):
+        model_config("nobody/nothing")
+    with pytest.raises(EchoError, match="no model folder"):
+        model_config("./missing")
+    with pytest.raises(EchoError, match=r"no readable config\.json"):
+        model_config(str(tmp_path))
+
+
+def test_a_model_that_is_no_qwen2_vl_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(EchoError, match="is a llama model"):
+        model_config(str(tmp_path))
+
+
+# LoRA targets and counts
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_trainable_parameters_are_those_of_the_formula(folder):
+    _, _, base = parse_recipe(RECIPES / folder / "decision_maker.yaml")
+    model = meta_model(base.model_name_or_path)
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.split(".")[-1] in base.lora_target_modules]
+    expected = sum(base.lora_r * (rows + columns) for rows, columns in shapes)
+    config = LoraConfig(r=base.lora_r, target_modules=base.lora_target_modules)
+    adapted = adapt(model, config)
+    counts = {count.part: count for count in count_parameters(adapted)}
+    assert len(shapes) == 28 * 7
+    assert {part: count.trainable for part, count in counts.items()} == {
+        "language model": expected,
+        "vision tower": 0,
+        "merger": 0,
+    }
+    totals = sum(count.total for count in counts.values()), sum(count.trainable for count in counts.values())
+    assert totals == tuple(reversed(adapted.get_nb_trainable_parameters()))
+
+
+def test_vision_and_merger_names_find_linear_layers_alone(meta_2b):
+    check_targets(meta_2b, VISION + MERGER)
+    with pytest.raises(EchoError, match=r"proj also finds model\.visual\.patch_embed\.proj, a Conv3d"):
+        check_targets(meta_2b, [*LANGUAGE, "proj"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("q_porj", "q_proj"), ("attn.qvk", "attn.qkv"), ("merger.mlp0", "merger.mlp.0")]
+)
+def test_a_target_that_finds_nothing_is_named_with_the_nearest_that_would(meta_2b, wrong, nearest):
+    with pytest.raises(EchoError, match=f"no module {wrong}; did you mean {nearest}"):
+        check_targets(meta_2b, [*LANGUAGE, wrong])
+
+
+def test_a_single_target_is_found_like_one_of_a_list():
+    adapted = adapt(meta_model(NAME_2B), LoraConfig(r=8, target_modules="q_proj"))
+    assert adapted.get_nb_trainable_parameters()[0] == 28 * 8 * (1536 + 1536)
+
+
+def saved_bytes(model, rows=2, images=2, side=16, text=100):
+    """Bytes that autograd keeps after the trainer's forward pass in bfloat16, weights aside, and the batch it was."""
+    photos = ([7] + [5] * (side**2 // 4) + [8]) * images
+    length, branch = len(photos) + text, text // 4
+    segments = [0] * len(photos) + [1 + index // branch for index in range(text)]
+    batch = {
+        "input_ids": torch.tensor([(photos + [20] * text) * rows]),
+        "position_ids": torch.arange(rows * length).expand(3, 1, -1) % length,
+        "segments": torch.tensor([segments * rows]),
+        "lengths": [(len(photos), length)] * rows,
+        "pixel_values": torch.randn(rows * images * side**2, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, side, side]] * (rows * images)),
+        "image_order": list(range(rows * images)),
+        "image_views": [View(Path(), str(index)) for index in range(rows * images)],
+        "image_features": [],
+    }
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        core = model.get_base_model() if hasattr(model, "peft_config") else model
+        output = core.model(**packed_inputs(batch), use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    counted = Batch(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
+    return sum(storage.nbytes() for storage in saved.values()), counted
+
+
+def small_model(targets):
+    base = AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=targets)).train()
+    prepare_model(model.get_base_model())
+    return model
+
+
+@pytest.mark.parametrize("targets", [LANGUAGE, LANGUAGE + VISION + MERGER], ids=["language", "all"])
+def test_activations_are_what_autograd_saves_within_a_tenth(targets):
+    model = small_model(targets)
+    measured, batch = saved_bytes(model)
+    assert activations(model, batch, width=2).kept == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("frozen", [".visual.", "nothing"])
+def test_activations_of_full_tuning_are_what_autograd_saves_within_a_tenth(frozen):
+    model = AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    prepare_model(model.train())
+    measured, batch = saved_bytes(model)
+    assert activations(model, batch, width=2).kept == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("targets", [LANGUAGE, LANGUAGE + VISION + MERGER], ids=["language", "all"])
+def test_checkpointed_inputs_are_what_autograd_saves_within_a_fifth(targets):
+    model = small_model(targets)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    measured, batch = saved_bytes(model)
+    assert activations(model, batch, width=2).inputs == pytest.approx(measured, rel=0.2)
+
+
+def test_more_images_pixels_and_rows_take_more_memory_and_checkpointing_takes_less(meta_2b):
+    adapted = adapt(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
+    base = activations(adapted, Batch(1, 2, 501_760, 512, 16), 2)
+    for larger in (Batch(2, 2, 501_760, 512, 16), Batch(1, 3, 501_760, 512, 16), Batch(1, 2, 1_003_520, 512, 16)):
+        more = activations(adapted, larger, 2)
+        assert more.total(True) > base.total(True)
+        assert more.total(False) > base.total(False)
+    assert base.total(True) < base.total(False) / 4
+
+
+def test_topologies_share_out_what_their_papers_say():
+    one, ddp, zero2, zero3, offload = topologies(16_000, 8_000, 1_000, gpus=4, adapter_width=4)
+    assert (one.weights, one.gradients, one.optimizer) == (20_000, 4_000, 8_000)
+    assert ddp.states == one.states + 4_000  # the buckets
+    assert (zero2.weights, zero2.gradients, zero2.optimizer) == (18_000, 500, 3_000)
+    assert (zero3.weights, zero3.gradients, zero3.optimizer) == (4_500, 500, 3_000)
+    assert (offload.weights, offload.optimizer) == (0, 0)
+    assert offload.host == 18_000 + 16_000
+
+
+def test_four_bits_leave_the_embeddings_alone():
+    model = adapt(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
+    frozen = [weight.numel() for weight in model.parameters() if not weight.requires_grad]
+    assert frozen_bytes(model, 2) == 2 * sum(frozen) == 2 * 2_208_985_600
+    embeddings = 2 * 151_936 * 1536
+    four = frozen_bytes(model, 2, bits=4)
+    assert embeddings < frozen_bytes(model, 2, bits=4, nested=True) < four < frozen_bytes(model, 2, bits=8)
+    assert four == pytest.approx(embeddings + 0.5625 * (sum(frozen) - embeddings / 2), rel=0.01)
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_recipe_passes_its_config_check_and_finds_its_targets(folder):
+    from echo_ft.training.config import check_options
+
+    model, budgets = None, set()
+    for role in ROLES:
+        config, sft, base = parse_recipe(RECIPES / folder / f"{role}.yaml")
+        check_options(sft, base)
+        model = model or meta_model(base.model_name_or_path, base.model_revision)
+        check_targets(model, base.lora_target_modules)
+        assert config.role == role == Path(sft.output_dir).name
+        assert sft.max_length is None
+        budgets.add((base.model_name_or_path, config.min_pixels, config.max_pixels))
+    from evaluation.config import RunConfig
+
+    (run,) = configs.parse([RunConfig], ["--config", str(RECIPES / folder / "run.yaml")])
+    assert budgets == {(run.model_name_or_path, run.min_pixels, run.max_pixels)}
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, monkeypatch):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils import DeepSpeedPlugin
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    path = RECIPES / "accelerate" / f"{name}.yaml"
+    cluster = load_config_from_file(str(path))
+    assert cluster.mixed_precision == "bf16"
+    assert "gpu_ids" not in path.read_text()  # accelerate would put it over the user's CUDA_VISIBLE_DEVICES
+    assert cluster.num_processes == (1 if name == "one_gpu" else 4)
+    # accelerate reads its own loader's unknown keys as an error, but not those of deepspeed_config.
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert set(cluster.deepspeed_config) | set(cluster.fsdp_config) <= options
+    for layer in cluster.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "").split(","):
+        assert not layer or hasattr(modeling_qwen2_vl, layer)
+    if not cluster.deepspeed_config:
+        return
+    plugin = DeepSpeedPlugin(
+        **{key: value for key, value in cluster.deepspeed_config.items() if key != "zero3_init_flag"}
+    )
+    for role in ROLES:
+        _, sft, _ = parse_recipe(RECIPES / "qwen2_vl_7b" / f"{role}.yaml")
+        plan = HfTrainerDeepSpeedConfig(yaml.safe_load(yaml.safe_dump(dict(plugin.deepspeed_config))))
+        plan.trainer_config_process(sft)
+        assert plan.mismatches == []
+        assert plan.get_value("gradient_accumulation_steps") == sft.gradient_accumulation_steps
+    assert plan.is_zero3() == name.startswith("zero3")
+    assert plan.is_offload() == (name == "zero3_offload")
+
+
+# The command
+
+
+def test_the_command_prints_counts_and_a_line_for_each_topology(capsys):
+    from train.memory import main
+
+    main(["--config", str(RECIPES / "qwen2_vl_2b" / "reference_extractor.yaml"), "--gpus", "8", "--images", "3"])
+    printed = capsys.readouterr().out
+    assert "9,232,384 (0.42%)" in printed
+    assert "2 x (3 images of 1003520 pixels" in printed
+    for topology in ("one GPU", "DDP x8", "ZeRO-2 x8", "ZeRO-3 x8", "ZeRO-3 offload x8"):
+        assert f"\n{topology} " in printed
+
+
+def test_the_command_ends_with_one_sentence_where_a_target_is_wrong():
+    recipe = RECIPES / "qwen2_vl_2b" / "decision_maker.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "train.memory",
+        "--config",
+        str(recipe),
+        "--lora_target_modules",
+        "q_proj",
+        "k_poj",
+    ]
+    done = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: lora_target_modules: the model has no module k_poj; did you mean k_proj?"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_the_slurm_example_starts_one_launcher_a_machine_with_all_processes(tmp_path):
+    from accelerate.commands.launch import launch_command_parser
+
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'first\\nsecond\\n'\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
+    (tmp_path / "accelerate").write_text('#!/bin/sh\nshift\nprintf "%s\\n" "$@" "--end--"\n')
+    for name in ("scontrol", "srun", "accelerate"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    recipe = "recipes/qwen2_vl_7b/decision_maker.yaml"
+    done = subprocess.run(
+        ["bash", "recipes/accelerate/slurm.sh", recipe, "--seed", "1"],
+        cwd=RECIPES.parent,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    machines = [block.split("\n")[:-1] for block in done.stdout.split("--end--\n")[:-1]]
+    for rank, arguments in enumerate(machines):
+        found = launch_command_parser().parse_args(arguments)
+        assert (found.num_machines, found.machine_rank, found.num_processes) == (2, rank, 8)
+        assert (found.main_process_ip, found.main_process_port) == ("first", 29500)
+        assert found.training_script == "train/sft.py"
+        assert found.training_script_args == ["--config", recipe, "--resume_from_checkpoint", "true", "--seed", "1"]
+    assert len(machines) == 2
