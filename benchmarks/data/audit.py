@@ -64,7 +64,7 @@ def draw_splits(
         for part in range(training + clean):
             defect = parts.random_defect(rng, style) if part % 3 == 0 else None
             drawn = parts.Part(style, int(rng.integers(2**31)), defect)
-            pixels = parts.photograph(drawn, int(rng.integers(2**31))).image
+            pixels = parts.render_part(drawn, int(rng.integers(2**31))).image
             path = folder / f"{product}" / f"{part}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, compress_level=1)
@@ -121,13 +121,17 @@ def measure_drawn(folder: Path, images: int, products: int, seed: int) -> None:
     matches = audit_drawn(training, test)
     seconds = time.perf_counter() - started
     found, false_alarms = Counter[str](), set()
-    flagged = {match.asked for match in matches}
-    pairs = {(training[match.trained].product, training[match.trained].part, match.asked) for match in matches}
+    flagged = {match.query_index for match in matches}
+    pairs = set()
+    for match in matches:
+        source = training[match.train_index]
+        pairs.add((source.product, source.part, match.query_index))
     for index, one in enumerate(test):
         found[one.leak] += (one.product, one.part, index) in pairs
         if index in flagged and not one.leak:
             false_alarms.add(index)
-    wrong_pairs = sum(training[m.trained].part != test[m.asked].part for m in matches if test[m.asked].leak)
+    leak_pairs = [(training[m.train_index], test[m.query_index]) for m in matches if test[m.query_index].leak]
+    wrong_pairs = sum(source.part != leak.part for source, leak in leak_pairs)
     clean = sum(not one.leak for one in test)
     print(f"{len(training)} training images, {len(test)} test images, {products} products in both splits")
     print("| leak | found |\n|---|---|")
@@ -142,7 +146,7 @@ def measure_drawn(folder: Path, images: int, products: int, seed: int) -> None:
     if not first_new:
         return
     known, new = ([one for one in everything if (one.product < first_new) == is_known] for is_known in (True, False))
-    flagged = {match.asked for match in audit_drawn(known, new)}
+    flagged = {match.query_index for match in audit_drawn(known, new)}
     print(
         f"split by product: {len(flagged)} of {len(new)} images of new products flagged, {len(known)} training images"
     )
@@ -169,7 +173,7 @@ def _tile_row(root: Path, training: Sequence[Inspection], test: Sequence[Inspect
     products = ["tile"] * len(training)
     matches = find_matches([root / one.image for one in training], products, [root / one.image for one in test])
     groups = {one.group for one in training}
-    flagged = {match.asked for match in matches}
+    flagged = {match.query_index for match in matches}
     known = {index for index, one in enumerate(test) if one.group in groups}
     return f"{len(test)} | {len(known)} | {len(flagged & known)} | {len(flagged - known)}"
 

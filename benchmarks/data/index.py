@@ -1,13 +1,14 @@
-"""What searching very many features takes: `python -m benchmarks.data.index [--vectors 1000000] [--kinds ivf_pq]`.
+"""Measure recall, time and memory of vector search: `python -m benchmarks.data.index [--vectors 1000000]`.
 
-The vectors stand in for features of photographs, 512 numbers each. Every one is the sum of four parts, divided by its
-length: what all photographs have in common (60 % of the squared length), what its product has (25 %), what varies
-within the product (13 %: 24 directions, the j-th with a share of 1/j), and noise in all directions (2 %). So two
-photographs have a cosine of 0.6 on average, two of one product 0.85, and the nearest of a thousand about 0.94. The
-products (1,000, or --products) have equally many. Queries are further draws from the same products.
+The vectors imitate descriptors of images, with 512 dimensions. Each is the normalised sum of four parts: what all
+images have in common (60% of the squared length), what the product has in common (25%), variation within the product
+(13%: 24 directions, the j-th with a share of 1/j), and noise in all directions (2%). Two images then have a cosine of
+0.6 on average, and two images of one product 0.85. The nearest of a thousand has about 0.94. All products (1,000, or
+--products) have the same number of images. Queries are further draws from the same products.
 
-Building is `echo_ft.retrieval.index.VectorIndex`, in a process of its own whose peak memory, the vectors themselves included,
-counts; searching is by batches of 64 and includes the ranking by exact similarity. Recall is against the exact search.
+The benchmark builds `echo_ft.retrieval.index.VectorIndex` in its own process and reports the peak memory of that
+process, which includes the vectors. Queries are searched in batches of 64; their time includes the exact reranking.
+Recall is relative to the exact search.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from echo_ft.retrieval.index import INDEX_TYPES, VectorIndex
 
 WIDTH, DIRECTIONS = 512, 24
 COMMON, PRODUCT, WITHIN, NOISE = 0.60, 0.25, 0.13, 0.02
-"""Shares of the squared length."""
+"""Shares of the four parts in the squared length."""
 
 BATCH, QUERIES = 64, 1280
 
@@ -34,23 +35,23 @@ Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one kind of index takes and gives."""
+class Measurement:
+    """Cost and recall of one index type."""
 
     kind: str
     build_s: float
-    """Wall clock."""
+    """Wall-clock time."""
     build_processor_s: float
     """Processor time of all threads."""
     peak_gib: float
     query_ms: float
     query_processor_ms: float
     recall: float
-    """Share of queries whose nearest vector comes first."""
+    """Share of queries that return their nearest vector first."""
 
 
 def draw(vectors: int, queries: int, products: int, seed: int) -> tuple[Vectors, Vectors]:
-    """`vectors` and `queries` from the mixture above, float32 rows of length 1."""
+    """Draw from the mixture above; returns (vectors, 512) and (queries, 512), float32 rows of length 1."""
     rng = np.random.default_rng(seed)
     common = _unit(rng.standard_normal(WIDTH, np.float32))
     spread = np.sqrt(1 / np.arange(1, DIRECTIONS + 1, dtype=np.float32))
@@ -59,8 +60,8 @@ def draw(vectors: int, queries: int, products: int, seed: int) -> tuple[Vectors,
     for product in range(products):
         centre = np.sqrt(COMMON) * common + np.sqrt(PRODUCT) * _unit(rng.standard_normal(WIDTH, np.float32))
         directions, _ = np.linalg.qr(rng.standard_normal((WIDTH, DIRECTIONS), np.float32))
-        for side in made:
-            part = side[product * len(side) // products : (product + 1) * len(side) // products]
+        for rows in made:
+            part = rows[product * len(rows) // products : (product + 1) * len(rows) // products]
             part[:] = rng.standard_normal(part.shape, np.float32) * np.float32(np.sqrt(NOISE / WIDTH))
             part += (rng.standard_normal((len(part), DIRECTIONS), np.float32) * spread) @ directions.T + centre
             part /= np.linalg.norm(part, axis=1, keepdims=True)
@@ -71,39 +72,39 @@ def _unit(vector: Vectors) -> Vectors:
     return vector / np.linalg.norm(vector)
 
 
-def measure(kind: str, vectors: int, products: int, queries: int = QUERIES, seed: int = 0) -> Measured:
-    """Draw, build, search and compare, in a process of its own."""
+def measure(kind: str, vectors: int, products: int, queries: int = QUERIES, seed: int = 0) -> Measurement:
+    """Draw, build, search and compare in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure, kind, vectors, products, queries, seed).result()
 
 
-def _measure(kind: str, vectors: int, products: int, queries: int, seed: int) -> Measured:
+def _measure(kind: str, vectors: int, products: int, queries: int, seed: int) -> Measurement:
     import faiss
 
-    matrix, asked = draw(vectors, queries, products, seed)
+    matrix, query_vectors = draw(vectors, queries, products, seed)
     started, processor = time.perf_counter(), time.process_time()
     index = VectorIndex(matrix, np.arange(vectors), kind)
     build_s, build_processor_s = time.perf_counter() - started, time.process_time() - processor
-    index.search(asked[:BATCH], 1)  # what is set up once
+    index.search(query_vectors[:BATCH], 1)  # one-time set-up does not count
     started, processor = time.perf_counter(), time.process_time()
-    found = [index.search(asked[start : start + BATCH], 1)[1][:, 0] for start in range(0, queries, BATCH)]
+    found = [index.search(query_vectors[start : start + BATCH], 1)[1][:, 0] for start in range(0, queries, BATCH)]
     query_ms = 1000 * (time.perf_counter() - started) / queries
     query_processor_ms = 1000 * (time.process_time() - processor) / queries
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    _, nearest = faiss.knn(asked, matrix, 1, metric=faiss.METRIC_INNER_PRODUCT)
+    _, nearest = faiss.knn(query_vectors, matrix, 1, metric=faiss.METRIC_INNER_PRODUCT)
     recall = float((np.concatenate(found) == nearest[:, 0]).mean())
-    return Measured(index.kind, build_s, build_processor_s, peak_gib, query_ms, query_processor_ms, recall)
+    return Measurement(index.kind, build_s, build_processor_s, peak_gib, query_ms, query_processor_ms, recall)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vectors", type=int, default=1_000_000)
-    parser.add_argument("--products", type=int, default=1000)
-    parser.add_argument("--kinds", nargs="+", choices=INDEX_TYPES, default=["auto"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="Indexed vectors.")
+    parser.add_argument("--products", type=int, default=1000, help="Products that the vectors belong to.")
+    parser.add_argument("--kinds", nargs="+", choices=INDEX_TYPES, default=["auto"], help="Index types to measure.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the vectors.")
     options = parser.parse_args()
-    print("| vectors | products | kind | build s | processor s | peak GiB | ms a query | processor ms | recall@1 |")
+    print("| vectors | products | kind | build s | processor s | peak GiB | ms per query | processor ms | recall@1 |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:
         found = measure(kind, options.vectors, options.products, seed=options.seed)

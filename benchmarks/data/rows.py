@@ -1,13 +1,14 @@
-"""How fast and in how much memory a long list becomes a dataset: `python -m benchmarks.data.rows [--rows 200000]`.
+"""Measure time and memory of building a large dataset: `python -m benchmarks.data.rows [--rows 200000]`.
 
-The list names a few drawn photographs under many names (hard links), each name a part of its own: `data_prep.build`
-reads, checks and describes every one, but there is nothing to see in them that it has not seen. Three products, three
-normal rows to two defective ones, one in four of which has a mask; features of scikit-image, three references, all four
-roles. The build runs in a process of its own, whose peak memory counts.
+The manifest lists a few drawn images under many names (hard links). Each name counts as a separate part.
+`data_prep.build` reads, checks and describes every name, but the pixels repeat. There are three products, with three
+normal rows for every two defective ones. One defective row in four has a mask. The build uses scikit-image
+descriptors, three references and all four roles. It runs in its own process, and the benchmark reports the peak memory
+of that process.
 
-Rates are of processor time, that of all threads, so that what else runs on the machine counts little. Image work is the
-part of it that is spent in opening and hashing files and in looking at their pixels (`IMAGE_WORK`), in whichever
-thread. The rate of rows is without it, and it is printed beside: what it costs with real photographs depends on them.
+Rates use processor time, summed over all threads, so other processes on the machine have little effect. Image work is
+the processor time spent in IMAGE_WORK: opening and hashing files and processing their pixels, in any thread. The row
+rate excludes image work, because its cost depends on the images. The table lists it separately.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from typing import Any
 
 from PIL import Image
 
-from echo_ft.drawn import parts  # nothing that imports what IMAGE_WORK names: that is for the process that builds
+# Import nothing here that imports the modules in IMAGE_WORK: only the build process may load them, after patching.
+from echo_ft.drawn import parts
 
 IMAGE_WORK = {
     "echo_ft.provenance": ("content_hash",),
@@ -40,13 +42,13 @@ IMAGE_WORK = {
     "echo_ft.experts.targets": ("load_compared",),
     "data_prep.faults": ("image_fault", "mask_fault", "boxes_fault"),
 }
-"""Functions that look at files or pixels, by module, each module after those that it imports."""
+"""Functions that read files or pixels, by module. A module follows the modules that it imports."""
 
 SOURCES = 30
-"""Photographs that are drawn; the rows are names of them."""
+"""Number of images to draw; every row names one of them."""
 
 SIZE = (56, 56)
-"""Their height and width: as small as defects can still be seen, as image work is not what is measured."""
+"""Height and width of an image: small, because image work is not measured, but large enough to show defects."""
 
 GOOD, DEFECTS = "good", ("scratch", "stain")
 
@@ -58,102 +60,102 @@ KNOWLEDGE = {
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a build took."""
+class Measurement:
+    """Time, memory and size of one build."""
 
     seconds: float
-    """Wall clock."""
+    """Wall-clock time."""
     processor: float
     """Processor time of all threads, in seconds."""
     image_work: float
-    """The part of it inside IMAGE_WORK."""
+    """Processor time inside IMAGE_WORK, in seconds."""
     peak_mib: float
     rows: int
-    """Photographs in the dataset."""
+    """Images in the dataset."""
     training_rows: int
 
 
 def draw(folder: Path, rows: int) -> Path:
-    """Draw SOURCES photographs, give them `rows` names, and list those in rows.jsonl; returns the list's path."""
+    """Draw SOURCES images, link them under `rows` names and list these in rows.jsonl; returns its path."""
     products = list(parts.DEMO_PRODUCTS)
-    shown = []
+    drawn = []
     for number in range(SOURCES):
         product = products[number % len(products)]
         condition = GOOD if number % 5 < 3 else DEFECTS[number % 5 - 3]
-        photo = parts.photograph(parts.demo_part(product, condition, number), number, SIZE)
+        photo = parts.render_part(parts.demo_part(product, condition, number), number, SIZE)
         names = [f"{number}.png", f"{number}-mask.png"] if number % 10 == 3 else [f"{number}.png"]
         for name, pixels in zip(names, (photo.image, photo.mask), strict=False):
             Image.fromarray(pixels).save(folder / name)
-        shown.append((product, condition, names))
-    listed = folder / "rows.jsonl"
-    with open(listed, "w", encoding="utf-8") as file:
+        drawn.append((product, condition, names))
+    manifest = folder / "rows.jsonl"
+    with open(manifest, "w", encoding="utf-8") as file:
         for row in range(rows):
-            product, condition, names = shown[row % SOURCES]
-            place = f"{row // 1000:04d}"
+            product, condition, names = drawn[row % SOURCES]
+            subfolder = f"{row // 1000:04d}"
             if row % 1000 == 0:
-                (folder / place).mkdir()
-            linked = [f"{place}/{row:07d}-{name}" for name in names]
+                (folder / subfolder).mkdir()
+            linked = [f"{subfolder}/{row:07d}-{name}" for name in names]
             for name, link in zip(names, linked, strict=True):
                 os.link(folder / name, folder / link)
             entry = {"image": linked[0], "product": product, "condition": condition, "group": str(row)}
             file.write(json.dumps(entry | ({"mask": linked[1]} if linked[1:] else {})) + "\n")
-    return listed
+    return manifest
 
 
 @contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
-    """While it lasts, add up in `seconds[0]` the processor time inside IMAGE_WORK, each thread's own.
+    """Add the processor time inside IMAGE_WORK, summed over threads, to `seconds[0]`.
 
-    A call within another does not count twice. Modules that bind these functions by name have to be imported inside.
+    Nested calls count once. Import modules that bind these functions by name inside this context.
     """
-    here, adding = threading.local(), threading.Lock()
+    thread, total_lock = threading.local(), threading.Lock()
 
     def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
-            if getattr(here, "inside", False):
+            if getattr(thread, "inside", False):
                 return function(*arguments, **options)
-            here.inside, started = True, time.thread_time()
+            thread.inside, started = True, time.thread_time()
             try:
                 return function(*arguments, **options)
             finally:
-                here.inside = False
-                with adding:
+                thread.inside = False
+                with total_lock:
                     seconds[0] += time.thread_time() - started
 
         return call
 
-    plain: list[tuple[Any, str, Any]] = []
+    originals: list[tuple[Any, str, Any]] = []
     try:
         for name, functions in IMAGE_WORK.items():
             module = importlib.import_module(name)
             for function in functions:
-                plain.append((module, function, getattr(module, function)))
+                originals.append((module, function, getattr(module, function)))
                 setattr(module, function, clocked(getattr(module, function)))
         yield
     finally:
-        for module, name, function in plain:
+        for module, name, function in originals:
             setattr(module, name, function)
 
 
-def measure(listed: Path, output: Path) -> Measured:
-    """Build the list in a process of its own, with features of scikit-image and all four roles."""
+def measure(manifest: Path, output: Path) -> Measurement:
+    """Build the dataset in a separate process, with scikit-image descriptors and all four roles."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_build, listed, output).result()
+        return pool.submit(_build, manifest, output).result()
 
 
-def _build(listed: Path, output: Path) -> Measured:
+def _build(manifest: Path, output: Path) -> Measurement:
     image_work = [0.0]
     with timed(image_work):
         from data_prep.build import build
         from data_prep.config import BuildConfig
 
-        knowledge = listed.with_name("knowledge.json")
-        knowledge.write_text(json.dumps({listed.stem: dict.fromkeys(parts.DEMO_PRODUCTS, KNOWLEDGE)}))
-        config = BuildConfig("manifest", output, annotations=listed, knowledge=knowledge, descriptor="skimage")
+        knowledge = manifest.with_name("knowledge.json")
+        knowledge.write_text(json.dumps({manifest.stem: dict.fromkeys(parts.DEMO_PRODUCTS, KNOWLEDGE)}))
+        config = BuildConfig("manifest", output, annotations=manifest, knowledge=knowledge, descriptor="skimage")
         image_work[0], started, processor = 0.0, time.perf_counter(), time.process_time()
         counts = build(config)["counts"]
-        return Measured(
+        return Measurement(
             time.perf_counter() - started,
             time.process_time() - processor,
             image_work[0],
@@ -166,10 +168,10 @@ def _build(listed: Path, output: Path) -> Measured:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
-    parser.add_argument("--folder", type=Path, help="where to draw and build, on one disk; a temporary one if absent")
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000], help="Rows of each manifest.")
+    parser.add_argument("--folder", type=Path, help="Where to draw and build; a temporary folder if absent.")
     options = parser.parse_args()
-    print("| rows | training rows | wall s | processor s | of it image work | rows/s without it | peak MiB |")
+    print("| rows | training rows | wall s | processor s | image work s | rows/s without image work | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
