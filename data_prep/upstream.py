@@ -20,8 +20,8 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import update_upstream
 from echo_ft.experts.roles import ROUTINGS, render
 from echo_ft.files import from_dict
-from echo_ft.inference.run_folder import RUN, TRACES
-from echo_ft.model.adapters import ADAPTER_CARD, read_card, trained_on
+from echo_ft.inference.run_folder import RUN_DESCRIPTION, TRACES
+from echo_ft.model.adapters import ADAPTER_CARD, images_trained_on, read_card
 from echo_ft.provenance import fingerprint_files
 from echo_ft.records import ROLES, Case, Trace, Upstream
 
@@ -60,7 +60,7 @@ def read_runs(folders: Sequence[Path], routing: str) -> list[UpstreamRun]:
 
 def _read_run(folder: Path, wanted: Mapping[str, Any]) -> UpstreamRun:
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        run = json.loads((folder / RUN_DESCRIPTION).read_text(encoding="utf-8"))
         if not run["complete"]:
             raise EchoError(f"the run {folder} is not complete; its command goes on where it stopped")
         for name, value in wanted.items():
@@ -97,7 +97,7 @@ def check_runs(runs: Sequence[UpstreamRun], material: DatasetDraft, root: Path) 
     for run in runs:
         named = {one.image: one.id for one in inspections if one.id in run.places}
         for (where, fingerprint), who in _training(run).items():
-            known = trained_on(where, fingerprint, root, list(named))
+            known = images_trained_on(where, fingerprint, root, list(named))
             if known is None:
                 raise EchoError(
                     f"the run {run.folder} has {who} trained on {where} ({fingerprint}), which is gone or was built "

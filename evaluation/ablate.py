@@ -26,7 +26,7 @@ from echo_ft import config as configs
 from echo_ft.errors import EchoError
 from echo_ft.files import write_text
 from echo_ft.inference.generation_cache import GenerationCache
-from echo_ft.inference.run_folder import finished
+from echo_ft.inference.run_folder import is_finished
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import ROLES
 from echo_ft.terminal import LOGGER
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         if state.is_main_process:
             names = ", ".join(cell.name for cell in cells if cell.config.output == config.output)
             print(f"\n{place} of {len(runs)}: {names} -> {config.output}", flush=True)
-        clock, nothing_to_ask = time.monotonic(), finished(Path(config.output))
+        clock, nothing_to_ask = time.monotonic(), is_finished(Path(config.output))
         try:
             run_cell(prepare_run(config), state, engines, output / UTTERANCES)
         finally:

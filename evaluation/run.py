@@ -23,9 +23,9 @@ from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, req
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.inference.run_folder import Processes, RunFolder, failures
+from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons
 from echo_ft.inference.server import Server
-from echo_ft.model.adapters import BASE, Adapter, attach_adapters, find_adapters, training_sets, tuned_base
+from echo_ft.model.adapters import BASE_MODEL, Adapter, attach_adapters, describe_training_data, find_adapters, tuned_base
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import join_processes
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
             LOGGER.warning(warning)
     carry_out(prepared, state)
     if state.is_main_process:
-        failed = failures(Path(config.output))
+        failed = failure_reasons(Path(config.output))
         told = [f"done: {config.output}", f"score it with `python -m evaluation.score {config.output}`"]
         if failed:
             told.insert(1, f"{len(failed)} predictions failed (the first: {failed[0]}), the same command asks again")
@@ -121,8 +121,8 @@ def prepare_run(config: RunConfig) -> Prepared:
         raise EchoError(f"{config.dataset} has no case in the split {config.split}; see its manifest.json")
     images = list(dict.fromkeys(case.seen.query for case in cases))
     whole = tuned_base(config.model_name_or_path, config.min_pixels, config.max_pixels)
-    tuned = adapters | ({BASE: whole} if whole else {})
-    training, warnings = training_sets(tuned, dataset, config.split, images)
+    tuned = adapters | ({BASE_MODEL: whole} if whole else {})
+    training, warnings = describe_training_data(tuned, dataset, config.split, images)
     trained_for = {one.card.routing for one in tuned.values()} - {config.routing}
     if trained_for:
         trained = ", ".join(sorted(trained_for))

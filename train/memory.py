@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     """Parse, count, print."""
     from trl import ModelConfig, SFTConfig, get_peft_config
 
-    from echo_ft.model.preparation import freeze
+    from echo_ft.model.preparation import freeze_parts
     from echo_ft.training.config import EchoConfig, check_options
 
     # transformers refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     model = (
         adapt(model, get_peft_config(base))
         if base.use_peft
-        else freeze(model, config.vision_learning_rate, config.merger_learning_rate)
+        else freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
     )
     print(f"{base.model_name_or_path}, {config.role}")
     print(report(model, batch, sft, base, own.gpus))

@@ -16,9 +16,9 @@ from echo_ft import config as configs
 from echo_ft.data.dataset import load_dataset, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.files import from_dict, lock
-from echo_ft.model.adapters import leaks, make_card
+from echo_ft.model.adapters import audit_leaks, make_card
 from echo_ft.model.architectures import meta_model
-from echo_ft.model.loading import check_targets, load_model, load_processor
+from echo_ft.model.loading import check_lora_targets, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange
 from echo_ft.terminal import LOGGER
@@ -55,7 +55,7 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
     """Plan, train, save. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
     from trl import get_peft_config, get_quantization_config
 
-    from echo_ft.model.preparation import freeze
+    from echo_ft.model.preparation import freeze_parts
     from echo_ft.model.vision import TowerFeatureStore
     from echo_ft.training.cases import load_training_cases
     from echo_ft.training.collator import Collator
@@ -67,7 +67,7 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     row_builder = RowBuilder(processor)
     if sft.process_index == 0:
-        for verdict in leaks(dataset).values():
+        for verdict in audit_leaks(dataset).values():
             LOGGER.warning(verdict)
     if not config.dry_run:  # which does without the weights that a card tells of
         card = make_card(
@@ -94,7 +94,7 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
             model = (
                 adapt(model, get_peft_config(base))
                 if base.use_peft
-                else freeze(model, config.vision_learning_rate, config.merger_learning_rate)
+                else freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
             )
             print(dry_run(planned, first, row_builder, dataset.root, model, sft, base), flush=True)
         return
@@ -122,9 +122,9 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
     )
     lora: Any = get_peft_config(base)  # a LoraConfig
     if lora is None:
-        freeze(model, config.vision_learning_rate, config.merger_learning_rate)
+        freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
     else:
-        lora.target_modules = check_targets(model, lora.target_modules)
+        lora.target_modules = check_lora_targets(model, lora.target_modules)
     trainer = PrefixSharingTrainer(
         model=model,
         args=sft,

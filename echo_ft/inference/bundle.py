@@ -21,16 +21,16 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 from echo_ft.files import atomic_folder
 from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters
-from echo_ft.model.batches import attention_mask, pad, pixels
+from echo_ft.model.batches import image_inputs, pad_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Branch, Exchange
 
-TOLERATED_SHARE, MAX_SHARE = 0.02, 0.25
+ALLOWED_ERROR_SHARE, MAX_ERROR_SHARE = 0.02, 0.25
 """How far a part may be from the trained adapter, as a share of what the adapter changes: SHARE, or what the weights'
 type rounds away, but never more than MOST, so that a lost update (a share of 1) is noticed however small it is."""
 
-ROUNDING = 8
+ROUNDING_UNITS = 8
 """Rounding that is accepted, in units of the type's own: the logits of a model merged in bfloat16 or float16 differ
 by about one from those of base and adapter apart (measured on echo-tiny); deeper models round more often."""
 
@@ -116,10 +116,10 @@ def _probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
     branch = Branch("probe", f"Question: Is there any defect in the object?\nA. Yes.\nB. No.\n{DECIDE_INSTRUCTION}")
     exchange = Exchange("decision_maker", "probe", ("a", "b"), "Two images.\n", (branch,), PROMPT_VERSION)
     batch = {
-        **pad([row_builder.row(exchange, [image.size for image in images])], row_builder.pad_token_id),
-        **pixels(row_builder, images),
+        **pad_rows([row_builder.row(exchange, [image.size for image in images])], row_builder.pad_token_id),
+        **image_inputs(row_builder, images),
     }
-    batch["attention_mask"] = attention_mask(batch.pop("segments"))
+    batch["attention_mask"] = make_attention_mask(batch.pop("segments"))
     del batch["labels"]
     return batch
 
@@ -135,7 +135,10 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, untuned: torch.Tensor,
     """Compare `found` with what the trained adapter says, by the scale of what it changes in what the base says."""
     kind, found, expected, untuned = expected.dtype, found.float(), expected.float(), untuned.float()
     error, update = _size(found - expected), _size(expected - untuned)
-    allowed = min(max(TOLERATED_SHARE * update, ROUNDING * torch.finfo(kind).eps * _size(expected)), MAX_SHARE * update)
+    allowed = min(
+        max(ALLOWED_ERROR_SHARE * update, ROUNDING_UNITS * torch.finfo(kind).eps * _size(expected)),
+        MAX_ERROR_SHARE * update,
+    )
     # `not <=` so that NaN fails too.
     if not error <= allowed:
         remedy = "" if kind == torch.float32 else "export with --dtype float32, or "

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from echo_ft.images.corruptions import Corruption
-from echo_ft.images.decode import READERS
+from echo_ft.images.decode import READER_THREADS
 from echo_ft.images.views import View, views
-from echo_ft.model.batches import pad, pixels
+from echo_ft.model.batches import image_inputs, pad_rows
 from echo_ft.model.rows import PADDING, Row, RowBuilder
 from echo_ft.records import LETTERS, Exchange, Generation
 
@@ -105,20 +105,22 @@ class Engine:
         if self.adapted:
             self.model.set_adapter(role)
         shown = [view for exchange in exchanges for view in views(exchange, self.root, self.corruption)]
-        looks = iter(zip(*self._look(role, shown), strict=True))
+        looks = iter(zip(*self._encode_images(role, shown), strict=True))
         own = [[next(looks) for _ in exchange.images] for exchange in exchanges]
         rows = [self.row_builder.row(one, [size for _, size in seen]) for one, seen in zip(exchanges, own, strict=True)]
         limit = self.answer_tokens if role == "decision_maker" else self.max_new_tokens
         said: list[Generation] = []
-        for start, end in pairwise(self._cuts(rows, limit)):
+        for start, end in pairwise(self._batch_boundaries(rows, limit)):
             part = rows[start:end]
-            cache, visible, starts = self._read(part, tuple(feature for seen in own[start:end] for feature, _ in seen))
+            cache, visible, starts = self._prefill(
+                part, tuple(feature for seen in own[start:end] for feature, _ in seen)
+            )
             owners = torch.tensor([index for index, row in enumerate(part) for _ in row.exchange.branches])
-            said += self._continue(part, owners.to(self.device), cache, visible, starts, limit)
+            said += self._decode(part, owners.to(self.device), cache, visible, starts, limit)
         generations = iter(said)
         return [[next(generations) for _ in exchange.branches] for exchange in exchanges]
 
-    def _cuts(self, rows: Sequence[Row], limit: int) -> list[int]:
+    def _batch_boundaries(self, rows: Sequence[Row], limit: int) -> list[int]:
         """Where rows are taken apart for the budget of tokens, and both ends; `limit` is the most that is said to each.
 
         Every branch has a copy of its prefix in the cache, and all are padded to the longest.
@@ -133,15 +135,15 @@ class Engine:
                 prefix, branch, count = own_prefix, max(own), len(own)
         return [*cuts, len(rows)]
 
-    def _look(self, role: str, images: Sequence[View]) -> tuple[Any, list[tuple[int, int]]]:
+    def _encode_images(self, role: str, images: Sequence[View]) -> tuple[Any, list[tuple[int, int]]]:
         """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
         # An adapter on the vision tower makes the features the role's own.
         owner = role if self.adapted and self._tower_is_adapted(role) else ""
         found = {view: look for view in images if (look := self._find((owner, view))) is not None}
         missing = [view for view in dict.fromkeys(images) if view not in found]
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READER_THREADS) as pool:
             # One by one: the last bits of what stands beside others depend on them, and so on what was kept before.
-            for view, (inputs, size) in zip(missing, pool.map(self._open, missing), strict=True):
+            for view, (inputs, size) in zip(missing, pool.map(self._load, missing), strict=True):
                 (feature,) = self.base.model.get_image_features(
                     inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
                 ).pooler_output
@@ -160,20 +162,22 @@ class Engine:
         shared = None if self._shared is None else self._shared.get(image)
         return shared or self._recent.get(image)
 
-    def _open(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    def _load(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
         """An image's pixels as the model takes them, and its (width, height)."""
         image = view.load()
-        return pixels(self.row_builder, [image]), image.size
+        return image_inputs(self.row_builder, [image]), image.size
 
     def _tower_is_adapted(self, role: str) -> bool:
         return any(
             ".visual." in name and role in getattr(module, "lora_A", ()) for name, module in self.model.named_modules()
         )
 
-    def _read(self, rows: Sequence[Row], features: Any) -> tuple[DynamicCache, torch.Tensor, list[int]]:
+    def _prefill(self, rows: Sequence[Row], features: Any) -> tuple[DynamicCache, torch.Tensor, list[int]]:
         """The prefixes' cache, which of its tokens are no padding (B, Lp), and where each row's branches start."""
-        prefixes = [_cut(row, row.segments == 0) for row in rows]
-        batch = {name: tensor.to(self.device) for name, tensor in pad(prefixes, self.row_builder.pad_token_id).items()}
+        prefixes = [_select_tokens(row, row.segments == 0) for row in rows]
+        batch = {
+            name: tensor.to(self.device) for name, tensor in pad_rows(prefixes, self.row_builder.pad_token_id).items()
+        }
         cache = DynamicCache(config=self.base.config.get_text_config())
         self.base.model(
             input_ids=batch["input_ids"],
@@ -185,7 +189,7 @@ class Engine:
         )
         return cache, batch["segments"] != PADDING, [int(prefix.positions.max()) + 1 for prefix in prefixes]
 
-    def _continue(
+    def _decode(
         self,
         rows: Sequence[Row],
         owners: torch.Tensor,
@@ -257,7 +261,7 @@ class Engine:
         return self.base.lm_head(hidden[:, -1])
 
 
-def _cut(row: Row, tokens: Any) -> Row:
+def _select_tokens(row: Row, tokens: Any) -> Row:
     return Row(
         row.exchange,
         row.input_ids[tokens],

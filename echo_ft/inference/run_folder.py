@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from echo_ft.errors import EchoError
-from echo_ft.experts.option_order import Permuted
+from echo_ft.experts.option_order import PermutedPrediction
 from echo_ft.experts.pipeline import Outcome
-from echo_ft.files import LOCK, _append, lock, to_json, whole_rows, write_jsonl, write_text
+from echo_ft.files import LOCK_FILE, lock_folder, open_append, read_complete_rows, to_json, write_jsonl, write_text
 from echo_ft.records import Case, Prediction, Trace
 
-PREDICTIONS, TRACES, RUN = "predictions.jsonl", "traces.jsonl", "run.json"
+PREDICTIONS, TRACES, RUN_DESCRIPTION = "predictions.jsonl", "traces.jsonl", "run.json"
 PERMUTATIONS = "permutations.jsonl"
 """Where options are permuted: the decisions in each order. predictions.jsonl has one a question all the same."""
 
 SHARDS = "shards"
 """Holds a folder for each of several processes while they write, named after its number."""
 
-CONTINUED = "continued_with"
+CONTINUED_WITH = "continued_with"
 """Where run.json keeps what was noted by processes that went on with the run under other circumstances."""
 
-RunRecord = TypeVar("RunRecord", Prediction, Trace, Permuted)
+RunRecord = TypeVar("RunRecord", Prediction, Trace, PermutedPrediction)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RunFolder:
             self._own = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
             if self._own != folder:
                 self._own.mkdir(parents=True, exist_ok=True)
-                self._locks.append(lock(self._own))
+                self._locks.append(lock_folder(self._own))
         except BaseException:
             self.close()
             raise
@@ -129,7 +129,7 @@ class RunFolder:
 
     def _put(self, name: str, records: Sequence[RunRecord]) -> None:
         if records and name not in self._files:
-            self._files[name] = _append(self._own / name)
+            self._files[name] = open_append(self._own / name)
         if records:
             self._files[name].write("".join(to_json(record) + "\n" for record in records))
             self._files[name].flush()
@@ -147,12 +147,12 @@ class RunFolder:
 
     def _open(self) -> set[str]:
         """Make the folder this run's, and its files those of the cases that are done, whose ids it returns."""
-        ours = {RUN + ".partial", LOCK}
-        described = self.folder / RUN
+        ours = {RUN_DESCRIPTION + ".partial", LOCK_FILE}
+        described = self.folder / RUN_DESCRIPTION
         if not described.is_file() and self.folder.is_dir() and any(p.name not in ours for p in self.folder.iterdir()):
             raise EchoError(f"{self.folder} is not empty and holds no run; choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._locks.append(lock(self.folder))
+        self._locks.append(lock_folder(self.folder))
         if described.is_file():
             self._go_on(_description(described))
         self._describe(complete=False)
@@ -172,8 +172,8 @@ class RunFolder:
     def _describe(self, complete: bool) -> None:
         run = {**self._required(), **self._noted}
         if self._continued:
-            run[CONTINUED] = self._continued
-        write_text(self.folder / RUN, json.dumps({**run, "complete": complete}, indent=2) + "\n")
+            run[CONTINUED_WITH] = self._continued
+        write_text(self.folder / RUN_DESCRIPTION, json.dumps({**run, "complete": complete}, indent=2) + "\n")
 
     def _required(self) -> dict[str, Any]:
         return {**self.provenance, "cases": len(self.cases), "questions": self.questions}
@@ -188,8 +188,10 @@ class RunFolder:
                 f"{self.folder} holds a run whose {name} is {before!r}, not {now!r}; "
                 "choose another --output, or delete that folder to run it again"
             )
-        self._noted = {key: value for key, value in earlier.items() if key not in {*required, "complete", CONTINUED}}
-        self._continued = list(earlier.get(CONTINUED, []))
+        self._noted = {
+            key: value for key, value in earlier.items() if key not in {*required, "complete", CONTINUED_WITH}
+        }
+        self._continued = list(earlier.get(CONTINUED_WITH, []))
 
     def _gather(self, failed: bool) -> set[str]:
         """Take the shards into the run's own files, and whatever belongs to a half-written case out of them.
@@ -200,7 +202,7 @@ class RunFolder:
         shards = self.folder / SHARDS
         folders = [self.folder, *sorted(shards.glob("*/"))]
         for shard in folders[1:]:  # a process that outlived the first of its run may still write there
-            lock(shard).close()
+            lock_folder(shard).close()
         done = self._answered(folders, failed)
         predictions = (
             row for row in _rows(folders, PREDICTIONS, Prediction) if row.case in done and (failed or row.error is None)
@@ -209,7 +211,7 @@ class RunFolder:
         traces = (row for row in _rows(folders, TRACES, Trace) if row.case in done)
         write_jsonl(self.folder / TRACES, _distinct(traces, lambda row: (row.case, row.role, row.branch)))
         if any((folder / PERMUTATIONS).is_file() for folder in folders):
-            orders = (row for row in _rows(folders, PERMUTATIONS, Permuted) if row.case in done)
+            orders = (row for row in _rows(folders, PERMUTATIONS, PermutedPrediction) if row.case in done)
             write_jsonl(self.folder / PERMUTATIONS, _distinct(orders, lambda row: (row.case, row.question, row.shift)))
         if shards.is_dir():
             shutil.rmtree(shards)
@@ -225,20 +227,20 @@ class RunFolder:
         return {case for case, questions in answered.items() if asked.get(case) == questions}
 
 
-def failures(folder: Path) -> list[str]:
+def failure_reasons(folder: Path) -> list[str]:
     """Why predictions of a run failed, one reason for each that did."""
-    return [row.error for row in whole_rows(folder / PREDICTIONS, Prediction) if row.error is not None]
+    return [row.error for row in read_complete_rows(folder / PREDICTIONS, Prediction) if row.error is not None]
 
 
-def finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Whether the run in a folder has nothing left to ask: it is complete, and no prediction of it failed."""
-    described = folder / RUN
-    return described.is_file() and _description(described).get("complete") is True and not failures(folder)
+    described = folder / RUN_DESCRIPTION
+    return described.is_file() and _description(described).get("complete") is True and not failure_reasons(folder)
 
 
 def _rows(folders: Iterable[Path], name: str, cls: type[RunRecord]) -> Iterator[RunRecord]:
     for folder in folders:
-        yield from whole_rows(folder / name, cls)
+        yield from read_complete_rows(folder / name, cls)
 
 
 def _distinct(rows: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -> Iterator[RunRecord]:

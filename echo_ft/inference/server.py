@@ -38,22 +38,22 @@ except ImportError as missing:
         "a server is asked with the package openai; install it: pip install 'echo-ft[serving]'"
     ) from missing
 
-TOP = 20
+TOP_LOGPROBS = 20
 """Tokens whose probabilities are asked for at the answer position: the most that OpenAI and vLLM give."""
 
-FIRST_WAIT, LONGEST_RETRY_WAIT = 0.5, 8.0
+FIRST_RETRY_WAIT, LONGEST_RETRY_WAIT = 0.5, 8.0
 """Seconds between two tries of a request; each wait is twice the one before."""
 
-IMAGES = 4
+IMAGES_PER_REQUEST = 4
 """Images that are kept for each request under way: those of its case, for the roles that look at them next."""
 
-AGAIN = (408, 409, 429)
+RETRY_STATUSES = (408, 409, 429)
 """HTTP states, besides those from 500, in which the same request may be answered later."""
 
-UNUSABLE = (400, 413, 422)
+REJECTED_STATUSES = (400, 413, 422)
 """HTTP states of a server that does not take this one request."""
 
-Shown = tuple[str, tuple[int, int]]
+EncodedImage = tuple[str, tuple[int, int]]
 """An image as a data URL, and its (width, height) before it was brought to the pixel budget."""
 
 
@@ -68,7 +68,7 @@ class Server:
         root: Path,
         max_new_tokens: int = 128,
         answer_tokens: int | None = None,
-        at_once: int = 8,
+        max_concurrent: int = 8,
         timeout: float = 300.0,
         patience: float = 600.0,
         corruption: Corruption | None = None,
@@ -88,13 +88,13 @@ class Server:
         self.timeout = timeout
         self.patience = patience
         self.corruption = corruption
-        self.kept_images = IMAGES * at_once
+        self.kept_images = IMAGES_PER_REQUEST * max_concurrent
         # Tries are counted in seconds here, not in times: a server that is started again takes minutes to load.
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
         )
-        self._slots = asyncio.Semaphore(at_once)
-        self._images: OrderedDict[View, asyncio.Task[Shown]] = OrderedDict()
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._images: OrderedDict[View, asyncio.Task[EncodedImage]] = OrderedDict()
         self._answered = -math.inf
 
     async def __aenter__(self) -> Server:
@@ -126,7 +126,7 @@ class Server:
     async def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
         """What `role` says to every branch of every exchange, in order.
 
-        `letters` holds those among the TOP tokens at the answer position, and is empty where the server does not tell
+        `letters` holds those among the TOP_LOGPROBS tokens at the answer position, and is empty where the server does not tell
         probabilities. Raises EchoError where an image is broken or the server does not take a prompt, and BackendError
         where the server itself fails.
         """
@@ -140,10 +140,10 @@ class Server:
 
         return await asyncio.gather(*(ask(exchange) for exchange in exchanges))
 
-    async def _show(self, view: View) -> Shown:
+    async def _show(self, view: View) -> EncodedImage:
         """The image, read and resized once for all that ask for it, beside the event loop."""
 
-        def read() -> Shown:
+        def read() -> EncodedImage:
             loaded = view.load()
             return self._url(loaded), loaded.size
 
@@ -168,7 +168,7 @@ class Server:
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
     async def _ask(
-        self, model: str, exchange: Exchange, shown: Sequence[Shown], limit: int, logprobs: bool
+        self, model: str, exchange: Exchange, shown: Sequence[EncodedImage], limit: int, logprobs: bool
     ) -> list[Any]:
         """The server's chat completion for each branch, after at most `limit` tokens."""
         row = self.row_builder.row(exchange, [size for _, size in shown])
@@ -178,7 +178,7 @@ class Server:
         # `transformers serve` makes the repetition penalty of generation_config.json from frequency_penalty: 0 is none.
         options: dict[str, Any] = {"max_tokens": limit, "temperature": 0, "frequency_penalty": 0}
         if logprobs:
-            options |= {"logprobs": True, "top_logprobs": TOP}
+            options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
 
         async def ask(branch: Branch, tokens: int) -> Any:
             content = [*images, {"type": "text", "text": exchange.context + branch.prompt}]
@@ -204,7 +204,7 @@ class Server:
     async def _patiently(self, request: Mapping[str, Any]) -> Any:
         """The reply to a request that is tried again, ever more slowly, while it may yet be answered."""
         failing_since: float | None = None
-        wait = FIRST_WAIT
+        wait = FIRST_RETRY_WAIT
         while True:
             try:
                 reply: Any = await self._client.chat.completions.create(**request)
@@ -219,8 +219,8 @@ class Server:
                 reason = f"no connection: {error.__cause__ or error}"
             except openai.APIStatusError as error:
                 reason = f"{error.status_code}: {error.message[:300]}"
-                if error.status_code not in AGAIN and error.status_code < 500:
-                    fault: type[EchoError] = EchoError if error.status_code in UNUSABLE else BackendError
+                if error.status_code not in RETRY_STATUSES and error.status_code < 500:
+                    fault: type[EchoError] = EchoError if error.status_code in REJECTED_STATUSES else BackendError
                     raise fault(
                         f"{self.url} refuses a request to the model {request['model']!r} ({reason}); check "
                         "--server, --server_model and the server's limits"
@@ -245,7 +245,7 @@ class Server:
 
 
 def _told(reply: Any) -> Sequence[Any]:
-    """The TOP tokens at the answer position with their log-probabilities; empty where the server does not tell them."""
+    """The TOP_LOGPROBS tokens at the answer position with their log-probabilities; empty where the server does not tell them."""
     told = reply.choices[0].logprobs
     return (told.content[0].top_logprobs or ()) if told is not None and told.content else ()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from echo_ft.errors import EchoError
 from echo_ft.files import from_dict
-from echo_ft.inference.run_folder import CONTINUED
+from echo_ft.inference.run_folder import CONTINUED_WITH
 from echo_ft.metrics.mmad import Answer, read_answers, to_predictions
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Prediction, Rejection
@@ -79,7 +79,7 @@ def _missing(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -
 
 def _warned(provenance: Mapping[str, Any]) -> list[str]:
     """What the run itself warned of, by any of the processes that wrote it."""
-    notes = [provenance, *provenance.get(CONTINUED, [])]
+    notes = [provenance, *provenance.get(CONTINUED_WITH, [])]
     return list(dict.fromkeys(str(warning) for note in notes for warning in note.get("warnings", [])))
 
 

@@ -27,7 +27,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 """What PEFT makes an adapter of."""
 
 
-BASE = "the base model"
+BASE_MODEL = "the base model"
 """Stands for a role where it is the whole model that was tuned."""
 
 
@@ -70,7 +70,7 @@ class Adapter:
     """Over ADAPTER_FILES in full: the card says how an adapter was trained, this says which one it is."""
 
 
-def leaks(dataset: Dataset) -> dict[str, str]:
+def audit_leaks(dataset: Dataset) -> dict[str, str]:
     """What data_prep.audit found, by the fingerprint of the dataset that training on this one overlaps."""
     return {name: found["verdict"] for name, found in dataset.manifest.get("audits", {}).items() if found["leak"]}
 
@@ -99,7 +99,7 @@ def make_card(
         routing=dataset.manifest["config"]["routing"],
         versions=versions(),
         commit=commit(),
-        leaks=leaks(dataset),
+        leaks=audit_leaks(dataset),
         corrupted_share=corrupted_share,
         synthetic=dataset.manifest.get("counts", {}).get("synthetic", {}),
         upstream=dataset.manifest.get("upstream", "gold"),
@@ -192,10 +192,10 @@ def tuned_base(base_model: str, min_pixels: int, max_pixels: int) -> Adapter | N
     return Adapter(path, card, base_fingerprint(base_model))
 
 
-def training_sets(
+def describe_training_data(
     adapters: Mapping[str, Adapter], dataset: Dataset, split: str, images: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the adapters, and the tuned `BASE`, were trained on, for a run's description, and what to warn readers of.
+    """What the adapters, and the tuned `BASE_MODEL`, were trained on, for a run's description, and what to warn readers of.
 
     `images` are the photographs of `dataset`'s `split` that the run asks about. Those that are in an adapter's train
     split are counted by content, so copies under other names count too. None where that dataset is not there any more
@@ -219,7 +219,7 @@ def training_sets(
         )
     for fingerprint, names in roles.items():
         places = list(dict.fromkeys(adapters[name].card.dataset for name in names))  # a dataset may have moved
-        known_of = {where: trained_on(where, fingerprint, dataset.root, images, dataset) for where in places}
+        known_of = {where: images_trained_on(where, fingerprint, dataset.root, images, dataset) for where in places}
         where = next((where for where, known in known_of.items() if known is not None), places[0])
         memorised = known_of[where]
         count = None if memorised is None else len(memorised)
@@ -232,8 +232,10 @@ def training_sets(
                 "of_photographs": len(images),
             }
         )
-        roles_of = ", ".join(name for name in names if name != BASE)
-        who = " and ".join([*([f"the adapters of {roles_of}"] if roles_of else []), *([BASE] if BASE in names else [])])
+        roles_of = ", ".join(name for name in names if name != BASE_MODEL)
+        who = " and ".join(
+            [*([f"the adapters of {roles_of}"] if roles_of else []), *([BASE_MODEL] if BASE_MODEL in names else [])]
+        )
         # An audit may have been made between the training of one role and of another.
         told = dict.fromkeys(adapters[name].card.leaks.get(dataset.fingerprint) for name in names)
         warnings += [leak for leak in told if leak]
@@ -256,7 +258,7 @@ def training_sets(
     return found, warnings
 
 
-def trained_on(
+def images_trained_on(
     where: str, fingerprint: str, root: Path, images: Sequence[str], asked: Dataset | None = None
 ) -> list[str] | None:
     """Those of `images`, under `root`, that are photographs of the train split of the dataset `where`, by content.

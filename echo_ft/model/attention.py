@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from echo_ft.model.batches import attention_mask
+from echo_ft.model.batches import make_attention_mask
 
 ATTENTION_NAME = "prefix_sharing"
 """The name under which transformers finds `attend`; it computes what `sdpa` does with the whole mask."""
@@ -46,17 +46,17 @@ class Span:
     """(1, 1, end - branches, end - start) bool: which tokens the branches' tokens see."""
 
 
-def spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> list[Span]:
+def make_spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> list[Span]:
     """The spans of a packed row from its segments (1, T) and (prefix length, length) of each exchange."""
     found, start = [], 0
     for prefix, length in lengths:
-        mask = attention_mask(segments[:, start : start + length])[:, :, prefix:]
+        mask = make_attention_mask(segments[:, start : start + length])[:, :, prefix:]
         found.append(Span(start, start + prefix, start + length, mask))
         start += length
     return found
 
 
-def block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:
+def make_block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:
     """What `spans` says, for flex_attention: which blocks of BLOCK x BLOCK tokens are seen in part and which wholly.
 
     Equal to torch's `create_block_mask`, which makes the (T, T) mask first, some GiB for a row of 32,768 tokens; here
@@ -102,7 +102,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed row: query (1, heads, T, width), the result (1, T, heads, width).
 
-    `spans` or `block_mask` choose between the two ways; with neither, transformers' own `sdpa` with the mask given.
+    `spans` or `make_block_mask` choose between the two ways; with neither, transformers' own `sdpa` with the mask given.
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
 
 
-def pixels(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+def image_inputs(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
     """`pixel_values` (P, C) and `image_grid_thw` (images, 3) as the model takes them; none of either for no images."""
     import torch
 
     if not images:
         return {
-            "pixel_values": blank(row_builder)["pixel_values"][:0],
+            "pixel_values": blank_image_inputs(row_builder)["pixel_values"][:0],
             "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
         }
     batch = row_builder.image_processor(images=list(images), return_tensors="pt")
     return {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
 
 
-def blank(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
+def blank_image_inputs(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
     """What `pixels` makes, of the smallest image that the model can take, one token large."""
     import torch
 
@@ -33,7 +33,7 @@ def blank(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.zeros(side**2, values), "image_grid_thw": torch.tensor([[1, side, side]])}
 
 
-def pad(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Rows side by side, padded on the right: input_ids, labels, segments (B, L) and position_ids (3, B, L)."""
     import torch
 
@@ -53,7 +53,7 @@ def pad(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
     }
 
 
-def pack(rows: Sequence[Row]) -> dict[str, Any]:
+def pack_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """Rows one after another as a single row of T tokens, without padding.
 
     input_ids, labels, segments (1, T), position_ids (3, 1, T), and `lengths`: (prefix length, length) of each row.
@@ -72,7 +72,7 @@ def pack(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+def make_attention_mask(segments: torch.Tensor) -> torch.Tensor:
     """(B, 1, L, L) bool, True where the query token (row) may see the key token (column), from segments (B, L).
 
     Causal; a branch sees the prefix and itself. A padding token sees padding alone, so that no row of the softmax is

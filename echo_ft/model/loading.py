@@ -10,21 +10,21 @@ from typing import Any
 from echo_ft.errors import EchoError
 from echo_ft.provenance import fingerprint_bytes
 
-GROUPS = ("language model", "vision tower", "merger")
+PARAMETER_GROUPS = ("language model", "vision tower", "merger")
 """Parts of Qwen2-VL that can be tuned with a learning rate of their own."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of weights that models are run in; `auto` is the checkpoint's own."""
 
 
-def part_of(name: str) -> str:
-    """Which of GROUPS a parameter belongs to, by its name."""
+def parameter_group(name: str) -> str:
+    """Which of PARAMETER_GROUPS a parameter belongs to, by its name."""
     if ".merger." in name:
         return "merger"
     return "vision tower" if ".visual." in name else "language model"
 
 
-def check_targets(model: Any, names: list[str] | str) -> list[str]:
+def check_lora_targets(model: Any, names: list[str] | str) -> list[str]:
     """`names` as a list, every one of which finds linear layers of `model`, by PEFT's rule: the end of a module's name.
 
     PEFT itself passes over names that find nothing where another does. A single name counts as a list of one: TRL

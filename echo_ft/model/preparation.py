@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from echo_ft.model import attention
-from echo_ft.model.loading import part_of
-from echo_ft.model.vision import Images, TowerFeatureStore, project_patches, share_images
+from echo_ft.model.loading import parameter_group
+from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_once, project_patches
 
 
 def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dict[str, Any]:
     """What the model takes of a collated batch, by keyword: everything but the labels.
 
-    `spans` is read by attention.attend, `images` by vision.share_images; `implementation` is one of
+    `spans` is read by attention.attend, `images` by vision.encode_images_once; `implementation` is one of
     attention.IMPLEMENTATIONS.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    masks = attention.block_mask if implementation == "flex_attention" else attention.spans
+    masks = attention.make_block_mask if implementation == "flex_attention" else attention.make_spans
     inputs["spans"] = masks(batch["segments"], batch["lengths"])
     if batch["image_order"] or batch["image_views"]:
         inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
-        inputs["images"] = Images(batch["image_order"], batch["image_views"], batch["image_features"])
+        inputs["images"] = BatchImages(batch["image_order"], batch["image_views"], batch["image_features"])
     return inputs
 
 
@@ -31,7 +31,7 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
     Raises EchoError where `store` should keep features of a tower that is trained.
     """
     project_patches(model)
-    share_images(model, store)
+    encode_images_once(model, store)
     model.set_attn_implementation({"text_config": attention.ATTENTION_NAME})
 
     def select(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -42,9 +42,9 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
     model.model.register_forward_hook(select, with_kwargs=True)
 
 
-def freeze(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> Any:
+def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> Any:
     """`model` for full tuning: all of it trained, but the parts whose learning rate is 0."""
     rates = {"vision tower": vision_learning_rate, "merger": merger_learning_rate}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rates.get(part_of(name)) != 0)
+        parameter.requires_grad_(rates.get(parameter_group(name)) != 0)
     return model

@@ -140,7 +140,7 @@ class RowBuilder:
         branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
         return Lengths(len(prefix) - len(grids) + tokens, branches, sum(completions), tuple(grids))
 
-    def read_ahead(self, exchanges: Sequence[Exchange]) -> None:
+    def pretokenize(self, exchanges: Sequence[Exchange]) -> None:
         """Tokenize what these will need, in one call that uses all cores."""
         texts: list[str] = []
         for exchange in exchanges:

@@ -21,7 +21,7 @@ from echo_ft.images.views import View
 from echo_ft.provenance import code_fingerprint
 from echo_ft.terminal import LOGGER
 
-CORRUPTING = code_fingerprint(Path(corruptions.__file__))
+CORRUPTION_CODE = code_fingerprint(Path(corruptions.__file__))
 """Another code of theirs makes other features of degraded images."""
 
 
@@ -51,7 +51,7 @@ class TowerFeatureStore:
         stat = view.path.stat()
         key = f"{view.path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
         if view.corruption is not None:
-            key += f"\n{view.image}\n{view.corruption}\n{CORRUPTING}"
+            key += f"\n{view.image}\n{view.corruption}\n{CORRUPTION_CODE}"
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     def load(self, view: View) -> torch.Tensor | None:
@@ -94,7 +94,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Images:
+class BatchImages:
     """The images of a batch: first those that are encoded, then those whose features are known."""
 
     order: Sequence[int]
@@ -119,8 +119,8 @@ def _project(convolution: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tenso
     return torch.nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
-def share_images(model: Any, store: TowerFeatureStore | None) -> None:
-    """Let a Qwen2-VL take `images=Images(...)` beside the pixels of the images of a batch that are to be encoded.
+def encode_images_once(model: Any, store: TowerFeatureStore | None) -> None:
+    """Let a Qwen2-VL take `images=BatchImages(...)` beside the pixels of the images of a batch that are to be encoded.
 
     A frozen tower runs without a graph: with checkpointing, transformers (5.23) makes the output of the patch embedding
     require gradients too (`enable_input_require_grads`), and it would be kept, computed again and gone through
@@ -136,7 +136,7 @@ def share_images(model: Any, store: TowerFeatureStore | None) -> None:
     encode = core.get_image_features
 
     def get_image_features(
-        pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, images: Images | None = None, **kwargs: Any
+        pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, images: BatchImages | None = None, **kwargs: Any
     ) -> Any:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             if images is None:

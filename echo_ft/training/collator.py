@@ -8,7 +8,7 @@ from typing import Any
 from echo_ft.files import from_dict
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View, views
-from echo_ft.model.batches import blank, pack, pixels
+from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.records import Exchange
@@ -44,20 +44,20 @@ class Collator:
     def batch(self, rows: Sequence[Row], corruptions: Sequence[Corruption | None] = ()) -> dict[str, Any]:
         """Rows packed into one, with the pixels of each different image whose features are not kept.
 
-        `corruptions` are those of the rows' queries, none by default. Beside `layout.pack`: pixel_values (P, C),
-        image_grid_thw (images, 3), and `image_order`, `image_views` and `image_features` as in vision.Images.
+        `corruptions` are those of the rows' queries, none by default. Beside `batches.pack_rows`: pixel_values (P, C),
+        image_grid_thw (images, 3), and `image_order`, `image_views` and `image_features` as in vision.BatchImages.
         """
         pairs = zip(rows, corruptions or [None] * len(rows), strict=True)
         places = [view for row, corruption in pairs for view in views(row.exchange, self.root, corruption)]
         kept = {view: self.store.load(view) if self.store else None for view in dict.fromkeys(places)}
         new: list[View | None] = [view for view, features in kept.items() if features is None]
         known = {view: features for view, features in kept.items() if features is not None}
-        image = pixels(self.row_builder, [view.load() for view in new if view is not None])
+        image = image_inputs(self.row_builder, [view.load() for view in new if view is not None])
         if self.always_look and not new:
-            new, image = [None], blank(self.row_builder)
+            new, image = [None], blank_image_inputs(self.row_builder)
         number = {view: index for index, view in enumerate((*new, *known))}
         return {
-            **pack(rows),
+            **pack_rows(rows),
             **image,
             "load": astuple(text_load(rows) + image_load(image["image_grid_thw"].tolist())),
             "image_order": [number[view] for view in places],

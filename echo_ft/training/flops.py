@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_ft.model.loading import part_of
+from echo_ft.model.loading import parameter_group
 from echo_ft.model.rows import IGNORED, Row
 
 PEAKS = (
@@ -97,7 +97,7 @@ def costs(model: Any) -> Costs:
     """
     import torch
 
-    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {parameter_group(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     tower = "vision tower" in trained
     # Whether gradients go through a part at all: the language model comes last, the tower first.
     passed = {"language model": True, "merger": tower or "merger" in trained, "vision tower": tower}
@@ -111,7 +111,7 @@ def costs(model: Any) -> Costs:
             part = "vision tower"
             backward = int(module.weight.requires_grad)  # nothing is trained before it
         elif isinstance(module, torch.nn.Linear):
-            weights, part = module.in_features * module.out_features, part_of(name)
+            weights, part = module.in_features * module.out_features, parameter_group(name)
             backward = int(passed[part]) + int(module.weight.requires_grad)
         else:
             continue

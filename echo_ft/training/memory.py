@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from echo_ft.model.loading import GROUPS, check_targets, part_of
+from echo_ft.model.loading import PARAMETER_GROUPS, check_lora_targets, parameter_group
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -89,23 +89,23 @@ class Activations:
 
 
 def adapt(model: Any, peft_config: Any) -> Any:
-    """`model` (on the meta device) with PEFT's adapter, after `check_targets`."""
+    """`model` (on the meta device) with PEFT's adapter, after `check_lora_targets`."""
     from peft import get_peft_model
 
-    peft_config.target_modules = check_targets(model, peft_config.target_modules)
+    peft_config.target_modules = check_lora_targets(model, peft_config.target_modules)
     return get_peft_model(model, peft_config)
 
 
 def count_parameters(model: Any) -> list[Count]:
-    """Total and trainable parameters of each of GROUPS; tied weights count once."""
-    parts = [(part_of(name), parameter) for name, parameter in model.named_parameters()]
+    """Total and trainable parameters of each of PARAMETER_GROUPS; tied weights count once."""
+    parts = [(parameter_group(name), parameter) for name, parameter in model.named_parameters()]
     return [
         Count(
             group,
             sum(parameter.numel() for part, parameter in parts if part == group),
             sum(parameter.numel() for part, parameter in parts if part == group and parameter.requires_grad),
         )
-        for group in GROUPS
+        for group in PARAMETER_GROUPS
     ]
 
 
@@ -186,7 +186,7 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
     layers: list[tuple[str, Any]] = [pair for pair in model.named_modules() if isinstance(pair[1], LoraLayer)]
     for name, layer in layers:
         dropout = any(type(module).__name__ == "Dropout" for module in layer.lora_dropout.values())
-        part, rank = part_of(name), sum(layer.r.values())
+        part, rank = parameter_group(name), sum(layer.r.values())
         lora[part] += seen[part] * (layer.in_features * (width + dropout) + rank * width)
 
     for name, module in model.named_modules():
@@ -194,9 +194,9 @@ def activations(model: Any, batch: Batch, width: int) -> Activations:
         if weight is None or not weight.requires_grad or "lora_" in name:
             continue
         if isinstance(module, torch.nn.Linear) and not name.endswith(("k_proj", "v_proj", "up_proj", "lm_head")):
-            lora[part_of(name)] += seen[part_of(name)] * module.in_features * width
+            lora[parameter_group(name)] += seen[parameter_group(name)] * module.in_features * width
         elif weight.ndim == 1:  # a norm, and what it scales
-            lora[part_of(name)] += seen[part_of(name)] * weight.numel() * width
+            lora[parameter_group(name)] += seen[parameter_group(name)] * weight.numel() * width
 
     hidden, heads = text.hidden_size, text.num_attention_heads
     attention = width * 4 * hidden + _FP32 * heads

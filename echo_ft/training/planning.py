@@ -99,7 +99,7 @@ def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max
     rows = iter(exchanges)
     index = -1
     while chunk := list(islice(rows, ROWS_PER_TOKENIZER_CALL)):
-        row_builder.read_ahead(chunk)
+        row_builder.pretokenize(chunk)
         for exchange in chunk:
             index += 1
             name = f"{exchange.role} {exchange.case}"

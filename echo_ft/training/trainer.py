@@ -18,7 +18,7 @@ from trl import SFTTrainer
 
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, write_card
-from echo_ft.model.loading import GROUPS, load_model, part_of
+from echo_ft.model.loading import PARAMETER_GROUPS, load_model, parameter_group
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
@@ -176,7 +176,7 @@ class PrefixSharingTrainer(SFTTrainer):
         if all(rate is None for rate in rates.values()):
             return optimizer
         part = {
-            parameter: part_of(name)
+            parameter: parameter_group(name)
             for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
             if parameter.requires_grad
         }
@@ -191,7 +191,7 @@ class PrefixSharingTrainer(SFTTrainer):
         groups = list(optimizer.param_groups)
         optimizer.param_groups.clear()
         for group in groups:
-            for name in GROUPS:
+            for name in PARAMETER_GROUPS:
                 members = [parameter for parameter in group["params"] if part[parameter] == name]
                 rate = rates.get(name)
                 if members:
@@ -332,7 +332,7 @@ def check_gradients(named: Mapping[str, torch.Tensor | None]) -> None:
                 f"the first gradient of {name} is not finite; use bf16, not fp16, or full precision, and no use_dora "
                 "where the weights have rows of zeros"
             )
-        part = part_of(name)
+        part = parameter_group(name)
         alive[part] = alive.get(part, False) or (gradient is not None and bool(gradient.any()))
     dead = [part for part, has_gradient in alive.items() if not has_gradient]
     if dead:

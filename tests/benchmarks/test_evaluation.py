@@ -11,7 +11,7 @@ from benchmarks.evaluation import overhead, speed
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
-from echo_ft.inference.run_folder import PREDICTIONS, RUN
+from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION
 from echo_ft.records import Prediction
 from tests.conftest import make_case
 
@@ -74,6 +74,6 @@ def test_a_table_is_of_medians_and_counts_against_one_question_at_a_time():
 def test_the_overhead_is_of_whole_runs(tmp_path, later):
     cases = overhead.make_cases(20, 5)
     seconds, early, late = overhead.measure(tmp_path / "run", cases, 8, later)
-    assert json.loads((tmp_path / "run" / RUN).read_text())["complete"]
+    assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["complete"]
     assert len(list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))) == 100
     assert seconds > 0 and 0 < early <= 2 * late

@@ -20,7 +20,7 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
-from echo_ft.inference.run_folder import PREDICTIONS, RUN, TRACES, RunFolder
+from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, TRACES, RunFolder
 from echo_ft.metrics.comparison import TOGETHER
 from echo_ft.records import QUESTION_TYPES, ROLES, Prediction, Trace
 from evaluation import ablate, ablation_table, compare
@@ -102,7 +102,7 @@ def test_a_cell_is_the_run_that_evaluation_run_makes_alone(done, shared, tmp_pat
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**options, "output": str(tmp_path / "alone")}))
     run_main(["--config", str(tmp_path / "run.yaml")])
     cell, alone = run_of(done, name), tmp_path / "alone"
-    assert json.loads((cell / RUN).read_text()) == json.loads((alone / RUN).read_text())
+    assert json.loads((cell / RUN_DESCRIPTION).read_text()) == json.loads((alone / RUN_DESCRIPTION).read_text())
     assert list(read_jsonl(cell / TRACES, Trace)) == list(read_jsonl(alone / TRACES, Trace))
     for one, other in zip(*(read_jsonl(at / PREDICTIONS, Prediction) for at in (cell, alone)), strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
@@ -151,7 +151,7 @@ def test_the_table_is_printed_and_written_with_its_numbers_of_questions(done):
 def asked_by(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
     """What engines are asked from now on, what images they encode, and what models are loaded, as they come."""
     asked, looked, loaded = [], [], []
-    generate, look, load = Engine.generate, Engine._open, evaluation_run.load_model
+    generate, look, load = Engine.generate, Engine._load, evaluation_run.load_model
 
     def speaking(self, role, exchanges):
         for one in exchanges:
@@ -160,7 +160,7 @@ def asked_by(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
         return generate(self, role, exchanges)
 
     monkeypatch.setattr(Engine, "generate", speaking)
-    monkeypatch.setattr(Engine, "_open", lambda self, view: looked.append((self.adapted, view)) or look(self, view))
+    monkeypatch.setattr(Engine, "_load", lambda self, view: looked.append((self.adapted, view)) or look(self, view))
     monkeypatch.setattr(evaluation_run, "load_model", lambda *some, **more: loaded.append(some) or load(*some, **more))
     return asked, looked, loaded
 
@@ -280,7 +280,7 @@ def test_cells_that_ask_two_servers_are_two_runs(shared):
 def test_what_one_server_said_is_not_taken_for_what_another_says(dataset, shared, tmp_path, monkeypatch):
     given = {name: value for name, value in shared.items() if name not in ("baseline", "cells")}
     speakers = []
-    monkeypatch.setattr(ablate, "carry_out", lambda prepared, state, engines, kept: speakers.append(kept._speakers))
+    monkeypatch.setattr(ablate, "carry_out", lambda prepared, state, engines, kept: speakers.append(kept._identities))
     for port in (8001, 8001, 8002):
         server = {"server": f"http://127.0.0.1:{port}/v1", "output": str(tmp_path)}
         (config,) = configs.build([RunConfig], {**given, **server}, "the test")

@@ -24,7 +24,7 @@ from echo_ft.data.export_rows import chats, conversations
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
 from echo_ft.images.decode import load_image
-from echo_ft.model.batches import pixels
+from echo_ft.model.batches import image_inputs
 from echo_ft.model.rows import IGNORED, Row, RowBuilder
 from echo_ft.records import ROLES, Branch, Exchange
 from tests.conftest import ECHO_TINY, ROOT, make_dataset
@@ -59,7 +59,7 @@ def single_rows(parts: Path, name: str, row_builder: RowBuilder) -> list[Row]:
 
 
 def own_pixels(row: Row, root: Path, row_builder: RowBuilder) -> torch.Tensor:
-    return pixels(row_builder, [load_image(root / image) for image in row.exchange.images])["pixel_values"]
+    return image_inputs(row_builder, [load_image(root / image) for image in row.exchange.images])["pixel_values"]
 
 
 def trl_rows(path: Path, cache: Path) -> Any:

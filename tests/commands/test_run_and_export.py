@@ -18,10 +18,10 @@ from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import (
     Adapter,
     attach_adapters,
+    describe_training_data,
     find_adapters,
     make_card,
     read_card,
-    training_sets,
     write_card,
 )
 from echo_ft.model.loading import base_fingerprint, load_model
@@ -106,16 +106,16 @@ def test_test_photographs_that_an_adapter_was_trained_on_are_counted_by_content(
     """The dataset's first test photograph is a copy of its train photograph under another name."""
     here = load_dataset(dataset)
     images = [f"test_{index}_2.png" for index in range(3)]
-    (same,), warnings = training_sets(trained(here), here, "test", images)
+    (same,), warnings = describe_training_data(trained(here), here, "test", images)
     assert (same["photographs_trained_on"], same["of_photographs"]) == (1, 3)
     assert len(warnings) == 1 and "1 OF 3 PHOTOGRAPHS OF THE SPLIT test WERE TRAINED ON" in warnings[0]
-    assert training_sets(trained(here), here, "test", images[1:])[1] == []
+    assert describe_training_data(trained(here), here, "test", images[1:])[1] == []
 
     other = elsewhere(dataset, tmp_path / "other", "another")
-    (found,), warnings = training_sets(trained(other), here, "test", images)
+    (found,), warnings = describe_training_data(trained(other), here, "test", images)
     assert found["photographs_trained_on"] == 1 and found["dataset_fingerprint"] == "another"
     assert "WERE TRAINED ON" in warnings[0] and "trained on another dataset" in warnings[1]
-    (found,), warnings = training_sets(trained(other), here, "test", images[1:])
+    (found,), warnings = describe_training_data(trained(other), here, "test", images[1:])
     assert found["photographs_trained_on"] == 0 and "may have been trained on" in warnings[0]
 
     adapters = trained(other)
@@ -123,7 +123,7 @@ def test_test_photographs_that_an_adapter_was_trained_on_are_counted_by_content(
         shutil.rmtree(tmp_path / "other")
         if gone():
             (tmp_path / "new").rename(tmp_path / "other")
-        (found,), warnings = training_sets(adapters, here, "test", images)
+        (found,), warnings = describe_training_data(adapters, here, "test", images)
         assert found["photographs_trained_on"] is None
         assert "may have been trained on; that dataset is not there" in warnings[0]
 
@@ -131,7 +131,7 @@ def test_test_photographs_that_an_adapter_was_trained_on_are_counted_by_content(
 def test_adapters_of_different_datasets_are_told(dataset, tmp_path):
     here, other = load_dataset(dataset), elsewhere(dataset, tmp_path / "other", "another")
     mixed = {**trained(here, ROLES[:3]), **trained(other, ROLES[3:])}
-    found, warnings = training_sets(mixed, here, "test", ["test_1_2.png"])
+    found, warnings = describe_training_data(mixed, here, "test", ["test_1_2.png"])
     assert [one["roles"] for one in found] == [list(ROLES[:3]), ["decision_maker"]]
     assert "trained on 2 different datasets" in warnings[0] and "adapters of decision_maker were trained" in warnings[1]
 
@@ -143,7 +143,7 @@ def test_a_leak_that_the_card_of_any_role_tells_is_told(dataset, audited):
     adapters = trained(here)
     card = dataclasses.replace(adapters[audited].card, leaks={here.fingerprint: "LEAK: 12 parts"})
     adapters[audited] = dataclasses.replace(adapters[audited], card=card)
-    assert training_sets(adapters, here, "test", ["test_1_2.png"])[1] == ["LEAK: 12 parts"]
+    assert describe_training_data(adapters, here, "test", ["test_1_2.png"])[1] == ["LEAK: 12 parts"]
 
 
 def test_adapters_of_a_quantized_base_are_told(dataset):
@@ -151,7 +151,7 @@ def test_adapters_of_a_quantized_base_are_told(dataset):
     adapters = trained(here)
     card = dataclasses.replace(adapters["decision_maker"].card, quantization="4bit")
     adapters["decision_maker"] = dataclasses.replace(adapters["decision_maker"], card=card)
-    (warning,) = training_sets(adapters, here, "test", ["test_1_2.png"])[1]
+    (warning,) = describe_training_data(adapters, here, "test", ["test_1_2.png"])[1]
     assert "the adapters of decision_maker were trained on a quantized base and answer on the whole one" in warning
 
 
@@ -194,8 +194,8 @@ def test_a_stopped_run_goes_on_and_ends_like_an_uninterrupted_one(dataset, tmp_p
 
 def test_a_run_within_a_budget_of_tokens_is_the_run_without(dataset, tmp_path, monkeypatch):
     run_evaluation(dataset, tmp_path / "whole", "--batch_size", 3)
-    cuts, parts = Engine._cuts, []
-    monkeypatch.setattr(Engine, "_cuts", lambda self, *rows: parts.append(cuts(self, *rows)) or parts[-1])
+    cuts, parts = Engine._batch_boundaries, []
+    monkeypatch.setattr(Engine, "_batch_boundaries", lambda self, *rows: parts.append(cuts(self, *rows)) or parts[-1])
     run_evaluation(dataset, tmp_path / "parts", "--batch_size", 3, "--max_batch_tokens", 1000)
     assert max(map(len, parts)) > 2, "nothing was parted"
     whole, parted = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("whole", "parts"))

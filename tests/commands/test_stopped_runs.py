@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from echo_ft.files import LOCK
-from echo_ft.inference.run_folder import PREDICTIONS, RUN, SHARDS, TRACES
+from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, SHARDS, TRACES
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset
 
@@ -72,10 +72,10 @@ def lines(path: Path) -> list[bytes]:
 
 
 def require_the_same_run(output: Path, whole: Path) -> None:
-    for name in (PREDICTIONS, TRACES, RUN):
+    for name in (PREDICTIONS, TRACES, RUN_DESCRIPTION):
         path = str(output).encode(), str(whole).encode()
         assert [line.replace(*path) for line in lines(output / name)] == lines(whole / name), name
-    assert {path.name for path in output.iterdir()} == {PREDICTIONS, TRACES, RUN, LOCK}
+    assert {path.name for path in output.iterdir()} == {PREDICTIONS, TRACES, RUN_DESCRIPTION, LOCK}
 
 
 def until(reached: Callable[[], bool], started: subprocess.Popen[bytes], seconds: float = 200) -> None:

@@ -20,7 +20,7 @@ from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corr
 from echo_ft.images.views import View, views
 from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import read_card
-from echo_ft.model.batches import pixels
+from echo_ft.model.batches import image_inputs
 from echo_ft.records import Prediction
 from echo_ft.training.cases import by_case
 from echo_ft.training.checkpoints import find_checkpoint
@@ -212,7 +212,7 @@ def test_a_training_batch_has_the_degraded_query_of_its_case(row_builder, case, 
     how = Corruption("jpeg", 3, seed=5)
     rows = by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(how)])
     batch = Collator(row_builder, tmp_path)([rows[0]])
-    expected = pixels(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, how)])
+    expected = image_inputs(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, how)])
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
     assert not torch.equal(
         Collator(row_builder, tmp_path)([{"exchanges": [exchange]}])["pixel_values"], batch["pixel_values"]

@@ -93,14 +93,14 @@ def test_a_budget_of_tokens_parts_a_batch_and_changes_no_answer(model, row_build
     exchanges = [exchange for case in cases for exchange in exchanges_of(case)]
     words = 6
     whole = Engine(model, row_builder, tmp_path, max_new_tokens=words).generate("reasoning_expert", exchanges)
-    parts, go_on = [], Engine._continue
+    parts, go_on = [], Engine._decode
 
     def watched(self, rows, owners, cache, visible, starts, limit):
         said = go_on(self, rows, owners, cache, visible, starts, limit)
         parts.append((rows, len(owners), visible.shape[1]))
         return said
 
-    monkeypatch.setattr(Engine, "_continue", watched)
+    monkeypatch.setattr(Engine, "_decode", watched)
     engine = Engine(model, row_builder, tmp_path, max_new_tokens=words, max_batch_tokens=budget)
     said = engine.generate("reasoning_expert", exchanges)
     assert texts(said) == texts(whole)
@@ -135,8 +135,8 @@ def test_of_shared_features_the_first_that_fit_are_found_by_every_later_engine(
 ):
     """Scans of the same images, one after another, in a store that has room for half of them."""
     monkeypatch.setattr("echo_ft.inference.engine.RECENT_IMAGES", 1)
-    looked, open_view = [], Engine._open
-    monkeypatch.setattr(Engine, "_open", lambda self, view: looked.append(view) or open_view(self, view))
+    looked, open_view = [], Engine._load
+    monkeypatch.setattr(Engine, "_load", lambda self, view: looked.append(view) or open_view(self, view))
     count = len({image for exchange in exchanges for image in exchange.images})
     every = ImageFeatureCache(2**30)
     expected = Engine(model, row_builder, tmp_path, max_new_tokens=4, features=every).generate(

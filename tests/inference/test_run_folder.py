@@ -15,9 +15,9 @@ import pytest
 from echo_ft import provenance
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail
-from echo_ft.files import LOCK, read_jsonl, write_text
+from echo_ft.files import LOCK_FILE, read_jsonl, write_text
 from echo_ft.inference import run_folder
-from echo_ft.inference.run_folder import PREDICTIONS, RUN, SHARDS, TRACES, Processes, RunFolder
+from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, SHARDS, TRACES, Processes, RunFolder
 from echo_ft.provenance import ANSWERING_MODULES, SUPPORTING_MODULES, code_fingerprint, source_files
 from echo_ft.records import Prediction, Trace
 from tests.conftest import make_case
@@ -40,7 +40,7 @@ def run(folder, cases, provenance=PROVENANCE, stop_after=99, noted=None):
 
 
 def content(folder):
-    return {name: (folder / name).read_bytes() for name in (PREDICTIONS, TRACES, RUN)}
+    return {name: (folder / name).read_bytes() for name in (PREDICTIONS, TRACES, RUN_DESCRIPTION)}
 
 
 @pytest.mark.parametrize("cut", [1, 37, 400, 2500])
@@ -50,7 +50,7 @@ def test_a_run_that_was_cut_anywhere_ends_like_an_uninterrupted_one(tmp_path, ca
     for name in (PREDICTIONS, TRACES):  # as a kill in the middle of a write would leave it
         path = tmp_path / "cut" / name
         path.write_bytes(path.read_bytes()[:-cut])
-    assert json.loads((tmp_path / "cut" / RUN).read_text())["complete"] is False
+    assert json.loads((tmp_path / "cut" / RUN_DESCRIPTION).read_text())["complete"] is False
     run(tmp_path / "cut", cases)
     for name, expected in content(tmp_path / "whole").items():
         assert sorted(content(tmp_path / "cut")[name].splitlines()) == sorted(expected.splitlines())
@@ -87,11 +87,11 @@ def test_what_is_only_noted_does_not_stop_a_run_and_every_writers_is_kept(tmp_pa
     first, second = {"commit": "one", "warnings": []}, {"commit": "two", "warnings": []}
     run(tmp_path / "run", cases, noted=first, stop_after=1)
     run(tmp_path / "run", cases, noted=second, stop_after=0)
-    assert "continued_with" not in json.loads((tmp_path / "run" / RUN).read_text()), "it wrote no answer"
+    assert "continued_with" not in json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text()), "it wrote no answer"
     run(tmp_path / "run", cases, noted=second, stop_after=1)
     run(tmp_path / "run", cases, noted=first)
     run(tmp_path / "run", cases, noted={"commit": "three", "warnings": []})
-    description = json.loads((tmp_path / "run" / RUN).read_text())
+    description = json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())
     assert description["commit"] == "one" and description["continued_with"] == [{"commit": "two"}]
     assert description["complete"] and description["questions"] == 28
 
@@ -110,7 +110,7 @@ def test_a_run_that_is_refused_lets_go_of_the_folder(tmp_path, cases):
     with pytest.raises(EchoError) as refusal:  # its traceback holds on to the object
         run(tmp_path / "run", cases, {**PROVENANCE, "max_pixels": 200})
     assert len(run(tmp_path / "run", cases).done) == 4, refusal
-    (tmp_path / "run" / RUN).write_text("{")
+    (tmp_path / "run" / RUN_DESCRIPTION).write_text("{")
     with pytest.raises(EchoError, match=r"run\.json is not JSON"):
         run(tmp_path / "run", cases)
 
@@ -132,7 +132,7 @@ def test_the_codes_fingerprint_is_of_its_sources_alone(tmp_path):
 
 def test_only_modules_that_answer_decide_whether_a_run_may_resume():
     package = Path(provenance.__file__).parent
-    files = source_files(*ANSWERING_MODULES, without=SUPPORTING_MODULES)
+    files = source_files(*ANSWERING_MODULES, exclude=SUPPORTING_MODULES)
     found = {".".join(path.relative_to(package).with_suffix("").parts) for path in files}
     assert len(found) <= 16
     assert found >= {
@@ -217,7 +217,7 @@ def many(tmp_path):
 def require_the_same_run(folder, whole):
     for name, expected in content(whole).items():
         assert sorted((folder / name).read_bytes().splitlines()) == sorted(expected.splitlines())
-    assert {path.name for path in folder.iterdir()} == {PREDICTIONS, TRACES, RUN, LOCK}
+    assert {path.name for path in folder.iterdir()} == {PREDICTIONS, TRACES, RUN_DESCRIPTION, LOCK_FILE}
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -285,7 +285,7 @@ def test_cases_that_failed_in_a_shard_are_kept_and_asked_again(tmp_path, many):
     run_together(tmp_path / "run", many, 2, parrot=ScriptedBackend(broken=many[5].seen.query))
     rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
     assert {row.case for row in rows if row.error} == {many[5].id} and len(rows) == 77
-    assert json.loads((tmp_path / "run" / RUN).read_text())["complete"]
+    assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["complete"]
     run_together(tmp_path / "run", many, 2)
     require_the_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -312,4 +312,4 @@ def test_what_several_processes_note_is_kept_too(tmp_path, many):
     run(tmp_path / "run", many, noted={"commit": "one"}, stop_after=1)
     with RunFolder(tmp_path / "run", PROVENANCE, many, {"commit": "two"}, Processes(0, 2)):
         pass
-    assert json.loads((tmp_path / "run" / RUN).read_text())["continued_with"] == [{"commit": "two"}]
+    assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["continued_with"] == [{"commit": "two"}]

@@ -53,7 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*trying again")
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(server_module, "FIRST_RETRY_WAIT", 0.01)
     monkeypatch.setattr(server_module, "LONGEST_RETRY_WAIT", 0.05)
 
 
@@ -121,7 +121,7 @@ def outcomes(
     found: dict[str, Any] = {}
 
     async def asked() -> None:
-        async with Server(fake.url, "echo", row_builder, root, 12, at_once=4, **options) as server:
+        async with Server(fake.url, "echo", row_builder, root, 12, max_concurrent=4, **options) as server:
             await run_cases_async(
                 cases, server.generate, settings, 4, lambda case, outcome: found.update({case.id: outcome})
             )
@@ -198,7 +198,7 @@ def test_tries_come_ever_more_slowly_and_not_before_the_server_wants_them(
     fake, row_builder, case, tmp_path, monkeypatch, asked_for, waits
 ):
     kept, sleep = [], asyncio.sleep
-    monkeypatch.setattr(server_module, "FIRST_WAIT", 1)
+    monkeypatch.setattr(server_module, "FIRST_RETRY_WAIT", 1)
     monkeypatch.setattr(server_module, "LONGEST_RETRY_WAIT", 8)
     monkeypatch.setattr(server_module.random, "uniform", lambda low, high: high)
     monkeypatch.setattr(server_module.asyncio, "sleep", lambda seconds: kept.append(seconds) or sleep(0))

@@ -17,7 +17,7 @@ from PIL import Image
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.model import attention
-from echo_ft.model.batches import attention_mask, pad
+from echo_ft.model.batches import make_attention_mask, pad_rows
 from echo_ft.model.loading import load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED, PADDING, mark_trained
@@ -174,8 +174,8 @@ def test_packed_rows_give_loss_and_gradients_of_row_by_row(
 
 def test_a_branch_sees_the_prefix_and_itself_and_padding_sees_nothing_else(row_builder, case, tmp_path):
     rows = [row_builder.load_row(exchange, tmp_path) for exchange in exchanges_of(case)[-2:]]
-    segments = pad(rows, row_builder.pad_token_id)["segments"]
-    mask = attention_mask(segments)
+    segments = pad_rows(rows, row_builder.pad_token_id)["segments"]
+    mask = make_attention_mask(segments)
     for b, i, j in np.ndindex(*mask[:, 0, ::7, ::5].shape):
         i, j = i * 7, j * 5
         query, key = int(segments[b, i]), int(segments[b, j])
@@ -194,7 +194,7 @@ def test_the_blocks_for_flex_attention_are_those_of_the_whole_mask(lengths):
         branches = np.sort(draw.integers(1, 5, length - prefix))
         made.append(np.concatenate([np.zeros(prefix, int), branches]))
     segments = torch.from_numpy(np.concatenate(made))[None]
-    found = attention.block_mask(segments, lengths)
+    found = attention.make_block_mask(segments, lengths)
     total = segments.shape[1]
     expected = create_block_mask(found.mask_mod, None, None, total, total, device="cpu")
     assert found.shape == expected.shape and torch.equal(found.to_dense(), expected.to_dense())
@@ -204,7 +204,7 @@ def test_the_blocks_for_flex_attention_are_those_of_the_whole_mask(lengths):
     query, key = torch.meshgrid(torch.arange(total), torch.arange(total), indexing="ij")
     whole = found.mask_mod(0, 0, query, key)
     start = 0
-    for span in attention.spans(segments, lengths):
+    for span in attention.make_spans(segments, lengths):
         inside = slice(span.start, span.end)
         assert torch.equal(whole[span.branches : span.end, inside], span.mask[0, 0])
         assert not whole[inside, :start].any()

@@ -13,7 +13,7 @@ from echo_ft.errors import EchoError
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View
 from echo_ft.model.preparation import packed_inputs, prepare_model
-from echo_ft.model.vision import TowerFeatureStore, project_patches, share_images
+from echo_ft.model.vision import TowerFeatureStore, encode_images_once, project_patches
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
 from tests.conftest import draw
@@ -167,4 +167,4 @@ def logits_of(model, collator, made, how):
 
 def test_features_of_a_tower_that_is_trained_are_never_kept(model, tmp_path):
     with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
-        share_images(copy.deepcopy(model), TowerFeatureStore(tmp_path, "a tower", GIB))
+        encode_images_once(copy.deepcopy(model), TowerFeatureStore(tmp_path, "a tower", GIB))

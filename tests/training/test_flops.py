@@ -58,10 +58,10 @@ def test_linear_layers_take_what_pytorch_counts(row_builder, model, tmp_path, ta
 
 
 def test_pairs_are_those_of_the_attention_mask(row_builder, tmp_path):
-    from echo_ft.model.batches import attention_mask
+    from echo_ft.model.batches import make_attention_mask
 
     for row in rows_of(row_builder, tmp_path):
-        mask = attention_mask(torch.from_numpy(row.segments)[None])
+        mask = make_attention_mask(torch.from_numpy(row.segments)[None])
         load = flops.text_load([row])
         assert load.pairs == int(mask.sum())
         assert load.tokens == len(row.input_ids) and load.labels == int((row.labels != -100).sum())

@@ -14,7 +14,7 @@ from echo_ft import config as configs
 from echo_ft.errors import EchoError
 from echo_ft.images.views import View
 from echo_ft.model.architectures import meta_model, model_config
-from echo_ft.model.loading import check_targets
+from echo_ft.model.loading import check_lora_targets
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.records import ROLES
 from echo_ft.training.memory import Batch, activations, adapt, count_parameters, frozen_bytes, topologies
@@ -98,9 +98,9 @@ def test_trainable_parameters_are_those_of_the_formula(folder):
 
 
 def test_vision_and_merger_names_find_linear_layers_alone(meta_2b):
-    check_targets(meta_2b, VISION + MERGER)
+    check_lora_targets(meta_2b, VISION + MERGER)
     with pytest.raises(EchoError, match=r"proj also finds model\.visual\.patch_embed\.proj, a Conv3d"):
-        check_targets(meta_2b, [*LANGUAGE, "proj"])
+        check_lora_targets(meta_2b, [*LANGUAGE, "proj"])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_vision_and_merger_names_find_linear_layers_alone(meta_2b):
 )
 def test_a_target_that_finds_nothing_is_named_with_the_nearest_that_would(meta_2b, wrong, nearest):
     with pytest.raises(EchoError, match=f"no module {wrong}; did you mean {nearest}"):
-        check_targets(meta_2b, [*LANGUAGE, wrong])
+        check_lora_targets(meta_2b, [*LANGUAGE, wrong])
 
 
 def test_a_single_target_is_found_like_one_of_a_list():
@@ -225,7 +225,7 @@ def test_every_recipe_passes_its_config_check_and_finds_its_targets(folder):
         config, sft, base = parse_recipe(RECIPES / folder / f"{role}.yaml")
         check_options(sft, base)
         model = model or meta_model(base.model_name_or_path, base.model_revision)
-        check_targets(model, base.lora_target_modules)
+        check_lora_targets(model, base.lora_target_modules)
         assert config.role == role == Path(sft.output_dir).name
         assert sft.max_length is None
         budgets.add((base.model_name_or_path, config.min_pixels, config.max_pixels))
