@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import list_images
-from data_prep.sources import Items, SourceConfig, passed_over
+from data_prep.sources import Items, SourceConfig, reject_unused
 from echo_ft.errors import EchoError
-from echo_ft.metrics.mmad import FOLDED
+from echo_ft.metrics.mmad import MERGED_TYPES
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Inspection, Question, Rejection
 
 NORMALS = {"DS-MVTec": "MVTec-AD"}
@@ -53,7 +53,7 @@ def read(config: SourceConfig) -> Items:
     asked = {root / key for key in rows}
     for folder in sorted(folders):
         why = "mmad.json asks nothing about it"
-        yield from passed_over(root, folder, asked, why, why)
+        yield from reject_unused(root, folder, asked, why, why)
     for dataset, product in products:
         yield from _normals(dataset, product, root)
 
@@ -119,7 +119,7 @@ def _mask(path: str, root: Path) -> str:
 def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
     if not isinstance(item, dict):
         return Rejection(name, "the question is not an object")
-    kind = FOLDED.get(str(item.get("type")), str(item.get("type")))
+    kind = MERGED_TYPES.get(str(item.get("type")), str(item.get("type")))
     options, answer = item.get("Options"), item.get("Answer")
     if kind not in QUESTION_TYPES:
         return Rejection(name, f"the type {item.get('type')!r} is none of MMAD's nine")
@@ -136,7 +136,7 @@ def _normals(dataset: str, product: str, root: Path) -> Items:
     folder = root / NORMALS.get(dataset, dataset) / product / "train" / GOOD
     normals = list(list_images(folder))
     if folder.is_dir():
-        yield from passed_over(root, folder, set(normals), "normal photographs lie directly in it")
+        yield from reject_unused(root, folder, set(normals), "normal photographs lie directly in it")
     for path in normals:
         image = path.relative_to(root).as_posix()
         yield Inspection(

@@ -1,129 +1,199 @@
+"""Calibration of P(defect): a temperature and thresholds that are fitted on one run and evaluated on another.
+
+Shapes: R resamples, N images.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from echo_ft.errors import EchoError
-from echo_ft.experts.option_order import most_probable
 from echo_ft.metrics import intervals
-from echo_ft.metrics.detection import detection_units
-from echo_ft.metrics.figures import AVERAGE, figure_interval, number
-from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
-from echo_ft.metrics.strict import strict_table
-from echo_ft.records import QUESTION_TYPES, Prediction
+from echo_ft.metrics.detection import detection_part_counts
+from echo_ft.metrics.metric_values import json_number, metric_interval
+from echo_ft.metrics.prediction_table import PredictionTable
+
+TEMPERATURE_BOUNDS = (0.01, 100.0)
+"""Limits of `fit_temperature`. It returns the first if scores separate the classes, the second if they are useless."""
+
+RELIABILITY_BINS = 10
+"""Number of equal-width probability bins in `reliability`."""
 
 
-def fitted_calibration(table: PredictionTable, validation: PredictionTable, false_alarms: float) -> dict[str, Any]:
-    """P(defect) of a run (`test`), with a temperature and thresholds fitted on another, of a validation split.
+def fit_calibration(table: PredictionTable, validation: PredictionTable, false_alarms: float) -> dict[str, Any]:
+    """Calibrate P(defect) on a validation run, and evaluate the result on the test run `table`.
 
-    `expected_calibration_error`, `log_loss` and the bins of a `reliability` diagram are those of the test run, before
-    and after `temperature` (`statistics.temperature`). A threshold is one of the calibrated P(defect); what reaches it
-    is called defective. `thresholds` gives recall, share of false alarms and F1 on both runs, with intervals on the
-    test run, of three of them: `false_alarms` holds that share on normal images (`statistics.false_alarm_threshold`)
-    and is absent where the validation run has too few; `f1` has the highest F1 on the validation run; `best` has the
-    highest on the test run itself, which nobody can know beforehand, and so no intervals.
+    The result has `expected_calibration_error`, `log_loss` and the bins of a `reliability` diagram for the test run,
+    before and after scaling by `temperature` (`fit_temperature`). A threshold applies to the calibrated P(defect);
+    images that reach it are called defective. `thresholds` has recall, share of false alarms and F1 on both runs, with
+    intervals on the test run, for three of them:
 
-    Intervals are of the test run's images, temperature and threshold being given. Raises EchoError where the validation
-    run has no P(defect) of normal or of defective images, or the test run none at all.
+    - `false_alarms` keeps that share of false alarms on normal images (`false_alarm_threshold`). It is missing if the
+      validation run has too few of them.
+    - `f1` has the highest F1 on the validation run.
+    - `best` has the highest F1 on the test run itself. It has no intervals, because it cannot be known in advance.
+
+    Intervals cover the choice of the test images, for a fixed temperature and fixed thresholds. Raises EchoError if the
+    validation run has no P(defect) for normal or for defective images, or if the test run has none at all.
     """
-
-    fitted_logits, fitted_truth = _scored(validation)
-    logits, truth = _scored(table)
-    counts = [{"normal": int((~one).sum()), "defective": int(one.sum())} for one in (fitted_truth, truth)]
-    if not all(counts[0].values()):
+    fitted_logits, fitted_truth = _logits_and_truth(validation)
+    logits, truth = _logits_and_truth(table)
+    fitted_counts, counts = _class_counts(fitted_truth), _class_counts(truth)
+    if not all(fitted_counts.values()):
         raise EchoError(
-            f"the validation run has P(defect) of {counts[0]['normal']} normal and {counts[0]['defective']} defective "
-            "images; calibrate on a run with both, by a model or a server that tells probabilities"
+            f"the validation run has P(defect) for {fitted_counts['normal']} normal and {fitted_counts['defective']} "
+            "defective images; calibrate on a run with both, made with a backend that returns token probabilities"
         )
     if not len(truth):
-        raise EchoError("the run has P(defect) of no image; make it with a model or a server that tells probabilities")
-    temperature = intervals.temperature(fitted_logits, fitted_truth)
+        raise EchoError(
+            "the run has no P(defect) for any image; rerun it with a backend that returns token probabilities"
+        )
+    temperature = fit_temperature(fitted_logits, fitted_truth)
     fitted, scores = expit(fitted_logits / temperature), expit(logits / temperature)
     thresholds = {
-        "false_alarms": intervals.false_alarm_threshold(fitted[~fitted_truth], false_alarms),
-        "f1": intervals.best_f1_threshold(fitted, fitted_truth),
-        "best": intervals.best_f1_threshold(scores, truth) if truth.any() else None,
+        "false_alarms": false_alarm_threshold(fitted[~fitted_truth], false_alarms),
+        "f1": best_f1_threshold(fitted, fitted_truth),
+        "best": best_f1_threshold(scores, truth) if truth.any() else None,
     }
-    used = ~np.isnan(table.defect_scores)
-    weights, units = table.weights()[:, used], detection_units(table, used)
-    units = {"recall": units["recall"], "false_alarms": units["specificity"], "f1": units["balanced_accuracy"]}
-    found = {}
+    scaled = {"before": logits, "after": logits / temperature}
+    bins = {key: reliability(expit(values), truth) for key, values in scaled.items()}
+    return {
+        "validation": fitted_counts,
+        "test": counts,
+        "temperature": temperature,
+        "expected_calibration_error": {key: expected_calibration_error(values) for key, values in bins.items()},
+        "log_loss": {key: log_loss(values, truth) for key, values in scaled.items()},
+        "reliability": bins,
+        "stated_false_alarms": false_alarms,
+        "thresholds": _threshold_metrics(table, thresholds, (fitted, fitted_truth), (scores, truth)),
+    }
+
+
+def _logits_and_truth(table: PredictionTable) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log odds of P(defect), clipped to finite values, and the truth of the images that have one."""
+    scored, epsilon = ~np.isnan(table.defect_scores), np.finfo(float).eps
+    return logit(np.clip(table.defect_scores[scored], epsilon, 1 - epsilon)), table.defective[scored]
+
+
+def _class_counts(truth: np.ndarray) -> dict[str, int]:
+    return {"normal": int((~truth).sum()), "defective": int(truth.sum())}
+
+
+def _threshold_metrics(
+    table: PredictionTable,
+    thresholds: Mapping[str, float | None],
+    validation: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+) -> dict[str, Any]:
+    """Evaluate thresholds on the (scores, truth) of both runs, with intervals on the test run."""
+    scored = ~np.isnan(table.defect_scores)
+    weights, counts = table.weights()[:, scored], detection_part_counts(table, scored)
+    parts = {"recall": counts["recall"], "false_alarms": counts["specificity"], "f1": counts["balanced_accuracy"]}
+    metrics = {}
     for name, threshold in thresholds.items():
         if threshold is not None:
             on_validation, on_test = (
-                {key: number(value[0]) for key, value in intervals.rates(np.ones((1, len(side))), called, side).items()}
-                for called, side in ((fitted >= threshold, fitted_truth), (scores >= threshold, truth))
+                threshold_rates(np.ones((1, len(truth))), scores >= threshold, truth)
+                for scores, truth in (validation, test)
             )
-            spread = intervals.rates(weights, scores >= threshold, truth) if name != "best" else {}
-            found[name] = {
+            resampled = threshold_rates(weights, test[0] >= threshold, test[1]) if name != "best" else {}
+            metrics[name] = {
                 "threshold": threshold,
-                "validation": on_validation,
-                "test": on_test,
-                "intervals": {key: figure_interval(value, units[key]) for key, value in spread.items()},
+                "validation": {key: json_number(value[0]) for key, value in on_validation.items()},
+                "test": {key: json_number(value[0]) for key, value in on_test.items()},
+                "intervals": {key: metric_interval(value, parts[key]) for key, value in resampled.items()},
             }
-    ways = {"before": logits, "after": logits / temperature}
-    bins = {way: intervals.reliability(expit(one), truth) for way, one in ways.items()}
-    return {
-        "validation": counts[0],
-        "test": counts[1],
-        "temperature": temperature,
-        "expected_calibration_error": {way: intervals.expected_calibration_error(one) for way, one in bins.items()},
-        "log_loss": {way: intervals.log_loss(one, truth) for way, one in ways.items()},
-        "reliability": bins,
-        "stated_false_alarms": false_alarms,
-        "thresholds": found,
-    }
+    return metrics
 
 
-def _scored(table: PredictionTable) -> tuple[np.ndarray, np.ndarray]:
-    """Log odds of P(defect), those of certainty kept finite, and the truth, of the images that have one."""
+def fit_temperature(logits: np.ndarray, positive: np.ndarray) -> float:
+    """Return the T that minimises the log loss of `expit(logits / T)`.
 
-    scored, tiny = ~np.isnan(table.defect_scores), np.finfo(float).eps
-    return logit(np.clip(table.defect_scores[scored], tiny, 1 - tiny)), table.defective[scored]
-
-
-def text_vs_logits(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
-    """{kind or `Average`: figures}: the decisions read from the text beside those of the options' probabilities.
-
-    Over the questions that have both; empty where none has. `agreement` (0 to 1, with its interval) is the share of
-    `questions` whose text names the most probable option; a text that names none agrees with none. `text` and `logits`
-    are the strict figures in percent of either way, the row `Average` being that of the strict table.
+    This is temperature scaling (Guo et al., "On Calibration of Modern Neural Networks", 2017). `logits` (N,) are higher
+    for images that are more likely `positive`, (N,) bool. The loss is convex in 1 / T, so the zero of its slope is its
+    only minimum. The minimum lies outside TEMPERATURE_BOUNDS if the logits separate the classes, or if they do not
+    increase with `positive`; T is then the nearer bound.
     """
-    both = [one for one in predictions if one.error is None and one.probabilities]
-    if not both:
-        return {}
-    text = make_prediction_table(both)
-    logits = make_prediction_table([replace(one, parsed=most_probable(one.probabilities)) for one in both])
-    pairs = zip(text.predictions, logits.predictions, strict=True)
-    agrees = np.array([one.parsed == other.parsed for one, other in pairs])
-    tables = [strict_table(way)[AVERAGE] for way in (text, logits)]
-    weights = text.weights()
-    found = {}
-    for place, kind in enumerate([*QUESTION_TYPES, AVERAGE]):
-        chosen = np.ones(len(both), dtype=bool) if kind == AVERAGE else text.kinds == place
-        if not chosen.any():
-            continue
-        agreement, spread = agreement_share(text, weights, text.image_of[chosen], agrees[chosen])
-        found[kind] = {
-            "questions": int(chosen.sum()),
-            "agreement": agreement,
-            "interval": spread,
-            "text": tables[0][kind],
-            "logits": tables[1][kind],
-        }
-    return found
+
+    def slope(inverse: float) -> float:
+        return float((logits * (expit(inverse * logits) - positive)).sum())
+
+    lowest, highest = TEMPERATURE_BOUNDS
+    if slope(1 / highest) >= 0:
+        return highest
+    if slope(1 / lowest) <= 0:
+        return lowest
+    return 1 / brentq(slope, 1 / highest, 1 / lowest)
 
 
-def agreement_share(
-    table: PredictionTable, weights: np.ndarray, images: np.ndarray, holds: np.ndarray
-) -> tuple[float, list[float] | None]:
-    """The share of things that hold (M,) bool, each about one of the sheet's images (M,), and its 95 % interval."""
-    asked, held = np.zeros(len(table.images)), np.zeros(len(table.images))
-    np.add.at(asked, images, 1.0)
-    np.add.at(held, images, holds.astype(float))
-    parts = len(np.unique(table.parts[images]))
-    return float(holds.mean()), figure_interval(intervals.ratio(weights @ held, weights @ asked), parts)
+def log_loss(logits: np.ndarray, positive: np.ndarray) -> float:
+    """Return the mean of -log P(truth) in nats, for probabilities `expit(logits)`, (N,)."""
+    return float(np.logaddexp(0, np.where(positive, -logits, logits)).mean())
+
+
+def reliability(probabilities: np.ndarray, positive: np.ndarray) -> list[tuple[float, float, int]]:
+    """Return (mean probability, share of positives, count) of each non-empty bin.
+
+    `probabilities` and `positive` are (N,). There are RELIABILITY_BINS bins of equal width.
+    """
+    bins = np.minimum((probabilities * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    return [
+        (float(probabilities[bins == place].mean()), float(positive[bins == place].mean()), int((bins == place).sum()))
+        for place in np.unique(bins)
+    ]
+
+
+def expected_calibration_error(bins: Sequence[tuple[float, float, int]]) -> float:
+    """Return the mean gap between probability and share over the bins of `reliability`, weighted by their counts.
+
+    Defined in Guo et al., "On Calibration of Modern Neural Networks", 2017.
+    """
+    return sum(number * abs(mean - share) for mean, share, number in bins) / sum(number for *_, number in bins)
+
+
+def false_alarm_threshold(negatives: np.ndarray, share: float) -> float | None:
+    """Return the lowest threshold that a new negative reaches with a probability of at most `share`.
+
+    This is the split conformal threshold (Vovk et al., "Algorithmic Learning in a Random World", 2005). It lies just
+    above the score of rank ceil((n + 1) (1 - share)) of the n `negatives`. It holds for any distribution of scores if
+    the new negative is drawn from the same one. At most that share of `negatives` reaches it too. Return None if n is
+    too small for the share.
+    """
+    rank = math.ceil((len(negatives) + 1) * (1 - share) - 1e-9)  # 20 * (1 - 0.05) is slightly more than 19
+    return float(np.nextafter(np.sort(negatives)[rank - 1], math.inf)) if rank <= len(negatives) else None
+
+
+def best_f1_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Return the score that, used as threshold, has the highest F1; the highest one in case of ties.
+
+    `scores` and `positive` are (N,) and must contain both classes.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, thresholds = precision_recall_curve(positive, scores)
+    ratios = intervals.ratio(2 * precision * recall, precision + recall)
+    f1 = np.nan_to_num(ratios)[:-1]  # the last point has no threshold
+    return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
+
+
+def threshold_rates(weights: np.ndarray, called: np.ndarray, positive: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `recall`, `false_alarms` (their share of the negatives) and `f1`, each (R,).
+
+    `weights` are (R, N); `called` (N,) bool are the images that reach the threshold, `positive` (N,) bool the truth.
+    """
+    found, missed, alarms, passed = (
+        weights[:, decision & of_class].sum(axis=1)
+        for of_class in (positive, ~positive)
+        for decision in (called, ~called)
+    )
+    return {
+        "recall": intervals.ratio(found, found + missed),
+        "false_alarms": intervals.ratio(alarms, alarms + passed),
+        "f1": intervals.ratio(2 * found, 2 * found + missed + alarms),
+    }

@@ -1,4 +1,7 @@
-"""What runs on the same questions say about each other: figures, paired differences, tests, a sentence each."""
+"""Comparison of runs on the same questions: metrics, paired differences, tests, and one sentence per run.
+
+Shapes: R resamples.
+"""
 
 from __future__ import annotations
 
@@ -9,78 +12,57 @@ from typing import Any
 import numpy as np
 
 from echo_ft.metrics import intervals, strict
-from echo_ft.metrics.detection import _asked_for_defects, detection_arrays, detection_units
-from echo_ft.metrics.figures import AVERAGE, MIN_PARTS, figure_interval, number
+from echo_ft.metrics.detection import detection_images, detection_metrics, detection_part_counts
 from echo_ft.metrics.intervals import BOOTSTRAP
 from echo_ft.metrics.loading import Run
+from echo_ft.metrics.metric_values import AVERAGE, MIN_PARTS, json_number, metric_interval
 from echo_ft.metrics.prediction_table import PredictionTable
-from echo_ft.metrics.strict import strict_array, strict_units
 from echo_ft.records import QUESTION_TYPES
 
-TOGETHER = "All questions"
-"""The row of all kinds together in the McNemar tests."""
+ALL_QUESTIONS = "All questions"
+"""Name of the McNemar test over all question types."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """One run, or several of one kind."""
+class RunGroup:
+    """One run, or several that differ only in their adapters' training, such as its seed."""
 
     name: str
     members: list[str]
-    """The runs' own names."""
+    """Names of the runs."""
     runs: list[Run]
     tables: list[PredictionTable]
 
     @property
     def title(self) -> str:
-        """The name, with the number of runs where there are several."""
+        """The name, followed by the number of runs if there are several."""
         return f"{self.name} ({len(self.runs)} runs)" if len(self.runs) > 1 else self.name
 
 
-def compare(groups: Sequence[Group]) -> dict[str, Any]:
-    """comparison.json's content. All runs are resampled together: the same parts in the same resample.
+def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
+    """Return the content of comparison.json. All runs share resamples of the parts; the first group is the baseline.
 
-    Where a group has several runs, these are resampled too, apart from the parts (Owen, "The Pigeonhole Bootstrap",
-    2007), so that its intervals hold what another seed would change as far as a few runs can tell it.
+    The runs of a group are resampled too, independently of the parts (Owen, "The Pigeonhole Bootstrap", 2007). The
+    intervals then include the variation between seeds, as far as a few runs can show it.
     """
     base, first = groups[0], groups[0].tables[0]
-    weights, once = first.weights(), first.once()
-    units = [compared_units(group.tables[0]) for group in groups]
-    values = [[compared_figures(table, once) for table in group.tables] for group in groups]
-    spreads = [_pooled(group, weights, seed) for seed, group in enumerate(groups, start=1)]
-    tests = [mcnemar_tests(base, group) for group in groups[1:]]
-    for family in ([TOGETHER], list(QUESTION_TYPES)):
-        found = [test[row] for test in tests for row in family if row in test]
-        for test, adjusted in zip(found, intervals.holm([test["p"] for test in found]), strict=True):
-            test["p_holm"] = adjusted
-    described: list[dict[str, Any]] = [
-        {
-            "name": group.name,
-            "title": group.title,
-            "members": group.members,
-            "figures": {
-                key: _figure([number(one[key][0]) for one in some])
-                | {"interval": figure_interval(spread[key], count, key)}
-                for key, count in rests_on.items()
-            },
-            "counts": strict.counts([one for run in group.runs for one in run.predictions]),
-            "provenance": _merged([run.provenance for run in group.runs]),
-        }
-        for group, some, spread, rests_on in zip(groups, values, spreads, units, strict=True)
-    ]
+    weights = first.weights()
+    part_counts = [compared_part_counts(group.tables[0]) for group in groups]
+    resampled = [_resampled_metrics(group, weights, seed) for seed, group in enumerate(groups, start=1)]
+    described = [_describe_group(*one) for one in zip(groups, resampled, part_counts, strict=True)]
+    tests = _corrected_tests(base, groups[1:])
     questions, cases = len(first.predictions), len({one.case for one in first.predictions})
     differences = []
     for place, group in enumerate(groups[1:], start=1):
         rows = {}
-        for key, count in units[0].items():
+        for key, count in part_counts[0].items():
             before, after = (described[which]["figures"][key]["value"] for which in (0, place))
+            change, parts = resampled[place][key] - resampled[0][key], min(count, part_counts[place][key])
             rows[key] = {
                 "difference": None if after is None or before is None else after - before,
-                "interval": figure_interval(
-                    spreads[place][key] - spreads[0][key], min(count, units[place][key]), key, difference=True
-                ),
+                "interval": metric_interval(change, parts, key, difference=True),
             }
-        sentence = verdict(group.title, base.title, rows["Average"], questions, cases)
+        sentence = describe_difference(group.title, base.title, rows[AVERAGE], questions, cases)
         differences.append({"run": group.name, "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
     return {
         "baseline": base.name,
@@ -99,22 +81,51 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _pooled(group: Group, weights: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Each figure's mean over the group's runs, (R,), in resamples of the parts and, where there are several, of them.
+def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[str, dict[str, Any]]]:
+    """Test each group against the baseline. Tests over all questions and tests per type are two Holm families."""
+    tests = [mcnemar_tests(base, group) for group in others]
+    for family in ([ALL_QUESTIONS], list(QUESTION_TYPES)):
+        found = [test[row] for test in tests for row in family if row in test]
+        for test, adjusted in zip(found, intervals.holm([test["p"] for test in found]), strict=True):
+            test["p_holm"] = adjusted
+    return tests
 
-    One run less is drawn than there are, which gives their mean its true variance (Rao and Wu, 1988).
+
+def _resampled_metrics(group: RunGroup, weights: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Return the mean of each metric over the group's runs, (R,), with resampled parts and, if there are several, runs.
+
+    A resample draws one run less than the group has, so the variance of its mean is unbiased (Rao and Wu, 1988).
     """
-    spreads = [compared_figures(table, weights) for table in group.tables]
-    count = len(spreads)
+    resampled = [compared_metrics(table, weights) for table in group.tables]
+    count = len(resampled)
     if count == 1:
-        return spreads[0]
+        return resampled[0]
     draws = np.random.default_rng(seed).multinomial(count - 1, np.full(count, 1 / count), size=len(weights))
     shares = draws.T / (count - 1)
-    return {key: (shares * np.array([spread[key] for spread in spreads])).sum(axis=0) for key in spreads[0]}
+    return {key: (shares * np.array([metrics[key] for metrics in resampled])).sum(axis=0) for key in resampled[0]}
 
 
-def _figure(values: Sequence[float | None]) -> dict[str, Any]:
-    """The mean over runs, their standard deviation (None for one run), how many, and each run's own."""
+def _describe_group(
+    group: RunGroup, resampled: Mapping[str, np.ndarray], part_counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the metrics of a group with their intervals, its answer counts and its provenance."""
+    values = [compared_metrics(table, group.tables[0].unit_weights()) for table in group.tables]
+    return {
+        "name": group.name,
+        "title": group.title,
+        "members": group.members,
+        "figures": {
+            key: _mean_over_runs([json_number(metrics[key][0]) for metrics in values])
+            | {"interval": metric_interval(resampled[key], parts, key)}
+            for key, parts in part_counts.items()
+        },
+        "counts": strict.answer_counts([one for run in group.runs for one in run.predictions]),
+        "provenance": _merge_provenance([run.provenance for run in group.runs]),
+    }
+
+
+def _mean_over_runs(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return the mean, the standard deviation (None for one run), the number of runs, and the value of each run."""
     known = [value for value in values if value is not None]
     complete = len(known) == len(values)
     return {
@@ -125,8 +136,8 @@ def _figure(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _merged(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the runs of a group have in common as it stands, the rest as a list of each run's."""
+def _merge_provenance(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Keep values that all runs share, and list the value of each run for the others."""
     merged: dict[str, Any] = {}
     for key in dict.fromkeys(key for one in provenances for key in one):
         values = [one.get(key) for one in provenances]
@@ -134,28 +145,28 @@ def _merged(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def mcnemar_tests(first: Group, second: Group) -> dict[str, dict[str, Any]]:
-    """{All questions and each kind: questions that one run alone answered correctly, and the exact p-value}.
+def mcnemar_tests(first: RunGroup, second: RunGroup) -> dict[str, dict[str, Any]]:
+    """Return {ALL_QUESTIONS or question type: questions that only one run answered correctly, and the exact p-value}.
 
-    Empty where either has several runs: a question that was answered several times makes no one pair.
+    Empty if a group has several runs, because a question with several answers does not form one pair.
     """
     if len(first.runs) > 1 or len(second.runs) > 1:
         return {}
     base, other = first.tables[0], second.tables[0]
     tests = {}
-    for row in (TOGETHER, *QUESTION_TYPES):
-        of_kind = base.kinds >= 0 if row == TOGETHER else base.kinds == QUESTION_TYPES.index(row)
-        if of_kind.any():
-            lost = int((base.correct & ~other.correct & of_kind).sum())
-            won = int((other.correct & ~base.correct & of_kind).sum())
+    for row in (ALL_QUESTIONS, *QUESTION_TYPES):
+        chosen = base.type_index >= 0 if row == ALL_QUESTIONS else base.type_index == QUESTION_TYPES.index(row)
+        if chosen.any():
+            lost = int((base.correct & ~other.correct & chosen).sum())
+            won = int((other.correct & ~base.correct & chosen).sum())
             tests[row] = {"only_baseline": lost, "only_run": won, "p": intervals.mcnemar(lost, won)}
     return tests
 
 
-def verdict(name: str, baseline: str, average: Mapping[str, Any], questions: int, cases: int) -> str:
-    """One plain sentence about the strict averages of two runs."""
+def describe_difference(name: str, baseline: str, average: Mapping[str, Any], questions: int, cases: int) -> str:
+    """Describe the difference of two runs' strict averages in one sentence."""
     difference = average["difference"]
-    where = f"on {questions} questions of {cases} cases"
+    where = f"on {questions} questions from {cases} cases"
     if average["interval"] is None:
         return (
             f"{name} and {baseline} cannot be told apart: the difference is {difference:+.1f} points {where}, and a "
@@ -163,28 +174,31 @@ def verdict(name: str, baseline: str, average: Mapping[str, Any], questions: int
         )
     low, high = average["interval"]
     if low > 0:
-        by = f"{difference:.1f} points (95 % interval {low:.1f} to {high:.1f})"
+        by = f"{difference:.1f} points (95% interval {low:.1f} to {high:.1f})"
         return f"{name} is better than {baseline} by {by} {where}"
     if high < 0:
-        by = f"{-difference:.1f} points (95 % interval {-high:.1f} to {-low:.1f})"
+        by = f"{-difference:.1f} points (95% interval {-high:.1f} to {-low:.1f})"
         return f"{name} is worse than {baseline} by {by} {where}"
     return (
         f"{name} and {baseline} cannot be told apart: the difference is {difference:+.1f} points "
-        f"(95 % interval {low:+.1f} to {high:+.1f}) {where}"
+        f"(95% interval {low:+.1f} to {high:+.1f}) {where}"
     )
 
 
-def compared_figures(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """What two runs are compared by, each (R,): the `Average` row in percent, and all images' detection from 0 to 1."""
-    return _ordered(strict_array(table, weights)[:, -1].T, detection_arrays(table, weights))
+def compared_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the compared metrics (R,): the `Average` row in percent, and detection on all images from 0 to 1."""
+    return _in_order(strict.strict_array(table, weights)[:, -1].T, detection_metrics(table, weights))
 
 
-def compared_units(table: PredictionTable) -> dict[str, int]:
-    """How many parts each of `figures` rests on."""
-    return _ordered(strict_units(table)[-1].tolist(), detection_units(table, _asked_for_defects(table)))
+def compared_part_counts(table: PredictionTable) -> dict[str, int]:
+    """Count the parts behind each of `compared_metrics`."""
+    counts = strict.strict_part_counts(table)[-1].tolist()
+    return _in_order(counts, detection_part_counts(table, detection_images(table)))
 
 
-def _ordered(row: Iterable[Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    table = dict(zip([*QUESTION_TYPES, AVERAGE], row, strict=True))
-    chosen = {"AUROC": found["auroc"], "recall": found["recall"], "specificity": found["specificity"]}
-    return {AVERAGE: table.pop(AVERAGE), "Anomaly Detection": table.pop("Anomaly Detection"), **chosen, **table}
+def _in_order(row: Iterable[Any], detection: Mapping[str, Any]) -> dict[str, Any]:
+    """Combine a row of the strict table with detection values, the average first."""
+    columns = dict(zip([*QUESTION_TYPES, AVERAGE], row, strict=True))
+    chosen = {"AUROC": detection["auroc"], "recall": detection["recall"], "specificity": detection["specificity"]}
+    first = {name: columns.pop(name) for name in (AVERAGE, "Anomaly Detection")}
+    return {**first, **chosen, **columns}

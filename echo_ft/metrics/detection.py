@@ -1,3 +1,10 @@
+"""Image-level detection of defects: AUROC, recall, specificity and average precision, from 0 to 1.
+
+Decisions are the answers to Anomaly Detection questions, scores are P(defect).
+
+Shapes: R resamples, N images. Weights (R, N) are the number of times that each image is drawn.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -5,87 +12,104 @@ from typing import Any
 import numpy as np
 
 from echo_ft.metrics import intervals
-from echo_ft.metrics.figures import DETECTION, figure_interval, number
+from echo_ft.metrics.metric_values import DETECTION_INDEX, json_number, metric_interval
 from echo_ft.metrics.prediction_table import PredictionTable
 
 ALL_IMAGES = "All"
-"""The row of all images together in `detection`."""
+"""Name of the row of all images in `score_detection`."""
 
 
-def detection_arrays(
+def auroc(weights: np.ndarray, scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Return the area under the ROC curve in each resample, (R,); nan if a class is missing.
+
+    `weights` (R, N) are multiplicities, and a row of ones gives the plain AUROC. `scores` (N,) are higher for images
+    that are more likely `positive`, (N,) bool. Uses the Mann-Whitney form, P(score of a positive > score of a
+    negative) + P(equal) / 2.
+    """
+    order = np.argsort(scores[~positive])
+    negatives = scores[~positive][order]
+    below = np.zeros((len(weights), len(negatives) + 1))
+    np.cumsum(weights[:, ~positive][:, order], axis=1, out=below[:, 1:])
+    less = below[:, np.searchsorted(negatives, scores[positive], side="left")]
+    less_or_equal = below[:, np.searchsorted(negatives, scores[positive], side="right")]
+    wins = (weights[:, positive] * (less + less_or_equal)).sum(axis=1) / 2
+    return intervals.ratio(wins, weights[:, positive].sum(axis=1) * below[:, -1])
+
+
+def detection_metrics(
     table: PredictionTable, weights: np.ndarray, members: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Image-level detection from the Anomaly Detection questions of `members` (N,) bool, each figure (R,) from 0 to 1.
+    """Return each detection metric (R,) of the images `members`, (N,) bool, or of all images.
 
-    `auroc` is over the images with a P(defect); `recall` (share of defective images called so), `specificity` (of
-    normal ones) and `balanced_accuracy` (their mean) are over all decisions, an unread one wrong.
+    `auroc` covers the images that have a P(defect). `recall` (on defective images), `specificity` (on normal ones) and
+    `balanced_accuracy` (their mean) cover all decisions and count unparsed ones as wrong.
     """
     members = np.ones(len(table.images), dtype=bool) if members is None else members
-    asked, correct = np.zeros(len(table.images)), np.zeros(len(table.images))
-    of_kind = table.kinds == DETECTION
-    np.add.at(asked, table.image_of[of_kind], 1.0)
-    np.add.at(correct, table.image_of[of_kind], table.correct[of_kind].astype(float))
+    total, correct = np.zeros(len(table.images)), np.zeros(len(table.images))
+    detects = table.type_index == DETECTION_INDEX
+    np.add.at(total, table.image_index[detects], 1.0)
+    np.add.at(correct, table.image_index[detects], table.correct[detects].astype(float))
 
-    def accuracy(side: np.ndarray) -> np.ndarray:
-        chosen = members & side
-        return intervals.ratio(weights[:, chosen] @ correct[chosen], weights[:, chosen] @ asked[chosen])
+    def accuracy(of_class: np.ndarray) -> np.ndarray:
+        chosen = members & of_class
+        return intervals.ratio(weights[:, chosen] @ correct[chosen], weights[:, chosen] @ total[chosen])
 
     recall, specificity = accuracy(table.defective), accuracy(~table.defective)
     scored = members & ~np.isnan(table.defect_scores)
     return {
-        "auroc": intervals.auroc(weights[:, scored], table.defect_scores[scored], table.defective[scored]),
+        "auroc": auroc(weights[:, scored], table.defect_scores[scored], table.defective[scored]),
         "recall": recall,
         "specificity": specificity,
         "balanced_accuracy": (recall + specificity) / 2,
     }
 
 
-def detection_units(table: PredictionTable, members: np.ndarray) -> dict[str, int]:
-    """How many parts each figure of `detection_arrays` rests on; of its two sides the smaller one's."""
+def detection_part_counts(table: PredictionTable, members: np.ndarray) -> dict[str, int]:
+    """Count the parts behind each of `detection_metrics`. A metric of two classes has the count of the smaller one."""
     return {
-        "auroc": table.smaller_side(members & ~np.isnan(table.defect_scores)),
-        "recall": table.smaller_side(members & table.defective),
-        "specificity": table.smaller_side(members & ~table.defective),
-        "balanced_accuracy": table.smaller_side(members),
+        "auroc": table.smaller_class_parts(members & ~np.isnan(table.defect_scores)),
+        "recall": table.smaller_class_parts(members & table.defective),
+        "specificity": table.smaller_class_parts(members & ~table.defective),
+        "balanced_accuracy": table.smaller_class_parts(members),
     }
 
 
-def detection(table: PredictionTable) -> dict[str, dict[str, Any]]:
-    """{row: figures, their intervals and counts} for all images together and for each dataset, from 0 to 1."""
+def score_detection(table: PredictionTable) -> dict[str, dict[str, Any]]:
+    """Return {row: metrics from 0 to 1, their intervals and counts} for all images and for each dataset."""
     weights = table.weights()
     rows = {}
-    for name, members in detection_rows(table).items():
-        figures = {key: number(value[0]) for key, value in detection_arrays(table, table.once(), members).items()}
-        spread, units = detection_arrays(table, weights, members), detection_units(table, members)
+    for name, members in detection_subsets(table).items():
+        metrics = detection_metrics(table, table.unit_weights(), members)
+        resampled, parts = detection_metrics(table, weights, members), detection_part_counts(table, members)
         rows[name] = {
             "images": int(members.sum()),
             "normal": int((members & ~table.defective).sum()),
             "defective": int((members & table.defective).sum()),
             "scored": int((members & ~np.isnan(table.defect_scores)).sum()),
-            **figures,
+            **{key: json_number(value[0]) for key, value in metrics.items()},
             "average_precision": average_precision(table, members),
-            "intervals": {key: figure_interval(value, units[key], key) for key, value in spread.items()},
+            "intervals": {key: metric_interval(value, parts[key], key) for key, value in resampled.items()},
         }
     return rows
 
 
-def detection_rows(table: PredictionTable) -> dict[str, np.ndarray]:
-    """{row: (N,) bool}: the images with a question of Anomaly Detection, all together and each dataset's, if any."""
-    names, row_of = table.rows("dataset")
-    asked = _asked_for_defects(table)
-    rows = {ALL_IMAGES: asked, **{name: asked & (row_of == place) for place, name in enumerate(names)}}
+def detection_subsets(table: PredictionTable) -> dict[str, np.ndarray]:
+    """Return {row: (N,) bool}: images with an Anomaly Detection question, of all datasets and of each one."""
+    names, row_index = table.group_images("dataset")
+    images = detection_images(table)
+    rows = {ALL_IMAGES: images, **{name: images & (row_index == place) for place, name in enumerate(names)}}
     return {name: members for name, members in rows.items() if members.any()}
 
 
-def _asked_for_defects(table: PredictionTable) -> np.ndarray:
-    """(N,) bool: the images with a question of Anomaly Detection."""
-    asked = np.zeros(len(table.images), dtype=bool)
-    asked[table.image_of[table.kinds == DETECTION]] = True
-    return asked
+def detection_images(table: PredictionTable) -> np.ndarray:
+    """Return which images have an Anomaly Detection question, (N,) bool."""
+    members = np.zeros(len(table.images), dtype=bool)
+    members[table.image_index[table.type_index == DETECTION_INDEX]] = True
+    return members
 
 
 def average_precision(table: PredictionTable, members: np.ndarray) -> float | None:
-    """scikit-learn's average precision of P(defect) over `members` (N,) bool; None where a side is missing."""
+    """Return scikit-learn's average precision of P(defect) over `members`, (N,) bool; None if a class is missing."""
     scored = members & ~np.isnan(table.defect_scores)
     truth = table.defective[scored]
     if not 0 < truth.sum() < len(truth):
@@ -96,7 +120,7 @@ def average_precision(table: PredictionTable, members: np.ndarray) -> float | No
 
 
 def roc_points(table: PredictionTable) -> list[tuple[float, float]]:
-    """(false positive rate, true positive rate) along the threshold on P(defect); empty where a side is missing."""
+    """Return the ROC curve of P(defect) as (false positive rate, true positive rate); empty if a class is missing."""
     scored = ~np.isnan(table.defect_scores)
     truth = table.defective[scored]
     if not 0 < truth.sum() < len(truth):

@@ -1,7 +1,8 @@
-"""Scores for the experts before the decision: what they said in a run, beside what the truth would have them say.
+"""Scores of the experts before the decision: their outputs in a run, compared with what the truth implies.
 
-What is said is read strictly, as the decision is: an answer that is none of those that the role can give is wrong and
-counted (`unread`), never guessed. Intervals are those of the run's own figures, over the same parts (`metrics.share`).
+Outputs are parsed strictly, like decisions. Text that is not a possible answer of the role is wrong and counted as
+unparsed, never guessed. Intervals resample the same parts as those of the run's other scores
+(`metric_values.share_with_interval`).
 """
 
 from __future__ import annotations
@@ -21,234 +22,250 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.roles import one_line, parse_best
 from echo_ft.experts.targets import defect_mask, gold_upstream
 from echo_ft.images import masks
-from echo_ft.images.decode import READERS
-from echo_ft.metrics import calibration, intervals
-from echo_ft.metrics.figures import figure_interval
+from echo_ft.images.decode import READER_THREADS
+from echo_ft.metrics import intervals
+from echo_ft.metrics.metric_values import metric_interval, share_with_interval
 from echo_ft.metrics.prediction_table import PredictionTable
 from echo_ft.records import Case, Entry, Reference, Trace
 
-BEST, CONDITION, PLACE, TOUCHED, CONCLUSION = "best_reference", "condition", "place", "place_touched", "conclusion"
-"""What is judged: the extractor's choice, the guide's condition, the reasoner's place and conclusion."""
+BEST_REFERENCE = "best_reference"
+"""The extractor's choice among several candidates."""
 
-RECALL = "condition_recall"
-"""The guide's condition once more, as the mean over the conditions that the parts have."""
+NAMED_CONDITION = "condition"
+"""The condition that the guide names."""
+
+DEFECT_PLACE, PLACE_TOUCHED = "place", "place_touched"
+"""The reasoner's place: that of the whole defect, and one that contains some of it."""
+
+CONCLUSION = "conclusion"
+"""The reasoner's conclusion, compared with the decision that follows it."""
+
+CONDITION_RECALL = "condition_recall"
+"""NAMED_CONDITION again, as the mean over the true conditions."""
 
 _PLACES = re.compile(rf"\b({'|'.join(sorted([*masks.PLACES, masks.SPREAD], key=len, reverse=True))})\b")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether one thing that an expert said is right."""
+class Judgement:
+    """Whether one output of an expert is correct."""
 
-    figure: str
+    metric: str
     case: str
-    right: bool
-    read: bool
-    """False where it said nothing that could be right or wrong; then it counts as wrong."""
+    correct: bool
+    parsed: bool
+    """False if the text is not a possible answer of the role; it then counts as wrong."""
     chance: float | None = None
-    """How often a blind choice would be right, where there is one."""
+    """Probability that a random choice is correct, if the number of choices is known."""
 
 
-def expert_figures(
-    table: PredictionTable, cases: Sequence[Case], traces: Iterable[Trace], root: Path
-) -> dict[str, Any]:
-    """{`figures`: by name, from 0 to 1, `conditions`: the guide's by condition, `unreadable`: why cases are left out}.
+def score_experts(table: PredictionTable, cases: Sequence[Case], traces: Iterable[Trace], root: Path) -> dict[str, Any]:
+    """Score the experts before the decision.
 
-    `cases` are of the dataset that the run was on, `traces` those of the run; a case that failed has none. A figure is
-    left out where no expert was asked for it.
+    `cases` are those of the run's dataset, `traces` those of the run, `root` is the folder of the images. A failed case
+    has no traces. The result is {`figures`: {metric: values from 0 to 1}, `conditions`: {condition: the guide's
+    recall}, `unreadable`: reasons why cases are left out}. Metrics of experts that did not run are left out.
     """
-    said: dict[str, dict[tuple[str, str], Trace]] = {}
+    outputs: dict[str, dict[tuple[str, str], Trace]] = {}
     for trace in traces:
-        said.setdefault(trace.case, {})[trace.role, trace.branch] = trace
-    decided = {(one.case, one.question): one.parsed for one in table.predictions}
-    images = {one.case: image for one, image in zip(table.predictions, table.image_of, strict=True)}
-    asked = [case for case in cases if case.id in images and case.id in said]
-    verdicts = [verdict for case in asked for verdict in judge_words(case, said[case.id], decided)]
-    looked = _looked(asked, said, root)
-    verdicts += [verdict for found in looked if not isinstance(found, EchoError) for verdict in found]
+        outputs.setdefault(trace.case, {})[trace.role, trace.branch] = trace
+    decisions = {(one.case, one.question): one.parsed for one in table.predictions}
+    images = {one.case: image for one, image in zip(table.predictions, table.image_index, strict=True)}
+    scored = [case for case in cases if case.id in images and case.id in outputs]
+    judgements = [judgement for case in scored for judgement in judge_texts(case, outputs[case.id], decisions)]
+    by_images = _judge_all_by_images(scored, outputs, root)
+    judgements += [judgement for found in by_images if not isinstance(found, EchoError) for judgement in found]
     weights = table.weights()
     scores = {}
-    for name in (BEST, CONDITION, PLACE, TOUCHED, CONCLUSION):
-        own = [verdict for verdict in verdicts if verdict.figure == name]
+    for name in (BEST_REFERENCE, NAMED_CONDITION, DEFECT_PLACE, PLACE_TOUCHED, CONCLUSION):
+        own = [judgement for judgement in judgements if judgement.metric == name]
         if own:
-            scores[name] = _figure(table, weights, images, own)
-    conditions = {case.id: f"{case.dataset}/{case.product}/{case.truth.condition}" for case in asked}
-    by_condition: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        if verdict.figure == CONDITION:
-            by_condition.setdefault(conditions[verdict.case], []).append(verdict)
+            scores[name] = _score(table, weights, images, own)
+    conditions = {case.id: f"{case.dataset}/{case.product}/{case.truth.condition}" for case in scored}
+    by_condition: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        if judgement.metric == NAMED_CONDITION:
+            by_condition.setdefault(conditions[judgement.case], []).append(judgement)
     if by_condition:
-        scores[RECALL] = {**scores[CONDITION], **_mean(table, images, list(by_condition.values()))}
+        scores[CONDITION_RECALL] = {
+            **scores[NAMED_CONDITION],
+            **mean_over_groups(table, images, list(by_condition.values())),
+        }
     return {
         "figures": scores,
         "conditions": {
-            name: {"texts": len(own), "recall": float(np.mean([verdict.right for verdict in own]))}
+            name: {"texts": len(own), "recall": float(np.mean([judgement.correct for judgement in own]))}
             for name, own in sorted(by_condition.items())
         },
-        "unreadable": [str(found) for found in looked if isinstance(found, EchoError)],
+        "unreadable": [str(found) for found in by_images if isinstance(found, EchoError)],
     }
 
 
-def _looked(
-    cases: Sequence[Case], said: Mapping[str, Mapping[tuple[str, str], Trace]], root: Path
-) -> list[list[Verdict] | EchoError]:
-    """`judge_by_images` of each case, or why it cannot be."""
+def _judge_all_by_images(
+    cases: Sequence[Case], outputs: Mapping[str, Mapping[tuple[str, str], Trace]], root: Path
+) -> list[list[Judgement] | EchoError]:
+    """Run `judge_by_images` on each case, or return the error that it raises."""
 
-    def look(case: Case) -> list[Verdict] | EchoError:
+    def judge(case: Case) -> list[Judgement] | EchoError:
         try:
-            return judge_by_images(case, said[case.id], root)
+            return judge_by_images(case, outputs[case.id], root)
         except EchoError as error:
             return error
 
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(look, cases)
-        return list(tqdm(found, "reading for the experts' scores", len(cases), leave=False, disable=None))
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        found = pool.map(judge, cases)
+        return list(tqdm(found, "scoring the experts", len(cases), leave=False, disable=None))
 
 
-def _figure(
-    table: PredictionTable, weights: np.ndarray, images: Mapping[str, int], verdicts: Sequence[Verdict]
+def _score(
+    table: PredictionTable, weights: np.ndarray, images: Mapping[str, int], judgements: Sequence[Judgement]
 ) -> dict[str, Any]:
-    """The share that is right, its interval, chance where there is one for all, and what it rests on."""
-    places = np.array([images[verdict.case] for verdict in verdicts])
-    right = np.array([verdict.right for verdict in verdicts])
-    value, interval = calibration.agreement_share(table, weights, places, right)
+    """Return the share of correct outputs, its interval, its chance level, and the counts behind it."""
+    index = np.array([images[judgement.case] for judgement in judgements])
+    correct = np.array([judgement.correct for judgement in judgements])
+    value, interval = share_with_interval(table, weights, index, correct)
     return {
         "value": value,
         "interval": interval,
-        "chance": _chance(verdicts),
-        "texts": len(verdicts),
-        "cases": len({verdict.case for verdict in verdicts}),
-        "unread": sum(not verdict.read for verdict in verdicts),
+        "chance": _chance(judgements),
+        "texts": len(judgements),
+        "cases": len({judgement.case for judgement in judgements}),
+        "unread": sum(not judgement.parsed for judgement in judgements),
     }
 
 
-def _chance(verdicts: Sequence[Verdict]) -> float | None:
-    """How often blind choices would be right, where there are any."""
-    chances = [verdict.chance for verdict in verdicts if verdict.chance is not None]
+def _chance(judgements: Sequence[Judgement]) -> float | None:
+    """Average the chance levels that are known."""
+    chances = [judgement.chance for judgement in judgements if judgement.chance is not None]
     return float(np.mean(chances)) if chances else None
 
 
-def _mean(table: PredictionTable, images: Mapping[str, int], groups: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
-    """The unweighted mean of the groups' shares, its interval, and its chance.
+def mean_over_groups(
+    table: PredictionTable, images: Mapping[str, int], groups: Sequence[Sequence[Judgement]]
+) -> dict[str, Any]:
+    """Return the unweighted mean of the groups' shares of correct outputs, its interval, and its chance level.
 
-    Parts are resampled within their group, so that none is ever without a part and left out of the mean; each group
-    takes a degree of freedom. What a resample of n parts leaves out of their spread, a factor of sqrt(1 - 1 / n), is
-    much where a condition has few, and is put back group by group. A condition of one part has no spread to draw from:
-    then there is no interval.
+    Parts are resampled within their group, so no resample leaves a group empty. Each group takes one degree of freedom.
+    Resamples of n parts underestimate their standard deviation by a factor of sqrt(1 - 1 / n), which matters for groups
+    of few parts and is corrected per group. A group of one part shows no variation, so there is no interval if any
+    group has only one.
     """
     units: dict[tuple[int, int], list[bool]] = {}
     for number, own in enumerate(groups):
-        for verdict in own:
-            units.setdefault((number, int(table.parts[images[verdict.case]])), []).append(verdict.right)
+        for judgement in own:
+            unit = number, int(table.part_index[images[judgement.case]])
+            units.setdefault(unit, []).append(judgement.correct)
     group = np.array([number for number, _ in units])
-    asked, right = np.array([len(one) for one in units.values()]), np.array([sum(one) for one in units.values()])
+    total, correct = np.array([len(one) for one in units.values()]), np.array([sum(one) for one in units.values()])
     weights = intervals.resample(group.tolist())
     sizes = np.bincount(group)
-    shares, spreads = [], []
+    shares, resampled_shares = [], []
     for number, own in enumerate(groups):
         own_units = group == number
         drawn = weights[:, own_units]
-        shares.append(float(np.mean([verdict.right for verdict in own])))
-        deviations = (drawn @ right[own_units]) / (drawn @ asked[own_units]) - shares[-1]
-        spreads.append(shares[-1] + deviations / np.sqrt(1 - 1 / max(sizes[number], 2)))
-    free = len(units) - len(groups) + 1
-    spread = np.clip(np.mean(spreads, axis=0), 0, 1)
+        shares.append(float(np.mean([judgement.correct for judgement in own])))
+        deviations = (drawn @ correct[own_units]) / (drawn @ total[own_units]) - shares[-1]
+        resampled_shares.append(shares[-1] + deviations / np.sqrt(1 - 1 / max(sizes[number], 2)))
+    degrees_of_freedom = len(units) - len(groups) + 1
+    resampled = np.clip(np.mean(resampled_shares, axis=0), 0, 1)
     return {
         "value": float(np.mean(shares)),
-        "interval": figure_interval(spread, free) if sizes.min() > 1 else None,
+        "interval": metric_interval(resampled, degrees_of_freedom) if sizes.min() > 1 else None,
         "chance": float(np.mean([chance for own in groups if (chance := _chance(own)) is not None])),
     }
 
 
-def judge_words(
-    case: Case, said: Mapping[tuple[str, str], Trace], decided: Mapping[tuple[str, str], str | None]
-) -> list[Verdict]:
-    """What can be judged by the records: the guide's condition, and each conclusion beside the decision made on it.
+def judge_texts(
+    case: Case, outputs: Mapping[tuple[str, str], Trace], decisions: Mapping[tuple[str, str], str | None]
+) -> list[Judgement]:
+    """Judge what needs no image: the guide's condition, and whether each conclusion agrees with the decision after it.
 
-    `said` are the case's traces by role and branch, `decided` the letters by case and question. A case whose condition
-    has no entry is no question to the guide that it could answer.
+    `outputs` are the case's traces by role and branch, `decisions` the letters by case and question. The guide is not
+    judged on a case with a condition that has no knowledge entry, because it could not name it.
     """
-    verdicts = []
-    guide = said.get(("knowledge_guide", "guide"))
+    judgements = []
+    guide = outputs.get(("knowledge_guide", "guide"))
     if guide is not None and any(entry.condition == case.truth.condition for entry in case.seen.knowledge):
         named = named_condition(guide.text, case.seen.knowledge)
-        right, chance = named == case.truth.condition, 1 / len(case.seen.knowledge)
-        verdicts.append(Verdict(CONDITION, case.id, right, named is not None, chance))
+        correct, chance = named == case.truth.condition, 1 / len(case.seen.knowledge)
+        judgements.append(Judgement(NAMED_CONDITION, case.id, correct, named is not None, chance))
     for question in case.seen.questions:
-        reasoning = said.get(("reasoning_expert", question.id))
-        if reasoning is not None and (case.id, question.id) in decided:
-            letter = concluded(reasoning.text, question.options)
-            agrees = letter is not None and letter == decided[case.id, question.id]
-            verdicts.append(Verdict(CONCLUSION, case.id, agrees, letter is not None))
-    return verdicts
+        reasoning = outputs.get(("reasoning_expert", question.id))
+        if reasoning is not None and (case.id, question.id) in decisions:
+            letter = concluded_letter(reasoning.text, question.options)
+            agrees = letter is not None and letter == decisions[case.id, question.id]
+            judgements.append(Judgement(CONCLUSION, case.id, agrees, letter is not None))
+    return judgements
 
 
-def judge_by_images(case: Case, said: Mapping[tuple[str, str], Trace], root: Path) -> list[Verdict]:
-    """What takes the photographs and the mask: the extractor's choice among several candidates, the reasoner's places.
+def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: Path) -> list[Judgement]:
+    """Judge what needs the images or the mask: the extractor's choice among candidates, and the reasoner's places.
 
-    The best candidate is that of `targets.gold_upstream` among those that the extractor was shown. Raises EchoError
-    where an image or the mask cannot be read.
+    The best candidate is that of `targets.gold_upstream` among the candidates that the extractor saw. Raises EchoError
+    if an image or the mask cannot be read.
     """
-    verdicts = []
-    choice = said.get(("reference_extractor", "best"))
+    judgements = []
+    choice = outputs.get(("reference_extractor", "best"))
     if choice is not None and len(choice.images) > 2:
         *candidates, _ = choice.images
         shown = tuple(Reference(case.id, image, 0.0, rank) for rank, image in enumerate(candidates, start=1))
         best = gold_upstream(replace(case, seen=replace(case.seen, references=shown)), root).best
         named = parse_best(choice.text, len(candidates))
-        verdicts.append(Verdict(BEST, case.id, named == best, named is not None, 1 / len(candidates)))
-    texts = [trace.text for (role, _), trace in said.items() if role == "reasoning_expert"]
+        judgements.append(Judgement(BEST_REFERENCE, case.id, named == best, named is not None, 1 / len(candidates)))
+    texts = [trace.text for (role, _), trace in outputs.items() if role == "reasoning_expert"]
     if texts:
         mask = defect_mask(case, root)
         region = None if mask is None else masks.measure(mask)
         if region is not None:
             for place in map(named_place, texts):
-                verdicts.append(Verdict(PLACE, case.id, place == region.place, place is not None))
+                judgements.append(Judgement(DEFECT_PLACE, case.id, place == region.place, place is not None))
                 touched = place == region.place or place in region.cells
-                verdicts.append(Verdict(TOUCHED, case.id, touched, place is not None))
-    return verdicts
+                judgements.append(Judgement(PLACE_TOUCHED, case.id, touched, place is not None))
+    return judgements
 
 
 def named_condition(text: str, knowledge: Sequence[Entry]) -> str | None:
-    """The condition that the knowledge guide named, `scratch` of `scratch: look for this. ...`, or None.
+    """Return the condition that the knowledge guide names, such as `scratch` in `scratch: look for this. ...`.
 
-    Only the form of `roles.guide_completion` counts: one of the product's conditions, then a colon.
+    Only the form of `roles.guide_completion` counts: one of the product's conditions, then a colon. Return None for
+    any other text.
     """
-    said = one_line(text).casefold()
-    found = [entry.condition for entry in knowledge if said.startswith(one_line(entry.condition).casefold() + ":")]
+    line = one_line(text).casefold()
+    found = [entry.condition for entry in knowledge if line.startswith(one_line(entry.condition).casefold() + ":")]
     return max(found, key=len, default=None)
 
 
 def named_place(text: str) -> str | None:
-    """The one place, of geometry's, that the reasoning expert observed something at; None for none or several."""
-    found = set(_PLACES.findall(_parts(text)[0]))
+    """Return the only place (`masks`) in the reasoning expert's observation; None if there is none or several."""
+    found = set(_PLACES.findall(_split_reasoning(text)[0]))
     return found.pop() if len(found) == 1 else None
 
 
-def concluded(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the one option that the reasoning expert's conclusion names in the option's own words, or None.
+def concluded_letter(text: str, options: Mapping[str, str]) -> str | None:
+    """Return the letter of the option that the reasoning expert's conclusion quotes; None if none or several.
 
-    A conclusion that begins with an option's words and a stop means that one (`yes, there is a defect: no bolt`); words
-    that are part of a longer option's which is named (`left` of `top left`) do not count.
+    A conclusion that starts with an option's text and a punctuation mark means that option (`yes, there is a defect: no
+    bolt`). An option inside a longer quoted option (`left` in `top left`) does not count.
     """
-    conclusion = _parts(text)[1]
-    words = {letter: one_line(option).casefold().rstrip(".") for letter, option in options.items()}
+    conclusion = _split_reasoning(text)[1]
+    folded = {letter: one_line(option).casefold().rstrip(".") for letter, option in options.items()}
 
-    def among(pattern: str) -> list[str]:
-        return [letter for letter, own in words.items() if re.search(pattern.format(re.escape(own)), conclusion)]
+    def matches(pattern: str) -> list[str]:
+        return [letter for letter, own in folded.items() if re.search(pattern.format(re.escape(own)), conclusion)]
 
-    named = among(r"^{}(?=[,.;:!?]|$)") or among(r"(?<!\w){}(?!\w)")
-    longest = [one for one in named if not any(words[one] in words[other] for other in named if other != one)]
+    named = matches(r"^{}(?=[,.;:!?]|$)") or matches(r"(?<!\w){}(?!\w)")
+    longest = [one for one in named if not any(folded[one] in folded[other] for other in named if other != one)]
     return longest[0] if len(longest) == 1 else None
 
 
-def _parts(text: str) -> tuple[str, str]:
-    """What a reasoning observes and what it concludes, in lower case.
+def _split_reasoning(text: str) -> tuple[str, str]:
+    """Split a reasoning into observation and conclusion, both in lower case.
 
-    The conclusion is what follows the last `Conclude:`; without one, the last sentence, and the whole text observes.
+    The conclusion follows the last `Conclude:`. Without one, the last sentence is the conclusion, and the whole text is
+    the observation.
     """
-    folded = one_line(text)
-    before, mark, after = folded.casefold().rpartition("conclude:")
+    line = one_line(text)
+    before, mark, after = line.casefold().rpartition("conclude:")
     if mark:
         return before, after.strip()
-    return folded.casefold(), (sentences(folded) or ("",))[-1].casefold()
+    return line.casefold(), (sentences(line) or ("",))[-1].casefold()

@@ -1,4 +1,4 @@
-"""Runs and files of answers, read to be scored and compared."""
+"""Loading of runs and answer files for scoring and comparison."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ from echo_ft.records import Prediction, Rejection
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, or a file of answers, read."""
+    """The content of a run folder, or of an answer file in MMAD's format."""
 
     folder: Path
-    """The folder or the file."""
+    """Path of the folder or file."""
     predictions: list[Prediction]
     provenance: dict[str, Any]
-    """run.json, with the fingerprint of predictions.jsonl; or the answers file and its fingerprint."""
+    """run.json with the fingerprint of predictions.jsonl, or path and fingerprint of the answer file."""
     warnings: list[str]
     rejections: list[Rejection]
 
 
 def load_run(folder: Path) -> Run:
-    """The run in `folder`. Raises EchoError where there is none or it has no prediction."""
+    """Load the run in `folder`. Raises EchoError if it is not a run, is damaged, or has no predictions."""
     meta, rows = folder / "run.json", folder / "predictions.jsonl"
     if not folder.is_dir():
-        raise EchoError(f"there is no folder {folder}; make a run with python -m evaluation.run --output {folder}")
+        raise EchoError(f"there is no folder {folder}; create a run with python -m evaluation.run --output {folder}")
     for path in (meta, rows):
         if not path.is_file():
-            raise EchoError(f"{folder} is not a run (it has no {path.name}); make one with python -m evaluation.run")
+            raise EchoError(f"{folder} is not a run (it has no {path.name}); create one with python -m evaluation.run")
     try:
         provenance = json.loads(meta.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EchoError(f"{meta} is not JSON ({error}); start the same evaluation.run command again") from error
+        raise EchoError(f"{meta} is not JSON ({error}); rerun the same evaluation.run command") from error
     if not isinstance(provenance, dict):
-        raise EchoError(f"{meta} is not a run's description; start the same evaluation.run command again")
+        raise EchoError(f"{meta} is not a JSON object; rerun the same evaluation.run command")
     content = rows.read_bytes()
     predictions, rejections = _predictions(rows, content, complete=provenance.get("complete") is True)
     if not predictions:
-        raise EchoError(f"{rows} is empty; start the same evaluation.run command again, it goes on where it stopped")
-    warnings = [*_missing(provenance, predictions), *_warned(provenance)]
+        raise EchoError(f"{rows} is empty; rerun the same evaluation.run command to resume")
+    warnings = [*_incomplete_warnings(provenance, predictions), *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
     return Run(folder, predictions, provenance, warnings, rejections)
 
 
 def load_answers(path: Path) -> tuple[Run, list[Answer]]:
-    """A file in MMAD's format, as a run and as it stands. Raises EchoError where no row of it can be scored."""
+    """Load an answer file in MMAD's format, as a run and as the answers themselves.
+
+    Raises EchoError if the file is damaged or none of its rows can be scored.
+    """
     answers = read_answers(path)
     predictions, rejections = to_predictions(answers)
     if not predictions:
@@ -62,8 +65,8 @@ def load_answers(path: Path) -> tuple[Run, list[Answer]]:
     return Run(path, predictions, provenance, [], rejections), answers
 
 
-def _missing(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[str]:
-    """A warning where the rows are not all that the run should have, whatever run.json says of being complete."""
+def _incomplete_warnings(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[str]:
+    """Warn if cases or questions of the run are missing, even if run.json states that the run is complete."""
     counts = {"cases": len({one.case for one in predictions}), "questions": len(predictions)}
     differing = [
         (count, provenance[name], name) for name, count in counts.items() if provenance.get(name, count) != count
@@ -72,28 +75,28 @@ def _missing(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -
     if provenance.get("complete") is True and not differing:
         return []
     return [
-        f"THE RUN IS NOT COMPLETE: {done} of {expected} {what}; the figures are of these alone; start the same "
-        "evaluation.run command again, it goes on where it stopped"
+        f"THE RUN IS NOT COMPLETE: {done} of {expected} {what}; the scores cover only these; rerun the same "
+        "evaluation.run command to resume"
     ]
 
 
-def _warned(provenance: Mapping[str, Any]) -> list[str]:
-    """What the run itself warned of, by any of the processes that wrote it."""
+def _run_warnings(provenance: Mapping[str, Any]) -> list[str]:
+    """Collect the warnings of the run, from the first process and all that resumed it."""
     notes = [provenance, *provenance.get(CONTINUED_WITH, [])]
     return list(dict.fromkeys(str(warning) for note in notes for warning in note.get("warnings", [])))
 
 
 def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Prediction], list[Rejection]]:
     predictions: list[Prediction] = []
-    # splitlines would also part a text at U+2028, U+2029 and U+0085, which JSON leaves as they are.
+    # splitlines would also split at U+2028, U+2029 and U+0085, which JSON does not escape.
     lines = content.decode("utf-8", errors="replace").removesuffix("\n").split("\n") if content else []
     for number, line in enumerate(lines, start=1):
         try:
             predictions.append(from_dict(Prediction, json.loads(line)))
         except (ValueError, TypeError, AttributeError) as error:
-            if not complete and number == len(lines):  # stopped in the middle of a line
-                return predictions, [Rejection(f"{path.name}:{number}", "cut off where the run stopped")]
+            if not complete and number == len(lines):  # the run was killed while it wrote this line
+                return predictions, [Rejection(f"{path.name}:{number}", "cut off when the run stopped")]
             raise EchoError(
-                f"{path}:{number} is not a prediction ({error}); take the line out and start evaluation.run again"
+                f"{path}:{number} is not a prediction ({error}); delete the line and rerun evaluation.run"
             ) from error
     return predictions, []

@@ -1,7 +1,7 @@
-"""MMAD's own answers file, answer parser and accuracy table (arXiv 2410.09453), faults included.
+"""MMAD's answer file, answer parser and accuracy table (arXiv 2410.09453), including their faults.
 
-`official_table` gives to the digit what MMAD's scorer prints, so that figures can be laid beside published ones. What
-it does wrong is kept and named here; `echo_ft.metrics.strict` holds the strict figures.
+`official_table` reproduces the output of MMAD's scorer to the last digit, so scores can be compared with published
+ones. Its faults are kept and documented here. `echo_ft.metrics.strict` computes the strict scores.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import parse_letter
 from echo_ft.files import write_text
-from echo_ft.metrics.figures import AVERAGE, Table
+from echo_ft.metrics.metric_values import AVERAGE, ScoreTable
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Prediction, Rejection
 
-FOLDED = {"Object Structure": "Object Analysis", "Object Details": "Object Analysis"}
-"""MMAD's nine types become seven columns."""
+MERGED_TYPES = {"Object Structure": "Object Analysis", "Object Details": "Object Analysis"}
+"""Column of each type that shares one with another: MMAD's nine types become seven columns."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A row of the file that MMAD's scorer reads; `gpt_answer` is whatever a system wrote there."""
+    """A row of the file that MMAD's scorer reads. `gpt_answer` may be any text."""
 
     image: str
     question_type: str
@@ -37,10 +37,10 @@ class Answer:
 
 
 def parse_answer(text: str, options: dict[str, str]) -> str:
-    """The option letter that MMAD's parser makes of an answer: always one, however little the answer says.
+    """Return the option letter that MMAD's parser reads from an answer. It always finds one, even in unrelated text.
 
-    The last capital A to E that stands alone (the article "A" too); failing that the option whose text is nearest by
-    difflib, with no lower limit on how near.
+    It takes the last capital A to E that is a word of its own, including the article "A". Without one, it takes the
+    option with the text that difflib considers closest, however distant that is.
     """
     letters = re.findall(r"\b([A-E])\b", text)
     if letters:
@@ -49,21 +49,21 @@ def parse_answer(text: str, options: dict[str, str]) -> str:
     return next((letter for letter, option in options.items() if nearest and option == nearest[0]), text)
 
 
-def official_table(answers: Sequence[Answer]) -> Table:
-    """What MMAD's scorer prints for these answers, in percent. Its faults, kept on purpose:
+def official_table(answers: Sequence[Answer]) -> ScoreTable:
+    """Return the table in percent that MMAD's scorer prints for these answers. It keeps these faults on purpose:
 
-    - it removes a row without an option letter from the list that it walks through, so the row after it is skipped;
-    - removed and skipped rows leave the denominators: refusing to answer pays;
-    - a kind that a dataset has no question of scores 0 there and enters the means;
-    - a side (normal, defective) without an Anomaly Detection question scores 0 too;
-    - an image is normal where `good` occurs anywhere in its path.
+    - The scorer removes rows without an option letter from the list that it iterates over, so it skips the next row.
+    - Removed and skipped rows do not count in the denominators, which rewards refusing to answer.
+    - A question type that a dataset does not have scores 0 there and enters the means.
+    - A class (normal or defective) without an Anomaly Detection question also scores 0.
+    - An image counts as normal if `good` occurs anywhere in its path.
     """
     datasets = list(dict.fromkeys(answer.image.split("/")[0] for answer in answers))
-    columns = [kind for kind in QUESTION_TYPES if any(_kind(answer) == kind for answer in answers)]
+    columns = [kind for kind in QUESTION_TYPES if any(_column(answer) == kind for answer in answers)]
     correct: dict[tuple[str, str], int] = {}
     total: dict[tuple[str, str], int] = {}
-    for answer in _walked(answers):
-        dataset, kind = answer.image.split("/")[0], _kind(answer)
+    for answer in _counted_answers(answers):
+        dataset, kind = answer.image.split("/")[0], _column(answer)
         if kind == "Anomaly Detection":
             kind = "normal" if "good" in answer.image else "defective"
         total[dataset, kind] = total.get((dataset, kind), 0) + 1
@@ -74,7 +74,7 @@ def official_table(answers: Sequence[Answer]) -> Table:
             return (accuracy(dataset, "normal") + accuracy(dataset, "defective")) / 2
         return 100 * correct[dataset, kind] / total[dataset, kind] if (dataset, kind) in total else 0.0
 
-    table: Table = {}
+    table: ScoreTable = {}
     for dataset in datasets:
         row = {kind: accuracy(dataset, kind) for kind in columns}
         table[dataset] = {**_all_columns(row), AVERAGE: sum(row.values()) / len(row)}
@@ -83,20 +83,20 @@ def official_table(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def _walked(answers: Sequence[Answer]) -> list[Answer]:
-    """The answers that are left when each one without a letter takes the one after it along."""
+def _counted_answers(answers: Sequence[Answer]) -> list[Answer]:
+    """Drop each answer without a letter together with the next answer."""
     kept, index = [], 0
     while index < len(answers):
         answer = answers[index]
-        readable = answer.correct_answer in tuple(LETTERS) and answer.gpt_answer in tuple(LETTERS)
-        if readable:
+        has_letters = answer.correct_answer in tuple(LETTERS) and answer.gpt_answer in tuple(LETTERS)
+        if has_letters:
             kept.append(answer)
-        index += 1 if readable else 2
+        index += 1 if has_letters else 2
     return kept
 
 
-def _kind(answer: Answer) -> str:
-    return FOLDED.get(answer.question_type, answer.question_type)
+def _column(answer: Answer) -> str:
+    return MERGED_TYPES.get(answer.question_type, answer.question_type)
 
 
 def _all_columns(row: dict[str, float]) -> dict[str, float | None]:
@@ -104,18 +104,19 @@ def _all_columns(row: dict[str, float]) -> dict[str, float | None]:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The rows of an answers file in MMAD's format: a JSON list of objects.
+    """Read an answer file in MMAD's format, a JSON list of objects.
 
-    Raises EchoError with the row's number, counted from 1, where one is not of that format or of no known type.
+    Raises EchoError if the file is missing or not such a list, or, with the row's number counted from 1, if a row has
+    another format or an unknown question type.
     """
     if not path.is_file():
-        raise EchoError(f"there is no answers file {path}; give the path of a JSON file in MMAD's format")
+        raise EchoError(f"there is no answer file {path}; give the path of a JSON file in MMAD's format")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EchoError(f"{path} is not JSON ({error}); MMAD's format is a JSON list of objects") from error
     if not isinstance(rows, list) or not rows:
-        raise EchoError(f"{path} holds no list of answers; MMAD's format is a JSON list of objects")
+        raise EchoError(f"{path} contains no list of answers; MMAD's format is a JSON list of objects")
     return [_answer(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
@@ -128,26 +129,27 @@ def _answer(row: Any, where: str) -> Answer:
                 f"{where}: no {key!r}; MMAD's rows have image, question_type, correct_answer and gpt_answer"
             )
         if not isinstance(row[key], str) and not (key == "gpt_answer" and row[key] is None):
-            raise EchoError(f"{where}: {key!r} is {row[key]!r}; write a string")
+            raise EchoError(f"{where}: {key!r} is {row[key]!r}; it must be a string")
     kind = row["question_type"]
-    if kind not in QUESTION_TYPES and kind not in FOLDED:
-        near = difflib.get_close_matches(kind, [*QUESTION_TYPES, *FOLDED], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the types are {', '.join([*QUESTION_TYPES, *FOLDED])}"
-        raise EchoError(f"{where}: question_type {kind!r} is none of MMAD's; {hint}")
+    if kind not in QUESTION_TYPES and kind not in MERGED_TYPES:
+        types = [*QUESTION_TYPES, *MERGED_TYPES]
+        near = difflib.get_close_matches(kind, types, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the types are {', '.join(types)}"
+        raise EchoError(f"{where}: question_type {kind!r} is not one of MMAD's types; {hint}")
     if len(row["image"].split("/")) < 3:
-        raise EchoError(f"{where}: image {row['image']!r} is no MMAD path; write dataset/product/.../file")
+        raise EchoError(f"{where}: image {row['image']!r} is not a path in MMAD's format; use dataset/product/.../file")
     question = row.get("question", "")
-    asked = question if isinstance(question, dict) else {"text": question}
-    text, options = asked.get("text", ""), asked.get("options") or {}
+    fields = question if isinstance(question, dict) else {"text": question}
+    text, options = fields.get("text", ""), fields.get("options") or {}
     if not isinstance(options, dict) or not all(isinstance(one, str) for one in (text, *options.values())):
-        raise EchoError(f"{where}: 'question' is neither text nor an object with text and options")
+        raise EchoError(f"{where}: 'question' must be a text, or an object with text and options")
     return Answer(row["image"], kind, row["correct_answer"], row["gpt_answer"], text, options)
 
 
 def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Rejection]]:
-    """Answers as predictions for the strict figures, and the rows whose correct answer is no option.
+    """Convert answers to predictions for the strict scores, and reject rows with a correct answer that is no option.
 
-    Normal is an image with a path component that is exactly `good`; the answer is read by `roles.parse_letter`.
+    An image is normal if one of its folders is named exactly `good`. `roles.parse_letter` parses the answers.
     """
     predictions, rejections = [], []
     for number, answer in enumerate(answers, start=1):
@@ -155,7 +157,8 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
         if answer.correct_answer not in options:
             rejections.append(
                 Rejection(
-                    f"row {number}, {answer.image}", f"correct_answer {answer.correct_answer!r} is none of the options"
+                    f"row {number}, {answer.image}",
+                    f"correct_answer {answer.correct_answer!r} is not one of the options",
                 )
             )
             continue
@@ -170,7 +173,7 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
                 group=answer.image,
                 image=answer.image,
                 condition=condition,
-                kind=_kind(answer),
+                kind=_column(answer),
                 question_text=answer.question,
                 options=options,
                 answer=answer.correct_answer,
@@ -182,13 +185,13 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
 
 
 def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
-    """What MMAD's own scripts would have written for these predictions: their parser's letters, and its faults.
+    """Convert predictions to the answers that MMAD's own scripts would have written, with the letters of their parser.
 
-    MMAD's scorer learns dataset and condition from the path alone, so an image that is not under its dataset's name,
-    or a normal one without `good` in its path, gets a path `dataset/product/condition/...` in front. That makes every
-    normal image normal to it, but not every defective one defective: its test is whether `good` occurs anywhere in the
-    path, a product `goodyear` included, and such a path is left as it is; `taken_for_normal` tells which. A question
-    that failed before the model answered has an empty answer.
+    MMAD's scorer derives dataset and condition only from the path. Paths that do not start with the dataset, and paths
+    of normal images without `good`, therefore get the prefix `dataset/product/condition/`. With it, the scorer counts
+    all normal images as normal. It does not count all defective images as defective, because it looks for `good`
+    anywhere in the path, for example in a product `goodyear`. Such paths are kept, and `counted_as_normal` lists them.
+    A question that failed before the model answered has an empty answer.
     """
     return [
         Answer(
@@ -203,8 +206,8 @@ def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
     ]
 
 
-def taken_for_normal(predictions: Sequence[Prediction]) -> list[str]:
-    """Paths of the defective images that the official table counts as normal, as `good` occurs somewhere in them."""
+def counted_as_normal(predictions: Sequence[Prediction]) -> list[str]:
+    """List the paths of defective images that contain `good`, so that the official table counts them as normal."""
     paths = {_mmad_path(one) for one in predictions if one.kind == QUESTION_TYPES[0] and one.condition != GOOD}
     return sorted(path for path in paths if "good" in path)
 
@@ -217,7 +220,7 @@ def _mmad_path(prediction: Prediction) -> str:
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """Write answers as MMAD's scorer reads them."""
+    """Write answers in the format that MMAD's scorer reads."""
     rows = [
         {
             "image": answer.image,

@@ -1,4 +1,7 @@
-"""Predictions in a fixed order with the images and physical parts that they hang on: what all figures are made of."""
+"""Predictions as aligned arrays in a fixed order, with their images and physical parts: the input of every metric.
+
+Shapes: Q predictions, N images, R bootstrap resamples.
+"""
 
 from __future__ import annotations
 
@@ -16,86 +19,89 @@ from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """Predictions in a fixed order, with the images that they hang on. Make it with `make_prediction_table`."""
+    """Predictions in a fixed order and the images that they refer to. Create it with `make_prediction_table`."""
 
     predictions: tuple[Prediction, ...]
     images: tuple[tuple[str, str, str, str], ...]
-    """(dataset, product, condition, image), N of them, sorted."""
-    image_of: np.ndarray
-    """(Q,): which image each prediction is about."""
+    """N sorted tuples (dataset, product, condition, image)."""
+    image_index: np.ndarray
+    """(Q,): index into `images` of each prediction."""
 
     @cached_property
     def defective(self) -> np.ndarray:
-        """(N,) bool."""
+        """(N,) bool: whether each image shows a defect."""
         return np.array([condition != GOOD for _, _, condition, _ in self.images])
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """(Q,) bool; False where the answer is no option letter or never came."""
+        """(Q,) bool: whether each answer is correct. Unparsed and failed answers are not."""
         return np.array([is_correct(prediction) for prediction in self.predictions])
 
     @cached_property
-    def kinds(self) -> np.ndarray:
-        """(Q,): index into KINDS."""
+    def type_index(self) -> np.ndarray:
+        """(Q,): index into QUESTION_TYPES of each prediction."""
         return np.array([QUESTION_TYPES.index(prediction.kind) for prediction in self.predictions])
 
     @cached_property
     def defect_scores(self) -> np.ndarray:
-        """(N,): P(defect) of each image, the mean where it is asked twice; nan where the run has none."""
-        found: list[list[float]] = [[] for _ in self.images]
-        for image, prediction in zip(self.image_of, self.predictions, strict=True):
+        """(N,): P(defect) of each image, averaged if several questions ask for it; nan if it is unknown."""
+        scores_by_image: list[list[float]] = [[] for _ in self.images]
+        for image, prediction in zip(self.image_index, self.predictions, strict=True):
             score = p_defect(prediction)
             if score is not None:
-                found[image].append(score)
-        return np.array([np.mean(scores) if scores else np.nan for scores in found])
+                scores_by_image[image].append(score)
+        return np.array([np.mean(scores) if scores else np.nan for scores in scores_by_image])
 
     @cached_property
-    def parts(self) -> np.ndarray:
-        """(N,): which physical part an image shows: dataset, product and group, as `splits.part` has it."""
+    def part_index(self) -> np.ndarray:
+        """(N,): part that each image shows. Its dataset, product and group identify it, as in `splits.part_key`."""
         group = {image_key(prediction): prediction.group for prediction in self.predictions}
-        names = [(image[0], image[1], group[image]) for image in self.images]
-        place = {name: index for index, name in enumerate(sorted(set(names)))}
-        return np.array([place[name] for name in names])
+        parts = [(image[0], image[1], group[image]) for image in self.images]
+        index = {part: place for place, part in enumerate(sorted(set(parts)))}
+        return np.array([index[part] for part in parts])
 
-    def smaller_side(self, members: np.ndarray) -> int:
-        """How many parts the smaller side of some images (N,) bool shows, normal or defective, if it has two."""
-        sides = [len(np.unique(self.parts[members & side])) for side in (self.defective, ~self.defective)]
-        return min(filter(None, sides), default=0)
+    def smaller_class_parts(self, members: np.ndarray) -> int:
+        """Count the parts of the smaller class, normal or defective, among the images `members`, (N,) bool.
 
-    def rows(self, by: str) -> tuple[list[str], np.ndarray]:
-        """Names of the datasets (`by="dataset"`) or products (`dataset/product`), and (N,) which one an image is of."""
+        If only one class is present, its parts are counted.
+        """
+        counts = [len(np.unique(self.part_index[members & of_class])) for of_class in (self.defective, ~self.defective)]
+        return min(filter(None, counts), default=0)
+
+    def group_images(self, by: str) -> tuple[list[str], np.ndarray]:
+        """Sorted names of datasets (`by="dataset"`) or `dataset/product`, and (N,) the index of each image's name."""
         names = [image[0] if by == "dataset" else f"{image[0]}/{image[1]}" for image in self.images]
         found = sorted(set(names))
         return found, np.array([found.index(name) for name in names])
 
     def weights(self, by: str = "dataset") -> np.ndarray:
-        """(R, N) from statistics.resample over physical parts (`parts`).
+        """(R, N): how often each resample of the physical parts draws each image; see `intervals.resample`.
 
-        Photographs of one part are no independent draws, so they are drawn together. The strata are, within a row of
-        the table, the parts with normal photographs alone, those with defective ones alone, and those with both. Each
-        stratum is resampled to its own number of parts, so a side that the row has is in every resample. A part with
-        both is drawn whole: were its two sides drawn apart, what they have in common would be lost, and the interval
-        of Anomaly Detection, their mean, too narrow.
+        Images of one part are not independent, so they are drawn together. Each row of the table has three strata:
+        parts with only normal images, parts with only defective images, and parts with both. Every stratum is
+        resampled to its own number of parts, so each class of a row occurs in every resample. A part with images of
+        both classes is drawn as a whole. Drawing its classes separately would lose their correlation, and the
+        interval of Anomaly Detection, their mean, would be too narrow.
         """
-        sides: dict[tuple[int, int], set[bool]] = {}
-        units = list(zip(self.rows(by)[1].tolist(), self.parts.tolist(), strict=True))
+        classes: dict[tuple[int, int], set[bool]] = {}
+        units = list(zip(self.group_images(by)[1].tolist(), self.part_index.tolist(), strict=True))
         for unit, defective in zip(units, self.defective.tolist(), strict=True):
-            sides.setdefault(unit, set()).add(defective)
-        stratum = {unit: (unit[0], max(found) + (len(found) > 1)) for unit, found in sides.items()}
-        order = sorted(sides, key=lambda unit: (stratum[unit], unit))
+            classes.setdefault(unit, set()).add(defective)
+        stratum = {unit: (unit[0], max(found) + (len(found) > 1)) for unit, found in classes.items()}
+        order = sorted(classes, key=lambda unit: (stratum[unit], unit))
         place = {unit: index for index, unit in enumerate(order)}
         return intervals.resample([stratum[unit] for unit in order])[:, [place[unit] for unit in units]]
 
-    def once(self) -> np.ndarray:
-        """(1, N): every image once, for the figures themselves."""
+    def unit_weights(self) -> np.ndarray:
+        """(1, N): weights that count every image once, for the metrics themselves."""
         return np.ones((1, len(self.images)))
 
 
 def make_prediction_table(predictions: Sequence[Prediction]) -> PredictionTable:
-    """Predictions put in an order that does not depend on the order in which they were made.
+    """Sort predictions into a table that does not depend on the order in which they were made.
 
-    Raises EchoError where there are none, one is of an unknown kind, has a true answer that is no option, or comes
-    twice.
+    Raises EchoError if there are no predictions, if a question type is unknown, if a true answer is not one of the
+    options, or if a question is answered twice.
     """
     if not predictions:
         raise EchoError("there are no predictions to score; run the evaluation first")
@@ -103,11 +109,11 @@ def make_prediction_table(predictions: Sequence[Prediction]) -> PredictionTable:
         where = f"question {prediction.question} of case {prediction.case}"
         if prediction.kind not in QUESTION_TYPES:
             raise EchoError(
-                f"{where} is of the unknown kind {prediction.kind!r}; the kinds are {', '.join(QUESTION_TYPES)}"
+                f"{where} has the unknown type {prediction.kind!r}; the types are {', '.join(QUESTION_TYPES)}"
             )
         if prediction.answer not in prediction.options:
             raise EchoError(
-                f"{where}: the true answer {prediction.answer!r} is none of its options; correct the dataset"
+                f"{where}: the true answer {prediction.answer!r} is not one of its options; correct the dataset"
             )
     ordered = sorted(predictions, key=lambda one: (image_key(one), one.case, one.question))
     for one, other in itertools.pairwise(ordered):
@@ -121,19 +127,20 @@ def make_prediction_table(predictions: Sequence[Prediction]) -> PredictionTable:
 
 
 def image_key(prediction: Prediction) -> tuple[str, str, str, str]:
-    """(dataset, product, condition, image): which image a prediction is about, as `Sheet.images` has it."""
+    """The image of a prediction as (dataset, product, condition, image), as in `PredictionTable.images`."""
     return prediction.dataset, prediction.product, prediction.condition, prediction.image
 
 
 def is_correct(prediction: Prediction) -> bool:
-    """Whether the decision is the true option."""
+    """Whether the parsed answer is the true option."""
     return prediction.error is None and prediction.parsed == prediction.answer
 
 
 def p_defect(prediction: Prediction) -> float | None:
-    """The probability of the option that says there is a defect, known from the truth; None where there is none.
+    """Probability of the option that states a defect; None if it is unknown.
 
-    That option is the right one for a defective image and the other of two for a normal one.
+    The true answer identifies this option. It is the correct one for a defective image and, if there are two options,
+    the other one for a normal image.
     """
     if prediction.kind != "Anomaly Detection" or prediction.probabilities is None or prediction.error:
         return None

@@ -1,4 +1,4 @@
-"""What `evaluation.score` reports about a run: the content of report.json, and the warnings a reader needs."""
+"""Reports of `evaluation.score`: the content of report.json, including warnings for its readers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 
 from echo_ft.data.dataset import load_cases, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
-from echo_ft.experts.option_order import Permuted, consistency, position_bias
-from echo_ft.files import whole_rows
+from echo_ft.experts.option_order import PermutedPrediction, answer_consistency, position_bias
+from echo_ft.files import read_complete_rows
 from echo_ft.images.masks import mask_files
 from echo_ft.inference.run_folder import PERMUTATIONS, TRACES
-from echo_ft.metrics import detection, experts, intervals, strict
-from echo_ft.metrics.calibration import fitted_calibration, text_vs_logits
-from echo_ft.metrics.figures import MIN_PARTS
+from echo_ft.metrics import detection, experts, strict
+from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.intervals import BOOTSTRAP
 from echo_ft.metrics.loading import Run, load_run
-from echo_ft.metrics.mmad import Answer, official_table, taken_for_normal
+from echo_ft.metrics.metric_values import MIN_PARTS
+from echo_ft.metrics.mmad import Answer, counted_as_normal, official_table
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
 from echo_ft.provenance import commit
 from echo_ft.records import QUESTION_TYPES, Prediction, Trace
 
-SAME_MODEL = (
+SAME_MODEL_KEYS = (
     "base_model",
     "base_fingerprint",
     "model_revision",
@@ -45,21 +45,22 @@ SAME_MODEL = (
     "corruption",
     "severity",
 )
-"""What makes P(defect), and so must not differ between a run and the one that calibrates it."""
+"""Provenance keys that P(defect) depends on. They must be equal in a run and in the run that calibrates it."""
 
 
-def calibrate(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
-    """`metrics.calibration` by the validation run in `folder`, with its name and fingerprint.
+def calibrate_run(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
+    """Calibrate a run on the validation run in `folder`: `fit_calibration`, warnings, and provenance of that run.
 
-    Raises EchoError where that run is of another model or of parts that this one was scored on too.
+    Raises EchoError if `false_alarms` is not between 0 and 1, if the validation run used another model or other
+    options, or if both runs contain the same parts.
     """
     if not 0 < false_alarms < 1:
-        raise EchoError(f"false_alarms is {false_alarms:g}; it is a share of the normal images, between 0 and 1")
+        raise EchoError(f"--false_alarms is {false_alarms:g}; give a share of the normal images between 0 and 1")
     validation = load_run(folder)
     cannot = f"{folder} cannot calibrate {run.folder}: "
-    for key in (*SAME_MODEL, "answer"):
+    for key in (*SAME_MODEL_KEYS, "answer"):
         ours, theirs = run.provenance.get(key), validation.provenance.get(key)
-        # Whether the text or the options decide, P(defect) comes of the same letters; averaged, of all the orders.
+        # `generate` and `logits` read P(defect) from the same tokens. `averaged` averages over the orders of options.
         if ours != theirs and (key != "answer" or "averaged" in (ours, theirs)):
             values = "" if isinstance(ours, dict) else f" ({ours} and {theirs})"
             raise EchoError(f"{cannot}their {key} differs{values}; run the validation split with the same options")
@@ -67,14 +68,14 @@ def calibrate(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
     if shared:
         raise EchoError(
             f"{cannot}{len(shared)} parts are in both, such as {'/'.join(min(shared))}; "
-            "give a run over --split validation"
+            "give a run made with --split validation"
         )
-    found = fitted_calibration(
+    calibration = fit_calibration(
         make_prediction_table(run.predictions), make_prediction_table(validation.predictions), false_alarms
     )
     kept = ("dataset", "dataset_fingerprint", "split", "predictions_fingerprint")
     origin = {"run": str(folder), **{key: validation.provenance.get(key) for key in kept}}
-    return {**found, "warnings": [f"{folder}: {text}" for text in validation.warnings], "provenance": origin}
+    return {**calibration, "warnings": [f"{folder}: {text}" for text in validation.warnings], "provenance": origin}
 
 
 def _part(prediction: Prediction) -> tuple[str, str, str]:
@@ -82,64 +83,66 @@ def _part(prediction: Prediction) -> tuple[str, str, str]:
 
 
 def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """report.json's content.
+    """Return the content of report.json.
 
-    `answers` are what the official table is made of; `calibration` is what `calibrate` returns, or empty.
+    `answers` are the input of the official table. `calibration` is the result of `calibrate_run`, or empty.
     """
     table = make_prediction_table(run.predictions)
-    by_product: dict[str, list[Prediction]] = {product: [] for product in table.rows("product")[0]}
+    generated = run.provenance.get("answer") in (None, "generate")
+    by_product: dict[str, list[Prediction]] = {product: [] for product in table.group_images("product")[0]}
     for prediction in run.predictions:
         by_product[f"{prediction.dataset}/{prediction.product}"].append(prediction)
-    product_table, product_intervals = (
-        strict.strict_table(table, "product"),
-        strict.strict_intervals(table, "product"),
-    )
-    found_detection = detection.detection(table)
+    product_table = strict.strict_table(table, "product")
+    product_intervals = strict.strict_intervals(table, "product")
     return {
         "name": name,
         "warnings": [*run.warnings, *report_warnings(run, table), *calibration_warnings(calibration)],
-        "counts": {**strict.counts(run.predictions), "rejected": len(run.rejections)},
+        "counts": {**strict.answer_counts(run.predictions), "rejected": len(run.rejections)},
         "tables": {"official": official_table(answers), "strict": strict.strict_table(table)},
         "intervals": {"strict": strict.strict_intervals(table)},
-        "one_sided": strict.one_sided(table),
-        "kinds": {kind: strict.counts([one for one in run.predictions if one.kind == kind]) for kind in QUESTION_TYPES},
+        "one_sided": strict.single_class_rows(table),
+        "kinds": {
+            kind: strict.answer_counts([one for one in run.predictions if one.kind == kind]) for kind in QUESTION_TYPES
+        },
         "products": {
             product: {
                 "strict": product_table[product],
                 "intervals": product_intervals[product],
-                **strict.counts(rows),
+                **strict.answer_counts(rows),
             }
             for product, rows in by_product.items()
         },
-        "detection": found_detection,
+        "detection": detection.score_detection(table),
         "calibration": calibration,
-        # Where probabilities decided, no text was asked for that could agree with them.
-        "two_ways": (text_vs_logits(run.predictions) if run.provenance.get("answer") in (None, "generate") else {}),
-        "option_order": option_order(run),
-        "experts": expert_scores(run, table),
+        # If probabilities decide, no text is generated that could be compared with them.
+        "two_ways": strict.text_vs_logits(run.predictions) if generated else {},
+        "option_order": option_order_report(run),
+        "experts": expert_report(run, table),
         "bootstrap": BOOTSTRAP,
         "provenance": {**run.provenance, "scored_by_commit": commit()},
         "rejected": [asdict(rejection) for rejection in run.rejections],
     }
 
 
-def option_order(run: Run) -> dict[str, Any]:
-    """What the place of an option did to the answers; empty where a run asked in one order only.
+def option_order_report(run: Run) -> dict[str, Any]:
+    """Report how the order of options affected the answers; empty if the run used one order.
 
-    Of the cases whose predictions are written: a run that was stopped may have permutations of one more.
+    An interrupted run may have permutations of a case without predictions. They are ignored.
     """
-    asked = {(one.case, one.question) for one in run.predictions}
-    rows = [one for one in whole_rows(run.folder / PERMUTATIONS, Permuted) if (one.case, one.question) in asked]
-    alike = consistency(rows)
-    if alike is None:
+    answered = {(one.case, one.question) for one in run.predictions}
+    permuted = read_complete_rows(run.folder / PERMUTATIONS, PermutedPrediction)
+    rows = [one for one in permuted if (one.case, one.question) in answered]
+    consistent = answer_consistency(rows)
+    if consistent is None:
         return {}
-    return {"consistent": alike[0], "questions": alike[1], "letters": [asdict(one) for one in position_bias(rows)]}
+    share, questions = consistent
+    return {"consistent": share, "questions": questions, "letters": [asdict(one) for one in position_bias(rows)]}
 
 
-def expert_scores(run: Run, table: PredictionTable) -> dict[str, Any]:
-    """What the experts before the decision were worth (`experts.figures`), or why that cannot be told (`unavailable`).
+def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
+    """Score the experts before the decision (`experts.score_experts`), or state why that is impossible (`unavailable`).
 
-    It takes the dataset's truth and images, as they were when it was built. Empty for a file of answers.
+    The scores need the dataset and its images, unchanged since the build. Empty for an answer file.
     """
     if "dataset" not in run.provenance:
         return {}
@@ -148,69 +151,71 @@ def expert_scores(run: Run, table: PredictionTable) -> dict[str, Any]:
     try:
         dataset = load_dataset(Path(str(run.provenance["dataset"])))
         if dataset.fingerprint != run.provenance.get("dataset_fingerprint"):
-            raise EchoError(f"{dataset.folder} is another dataset than the run's; it was built again since")
+            raise EchoError(f"{dataset.folder} has been rebuilt since the run; restore the dataset of the run")
         cases = load_cases(dataset, str(run.provenance.get("split")))
-        # Without the prompts, which are most of what a trace takes.
-        traces = [replace(one, context="", prompt="") for one in whole_rows(run.folder / TRACES, Trace)]
+        # Drop the prompts, which take most of the memory of a trace.
+        traces = [replace(one, context="", prompt="") for one in read_complete_rows(run.folder / TRACES, Trace)]
         used = {image for trace in traces for image in trace.images}
         require_unchanged(dataset, [*sorted(used), *(name for case in cases for name in mask_files(case.truth))])
     except (EchoError, OSError) as error:
         return {"unavailable": str(error)}
-    return experts.expert_figures(table, cases, traces, dataset.root)
+    return experts.score_experts(table, cases, traces, dataset.root)
 
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:
-    """What a reader of the figures must know: rows left out, sides that are missing or small."""
+    """Warn about rejected rows, missing or small classes, and defective images that MMAD's scorer counts as normal."""
     found = []
     if run.rejections:
         first = run.rejections[0]
         found.append(f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})")
-    found += small_side_warnings(table)
-    taken = taken_for_normal(run.predictions)
-    if taken:
+    found += small_class_warnings(table)
+    misleading = counted_as_normal(run.predictions)
+    if misleading:
         found.append(
-            f"{len(taken)} defective images have `good` in their path ({taken[0]}), so the official figure counts them "
-            "as normal, as MMAD's scorer would; the strict figures do not"
+            f"{len(misleading)} defective images have `good` in their path ({misleading[0]}), so the official scores "
+            "count them as normal, as MMAD's scorer does; the strict scores do not"
         )
     return found
 
 
-def small_side_warnings(table: PredictionTable) -> list[str]:
-    """Where Anomaly Detection lacks a side, or has few parts of one."""
+def small_class_warnings(table: PredictionTable) -> list[str]:
+    """Warn if Anomaly Detection lacks a class, normal or defective, or has only a few parts of it."""
     found = []
-    sides = [f"{row} ({side} alone)" for row, side in strict.one_sided(table).items()]
-    if sides:
-        found.append(f"Anomaly Detection rests on one side alone: {', '.join(sides)}")
+    single = [f"{row} ({name} only)" for row, name in strict.single_class_rows(table).items()]
+    if single:
+        found.append(f"Anomaly Detection covers only one class: {', '.join(single)}")
     few = [
-        f"the dataset {row} has {count} {side} part{'' if count == 1 else 's'}"
-        for row, members in detection.detection_rows(table).items()
-        for side, shown in (("normal", ~table.defective), ("defective", table.defective))
-        if row != detection.ALL_IMAGES and 0 < (count := len(np.unique(table.parts[members & shown]))) < MIN_PARTS
+        f"the dataset {row} has {count} {name} part{'' if count == 1 else 's'}"
+        for row, members in detection.detection_subsets(table).items()
+        for name, of_class in (("normal", ~table.defective), ("defective", table.defective))
+        if row != detection.ALL_IMAGES
+        and 0 < (count := len(np.unique(table.part_index[members & of_class]))) < MIN_PARTS
     ]
     if few:
-        found.append(f"Anomaly Detection has no interval where a side has fewer than {MIN_PARTS}: {', '.join(few)}")
+        found.append(f"Anomaly Detection has no interval if a class has fewer than {MIN_PARTS} parts: {', '.join(few)}")
     return found
 
 
 def calibration_warnings(calibration: Mapping[str, Any]) -> list[str]:
-    """What a reader of the calibrated figures must know."""
+    """Warn about a temperature at its bounds and a missing threshold, after the warnings of the validation run."""
     if not calibration:
         return []
     found = list(calibration["warnings"])
-    separating, meaningless = intervals.TEMPERATURES
-    if calibration["temperature"] == meaningless:
+    lowest, highest = TEMPERATURE_BOUNDS
+    if calibration["temperature"] == highest:
         found.append(
-            "P(defect) does not grow with defects on the validation split: calibrated it is near 0.5 for every image"
+            "P(defect) does not increase with defects on the validation split, so it is close to 0.5 for every image "
+            "after calibration"
         )
-    if calibration["temperature"] == separating:
+    if calibration["temperature"] == lowest:
         found.append(
-            "P(defect) separates the validation split without a mistake, so its temperature is the lowest tried; more "
-            "validation images would tell how sure it may be"
+            "P(defect) separates the classes of the validation split perfectly, so the temperature is at its lower "
+            "bound; add validation images to estimate it"
         )
     if "false_alarms" not in calibration["thresholds"]:
         stated, normal = calibration["stated_false_alarms"], calibration["validation"]["normal"]
         found.append(
-            f"no threshold can promise a share of false alarms of {stated:g} from {normal} normal validation images; "
-            f"that takes {math.ceil(1 / stated - 1e-9) - 1}, or a higher --false_alarms"
+            f"{normal} normal validation images are too few to guarantee a share of false alarms of {stated:g}; add "
+            f"images to have at least {math.ceil(1 / stated - 1e-9) - 1}, or raise --false_alarms"
         )
     return found

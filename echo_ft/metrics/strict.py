@@ -1,108 +1,126 @@
-"""Strict figures of a run, with intervals: what a system got right of all that it was asked.
+"""Strict scores of a run with intervals: the share of all questions that it answered correctly.
 
-An answer that is no option letter, or that never came, counts as wrong and is counted. Anomaly Detection is the mean
-of the accuracy on normal and on defective images; a kind that a dataset does not have is left out of its means.
-Intervals come from resampling physical parts, with all their photographs and questions (`echo_ft.metrics.intervals`),
-stratified by dataset and by what a part shows, so that no resample lacks a side (`sheets.Sheet.weights`).
+Unparsed and failed answers count as wrong and are reported. Anomaly Detection is the mean of the accuracies on normal
+and on defective images. Question types that a dataset does not have are left out of its means. Intervals come from
+resampling physical parts with all their images and questions (`echo_ft.metrics.intervals`). The resamples are
+stratified by dataset and by the classes that a part shows, so no resample lacks a class (`PredictionTable.weights`).
 
-Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 kinds of question. Weights (R, N) are how often
-each image was drawn; one row of ones gives the figures themselves, so both come from the same code.
+Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 question types. Weights (R, N) are the number of
+times that each image is drawn. One row of ones gives the scores themselves, so scores and intervals share their code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from echo_ft.experts.option_order import most_probable
 from echo_ft.metrics import intervals
-from echo_ft.metrics.figures import AVERAGE, DETECTION, MIN_PARTS, Table, number, pair, side_count
-from echo_ft.metrics.prediction_table import PredictionTable, image_key
+from echo_ft.metrics.metric_values import (
+    AVERAGE,
+    DETECTION_INDEX,
+    MIN_PARTS,
+    ScoreTable,
+    class_count,
+    json_interval,
+    json_number,
+    share_with_interval,
+)
+from echo_ft.metrics.prediction_table import PredictionTable, image_key, make_prediction_table
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 
 
 def strict_array(table: PredictionTable, weights: np.ndarray, by: str = "dataset") -> np.ndarray:
-    """(R, D + 1, K + 1): the strict table in percent for each resample; the last row and column are the averages.
+    """Return the strict table in percent for each resample, (R, D + 1, K + 1), with averages in last row and column.
 
-    The average of a row is the mean of the kinds it has, the last row the unweighted mean of the rows that have a
-    figure. nan where there is no question.
+    The average of a row is the mean over its question types. The last row is the unweighted mean over the rows that
+    have a score. Cells without a question are nan.
     """
-    names, row_of = table.rows(by)
+    names, row_index = table.group_images(by)
     shape = (len(names), 2, len(QUESTION_TYPES))
-    cells = np.ravel_multi_index((row_of[table.image_of], table.defective[table.image_of] * 1, table.kinds), shape)
+    image = table.image_index
+    cells = np.ravel_multi_index((row_index[image], table.defective[image] * 1, table.type_index), shape)
     used, column = np.unique(cells, return_inverse=True)
     sums = np.zeros((2, len(weights), int(np.prod(shape))))
     for which, amount in enumerate((np.ones(len(cells)), table.correct.astype(float))):
         per_image = np.zeros((len(table.images), len(used)))
-        np.add.at(per_image, (table.image_of, column), amount)
+        np.add.at(per_image, (image, column), amount)
         sums[which][:, used] = weights @ per_image
-    asked, correct = sums.reshape(2, len(weights), *shape)
-    percent = np.full((len(weights), len(names) + 1, len(QUESTION_TYPES) + 1), np.nan)
-    percent[:, :-1, :-1] = intervals.ratio(correct.sum(axis=2), asked.sum(axis=2))
-    sides = intervals.ratio(correct[..., DETECTION], asked[..., DETECTION])
-    percent[:, :-1, DETECTION] = intervals.mean_of_present(sides, axis=2)
-    percent[:, :-1, -1] = intervals.mean_of_present(percent[:, :-1, :-1], axis=2)
-    percent[:, -1] = intervals.mean_of_present(percent[:, :-1], axis=1)
-    return 100 * percent
+    total, correct = sums.reshape(2, len(weights), *shape)
+    scores = np.full((len(weights), len(names) + 1, len(QUESTION_TYPES) + 1), np.nan)
+    scores[:, :-1, :-1] = intervals.ratio(correct.sum(axis=2), total.sum(axis=2))
+    by_class = intervals.ratio(correct[..., DETECTION_INDEX], total[..., DETECTION_INDEX])
+    scores[:, :-1, DETECTION_INDEX] = intervals.mean_of_present(by_class, axis=2)
+    scores[:, :-1, -1] = intervals.mean_of_present(scores[:, :-1, :-1], axis=2)
+    scores[:, -1] = intervals.mean_of_present(scores[:, :-1], axis=1)
+    return 100 * scores
 
 
-def strict_units(table: PredictionTable, by: str = "dataset") -> np.ndarray:
-    """(D + 1, K + 1): how many parts each figure of `strict_array` rests on: of its two sides the smaller one's, and
-    of a mean of rows the smallest one's, as each counts the same.
+def strict_part_counts(table: PredictionTable, by: str = "dataset") -> np.ndarray:
+    """Count the parts behind each score of `strict_array`, (D + 1, K + 1).
+
+    Anomaly Detection has the count of its smaller class, and a mean of rows that of its smallest row, because classes
+    and rows have equal weights.
     """
-    names, row_of = table.rows(by)
-    asked = np.zeros((table.parts.max() + 1, len(names), 2, len(QUESTION_TYPES)), dtype=bool)
-    image = table.image_of
-    asked[table.parts[image], row_of[image], table.defective[image] * 1, table.kinds] = True
-    sides = asked[..., DETECTION].sum(axis=0)
-    units = np.zeros((len(names) + 1, len(QUESTION_TYPES) + 1), dtype=int)
-    units[:-1, :-1] = asked.any(axis=2).sum(axis=0)
-    units[:-1, DETECTION] = np.where(sides.min(axis=1) > 0, sides.min(axis=1), sides.max(axis=1))
-    units[:-1, -1] = asked.any(axis=(2, 3)).sum(axis=0)
-    asked_of = np.where(units[:-1] > 0, units[:-1], np.iinfo(int).max).min(axis=0)
-    units[-1] = np.where(units[:-1].any(axis=0), asked_of, 0)
-    return units
+    names, row_index = table.group_images(by)
+    shown = np.zeros((table.part_index.max() + 1, len(names), 2, len(QUESTION_TYPES)), dtype=bool)
+    image = table.image_index
+    shown[table.part_index[image], row_index[image], table.defective[image] * 1, table.type_index] = True
+    by_class = shown[..., DETECTION_INDEX].sum(axis=0)
+    counts = np.zeros((len(names) + 1, len(QUESTION_TYPES) + 1), dtype=int)
+    counts[:-1, :-1] = shown.any(axis=2).sum(axis=0)
+    counts[:-1, DETECTION_INDEX] = np.where(by_class.min(axis=1) > 0, by_class.min(axis=1), by_class.max(axis=1))
+    counts[:-1, -1] = shown.any(axis=(2, 3)).sum(axis=0)
+    smallest = np.where(counts[:-1] > 0, counts[:-1], np.iinfo(int).max).min(axis=0)
+    counts[-1] = np.where(counts[:-1].any(axis=0), smallest, 0)
+    return counts
 
 
-def strict_table(table: PredictionTable, by: str = "dataset") -> Table:
-    """{row: {column: percent}}; None where there is no question."""
-    return _as_table(table, strict_array(table, table.once(), by)[0], by)
+def strict_table(table: PredictionTable, by: str = "dataset") -> ScoreTable:
+    """Return {row: {column: percent}}; cells without a question are None."""
+    return _as_score_table(table, strict_array(table, table.unit_weights(), by)[0], by)
 
 
 def strict_intervals(table: PredictionTable, by: str = "dataset") -> dict[str, dict[str, list[float] | None]]:
-    """{row: {column: [low, high]}}: 95 % intervals in percent of every figure in `strict_table`; see `interval`."""
-    units = strict_units(table, by)
-    sides = np.array([side_count(kind) for kind in (*QUESTION_TYPES, AVERAGE)])
+    """Return {row: {column: [low, high]}}: the 95% interval in percent of every score in `strict_table`.
+
+    A score that rests on fewer than MIN_PARTS parts has no interval.
+    """
+    counts = strict_part_counts(table, by)
+    classes = np.array([class_count(column) for column in (*QUESTION_TYPES, AVERAGE)])
     resampled = strict_array(table, table.weights(by), by)
-    spread = intervals.percentile_interval(resampled, units, (0.0, 100.0), sides=sides)
-    low, high = np.where(units < MIN_PARTS, np.nan, spread)
-    lows, highs = _as_table(table, low, by), _as_table(table, high, by)
-    return {row: {column: pair(lows[row][column], highs[row][column]) for column in lows[row]} for row in lows}
+    bounds = intervals.percentile_interval(resampled, counts, (0.0, 100.0), classes=classes)
+    low, high = np.where(counts < MIN_PARTS, np.nan, bounds)
+    lows, highs = _as_score_table(table, low, by), _as_score_table(table, high, by)
+    return {row: {column: json_interval(lows[row][column], highs[row][column]) for column in lows[row]} for row in lows}
 
 
-def _as_table(table: PredictionTable, array: np.ndarray, by: str) -> Table:
-    rows, columns = [*table.rows(by)[0], AVERAGE], [*QUESTION_TYPES, AVERAGE]
+def _as_score_table(table: PredictionTable, array: np.ndarray, by: str) -> ScoreTable:
+    """Label the rows and columns of an array (D + 1, K + 1)."""
+    rows, columns = [*table.group_images(by)[0], AVERAGE], [*QUESTION_TYPES, AVERAGE]
     return {
-        row: {column: number(array[place, index]) for index, column in enumerate(columns)}
+        row: {column: json_number(array[place, index]) for index, column in enumerate(columns)}
         for place, row in enumerate(rows)
     }
 
 
-def one_sided(table: PredictionTable, by: str = "dataset") -> dict[str, str]:
-    """Rows whose Anomaly Detection figure rests on one side alone, and which one: `normal` or `defective`."""
-    names, row_of = table.rows(by)
-    asked = table.image_of[table.kinds == DETECTION]
+def single_class_rows(table: PredictionTable, by: str = "dataset") -> dict[str, str]:
+    """Return {row: `normal` or `defective`} for rows with Anomaly Detection questions about one class only."""
+    names, row_index = table.group_images(by)
+    images = table.image_index[table.type_index == DETECTION_INDEX]
     found = {}
     for place, name in enumerate(names):
-        sides = set(table.defective[asked[row_of[asked] == place]].tolist())
-        if len(sides) == 1:
-            found[name] = "defective" if sides.pop() else "normal"
+        classes = set(table.defective[images[row_index[images] == place]].tolist())
+        if len(classes) == 1:
+            found[name] = "defective" if classes.pop() else "normal"
     return found
 
 
-def counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Questions, images, and how many answers were no option letter (`unparsed`) or never came (`failed`)."""
+def answer_counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Count questions, images, and answers that are `unparsed` (no option letter) or `failed` (no answer at all)."""
     images = {image_key(prediction) for prediction in predictions}
     failed = sum(prediction.error is not None for prediction in predictions)
     unparsed = sum(prediction.error is None and prediction.parsed is None for prediction in predictions)
@@ -115,3 +133,36 @@ def counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "unparsed_share": unparsed / len(predictions) if predictions else 0.0,
         "failed": failed,
     }
+
+
+def text_vs_logits(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
+    """Compare answers parsed from the text with the most probable options: {question type or `Average`: scores}.
+
+    Only questions that have both are used; without any, the result is empty. `agreement` (0 to 1, with its interval) is
+    the share of `questions` with a text that names the most probable option. An unparsed text agrees with no option.
+    `text` and `logits` are the strict scores in percent of the two ways to answer. Their `Average` is that of the
+    strict table.
+    """
+    both = [one for one in predictions if one.error is None and one.probabilities]
+    if not both:
+        return {}
+    text = make_prediction_table(both)
+    logits = make_prediction_table([replace(one, parsed=most_probable(one.probabilities)) for one in both])
+    pairs = zip(text.predictions, logits.predictions, strict=True)
+    agrees = np.array([one.parsed == other.parsed for one, other in pairs])
+    text_scores, logits_scores = (strict_table(way)[AVERAGE] for way in (text, logits))
+    weights = text.weights()
+    comparison = {}
+    for place, column in enumerate([*QUESTION_TYPES, AVERAGE]):
+        chosen = np.ones(len(both), dtype=bool) if column == AVERAGE else text.type_index == place
+        if not chosen.any():
+            continue
+        agreement, interval = share_with_interval(text, weights, text.image_index[chosen], agrees[chosen])
+        comparison[column] = {
+            "questions": int(chosen.sum()),
+            "agreement": agreement,
+            "interval": interval,
+            "text": text_scores[column],
+            "logits": logits_scores[column],
+        }
+    return comparison

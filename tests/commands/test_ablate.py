@@ -21,7 +21,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, TRACES, RunFolder
-from echo_ft.metrics.comparison import TOGETHER
+from echo_ft.metrics.comparison import ALL_QUESTIONS
 from echo_ft.records import QUESTION_TYPES, ROLES, Prediction, Trace
 from evaluation import ablate, ablation_table, compare
 from evaluation import run as evaluation_run
@@ -127,7 +127,7 @@ def test_the_table_is_that_of_evaluation_compare(done, tmp_path):
             assert found[name]["figures"][key] == {"value": figure["value"], "interval": None}
         assert found[name]["counts"] == run["counts"] and found[name]["cases"] == 3
     for name, difference in zip(names[1:], expected["differences"], strict=True):
-        ours, test = found[name]["difference"], difference["mcnemar"][TOGETHER]
+        ours, test = found[name]["difference"], difference["mcnemar"][ALL_QUESTIONS]
         for key, figure in difference["figures"].items():
             assert ours["figures"][key] == {"difference": figure["difference"], "interval": None}
         assert (ours["won"], ours["lost"], ours["p_holm"]) == (test["only_run"], test["only_baseline"], test["p_holm"])
@@ -328,7 +328,7 @@ def test_a_cell_on_other_questions_is_compared_on_those_that_both_were_asked(tmp
     ])  # fmt: skip
     expected = json.loads((tmp_path / "compare" / "comparison.json").read_text())["differences"][0]
     assert novel["difference"]["figures"] == expected["figures"] and expected["figures"]["AUROC"]["interval"]
-    assert novel["difference"]["p_holm"] == expected["mcnemar"][TOGETHER]["p"]
+    assert novel["difference"]["p_holm"] == expected["mcnemar"][ALL_QUESTIONS]["p"]
     assert other["difference"] is None and seen["difference"] is None
     assert table["warnings"] == ["novel, other: odd", "other: new"]
     told = ablation_table.text(table)
@@ -367,11 +367,12 @@ def test_few_parts_and_missing_sides_and_failures_are_told_in_the_place_of_inter
     assert cell["figures"]["Average"]["interval"] and cell["figures"]["specificity"]["interval"] is None
     assert re.search(r"\(–\)", ablation_table.columns(table)[2][2])
     assert table["warnings"] == [
-        "few: Anomaly Detection has no interval where a side has fewer than 5: the dataset tiles has 3 normal parts",
-        "few: on the questions that seen was asked too, Anomaly Detection rests on one side alone: tiles "
-        "(defective alone)",
-        "few: on the questions that seen was asked too, Anomaly Detection has no interval where a side has fewer than "
-        "5: the dataset tiles has 3 defective parts",
+        "few: Anomaly Detection has no interval if a class has fewer than 5 parts: the dataset tiles has 3 normal "
+        "parts",
+        "few: on the questions that seen was asked too, Anomaly Detection covers only one class: tiles "
+        "(defective only)",
+        "few: on the questions that seen was asked too, Anomaly Detection has no interval if a class has fewer "
+        "than 5 parts: the dataset tiles has 3 defective parts",
         "broken: 1 predictions failed (broken image); the same command asks again",
     ]
     ablation_table.write(tmp_path, table)

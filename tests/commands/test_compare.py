@@ -24,8 +24,8 @@ def test_compare_ends_with_the_verdict_and_writes_beside_the_last_run(tmp_path: 
     done = run_command("evaluation.compare", base, tuned)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    interval = r"\(95 % interval ([\d.]+) to ([\d.]+)\)"
-    found = re.fullmatch(rf"tuned is better than base by [\d.]+ points {interval} on 80 questions of 40 cases", last)
+    interval = r"\(95% interval ([\d.]+) to ([\d.]+)\)"
+    found = re.fullmatch(rf"tuned is better than base by [\d.]+ points {interval} on 80 questions from 40 cases", last)
     assert found, last
     comparison = json.loads((tmp_path / "compare" / "comparison.json").read_text())
     averages = [run["figures"]["Average"]["value"] for run in comparison["runs"]]
@@ -138,7 +138,7 @@ def test_a_run_is_not_better_than_its_copy(tmp_path: Path, capsys: pytest.Captur
     assert (
         capsys.readouterr()
         .out.splitlines()[-1]
-        .startswith("two and one cannot be told apart: the difference is +0.0 points (95 % interval -8.8 to +8.8)")
+        .startswith("two and one cannot be told apart: the difference is +0.0 points (95% interval -8.8 to +8.8)")
     )
 
 

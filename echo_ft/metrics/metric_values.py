@@ -1,0 +1,68 @@
+"""Metrics as reports store them: score tables, JSON numbers, and intervals for metrics with enough parts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_ft.metrics import intervals
+from echo_ft.metrics.prediction_table import PredictionTable
+from echo_ft.records import QUESTION_TYPES
+
+ScoreTable = dict[str, dict[str, float | None]]
+"""{row: {column: percent}}. Rows are datasets and `Average`; columns are MMAD's seven question types and `Average`.
+A cell without a question is None."""
+
+AVERAGE = "Average"
+"""Name of the row and of the column of averages."""
+
+DETECTION_INDEX = QUESTION_TYPES.index("Anomaly Detection")
+"""Index of Anomaly Detection in QUESTION_TYPES."""
+
+MIN_PARTS = 5
+"""Smallest number of parts for which a metric gets an interval."""
+
+
+def class_count(metric: str) -> int:
+    """Number of accuracies that a metric averages: 2 if it weighs normal and defective images equally, else 1."""
+    return 2 if metric in (QUESTION_TYPES[DETECTION_INDEX], "balanced_accuracy") else 1
+
+
+def json_number(value: float) -> float | None:
+    """Convert a value to a JSON number; nan becomes None."""
+    return None if np.isnan(value) else float(value)
+
+
+def json_interval(low: float | None, high: float | None) -> list[float] | None:
+    """Convert two bounds to a JSON list; None if the metric has no interval."""
+    return None if low is None or high is None else [low, high]
+
+
+def metric_interval(values: np.ndarray, parts: int, metric: str = "", difference: bool = False) -> list[float] | None:
+    """Return the 95% interval of a metric with the resampled `values` (R,) from so many `parts`.
+
+    `metric` is the name of a column of the strict table or of a detection metric. All other metrics are shares from 0
+    to 1. `difference` marks the difference of two metrics. Return None if all values are nan, or if there are fewer
+    than MIN_PARTS parts, which are too few to resample.
+    """
+    if parts < MIN_PARTS:
+        return None
+    top = 100.0 if metric in (*QUESTION_TYPES, AVERAGE) else 1.0
+    bounds = (-top if difference else 0.0, top)
+    interval = intervals.percentile_interval(values, parts, bounds, classes=class_count(metric))
+    return json_interval(*map(json_number, interval))
+
+
+def share_with_interval(
+    table: PredictionTable, weights: np.ndarray, image_index: np.ndarray, correct: np.ndarray
+) -> tuple[float, list[float] | None]:
+    """Return the share of `correct` items and its 95% interval.
+
+    There are M items: `correct` is (M,) bool, and `image_index` (M,) is the table's image of each item. `weights` is
+    (R, N), as from `PredictionTable.weights`.
+    """
+    totals, hits = np.zeros(len(table.images)), np.zeros(len(table.images))
+    np.add.at(totals, image_index, 1.0)
+    np.add.at(hits, image_index, correct.astype(float))
+    parts = len(np.unique(table.part_index[image_index]))
+    resampled = intervals.ratio(weights @ hits, weights @ totals)
+    return float(correct.mean()), metric_interval(resampled, parts)
