@@ -1,6 +1,6 @@
-"""echo-ft: tune Qwen2-VL for industrial inspection with Echo's four expert roles.
+"""echo-ft: fine-tune Qwen2-VL for industrial inspection with Echo's four expert roles.
 
-The names below are imported when they are first used, so that `import echo_ft` loads nothing heavy.
+The public names below are imported on first use, so `import echo_ft` loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_PLACES = {
+_EXPORTS = {
     "Case": "echo_ft.records",
     "EchoError": "echo_ft.errors",
     "Prediction": "echo_ft.records",
@@ -20,6 +20,6 @@ __all__ = ["Case", "EchoError", "Prediction", "load_cases", "load_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,6 +1,7 @@
-"""Configs: one YAML file a run, every key also a flag (`--key value`), unknown keys refused with the nearest known one.
+"""Configs: one YAML file per run, in which every key is also a flag (`--key value`).
 
-The flags, their types and their help come from the dataclasses, by transformers' HfArgumentParser.
+Unknown keys are an error that names the nearest known one. transformers' HfArgumentParser derives the flags, their
+types and their help from the dataclasses.
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ from echo_ft.terminal import LOGGER, log_to_terminal
 
 COMMAND_LINE = "the command line"
 
-DESCRIPTION = "--config FILE reads these options from a YAML file of key: value lines; flags win over it."
+DESCRIPTION = "--config FILE reads these options from a YAML file of key: value lines. Flags override the file."
 
 
 def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
-    """One instance of each dataclass in `types` from `--config FILE` and `--key value` flags; flags win.
+    """Build one instance of each dataclass in `types` from `--config FILE` and `--key value` flags.
 
-    Raises EchoError for a file that is missing or not a mapping, an unknown key (naming the nearest known one), a value
-    of the wrong type, and a missing required value.
+    Flags override the file. Raises EchoError if the file is missing or not a mapping, if a key is unknown (the message
+    names the nearest known one), if a value has the wrong type, and if a required value is missing.
     """
     file, flags = _split(argv)
     return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)
 
 
 def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: Sequence[str] = ()) -> tuple[Any, ...]:
-    """`parse` for a mapping that is there already; `source` names it in errors."""
-    from transformers import HfArgumentParser  # takes seconds to import, and `--help` of a script should not
+    """Build the dataclasses from a mapping instead of a file. Raises EchoError like `parse`.
+
+    Error messages call the mapping `source`. `flags` override its values.
+    """
+    from transformers import HfArgumentParser  # takes seconds to import, which `--help` should not need
 
     known = {field.name for cls in types for field in dataclasses.fields(cls) if field.init}
     for key in map(str, config):
@@ -53,18 +57,18 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
     for cls in types:
         for name, kind in get_type_hints(cls).items():
             if name in config and config[name] is None and type(None) not in get_args(kind) and kind is not Any:
-                raise EchoError(f"{source}: {name} is empty; give it a value, or take the line out")
+                raise EchoError(f"{source}: {name} is empty; set a value or remove the line")
 
     parser: Any = HfArgumentParser(list(types), description=DESCRIPTION)
-    # A value in the file satisfies a required flag, and is checked as a flag would be.
+    # A value in the file satisfies a required flag and is validated like a flag.
     for action in parser._actions:
         if action.dest in config:
             action.required = False
-    parser.error = _raise(source)
+    parser.error = _error_handler(source)
     parser.set_defaults(**{key: _checked(parser, key, value, source) for key, value in config.items()})
     for action in parser._actions:
-        if action.const is False:  # --no_key, which has the help of --key and the default False
-            action.help, action.default = f"the same as --{action.dest} false", argparse.SUPPRESS
+        if action.const is False:  # --no_key, to which HfArgumentParser gives the help of --key and the default False
+            action.help, action.default = f"Same as --{action.dest} false.", argparse.SUPPRESS
     try:
         return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
     except (ValueError, TypeError) as error:
@@ -76,7 +80,7 @@ def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     for index, flag in enumerate(flags):
         if flag == "--config":
             if index + 1 == len(flags):
-                raise EchoError("--config needs a YAML file after it")
+                raise EchoError("--config has no value; pass a YAML file")
             config = flags[index + 1]
             return config, flags[:index] + flags[index + 2 :]
         if flag.startswith("--config="):
@@ -96,7 +100,7 @@ def _load(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EchoError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
-        raise EchoError(f"{path} holds a {type(config).__name__}; a config is a mapping of key: value lines")
+        raise EchoError(f"{path} contains a {type(config).__name__}; a config must be a mapping of key: value lines")
     return config
 
 
@@ -107,10 +111,10 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     if isinstance(value, list) != (action.nargs in ("+", "*")):
         raise EchoError(f"{source}: {key} takes {'one value' if isinstance(value, list) else 'a list'}, not {value!r}")
     items = value if isinstance(value, list) else [value]
-    if action.choices is not None and "on" in action.choices:  # YAML 1.1 reads a bare on and off as booleans
+    if action.choices is not None and "on" in action.choices:  # YAML 1.1 reads unquoted on and off as booleans
         items = [{True: "on", False: "off"}[item] if isinstance(item, bool) else item for item in items]
     try:
-        # YAML 1.1 reads 2e-4 as text; the flag's own type turns both spellings into the number.
+        # YAML 1.1 reads 2e-4 as a string. The flag's type converts both spellings to a number.
         kind = action.type or (lambda item: item)
         converted = [kind(item if _is_number(item) else str(item)) for item in items]
     except Exception as error:
@@ -130,20 +134,24 @@ def _nearest(key: str, known: set[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "; run with --help for the list"
 
 
-def _raise(source: str) -> Callable[[str], None]:
+def _error_handler(source: str) -> Callable[[str], None]:
     def error(message: str) -> None:
-        # argparse names the argument whose value is wrong; values of the file are checked before it sees them.
+        # If argparse names an argument, its value came from a flag: values from the file were validated before.
         where = COMMAND_LINE if message.startswith("argument ") else source
         raise EchoError(f"{where}: {message}; run with --help for the list")
 
     return error
 
 
-def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same command starts anew") -> None:
-    """Run a script's `main(argv)`: an EchoError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
-    # bitsandbytes (0.50) warns when it is imported, by peft, that it does without a kernel of the hub's.
+def run_main(main: Callable[[list[str]], None], resume_hint: str = "rerun the command to start again") -> None:
+    """Run a command's `main(argv)` and turn errors into one line on stderr and an exit status.
+
+    The status is 2 for an EchoError or a W&B error, 130 for Ctrl-C and 1 for a closed pipe. After Ctrl-C, the line
+    ends with `resume_hint`.
+    """
+    # When peft imports bitsandbytes (0.50), it warns that it falls back from a kernel of the Hugging Face Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # TRL (1.16) and peft (0.21) use names that transformers (5.23) calls otherwise now; a user can change none of them.
+    # TRL (1.16) and peft (0.21) use names that transformers (5.23) has deprecated. Users cannot change them.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     log_to_terminal()
     try:
@@ -152,7 +160,7 @@ def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same co
         LOGGER.error("%s", error)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write(f"stopped by Ctrl-C; {how_to_go_on}\n")
+        sys.stderr.write(f"stopped by Ctrl-C; {resume_hint}\n")
         sys.exit(130)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -165,6 +173,9 @@ def run_main(main: Callable[[list[str]], None], how_to_go_on: str = "the same co
 
 
 def named_first(argv: Sequence[str], flag: str) -> list[str]:
-    """Words before the first option, given to `flag`: `RUN_DIR --output X` is `--run RUN_DIR --output X`."""
-    count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    """Pass positional arguments before the first option to `flag`.
+
+    With the flag `--run`, `RUN_DIR --output X` becomes `--run RUN_DIR --output X`.
+    """
+    count = next((index for index, argument in enumerate(argv) if argument.startswith("-")), len(argv))
     return [flag, *argv] if count else list(argv)

@@ -1,4 +1,4 @@
-"""Records as JSON lines, files that a reader finds complete or not at all, and folder locks."""
+"""JSON lines, atomic files and folders, and folder locks."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ Record = TypeVar("Record")
 
 def _fields(record: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(record):
-        return vars(record)  # `dataclasses.asdict` copies all that is in it, which takes longer than the JSON
-    raise TypeError(f"a record holds a {type(record).__name__}, which JSON has not")
+        return vars(record)  # `dataclasses.asdict` makes a deep copy, which takes longer than the encoding
+    raise TypeError(f"a record contains a {type(record).__name__}, which JSON cannot represent")
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_fields)
 
 
 def to_json(record: Any) -> str:
-    """One line of JSON for a record; keys in the order of its fields."""
+    """Encode a record as one line of JSON, with keys in the order of its fields.
+
+    Raises TypeError if the record contains a value that JSON cannot represent.
+    """
     return _ENCODER.encode(record)
 
 
 def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
-    """A record from parsed JSON; nested records and tuples are restored.
+    """Build a record from parsed JSON, including nested records and tuples.
 
-    Raises TypeError where a field is missing or unknown.
+    Raises TypeError if a field is missing or unknown.
     """
     hints, nested = _hints(cls)  # type: ignore[arg-type]
     if not row.keys() <= hints.keys():
@@ -51,7 +54,7 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
 
 @functools.cache  # resolving annotations takes longer than building the record
 def _hints(cls: type) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The type of each field, and the fields that JSON does not give back as they were."""
+    """Return the type of each field and the fields that do not survive a round trip through JSON."""
     hints = typing.get_type_hints(cls)
     return hints, tuple(name for name, hint in hints.items() if not _is_plain(hint))
 
@@ -77,40 +80,38 @@ def _restore(hint: Any, value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path, cls: type[Record], without: str = "") -> Iterator[Record]:
-    """The records of a JSON-lines file, but for lines that hold the text `without`, which are not even parsed.
+def read_jsonl(path: Path, cls: type[Record], exclude: str = "") -> Iterator[Record]:
+    """Yield the records of a JSON-lines file. Lines that contain the text `exclude` are skipped without parsing.
 
-    Raises EchoError with file and line where a row is not such a record.
+    Raises EchoError with the file and line number if a row is not a valid record of type `cls`.
     """
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            if without and without in line:
+            if exclude and exclude in line:
                 continue
             try:
                 yield from_dict(cls, json.loads(line))
             except (json.JSONDecodeError, TypeError, AttributeError) as error:
-                raise EchoError(
-                    f"{path}:{number} is not a {cls.__name__} row ({error}); make the file again"
-                ) from error
+                raise EchoError(f"{path}:{number} is not a {cls.__name__} row ({error}); rebuild the file") from error
 
 
 @contextmanager
 def atomic_file(path: Path, unique: bool = False) -> Iterator[Path]:
-    """A path to write to, which replaces `path` if the block succeeds: readers find a complete file or none.
+    """Yield a temporary path that replaces `path` if the block succeeds.
 
-    Set `unique` if several processes may write the same file at once.
+    Readers never see a partial file. Set `unique` if several processes may write the same file at once.
     """
-    middle = f".{uuid.uuid4().hex}" if unique else ""  # a process number would repeat on another machine
-    partial = path.with_name(f"{path.name}{middle}.partial")
+    suffix = f".{uuid.uuid4().hex}" if unique else ""  # a process id could repeat on another machine
+    partial = path.with_name(f"{path.name}{suffix}.partial")
     yield partial
     os.replace(partial, path)
 
 
 @contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
-    """An empty folder to fill, which replaces `output` if the block succeeds and is removed if it fails.
+    """Yield an empty folder that replaces `output` if the block succeeds and is removed if it fails.
 
-    Raises EchoError if the parent of `output` cannot be written.
+    Raises EchoError if the parent folder of `output` is not writable.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         raise EchoError(f"{output.parent} cannot be written ({error.strerror}); choose another output") from error
     folder, old = partial / output.name, partial / "replaced"
     try:
-        folder.mkdir()  # with the user's permissions, which the folder made by mkdtemp lacks
+        folder.mkdir()  # with the user's default permissions, unlike the folder that mkdtemp created
         yield folder
         if output.exists():
             output.rename(old)
@@ -142,10 +143,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
-    """Write records as JSON lines, atomically; returns how many."""
+    """Write records as JSON lines, atomically, and return their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    # Lone surrogates, as in the name of a rejected file, become the escapes that JSON has for them.
+    # Lone surrogates, which may occur in the name of a rejected file, are written as JSON escapes.
     with atomic_file(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record in records:
             file.write(to_json(record) + "\n")
@@ -153,36 +154,38 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     return count
 
 
-LOCK = ".lock"
-"""Locked while a process writes to the folder; the file itself stays, empty."""
+LOCK_FILE = ".lock"
+"""The empty file that a process locks while it writes to the folder. It is never deleted."""
 
 
-def lock(folder: Path, option: str = "--output") -> TextIO:
-    """A folder's lock until it is closed; the kernel takes it back when the process ends, however it ends.
+def lock_folder(folder: Path, option: str = "--output") -> TextIO:
+    """Lock a folder and return the open lock file. Closing the file releases the lock.
 
-    Raises EchoError, naming the `option` that chooses another folder, while another process holds it.
+    The kernel also releases it when the process ends for any reason. Raises EchoError if another process holds the
+    lock; the message names `option`, which chooses another folder.
     """
-    import fcntl  # Windows has none, and can still score the runs of other machines
+    import fcntl  # missing on Windows, which can still score runs from other machines
 
-    file = _append(folder / LOCK)
+    file = open_append(folder / LOCK_FILE)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         raise EchoError(
-            f"another process writes to {folder}; wait until it ends, or choose another {option}"
+            f"another process is writing to {folder}; wait until it ends or choose another {option}"
         ) from error
-    except OSError as error:  # some network file systems have no locks; a run on them is still worth having
-        warnings.warn(f"{folder} cannot be locked ({error}): start no second run there meanwhile", stacklevel=3)
+    except OSError as error:  # some network file systems do not support locks, and runs on them are still useful
+        warnings.warn(f"{folder} cannot be locked ({error}); do not start a second run there", stacklevel=3)
     return file
 
 
-def _append(path: Path) -> TextIO:
+def open_append(path: Path) -> TextIO:
+    """Open a text file for appending."""
     return open(path, "a", encoding="utf-8")
 
 
-def whole_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
-    """The rows of a file whose last line may be half written."""
+def read_complete_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
+    """Yield the valid rows of a JSON-lines file and skip incomplete lines, such as a truncated last one."""
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: the template environment, and images as small JPEGs inside the page."""
+"""Self-contained HTML pages: template rendering and images embedded as small JPEGs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from PIL import Image
 
 
 def render_page(template: Path, filters: Mapping[str, Callable[..., str]] | None = None, /, **values: Any) -> str:
-    """The text of a page from a jinja template; a value that the template names and `values` lacks is an error."""
+    """Render a Jinja template with `values` and optional `filters`. Values are escaped.
+
+    Raises jinja2.UndefinedError if the template uses a value that is missing from `values`.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -27,14 +30,14 @@ def render_page(template: Path, filters: Mapping[str, Callable[..., str]] | None
 
 
 def jpeg_uri(image: Image.Image, quality: int = 80) -> str:
-    """An image as a data URI."""
+    """Encode an image as the data URI of a JPEG with this quality."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
-    """The image scaled so that its longer side has `side` pixels, but never enlarged."""
+    """Return a copy scaled down to at most `side` pixels on its longer side. Smaller images keep their size."""
     small = image.copy()
     small.thumbnail((side, side))
     return small

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or `torchrun` started, on CPUs or GPUs."""
+"""The group of processes that `accelerate launch` or `torchrun` started."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 
 
 LONGEST_WAIT = timedelta(days=30)
-"""How long processes wait for the slowest one. The share of one process may take longer than torch's ten minutes."""
+"""How long processes wait for the slowest one. One process may work longer than torch's default of ten minutes."""
 
 
 def join_processes() -> PartialState:
-    """This process among all that were launched together; on the CPU if there is no GPU or accelerate says so."""
+    """Join the process group and return this process's state.
+
+    The group uses the CPU if there is no GPU or if ACCELERATE_USE_CPU is set.
+    """
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

@@ -1,4 +1,4 @@
-"""What tells two datasets, adapters or runs apart: fingerprints, package versions, the commit."""
+"""Provenance of datasets, adapters and runs: fingerprints, package versions and the git commit."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ PACKAGES = (
 )
 
 ANSWERING_PACKAGES = ("torch", "transformers", "peft")
-"""Those of PACKAGES that a model's answers come out of; the rest train, build and read."""
+"""The PACKAGES that a model's answers depend on. The others build datasets, train and evaluate."""
 
 ANSWERING_MODULES = (
     "inference.engine", "experts.pipeline", "inference.server", "data.dataset", "model.loading", "model.adapters",
 )  # fmt: skip
-"""The modules of this package that produce a model's answers, together with all that they import (`source_files`)."""
+"""The modules of this package that produce a model's answers. `source_files` adds everything that they import."""
 
 SUPPORTING_MODULES = ("errors", "provenance")
-"""Imported by those, but unable to change an answer: a change to them does not stop a run from resuming."""
+"""Modules that ANSWERING_MODULES import but that cannot change an answer. A run resumes after changes to them."""
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that results depend on; `absent` where one is not installed."""
+    """Return the versions of Python and of all PACKAGES by name; `absent` if a package is not installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -49,7 +49,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The git commit of this code, with `-dirty` where tracked files differ from it; `unknown` outside a checkout."""
+    """Return the git commit of this code, or `unknown` outside a checkout.
+
+    The suffix `-dirty` means that tracked files have uncommitted changes.
+    """
     here = Path(__file__).resolve().parent
     try:
         head = _git(here, "rev-parse", "HEAD")
@@ -59,27 +62,27 @@ def commit() -> str:
 
 
 def code_fingerprint(*files: Path) -> str:
-    """Fingerprint of source files.
+    """Fingerprint source files.
 
-    Unlike the commit it is the same after a change to the documents, differs between two uncommitted states, and is
-    there outside a checkout.
+    Unlike the git commit, the fingerprint ignores changes to documentation, distinguishes uncommitted changes, and
+    also works outside a checkout. Raises OSError if a file cannot be read.
     """
     return fingerprint_files(files, Path(os.path.commonpath([file.parent for file in files])))
 
 
-def source_files(*modules: str, without: Collection[str] = ()) -> list[Path]:
-    """The files of this package that `modules` of it need: their own, and those of everything these import from it.
+def source_files(*modules: str, exclude: Collection[str] = ()) -> list[Path]:
+    """Return the source files of `modules` and of everything that they import from this package, sorted by module.
 
-    Modules are named from the package on, as in `inference.engine`. Neither those in `without`, nor what only these
-    import, are followed.
+    Module names omit the package, as in `inference.engine`. Modules in `exclude` are left out, together with modules
+    that only they import.
     """
     package = Path(__file__).resolve().parent
-    found, waiting = set[str](), [*modules]
-    while waiting:
-        module = waiting.pop()
-        if module not in found and module not in without:
+    found, pending = set[str](), [*modules]
+    while pending:
+        module = pending.pop()
+        if module not in found and module not in exclude:
             found.add(module)
-            waiting += _imported(package, _module_file(package, module).read_text(encoding="utf-8"))
+            pending += _imported(package, _module_file(package, module).read_text(encoding="utf-8"))
     return [_module_file(package, module) for module in sorted(found)]
 
 
@@ -88,11 +91,14 @@ def _module_file(package: Path, module: str) -> Path:
 
 
 def _imported(package: Path, source: str) -> list[str]:
-    """The modules of a package that a source imports anywhere, each by an absolute `from` import, as all do here."""
+    """Return the modules of a package that a source text imports, also inside functions.
+
+    Only absolute `from` imports count; this package uses no others for its own modules.
+    """
     froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
     named = [name for node in froms for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))]
-    inside = [str(name).removeprefix(f"{package.name}.") for name in named if str(name).startswith(f"{package.name}.")]
-    return [name for name in inside if _module_file(package, name).is_file()]
+    own = [str(name).removeprefix(f"{package.name}.") for name in named if str(name).startswith(f"{package.name}.")]
+    return [name for name in own if _module_file(package, name).is_file()]
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -101,7 +107,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def fingerprint_bytes(*chunks: bytes) -> str:
-    """SHA-256 over the chunks, 16 hex digits; where one chunk ends and the next begins counts."""
+    """Return the first 16 hex digits of a SHA-256 over the chunks. Chunk boundaries affect the result."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(len(chunk).to_bytes(8, "big") + chunk)
@@ -109,7 +115,10 @@ def fingerprint_bytes(*chunks: bytes) -> str:
 
 
 def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
-    """Fingerprint of files by content and by their path relative to `root`; the order given does not matter."""
+    """Fingerprint files by content and by path relative to `root`, as 16 hex digits. Their order does not matter.
+
+    Raises OSError if a file cannot be read.
+    """
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
@@ -118,6 +127,6 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
 
 
 def content_hash(path: Path | str) -> bytes:
-    """SHA-256 of a file's content, 32 bytes. Raises OSError where it cannot be read."""
+    """Return the SHA-256 of a file's content, 32 bytes. Raises OSError if the file cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -1,8 +1,8 @@
-"""The records that the parts of echo-ft exchange, and how they travel as JSON lines.
+"""The records that the parts of echo-ft exchange. `echo_ft.files` stores them as JSON lines.
 
-Everything a person may want to inspect between two steps is one of these. The truth about a photograph
-(condition, mask, answers) is kept in `Truth`, apart from `Seen`, so that a function which renders a prompt
-cannot reach it: it is never handed over.
+Every intermediate result that a person may want to inspect is one of these records. `Truth` holds the ground truth of
+an image (condition, mask, answers), separate from `Seen`. Functions that render prompts receive only `Seen`, so they
+cannot leak the truth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ GOOD = "good"
 """The condition of a part without a defect."""
 
 LETTERS = "ABCDE"
-"""Option letters that MMAD admits."""
+"""The option letters that MMAD allows."""
 
 QUESTION_TYPES = (
     "Anomaly Detection",
@@ -25,10 +25,10 @@ QUESTION_TYPES = (
     "Object Classification",
     "Object Analysis",
 )
-"""MMAD's seven kinds of question, in the order of its tables."""
+"""MMAD's seven question types, in the order of its tables."""
 
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
-"""The four experts, in the order of the pipeline."""
+"""The four expert roles, in the order of the pipeline."""
 
 SYNTHETIC_DESCRIPTIONS = {
     "cutpaste": "A rectangular patch of the surface lies where it does not belong, with hard straight edges. "
@@ -40,15 +40,15 @@ SYNTHETIC_DESCRIPTIONS = {
     "poisson": "A patch of the surface has the structure of another place, and its edges fade into the surroundings. "
     "The part is out of shape there, which can affect its fit.",
 }
-"""What a defect made by each method of `images.synthetic_defects` looks like, and what follows from it."""
+"""The appearance and consequences of the defects that each method of `images.synthetic_defects` makes."""
 
 Knowledge = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""{dataset: {product: {condition: description}}}: the schema of MMAD's domain_knowledge.json."""
+"""{dataset: {product: {condition: description}}}, the schema of MMAD's domain_knowledge.json."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """One photograph of one part. Paths are relative to the dataset's image root, with forward slashes."""
+    """One image of one part. Paths are relative to the dataset's image root and use forward slashes."""
 
     id: str
     image: str
@@ -56,24 +56,27 @@ class Inspection:
     product: str
     condition: str
     group: str
-    """Photographs of the same physical part share one; splits and references respect it."""
+    """Images of the same physical part share one group. Splits and references never separate or mix up groups."""
     split: str | None = None
     mask: str | None = None
     boxes: tuple[tuple[float, float, float, float], ...] = ()
-    """Defects as (x0, y0, x1, y1) in pixels of the image, where the source has boxes instead of a mask."""
+    """Defect boxes as (x0, y0, x1, y1) in pixels of the image, if the source has boxes instead of a mask."""
     reference: str | None = None
-    """A normal image that the source itself names for this one; it stands as given."""
+    """The normal image that the source names as the reference. It is used as given."""
     masks: tuple[str, ...] = ()
-    """Several files that count as one mask, where the source has no single one."""
+    """Several files that form one mask together, if the source has no single mask file."""
     polygons: tuple[tuple[float, ...], ...] = ()
-    """Outlines of defects as (x0, y0, x1, y1, ...) in pixels of the image, beside boxes or instead of them."""
+    """Defect outlines as (x0, y0, x1, y1, ...) in pixels of the image, in addition to boxes or instead of them."""
     synthetic: str | None = None
-    """The method of `echo_ft.images.synthetic_defects` that made the defect, where no camera saw it: for training alone."""
+    """The method of `echo_ft.images.synthetic_defects` that made the defect; None for a real image.
+
+    Images with synthetic defects are used only for training.
+    """
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A normal image for an inspection, from retrieval or as the random control; rank counts from 1."""
+    """A normal image for an inspection, retrieved or drawn at random as a control. Ranks start at 1."""
 
     inspection: str
     image: str
@@ -85,7 +88,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question about an inspection. `answer` is None in what the experts see."""
+    """A multiple-choice question about an inspection. `kind` is its question type.
+
+    `answer` is None in questions that the experts see.
+    """
 
     id: str
     inspection: str
@@ -97,17 +103,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Rejection:
-    """An image or row that could not be used, and why."""
+    """An image or row that could not be used, and the reason."""
 
     item: str
     reason: str
     dropped: str | None = None
-    """`mask` or `reference`, where that alone could not be used and the photograph is; None where the item is out."""
+    """`mask` or `reference` if only that was dropped and the image is used; None if the whole item was rejected."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known about one condition of a product."""
+    """The description of one condition of a product."""
 
     condition: str
     description: str
@@ -115,7 +121,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Seen:
-    """All that the experts may see of a case."""
+    """Everything that the experts may see of a case."""
 
     query: str
     references: tuple[Reference, ...]
@@ -125,33 +131,33 @@ class Seen:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about a case and must never reach a prompt of a run."""
+    """The ground truth of a case, which must never reach a prompt at inference."""
 
     condition: str
     mask: str | None
     boxes: tuple[tuple[float, float, float, float], ...]
     answers: dict[str, str]
-    """Question id to letter."""
+    """The correct letter by question id."""
     masks: tuple[str, ...] = ()
     polygons: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Case:
-    """An inspection made ready: what the experts may see, and the truth apart from it."""
+    """A prepared inspection: what the experts may see, and the truth kept apart from it."""
 
     id: str
     dataset: str
     product: str
     group: str
-    """Cases of one physical part share one; intervals resample groups."""
+    """Cases of one physical part share one group. Confidence intervals resample groups."""
     seen: Seen
     truth: Truth
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One thing that is asked of a role after the shared context, and what it should say (None at inference)."""
+    """One prompt for a role after the shared context, and its target completion (None at inference)."""
 
     id: str
     prompt: str
@@ -160,7 +166,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one role is shown and asked about a case: images first, then what all branches share, then each branch."""
+    """The full input of one role for a case: the images, then the context that all branches share, then each branch."""
 
     role: str
     case: str
@@ -172,16 +178,16 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model generated for one branch."""
+    """The output of a model for one branch."""
 
     text: str
     letters: Mapping[str, float]
-    """Log-probability of each option letter as the first token; a server may return only some of them."""
+    """Log-probability of each option letter as the first token. A server may return only some letters."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The decision about one question, with the truth and the breakdown keys that a scorer needs beside it."""
+    """The answer to one question, with the truth and the keys that scoring groups by. `kind` is the question type."""
 
     case: str
     question: str
@@ -196,7 +202,7 @@ class Prediction:
     answer: str
     text: str
     parsed: str | None
-    """The option letter, or None where the text is not one: counted as wrong, never guessed."""
+    """The option letter, or None if the text is unparsed. Unparsed answers count as wrong and are never guessed."""
     probabilities: dict[str, float] | None = None
     """P(letter) at the answer position, normalised over the question's options."""
     error: str | None = None
@@ -204,7 +210,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one role saw and said in a run; `branch` is the question's id for roles that answer questions."""
+    """The input and output of one role in a run. For roles that answer questions, `branch` is the question's id."""
 
     case: str
     role: str
@@ -217,11 +223,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What the earlier roles said about a case: predicted in a run, gold or predicted in training data."""
+    """The outputs of the earlier roles for a case: predicted in a run, gold or predicted in training data."""
 
     best: int = 0
-    """Index into `Seen.references` of the baseline that the reference extractor chose."""
+    """The index in `Seen.references` of the baseline that the reference extractor selected."""
     normal: str = ""
     guide: str = ""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """Question id to the reasoning expert's words."""
+    """The reasoning expert's text by question id."""

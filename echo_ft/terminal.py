@@ -1,4 +1,4 @@
-"""What the library reports to a person at a terminal: through `logging`, so that other programs can redirect it."""
+"""Terminal output of the library, through `logging` so that other programs can redirect it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 import sys
 
 LOGGER = logging.getLogger("echo_ft")
-"""Progress at level INFO, warnings and errors above. Silent until a program adds a handler."""
+"""The logger of the library: progress at level INFO, warnings and errors above."""
 
 
 class TerminalHandler(logging.Handler):
-    """Writes progress to stdout, and warnings and errors with their level to stderr."""
+    """A log handler that writes progress to stdout, and warnings and errors with their level to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record to the stream that is current now, not to the one at start-up."""
+        """Write one record to the current `sys.stdout` or `sys.stderr`, which may have been replaced since start-up."""
         severe = record.levelno >= logging.WARNING
         stream = sys.stderr if severe else sys.stdout
         prefix = f"{record.levelname.lower()}: " if severe else ""
@@ -22,7 +22,7 @@ class TerminalHandler(logging.Handler):
 
 
 def log_to_terminal() -> None:
-    """Show what the library reports. Commands call this; a second call changes nothing."""
+    """Show the library's log records in the terminal. Every command calls this. Further calls have no effect."""
     if not any(isinstance(handler, TerminalHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(TerminalHandler())
     LOGGER.setLevel(logging.INFO)

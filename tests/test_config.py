@@ -1,4 +1,4 @@
-"""Configs: a typo is an error that names the nearest key; flags win over the file."""
+"""A typo in a config is an error that names the nearest key, and flags override the file."""
 
 from __future__ import annotations
 
@@ -43,33 +43,34 @@ def test_values_have_their_types_and_flags_win(write):
         ("dataset: d\n", ["--step", "1"], "unknown option --step; did you mean 'steps'"),
         ("steps: 1\n", [], r"run\.yaml: the following arguments are required: --dataset"),
         ("dataset: d\nsteps: many\n", [], "steps cannot be 'many'"),
-        ("dataset:\n", [], "dataset is empty; give it a value"),
-        ("dataset: d\nsteps:\n", [], "steps is empty; give it a value, or take the line out"),
+        ("dataset:\n", [], "dataset is empty; set a value"),
+        ("dataset: d\nsteps:\n", [], "steps is empty; set a value or remove the line"),
         ("dataset: d\nreasoning: maybe\n", [], "choose from on, off"),
         ("dataset: d\nkinds: x\n", [], "kinds takes a list"),
         ("dataset: [d]\n", [], "dataset takes one value"),
         ("dataset: d\n", ["--steps", "x"], "^the command line: argument --steps: invalid int value: 'x'"),
         ("dataset: d\nsteps: 1\n", ["--reasoning", "maybe"], "^the command line: argument --reasoning"),
-        ("- a\n- b\n", [], "a config is a mapping"),
-        ("dataset: d\nsteps: 1\nsteps: 2\n", [], "not valid YAML: the key 'steps' stands twice"),
+        ("- a\n- b\n", [], "a config must be a mapping"),
+        ("dataset: d\nsteps: 1\nsteps: 2\n", [], "not valid YAML: duplicate key 'steps'"),
         ("a: [\n", [], "not valid YAML"),
     ],
 )
-def test_mistakes_are_named(write, text, flags, message):
+def test_config_mistakes_are_named(write, text, flags, message):
     with pytest.raises(EchoError, match=message):
         parse([Options], [*write(text), *flags])
 
 
-def test_help_tells_of_the_config_file_and_how_to_turn_a_switch_off(write, capsys):
+def test_help_explains_the_config_file_and_negated_flags(write, capsys):
     for argv in ([], write("dataset: d\nbalance: false\n")):
         with pytest.raises(SystemExit):
             parse([Options], [*argv, "--help"])
-        told = " ".join(capsys.readouterr().out.split())
-        assert "--config FILE reads" in told
-        assert told.count("the same as --balance false") == 1 and "balance false (default" not in told
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "--config FILE reads" in printed
+        assert printed.count("Same as --balance false.") == 1
+        assert "balance false (default" not in printed
 
 
-def test_a_switch_is_turned_off_by_flag_or_file_and_on_again(write):
+def test_switch_is_turned_off_by_flag_or_file_and_on_again(write):
     off = write("dataset: d\nbalance: false\n")
     assert not parse([Options], off)[0].balance
     assert parse([Options], [*off, "--balance"])[0].balance
@@ -77,25 +78,25 @@ def test_a_switch_is_turned_off_by_flag_or_file_and_on_again(write):
     assert parse([Options], ["--dataset", "d"])[0].balance
 
 
-def test_a_missing_file_names_its_neighbour(write, tmp_path):
+def test_missing_file_error_names_the_nearest_file(write, tmp_path):
     write("dataset: d\n")
     with pytest.raises(EchoError, match=r"no config file .*rum\.yaml; did you mean .*run\.yaml"):
         parse([Options], ["--config", str(tmp_path / "rum.yaml")])
 
 
-def test_ctrl_c_says_whether_the_same_command_goes_on(monkeypatch, capsys):
-    def stopped(argv: list[str]) -> None:
+def test_ctrl_c_says_how_to_resume(monkeypatch, capsys):
+    def interrupted(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.argv", ["command"])
-    for told in ((), ("the same command goes on where it stopped",)):
+    for hint in ((), ("rerun the command to resume",)):
         with pytest.raises(SystemExit) as ended:
-            run_main(stopped, *told)
+            run_main(interrupted, *hint)
         assert ended.value.code == 130
-        assert capsys.readouterr().err == f"stopped by Ctrl-C; {(*told, 'the same command starts anew')[0]}\n"
+        assert capsys.readouterr().err == f"stopped by Ctrl-C; {(*hint, 'rerun the command to start again')[0]}\n"
 
 
-def test_what_wandb_refuses_is_one_sentence_and_other_errors_keep_their_traceback(monkeypatch, capsys):
+def test_wandb_errors_are_one_line_and_other_errors_keep_their_traceback(monkeypatch, capsys):
     from wandb.errors import UsageError
 
     monkeypatch.setattr("sys.argv", ["command"])
@@ -108,6 +109,7 @@ def test_what_wandb_refuses_is_one_sentence_and_other_errors_keep_their_tracebac
 
     with pytest.raises(SystemExit) as ended:
         run_main(fails(UsageError("No API key configured.")))
-    assert ended.value.code == 2 and "error: W&B: No API key configured.; run wandb login" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "error: W&B: No API key configured.; run wandb login" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         run_main(fails(ZeroDivisionError()))

@@ -1,4 +1,4 @@
-"""A run is of the images that its dataset was built from, and runs of different protocols do not stand together."""
+"""A run uses only images that are unchanged since the build, and runs with different protocols are not compared."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def built(drawn: Path, tmp_path: Path) -> Dataset:
     return load_dataset(tmp_path / "data")
 
 
-def test_a_build_keeps_the_digest_of_every_image_that_a_run_can_show(built: Dataset) -> None:
+def test_build_stores_the_digest_of_every_image_that_a_run_can_show(built: Dataset) -> None:
     inspections = read_jsonl(built.folder / "inspections.jsonl", Inspection)
     references = read_jsonl(built.folder / "references.jsonl", Reference)
     require_unchanged(built, [*(i.image for i in inspections), *(r.image for r in references)])
@@ -55,10 +55,10 @@ def swap(first: Path, second: Path) -> None:
         (lambda images: images[0].write_bytes(b""), 1),
         (lambda images: swap(images[0], images[1]), 2),
         (lambda images: images[0].touch(), 0),
-        (lambda images: images[0].unlink(), 0),  # whoever reads it tells
+        (lambda images: images[0].unlink(), 0),  # reported by the code that reads the image
     ],
 )
-def test_images_that_were_changed_after_the_build_are_told_by_content(
+def test_images_changed_since_the_build_are_detected_by_content(
     built: Dataset, change: Callable[[list[Path]], Any], count: int
 ) -> None:
     names = [one.image for one in read_jsonl(built.folder / "inspections.jsonl", Inspection)][:5]
@@ -66,29 +66,29 @@ def test_images_that_were_changed_after_the_build_are_told_by_content(
     if not count:
         require_unchanged(built, names)
         return
-    told = rf"{count} of 5 images .* not those .* was built from \(such as {names[0]}\); put the files back, or build"
-    with pytest.raises(EchoError, match=told):
+    message = rf"{count} of 5 images have changed since .* was built \(first: {names[0]}\); restore the files or rebuild"
+    with pytest.raises(EchoError, match=message):
         require_unchanged(built, [*names, *names])
 
 
-def test_digests_that_are_not_the_datasets_are_refused(built: Dataset) -> None:
+def test_digests_of_another_dataset_are_rejected(built: Dataset) -> None:
     digests = json.loads((built.folder / DIGESTS).read_text())
     digests[min(digests)] = "0" * 64
     (built.folder / DIGESTS).write_text(json.dumps(digests))
-    with pytest.raises(EchoError, match=r"digests.json is not the one of this dataset's manifest.json"):
+    with pytest.raises(EchoError, match=r"digests.json does not match this dataset's manifest.json"):
         require_unchanged(built, [])
     (built.folder / DIGESTS).write_text("{")
-    with pytest.raises(EchoError, match=r"digests.json is not JSON .*; build the dataset again"):
+    with pytest.raises(EchoError, match=r"digests.json is not JSON .*; rebuild the dataset"):
         require_unchanged(built, [])
 
 
 def run(dataset: Path, output: Path) -> None:
     options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 3, "answer": "logits"}
-    run_main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    run_main([str(argument) for name, value in options.items() for argument in (f"--{name}", value)])
 
 
-def test_a_run_refuses_a_changed_image_and_says_how_many_predictions_failed_for_a_missing_one(
+def test_run_rejects_changed_images_and_counts_failures_from_missing_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=2)
@@ -102,9 +102,12 @@ def test_a_run_refuses_a_changed_image_and_says_how_many_predictions_failed_for_
     content = query.read_bytes()
     query.unlink()
     run(dataset, tmp_path / "run")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"done: {tmp_path / 'run'}; 7 predictions failed (the first: ") and query.name in last
-    assert "the same command asks again; score it with" in last
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith(f"done: {tmp_path / 'run'}; score it with")
+    warning = printed.err.splitlines()[-1]
+    assert warning.startswith("warning: 7 predictions failed (first: ")
+    assert query.name in warning
+    assert warning.endswith("rerun the same command to retry them")
     query.write_bytes(content)
     run(dataset, tmp_path / "run")
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"done: {tmp_path / 'run'}; score it with")
@@ -112,7 +115,8 @@ def test_a_run_refuses_a_changed_image_and_says_how_many_predictions_failed_for_
 
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     manifest = json.loads((dataset / "manifest.json").read_text())
-    assert described["images_fingerprint"] == manifest["images_fingerprint"] and described["warnings"] == []
+    assert described["images_fingerprint"] == manifest["images_fingerprint"]
+    assert described["warnings"] == []
     (dataset / DIGESTS).unlink()
     run(dataset, tmp_path / "older")
     assert "built by an older version" in json.loads((tmp_path / "older" / "run.json").read_text())["warnings"][0]
@@ -129,19 +133,19 @@ def test_a_run_refuses_a_changed_image_and_says_how_many_predictions_failed_for_
         ("prompt_version", ("2", "3")),
     ],
 )
-def test_runs_of_another_protocol_are_compared_only_where_it_is_what_is_compared(
+def test_runs_with_different_protocols_are_compared_only_on_request(
     tmp_path: Path, key: str, values: tuple[Any, Any]
 ) -> None:
     base, other = (make_run(tmp_path / name, predictions(0.5), **{key: value})
                    for name, value in zip(("base", "other"), values, strict=True))  # fmt: skip
-    told = f"base and other cannot be compared: their {key} differs .{values[0]} and {values[1]}.; .*--compared {key}"
-    with pytest.raises(EchoError, match=told):
+    message = f"base and other cannot be compared: their {key} differs .{values[0]} and {values[1]}.; .*--compared {key}"
+    with pytest.raises(EchoError, match=message):
         compare.main([str(base), str(other)])
     compare.main([str(base), str(other), "--compared", key])
     assert (tmp_path / "compare" / "comparison.json").is_file()
 
 
-def test_what_comparisons_are_about_may_differ(tmp_path: Path) -> None:
+def test_settings_under_comparison_may_differ(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", predictions(0.5), routing="full", corruption=None, references=None)
     other = make_run(
         tmp_path / "other", predictions(0.5), routing="paper", reference="none", references=1, knowledge="all",
