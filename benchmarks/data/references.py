@@ -36,7 +36,8 @@ def misfits(case: Case, root: Path) -> np.ndarray:
     The second row is computed after the mean grey value of each image was subtracted.
     """
     mask = defect_mask(case, root)
-    small = np.zeros((COARSE_GRID, COARSE_GRID), np.bool_) if mask is None else masks.resize_mask(mask, (COARSE_GRID, COARSE_GRID))
+    size = (COARSE_GRID, COARSE_GRID)
+    small = np.zeros(size, np.bool_) if mask is None else masks.resize_mask(mask, size)
     outside = ~small if not small.all() else np.ones_like(small)
     query, *references = (
         load_compared(root, image).coarse

@@ -1,8 +1,8 @@
-"""What a run costs beside its backend: `python -m benchmarks.evaluation.overhead [--cases 10000] [--questions 5]`.
+"""Measure what a run costs besides its backend: `python -m benchmarks.evaluation.overhead [--cases 10000]`.
 
-A backend that answers at once, with words as long as an expert's, stands in for the model. Measured are the four
-experts' prompts, the reading of what they say, the records and their files: processor time a question, and the memory
-that the process takes after a tenth of the cases and at the end. Then the run is opened again, as one that was stopped.
+A backend that answers immediately replaces the model. Its outputs are as long as those of a real expert. The benchmark
+covers the prompts of the four experts, the parsing of their outputs, the records and the files. It reports processor
+time per question, and memory after a tenth of the cases and at the end. It then reopens the run, as a resumed run does.
 """
 
 from __future__ import annotations
@@ -21,55 +21,54 @@ from echo_ft.inference.run_folder import RunFolder
 from echo_ft.records import QUESTION_TYPES, Case, Entry, Exchange, Generation, Question, Reference, Seen, Truth
 
 SENTENCE = "Observe: a dark spot near the edge. Compare: the normal part is even there. Conclude: it is a stain. "
-"""What the reasoning expert may say: two of these."""
+"""Two of these make an output of the reasoning expert."""
 
-
-SAYS = {
+OUTPUTS = {
     "reasoning_expert": 2 * SENTENCE,
     "knowledge_guide": SENTENCE,
     "decision_maker": "B",
     "reference_extractor": "2",
 }
-LETTERS = {"A": -1.9, "B": -0.4, "C": -2.5, "D": -3.25, "E": -8.0}
+LETTER_LOGPROBS = {"A": -1.9, "B": -0.4, "C": -2.5, "D": -3.25, "E": -8.0}
 
 
 def generate(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-    """A backend that needs no time."""
-    return [[Generation(SAYS[role], LETTERS) for _ in exchange.branches] for exchange in exchanges]
+    """A backend that answers immediately."""
+    return [[Generation(OUTPUTS[role], LETTER_LOGPROBS) for _ in exchange.branches] for exchange in exchanges]
 
 
 async def generate_async(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-    """The same as a server, which lets other cases go on meanwhile."""
+    """The same backend as a server: other cases may run while it waits."""
     await asyncio.sleep(0)
     return generate(role, exchanges)
 
 
 def make_cases(count: int, questions: int) -> list[Case]:
-    """Cases of one product, with three references, five conditions and questions of four options each."""
+    """Cases of one product, with three references, five conditions and `questions` questions of four options."""
     knowledge = tuple(Entry(condition, SENTENCE) for condition in ("good", "stain", "scratch", "dent", "hole"))
     options = {letter: f"The part shows the condition number {letter}." for letter in "ABCD"}
-    kinds = (QUESTION_TYPES * questions)[:questions]
-    made = []
+    question_types = (QUESTION_TYPES * questions)[:questions]
+    cases = []
     for index in range(count):
         name = f"bench/part/{index:06d}"
-        asked = tuple(
+        case_questions = tuple(
             Question(f"{name}#{number}", name, kind, f"What about the {kind.lower()}?", options)
-            for number, kind in enumerate(kinds)
+            for number, kind in enumerate(question_types)
         )
         references = tuple(Reference(name, f"train/{index}_{rank}.png", 0.9, rank) for rank in (1, 2, 3))
-        seen = Seen(f"test/{index}.png", references, knowledge, asked)
-        truth = Truth("stain", None, (), {question.id: "B" for question in asked})
-        made.append(Case(name, "bench", "part", name, seen, truth))
-    return made
+        seen = Seen(f"test/{index}.png", references, knowledge, case_questions)
+        truth = Truth("stain", None, (), {question.id: "B" for question in case_questions})
+        cases.append(Case(name, "bench", "part", name, seen, truth))
+    return cases
 
 
-def mebibytes() -> float:
-    """Memory that this process takes now."""
+def memory_mib() -> float:
+    """Memory of this process in MiB."""
     return psutil.Process().memory_info().rss / 2**20
 
 
-def measure(folder: Path, cases: Sequence[Case], batch_size: int, later: bool) -> tuple[float, float, float]:
-    """Seconds of processor time of a whole run, and MiB after a tenth of it and at its end."""
+def measure(folder: Path, cases: Sequence[Case], batch_size: int, server: bool) -> tuple[float, float, float]:
+    """Seconds of processor time for a whole run, and MiB after a tenth of its cases and at its end."""
     sizes: list[float] = []
     began = time.process_time()
     with RunFolder(folder, {}, cases) as run:
@@ -77,9 +76,9 @@ def measure(folder: Path, cases: Sequence[Case], batch_size: int, later: bool) -
         def write(case: Case, outcome: Outcome) -> None:
             run.write(case, outcome)
             if len(run.done) in (max(1, len(cases) // 10), len(cases)):
-                sizes.append(mebibytes())
+                sizes.append(memory_mib())
 
-        if later:
+        if server:
             asyncio.run(run_cases_async(cases, generate_async, PipelineConfig(), batch_size, write))
         else:
             for batch in run.batches(batch_size):
@@ -92,22 +91,23 @@ def measure(folder: Path, cases: Sequence[Case], batch_size: int, later: bool) -
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--questions", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--cases", type=int, default=10_000, help="Cases of the run.")
+    parser.add_argument("--questions", type=int, default=5, help="Questions per case.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch.")
     options = parser.parse_args()
     cases = make_cases(options.cases, options.questions)
-    asked = options.cases * options.questions
-    print("| backend | ms a question | MiB after a tenth | MiB at the end |\n|---|---|---|---|")
+    questions = options.cases * options.questions
+    print("| backend | ms per question | MiB after a tenth | MiB at the end |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        for what, later in (("here", False), ("a server", True)):
-            seconds, early, late = measure(Path(name) / what, cases, options.batch_size, later)
-            print(f"| {what} | {1000 * seconds / asked:.3f} | {early:.0f} | {late:.0f} |", flush=True)
+        for backend, server in (("local", False), ("server", True)):
+            seconds, early, late = measure(Path(name) / backend, cases, options.batch_size, server)
+            print(f"| {backend} | {1000 * seconds / questions:.3f} | {early:.0f} | {late:.0f} |", flush=True)
         began = time.process_time()
-        with RunFolder(Path(name) / "here", {}, cases) as run:
+        with RunFolder(Path(name) / "local", {}, cases) as run:
             done = len(run.done)
     seconds = time.process_time() - began
-    print(f"\nOpened again: {done} cases done, {1000 * seconds / asked:.3f} ms a question, {mebibytes():.0f} MiB.")
+    per_question = 1000 * seconds / questions
+    print(f"\nReopened with {done} finished cases: {per_question:.3f} ms per question, {memory_mib():.0f} MiB.")
 
 
 if __name__ == "__main__":

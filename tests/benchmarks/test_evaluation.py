@@ -1,4 +1,4 @@
-"""What the evaluation's benchmarks compare is the same work with the same answers."""
+"""The evaluation benchmarks compare methods that do the same work and give the same answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION
 from echo_ft.records import Prediction
 from tests.conftest import make_case
 
-WORDS = 5
+MAX_NEW_TOKENS = 5
 
 
 @pytest.fixture
@@ -23,42 +23,44 @@ def cases(tmp_path):
     return [make_case(tmp_path, f"line/part/{index}", seed=index) for index in range(2)]
 
 
-def test_one_question_at_a_time_and_the_engine_answer_alike(model, row_builder, cases, tmp_path):
-    engine = Engine(model, row_builder, tmp_path, WORDS)
+def test_plain_transformers_and_the_engine_give_the_same_answers(model, row_builder, cases, tmp_path):
+    engine = Engine(model, row_builder, tmp_path, MAX_NEW_TOKENS)
     found = speed.answers(run_cases(cases, engine.generate, PipelineConfig()))
-    plain = speed.Plain(model, row_builder.processor, tmp_path, WORDS)
-    alone = speed.alone(cases[:1])
-    assert len(alone) == 7 and all(len(case.seen.questions) == 1 for case in alone)
-    expected = speed.answers([run_cases([case], plain.generate, PipelineConfig())[0] for case in alone])
-    assert len(expected) == 7 and speed.require_the_same(expected, found) < 1e-5
+    plain = speed.Plain(model, row_builder.processor, tmp_path, MAX_NEW_TOKENS)
+    single = speed.split_by_question(cases[:1])
+    assert [len(case.seen.questions) for case in single] == [1] * 7
+    expected = speed.answers([run_cases([case], plain.generate, PipelineConfig())[0] for case in single])
+    assert len(expected) == 7
+    assert speed.require_same_answers(expected, found) < 1e-5
     question, (_, probabilities) = next(iter(expected.items()))
-    with pytest.raises(SystemExit, match=f"{question}: 'Z' here"):
-        speed.require_the_same({question: ("Z", probabilities)}, found)
+    with pytest.raises(SystemExit, match=f"{question}: found 'Z'"):
+        speed.require_same_answers({question: ("Z", probabilities)}, found)
 
 
-def test_the_ideal_computes_what_the_engine_computes(model, row_builder, cases, tmp_path):
-    said = []
+def test_the_ideal_repeats_the_computation_of_the_engine(model, row_builder, cases, tmp_path):
+    outputs = []
 
     def generate(role, exchanges):
         with speed.recorded(model) as first:
-            said.append(engine.generate(role, exchanges))
+            outputs.append(engine.generate(role, exchanges))
         with speed.recorded(model) as second:
-            assert speed.again(model, first) > 0
+            assert speed.replay(model, first) > 0
         assert [name for name, _ in second] == [name for name, _ in first if name != "cache"]
         heads = [[args[0] for name, (args, _) in events if name == "head"] for events in (no_cache(first), second)]
         assert len(heads[0]) == len(heads[1]) > 0
         assert all(torch.equal(one, other) for one, other in zip(*heads, strict=True))
-        return said[-1]
+        return outputs[-1]
 
     def no_cache(events):
         return [event for event in events if event[0] != "cache"]
 
-    engine = Engine(model, row_builder, tmp_path, WORDS)
+    engine = Engine(model, row_builder, tmp_path, MAX_NEW_TOKENS)
     run_cases(cases, generate, PipelineConfig())
-    assert len(said) == 4 and "forward" not in vars(model.model), "nothing is recorded any more"
+    assert len(outputs) == 4
+    assert "forward" not in vars(model.model), "recording has ended"
 
 
-def test_a_table_is_of_medians_and_counts_against_one_question_at_a_time():
+def test_the_table_shows_medians_relative_to_question_by_question():
     rates = {
         "question by question": [1.0, 2.0, 9.0],
         "case by case": [4.0],
@@ -67,13 +69,15 @@ def test_a_table_is_of_medians_and_counts_against_one_question_at_a_time():
     }
     rows = [line.split(" | ") for line in speed.table(rates).splitlines()[2:]]
     assert rows[0][1] == "2.00 (1.00 to 9.00)"
-    assert [row[2] for row in rows] == ["1.0", "2.0", "10.0", "12.5"] and rows[2][3] == "0.80 |"
+    assert [row[2] for row in rows] == ["1.0", "2.0", "10.0", "12.5"]
+    assert rows[2][3] == "0.80 |"
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_the_overhead_is_of_whole_runs(tmp_path, later):
+@pytest.mark.parametrize("server", [False, True])
+def test_the_overhead_covers_whole_runs(tmp_path, server):
     cases = overhead.make_cases(20, 5)
-    seconds, early, late = overhead.measure(tmp_path / "run", cases, 8, later)
+    seconds, early, late = overhead.measure(tmp_path / "run", cases, 8, server)
     assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["complete"]
     assert len(list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))) == 100
-    assert seconds > 0 and 0 < early <= 2 * late
+    assert seconds > 0
+    assert 0 < early <= 2 * late
