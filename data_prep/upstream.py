@@ -21,7 +21,8 @@ from echo_ft.experts.pipeline import update_upstream
 from echo_ft.experts.roles import ROUTINGS, render
 from echo_ft.files import from_dict
 from echo_ft.inference.run_folder import RUN_DESCRIPTION, TRACES
-from echo_ft.model.adapters import ADAPTER_CARD, images_trained_on, read_card
+from echo_ft.model.adapters import ADAPTER_CARD, read_card
+from echo_ft.model.training_overlap import images_trained_on
 from echo_ft.provenance import fingerprint_files
 from echo_ft.records import ROLES, Case, Trace, Upstream
 

@@ -25,9 +25,10 @@ from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons
 from echo_ft.inference.server import Server
-from echo_ft.model.adapters import BASE_MODEL, Adapter, attach_adapters, describe_training_data, find_adapters, tuned_base
+from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, tuned_base
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
+from echo_ft.model.training_overlap import BASE_MODEL, describe_training_data
 from echo_ft.processes import join_processes
 from echo_ft.provenance import (
     ANSWERING_MODULES,

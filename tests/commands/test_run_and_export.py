@@ -18,13 +18,13 @@ from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import (
     Adapter,
     attach_adapters,
-    describe_training_data,
     find_adapters,
     make_card,
     read_card,
     write_card,
 )
 from echo_ft.model.loading import base_fingerprint, load_model
+from echo_ft.model.training_overlap import describe_training_data
 from echo_ft.records import ROLES, Prediction, Trace
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset, random_adapters
 from tests.support.exchanges import exchanges_of
@@ -108,13 +108,13 @@ def test_test_photographs_that_an_adapter_was_trained_on_are_counted_by_content(
     images = [f"test_{index}_2.png" for index in range(3)]
     (same,), warnings = describe_training_data(trained(here), here, "test", images)
     assert (same["photographs_trained_on"], same["of_photographs"]) == (1, 3)
-    assert len(warnings) == 1 and "1 OF 3 PHOTOGRAPHS OF THE SPLIT test WERE TRAINED ON" in warnings[0]
+    assert len(warnings) == 1 and "1 OF 3 IMAGES OF THE SPLIT test WERE TRAINED ON" in warnings[0]
     assert describe_training_data(trained(here), here, "test", images[1:])[1] == []
 
     other = elsewhere(dataset, tmp_path / "other", "another")
     (found,), warnings = describe_training_data(trained(other), here, "test", images)
     assert found["photographs_trained_on"] == 1 and found["dataset_fingerprint"] == "another"
-    assert "WERE TRAINED ON" in warnings[0] and "trained on another dataset" in warnings[1]
+    assert "WERE TRAINED ON" in warnings[0] and "are not the dataset of this run" in warnings[1]
     (found,), warnings = describe_training_data(trained(other), here, "test", images[1:])
     assert found["photographs_trained_on"] == 0 and "may have been trained on" in warnings[0]
 
@@ -125,7 +125,7 @@ def test_test_photographs_that_an_adapter_was_trained_on_are_counted_by_content(
             (tmp_path / "new").rename(tmp_path / "other")
         (found,), warnings = describe_training_data(adapters, here, "test", images)
         assert found["photographs_trained_on"] is None
-        assert "may have been trained on; that dataset is not there" in warnings[0]
+        assert "may have been trained on; that dataset is missing" in warnings[0]
 
 
 def test_adapters_of_different_datasets_are_told(dataset, tmp_path):
@@ -133,7 +133,8 @@ def test_adapters_of_different_datasets_are_told(dataset, tmp_path):
     mixed = {**trained(here, ROLES[:3]), **trained(other, ROLES[3:])}
     found, warnings = describe_training_data(mixed, here, "test", ["test_1_2.png"])
     assert [one["roles"] for one in found] == [list(ROLES[:3]), ["decision_maker"]]
-    assert "trained on 2 different datasets" in warnings[0] and "adapters of decision_maker were trained" in warnings[1]
+    assert "trained on 2 different datasets" in warnings[0]
+    assert "training data of the adapters of decision_maker" in warnings[1]
 
 
 @pytest.mark.parametrize("audited", ROLES)
@@ -152,7 +153,7 @@ def test_adapters_of_a_quantized_base_are_told(dataset):
     card = dataclasses.replace(adapters["decision_maker"].card, quantization="4bit")
     adapters["decision_maker"] = dataclasses.replace(adapters["decision_maker"], card=card)
     (warning,) = describe_training_data(adapters, here, "test", ["test_1_2.png"])[1]
-    assert "the adapters of decision_maker were trained on a quantized base and answer on the whole one" in warning
+    assert "the adapters of decision_maker were trained on a quantized base model but run on the unquantized" in warning
 
 
 def test_a_base_that_was_tuned_as_a_whole_is_checked_like_an_adapter(dataset, tmp_path, capsys):
@@ -162,19 +163,19 @@ def test_a_base_that_was_tuned_as_a_whole_is_checked_like_an_adapter(dataset, tm
     write_card(whole, card)
     run_evaluation(dataset, tmp_path / "run", "--model_name_or_path", whole, "--split", "train", "--routing", "paper")
     told = capsys.readouterr().err
-    assert "1 OF 1 PHOTOGRAPHS OF THE SPLIT train WERE TRAINED ON" in told and "the base model have them in" in told
+    assert "1 OF 1 IMAGES OF THE SPLIT train WERE TRAINED ON" in told and "of the base model; scores on them" in told
     assert "weights trained on routing full run under paper" in told
     (noted,) = json.loads((tmp_path / "run" / "run.json").read_text())["trained_on"]
     assert noted["roles"] == ["the base model"] and noted["photographs_trained_on"] == 1
     write_card(whole, dataclasses.replace(card, max_pixels=99))
-    with pytest.raises(EchoError, match=r"whole was trained with max_pixels 99, this run has \d+; set max_pixels to"):
+    with pytest.raises(EchoError, match=r"trained with max_pixels 99, but this run uses \d+; set max_pixels to"):
         run_evaluation(dataset, tmp_path / "other", "--model_name_or_path", whole)
 
 
 def test_a_run_warns_of_photographs_that_were_trained_on_and_notes_them(dataset, adapters, tmp_path, capsys):
     for _ in range(2):  # the second time it goes on: what is noted is no part of what must be the same
         run_evaluation(dataset, tmp_path / "tuned", "--adapters", adapters)
-        assert "warning: 1 OF 3 PHOTOGRAPHS OF THE SPLIT test WERE TRAINED ON" in capsys.readouterr().err
+        assert "warning: 1 OF 3 IMAGES OF THE SPLIT test WERE TRAINED ON" in capsys.readouterr().err
     noted = json.loads((tmp_path / "tuned" / "run.json").read_text())
     assert noted["trained_on"][0]["photographs_trained_on"] == 1 and len(noted["warnings"]) == 1
 
@@ -301,7 +302,7 @@ def copied(adapters, tmp_path):
 def test_an_adapter_of_another_role_is_refused(copied):
     shutil.rmtree(copied / "decision_maker")
     shutil.copytree(copied / "knowledge_guide", copied / "decision_maker")
-    with pytest.raises(EchoError, match="holds an adapter of the role knowledge_guide, not decision_maker"):
+    with pytest.raises(EchoError, match="holds an adapter for knowledge_guide, not decision_maker"):
         find(copied)
 
 
@@ -312,16 +313,16 @@ def test_an_adapter_of_another_base_model_is_refused(copied, tmp_path):
     first = next(iter(weights))
     weights[first] = weights[first] + 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EchoError, match=r"trained on another base model.*use that one"):
+    with pytest.raises(EchoError, match=r"trained on another base model.*with its own base model"):
         find(copied, base=other)
 
 
 def test_another_pixel_budget_and_another_prompt_version_are_refused(copied):
-    with pytest.raises(EchoError, match=f"trained with max_pixels {MAX_PIXELS}, this run has 999999; set max_pixels"):
+    with pytest.raises(EchoError, match=f"max_pixels {MAX_PIXELS}, but this run uses 999999; set max_pixels"):
         find(copied, pixels=999999)
     card = json.loads((copied / "decision_maker" / "echo_ft.json").read_text())
     (copied / "decision_maker" / "echo_ft.json").write_text(json.dumps(card | {"prompt_version": "0"}))
-    with pytest.raises(EchoError, match=r"prompt_version 0.*train it again"):
+    with pytest.raises(EchoError, match=r"prompt_version 0.*retrain it"):
         find(copied)
 
 

@@ -91,7 +91,7 @@ def test_full_tuning_gives_a_whole_model_whose_frozen_part_is_the_bases(dataset,
             assert torch.equal(weight, tuned[name]) == frozen, name
     assert losses(output)[2] < losses(output)[0]
     assert json.loads((output / "echo_ft.json").read_text())["role"] == "reference_extractor"
-    with pytest.raises(EchoError, match=r"is a whole model, not an adapter; give it as model_name_or_path"):
+    with pytest.raises(EchoError, match=r"is a full model, not an adapter; pass it as model_name_or_path"):
         find_adapters(tmp_path, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), 784, 28224)
 
 
