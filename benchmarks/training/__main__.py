@@ -1,16 +1,16 @@
-"""Questions a second, side by side: `python -m benchmarks.training [--runs 3] [--steps 16] [--questions 5]`.
+"""Compare training speed with other trainers: `python -m benchmarks.training [--runs 3] [--steps 16]`.
 
-Every contender trains the same model on the same cases in the same order, ten questions a step, in a process of its
-own, in turns. The first steps of each process are left out; ratios are of medians over runs. LLaMA-Factory and ms-swift
-take part where the Python of an environment that has them is given.
+All contenders train the same model on the same cases in the same order, ten questions per step. Each runs in its own
+process, and the contenders take turns. The first steps of each process are not counted. Ratios compare medians over
+runs. LLaMA-Factory and ms-swift take part if you pass the Python of an environment that has them.
 
 On a GPU, at the true sizes:
 
     python -m benchmarks.training --gpu --model Qwen/Qwen2-VL-2B-Instruct --rows 20
 
-Weights are random then, which changes neither speed nor memory, and the text is in echo-tiny's tokens, whose tokenizer
-needs no download. Operations are counted on what has to be computed, each different image and token once, for all
-contenders alike: useful work over the GPU's peak is the MFU.
+The weights are then random, which changes neither speed nor memory. The text is tokenized by echo-tiny's tokenizer,
+which needs no download. Operations count only the necessary work, with each distinct image and token once, and are the
+same for all contenders. The MFU divides this useful work by the peak of the GPU.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ from benchmarks.training.workload import MODEL, Workload
 from echo_ft.training.flops import peak
 
 CONTENDERS = (
-    ("trl", "all"), ("llamafactory", "all"), ("ms-swift", "all"),
-    ("echo-ft", "all"), ("echo-ft", "kept"), ("ideal", "all"), ("ideal", "kept"),
+    ("trl", "computed"), ("llamafactory", "computed"), ("ms-swift", "computed"),
+    ("echo-ft", "computed"), ("echo-ft", "stored"), ("ideal", "computed"), ("ideal", "stored"),
 )  # fmt: skip
-NEIGHBOURS = ("trl", "llamafactory", "ms-swift")
-WARM = 3
-"""Steps of a process that are not counted, and with kept features its first epoch."""
+OTHER_TRAINERS = ("trl", "llamafactory", "ms-swift")
+WARM_UP_STEPS = 3
+"""First steps of a process that are not counted. With stored features, the first epoch is not counted either."""
 
 
-def measure(command: Sequence[str], name: str, kept: str, folder: Path, workload: Workload) -> dict[str, Any]:
-    """One run of one contender: questions/s at steady state, first losses, work of a step and peak memory."""
-    count = workload.steps + (workload.steps_an_epoch if kept == "kept" else WARM)
+def measure(command: Sequence[str], name: str, features: str, folder: Path, workload: Workload) -> dict[str, Any]:
+    """Run one contender once: questions/s at steady state, first losses, work per step and peak memory.
+
+    Exits with the end of the contender's output if it fails.
+    """
+    count = workload.steps + (workload.steps_per_epoch if features == "stored" else WARM_UP_STEPS)
     described = json.dumps(asdict(replace(workload, steps=count)))
     caches = {"HF_HOME": str(folder / "hf"), "MODELSCOPE_CACHE": str(folder / "modelscope"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, name, str(folder), described, kept],
+        [*command, name, str(folder), described, features],
         capture_output=True, text=True, check=False, env=os.environ | caches,
     )  # fmt: skip
     if done.returncode != 0:
@@ -58,9 +61,9 @@ def measure(command: Sequence[str], name: str, kept: str, folder: Path, workload
 
 
 def random_model(name: str, folder: Path) -> str:
-    """A Qwen2-VL of that size with random weights in bfloat16 and echo-tiny's tokenizer; returns its folder.
+    """Save a Qwen2-VL of that size with random bfloat16 weights and echo-tiny's tokenizer; returns its folder.
 
-    `name` is a published model's, or a folder with a config.json.
+    `name` is the name of a published model or a folder with a config.json.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -78,66 +81,71 @@ def random_model(name: str, folder: Path) -> str:
 
 
 def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: int) -> str:
-    """One line a contender of `rows` questions a step, medians over its runs; device, precision and versions."""
+    """One line per contender, with medians over its runs of `rows` questions per step, then device and versions."""
     rates = {contender: statistics.median(found["rate"] for found in runs) for contender, runs in results.items()}
-    best = max(rate for (name, _), rate in rates.items() if name in NEIGHBOURS)
+    best = max(rate for (name, _), rate in rates.items() if name in OTHER_TRAINERS)
     lines = [
-        "| contender | features | questions/s | against the best neighbour | first losses "
-        "| patches, tokens, labels a step | peak MiB | useful TFLOP/s |",
+        "| contender | features | questions/s | relative to the best other trainer | first losses "
+        "| patches, tokens, labels per step | peak MiB | useful TFLOP/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (name, kept), runs in results.items():
-        rate, low, high = rates[name, kept], min(found["rate"] for found in runs), max(found["rate"] for found in runs)
+    for (name, features), runs in results.items():
+        rate, low, high = (
+            rates[name, features],
+            min(found["rate"] for found in runs),
+            max(found["rate"] for found in runs),
+        )
         losses = ", ".join(f"{loss:.4f}" for loss in runs[0]["losses"][:2])
         memory = statistics.median(found["peak_mib"] for found in runs)
-        useful = rate / rows * results["echo-ft", kept][0]["operations"]
-        most = peak(runs[0]["device"])
-        share = f" (MFU {useful / most:.3f})" if most else ""
+        useful = rate / rows * results["echo-ft", features][0]["operations"]
+        peak_flops = peak(runs[0]["device"])
+        mfu = f" (MFU {useful / peak_flops:.3f})" if peak_flops else ""
         lines.append(
-            f"| {name} | {'kept' if kept == 'kept' else 'computed'} | {rate:.1f} ({low:.1f} to {high:.1f}) "
+            f"| {name} | {features} | {rate:.1f} ({low:.1f} to {high:.1f}) "
             f"| {rate / best:.2f} | {losses} "
             f"| {runs[0]['patches']}, {runs[0]['tokens']}, {runs[0]['labels']} | {memory:.0f} "
-            f"| {useful / 1e12:.3g}{share} |"
+            f"| {useful / 1e12:.3g}{mfu} |"
         )
-    first = results["echo-ft", "all"][0]
+    first = results["echo-ft", "computed"][0]
     lines.append(f"\n{first['device']}, {first['precision']}")
     for (name, _), runs in results.items():
-        if name in NEIGHBOURS:
+        if name in OTHER_TRAINERS:
             found = ", ".join(f"{package} {number}" for package, number in runs[0]["versions"].items())
             lines.append(f"\n{name}: {found}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure all in turns and print one table."""
+    """Measure all contenders in turn and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--cases", type=int, default=20)
-    parser.add_argument("--questions", type=int, default=5, help="of a case")
-    parser.add_argument("--rows", type=int, default=10, help="questions of a step")
-    parser.add_argument("--side", type=int, default=448, help="of a photograph, in pixels")
-    parser.add_argument("--model", default=MODEL, help="echo-tiny, or a config for random weights: see above")
-    parser.add_argument("--gpu", action="store_true", help="train on a GPU, in bfloat16")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches, for every contender")
-    parser.add_argument("--llamafactory", metavar="PYTHON", help="the Python of an environment with LLaMA-Factory")
-    parser.add_argument("--ms_swift", metavar="PYTHON", help="the Python of an environment with ms-swift")
+    parser.add_argument("--runs", type=int, default=3, help="Runs of each contender.")
+    parser.add_argument("--steps", type=int, default=16, help="Steps that count in each run.")
+    parser.add_argument("--cases", type=int, default=20, help="Cases per epoch.")
+    parser.add_argument("--questions", type=int, default=5, help="Questions per case.")
+    parser.add_argument("--rows", type=int, default=10, help="Questions per step.")
+    parser.add_argument("--side", type=int, default=448, help="Height and width of an image in pixels.")
+    parser.add_argument("--model", default=MODEL, help="echo-tiny, or the model config for random weights.")
+    parser.add_argument("--gpu", action="store_true", help="Train on a GPU in bfloat16.")
+    parser.add_argument("--workers", type=int, default=0, help="Loader processes of every contender.")
+    parser.add_argument("--llamafactory", metavar="PYTHON", help="Python of an environment with LLaMA-Factory.")
+    parser.add_argument("--ms_swift", metavar="PYTHON", help="Python of an environment with ms-swift.")
     options = parser.parse_args()
     if options.rows % options.questions:
-        parser.error(f"--questions {options.questions} does not divide the {options.rows} questions of a step")
+        parser.error(f"--questions {options.questions} does not divide the {options.rows} questions per step")
     if options.cases % (options.rows // options.questions):
-        parser.error(f"--cases {options.cases} is not a multiple of the {options.rows // options.questions} of a step")
+        per_step = options.rows // options.questions
+        parser.error(f"--cases {options.cases} is not a multiple of {per_step}, the number of cases per step")
     if not options.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
-        parser.error("--gpu: torch finds no GPU here; leave it out, or see to torch.cuda.is_available()")
-    own, neighbour = "benchmarks.training.contender", "benchmarks.training.neighbours"
-    commands = {name: [sys.executable, "-m", own] for name in ("trl", "echo-ft", "ideal")}
+        parser.error("--gpu: torch finds no GPU; leave the option out, or make torch.cuda.is_available() true")
+    own_module, other_module = "benchmarks.training.contender", "benchmarks.training.other_trainers"
+    commands = {name: [sys.executable, "-m", own_module] for name in ("trl", "echo-ft", "ideal")}
     for name, python in (("llamafactory", options.llamafactory), ("ms-swift", options.ms_swift)):
         if python:
-            commands[name] = [python, "-m", neighbour]
+            commands[name] = [python, "-m", other_module]
     results: dict[tuple[str, str], list[dict[str, Any]]] = {
-        (name, kept): [] for name, kept in CONTENDERS if name in commands
+        (name, features): [] for name, features in CONTENDERS if name in commands
     }
     with tempfile.TemporaryDirectory() as folder:
         model = options.model if options.model == MODEL else random_model(options.model, Path(folder) / "model")
@@ -145,10 +153,12 @@ def main() -> None:
             options.cases, options.questions, options.steps, options.workers, model, options.rows, options.side
         )
         for run in range(options.runs):
-            for name, kept in results:
-                found = measure(commands[name], name, kept, Path(folder), workload)
-                results[name, kept].append(found)
-                print(f"run {run + 1}: {name}, {kept}: {found['rate']:.1f} questions/s", file=sys.stderr, flush=True)
+            for name, features in results:
+                found = measure(commands[name], name, features, Path(folder), workload)
+                results[name, features].append(found)
+                print(
+                    f"run {run + 1}: {name}, {features}: {found['rate']:.1f} questions/s", file=sys.stderr, flush=True
+                )
     print(table(results, options.rows))
 
 

@@ -1,8 +1,8 @@
-"""TRL's stock trainer, this project and its ideal loop, each in a process of its own.
+"""Run TRL's stock trainer, this project's trainer or its ideal loop, each in its own process.
 
-`python -m benchmarks.training.contender NAME FOLDER WORKLOAD all|kept`
+`python -m benchmarks.training.contender NAME FOLDER WORKLOAD computed|stored`
 
-In float32 on a CPU, in bfloat16 on a GPU.
+Training uses float32 on a CPU and bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.training.measured import Steps, main, work
-from benchmarks.training.workload import TARGETS, Workload, exchanges, rows_for
-from echo_ft.data.export_rows import conversations
+from benchmarks.training.measurement import Steps, main, work
+from benchmarks.training.workload import TARGETS, Workload, make_exchanges, rows_for
+from echo_ft.data.export_rows import prompt_completion_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import RowBuilder
@@ -48,7 +48,7 @@ def lora() -> LoraConfig:
 
 
 def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
-    """What both trainers are run with."""
+    """The arguments of both trainers."""
     return SFTConfig(
         output_dir=str(folder / "out"), per_device_train_batch_size=batch, max_steps=workload.steps,
         use_cpu=not GPU, bf16=GPU, gradient_checkpointing=False, learning_rate=1e-4, lr_scheduler_type="constant",
@@ -58,10 +58,10 @@ def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
     )  # fmt: skip
 
 
-def trl_stock(folder: Path, workload: Workload, kept: bool) -> Steps:
-    """TRL's own SFTTrainer and collator: a row of images and text for each question."""
+def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
+    """TRL's own SFTTrainer and collator, with one row of images and text per question."""
     processor = processor_of(workload)
-    rows = datasets.Dataset.from_list(rows_for(exchanges(folder, workload), folder, conversations))
+    rows = datasets.Dataset.from_list(rows_for(make_exchanges(folder, workload), folder, prompt_completion_rows))
     rows = rows.cast_column("images", datasets.List(datasets.Image()))
     steps = Steps()
     trainer = SFTTrainer(
@@ -76,13 +76,13 @@ def trl_stock(folder: Path, workload: Workload, kept: bool) -> Steps:
     return steps
 
 
-def ours(folder: Path, workload: Workload, kept: bool) -> Steps:
-    """This project's trainer; `kept` keeps the frozen tower's features across epochs."""
+def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
+    """This project's trainer; `stored` reuses the features of the frozen vision tower across epochs."""
     row_builder = RowBuilder(processor_of(workload))
-    store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if kept else None
+    store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if stored else None
     collator = Collator(row_builder, folder, store)
-    rows = datasets.Dataset.from_list([asdict(exchange) for exchange in exchanges(folder, workload)])
-    args = arguments(folder, workload.cases_a_step, workload)
+    rows = datasets.Dataset.from_list([asdict(exchange) for exchange in make_exchanges(folder, workload)])
+    args = arguments(folder, workload.cases_per_step, workload)
     args.remove_unused_columns = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     steps = Steps()
@@ -100,36 +100,36 @@ def ours(folder: Path, workload: Workload, kept: bool) -> Steps:
     )
     trainer.train()
     model: Any = trainer.model
-    count(steps, model.get_base_model())
+    add_operations(steps, model.get_base_model())
     return steps
 
 
-def count(steps: Steps, core: Any) -> None:
-    """Put the operations of the first batch, each different image and token once, in the place of its load."""
+def add_operations(steps: Steps, core: Any) -> None:
+    """Replace the load of the first batch by its operations, counting each distinct image and token once."""
     steps.work["operations"] = costs(core).of(Load(*steps.work.pop("load")))
 
 
-def ideal(folder: Path, workload: Workload, kept: bool) -> Steps:
-    """Forward and backward of batches made before, and nothing else."""
+def ideal(folder: Path, workload: Workload, stored: bool) -> Steps:
+    """Only the forward and backward passes, on batches built in advance."""
     row_builder = RowBuilder(processor_of(workload))
     model = get_peft_model(base(workload).to("cuda" if GPU else "cpu"), lora()).train()
-    made = exchanges(folder, workload)
-    store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if kept else None
+    cases = make_exchanges(folder, workload)
+    store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if stored else None
     prepare_model(model.get_base_model(), store)
     collator = Collator(row_builder, folder, store)
 
-    size = workload.cases_a_step
-    firsts = range(0, workload.cases, size)
+    size = workload.cases_per_step
+    starts = range(0, workload.cases, size)
 
-    def batch_of(first: int) -> dict[str, Any]:
-        batch = collator.batch([row_builder.load_row(exchange, folder) for exchange in made[first : first + size]])
+    def batch_of(start: int) -> dict[str, Any]:
+        batch = collator.batch([row_builder.load_row(exchange, folder) for exchange in cases[start : start + size]])
         return send_to_device(batch, model.device)
 
-    if kept:
+    if stored:
         with torch.no_grad():
-            for first in firsts:
-                model(**packed_inputs(batch_of(first)), keep=torch.tensor([0], device=model.device))
-    batches = [batch_of(first) for first in firsts]
+            for start in starts:
+                model(**packed_inputs(batch_of(start)), keep=torch.tensor([0], device=model.device))
+    batches = [batch_of(start) for start in starts]
     steps = Steps()
     for step in range(workload.steps):
         batch = batches[step % len(batches)]
@@ -140,12 +140,12 @@ def ideal(folder: Path, workload: Workload, kept: bool) -> Steps:
             loss = torch.nn.functional.cross_entropy(logits[0], labels[0, keep + 1])
         loss.backward()
         model.zero_grad()
-        steps.losses.append(loss.item())  # waits for a GPU
+        steps.losses.append(loss.item())  # synchronises with a GPU
         steps.ends.append(time.perf_counter())
     steps.work = work(batches[0])
-    count(steps, model.get_base_model())
+    add_operations(steps, model.get_base_model())
     return steps
 
 
 if __name__ == "__main__":
-    main({"trl": trl_stock, "echo-ft": ours, "ideal": ideal}, *sys.argv[1:])
+    main({"trl": trl_stock, "echo-ft": echo_ft_trainer, "ideal": ideal}, *sys.argv[1:])

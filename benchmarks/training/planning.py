@@ -1,8 +1,8 @@
-"""Planning a large dataset before step 1: `python -m benchmarks.training.planning [--cases 100000]`.
+"""Measure planning of a large dataset before step 1: `python -m benchmarks.training.planning [--cases 100000]`.
 
-Rows as the decision maker's, one exchange of two images and five questions a case, every case with its own files. A
-few drawn images are linked under all those names: reading a header takes a file its own time, decoding would show as
-hours. Prints the time and the largest memory of the process.
+The rows are those of the decision maker: one exchange of two images and five questions per case. Every case has its
+own files, which are links to a few drawn images. Reading an image header takes the same time for every link. Decoding
+would take hours. The benchmark prints the time and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.training.workload import MODEL, Workload, exchanges
+from benchmarks.training.workload import MODEL, Workload, make_exchanges
 
-DRAWN = 100
-"""Different cases; the others are these again, under names and with questions of their own."""
+DRAWN_CASES = 100
+"""Distinct cases. All others repeat them with other file names and questions."""
 
 
 def write_rows(folder: Path, cases: int) -> Path:
-    """The dataset file of so many cases, and their images."""
-    drawn = exchanges(folder, Workload(DRAWN, 5, 1))
+    """Write the rows and images of `cases` cases; returns the path of the rows."""
+    drawn = make_exchanges(folder, Workload(DRAWN_CASES, 5, 1))
     path = folder / "train.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for case in range(cases):
-            first = drawn[case % DRAWN]
+            first = drawn[case % DRAWN_CASES]
             images = [f"{case}_{name}" for name in first.images]
             for name, image in zip(first.images, images, strict=True):
                 os.link(folder / name, folder / image)
@@ -52,7 +52,7 @@ def write_rows(folder: Path, cases: int) -> Path:
 
 
 def main() -> None:
-    """Write, plan, print."""
+    """Write the rows, plan them and print the cost."""
     from echo_ft.files import read_jsonl
     from echo_ft.model.loading import load_processor
     from echo_ft.model.rows import RowBuilder
@@ -60,7 +60,7 @@ def main() -> None:
     from echo_ft.training.planning import plan
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--cases", type=int, default=100_000, help="Cases to plan.")
     cases = parser.parse_args().cases
     with tempfile.TemporaryDirectory() as name:
         path = write_rows(Path(name), cases)
@@ -69,7 +69,7 @@ def main() -> None:
         planned = plan(row_builder, read_jsonl(path, Exchange), path.parent, max_tokens=32768)
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{cases} cases planned in {seconds:.1f} s, {peak:.2f} GiB at most: {planned.summary()}")
+        print(f"{cases} cases planned in {seconds:.1f} s, peak memory {peak:.2f} GiB: {planned.summary()}")
 
 
 if __name__ == "__main__":

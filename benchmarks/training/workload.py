@@ -1,4 +1,4 @@
-"""The same cases, model and LoRA for every contender."""
+"""The cases, model and LoRA settings that all contenders share."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ CONTEXT = "The first image shows a normal part, the second the part under inspec
 
 @dataclass(frozen=True)
 class Workload:
-    """Cases of two images and some questions each, and how they are trained on."""
+    """Cases with two images and `questions` questions each, and how to train on them."""
 
     cases: int
     questions: int
     steps: int
     workers: int = 0
-    """Processes that make batches beside the training."""
+    """Loader processes that build batches during training."""
     model: str = MODEL
     rows: int = 10
-    """Questions of a step, whatever the number of them a case has."""
+    """Questions per step, independent of the number of questions per case."""
     side: int = 448
-    """Of a photograph, in pixels."""
+    """Height and width of an image in pixels."""
 
     @property
-    def cases_a_step(self) -> int:
+    def cases_per_step(self) -> int:
         return self.rows // self.questions
 
     @property
     def pixels(self) -> int:
-        """The pixel budget: every photograph has as many."""
+        """The pixel budget: the number of pixels of every image."""
         return self.side**2
 
     @property
-    def steps_an_epoch(self) -> int:
-        return self.cases // self.cases_a_step
+    def steps_per_epoch(self) -> int:
+        return self.cases // self.cases_per_step
 
 
-def exchanges(folder: Path, workload: Workload) -> list[Exchange]:
-    """Cases over images drawn into `folder`: each has a reference and a query of its own."""
-    made = []
+def make_exchanges(folder: Path, workload: Workload) -> list[Exchange]:
+    """Draw images into `folder`; returns one exchange per case, each with its own reference and query image."""
+    found = []
     for case in range(workload.cases):
         answers = np.random.default_rng((case, 0))
         names = []
@@ -69,12 +69,17 @@ def exchanges(folder: Path, workload: Workload) -> list[Exchange]:
             )
             for index in range(workload.questions)
         )
-        made.append(Exchange("decision_maker", f"case {case}", tuple(names), CONTEXT, branches, PROMPT_VERSION))
-    return made
+        found.append(Exchange("decision_maker", f"case {case}", tuple(names), CONTEXT, branches, PROMPT_VERSION))
+    return found
 
 
 def rows_for(
-    made: Sequence[Exchange], folder: Path, form: Callable[..., Iterator[dict[str, Any]]]
+    exchanges: Sequence[Exchange], folder: Path, convert: Callable[..., Iterator[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """The same questions in another trainer's form (`conversations` or `chats`), one row each."""
-    return [row for exchange in made for row in form(exchange, [str(folder / name) for name in exchange.images])]
+    """The same questions as rows for another trainer, one per question.
+
+    `convert` is `prompt_completion_rows` or `message_rows` of echo_ft.data.export_rows.
+    """
+    return [
+        row for exchange in exchanges for row in convert(exchange, [str(folder / name) for name in exchange.images])
+    ]

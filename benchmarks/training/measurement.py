@@ -1,6 +1,6 @@
-"""What is measured of a contender, in a process of its own; needs transformers alone, for other tools' environments.
+"""Measure one contender in its own process. Needs only transformers, so that it runs in other trainers' environments.
 
-Prints one line of JSON: seconds of each step, losses, the work of a step, peak memory (of the process, or of its GPU),
+Prints one line of JSON: seconds per step, losses, the work of a step, peak memory (of the process or of its GPU),
 device, precision and versions.
 """
 
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "llamafactory", "ms-swift")
 
 
 class Steps(TrainerCallback):
-    """When each step ended, its loss, and the work of the first step's batch."""
+    """Records the end time and loss of each step, and the work of the first batch."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -40,16 +40,16 @@ class Steps(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Called by the Trainer: the first batch again, as this contender's own loader makes it."""
+        """Called by the Trainer: build the first batch again with the contender's own loader."""
         self.work = work(next(iter(train_dataloader)))
 
 
 def work(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Patches encoded, tokens that are not padding, and labels of a batch, and its `load` if it tells it."""
+    """Number of encoded patches, non-padding tokens and labels of a batch, and its `load` if the batch has one."""
     mask = batch.get("attention_mask")
-    told = {"load": batch["load"]} if "load" in batch else {}
+    load = {"load": batch["load"]} if "load" in batch else {}
     return {
-        **told,
+        **load,
         "patches": len(batch["pixel_values"]),
         "tokens": batch["input_ids"].numel() if mask is None else int(mask.sum()),
         "labels": int((batch["labels"] != -100).sum()),
@@ -57,7 +57,7 @@ def work(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Those of PACKAGES that this environment has."""
+    """Versions of those PACKAGES that this environment has."""
     found = {}
     for package in PACKAGES:
         try:
@@ -68,11 +68,18 @@ def versions() -> dict[str, str]:
 
 
 def main(
-    contenders: Mapping[str, Callable[[Path, Workload, bool], Steps]], name: str, folder: str, workload: str, kept: str
+    contenders: Mapping[str, Callable[[Path, Workload, bool], Steps]],
+    name: str,
+    folder: str,
+    workload: str,
+    features: str,
 ) -> None:
-    """Run one contender on the workload, which is JSON, and print what was measured."""
+    """Run one contender on `workload`, given as JSON, and print its measurements.
+
+    `features` is `stored` if the contender reuses image features across epochs, otherwise `computed`.
+    """
     set_seed(0)
-    measured = contenders[name](Path(folder), Workload(**json.loads(workload)), kept == "kept")
+    measured = contenders[name](Path(folder), Workload(**json.loads(workload)), features == "stored")
     gpu = torch.cuda.is_available()
     found = {
         "seconds": [later - earlier for earlier, later in zip(measured.ends, measured.ends[1:], strict=False)],
@@ -82,7 +89,7 @@ def main(
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         ),
         "device": torch.cuda.get_device_name() if gpu else "CPU",
-        "precision": "bfloat16" if gpu else "float32",  # every contender's
+        "precision": "bfloat16" if gpu else "float32",  # the same for every contender
         "versions": versions(),
         **measured.work,
     }  # fmt: skip
