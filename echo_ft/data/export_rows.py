@@ -1,7 +1,7 @@
-"""Exchanges as the rows of other trainers, one conversation a branch, with the tokens that `echo_ft.model.rows` gives it.
+"""Convert exchanges to rows for other trainers: one row per branch, with the same tokens as `echo_ft.model.rows`.
 
-Images come first, then the context and the branch's prompt as one text. Nothing but the records is imported: the
-benchmarks use this in the environments of those trainers.
+Images come first, then the context and the branch's prompt as one text. This module depends only on the records,
+because the benchmarks use it in the environments of those trainers.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from echo_ft.errors import EchoError
 from echo_ft.records import Exchange
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Where an image goes, for LLaMA-Factory and ms-swift."""
+"""Stands for an image in LLaMA-Factory and ms-swift."""
 
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
-"""A chat template's control token. `echo_ft.model.rows` refuses those of its tokenizer; no tokenizer is known here."""
+"""A control token of a chat template. `echo_ft.model.rows` refuses those of its tokenizer; here none is loaded."""
 
 TAGS = re.compile(r"<(?:image|video|audio|bbox|ref-object|cot-process|start-image)>")
-"""What LLaMA-Factory (0.9.5) or ms-swift (4.6) put something else in the place of."""
+"""Tags that LLaMA-Factory (0.9.5) or ms-swift (4.6) replaces."""
 
 SHAREGPT: dict[str, Any] = {
     "formatting": "sharegpt",
     "columns": {"messages": "messages", "images": "images"},
     "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
 }
-"""How LLaMA-Factory's dataset_info.json describes the rows of `chats`, beside their `file_name`."""
+"""Entry in LLaMA-Factory's dataset_info.json that describes the rows of `message_rows`, without their `file_name`."""
 
 
-def conversations(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The branches as TRL takes them (`images`, `prompt`, `completion`); `images` are where the exchange's own lie.
+def prompt_completion_rows(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield a row per branch for TRL (`images`, `prompt`, `completion`).
 
-    Raises EchoError where a text holds a control token.
+    `images` are the paths that replace those of the exchange. Raises EchoError if a text contains a control token.
     """
     for branch in exchange.branches:
         _refuse(CONTROL_TOKEN, exchange, branch.prompt, branch.completion or "")
@@ -44,21 +44,22 @@ def conversations(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[st
         }
 
 
-def chats(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The same rows as LLaMA-Factory and ms-swift take them (`images`, `messages`), with `<image>` for each image.
+def message_rows(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the same rows for LLaMA-Factory and ms-swift (`images`, `messages`), with one `<image>` per image.
 
-    Raises EchoError also where a text holds that or another of their tags.
+    Raises EchoError if a text contains a control token, `<image>` or another tag of these trainers.
     """
-    for branch, row in zip(exchange.branches, conversations(exchange, images), strict=True):
+    for branch, row in zip(exchange.branches, prompt_completion_rows(exchange, images), strict=True):
         _refuse(TAGS, exchange, branch.prompt, branch.completion or "")
-        (asked,), answered = row["prompt"], row["completion"]
-        asked = {**asked, "content": IMAGE_PLACEHOLDER * len(images) + asked["content"]}
-        yield {"images": row["images"], "messages": [asked, *answered]}
+        (user,), assistant = row["prompt"], row["completion"]
+        user = {**user, "content": IMAGE_PLACEHOLDER * len(images) + user["content"]}
+        yield {"images": row["images"], "messages": [user, *assistant]}
 
 
 def _refuse(pattern: re.Pattern[str], exchange: Exchange, prompt: str, completion: str) -> None:
     found = next(filter(None, map(pattern.search, (exchange.context, prompt, completion))), None)
     if found:
         raise EchoError(
-            f"case {exchange.case}: a text holds {found.group()}, a token of trainers; take it out of the source"
+            f"case {exchange.case}: a text contains {found.group()}, which other trainers replace; "
+            "remove it from the source"
         )

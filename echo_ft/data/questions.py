@@ -1,7 +1,7 @@
-"""Multiple-choice questions about a photograph, from its condition, mask and knowledge, in MMAD's kinds and words.
+"""Write multiple-choice questions about an image from its condition, mask and knowledge.
 
-A kind whose right answer is not known for a photograph is left out. As in MMAD, a defective part is asked about its
-defect, a normal one about the object.
+The question types and wording are MMAD's. A type is left out if its right answer is not known. As in MMAD, questions
+about a defective part ask about the defect and questions about a normal part ask about the object.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from echo_ft.data.knowledge import appearance, described, effect
-from echo_ft.data.splits import MIXED, conditions_of, kinds_of, queries, readable
+from echo_ft.data.knowledge import appearance, effect, has_description
+from echo_ft.data.splits import MIXED_CONDITIONS, conditions_of, defects_of, queries, readable_name
 from echo_ft.images import masks
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD, LETTERS, Entry, Inspection, Knowledge, Question
@@ -29,10 +29,10 @@ QUESTION_TEXTS = {
     "Object Classification": "What kind of product is in the image?",
     "Object Analysis": "Which description fits the object in the image?",
 }
-"""The question of each kind; all but the last are MMAD's most frequent wording."""
+"""The text of each question type. All but the last are MMAD's most frequent wording."""
 
 MAX_OPTIONS = 4
-"""Options of a question, at most."""
+"""Largest number of options per question."""
 
 
 def write_questions(
@@ -43,28 +43,28 @@ def write_questions(
     root: Path,
     seed: int,
 ) -> list[Question]:
-    """The questions that can be asked honestly about `inspection`, with their answers, in the order of MMAD's tables.
+    """Return the questions about `inspection` with a known answer, in the order of MMAD's tables.
 
-    `knowledge` is the product's own (`entries_for`), `conditions` are those of its photographs, `products` those of
-    the whole dataset. Wrong options are the product's other conditions, their descriptions, places without any of the
-    defect, and the other products: from two to four options, no two alike, in an order that `seed` and the question's
-    id alone decide. Raises EchoError where the mask cannot be used.
+    `knowledge` holds the product's entries (`entries_for`), `conditions` the conditions in its images, and `products`
+    those of the whole dataset. Wrong options are other conditions of the product, their descriptions, places without
+    any of the defect, and other products. A question has two to four distinct options. Their order depends only on
+    `seed` and the question's id. Raises EchoError if the mask cannot be used.
     """
     choices: dict[str, tuple[str, list[str]]] = {}
-    """Kind to the right option and the wrong ones."""
-    known = {entry.condition: entry.description for entry in knowledge if described(entry)}
+    """Question type to the right option and the wrong ones."""
+    known = {entry.condition: entry.description for entry in knowledge if has_description(entry)}
     if inspection.condition == GOOD:
         choices["Anomaly Detection"] = "No.", ["Yes."]
-        others = [readable(product) for product in products if product != inspection.product]
-        choices["Object Classification"] = readable(inspection.product), others
+        others = [readable_name(product) for product in products if product != inspection.product]
+        choices["Object Classification"] = readable_name(inspection.product), others
         if GOOD in known:
             wrong = [appearance(text) for condition, text in known.items() if condition != GOOD]
             choices["Object Analysis"] = appearance(known[GOOD]), wrong
     else:
         choices["Anomaly Detection"] = "Yes.", ["No."]
         choices.update(_defect_choices(inspection, known, conditions, root))
-    written = (_write(inspection, kind, *choices[kind], seed) for kind in QUESTION_TEXTS if kind in choices)
-    return [question for question in written if question is not None]
+    questions = (_make_question(inspection, kind, *choices[kind], seed) for kind in QUESTION_TEXTS if kind in choices)
+    return [question for question in questions if question is not None]
 
 
 def _defect_choices(
@@ -73,12 +73,12 @@ def _defect_choices(
     own = inspection.condition
     choices = {}
     named = {**dict.fromkeys(conditions), **known}
-    # What a photograph of several defects shows too is no wrong option; where they are not named, none is one for sure.
-    others = [c for c in named if c != GOOD and own not in MIXED and not kinds_of(c) <= kinds_of(own)]
-    choices["Defect Classification"] = readable(own), [readable(condition) for condition in others]
+    # Another defect in the same image is not a wrong option. If the defects are not named, no option is surely wrong.
+    others = [c for c in named if c != GOOD and own not in MIXED_CONDITIONS and not defects_of(c) <= defects_of(own)]
+    choices["Defect Classification"] = readable_name(own), [readable_name(condition) for condition in others]
     region = _region(inspection, root)
     if region is not None:
-        # A cell that holds some of the defect would be half right.
+        # A cell with some of the defect would be half right.
         free = [place for place in masks.PLACES if place not in region.cells]
         if region.place == masks.SPREAD:
             free = free or [place for place in masks.PLACES if place != "center"]
@@ -102,12 +102,12 @@ def _region(inspection: Inspection, root: Path) -> masks.Region | None:
     return None if mask is None else masks.measure(mask)
 
 
-def _write(inspection: Inspection, kind: str, right: str, wrong: Sequence[str], seed: int) -> Question | None:
+def _make_question(inspection: Inspection, kind: str, right: str, wrong: Sequence[str], seed: int) -> Question | None:
     identifier = f"{inspection.id}#{slug(kind)}"
     draw = random.Random(f"{seed}/{identifier}")
-    own = _plain(right)
-    distinct = {plain: text for text in wrong if (plain := _plain(text)) != own}
-    # Sorted first: the order in which a source lists conditions must not matter.
+    own = _normalise(right)
+    distinct = {normalised: text for text in wrong if (normalised := _normalise(text)) != own}
+    # Sort first, so that the order in which a source lists conditions does not matter.
     options = [right, *draw.sample(sorted(distinct.values()), min(MAX_OPTIONS - 1, len(distinct)))]
     if len(options) < 2:
         return None
@@ -118,35 +118,35 @@ def _write(inspection: Inspection, kind: str, right: str, wrong: Sequence[str], 
 
 
 def slug(kind: str) -> str:
-    """`Defect Localization` as it stands in a question's id: `defect-localization`."""
+    """Return the form of a question type that its question ids contain: `defect-localization`."""
     return kind.lower().replace(" ", "-")
 
 
-@lru_cache  # the options of a product are its own for every photograph
-def _plain(text: str) -> str:
+@lru_cache  # all images of a product share its options
+def _normalise(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
-def write_all_questions(
+def write_dataset_questions(
     inspections: Sequence[Inspection],
-    own: Sequence[Question],
+    source_questions: Sequence[Question],
     knowledge: Knowledge,
     training_knowledge: Knowledge,
     root: Path,
     seed: int,
 ) -> Iterator[Question]:
-    """The source's own questions where it has them for a photograph, written ones otherwise.
+    """Yield the source's questions about each image if it has any, and written questions otherwise.
 
-    Those of the test split are written from `knowledge` and name all products, the others from `training_knowledge`
-    and the products of their own splits.
+    Questions of the test split are written from `knowledge` and name all products. The others are written from
+    `training_knowledge` and name only the products outside the test split.
     """
     given: dict[str, list[Question]] = defaultdict(list)
-    for question in own:
+    for question in source_questions:
         given[question.inspection].append(question)
-    photographed = queries([inspection for inspection in inspections if inspection.synthetic is None])
-    tested = conditions_of(photographed)  # a test asks the same with and without synthetic defects in the training
+    real = queries([inspection for inspection in inspections if inspection.synthetic is None])
+    tested = conditions_of(real)  # the test has the same questions with and without synthetic defects in training
     conditions = conditions_of(inspections)
-    products = sorted({inspection.product for inspection in photographed})
+    products = sorted({inspection.product for inspection in real})
     trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
     for inspection in inspections:
         if inspection.id in given:

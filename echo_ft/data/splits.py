@@ -1,8 +1,9 @@
-"""Splits into train, validation and test: seeded, stratified by condition, by group; or such that the test split
-answers a question: does it hold for products, defects or datasets that training never saw?
+"""Splits into train, validation and test: seeded and stratified by condition, or with something held out for the test.
 
-A group is all photographs of one physical part. It stays whole, as the nearest neighbour of a photograph is usually
-the same part photographed again: a split by photograph measures memory.
+Holding out answers a question: does the model work on products, defects or datasets that training never saw?
+
+A group is all images of one physical part. Groups stay whole, because the nearest neighbour of an image is usually
+another image of the same part: a split by image would measure memory.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from echo_ft.records import GOOD, Inspection
 
 SPLITS = ("train", "validation", "test")
 
-REFERENCE = "reference"
-"""The split of normal photographs that serve as references and are neither trained on nor asked about."""
+REFERENCE_SPLIT = "reference"
+"""The split of normal images that only serve as references: without questions and training rows."""
 
 LEFT_OUT = "left_out"
-"""The split of what one of several folds of the train split leaves out of the training rows."""
+"""The split of the fold that the training rows leave out."""
 
-HOLDS_OUT = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
-"""Modes of `make_splits` that keep something for the test split alone, and what."""
+HELD_OUT_FIELDS = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
+"""Modes of `make_splits` that hold something out for the test, and the field that they hold out by."""
 
-SEVERAL = "+"
-"""Joins the names of the defects where a photograph shows several: `bent+melt`."""
+DEFECT_SEPARATOR = "+"
+"""Joins the names of several defects in one image: `bent+melt`."""
 
-MIXED = frozenset({"combined"})
-"""Conditions of several defects that are not named, as MVTec AD has it: they may show any of the product's."""
+MIXED_CONDITIONS = frozenset({"combined"})
+"""Conditions of several unnamed defects, as in MVTec AD. They may show any defect of the product."""
 
-Key = tuple[str, str, str]
+PartKey = tuple[str, str, str]
 
 
 def make_splits(
@@ -44,64 +45,68 @@ def make_splits(
     fractions: Sequence[float],
     held_out: Sequence[str] = (),
 ) -> tuple[list[Inspection], str, list[str]]:
-    """Every inspection with a split, in the order given; how that came about in words; and what was held out.
+    """Give every inspection a split. Return them in the given order, a description, and the names held out.
 
     `how` is one of
 
-    - `given`: the source's splits stand, and inspections without one are assigned. Where the source gives train and
-      test alone, and the train split can train the roles (it has defects), validation is carved out of train by group.
-    - `seeded`: all are assigned anew by group and condition.
-    - `by_product`, `by_dataset`: the test split shows other products or datasets than training. Normals of theirs
-      that the source gives to training, or the share of train where it gives no splits, become `REFERENCE`.
-    - `by_condition`: the test split shows other kinds of defect than training, beside its share of normals and what
-      else the same parts show.
+    - `given`: keep the source's splits and assign the inspections without one. If the source gives only train and
+      test, and the train split can train the roles (it has defects), take validation from train by group.
+    - `seeded`: assign every inspection again, by group and condition.
+    - `by_product`, `by_dataset`: the test split has other products or datasets than training. Their normal images that
+      the source assigns to training become `REFERENCE_SPLIT`, or train's share of them if it gives no splits.
+    - `by_condition`: the test split has other defects than training, its share of the normal images, and all other
+      images of the same parts.
 
-    `held_out` names what the test split keeps for itself; without it `seed` draws the share of test, at least one.
-    Raises EchoError for names that are not there and where nothing would be left to train on.
+    `held_out` names what to hold out. By default, `seed` draws test's share of the names, but at least one.
+    Raises EchoError for unknown names and if nothing would be left to train on.
     """
-    if how in HOLDS_OUT:
+    if how in HELD_OUT_FIELDS:
         check_fractions(fractions)
         if fractions[0] == 0:
             raise EchoError(f"fractions {list(fractions)} leave nothing to train on; give train a share")
-        hold = _by_condition if how == "by_condition" else _by_place
-        return hold(inspections, how, seed, fractions, held_out)
+        hold_out = _by_condition if how == "by_condition" else _by_field
+        return hold_out(inspections, how, seed, fractions, held_out)
     if held_out:
-        raise EchoError(f"held_out goes with split {', '.join(HOLDS_OUT)}, not with {how}; take it out or set split")
+        modes = ", ".join(HELD_OUT_FIELDS)
+        raise EchoError(f"held_out requires split {modes}, not {how}; remove it or change split")
     shares = "/".join(f"{fraction:g}" for fraction in fractions)
     seeded = f"by group and condition, {shares} train/validation/test, seed {seed}"
     if how == "seeded":
-        return assign_splits(_free(inspections), seed, fractions), seeded, []
+        return assign_splits(_without_splits(inspections), seed, fractions), seeded, []
     given = {inspection.split for inspection in inspections} - {None}
     done = assign_splits(inspections, seed, fractions)
     if not given:
         return done, seeded, []
-    words = "given by the source"
+    description = "given by the source"
     if len(done) > sum(inspection.split is not None for inspection in inspections):
-        words += f", those without one {seeded}"
+        description += f", the others {seeded}"
     train, validation, _ = fractions
-    if "validation" not in {i.split for i in done} and trainable(done) and validation > 0:
+    if "validation" not in {i.split for i in done} and has_training_defects(done) and validation > 0:
         share = validation / (train + validation)
-        # A group that the source divided between splits keeps what it was given.
-        fixed = {part(i) for i in done if i.split != "train"}
-        free = [i if part(i) in fixed else dataclasses.replace(i, split=None) for i in done]
+        # A group that the source divided between splits keeps its splits.
+        fixed = {part_key(i) for i in done if i.split != "train"}
+        free = [i if part_key(i) in fixed else dataclasses.replace(i, split=None) for i in done]
         carved = assign_splits(free, seed, (1 - share, share, 0.0))
-        return carved, f"{words}; validation is {share:.0%} of its train split, by group and condition, seed {seed}", []
-    return done, words, []
+        return carved, f"{description}; validation is {share:.0%} of train, by group and condition, seed {seed}", []
+    return done, description, []
 
 
-def _by_place(
+def _by_field(
     inspections: Sequence[Inspection], how: str, seed: int, fractions: Sequence[float], wanted: Sequence[str]
 ) -> tuple[list[Inspection], str, list[str]]:
-    what = HOLDS_OUT[how]
-    names = {getattr(inspection, what) for inspection in inspections}
-    held = _choose(names, wanted, what, seed, fractions[2])
-    out = {part(i) for i in inspections if getattr(i, what) in held}
-    kept = assign_splits(_free(i for i in inspections if part(i) not in out), seed, _training(fractions))
-    others = assign_splits([i for i in inspections if part(i) in out], seed, fractions)
-    asked = {part(i) for i in others if i.split == "test" or i.condition != GOOD}
-    where = {part(i): i.split for i in kept} | dict.fromkeys(out, REFERENCE) | dict.fromkeys(asked, "test")
-    done = [dataclasses.replace(i, split=where[part(i)]) for i in inspections]
-    return done, _words(how, held, wanted, seed, fractions), held
+    field = HELD_OUT_FIELDS[how]
+    names = {getattr(inspection, field) for inspection in inspections}
+    held = _choose(names, wanted, field, seed, fractions[2])
+    out = {part_key(i) for i in inspections if getattr(i, field) in held}
+    kept = assign_splits(
+        _without_splits(i for i in inspections if part_key(i) not in out), seed, _training_shares(fractions)
+    )
+    others = assign_splits([i for i in inspections if part_key(i) in out], seed, fractions)
+    tested = {part_key(i) for i in others if i.split == "test" or i.condition != GOOD}
+    where = {part_key(i): i.split for i in kept}
+    where |= dict.fromkeys(out, REFERENCE_SPLIT) | dict.fromkeys(tested, "test")
+    done = [dataclasses.replace(i, split=where[part_key(i)]) for i in inspections]
+    return done, _describe(how, held, wanted, seed, fractions), held
 
 
 def _by_condition(
@@ -110,100 +115,104 @@ def _by_condition(
     conditions: dict[tuple[str, str], set[str]] = defaultdict(set)
     for inspection in inspections:
         conditions[inspection.dataset, inspection.product].add(inspection.condition)
-    names = {kind for found in conditions.values() for condition in found for kind in kinds_of(condition)}
-    held = _choose(names, wanted, HOLDS_OUT[how], seed, fractions[2])
-    away = {place: withheld(found, held) for place, found in conditions.items()}
-    test = {part(i) for i in inspections if i.condition in away[i.dataset, i.product]}
-    defective = {part(i) for i in inspections if i.condition != GOOD} - test
-    seen = assign_splits(_free(i for i in inspections if part(i) in defective), seed, _training(fractions))
-    where = {part(i): i.split for i in seen} | dict.fromkeys(test, "test")
-    fixed = [dataclasses.replace(i, split=where.get(part(i))) for i in inspections]
-    return assign_splits(fixed, seed, fractions), _words(how, held, wanted, seed, fractions), held
+    names = {defect for found in conditions.values() for condition in found for defect in defects_of(condition)}
+    held = _choose(names, wanted, HELD_OUT_FIELDS[how], seed, fractions[2])
+    away = {product: held_out_conditions(found, held) for product, found in conditions.items()}
+    test = {part_key(i) for i in inspections if i.condition in away[i.dataset, i.product]}
+    defective = {part_key(i) for i in inspections if i.condition != GOOD} - test
+    trained = assign_splits(
+        _without_splits(i for i in inspections if part_key(i) in defective), seed, _training_shares(fractions)
+    )
+    where = {part_key(i): i.split for i in trained} | dict.fromkeys(test, "test")
+    fixed = [dataclasses.replace(i, split=where.get(part_key(i))) for i in inspections]
+    return assign_splits(fixed, seed, fractions), _describe(how, held, wanted, seed, fractions), held
 
 
-def _choose(names: Collection[str], wanted: Sequence[str], what: str, seed: int, share: float) -> list[str]:
-    """The names to hold out, sorted: those wanted, or a share of all that the seed draws."""
+def _choose(names: Collection[str], wanted: Sequence[str], field: str, seed: int, share: float) -> list[str]:
+    """Return the sorted names to hold out: the wanted ones, or a share of all names that the seed draws."""
     ordered = sorted(names)
     for name in wanted:
         if name not in names:
             near = difflib.get_close_matches(name, ordered, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ordered)}"
-            raise EchoError(f"held_out: no {what} is named {name!r}; {hint}")
+            raise EchoError(f"held_out: no {field} is named {name!r}; {hint}")
     if len(ordered) < 2 or len(set(wanted)) == len(ordered):
         raise EchoError(
-            f"split by_{what} keeps some {what}s for the test and needs others to train on; of {len(ordered)} "
-            f"({', '.join(ordered) or 'none'}) nothing would be left: hold out fewer, or use another split"
+            f"split by_{field} holds out some {field}s and trains on the others, but of {len(ordered)} "
+            f"({', '.join(ordered) or 'none'}) none would be left to train on; hold out fewer or use another split"
         )
     if wanted:
         return sorted(set(wanted))
     count = min(len(ordered) - 1, max(1, round(share * len(ordered))))
-    return sorted(random.Random(f"{seed}/held out/{what}").sample(ordered, count))
+    return sorted(random.Random(f"{seed}/held out/{field}").sample(ordered, count))
 
 
-def _words(how: str, held: Sequence[str], wanted: Sequence[str], seed: int, fractions: Sequence[float]) -> str:
+def _describe(how: str, held: Sequence[str], wanted: Sequence[str], seed: int, fractions: Sequence[float]) -> str:
     drawn = "" if wanted else f" (drawn, seed {seed})"
     train, validation, test = fractions
     if how == "by_condition":
         rest = f"the other defects {train:g}/{validation:g} train/validation, normals {train:g}/{validation:g}/{test:g}"
     else:
         rest = f"the others {train:g}/{validation:g} train/validation"
-    return f"by {HOLDS_OUT[how]}: test alone has {', '.join(held)}{drawn}; {rest}, by group and condition, seed {seed}"
+    field, names = HELD_OUT_FIELDS[how], ", ".join(held)
+    return f"by {field}: only test has {names}{drawn}; {rest}, by group and condition, seed {seed}"
 
 
-def _training(fractions: Sequence[float]) -> tuple[float, float, float]:
-    """The shares of train and validation where nothing goes to test."""
+def _training_shares(fractions: Sequence[float]) -> tuple[float, float, float]:
+    """Return the shares of train and validation if nothing goes to test."""
     train, validation, _ = fractions
     return train / (train + validation), validation / (train + validation), 0.0
 
 
-def _free(inspections: Iterable[Inspection]) -> list[Inspection]:
+def _without_splits(inspections: Iterable[Inspection]) -> list[Inspection]:
     return [dataclasses.replace(inspection, split=None) for inspection in inspections]
 
 
-@lru_cache  # asked for each photograph, of every condition and product
-def readable(name: str) -> str:
-    """The name of a condition or product as words: `broken_large` is `broken large`, `good` is `free of defects`."""
+@lru_cache  # called for every image, with every condition and product
+def readable_name(name: str) -> str:
+    """Write out the name of a condition or product: `broken_large` is `broken large`, `good` is `free of defects`."""
     return "free of defects" if name == GOOD else " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
-def join_kinds(kinds: Iterable[str]) -> str:
-    """The condition of a photograph that shows these kinds of defect: each once, sorted, joined by `SEVERAL`."""
-    return SEVERAL.join(sorted(set(kinds)))
+def join_defects(defects: Iterable[str]) -> str:
+    """Return the condition of an image with these defects: their distinct names, sorted and joined by `+`."""
+    return DEFECT_SEPARATOR.join(sorted(set(defects)))
 
 
-def kinds_of(condition: str) -> frozenset[str]:
-    """The kinds of defect that a condition names: none for `good` and for `MIXED` ones."""
-    return frozenset(condition.split(SEVERAL)) - {GOOD} - MIXED
+def defects_of(condition: str) -> frozenset[str]:
+    """Return the defects that a condition names: none for `good` and for `MIXED_CONDITIONS`."""
+    return frozenset(condition.split(DEFECT_SEPARATOR)) - {GOOD} - MIXED_CONDITIONS
 
 
-def withheld(conditions: Collection[str], held_out: Collection[str]) -> set[str]:
-    """Those of a product's conditions that show, or may show, a kind of defect that is held out."""
-    named = {condition for condition in conditions if kinds_of(condition) & set(held_out)}
-    return named | (MIXED & set(conditions) if named else set())
+def held_out_conditions(conditions: Collection[str], held_out: Collection[str]) -> set[str]:
+    """Return the conditions of a product that show, or may show, a defect that is held out."""
+    named = {condition for condition in conditions if defects_of(condition) & set(held_out)}
+    return named | (MIXED_CONDITIONS & set(conditions) if named else set())
 
 
-def trainable(inspections: Sequence[Inspection]) -> bool:
-    """Whether the train split holds a defect; normals alone can serve as references but not train the roles."""
+def has_training_defects(inspections: Sequence[Inspection]) -> bool:
+    """Return whether the train split has a defect. Normal images can only be references; they cannot train the roles."""
     return any(inspection.split == "train" and inspection.condition != GOOD for inspection in inspections)
 
 
 def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Sequence[float]) -> list[Inspection]:
-    """Give a split to each inspection that has none; those that have one keep it, and their group follows them.
+    """Assign a split to each inspection without one. The others keep theirs, and the rest of their group follows them.
 
-    `fractions` are the shares of train, validation and test. Each group goes, as a whole, to the split that lacks most
-    of the group's rarest condition, in proportion to the split's share (Webster's method, with photographs for seats):
-    of three groups two go to train and one to test. The result depends on the seed, not on the order given.
+    `fractions` are the shares of train, validation and test. Each group goes as a whole to the split that, in
+    proportion to its share, lacks most of the group's rarest condition. This is Webster's method with images as seats:
+    of three groups, two go to train and one to test. The result depends on the seed but not on the order of the
+    inspections.
 
-    Raises EchoError where the fractions are not three shares of a whole.
+    Raises EchoError if the fractions are not three shares of 1.
     """
     check_fractions(fractions)
-    groups: dict[Key, list[Inspection]] = defaultdict(list)
+    groups: dict[PartKey, list[Inspection]] = defaultdict(list)
     for inspection in inspections:
-        groups[part(inspection)].append(inspection)
+        groups[part_key(inspection)].append(inspection)
     total = Counter(stratum_of(inspection) for inspection in inspections)
-    filled: Counter[tuple[str, Key]] = Counter()
-    where: dict[Key, str] = {}
-    waiting: dict[Key, list[Key]] = defaultdict(list)
+    filled: Counter[tuple[str, PartKey]] = Counter()
+    where: dict[PartKey, str] = {}
+    waiting: dict[PartKey, list[PartKey]] = defaultdict(list)
     for name in sorted(groups):
         given = Counter(i.split for i in groups[name] if i.split is not None)
         if given:
@@ -221,21 +230,21 @@ def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Seque
             split, _ = min(open_splits, key=lambda pair: ((filled[pair[0], stratum] + half) / pair[1], -pair[1]))
             where[name] = split
             filled.update((split, stratum_of(i)) for i in groups[name])
-    return [i if i.split is not None else dataclasses.replace(i, split=where[part(i)]) for i in inspections]
+    return [i if i.split is not None else dataclasses.replace(i, split=where[part_key(i)]) for i in inspections]
 
 
-def leave_out(inspections: Sequence[Inspection], folds: int, fold: int, seed: int) -> list[Inspection]:
-    """The inspections, the train split's share of `fold` (0 to folds - 1) turned into `LEFT_OUT`.
+def leave_out_fold(inspections: Sequence[Inspection], folds: int, fold: int, seed: int) -> list[Inspection]:
+    """Move one fold of the train split, `fold` from 0 to folds - 1, to the split `LEFT_OUT`.
 
-    The train split is dealt into folds by group and condition, the rarest condition first; `seed` draws, and the order
-    given does not matter. Raises EchoError where there is no such fold, and where the others hold no defect.
+    Folds are assigned by group and condition, the rarest condition first. They depend on `seed` but not on the order
+    of the inspections. Raises EchoError if there is no such fold or if the other folds have no defect.
     """
     if not 0 <= fold < folds or folds < 2:
         raise EchoError(f"there is no fold {fold} of {folds}; give at least 2 folds, and a fold from 0 to folds - 1")
-    groups: dict[Key, list[Inspection]] = defaultdict(list)
+    groups: dict[PartKey, list[Inspection]] = defaultdict(list)
     for inspection in inspections:
         if inspection.split == "train":
-            groups[part(inspection)].append(inspection)
+            groups[part_key(inspection)].append(inspection)
     total = Counter(stratum_of(inspection) for members in groups.values() for inspection in members)
     rarest = {
         name: min((stratum_of(i) for i in members), key=lambda stratum: (total[stratum], stratum))
@@ -243,86 +252,87 @@ def leave_out(inspections: Sequence[Inspection], folds: int, fold: int, seed: in
     }
     names = sorted(groups)
     random.Random(f"{seed}/folds").shuffle(names)
-    filled: Counter[tuple[int, Key]] = Counter()
+    filled: Counter[tuple[int, PartKey]] = Counter()
     sizes = [0] * folds
-    where: dict[Key, int] = {}
+    where: dict[PartKey, int] = {}
     for name in sorted(names, key=lambda name: (total[rarest[name]], rarest[name])):
         where[name] = min(range(folds), key=lambda number: (filled[number, rarest[name]], sizes[number]))
         filled.update((where[name], stratum_of(i)) for i in groups[name])
         sizes[where[name]] += len(groups[name])
     done = [
-        dataclasses.replace(i, split=LEFT_OUT) if i.split == "train" and where[part(i)] == fold else i
+        dataclasses.replace(i, split=LEFT_OUT) if i.split == "train" and where[part_key(i)] == fold else i
         for i in inspections
     ]
-    if not trainable(done):
-        raise EchoError(f"without fold {fold} of {folds} there is no defect to train on; add photographs of defects")
+    if not has_training_defects(done):
+        raise EchoError(f"without fold {fold} of {folds} there is no defect to train on; add images of defects")
     return done
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raise EchoError where the fractions are not three shares of a whole."""
+    """Raise EchoError if the fractions are not three shares of 1."""
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise EchoError(
             f"fractions {list(fractions)} are not three shares of 1; write train, validation, test: 0.6 0.1 0.3"
         )
 
 
-def divided_parts(inspections: Sequence[Inspection]) -> list[Key]:
-    """Parts whose photographs are in more than one split, as only a source's own splits can have it."""
-    splits: dict[Key, set[str | None]] = defaultdict(set)
+def divided_parts(inspections: Sequence[Inspection]) -> list[PartKey]:
+    """Return the parts with images in more than one split, which only splits given by a source can have."""
+    splits: dict[PartKey, set[str | None]] = defaultdict(set)
     for inspection in inspections:
-        splits[part(inspection)].add(inspection.split)
+        splits[part_key(inspection)].add(inspection.split)
     return sorted(name for name, found in splits.items() if len(found) > 1)
 
 
-def part(inspection: Inspection) -> Key:
-    """What the photographs of one physical part share."""
+def part_key(inspection: Inspection) -> PartKey:
+    """Return the key that all images of one physical part share: (dataset, product, group)."""
     return inspection.dataset, inspection.product, inspection.group
 
 
-def stratum_of(inspection: Inspection) -> Key:
-    """(dataset, product, condition): what splits keep in proportion."""
+def stratum_of(inspection: Inspection) -> PartKey:
+    """Return (dataset, product, condition). Splits keep these strata in proportion."""
     return inspection.dataset, inspection.product, inspection.condition
 
 
-def with_synthetic(
+def assign_synthetic(
     inspections: Sequence[Inspection], real: Sequence[Inspection], held_out: Collection[str]
 ) -> list[Inspection]:
-    """The inspections in their order: the `real` ones as dealt, and the synthetic with the train split or with none.
+    """Merge the `real` inspections, which have splits, with the synthetic ones. Keep the order of `inspections`.
 
-    A synthetic defect is trained on where all photographs of its part are, unless its condition is held out.
+    A synthetic defect goes to train if all images of its part are there and its condition is not held out. Otherwise
+    it gets no split.
     """
-    dealt = iter(real)
+    assigned = iter(real)
     splits: dict[tuple[str, str, str], set[str | None]] = defaultdict(set)
     for inspection in real:
-        splits[part(inspection)].add(inspection.split)
-    away = {place: withheld(conditions, held_out) for place, conditions in conditions_of(inspections).items()}
+        splits[part_key(inspection)].add(inspection.split)
+    away = {product: held_out_conditions(found, held_out) for product, found in conditions_of(inspections).items()}
 
     def trained(made: Inspection) -> bool:
-        return splits[part(made)] == {"train"} and made.condition not in away[made.dataset, made.product]
+        return splits[part_key(made)] == {"train"} and made.condition not in away[made.dataset, made.product]
 
     return [
-        dataclasses.replace(i, split="train" if trained(i) else None) if i.synthetic else next(dealt)
+        dataclasses.replace(i, split="train" if trained(i) else None) if i.synthetic else next(assigned)
         for i in inspections
     ]
 
 
 def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The photographs that questions are asked about: all, but for `REFERENCE` and a train split of normals alone.
+    """Return the images that get questions: all except `REFERENCE_SPLIT` and a train split of only normal images.
 
-    Such a split (MVTec-AD's and MMAD's) cannot train the roles and serves as the pool of references.
+    Such a train split, as in MVTec AD and MMAD, cannot train the roles. It is the reference pool.
     """
-    unasked = {REFERENCE} if trainable(inspections) else {REFERENCE, "train"}
+    unasked = {REFERENCE_SPLIT} if has_training_defects(inspections) else {REFERENCE_SPLIT, "train"}
     return [inspection for inspection in inspections if inspection.split not in unasked]
 
 
 def reference_pool(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """The normals from which references are taken: those of the train split, folds left out or not, and `REFERENCE`."""
-    return [i for i in inspections if i.split in ("train", LEFT_OUT, REFERENCE) and i.condition == GOOD]
+    """Return the normal images that can be references: those of train, of any fold, and of `REFERENCE_SPLIT`."""
+    return [i for i in inspections if i.split in ("train", LEFT_OUT, REFERENCE_SPLIT) and i.condition == GOOD]
 
 
 def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], list[str]]:
-    """The conditions that each product's photographs show, by (dataset, product), in one order for all."""
+    """Return the conditions in each product's images, by (dataset, product): `good` first and the others by name."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for inspection in inspections:
         found[inspection.dataset, inspection.product].add(inspection.condition)

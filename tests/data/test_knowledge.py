@@ -15,15 +15,15 @@ from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.data.knowledge import (
     appearance,
     brief,
-    described,
     effect,
     entries_for,
+    has_description,
+    likely_misspellings,
     load_knowledge,
-    misspelt,
     products_of,
     read_knowledge,
 )
-from echo_ft.data.splits import readable
+from echo_ft.data.splits import readable_name
 from echo_ft.errors import EchoError
 from echo_ft.files import write_jsonl
 from echo_ft.records import Entry, Inspection
@@ -56,14 +56,14 @@ def test_json_and_yaml_of_the_same_nesting_say_the_same(tmp_path: Path) -> None:
     [
         ("k.json", "{", r"k\.json cannot be read"),
         ("k.yaml", "a: [", r"k\.yaml cannot be read"),
-        ("k.yaml", "just words", r"k\.yaml is a text where a mapping of datasets"),
-        ("k.yaml", "mine: [bolt]", r"k\.yaml: mine is a list where a mapping of products"),
-        ("k.yaml", "mine:\n  bolt: even", r"k\.yaml: mine/bolt is a text where a mapping of conditions"),
+        ("k.yaml", "just words", r"k\.yaml is a string, not a mapping of datasets"),
+        ("k.yaml", "mine: [bolt]", r"k\.yaml: mine is a list, not a mapping of products"),
+        ("k.yaml", "mine:\n  bolt: even", r"k\.yaml: mine/bolt is a string, not a mapping of conditions"),
         ("k.yaml", "mine:\n  bolt:\n    good:", r"mine/bolt/good is empty"),
         ("k.yaml", "mine:\n  bolt:\n    good: 3", r"mine/bolt/good is 3"),
-        ("k.yaml", "mine:\n  bolt:\n    no: text", r"the key False, which YAML does not read as text; quote it"),
-        ("k.yaml", "mine:\n  bolt:\n    dent: A.\n    dent: B.", r"the key 'dent' stands twice.* line 4"),
-        ("k.json", '{"m": {"b": {"good": "A."}, "b": {"dent": "B."}}}', r"the key 'b' stands twice"),
+        ("k.yaml", "mine:\n  bolt:\n    no: text", r"the key False, which YAML does not read as a string; quote it"),
+        ("k.yaml", "mine:\n  bolt:\n    dent: A.\n    dent: B.", r"duplicate key 'dent'.* line 4"),
+        ("k.json", '{"m": {"b": {"good": "A."}, "b": {"dent": "B."}}}', r"duplicate key 'b'"),
         ("k.yaml", "mine:\n  {bolt}:\n    dent: A.", r"a key is a list or a mapping; quote .* line 2"),
         ("k.yaml", "[mine]:\n  bolt:\n    dent: A.", r"a key is a list or a mapping; quote .* line 1"),
     ],
@@ -91,13 +91,13 @@ def test_good_comes_first_and_all_of_the_product_comes() -> None:
     knowledge = {"d": {"p": {"crack": "A line.", "good": "Even.", "unseen": "Never photographed."}}}
     entries, known = entries_for(knowledge, "d", "p", ["good", "crack", "new_kind"])
     assert [entry.condition for entry in entries] == ["good", "crack", "new_kind", "unseen"] and known
-    assert entries[2].description == "new kind" and not described(entries[2]) and described(entries[1])
+    assert entries[2].description == "new kind" and not has_description(entries[2]) and has_description(entries[1])
 
 
 def test_a_product_without_knowledge_gets_the_names_of_its_conditions() -> None:
     entries, known = entries_for({"d": {"p": {"good": "Even."}}}, "d", "q", ["broken_large", "good"])
     assert entries == (Entry("good", "free of defects"), Entry("broken_large", "broken large")) and not known
-    assert not any(map(described, entries))
+    assert not any(map(has_description, entries))
 
 
 def test_an_entry_is_misspelt_where_a_condition_of_nearly_that_name_lacks_one() -> None:
@@ -108,8 +108,8 @@ def test_an_entry_is_misspelt_where_a_condition_of_nearly_that_name_lacks_one() 
         "stains": "Blots.",
         "melted": "Never photographed.",
     }
-    assert misspelt(known, ["good", "dent", "stain", "crack"]) == {"god": "good", "dnet": "dent"}
-    assert misspelt({"dnet": "A hollow.", "dent": "A hollow."}, ["dent"]) == {}
+    assert likely_misspellings(known, ["good", "dent", "stain", "crack"]) == {"god": "good", "dnet": "dent"}
+    assert likely_misspellings({"dnet": "A hollow.", "dent": "A hollow."}, ["dent"]) == {}
 
 
 def test_products_are_found_under_mmads_name_for_the_dataset() -> None:
@@ -134,7 +134,7 @@ def test_brief_keeps_short_texts_and_the_ends_of_long_ones() -> None:
 
 
 def test_names_read_as_words() -> None:
-    assert readable("broken_large") == "broken large" and readable("cut-lead") == "cut lead"
+    assert readable_name("broken_large") == "broken large" and readable_name("cut-lead") == "cut lead"
 
 
 @pytest.mark.real_data
@@ -164,7 +164,7 @@ def test_a_folder_counts_as_one_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_says_a_product_twice_or_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EchoError, match="holds no knowledge"):
+    with pytest.raises(EchoError, match="contains no knowledge"):
         load_knowledge(tmp_path)
     for name in ("a.yaml", "b.yaml"):
         write(tmp_path / name, "mine:\n  bolt:\n    good: Even thread.\n")
@@ -180,7 +180,7 @@ def parts(folder: Path, knowledge: dict[str, dict[str, dict[str, str]]] | None =
         dataset, product, condition = place.split("/")
         inspections.append(Inspection(str(number), "x.png", dataset, product, condition, str(number)))
     write_jsonl(folder / "inspections.jsonl", inspections)
-    stand_in = {place.split("/")[2]: readable(place.split("/")[2]) for place in shown if "/cap/" in place}
+    stand_in = {place.split("/")[2]: readable_name(place.split("/")[2]) for place in shown if "/cap/" in place}
     given = knowledge or {"d": {"cap": stand_in, "nut: 5": {"good": "Six even sides. It holds.", "crack": "crack"}}}
     write(folder / "knowledge.json", json.dumps(given))
     return Dataset(folder, folder, {})
@@ -198,7 +198,7 @@ def test_a_skeleton_has_every_condition_in_order_and_what_is_described_already(t
     page = (tmp_path / "k" / "d" / "cap.yaml").read_text()
     assert "    # 2 photographs\n    good:\n    # 1 photograph\n    dent:\n" in page
     assert "first sentence" in page and "last" in page
-    with pytest.raises(EchoError, match=r"cap\.yaml: d/cap/good is empty, as are 3 more; write what"):
+    with pytest.raises(EchoError, match=r"cap\.yaml: d/cap/good is empty, and so are 3 more; describe what"):
         load_knowledge(tmp_path / "k")
 
 

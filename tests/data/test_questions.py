@@ -235,7 +235,7 @@ def test_a_mask_that_was_saved_as_jpeg_marks_what_was_drawn(tmp_path: Path, qual
 @pytest.mark.parametrize("size", [(60, 40), (40, 40), (20, 30)])
 def test_a_mask_of_another_size_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.fromarray(np.full((20, 30), 255, dtype=np.uint8)).save(tmp_path / "mask.png")
-    with pytest.raises(EchoError, match=rf"mask mask.png has 30 x 20 pixels, its photograph {size[0]} x {size[1]}"):
+    with pytest.raises(EchoError, match=rf"mask mask.png has 30 x 20 pixels but its image has {size[0]} x {size[1]}"):
         load_mask(inspect("crack", mask="mask.png"), tmp_path, size)
 
 
@@ -245,7 +245,7 @@ def test_a_broken_mask_and_a_box_outside_are_refused(tmp_path: Path, root: Path)
         write(inspect("crack", mask="broken.png"), root)
     with pytest.raises(EchoError, match=r"mask gone\.png cannot be read"):
         write(inspect("crack", mask="gone.png"), root)
-    with pytest.raises(EchoError, match=r"box \[100, 5, 120, 9\] has no pixel of the 90 x 60"):
+    with pytest.raises(EchoError, match=r"box \[100, 5, 120, 9\] lies outside the 90 x 60"):
         write(inspect("crack", boxes=[(100, 5, 120, 9)]), root)
 
 
@@ -263,7 +263,7 @@ def test_a_polygon_is_filled_as_scikit_image_fills_it_but_for_its_outline(seed: 
 
 def test_a_thin_polygon_marks_something_and_one_outside_is_refused(root: Path) -> None:
     assert masks.fill_polygons([(3, 3, 9, 3, 6, 3.2)], (20, 20)).any()
-    with pytest.raises(EchoError, match="polygon at 95, 5 has no pixel of the 90 x 60"):
+    with pytest.raises(EchoError, match="polygon at 95, 5 lies outside the 90 x 60"):
         write(replace(inspect("crack"), polygons=((95, 5, 99, 5, 99, 9),)), root)
 
 

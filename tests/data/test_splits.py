@@ -10,14 +10,14 @@ from collections import Counter, defaultdict
 import pytest
 
 from echo_ft.data.splits import (
-    HOLDS_OUT,
-    REFERENCE,
+    HELD_OUT_FIELDS,
+    REFERENCE_SPLIT,
     assign_splits,
+    defects_of,
     divided_parts,
-    join_kinds,
-    kinds_of,
+    held_out_conditions,
+    join_defects,
     make_splits,
-    withheld,
 )
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection
@@ -165,7 +165,7 @@ def several_datasets() -> list[Inspection]:
     return [i for name in ("first", "second", "third") for i in line(SEVERAL_PRODUCTS, dataset=name)]
 
 
-@pytest.mark.parametrize("how", sorted(HOLDS_OUT))
+@pytest.mark.parametrize("how", sorted(HELD_OUT_FIELDS))
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_held_out_is_in_the_test_split_alone_and_parts_stay_whole(how, seed):
     inspections = several_datasets()
@@ -176,21 +176,21 @@ def test_what_is_held_out_is_in_the_test_split_alone_and_parts_stay_whole(how, s
             kind
             for i in done
             if i.split == split
-            for kind in (kinds_of(i.condition) if how == "by_condition" else [getattr(i, HOLDS_OUT[how])])
+            for kind in (defects_of(i.condition) if how == "by_condition" else [getattr(i, HELD_OUT_FIELDS[how])])
         }
-        for split in ("train", "validation", "test", REFERENCE)
+        for split in ("train", "validation", "test", REFERENCE_SPLIT)
     }
     assert held and set(held) & (shown["train"] | shown["validation"]) == set()
     assert set(held) <= shown["test"] and all(name in words for name in held)
     assert shown["train"] and shown["validation"] <= shown["train"]
     if how != "by_condition":
-        assert shown["test"] == shown[REFERENCE] == set(held)
-        assert all(i.condition == "good" for i in done if i.split == REFERENCE)
-        assert share([i for i in done if getattr(i, HOLDS_OUT[how]) in held], "test", "crack") == 1
+        assert shown["test"] == shown[REFERENCE_SPLIT] == set(held)
+        assert all(i.condition == "good" for i in done if i.split == REFERENCE_SPLIT)
+        assert share([i for i in done if getattr(i, HELD_OUT_FIELDS[how]) in held], "test", "crack") == 1
     assert share([i for i in done if i.split == "test"], "test", "good") == 1, "normals are there to be told apart"
 
 
-@pytest.mark.parametrize("how", sorted(HOLDS_OUT))
+@pytest.mark.parametrize("how", sorted(HELD_OUT_FIELDS))
 def test_what_is_drawn_depends_on_the_seed_and_not_on_the_order(how):
     inspections = several_datasets()
     shuffled = random.Random(5).sample(inspections, len(inspections))
@@ -251,15 +251,15 @@ def test_what_a_source_gives_for_training_serves_a_held_out_product_as_reference
     ]
     done, _, _ = make_splits(given, "by_product", 0, SHARES, ["nut"])
     before, after = {i.id: i.split for i in given}, {i.id: i.split for i in done if i.product == "nut"}
-    assert all(split == ("test" if before[name] == "test" else REFERENCE) for name, split in after.items())
+    assert all(split == ("test" if before[name] == "test" else REFERENCE_SPLIT) for name, split in after.items())
     assert Counter(i.split for i in done if i.product == "cap" and i.condition == "dent")["train"] > 0
 
 
 def test_kinds_of_defect_are_joined_and_told_apart():
-    assert join_kinds(["melt", "bent", "melt"]) == "bent+melt"
-    assert kinds_of("bent+melt") == {"bent", "melt"} and not kinds_of("good") and not kinds_of("combined")
-    assert withheld({"good", "bent", "bent+melt", "combined"}, ["melt"]) == {"bent+melt", "combined"}
-    assert withheld({"good", "bent", "combined"}, ["melt"]) == set()
+    assert join_defects(["melt", "bent", "melt"]) == "bent+melt"
+    assert defects_of("bent+melt") == {"bent", "melt"} and not defects_of("good") and not defects_of("combined")
+    assert held_out_conditions({"good", "bent", "bent+melt", "combined"}, ["melt"]) == {"bent+melt", "combined"}
+    assert held_out_conditions({"good", "bent", "combined"}, ["melt"]) == set()
 
 
 @pytest.mark.parametrize(
@@ -268,10 +268,10 @@ def test_kinds_of_defect_are_joined_and_told_apart():
         ("by_product", ["cpa"], SHARES, "no product is named 'cpa'; did you mean 'cap'"),
         ("by_condition", ["rust"], SHARES, "choose from crack, dent"),
         ("by_condition", ["good"], SHARES, "no condition is named 'good'"),
-        ("by_dataset", [], SHARES, "of 1 (line) nothing would be left"),
-        ("by_product", ["cap", "nut"], SHARES, "nothing would be left"),
-        ("seeded", ["cap"], SHARES, "held_out goes with split by_product, by_condition, by_dataset, not with seeded"),
-        ("given", ["cap"], SHARES, "not with given"),
+        ("by_dataset", [], SHARES, "of 1 (line) none would be left"),
+        ("by_product", ["cap", "nut"], SHARES, "none would be left to train on"),
+        ("seeded", ["cap"], SHARES, "held_out requires split by_product, by_condition, by_dataset, not seeded"),
+        ("given", ["cap"], SHARES, "not given"),
         ("by_product", [], (0.0, 0.5, 0.5), "nothing to train on"),
         ("by_product", [], (0.5, 0.5), "three shares of 1"),
     ],
