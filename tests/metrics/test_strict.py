@@ -1,0 +1,141 @@
+"""Strict scores count unparsed answers as wrong, leave out missing question types, and do not depend on order."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from echo_ft.metrics import comparison, detection, strict
+from echo_ft.metrics.prediction_table import make_prediction_table
+from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
+from tests.support.predictions import CLASSIFICATION, DETECTION, make_prediction, mixed_predictions
+
+
+def test_unparsed_or_failed_answer_is_wrong_and_counted() -> None:
+    rows = [make_prediction(image, CLASSIFICATION, correct=True) for image in range(4)]
+    rows[0] = dataclasses.replace(rows[0], parsed=None, text="perhaps")
+    rows[1] = dataclasses.replace(rows[1], parsed=None, text="", error="broken image")
+    assert strict.strict_table(make_prediction_table(rows))["D"][CLASSIFICATION] == 50.0
+    counts = strict.answer_counts(rows)
+    assert (counts["questions"], counts["unparsed"], counts["failed"]) == (4, 1, 1)
+    assert counts["unparsed_share"] == 0.25
+
+
+def test_question_types_without_questions_are_left_out_of_means() -> None:
+    rows = [
+        make_prediction(0, CLASSIFICATION, True),
+        make_prediction(1, QUESTION_TYPES[2], False),
+        make_prediction(0, QUESTION_TYPES[2], True, dataset="E"),
+    ]
+    scores = strict.strict_table(make_prediction_table(rows))
+    assert scores["D"][DETECTION] is None
+    assert scores["D"]["Average"] == 50.0
+    assert scores["E"]["Average"] == 100.0
+    assert scores["Average"][CLASSIFICATION] == 100.0
+    assert scores["Average"]["Average"] == 75.0
+
+
+def test_detection_is_the_mean_of_unequally_large_classes() -> None:
+    rows = [make_prediction(image, DETECTION, True) for image in range(9)]
+    table = make_prediction_table([*rows, make_prediction(9, DETECTION, False, GOOD)])
+    assert strict.strict_table(table)["D"][DETECTION] == 50.0
+    assert strict.single_class_rows(table) == {}
+
+
+def test_detection_with_one_class_is_its_accuracy_and_reported() -> None:
+    table = make_prediction_table(
+        [
+            make_prediction(0, DETECTION, True),
+            make_prediction(1, DETECTION, False),
+            make_prediction(0, DETECTION, True, GOOD, "E"),
+        ]
+    )
+    assert strict.strict_table(table)["D"][DETECTION] == 50.0
+    assert strict.single_class_rows(table) == {"D": "defective", "E": "normal"}
+
+
+def test_order_of_predictions_changes_nothing() -> None:
+    rows = mixed_predictions()
+    shuffled = random.Random(1).sample(rows, len(rows))
+    for compute in (strict.strict_table, strict.strict_intervals, detection.score_detection, detection.roc_points):
+        assert compute(make_prediction_table(rows)) == compute(make_prediction_table(shuffled))
+
+
+@pytest.mark.parametrize("by", ["dataset", "product"])
+def test_weight_of_two_equals_the_image_twice(by: str) -> None:
+    rows = mixed_predictions()
+    table = make_prediction_table(rows)
+    weights = np.random.default_rng(0).integers(0, 3, size=(1, len(table.images))).astype(float)
+    times = {image: int(weight) for image, weight in zip(table.images, weights[0], strict=True)}
+    copies = [
+        dataclasses.replace(row, case=f"{row.case}#{copy}", image=f"{row.image}#{copy}")
+        for row in rows
+        for copy in range(times[row.dataset, row.product, row.condition, row.image])
+    ]
+    repeated = make_prediction_table(copies)
+    assert repeated.group_images(by)[0] == table.group_images(by)[0]
+    expected = strict.strict_array(repeated, repeated.unit_weights(), by)
+    np.testing.assert_allclose(strict.strict_array(table, weights, by), expected)
+    expected_metrics = comparison.compared_metrics(repeated, repeated.unit_weights())
+    for key, value in comparison.compared_metrics(table, weights).items():
+        np.testing.assert_allclose(value, expected_metrics[key], err_msg=key)
+
+
+def test_every_score_lies_in_its_interval() -> None:
+    table = make_prediction_table(mixed_predictions())
+    scores, intervals = strict.strict_table(table), strict.strict_intervals(table)
+    for row, columns in scores.items():
+        for column, value in columns.items():
+            if value is None:
+                assert intervals[row][column] is None
+            else:
+                low, high = intervals[row][column] or (0, 100)
+                assert low < high
+                assert low <= value <= high
+
+
+def test_images_of_one_part_are_resampled_together() -> None:
+    """Six images of a part say hardly more than one, so the interval must not shrink as it would for six parts."""
+    draw = random.Random(1)
+    correct_by_part = {part: draw.random() < 0.6 for part in range(30)}
+    one_image = [make_prediction(part, DETECTION, correct) for part, correct in correct_by_part.items()]
+    six_images = [
+        make_prediction(part * 10 + image, DETECTION, correct, group=f"part {part}")
+        for part, correct in correct_by_part.items()
+        for image in range(6)
+    ]
+    six_parts = [dataclasses.replace(row, group=row.image) for row in six_images]
+    single, together, separate = (
+        strict.strict_intervals(make_prediction_table(rows))["D"][DETECTION] or [0, 0]
+        for rows in (one_image, six_images, six_parts)
+    )
+    assert together == pytest.approx(single, abs=7)
+    assert separate[1] - separate[0] < 0.6 * (together[1] - together[0])
+
+
+def test_score_rests_on_the_parts_of_its_smaller_class() -> None:
+    rows = [make_prediction(image, DETECTION, True, group=f"part {image // 3}") for image in range(12)]
+    rows += [make_prediction(image, DETECTION, True, GOOD) for image in range(20, 23)]
+    rows += [make_prediction(image, CLASSIFICATION, True, group="part 0") for image in range(2)]
+    rows += [make_prediction(0, DETECTION, True, dataset="E"), make_prediction(0, QUESTION_TYPES[5], True, dataset="E")]
+    table = make_prediction_table(rows)
+    counts = strict.strict_part_counts(table)
+    columns = [QUESTION_TYPES.index(kind) for kind in (DETECTION, CLASSIFICATION, QUESTION_TYPES[5])]
+    assert counts[:, [*columns, -1]].tolist() == [[3, 1, 0, 7], [1, 0, 1, 1], [1, 1, 1, 1]]
+    compared = comparison.compared_part_counts(table)
+    assert [compared[key] for key in ("AUROC", "recall", "specificity", "Average")] == [3, 5, 3, 1]
+
+
+def test_both_classes_of_a_part_widen_the_detection_interval() -> None:
+    rows: list[Prediction] = []
+    for part in range(12):
+        for condition in (GOOD, "crack"):
+            image, correct = 2 * part + (condition == GOOD), part % 2 == 0
+            rows.append(make_prediction(image, DETECTION, correct, condition, group=f"part {part}"))
+    separate = [dataclasses.replace(row, group=f"{row.group} {row.condition}") for row in rows]
+    low, high = strict.strict_intervals(make_prediction_table(rows))["D"][DETECTION] or (0, 0)
+    separate_low, separate_high = strict.strict_intervals(make_prediction_table(separate))["D"][DETECTION] or (0, 0)
+    assert high - low > 1.2 * (separate_high - separate_low), "the classes of a part are correlated"
