@@ -1,7 +1,8 @@
-"""The architectures of Qwen2-VL without their weights, for whatever can be checked before a download.
+"""Qwen2-VL architectures without weights, for checks that need no download.
 
-The configs of the two published models are written out here, so that a recipe for them can be checked without a
-connection. Sources: config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct; arXiv 2409.12191.
+The configs of the two published models are included, so that their recipes can be checked offline.
+
+Sources: config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct; arXiv 2409.12191.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""What tells the two sizes apart; `_config` adds what they share."""
+"""Settings that differ between the two sizes; `_config` adds the shared ones."""
 
 
 def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
-    """The Qwen2VLConfig of a local folder, of the hub's cache, of one of the two published models, or of the hub.
+    """Load a Qwen2VLConfig from a local folder, the hub's cache, the two published configs, or the hub.
 
-    In that order, so that the published models need no connection. Raises EchoError where none of them has it, and
-    where the model is not a Qwen2-VL.
+    The sources are tried in this order, so the published models need no connection. Raises EchoError if none of them
+    has the config, or if the model is not a Qwen2-VL.
     """
     from transformers import AutoConfig, Qwen2VLConfig
 
@@ -45,8 +46,8 @@ def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         if Path(model_name_or_path).is_dir():
             raise EchoError(
-                f"{model_name_or_path} has no readable config.json; model_name_or_path takes a model's folder or a "
-                "hub name"
+                f"{model_name_or_path} has no readable config.json; set model_name_or_path to a model folder or a hub "
+                "name"
             ) from error
         if model_name_or_path in _PUBLISHED:
             return _config(**_PUBLISHED[model_name_or_path])
@@ -57,9 +58,9 @@ def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
 
 
 def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
-    """The model with its true modules and shapes on the meta device: no weights, no memory.
+    """Build the model on the meta device, with its real modules and shapes but without weights or memory.
 
-    Raises EchoError as `model_config` does.
+    Raises EchoError if `model_config` does.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -74,14 +75,14 @@ def _hub_config(name: str, revision: str | None) -> Any:
 
     known = " or ".join(_PUBLISHED)
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise EchoError(f"there is no model folder {name}; give a model's folder or a hub name such as {known}")
+        raise EchoError(f"there is no model folder {name}; give a model folder or a hub name such as {known}")
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EchoError(
-            f"the config of {name} could not be had ({reason}); check the name and the connection, or use {known}, "
-            "which need none"
+            f"the config of {name} could not be loaded ({reason}); check the name and the connection, or use {known}, "
+            "which need no connection"
         ) from error
 
 

@@ -1,9 +1,13 @@
-"""Attention over a row into which several prefixes with their branches are packed, without a mask over all of it.
+"""Attention over a packed row of several prefixes and their branches, without a mask for the whole row.
 
-A prefix is plain causal attention, for which fast kernels exist; only the branches, which are short, need a mask. What
-belongs to different exchanges is never multiplied with each other. Two ways to one result: `sdpa` goes from exchange to
-exchange, `flex_attention` takes the whole row in one kernel that passes over the blocks nobody sees (GPUs alone: on a
-CPU, torch 2.15 has no backward pass for it).
+A prefix needs only causal attention, which has fast kernels; only the short branches need a mask. Tokens of different
+exchanges are never multiplied with each other. There are two implementations with the same result:
+
+- `sdpa` processes one exchange after another.
+- `flex_attention` processes the whole row in one kernel that skips fully masked blocks. It needs a GPU, because
+  torch 2.15 has no backward pass for it on a CPU.
+
+Shapes: T tokens of the packed row.
 """
 
 from __future__ import annotations
@@ -21,33 +25,32 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from echo_ft.model.batches import make_attention_mask
 
 ATTENTION_NAME = "prefix_sharing"
-"""The name under which transformers finds `attend`; it computes what `sdpa` does with the whole mask."""
+"""Name of `attend` in transformers. It computes what `sdpa` computes with a mask for the whole row."""
 
 IMPLEMENTATIONS = ("sdpa", "flex_attention")
-"""What `attend` can be made of, by transformers' names."""
-
+"""Implementations of `attend`, by their names in transformers."""
 
 FLEX_BLOCK = 128
-"""Tokens of a block of flex_attention's, torch's default."""
+"""Tokens per block of flex_attention, torch's default."""
 
-MASK_ROWS = 8
-"""Blocks of queries whose mask is made at a time."""
+MASK_QUERY_BLOCKS = 8
+"""Query blocks for which `make_block_mask` holds the mask at once."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one exchange lies in a packed row."""
+    """The place of one exchange in a packed row, in tokens."""
 
     start: int
     branches: int
-    """Where its prefix ends and its first branch begins."""
+    """End of the prefix and start of the first branch."""
     end: int
     mask: torch.Tensor
-    """(1, 1, end - branches, end - start) bool: which tokens the branches' tokens see."""
+    """(1, 1, end - branches, end - start) bool: True if a token of a branch (row) attends to a token (column)."""
 
 
 def make_spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> list[Span]:
-    """The spans of a packed row from its segments (1, T) and (prefix length, length) of each exchange."""
+    """Return the spans of a packed row, from its segments (1, T) and the (prefix length, length) of each exchange."""
     found, start = [], 0
     for prefix, length in lengths:
         mask = make_attention_mask(segments[:, start : start + length])[:, :, prefix:]
@@ -57,10 +60,11 @@ def make_spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> li
 
 
 def make_block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:
-    """What `spans` says, for flex_attention: which blocks of BLOCK x BLOCK tokens are seen in part and which wholly.
+    """Return the mask of `make_spans` for flex_attention, as partly and fully visible FLEX_BLOCK x FLEX_BLOCK blocks.
 
-    Equal to torch's `create_block_mask`, which makes the (T, T) mask first, some GiB for a row of 32,768 tokens; here
-    no more of it is there at a time than the queries of ROWS blocks.
+    `segments` is (1, T); `lengths` has the (prefix length, length) of each exchange. The result equals that of torch's
+    `create_block_mask`, which first builds the (T, T) mask: several GiB for a row of 32,768 tokens. Here, only the
+    queries of MASK_QUERY_BLOCKS blocks are in memory at once.
     """
     segment = segments[0]
     length, device = len(segment), segments.device
@@ -74,7 +78,7 @@ def make_block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) 
     tokens = torch.arange(length, device=device)
     padding = -length % FLEX_BLOCK
     counts = []
-    for queries in tokens.split(MASK_ROWS * FLEX_BLOCK):
+    for queries in tokens.split(MASK_QUERY_BLOCKS * FLEX_BLOCK):
         seen = visible(None, None, queries[:, None], tokens[None])
         seen = torch.nn.functional.pad(seen, (0, padding, 0, -len(queries) % FLEX_BLOCK))
         counts.append(seen.unflatten(1, (-1, FLEX_BLOCK)).sum(2).unflatten(0, (-1, FLEX_BLOCK)).sum(1))
@@ -86,7 +90,7 @@ def make_block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) 
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of the blocks (..., N) are set, and the numbers of all, those first: int32, as BlockMask has them."""
+    """Count the set blocks (..., N) and order all block indices with the set ones first; int32, as BlockMask needs."""
     order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1).int(), order.int()
 
@@ -100,9 +104,10 @@ def attend(
     spans: Sequence[Span] | BlockMask | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row: query (1, heads, T, width), the result (1, T, heads, width).
+    """Compute the attention of a packed row: `query` is (1, heads, T, width), the result (1, T, heads, width).
 
-    `spans` or `make_block_mask` choose between the two ways; with neither, transformers' own `sdpa` with the mask given.
+    `spans` comes from `make_spans` (sdpa) or `make_block_mask` (flex_attention). Without it, this is transformers'
+    `sdpa` with the given `attention_mask`.
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -1,3 +1,8 @@
+"""Rows and images as batches for the model: padded, or packed into one row.
+
+Shapes: B rows, L tokens of the longest row, T tokens of a packed row, P patches, C values per patch.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +17,7 @@ from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
 
 
 def image_inputs(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-    """`pixel_values` (P, C) and `image_grid_thw` (images, 3) as the model takes them; none of either for no images."""
+    """Return `pixel_values` (P, C) and `image_grid_thw` (images, 3) for the model; both are empty without images."""
     import torch
 
     if not images:
@@ -25,16 +30,16 @@ def image_inputs(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict
 
 
 def blank_image_inputs(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
-    """What `pixels` makes, of the smallest image that the model can take, one token large."""
+    """Return `image_inputs` of the smallest image that the model accepts: a blank one of a single token."""
     import torch
 
-    processor, side = row_builder.image_processor, row_builder.merge
+    processor, merge = row_builder.image_processor, row_builder.merge
     values = 3 * processor.temporal_patch_size * processor.patch_size**2
-    return {"pixel_values": torch.zeros(side**2, values), "image_grid_thw": torch.tensor([[1, side, side]])}
+    return {"pixel_values": torch.zeros(merge**2, values), "image_grid_thw": torch.tensor([[1, merge, merge]])}
 
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows side by side, padded on the right: input_ids, labels, segments (B, L) and position_ids (3, B, L)."""
+    """Stack rows, padded on the right: input_ids, labels and segments (B, L), and position_ids (3, B, L)."""
     import torch
 
     length = max(len(row.input_ids) for row in rows)
@@ -54,9 +59,10 @@ def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 def pack_rows(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows one after another as a single row of T tokens, without padding.
+    """Concatenate rows into a single row of T tokens, without padding.
 
-    input_ids, labels, segments (1, T), position_ids (3, 1, T), and `lengths`: (prefix length, length) of each row.
+    Returns input_ids, labels and segments (1, T), position_ids (3, 1, T), and `lengths` with the (prefix length,
+    length) of each row.
     """
     import torch
 
@@ -73,10 +79,11 @@ def pack_rows(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def make_attention_mask(segments: torch.Tensor) -> torch.Tensor:
-    """(B, 1, L, L) bool, True where the query token (row) may see the key token (column), from segments (B, L).
+    """Return the attention mask (B, 1, L, L) bool for segments (B, L).
 
-    Causal; a branch sees the prefix and itself. A padding token sees padding alone, so that no row of the softmax is
-    empty.
+    An entry is True if the query token (row) attends to the key token (column). The mask is causal, and a branch
+    attends only to the prefix and to itself. Padding tokens attend to padding, so that
+    no softmax row is empty.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Loading the base model and its processor, and telling it from others."""
+"""Load the base model and its processor, and fingerprint its weights."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from echo_ft.errors import EchoError
 from echo_ft.provenance import fingerprint_bytes
 
 PARAMETER_GROUPS = ("language model", "vision tower", "merger")
-"""Parts of Qwen2-VL that can be tuned with a learning rate of their own."""
+"""Parts of Qwen2-VL that can have their own learning rate."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Types of weights that models are run in; `auto` is the checkpoint's own."""
+"""Data types for the weights; `auto` is the type in the checkpoint."""
 
 
 def parameter_group(name: str) -> str:
-    """Which of PARAMETER_GROUPS a parameter belongs to, by its name."""
+    """Return the PARAMETER_GROUPS entry of the parameter with this name."""
     if ".merger." in name:
         return "merger"
     return "vision tower" if ".visual." in name else "language model"
 
 
 def check_lora_targets(model: Any, names: list[str] | str) -> list[str]:
-    """`names` as a list, every one of which finds linear layers of `model`, by PEFT's rule: the end of a module's name.
+    """Check that each of `names` matches linear layers of `model`, and return them as a list.
 
-    PEFT itself passes over names that find nothing where another does. A single name counts as a list of one: TRL
-    (1.16) turns `[q_proj]` into `q_proj`, which PEFT reads as a pattern for whole names; while it does, this undoes it.
-    Raises EchoError naming the first that finds nothing, with the nearest that would, and the first that finds
-    something else than a linear layer (Qwen2-VL's `proj` is also a convolution).
+    As in PEFT, a name matches the end of a module's name; but PEFT ignores a name without a match if another one has
+    matches. A string counts as a list of one name, because TRL (1.16) turns `[q_proj]` into `q_proj`, which PEFT reads
+    as a pattern for full names.
+
+    Raises EchoError if a name matches no module, with the nearest valid name, or if it also matches a module that is
+    not linear (Qwen2-VL has a convolution named `proj`).
     """
     import torch
 
@@ -38,48 +40,51 @@ def check_lora_targets(model: Any, names: list[str] | str) -> list[str]:
     linear = [name.split(".") for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     known = {".".join(parts[-size:]) for parts in linear for size in (1, 2, 3)}
     names = [names] if isinstance(names, str) else list(names)
-    for wanted in names:
-        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+    for target in names:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not found:
-            near = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else "the language model's are q_proj, k_proj, v_proj, ..."
-            raise EchoError(f"lora_target_modules: the model has no module {wanted}; {hint}")
+            near = difflib.get_close_matches(target, sorted(known), n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "the language model has q_proj, k_proj, v_proj, ..."
+            raise EchoError(f"lora_target_modules: the model has no module {target}; {hint}")
         other = next((name for name in found if not isinstance(modules[name], torch.nn.Linear)), None)
         if other is not None:
             kind = type(modules[other]).__name__
             raise EchoError(
-                f"lora_target_modules: {wanted} also finds {other}, a {kind}; name linear layers alone, "
+                f"lora_target_modules: {target} also matches {other}, a {kind}; name only linear layers, "
                 "such as attn.proj"
             )
     return names
 
 
 def load_processor(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Any:
-    """The model's own processor with this pixel budget (pixels of one image, after resizing)."""
+    """Load the model's processor and set its pixel budget, in pixels per image after resizing.
+
+    Raises EchoError if the budget is invalid, or if the processor cannot be loaded or ignores the budget.
+    """
     from transformers import AutoProcessor
 
     if not 0 < min_pixels <= max_pixels:
-        raise EchoError(f"min_pixels {min_pixels} and max_pixels {max_pixels}: need 0 < min_pixels <= max_pixels")
+        raise EchoError(f"min_pixels {min_pixels} and max_pixels {max_pixels}: choose 0 < min_pixels <= max_pixels")
     processor = _from_hub(
         AutoProcessor,
         model_name_or_path,
         revision=revision,
         size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        # The published processors name these two, which come before `size`.
+        # The published processors set these two, which override `size`.
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
     size = processor.image_processor.size
     if (size["shortest_edge"], size["longest_edge"]) != (min_pixels, max_pixels):
-        raise EchoError(f"the processor of {model_name_or_path} did not take the pixel budget; is it a Qwen2-VL model?")
+        raise EchoError(f"the processor of {model_name_or_path} ignores the pixel budget; use a Qwen2-VL model")
     return processor
 
 
 def load_model(model_name_or_path: str, revision: str | None = None, dtype: str = "auto", **options: Any) -> Any:
-    """The base model from a local folder or the hub; safetensors only, no remote code.
+    """Load the base model from a local folder or the hub, from safetensors and without remote code.
 
-    `options` go to `from_pretrained` (`attn_implementation`, `quantization_config`, ...). Raises EchoError for a dtype
-    that is none of DTYPES.
+    `options` are passed to `from_pretrained` (`attn_implementation`, `quantization_config`, ...). Raises EchoError if
+    `dtype` is not in DTYPES, or if the model cannot be loaded.
     """
     if dtype not in DTYPES:
         raise EchoError(f"dtype cannot be {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -93,21 +98,24 @@ def load_model(model_name_or_path: str, revision: str | None = None, dtype: str 
 def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
     local = Path(model_name_or_path)
     if local.is_dir() and not (local / "config.json").is_file():
-        raise EchoError(f"{local} has no config.json; model_name_or_path takes a model's folder or a hub name")
+        raise EchoError(f"{local} has no config.json; set model_name_or_path to a model folder or a hub name")
     if not local.is_dir() and (model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/"))):
-        raise EchoError(f"there is no model folder {local}; model_name_or_path takes a model's folder or a hub name")
+        raise EchoError(f"there is no model folder {local}; set model_name_or_path to a model folder or a hub name")
     try:
         return auto.from_pretrained(model_name_or_path, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EchoError(
             f"{model_name_or_path} could not be loaded ({reason}); check the name and the connection, or download it "
-            "with `hf download` and give its folder"
+            "with `hf download` and pass its folder"
         ) from error
 
 
 def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> str:
-    """Tells base models apart by their weights, cheaply: the header and both ends of each safetensors file."""
+    """Fingerprint a base model's weights cheaply, by the header and both ends of each safetensors file.
+
+    Raises EchoError if a weight file is missing or is not in safetensors format.
+    """
     from transformers.utils import cached_file
 
     def find(name: str) -> Path | None:
@@ -121,10 +129,10 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
         path = find(name)
         if path is None:
             if Path(model_name_or_path).is_dir():
-                raise EchoError(f"{model_name_or_path} has no {name}; weights must be safetensors")
+                raise EchoError(f"{model_name_or_path} has no {name}; convert the weights to safetensors")
             raise EchoError(
-                f"{model_name_or_path} is not on this machine with its {name}; connect to the internet once to fetch "
-                "it, if it has weights in safetensors"
+                f"{name} of {model_name_or_path} is not on this machine; connect to the internet once to download it, "
+                "or use a model with safetensors weights"
             )
         with open(path, "rb") as file:
             header = file.read(8)

@@ -1,4 +1,4 @@
-"""What makes a loaded Qwen2-VL take packed rows: patched attention, shared image features, frozen parts."""
+"""Prepare a loaded Qwen2-VL for packed rows: patched attention, shared image features, frozen parts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_o
 
 
 def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dict[str, Any]:
-    """What the model takes of a collated batch, by keyword: everything but the labels.
+    """Return the keyword arguments of the model for a collated batch, without the labels.
 
-    `spans` is read by attention.attend, `images` by vision.encode_images_once; `implementation` is one of
+    attention.attend reads `spans`, and vision.encode_images_once reads `images`. `implementation` is one of
     attention.IMPLEMENTATIONS.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    masks = attention.make_block_mask if implementation == "flex_attention" else attention.make_spans
-    inputs["spans"] = masks(batch["segments"], batch["lengths"])
+    make_masks = attention.make_block_mask if implementation == "flex_attention" else attention.make_spans
+    inputs["spans"] = make_masks(batch["segments"], batch["lengths"])
     if batch["image_order"] or batch["image_views"]:
         inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
         inputs["images"] = BatchImages(batch["image_order"], batch["image_views"], batch["image_features"])
@@ -26,9 +26,9 @@ def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dic
 
 
 def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
-    """Let a Qwen2-VL take `packed_inputs`, and `keep`: the positions (N,) whose logits are wanted.
+    """Patch a Qwen2-VL to accept `packed_inputs` and `keep`, the positions (N,) for which it returns logits.
 
-    Raises EchoError where `store` should keep features of a tower that is trained.
+    Raises EchoError if there is a `store` and the vision tower is trained.
     """
     project_patches(model)
     encode_images_once(model, store)
@@ -43,7 +43,7 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
 
 
 def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> Any:
-    """`model` for full tuning: all of it trained, but the parts whose learning rate is 0."""
+    """Make all parameters of `model` trainable except those of parts with learning rate 0; returns `model`."""
     rates = {"vision tower": vision_learning_rate, "merger": merger_learning_rate}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(rates.get(parameter_group(name)) != 0)

@@ -1,11 +1,11 @@
-"""From an `Exchange` to tokens: one prefix, several branches, exactly what asking one by one would compute.
+"""Rows: an `Exchange` as tokens, with one shared prefix and several branches.
 
-A row is `prefix | branch 1 | branch 2 | ...`: the prefix holds the images and the shared context, a branch its prompt
-and, in training, its completion with the chat template's own closing tokens. A branch attends to the prefix and to
-itself, and its M-RoPE positions start again right after the prefix, so that every branch computes what it would
-compute alone (Qwen2-VL's M-RoPE: arXiv 2409.12191).
+A row is `prefix | branch 1 | branch 2 | ...`. The prefix holds the images and the shared context. A branch holds its
+prompt and, in training, its completion with the closing tokens of the chat template. A branch attends to the prefix
+and to itself, and its M-RoPE positions restart after the prefix. Every branch therefore computes exactly what it would
+compute in a row of its own (Qwen2-VL's M-RoPE: arXiv 2409.12191).
 
-Shapes: B rows, L tokens of the longest row, P patches, C = 3 * temporal_patch_size * patch_size^2 values of a patch.
+Shapes: B rows, L tokens of the longest row, P patches, C = 3 * temporal_patch_size * patch_size^2 values per patch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,56 +23,52 @@ from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.records import Exchange
 
-if TYPE_CHECKING:
-    pass
-
-
 IGNORED = -100
-"""The label of a token that is not trained on."""
+"""Label of tokens that are not trained on."""
 
 PADDING = -1
-"""The segment of a padding token; the prefix is segment 0, branches count from 1."""
+"""Segment of padding tokens. The prefix is segment 0; branches count from 1."""
 
-_MARK = "\u241e"  # "symbol for record separator": stands where the context, and then the completion, is
+_PLACEHOLDER = "\u241e"  # "symbol for record separator", in place of the context and of the completion
 
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens of one exchange. All arrays have one entry a token but `grids`, which has one (t, h, w) an image."""
+    """The tokens of one exchange. All arrays are (tokens,) unless noted."""
 
     exchange: Exchange
     input_ids: np.ndarray
     labels: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-    """(3, tokens): temporal, height and width position."""
+    """(3, tokens): temporal, height and width positions."""
     grids: np.ndarray
-    """(images, 3), in patches."""
+    """(images, 3): (t, h, w) of each image, in patches."""
 
     @property
     def prefix_length(self) -> int:
-        """How many tokens all branches share."""
+        """Number of tokens that all branches share."""
         return int((self.segments == 0).sum())
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens a row has: its prefix, each of its branches, and those that are trained on."""
+    """Token counts of a row: its prefix, each branch, and the tokens that are trained on."""
 
     prefix: int
     branches: tuple[int, ...]
     labels: int
     grids: tuple[tuple[int, int, int], ...]
-    """(t, h, w) in patches of each image."""
+    """(t, h, w) of each image, in patches."""
 
     @property
     def tokens(self) -> int:
-        """Of the whole row."""
+        """Number of tokens in the whole row."""
         return self.prefix + sum(self.branches)
 
 
 class RowBuilder:
-    """Makes rows with one processor (tokenizer, chat template, pixel budget)."""
+    """Builds rows with one processor (tokenizer, chat template, pixel budget)."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -86,9 +82,9 @@ class RowBuilder:
         self._templates: dict[int, tuple[str, str, str]] = {}
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """(t, h, w) in patches for an image of that size, by the processor's own resizing rule.
+        """Return (t, h, w) in patches for an image of this size in pixels, by the processor's resizing rule.
 
-        Raises EchoError for an image 200 times as long as wide, or more.
+        Raises EchoError if one side is 200 times as long as the other or longer.
         """
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -100,9 +96,10 @@ class RowBuilder:
         return 1, rows // patch, columns // patch
 
     def row(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Row:
-        """Tokens of an exchange whose images have these (width, height).
+        """Build the row of an exchange; `sizes` has the (width, height) of each image in pixels.
 
-        Raises EchoError where a text holds one of the chat template's control tokens.
+        Raises EchoError if a text contains a control token of the chat template, if an image is too elongated, or if
+        the chat template has the wrong number of image placeholders.
         """
         grids = np.array([self.grid(*size) for size in sizes], dtype=np.int64).reshape(-1, 3)
         encoded = self._encode(self._texts(exchange))
@@ -127,29 +124,29 @@ class RowBuilder:
         )
 
     def load_row(self, exchange: Exchange, root: Path) -> Row:
-        """Like `row`, with the sizes read from the image files' headers."""
+        """Like `row`, with the image sizes read from the file headers. Raises EchoError if a file is unreadable too."""
         return self.row(exchange, [image_size(root / image) for image in exchange.images])
 
     def lengths(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Lengths:
-        """How long `row` would be, in a fraction of its time; raises what it would raise."""
+        """Return the token counts of `row` without building it, in a fraction of the time. Raises the same errors."""
         grids = [self.grid(*size) for size in sizes]
         prefix, *parts = self._encode(self._texts(exchange))
-        self._check_places(prefix.count(self.image_token_id), len(grids), exchange)
+        self._check_placeholders(prefix.count(self.image_token_id), len(grids), exchange)
         tokens = sum(math.prod(grid) for grid in grids) // self.merge**2
         prompts, completions = list(map(len, parts[::2])), list(map(len, parts[1::2]))
         branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
         return Lengths(len(prefix) - len(grids) + tokens, branches, sum(completions), tuple(grids))
 
     def pretokenize(self, exchanges: Sequence[Exchange]) -> None:
-        """Tokenize what these will need, in one call that uses all cores."""
+        """Tokenize the texts of several exchanges in one call, which uses all cores."""
         texts: list[str] = []
         for exchange in exchanges:
-            with contextlib.suppress(EchoError):  # raised again where the exchange itself is asked for
+            with contextlib.suppress(EchoError):  # `row` raises it for its exchange
                 texts += self._texts(exchange)
         self._encode(texts)
 
     def _texts(self, exchange: Exchange) -> list[str]:
-        """What is tokenized apart: the prefix, then each branch's prompt and its completion."""
+        """Return the texts to tokenize separately: the prefix, then each branch's prompt and completion."""
         head, opening, closing = self._template(exchange)
         texts = [head + exchange.context]
         for branch in exchange.branches:
@@ -157,73 +154,76 @@ class RowBuilder:
         return texts
 
     def _template(self, exchange: Exchange) -> tuple[str, str, str]:
-        """The template's text up to the context, between a prompt and its completion, and after the completion."""
+        """Return the template's text before the context, between prompt and completion, and after the completion."""
         for text in (exchange.context, *(branch.prompt + (branch.completion or "") for branch in exchange.branches)):
             token = next((token for token in self._control if token in text), None) if "<|" in text else None
             if token is not None:
                 raise EchoError(
-                    f"case {exchange.case}: a text holds the control token {token}; take it out of the source"
+                    f"case {exchange.case}: a text contains the control token {token}; remove it from the source"
                 )
         images = len(exchange.images)
         if images not in self._templates:
-            content = [*({"type": "image"} for _ in exchange.images), {"type": "text", "text": _MARK}]
+            content = [*({"type": "image"} for _ in exchange.images), {"type": "text", "text": _PLACEHOLDER}]
             messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-            asked = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            head, opening = asked.rsplit(_MARK, 1)
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": _MARK}]})
-            answered = self.processor.apply_chat_template(messages, tokenize=False)
-            self._templates[images] = (head, opening, answered.rsplit(_MARK, 1)[1])
+            prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            head, opening = prompt.rsplit(_PLACEHOLDER, 1)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": _PLACEHOLDER}]})
+            conversation = self.processor.apply_chat_template(messages, tokenize=False)
+            self._templates[images] = (head, opening, conversation.rsplit(_PLACEHOLDER, 1)[1])
         return self._templates[images]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # Templates and instructions return in every row: planning a large dataset is mostly this dictionary.
+        # Templates and instructions recur in every row, so this cache does most of the work when a dataset is planned.
         if len(self._encoded) > 50_000:
             self._encoded.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._encoded]
-        if new:  # in one call: the tokenizer's own work takes less than the call
+        if new:  # in one call, because the overhead of a call exceeds the tokenization itself
             self._encoded |= zip(new, self.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True)
         return [self._encoded[text] for text in texts]
 
     def _expand(self, ids: Sequence[int], grids: np.ndarray, exchange: Exchange) -> np.ndarray:
         array = np.array(ids, dtype=np.int64)
         images = array == self.image_token_id
-        self._check_places(int(images.sum()), len(grids), exchange)
+        self._check_placeholders(int(images.sum()), len(grids), exchange)
         repeats = np.ones(len(array), dtype=np.int64)
         repeats[images] = grids.prod(axis=1) // self.merge**2
         return np.repeat(array, repeats)
 
-    def _check_places(self, places: int, images: int, exchange: Exchange) -> None:
-        if places != images:
+    def _check_placeholders(self, placeholders: int, images: int, exchange: Exchange) -> None:
+        if placeholders != images:
             raise EchoError(
-                f"case {exchange.case}: the chat template made {places} places for {images} images; use a processor "
-                "with Qwen2-VL's template"
+                f"case {exchange.case}: the chat template has {placeholders} placeholders for {images} images; use a "
+                "processor with Qwen2-VL's chat template"
             )
 
     def _prefix_positions(self, prefix: np.ndarray, grids: np.ndarray) -> np.ndarray:
-        """(3, tokens): Qwen2VLModel.get_rope_index for one row of text and still images."""
+        """Return positions (3, tokens) as Qwen2VLModel.get_rope_index does, for one prefix of text and still images."""
         positions = np.empty((3, len(prefix)), dtype=np.int64)
-        place, current, images = 0, 0, iter(grids)
-        while place < len(prefix):
-            if prefix[place] == self.image_token_id:
+        start, position, images = 0, 0, iter(grids)
+        while start < len(prefix):
+            if prefix[start] == self.image_token_id:
                 t, h, w = next(images)
                 h, w = h // self.merge, w // self.merge
-                end = place + t * h * w
-                positions[:, place:end] = current + np.indices((t, h, w)).reshape(3, -1)
-                current += max(h, w)
+                end = start + t * h * w
+                positions[:, start:end] = position + np.indices((t, h, w)).reshape(3, -1)
+                position += max(h, w)
             else:
-                following = np.flatnonzero(prefix[place:] == self.image_token_id)
-                end = place + int(following[0]) if len(following) else len(prefix)
-                positions[:, place:end] = current + np.arange(end - place)
-                current += end - place
-            place = end
+                image_tokens = np.flatnonzero(prefix[start:] == self.image_token_id)
+                end = start + int(image_tokens[0]) if len(image_tokens) else len(prefix)
+                positions[:, start:end] = position + np.arange(end - start)
+                position += end - start
+            start = end
         return positions
 
 
 def mark_trained(row: Row, row_builder: RowBuilder, start: str = "[[", end: str = "]]") -> str:
-    """The row's text as the model sees it, runs of trained tokens between `start` and `end`, image tokens counted."""
+    """Return the row's text as the model sees it, with trained tokens between `start` and `end`.
+
+    Each image is replaced by its number of tokens.
+    """
     pieces: list[str] = []
     kinds = np.where(row.input_ids == row_builder.image_token_id, 2, (row.labels != IGNORED).astype(int))
-    # A branch ends where its last trained token does: two branches that touch stay two runs.
+    # Split at branch boundaries too, so that adjacent branches are marked separately.
     edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(row.segments) != 0)) + 1
     for run in np.split(np.arange(len(kinds)), edges):
         text = row_builder.tokenizer.decode(row.input_ids[run])

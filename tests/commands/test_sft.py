@@ -179,7 +179,7 @@ def test_a_dry_run_refuses_a_photograph_that_was_changed_since_the_build(tmp_pat
 
 
 def test_features_of_a_trained_tower_are_refused(dataset, tmp_path):
-    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+    with pytest.raises(EchoError, match="features cannot be stored because the vision tower is trained"):
         run_in_process(*tiny_options("decision_maker", dataset, tmp_path / "out", "--features", tmp_path / "features"))
 
 

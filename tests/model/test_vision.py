@@ -1,4 +1,4 @@
-"""Images are encoded once: within a batch, and with a store across epochs and runs."""
+"""Each image is encoded once per batch, or once across epochs and runs if there is a feature store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def frozen(model):
 
 
 def exchanges_over(root, *cases: tuple[int, ...]) -> list[Exchange]:
-    """An exchange for each tuple of image numbers."""
+    """Return one exchange per tuple of image numbers."""
     names = {number: draw(root / f"{number}.png", (60 + number, 90), number) for case in cases for number in case}
     branch = Branch("1", "Question: Is it so?\nA. Yes.\nB. No.\n", "A")
     return [
@@ -38,11 +38,11 @@ def exchanges_over(root, *cases: tuple[int, ...]) -> list[Exchange]:
     ]
 
 
-def batch_of(collator, made):
-    return collator.batch([collator.row_builder.load_row(exchange, collator.root) for exchange in made])
+def batch_of(collator, exchanges):
+    return collator.batch([collator.row_builder.load_row(exchange, collator.root) for exchange in exchanges])
 
 
-def test_projected_patches_are_the_convolved_ones(model, row_builder):
+def test_the_matrix_product_equals_the_convolution_of_patches(model, row_builder):
     projected = copy.deepcopy(model)
     project_patches(projected)
     patches = torch.randn(24, 3 * 2 * row_builder.image_processor.patch_size**2)
@@ -55,18 +55,18 @@ def test_projected_patches_are_the_convolved_ones(model, row_builder):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_features_come_back_as_they_were_and_a_changed_image_has_none(tmp_path):
-    photograph = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
+def test_stored_features_are_exact_and_invalid_for_a_changed_image(tmp_path):
+    image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
     store, features = TowerFeatureStore(tmp_path / "kept", "a tower", GIB), torch.randn(6, 8, dtype=torch.bfloat16)
-    assert store.load(photograph) is None
-    store.save(photograph, features)
-    assert torch.equal(store.load(photograph), features)
-    assert TowerFeatureStore(tmp_path / "kept", "another tower", GIB).load(photograph) is None
+    assert store.load(image) is None
+    store.save(image, features)
+    assert torch.equal(store.load(image), features)
+    assert TowerFeatureStore(tmp_path / "kept", "another tower", GIB).load(image) is None
     draw(tmp_path / "a.png", (64, 40), 2)
-    assert store.load(photograph) is None
+    assert store.load(image) is None
 
 
-def test_no_more_is_kept_than_there_is_room_for(tmp_path):
+def test_the_store_respects_its_size_limit(tmp_path):
     images = [View(tmp_path, draw(tmp_path / f"{index}.png", (60, 40), index)) for index in range(3)]
     features = torch.zeros(16, 16)
     store = TowerFeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
@@ -75,63 +75,70 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path):
     assert [store.load(image) is not None for image in images] == [True, True, False]
     again = TowerFeatureStore(tmp_path / "kept", "a tower", 2 * features.nbytes)
     again.save(images[2], features)
-    assert again.load(images[2]) is None and not list(again.folder.glob("*.[0-9]*"))
+    assert again.load(images[2]) is None
+    assert not list(again.folder.glob("*.[0-9]*"))
 
 
-def test_the_room_is_the_folders_and_the_processes_share_what_is_left(tmp_path, capsys):
+def test_processes_share_the_space_that_the_folder_has_left(tmp_path, capsys):
     images = [View(tmp_path, draw(tmp_path / f"{index}.png", (60, 40), index)) for index in range(8)]
     features = torch.zeros(64, 64)
-    room = 6 * (features.nbytes + 200)  # a file has a header
-    first = TowerFeatureStore(tmp_path / "kept", "a tower", room)
+    limit = 6 * (features.nbytes + 200)  # a file has a header
+    first = TowerFeatureStore(tmp_path / "kept", "a tower", limit)
     for image in images[:2]:
         first.save(image, features)
-    ranks = [TowerFeatureStore(tmp_path / "kept", "another tower", room, processes=2) for _ in range(2)]
+    ranks = [TowerFeatureStore(tmp_path / "kept", "another tower", limit, processes=2) for _ in range(2)]
     for index, image in enumerate(images):
         ranks[index % 2].save(image, features)
     assert len(list(ranks[0].folder.glob("*.safetensors"))) == 4
-    assert capsys.readouterr().out.count("as large as features_gib allows") == 2
+    assert capsys.readouterr().out.count("has reached features_gib") == 2
 
 
-def test_what_a_killed_process_left_half_written_is_deleted(tmp_path):
+def test_old_partial_files_of_a_killed_process_are_deleted(tmp_path):
     image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
     store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
     store.save(image, torch.zeros(4, 4))
     old, new = store.folder / "old.123", store.folder / "new.124"
-    for half in (old, new):
-        half.write_bytes(b"half")
+    for partial in (old, new):
+        partial.write_bytes(b"partial")
     os.utime(old, (0, 0))
     TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
-    assert not old.exists() and new.exists() and store.load(image) is not None
+    assert not old.exists()
+    assert new.exists()
+    assert store.load(image) is not None
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_the_error_for_an_unwritable_folder_names_it(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EchoError, match=r"features cannot be kept in .*file"):
+    with pytest.raises(EchoError, match=r"features cannot be stored in .*file"):
         TowerFeatureStore(tmp_path / "file", "a tower", GIB)
 
 
-def test_kept_features_give_the_logits_of_computed_ones_and_no_image_is_decoded_again(row_builder, frozen, tmp_path):
-    made = exchanges_over(tmp_path, (0, 1), (2, 1), (1, 3))
+def test_stored_features_give_the_logits_of_computed_ones(row_builder, frozen, tmp_path):
+    exchanges = exchanges_over(tmp_path, (0, 1), (2, 1), (1, 3))
     prepared, store = copy.deepcopy(frozen), TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
     prepare_model(frozen)
     prepare_model(prepared, store)
-    plain, keeping = Collator(row_builder, tmp_path), Collator(row_builder, tmp_path, store)
-    first = batch_of(keeping, made[:2])
-    assert len(first["image_grid_thw"]) == 3  # image 1 comes twice
-    for kept in (first, batch_of(keeping, made)):
-        found = prepared(**packed_inputs(kept)).logits
-        expected = frozen(**packed_inputs(batch_of(plain, made[: len(kept["lengths"])]))).logits
+    plain, storing = Collator(row_builder, tmp_path), Collator(row_builder, tmp_path, store)
+    first = batch_of(storing, exchanges[:2])
+    assert len(first["image_grid_thw"]) == 3  # image 1 occurs twice
+    for batch in (first, batch_of(storing, exchanges)):
+        found = prepared(**packed_inputs(batch)).logits
+        expected = frozen(**packed_inputs(batch_of(plain, exchanges[: len(batch["lengths"])]))).logits
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert len(batch_of(keeping, made)["image_grid_thw"]) == 0
-    assert prepared(**packed_inputs(batch_of(keeping, made))).logits.requires_grad  # the language model's graph stays
+    assert len(batch_of(storing, exchanges)["image_grid_thw"]) == 0
+    assert prepared(
+        **packed_inputs(batch_of(storing, exchanges))
+    ).logits.requires_grad  # the language model keeps its graph
 
 
-def test_workers_see_what_is_kept_meanwhile(row_builder, frozen, tmp_path):
-    made = exchanges_over(tmp_path, (0, 1))
+def test_loader_workers_find_features_that_are_stored_meanwhile(row_builder, frozen, tmp_path):
+    exchanges = exchanges_over(tmp_path, (0, 1))
     store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
     collator = Collator(row_builder, tmp_path, store)
     prepare_model(frozen, store)
-    loader = DataLoader([0, 0, 0, 0], collate_fn=lambda _: batch_of(collator, made), num_workers=1, prefetch_factor=1)
+    loader = DataLoader(
+        [0, 0, 0, 0], collate_fn=lambda _: batch_of(collator, exchanges), num_workers=1, prefetch_factor=1
+    )
     new = []
     for batch in loader:
         new.append(len(batch["image_grid_thw"]))
@@ -140,31 +147,31 @@ def test_workers_see_what_is_kept_meanwhile(row_builder, frozen, tmp_path):
     assert new[0] == 2 and new[-1] == 0
 
 
-def test_a_degraded_query_is_not_the_clean_image_neither_in_a_batch_nor_among_kept_features(
-    row_builder, frozen, tmp_path
-):
-    """Image 1 is the query of the first case and a reference in the second, whose query is degraded."""
-    made = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
-    how = [None, Corruption("blur", 5), Corruption("blur", 5)]
+def test_a_degraded_query_is_not_confused_with_the_clean_image(row_builder, frozen, tmp_path):
+    """Image 1 is the clean query of the first case and a reference in the second, which has a degraded query."""
+    exchanges = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
+    corruptions = [None, Corruption("blur", 5), Corruption("blur", 5)]
     prepared, store = copy.deepcopy(frozen), TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
     prepare_model(frozen)
     prepare_model(prepared, store)
-    plain, keeping = Collator(row_builder, tmp_path), Collator(row_builder, tmp_path, store)
+    plain, storing = Collator(row_builder, tmp_path), Collator(row_builder, tmp_path, store)
 
-    alone = [logits_of(frozen, plain, made[index : index + 1], how[index : index + 1]) for index in range(3)]
-    for _ in range(2):  # computed, then kept
-        found = logits_of(prepared, keeping, made, how)
-        torch.testing.assert_close(found, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
-    assert len(list(store.folder.glob("*.safetensors"))) == 5  # 0, 1 and 2 as they are, 1 and 2 degraded
-    clean = logits_of(frozen, plain, made[2:], [None])
-    assert (clean - alone[2]).abs().max() > 0.01
-
-
-def logits_of(model, collator, made, how):
-    rows = [collator.row_builder.load_row(exchange, collator.root) for exchange in made]
-    return model(**packed_inputs(collator.batch(rows, how))).logits
+    single = [
+        logits_of(frozen, plain, exchanges[index : index + 1], corruptions[index : index + 1]) for index in range(3)
+    ]
+    for _ in range(2):  # computed, then stored
+        found = logits_of(prepared, storing, exchanges, corruptions)
+        torch.testing.assert_close(found, torch.cat(single, dim=1), rtol=1e-4, atol=1e-4)
+    assert len(list(store.folder.glob("*.safetensors"))) == 5  # 0, 1 and 2 clean, 1 and 2 degraded
+    clean = logits_of(frozen, plain, exchanges[2:], [None])
+    assert (clean - single[2]).abs().max() > 0.01
 
 
-def test_features_of_a_tower_that_is_trained_are_never_kept(model, tmp_path):
-    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+def logits_of(model, collator, exchanges, corruptions):
+    rows = [collator.row_builder.load_row(exchange, collator.root) for exchange in exchanges]
+    return model(**packed_inputs(collator.batch(rows, corruptions))).logits
+
+
+def test_features_of_a_trained_tower_are_never_stored(model, tmp_path):
+    with pytest.raises(EchoError, match="features cannot be stored because the vision tower is trained"):
         encode_images_once(copy.deepcopy(model), TowerFeatureStore(tmp_path, "a tower", GIB))

@@ -99,7 +99,7 @@ def test_trainable_parameters_are_those_of_the_formula(folder):
 
 def test_vision_and_merger_names_find_linear_layers_alone(meta_2b):
     check_lora_targets(meta_2b, VISION + MERGER)
-    with pytest.raises(EchoError, match=r"proj also finds model\.visual\.patch_embed\.proj, a Conv3d"):
+    with pytest.raises(EchoError, match=r"proj also matches model\.visual\.patch_embed\.proj, a Conv3d"):
         check_lora_targets(meta_2b, [*LANGUAGE, "proj"])
 
 

@@ -126,7 +126,7 @@ def test_full_tuning_in_16_bits_is_refused(dataset, tmp_path):
 
 def test_features_are_kept_of_a_tower_that_full_tuning_leaves_alone_and_of_no_other(dataset, tmp_path):
     features = ["--features", tmp_path / "features"]
-    with pytest.raises(EchoError, match="features cannot be kept of a vision tower that is trained"):
+    with pytest.raises(EchoError, match="features cannot be stored because the vision tower is trained"):
         run_in_process(*full(dataset, tmp_path / "merger", *features))
     run_in_process(*full(dataset, tmp_path / "kept", *features, "--merger_learning_rate", 0))
     run_in_process(*full(dataset, tmp_path / "computed", "--merger_learning_rate", 0))
