@@ -1,8 +1,8 @@
 """Load domain knowledge: descriptions of each product's conditions, written by a person or taken from MMAD.
 
-A file is `{dataset: {product: {condition: text}}}` in JSON (MMAD's domain_knowledge.json) or YAML. The files of a folder
-count as one. Any text is valid. If it has several sentences, the first describes what the condition looks like and the
-last what follows from it.
+A file is `{dataset: {product: {condition: text}}}` in JSON (MMAD's domain_knowledge.json) or YAML. The files of a
+folder count as one. Any text is valid. If it has several sentences, the first describes what the condition looks like
+and the last what follows from it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def _items(path: Path, content: object, key: str, what: str) -> list[tuple[str, 
         )
     for name in content:
         if not isinstance(name, str):
-            raise EchoError(f"knowledge file {where} has the key {name!r}, which YAML does not read as a string; quote it")
+            raise EchoError(
+                f"knowledge file {where} has the key {name!r}, which YAML does not read as a string; quote it"
+            )
     return list(content.items())
 
 
@@ -133,10 +135,10 @@ def _kind(content: object) -> str:
 def entries_for(
     knowledge: Knowledge, dataset: str, product: str, conditions: Sequence[str]
 ) -> tuple[tuple[Entry, ...], bool]:
-    """Return the entries of a product, `good` first and the others by name, and whether the product has knowledge.
+    """Return the entries of a product, `good` first, and whether the product has knowledge.
 
-    All entries of the product are included, even if no image shows the condition. A condition without an entry is
-    described only by its name.
+    The other entries follow by name. All of them are included, even if no image shows the condition. A condition
+    without an entry is described only by its name.
     """
     known = products_of(knowledge, dataset).get(product, {})
     names = sorted({*known, *conditions}, key=lambda name: (name != GOOD, name))

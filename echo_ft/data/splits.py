@@ -191,7 +191,7 @@ def held_out_conditions(conditions: Collection[str], held_out: Collection[str]) 
 
 
 def has_training_defects(inspections: Sequence[Inspection]) -> bool:
-    """Return whether the train split has a defect. Normal images can only be references; they cannot train the roles."""
+    """Return whether the train split has a defect. Normal images cannot train the roles, only serve as references."""
     return any(inspection.split == "train" and inspection.condition != GOOD for inspection in inspections)
 
 

@@ -1,8 +1,8 @@
-"""The order of options: a question under every cyclic permutation of them, and what a letter's place did to answers.
+"""Ask a question with its options in every cyclic order, and measure how a letter's place affects the answers.
 
-Over all cyclic permutations of a question each letter is right equally often, so that a model which looks at the
-options alone chooses each equally often too (Zheng et al., "Large Language Models Are Not Robust Multiple Choice
-Selectors", arXiv 2309.03882).
+Over all cyclic orders of a question, each letter is right equally often. A model that considers only the content of
+the options therefore chooses each letter equally often (Zheng et al., "Large Language Models Are Not Robust Multiple
+Choice Selectors", arXiv 2309.03882).
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from echo_ft.records import Prediction, Question
 
 
 @dataclass(frozen=True)
-class Permuted(Prediction):
-    """A decision with the options in another order; all its letters but those in `text` are of the question's own."""
+class PermutedPrediction(Prediction):
+    """A prediction with rotated options. All fields use the original letters, except `text`."""
 
     shift: int = 0
-    """How many places each option had moved on; 0: none, which is the question as it is given."""
+    """Number of places that each option was moved; 0 is the order of the question itself."""
 
 
-def cyclic_permutations(question: Question, shift: int) -> Question:
-    """The question with each option `shift` places further on, the last ones first; its id tells the shift."""
+def rotate_options(question: Question, shift: int) -> Question:
+    """Move each option `shift` places further, the last ones to the front. Append the shift to the question's id."""
     if shift == 0:
         return question
-    texts = [question.options[own_letter(letter, question.options, shift)] for letter in question.options]
+    texts = [question.options[original_letter(letter, question.options, shift)] for letter in question.options]
     return replace(question, id=f"{question.id}+{shift}", options=dict(zip(question.options, texts, strict=True)))
 
 
-def own_letter(letter: str, options: Mapping[str, str], shift: int) -> str:
-    """The question's own letter of the option that stands at `letter` in `permuted(question, shift)`."""
+def original_letter(letter: str, options: Mapping[str, str], shift: int) -> str:
+    """Return the original letter of the option shown as `letter` in `rotate_options(question, shift)`."""
     letters = list(options)
     return letters[(letters.index(letter) - shift) % len(letters)]
 
 
-def average(distributions: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
-    """The mean of distributions over the same options; None where one of them is not known."""
+def mean_distribution(distributions: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """Return the mean of distributions over the same options, or None if one of them is missing."""
     known = [one for one in distributions if one is not None]
     if not known or len(known) < len(distributions):
         return None
@@ -46,21 +46,21 @@ def average(distributions: Sequence[Mapping[str, float] | None]) -> dict[str, fl
 
 @dataclass(frozen=True)
 class LetterBias:
-    """One letter in the orders that were shown, over all questions with as many options."""
+    """How often one letter was chosen and right, over all questions with the same number of options."""
 
     options: int
     letter: str
     chosen: float
-    """Share of the answers that were this letter; those that are no letter are among the answers."""
+    """Share of all answers that were this letter. Unparsed answers count as answers."""
     right: float
-    """Share of the answers that should have been this letter."""
+    """Share of all answers for which this letter was right."""
     recall: float | None
-    """Of the answers that should have been this letter, the share that were; None where there are none."""
+    """Share of the answers for which this letter was right that were this letter; None without such answers."""
     answers: int
 
 
-def position_bias(rows: Iterable[Permuted]) -> list[LetterBias]:
-    """How often each letter was chosen and was right, for each number of options, failed cases left out."""
+def position_bias(rows: Iterable[PermutedPrediction]) -> list[LetterBias]:
+    """Return how often each letter was chosen and was right, per number of options, without failed cases."""
     chosen: defaultdict[tuple[str, ...], Counter[str | None]] = defaultdict(Counter)
     right: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     both: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
@@ -68,28 +68,28 @@ def position_bias(rows: Iterable[Permuted]) -> list[LetterBias]:
         if row.error is not None:
             continue
         letters = tuple(row.options)
-        # Back to what was shown: the other way round.
-        answer = own_letter(row.answer, row.options, -row.shift)
-        said = None if row.parsed is None else own_letter(row.parsed, row.options, -row.shift)
-        chosen[letters][said] += 1
+        # The inverse rotation leads back to the letters as shown.
+        answer = original_letter(row.answer, row.options, -row.shift)
+        predicted = None if row.parsed is None else original_letter(row.parsed, row.options, -row.shift)
+        chosen[letters][predicted] += 1
         right[letters][answer] += 1
-        both[letters][answer] += said == answer
-    places = []
+        both[letters][answer] += predicted == answer
+    biases = []
     for letters in sorted(chosen, key=lambda letters: (len(letters), letters)):
         total = chosen[letters].total()
         for letter in letters:
-            asked = right[letters][letter]
-            recall = both[letters][letter] / asked if asked else None
-            places.append(
-                LetterBias(len(letters), letter, chosen[letters][letter] / total, asked / total, recall, total)
+            count = right[letters][letter]
+            recall = both[letters][letter] / count if count else None
+            biases.append(
+                LetterBias(len(letters), letter, chosen[letters][letter] / total, count / total, recall, total)
             )
-    return places
+    return biases
 
 
-def consistency(rows: Iterable[Permuted]) -> tuple[float, int] | None:
-    """The share of questions whose answer is the same option in every order, and how many questions there are.
+def answer_consistency(rows: Iterable[PermutedPrediction]) -> tuple[float, int] | None:
+    """Return the share of questions with the same answer in every order, and the number of questions.
 
-    Answers that are no letter are the same as no other. None without a question; failed cases are left out.
+    A question with an unparsed answer is not consistent. Failed cases are left out. Returns None without questions.
     """
     answers: defaultdict[tuple[str, str], set[str | None]] = defaultdict(set)
     for row in rows:
@@ -97,10 +97,10 @@ def consistency(rows: Iterable[Permuted]) -> tuple[float, int] | None:
             answers[row.case, row.question].add(row.parsed)
     if not answers:
         return None
-    alike = sum(len(found) == 1 and None not in found for found in answers.values())
-    return alike / len(answers), len(answers)
+    consistent = sum(len(found) == 1 and None not in found for found in answers.values())
+    return consistent / len(answers), len(answers)
 
 
 def most_probable(probabilities: Mapping[str, float] | None) -> str | None:
-    """The option with the highest probability, the first of equal ones; None where there are no probabilities."""
+    """Return the first option with the highest probability, or None without probabilities."""
     return max(probabilities, key=probabilities.__getitem__) if probabilities else None

@@ -1,7 +1,7 @@
-"""The four experts in order: extract the reference, guide, reason, decide.
+"""Run the four experts in order: extract the reference, guide, reason, decide.
 
-The pipeline knows no model: it is given `generate(role, exchanges)`, which an `Engine`, a `Server` or any other backend
-provides.
+The pipeline is independent of the model. It calls `generate(role, exchanges)`, which an `Engine`, a `Server` or any
+other backend provides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from itertools import islice
 
 from echo_ft.errors import EchoError
 from echo_ft.experts import roles
-from echo_ft.experts.option_order import Permuted, average, cyclic_permutations, most_probable, own_letter
+from echo_ft.experts.option_order import (
+    PermutedPrediction,
+    mean_distribution,
+    most_probable,
+    original_letter,
+    rotate_options,
+)
 from echo_ft.experts.roles import ROUTINGS, Route
 from echo_ft.records import LETTERS, Case, Exchange, Generation, Prediction, Question, Seen, Trace, Upstream
 
@@ -23,12 +29,12 @@ AsyncGenerate = Callable[[str, Sequence[Exchange]], Awaitable[Sequence[Sequence[
 
 
 class BackendError(EchoError):
-    """The backend itself does not work: the run stops, and no case is marked as failed."""
+    """The backend does not work: the run stops and marks no case as failed."""
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Which experts are consulted: a routing by kind of question, switches that turn one off everywhere, and what decides."""
+    """Which experts are consulted: a routing per question type, switches that turn an expert off, and how to decide."""
 
     routing: str = "full"
     reference: str = "retrieved"
@@ -37,13 +43,13 @@ class PipelineConfig:
     """`guided`, `all` or `none`."""
     reasoning: str = "on"
     answer: str = "generate"
-    """What decides: `generate`, the text, read strictly, `logits`, the most probable option at its place, or
-    `averaged`, the most probable one on the mean over the orders of the options."""
+    """What decides: `generate` parses the text strictly, `logits` takes the most probable option, and `averaged` takes
+    the most probable option on average over the option orders."""
     option_order: str = "given"
-    """`given`, or `cyclic`: the decision maker is asked in every cyclic permutation of the options."""
+    """`given`, or `cyclic` to ask the decision maker in every cyclic order of the options."""
 
     def routes(self) -> dict[str, Route]:
-        """The routing with the switches applied. Raises EchoError for an unknown routing."""
+        """Apply the switches to the routing. Raises EchoError for an unknown routing."""
         if self.routing not in ROUTINGS:
             raise EchoError(f"no routing is named {self.routing!r}; choose from {', '.join(ROUTINGS)}")
         return {
@@ -58,75 +64,79 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a run says about one case."""
+    """Everything that a run produces for one case."""
 
     predictions: list[Prediction]
     traces: list[Trace]
-    permuted: list[Permuted] = field(default_factory=list)
-    """Where options are permuted, a decision for each order of each question, the given one among them."""
+    permuted: list[PermutedPrediction] = field(default_factory=list)
+    """With `option_order="cyclic"`: a prediction per order of each question, including the given one."""
 
 
-def run_cases(cases: Sequence[Case], generate: Generate, settings: PipelineConfig) -> list[Outcome]:
+def run_cases(cases: Sequence[Case], generate: Generate, config: PipelineConfig) -> list[Outcome]:
     """Run the experts over a batch of cases, role by role, so that a backend can batch."""
-    interviews = [run_case(case, settings) for case in cases]
-    asked = [next(one) for one in interviews]
+    runs = [run_case(case, config) for case in cases]
+    requests = [next(run) for run in runs]
     outcomes: list[Outcome] = []
-    while asked:
-        said = iter(generate(asked[0][0], [exchange for _, exchanges in asked for exchange in exchanges]))
+    while requests:
+        generations = iter(generate(requests[0][0], [exchange for _, exchanges in requests for exchange in exchanges]))
         following = []
-        for one, (_, exchanges) in zip(interviews, asked, strict=True):
+        for run, (_, exchanges) in zip(runs, requests, strict=True):
             try:
-                following.append(one.send(list(islice(said, len(exchanges)))))
+                following.append(run.send(list(islice(generations, len(exchanges)))))
             except StopIteration as end:
                 outcomes.append(end.value)
-        asked = following
+        requests = following
     return outcomes
 
 
-def run_or_fail(cases: Sequence[Case], generate: Generate, settings: PipelineConfig) -> list[Outcome]:
-    """`run_cases`, but a case that cannot be shown (a broken image) fails alone: its predictions carry the error."""
+def run_or_fail(cases: Sequence[Case], generate: Generate, config: PipelineConfig) -> list[Outcome]:
+    """Run cases as `run_cases` does, but let a case with a broken image fail without the others.
+
+    The predictions of a failed case carry the error. Raises BackendError if the backend itself fails.
+    """
     try:
-        return run_cases(cases, generate, settings)
+        return run_cases(cases, generate, config)
     except BackendError:
         raise
     except EchoError as error:
         if len(cases) > 1:
-            return [outcome for case in cases for outcome in run_or_fail([case], generate, settings)]
+            return [outcome for case in cases for outcome in run_or_fail([case], generate, config)]
         return [_failed(cases[0], error)]
 
 
 async def run_cases_async(
     cases: Iterable[Case],
     generate: AsyncGenerate,
-    settings: PipelineConfig,
-    at_once: int,
+    config: PipelineConfig,
+    concurrency: int,
     write: Callable[[Case, Outcome], None],
 ) -> None:
-    """Run the experts on a backend that is awaited: `at_once` cases under way, none of which waits for another.
+    """Run the experts on an asynchronous backend, with `concurrency` independent cases in flight.
 
-    `write` gets each outcome as soon as it is there. A case that cannot be shown fails alone, as in `run_or_fail`.
+    Each outcome is passed to `write` as soon as it is complete. Broken cases fail as in `run_or_fail`, and BackendError
+    is raised if the backend itself fails.
     """
     remaining = iter(cases)
 
     async def work() -> None:
         for case in remaining:
-            write(case, await _run_alone(case, generate, settings))
+            write(case, await _run_case_async(case, generate, config))
 
-    workers = [asyncio.create_task(work()) for _ in range(at_once)]
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
     try:
         await asyncio.gather(*workers)
-    finally:  # where one raised, the others end before the backend is closed
+    finally:  # if one worker raised, stop the others before the backend is closed
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _run_alone(case: Case, generate: AsyncGenerate, settings: PipelineConfig) -> Outcome:
-    one = run_case(case, settings)
+async def _run_case_async(case: Case, generate: AsyncGenerate, config: PipelineConfig) -> Outcome:
+    run = run_case(case, config)
     try:
-        role, exchanges = next(one)
+        role, exchanges = next(run)
         while True:
-            role, exchanges = one.send(await generate(role, exchanges))
+            role, exchanges = run.send(await generate(role, exchanges))
     except StopIteration as end:
         return end.value
     except BackendError:
@@ -136,48 +146,46 @@ async def _run_alone(case: Case, generate: AsyncGenerate, settings: PipelineConf
 
 
 def run_case(
-    case: Case, settings: PipelineConfig
+    case: Case, config: PipelineConfig
 ) -> Generator[tuple[str, list[Exchange]], Sequence[Sequence[Generation]], Outcome]:
-    """One case's way through the experts, for whoever drives a backend.
+    """Run the experts on one case. The caller drives the generator and owns the backend.
 
-    Yields each role with what it is asked (which may be nothing), is sent what it said, and returns the outcome.
+    Yields each role with its exchanges, of which there may be none, receives their generations, and returns the
+    outcome.
     """
-    routes = settings.routes()
+    routes = config.routes()
     upstream = Upstream()
     traces: list[Trace] = []
-    said: dict[str, Generation] = {}
+    generated: dict[str, Generation] = {}
     for role in roles.ROLES:
         seen = case.seen
-        if role == "decision_maker" and settings.option_order == "cyclic":
+        if role == "decision_maker" and config.option_order == "cyclic":
             seen, upstream = _in_every_order(seen, upstream)
-        exchanges = roles.render(role, case.id, seen, upstream, routes, settings.knowledge)
-        said = {}
+        exchanges = roles.render(role, case.id, seen, upstream, routes, config.knowledge)
+        generated = {}
         for exchange, generations in zip(exchanges, (yield role, exchanges), strict=True):
-            for branch, utterance in zip(exchange.branches, generations, strict=True):
-                said[branch.id] = utterance
-                traces.append(
-                    Trace(
-                        exchange.case, role, branch.id, exchange.images, exchange.context, branch.prompt, utterance.text
-                    )
-                )
-        upstream = update_upstream(role, case, upstream, {name: one.text for name, one in said.items()})
-    # The last role decides: what was said last are the answers.
+            for branch, generation in zip(exchange.branches, generations, strict=True):
+                generated[branch.id] = generation
+                context = exchange.images, exchange.context
+                traces.append(Trace(exchange.case, role, branch.id, *context, branch.prompt, generation.text))
+        upstream = update_upstream(role, case, upstream, {name: one.text for name, one in generated.items()})
+    # The last role is the decision maker, so its generations are the answers.
     outcome = Outcome([], traces)
     for question in case.seen.questions:
-        shifts = range(len(question.options) if settings.option_order == "cyclic" else 1)
+        shifts = range(len(question.options) if config.option_order == "cyclic" else 1)
         orders = [
-            _predict(case, question, said[cyclic_permutations(question, shift).id], settings, shift) for shift in shifts
+            _predict(case, question, generated[rotate_options(question, shift).id], config, shift) for shift in shifts
         ]
-        outcome.predictions.append(_averaged(case, question, orders) if settings.answer == "averaged" else orders[0])
-        if settings.option_order == "cyclic":
-            outcome.permuted.extend(Permuted(**vars(one), shift=shift) for shift, one in enumerate(orders))
+        outcome.predictions.append(_averaged(case, question, orders) if config.answer == "averaged" else orders[0])
+        if config.option_order == "cyclic":
+            outcome.permuted.extend(PermutedPrediction(**vars(one), shift=shift) for shift, one in enumerate(orders))
     return outcome
 
 
 def _in_every_order(seen: Seen, upstream: Upstream) -> tuple[Seen, Upstream]:
-    """Each question in all cyclic permutations of its options, with the same reasons, which were given without them."""
+    """Repeat each question in all cyclic orders, each with the same reasoning, which was generated without options."""
     orders = [
-        (cyclic_permutations(question, shift), upstream.reasons.get(question.id, ""))
+        (rotate_options(question, shift), upstream.reasons.get(question.id, ""))
         for question in seen.questions
         for shift in range(len(question.options))
     ]
@@ -185,41 +193,45 @@ def _in_every_order(seen: Seen, upstream: Upstream) -> tuple[Seen, Upstream]:
     return replace(seen, questions=tuple(question for question, _ in orders)), replace(upstream, reasons=reasons)
 
 
-def update_upstream(role: str, case: Case, upstream: Upstream, said: Mapping[str, str]) -> Upstream:
-    """What is known after `role` has said `said` (branch to text) about a case, beside what the earlier ones said."""
-    if role == "reference_extractor" and said:
+def update_upstream(role: str, case: Case, upstream: Upstream, texts: Mapping[str, str]) -> Upstream:
+    """Add the output of `role` (branch id to generated text) to the outputs of the earlier roles."""
+    if role == "reference_extractor" and texts:
         references = case.seen.references
-        best = roles.parse_best(said["best"], len(references))
-        if best is None:  # it named no candidate: the retrieval's own first choice stands, and the trace shows the text
+        best = roles.parse_best(texts["best"], len(references))
+        if best is None:  # it named no candidate: fall back to the best ranked one; the trace keeps the text
             best = min(range(len(references)), key=lambda index: references[index].rank)
-        return replace(upstream, best=best, normal=said["normal"])
-    if role == "knowledge_guide" and said:
-        return replace(upstream, guide=said["guide"])
+        return replace(upstream, best=best, normal=texts["normal"])
+    if role == "knowledge_guide" and texts:
+        return replace(upstream, guide=texts["guide"])
     if role == "reasoning_expert":
-        return replace(upstream, reasons=dict(said))
+        return replace(upstream, reasons=dict(texts))
     return upstream
 
 
-def _predict(case: Case, question: Question, said: Generation, settings: PipelineConfig, shift: int) -> Prediction:
-    """What was decided with the options `shift` places further on, in the question's own letters."""
-    shown = cyclic_permutations(question, shift).options
-    probabilities = _over_options(said.letters, shown)
+def _predict(case: Case, question: Question, generation: Generation, config: PipelineConfig, shift: int) -> Prediction:
+    """Return the decision with options rotated by `shift`, in the question's original letters."""
+    shown = rotate_options(question, shift).options
+    probabilities = _over_options(generation.letters, shown)
     if probabilities is not None:
-        own = {own_letter(letter, shown, shift): value for letter, value in probabilities.items()}
+        own = {original_letter(letter, shown, shift): value for letter, value in probabilities.items()}
         probabilities = {letter: own[letter] for letter in probabilities}
-    if settings.answer != "generate":
-        # A server tells the most probable tokens: a letter that is not among them is less probable than those that are.
-        heard = {own_letter(letter, shown, shift): said.letters[letter] for letter in shown if letter in said.letters}
-        letter = most_probable({letter: heard[letter] for letter in shown if letter in heard})
+    if config.answer != "generate":
+        # A server returns only the most probable tokens. A missing letter is less probable than the returned ones.
+        returned = {
+            original_letter(letter, shown, shift): generation.letters[letter]
+            for letter in shown
+            if letter in generation.letters
+        }
+        letter = most_probable({letter: returned[letter] for letter in shown if letter in returned})
         return _prediction(case, question, letter or "", parsed=letter, probabilities=probabilities)
-    parsed = roles.parse_letter(said.text, shown)
+    parsed = roles.parse_letter(generation.text, shown)
     if parsed is not None:
-        parsed = own_letter(parsed, shown, shift)
-    return _prediction(case, question, said.text, parsed=parsed, probabilities=probabilities)
+        parsed = original_letter(parsed, shown, shift)
+    return _prediction(case, question, generation.text, parsed=parsed, probabilities=probabilities)
 
 
 def _averaged(case: Case, question: Question, orders: Sequence[Prediction]) -> Prediction:
-    probabilities = average([one.probabilities for one in orders])
+    probabilities = mean_distribution([one.probabilities for one in orders])
     letter = most_probable(probabilities)
     return _prediction(case, question, letter or "", parsed=letter, probabilities=probabilities)
 
@@ -256,7 +268,7 @@ def _prediction(
 
 
 def _over_options(letters: Mapping[str, float], options: Mapping[str, str]) -> dict[str, float] | None:
-    """Softmax of the letters' log-probabilities over the question's own options; None where a backend gives none."""
+    """Return the softmax of the letters' log-probabilities, or None if the backend returned too few letters."""
     present = [letter for letter in LETTERS if letter in options]
     if not all(letter in letters for letter in present):
         return None

@@ -1,11 +1,10 @@
-"""The four roles of Echo (arXiv 2501.15795): what each is shown, and how what it says is read.
+"""The four roles of Echo (arXiv 2501.15795): render their prompts and parse their outputs.
 
-`render` is the one place where prompts are made, for training and for inference alike. It receives `Seen` and the
-words of the earlier roles, never the truth; in training rows those words are gold, made from it. Images come first,
-then the context that all branches of a case share, then the branch (`Exchange`): whatever several questions share is
-computed once.
+`render` makes all prompts, for training and inference. It receives `Seen` and the outputs of the earlier roles, but
+never the truth. In training rows these outputs are gold, which means derived from the truth. Images come first, then
+the context that all branches of a case share, then the branch (`Exchange`), so shared parts are computed only once.
 
-Any change of a prompt's text changes `PROMPT_VERSION`; the golden files in tests/golden pin both.
+If you change the text of a prompt, raise `PROMPT_VERSION`. The golden files in tests/golden pin both.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ PROMPT_VERSION = "2"
 
 @dataclass(frozen=True)
 class Route:
-    """Which experts stand behind the decision maker for one kind of question."""
+    """Which experts support the decision maker for one question type."""
 
     reference: bool = True
     knowledge: bool = True
@@ -31,10 +30,10 @@ class Route:
 
 
 ROUTINGS: Mapping[str, Mapping[str, Route]] = {
-    # The product's knowledge names the product: for Object Classification that would be the answer. What a normal part
-    # looks like is knowledge too: in training rows it is the `good` entry, word for word.
+    # A product's knowledge names the product, which is the answer to Object Classification. The description of a
+    # normal part is knowledge too: in training rows it is the `good` entry, word for word.
     "full": {kind: Route(knowledge=kind != "Object Classification") for kind in QUESTION_TYPES},
-    # The method's published code; it does not support the two Object kinds, which get the reference alone here.
+    # As in the published code of Echo. It does not support the two Object types, which get only the reference here.
     "paper": {
         "Anomaly Detection": Route(True, False, False),
         "Defect Classification": Route(True, True, False),
@@ -53,8 +52,10 @@ REASON_INSTRUCTION = "Observe, compare with what is normal, then conclude, in a 
 DECIDE_INSTRUCTION = "Answer with the letter of the correct option only."
 
 
-def groups(questions: tuple[Question, ...], routes: Mapping[str, Route]) -> list[tuple[Route, tuple[Question, ...]]]:
-    """Questions that share one route, and so images and context, in order of first appearance."""
+def group_by_route(
+    questions: tuple[Question, ...], routes: Mapping[str, Route]
+) -> list[tuple[Route, tuple[Question, ...]]]:
+    """Group questions by route, in order of first appearance. A group shares its images and context."""
     grouped: dict[Route, list[Question]] = {}
     for question in questions:
         grouped.setdefault(routes[question.kind], []).append(question)
@@ -69,11 +70,11 @@ def render(
     routes: Mapping[str, Route] = ROUTINGS["full"],
     knowledge: str = "guided",
 ) -> list[Exchange]:
-    """What `role` is shown and asked about a case; completions are None.
+    """Return the exchanges of `role` about a case. Their completions are None.
 
-    One exchange for each group of questions that share a route; the first two roles do not see questions and get one
-    exchange at most. `knowledge` is `guided` (the knowledge guide's words), `all` (every entry of the product) or
-    `none`. An empty list means that no question needs this role.
+    Questions that share a route share an exchange. The first two roles do not see questions and get at most one
+    exchange. `knowledge` is `guided` (the knowledge guide's output), `all` (every entry of the product) or `none`.
+    Returns an empty list if no question needs this role. Raises EchoError for an unknown role.
     """
     if role == "reference_extractor":
         return _reference_extractor(case, seen, routes)
@@ -100,11 +101,11 @@ def _reference_extractor(case: str, seen: Seen, routes: Mapping[str, Route]) -> 
 def _knowledge_guide(
     case: str, seen: Seen, upstream: Upstream, routes: Mapping[str, Route], knowledge: str
 ) -> list[Exchange]:
-    asked = any(routes[question.kind].knowledge for question in seen.questions)
-    if knowledge != "guided" or not seen.knowledge or not asked:
+    needed = any(routes[question.kind].knowledge for question in seen.questions)
+    if knowledge != "guided" or not seen.knowledge or not needed:
         return []
-    images, context = _look(seen, upstream, any(route.reference for route in routes.values()))
-    context += f"Known conditions of this part:\n{entries(seen)}"
+    images, context = _images_and_context(seen, upstream, any(route.reference for route in routes.values()))
+    context += f"Known conditions of this part:\n{knowledge_lines(seen)}"
     return [Exchange("knowledge_guide", case, images, context, (Branch("guide", GUIDE_PROMPT),), PROMPT_VERSION)]
 
 
@@ -112,14 +113,14 @@ def _per_question(
     role: str, case: str, seen: Seen, upstream: Upstream, routes: Mapping[str, Route], knowledge: str
 ) -> list[Exchange]:
     exchanges = []
-    for route, questions in groups(seen.questions, routes):
+    for route, questions in group_by_route(seen.questions, routes):
         if role == "reasoning_expert" and not route.reasoning:
             continue
-        images, context = _look(seen, upstream, route.reference)
+        images, context = _images_and_context(seen, upstream, route.reference)
         if role == "reasoning_expert" and route.reference and route.knowledge and upstream.normal:
             context += f"Normal: {one_line(upstream.normal)}\n"
         if route.knowledge and knowledge == "all" and seen.knowledge:
-            context += f"Known conditions of this part:\n{entries(seen)}"
+            context += f"Known conditions of this part:\n{knowledge_lines(seen)}"
         elif route.knowledge and knowledge == "guided" and upstream.guide:
             context += f"Guide: {one_line(upstream.guide)}\n"
         prompt = _reasoning if role == "reasoning_expert" else _decision
@@ -128,7 +129,7 @@ def _per_question(
     return exchanges
 
 
-def _look(seen: Seen, upstream: Upstream, reference: bool) -> tuple[tuple[str, ...], str]:
+def _images_and_context(seen: Seen, upstream: Upstream, reference: bool) -> tuple[tuple[str, ...], str]:
     if reference and seen.references:
         best = seen.references[upstream.best].image
         return (best, seen.query), "The first image is a normal part. The second image is the part under inspection.\n"
@@ -146,41 +147,41 @@ def _decision(question: Question, upstream: Upstream, route: Route) -> str:
     return f"Question: {one_line(question.text)}\n{options}\n{reasoning}{DECIDE_INSTRUCTION}"
 
 
-def entries(seen: Seen) -> str:
-    """The product's knowledge, a line an entry."""
+def knowledge_lines(seen: Seen) -> str:
+    """Return the product's knowledge, one line per entry."""
     return "".join(f"- {one_line(entry.condition)}: {one_line(entry.description)}\n" for entry in seen.knowledge)
 
 
-@lru_cache(maxsize=1024)  # the texts of a product and of a kind of question come again in every prompt
+@lru_cache(maxsize=1024)  # prompts repeat the texts of their product and question types
 def one_line(text: str) -> str:
-    """Text with its white space folded, so that words from outside cannot change a prompt's layout."""
+    """Collapse the whitespace of a text, so that data cannot change the layout of a prompt."""
     return " ".join(text.split())
 
 
 def best_completion(best: int) -> str:
-    """What the reference extractor should say for candidate `best`, counted from 0."""
+    """Return the reference extractor's completion for candidate `best`, counted from 0."""
     return str(best + 1)
 
 
 def guide_completion(condition: str, hint: str, description: str) -> str:
-    """What the knowledge guide should say about the entry that matters: of a defect, with a `hint` to look for it."""
+    """Return the knowledge guide's completion for an entry. For a defect, it includes a `hint` to look for it."""
     if condition == GOOD:
         return f"{GOOD}: {one_line(description)}"
     return f"{condition}: {hint} {one_line(description)}"
 
 
 def parse_best(text: str, count: int) -> int | None:
-    """The candidate that the reference extractor named, counted from 0, or None where it named none of `count`."""
+    """Return the candidate that the text names, counted from 0, or None if it names none of the `count` candidates."""
     match = re.fullmatch(r"\s*(?:candidate\s*)?(\d+)\s*\.?\s*", text, flags=re.IGNORECASE)
     number = int(match.group(1)) if match else 0
     return number - 1 if 1 <= number <= count else None
 
 
 def parse_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """The option that a decision names, or None: strict, never guessed.
+    """Return the letter that a decision names, or None for an unparsed text. The letter is never guessed.
 
-    Accepted are the letter alone, with the closing marks people use (`B`, `B.`, `(B)`, `B:`), and the letter followed
-    by exactly that option's own text (`B. Crack.`).
+    A text may be the letter with the usual punctuation (`B`, `B.`, `(B)`, `B:`), or the letter followed by exactly the
+    text of that option (`B. Crack.`).
     """
     match = re.fullmatch(rf"\s*\(?([{LETTERS}])\)?[.:]?(?:\s+(.*?))?\s*", text, flags=re.DOTALL)
     if not match or match.group(1) not in options:

@@ -1,4 +1,4 @@
-"""What each role should say about a case, from its truth: the rows that the four adapters are trained on."""
+"""Derive the completions of each role from the truth of a case: the rows that the four adapters are trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from echo_ft.data.knowledge import brief
 from echo_ft.data.questions import QUESTION_TEXTS
-from echo_ft.data.splits import readable
+from echo_ft.data.splits import readable_name
 from echo_ft.errors import EchoError
 from echo_ft.experts import roles
 from echo_ft.images import masks
@@ -21,26 +21,26 @@ from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD, Branch, Case, Exchange, Question, Upstream
 
 COMPARED_SIZE = (256, 256)
-"""(width, height) at which query and reference are compared."""
+"""(width, height) at which a query and its references are compared."""
 
-AT_HAND = 256
-"""Images that are kept as they are compared, those used last."""
+CACHED_IMAGES = 256
+"""Number of most recently used images that stay in memory at COMPARED_SIZE."""
 
-FIT = 64
-"""Cells a side over which candidates are compared: coarse, as two parts never lie exactly alike."""
+COARSE_GRID = 64
+"""Cells per side of the grid on which candidates are compared. It is coarse because no two parts lie exactly alike."""
 
-# Ways to say the same, about equally long; the id of the case, or of the question, picks one. In each of them place,
-# size, shape, tone, condition and option stand in their own words, so that they can be read back.
+# Phrasings of about equal length. The id of the case or question selects one of them. Each contains place, size, shape,
+# tone, condition and option verbatim, so that metrics can parse them.
 
 HINTS = ("look for this.", "check the part for this.", "this matters here.")
 MARKS = ("a {tone} {size} {shape} mark", "a {size} {tone} {shape} mark")
-SCATTERED = ("several {tone} {size} marks", "several {size} {tone} marks")
+SCATTERED_MARKS = ("several {tone} {size} marks", "several {size} {tone} marks")
 OBSERVATIONS = ("{mark} {where}", "{where} {mark}")
 COMPARISONS = ("{beside} looks different there", "{beside} does not show this", "there {beside} looks different")
-UNMARKED = ("the part is not as it should be", "something on the part is not as it should be")
+UNMARKED_OBSERVATIONS = ("the part is not as it should be", "something on the part is not as it should be")
 UNMARKED_COMPARISONS = ("{beside} does not look like this", "{beside} looks different")
-HARMLESS = ("no mark stands out", "nothing stands out", "there is no mark on the part")
-HARMLESS_COMPARISONS = ("the part looks like {beside}", "the part is as {beside} is")
+NORMAL_OBSERVATIONS = ("no mark stands out", "nothing stands out", "there is no mark on the part")
+NORMAL_COMPARISONS = ("the part looks like {beside}", "the part is as {beside} is")
 DEFECT_CONCLUSIONS = ("yes, there is a defect: {name}", "yes, the part has a defect: {name}")
 NO_DEFECT_CONCLUSIONS = ("no, there is no defect", "no, the part has no defect")
 CONCLUSIONS = ("{subject} is: {answer}", "so {subject} is: {answer}")
@@ -52,7 +52,7 @@ SUBJECTS = {
     "Defect Analysis": "the effect of the defect",
     "Object Classification": "the product",
 }
-"""What a reasoning concludes about, by kind; its last sentence ends with the right option's own words."""
+"""Subject of the conclusion, by question type. The last sentence ends with the text of the right option."""
 
 
 def training_exchanges(
@@ -63,12 +63,12 @@ def training_exchanges(
     upstream: Upstream | None = None,
     gold: Upstream | None = None,
 ) -> list[Exchange]:
-    """The exchanges that `role` is trained on for a case: `roles.render`'s own, with completions from the truth.
+    """Return the exchanges that `role` is trained on for a case: those of `roles.render`, with completions.
 
-    `upstream` is what the earlier roles said; by default the gold. `gold` is `gold_upstream(case, root, upstream)`,
-    where the caller has it already: it reads the images, and is the same for all roles. A branch whose completion the
-    truth does not give is left out, and an exchange without branches too. Raises EchoError for an unknown role or
-    routing, and where the mask or an image cannot be read.
+    `upstream` holds the outputs of the earlier roles, which are gold by default. Pass `gold`, the result of
+    `gold_upstream(case, root, upstream)`, to share it between roles, because computing it reads the images. Branches
+    without a known completion are left out, and so are exchanges without branches. Raises EchoError for an unknown role
+    or routing, and if the mask or an image cannot be read.
     """
     if routing not in roles.ROUTINGS:
         raise EchoError(f"routing cannot be {routing!r}; choose from {', '.join(roles.ROUTINGS)}")
@@ -82,18 +82,19 @@ def training_exchanges(
             if completions.get(branch.id)
         )
         if branches:
-            shown = exchange.images, exchange.context
-            exchanges.append(Exchange(role, case.id, *shown, branches, exchange.prompt_version))
+            context = exchange.images, exchange.context
+            exchanges.append(Exchange(role, case.id, *context, branches, exchange.prompt_version))
     return exchanges
 
 
 def gold_upstream(case: Case, root: Path, upstream: Upstream | None = None) -> Upstream:
-    """What the first three roles should say about a case; empty where its truth does not tell.
+    """Return the gold outputs of the first three roles for a case. Outputs without a known truth are empty.
 
-    The best reference is the candidate that differs least from the query outside the defect, in mean absolute grey;
-    of equals, the first. A defect's tone is told beside the reference that is shown with it: the one that the earlier
-    roles chose, where they said `upstream`, and the best by default. Which of several ways to say it is taken, the ids
-    of the case and its questions decide.
+    The best reference is the first candidate with the smallest mean absolute grey difference from the query outside the
+    defect. The tone of a defect is relative to the reference shown with it: the one chosen in `upstream` if given, and
+    the best one otherwise. The ids of the case and its questions select the phrasing.
+
+    Raises EchoError if the mask or an image cannot be read.
     """
     mask = defect_mask(case, root)
     query = load_compared(root, case.seen.query)
@@ -113,11 +114,11 @@ def gold_upstream(case: Case, root: Path, upstream: Upstream | None = None) -> U
 
 
 def _guide(case: Case, description: str) -> str:
-    hint = "" if case.truth.condition == GOOD else _draw(case.id).choice(HINTS)
+    hint = "" if case.truth.condition == GOOD else _phrase_rng(case.id).choice(HINTS)
     return roles.guide_completion(case.truth.condition, hint, brief(description))
 
 
-def _draw(identifier: str) -> random.Random:
+def _phrase_rng(identifier: str) -> random.Random:
     return random.Random(f"phrases/{identifier}")
 
 
@@ -128,43 +129,47 @@ def _completions(case: Case, role: str, gold: Upstream) -> dict[str, str]:
         return {"guide": gold.guide}
     if role == "reasoning_expert":
         return dict(gold.reasons)
-    return {question.id: case.truth.answers[question.id] for question in case.seen.questions if _right(case, question)}
+    return {
+        question.id: case.truth.answers[question.id]
+        for question in case.seen.questions
+        if _right_option(case, question)
+    }
 
 
-def _right(case: Case, question: Question) -> str | None:
-    """The text of the right option, or None where the truth names none of the question's options."""
+def _right_option(case: Case, question: Question) -> str | None:
+    """Return the text of the right option, or None if the truth names none of the question's options."""
     return question.options.get(case.truth.answers.get(question.id, ""))
 
 
 class ComparedImage(NamedTuple):
-    """An image in grey at the size LOOK, and the means of its FIT x FIT blocks."""
+    """A grey image (height, width) at COMPARED_SIZE, and its block means (COARSE_GRID, COARSE_GRID)."""
 
     fine: masks.Grey
     coarse: masks.Grey
 
 
 def load_compared(root: Path, image: str) -> ComparedImage:
-    """The image as references are compared to it. Raises EchoError where it cannot be read."""
-    path = os.path.join(root, image)  # text: a row looks at many images, nearly all of them at hand
+    """Load an image for comparison. Raises EchoError if it cannot be read."""
+    path = os.path.join(root, image)  # faster than Path: each row needs many images, nearly all of them cached
     try:
         modified = os.stat(path).st_mtime_ns
     except OSError:
-        modified = 0  # reading it says why
+        modified = 0  # reading the image reports the reason
     return _load(path, modified)
 
 
-@lru_cache(maxsize=AT_HAND)  # cases of a product share references, and what reads ahead leaves its images here
+@lru_cache(maxsize=CACHED_IMAGES)  # cases of a product share references, and the read-ahead threads fill it
 def _load(path: str, modified: int) -> ComparedImage:
     fine = masks.load_grey(Path(path), COMPARED_SIZE)
-    return ComparedImage(
-        fine, fine.reshape(FIT, COMPARED_SIZE[1] // FIT, FIT, COMPARED_SIZE[0] // FIT).mean(axis=(1, 3))
-    )
+    width, height = COMPARED_SIZE
+    blocks = fine.reshape(COARSE_GRID, height // COARSE_GRID, COARSE_GRID, width // COARSE_GRID)
+    return ComparedImage(fine, blocks.mean(axis=(1, 3)))
 
 
 def defect_mask(case: Case, root: Path) -> masks.Mask | None:
-    """The mask (height, width) of a case's defect; None for a normal part and where nothing says where it is.
+    """Return the mask (height, width) of a case's defect, or None for a normal part or an unknown location.
 
-    Raises EchoError where the mask cannot be read.
+    Raises EchoError if the mask cannot be read.
     """
     if case.truth.condition == GOOD:
         return None
@@ -172,12 +177,12 @@ def defect_mask(case: Case, root: Path) -> masks.Mask | None:
 
 
 def _best(query: ComparedImage, references: Sequence[ComparedImage], mask: masks.Mask | None) -> int:
-    small = None if mask is None else masks.resize_mask(mask, (FIT, FIT))
+    small = None if mask is None else masks.resize_mask(mask, (COARSE_GRID, COARSE_GRID))
     return int(np.argmin([masks.misfit(query.coarse, reference.coarse, small) for reference in references]))
 
 
 def _mark(mask: masks.Mask | None, query: masks.Grey, reference: masks.Grey | None) -> tuple[masks.Region, str] | None:
-    """What the mask marks and its tone beside the reference; None where it marks nothing."""
+    """Return the marked region and its tone relative to the reference, or None if nothing is marked."""
     region = None if mask is None else masks.measure(mask)
     if mask is None or region is None:
         return None
@@ -185,36 +190,36 @@ def _mark(mask: masks.Mask | None, query: masks.Grey, reference: masks.Grey | No
 
 
 def _observe(case: Case, mark: tuple[masks.Region, str] | None, draw: random.Random) -> str:
-    """What is to be seen: the mark and where it is, or that there is one somewhere, or that there is none."""
+    """Describe what is visible: a mark and its place, a defect of unknown place, or no mark."""
     beside = "the reference" if case.seen.references else "a normal part"
     if case.truth.condition == GOOD:
-        observation, comparison = draw.choice(HARMLESS), draw.choice(HARMLESS_COMPARISONS)
+        observation, comparison = draw.choice(NORMAL_OBSERVATIONS), draw.choice(NORMAL_COMPARISONS)
     elif mark is None:
-        observation, comparison = draw.choice(UNMARKED), draw.choice(UNMARKED_COMPARISONS)
+        observation, comparison = draw.choice(UNMARKED_OBSERVATIONS), draw.choice(UNMARKED_COMPARISONS)
     else:
         region, tone = mark
-        forms = SCATTERED if region.shape == "scattered" else MARKS
-        words = draw.choice(forms).format(tone=tone, size=region.size, shape=region.shape)
-        observation = draw.choice(OBSERVATIONS).format(mark=words, where=masks.at(region.place))
+        forms = SCATTERED_MARKS if region.shape == "scattered" else MARKS
+        phrase = draw.choice(forms).format(tone=tone, size=region.size, shape=region.shape)
+        observation = draw.choice(OBSERVATIONS).format(mark=phrase, where=masks.location_phrase(region.place))
         comparison = draw.choice(COMPARISONS)
     return f"Observe: {observation}. Compare: {comparison.format(beside=beside)}."
 
 
 def _reason(case: Case, question: Question, mark: tuple[masks.Region, str] | None) -> str | None:
-    right = _right(case, question)
+    right = _right_option(case, question)
     normal = case.truth.condition == GOOD
     if right is None or (normal and question.kind.startswith("Defect")):
         return None
     answer = right.strip().rstrip(".")
-    draw = _draw(question.id)
+    draw = _phrase_rng(question.id)
     if question.text == QUESTION_TEXTS["Anomaly Detection"]:
         if answer.casefold() != ("no" if normal else "yes"):
-            return None  # answer and condition contradict each other
-        found = draw.choice(NO_DEFECT_CONCLUSIONS if normal else DEFECT_CONCLUSIONS).format(
-            name=readable(case.truth.condition)
+            return None  # the answer contradicts the condition
+        conclusion = draw.choice(NO_DEFECT_CONCLUSIONS if normal else DEFECT_CONCLUSIONS).format(
+            name=readable_name(case.truth.condition)
         )
     else:
         subject = SUBJECTS.get(question.kind, "the answer")
-        found = draw.choice(CONCLUSIONS).format(subject=subject, answer=answer)
-    stop = "" if found.endswith(("!", "?")) else "."
-    return f"{_observe(case, mark, draw)} Conclude: {found}{stop}"
+        conclusion = draw.choice(CONCLUSIONS).format(subject=subject, answer=answer)
+    stop = "" if conclusion.endswith(("!", "?")) else "."
+    return f"{_observe(case, mark, draw)} Conclude: {conclusion}{stop}"

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from echo_ft.experts.option_order import Permuted, average, consistency, cyclic_permutations, own_letter, position_bias
+from echo_ft.experts.option_order import (
+    PermutedPrediction,
+    answer_consistency,
+    mean_distribution,
+    original_letter,
+    position_bias,
+    rotate_options,
+)
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.inference.run_folder import PERMUTATIONS, PREDICTIONS, RunFolder
 from echo_ft.records import Exchange, Generation, Question, Truth
@@ -21,20 +28,18 @@ QUESTION = Question("q", "i", "Defect Classification", "Which?", {"A": "one", "B
 
 
 def test_a_shift_moves_every_option_on_and_the_last_to_the_front():
-    assert cyclic_permutations(QUESTION, 0) is QUESTION
-    assert cyclic_permutations(QUESTION, 1) == replace(
-        QUESTION, id="q+1", options={"A": "three", "B": "one", "C": "two"}
-    )
-    assert cyclic_permutations(QUESTION, 2).options == {"A": "two", "B": "three", "C": "one"}
+    assert rotate_options(QUESTION, 0) is QUESTION
+    assert rotate_options(QUESTION, 1) == replace(QUESTION, id="q+1", options={"A": "three", "B": "one", "C": "two"})
+    assert rotate_options(QUESTION, 2).options == {"A": "two", "B": "three", "C": "one"}
 
 
 @pytest.mark.parametrize("letters", ["AB", "ABC", "ABCDE", "BD"])
 def test_a_letter_leads_back_to_the_option_that_stood_there(letters):
     question = replace(QUESTION, options={letter: f"text {letter}" for letter in letters})
     for shift in range(len(letters)):
-        shown = cyclic_permutations(question, shift).options
+        shown = rotate_options(question, shift).options
         assert list(shown) == list(letters) and sorted(shown.values()) == sorted(question.options.values())
-        assert all(question.options[own_letter(one, question.options, shift)] == shown[one] for one in letters)
+        assert all(question.options[original_letter(one, question.options, shift)] == shown[one] for one in letters)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def test_one_that_reads_the_options_is_the_same_in_every_order(case):
         assert row.probabilities == pytest.approx(
             next(p.probabilities for p in outcome.predictions if p.question == row.question)
         )
-    assert consistency(outcome.permuted) == (1.0, 7)
+    assert answer_consistency(outcome.permuted) == (1.0, 7)
     for place in position_bias(outcome.permuted):
         assert place.chosen == place.right == 1 / place.options and place.recall == 1
 
@@ -84,7 +89,7 @@ def test_one_that_always_says_the_first_is_found_out(case):
     ]
     assert [(p.options, p.letter, p.answers) for p in places] == expected
     assert [(p.chosen, p.right, p.recall) for p in places if p.options == 4] == [(1, 0.25, 1), *[(0, 0.25, 0)] * 3]
-    assert consistency(outcome.permuted) == (0.0, 7)
+    assert answer_consistency(outcome.permuted) == (0.0, 7)
 
 
 def test_bias_is_of_the_letters_shown_and_counts_what_is_no_letter():
@@ -101,16 +106,16 @@ def test_bias_is_of_the_letters_shown_and_counts_what_is_no_letter():
             "Anomaly Detection",
             "Is there?",
         )
-        return Permuted(*about, options, answer, "", parsed, error=error, shift=shift)
+        return PermutedPrediction(*about, options, answer, "", parsed, error=error, shift=shift)
 
     # Shown: A for A; then, the other way round, B (own A) for B (own A); nothing; and A (own B) for B (own A).
     rows = [row(0, "A"), row(1, "A"), row(0, None), row(1, "B"), row(0, "B", error="broken")]
     a, b = position_bias(rows)
     assert (a.chosen, a.right, a.recall, a.answers) == (0.5, 0.5, 0.5, 4)
     assert (b.chosen, b.right, b.recall, b.answers) == (0.25, 0.5, 0.5, 4)
-    assert consistency(rows) == (0.0, 1) and consistency(rows[:2]) == (1.0, 1)
-    assert consistency([row(0, None), row(1, None)]) == (0.0, 1)
-    assert position_bias([]) == [] and consistency([]) is None
+    assert answer_consistency(rows) == (0.0, 1) and answer_consistency(rows[:2]) == (1.0, 1)
+    assert answer_consistency([row(0, None), row(1, None)]) == (0.0, 1)
+    assert position_bias([]) == [] and answer_consistency([]) is None
 
 
 def test_each_order_is_shown_once_beside_the_same_reasons(case):
@@ -149,7 +154,7 @@ def test_without_probabilities_there_is_no_mean(case):
 
     (outcome,) = run_cases([case], silent, AVERAGED)
     assert all((row.parsed, row.text, row.probabilities) == (None, "", None) for row in outcome.predictions)
-    assert average([{"A": 1.0}, None]) is None and average([]) is None
+    assert mean_distribution([{"A": 1.0}, None]) is None and mean_distribution([]) is None
 
 
 def test_orders_are_on_disk_once_wherever_the_run_was_stopped(tmp_path):

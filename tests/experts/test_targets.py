@@ -19,14 +19,14 @@ from echo_ft.experts.targets import (
     COMPARISONS,
     CONCLUSIONS,
     DEFECT_CONCLUSIONS,
-    HARMLESS,
-    HARMLESS_COMPARISONS,
     HINTS,
     MARKS,
     NO_DEFECT_CONCLUSIONS,
+    NORMAL_COMPARISONS,
+    NORMAL_OBSERVATIONS,
     OBSERVATIONS,
-    UNMARKED,
     UNMARKED_COMPARISONS,
+    UNMARKED_OBSERVATIONS,
     gold_upstream,
     training_exchanges,
 )
@@ -154,13 +154,13 @@ def test_a_normal_part_is_concluded_to_be_one(root: Path) -> None:
     assert all_said(root, "good", "knowledge_guide") == {"guide": {"good: An even grey disc."}}
     said = all_said(root, "good", "reasoning_expert", images=("n1.png", "n2.png"))
     beside = {"beside": "the reference"}
-    assert said["anomaly-detection"] == filled(HARMLESS, HARMLESS_COMPARISONS, NO_DEFECT_CONCLUSIONS, **beside)
+    assert said["anomaly-detection"] == filled(NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, NO_DEFECT_CONCLUSIONS, **beside)
     for kind, subject, answer in (
         ("object-classification", "the product", "disc"),
         ("object-analysis", "the answer", "An even grey disc"),
     ):
         words = {"subject": subject, "answer": answer, **beside}
-        assert said[kind] == filled(HARMLESS, HARMLESS_COMPARISONS, CONCLUSIONS, **words)
+        assert said[kind] == filled(NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, CONCLUSIONS, **words)
 
 
 def test_the_same_case_is_always_described_in_the_same_words(root: Path) -> None:
@@ -176,7 +176,15 @@ def test_every_way_to_say_it_has_the_words_that_are_read_back() -> None:
     ):
         assert all(form.count(slot) == 1 for form in forms for slot in slots)
     places = re.compile("|".join(rf"\b{place}\b" for place in (*PLACES, SPREAD)))
-    told = (*HINTS, *OBSERVATIONS, *COMPARISONS, *UNMARKED, *UNMARKED_COMPARISONS, *HARMLESS, *HARMLESS_COMPARISONS)
+    told = (
+        *HINTS,
+        *OBSERVATIONS,
+        *COMPARISONS,
+        *UNMARKED_OBSERVATIONS,
+        *UNMARKED_COMPARISONS,
+        *NORMAL_OBSERVATIONS,
+        *NORMAL_COMPARISONS,
+    )
     assert not any(places.search(form) for form in told), "a place is the defect's own"
 
 
@@ -269,7 +277,7 @@ def test_without_a_mask_no_place_is_invented(root: Path) -> None:
     for texts in all_said(root, "crack", "reasoning_expert", mask=None).values():
         for text in texts:
             observed, _, concluded = text.partition(" Conclude: ")
-            assert concluded and any(f"Observe: {form}. Compare: " in observed for form in UNMARKED)
+            assert concluded and any(f"Observe: {form}. Compare: " in observed for form in UNMARKED_OBSERVATIONS)
             assert not re.search(r"\b(top|left|mark)\b", observed)
 
 
