@@ -1,6 +1,6 @@
-"""The shapes behind echo_ft.drawn.parts: outlines of parts and forms of defects, as functions of part coordinates.
+"""Outlines of parts and forms of defects as functions of part coordinates (see `echo_ft.drawn.parts`).
 
-Distances are signed, negative inside. Arrays are (height, width) float32.
+Distances are signed, negative inside. Arrays are float32 (height, width).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Layer(NamedTuple):
 
     distance: _Array
     shade: float | _Array | None
-    """Factor on the part's colour; None is a hole that shows the background."""
+    """Factor on the part's colour. None is a hole that shows the background."""
     component: int = -1
-    """Number of the component that may be missing."""
+    """Number of the component that can be missing, or -1."""
 
 
-def coverage(distance: _Array, pixel: float) -> _Array:
-    """Share of each pixel that lies inside, from the distance and the width of a pixel."""
+def pixel_coverage(distance: _Array, pixel: float) -> _Array:
+    """Return the share of each pixel that lies inside a shape, given the distances and the width of a pixel."""
     return np.clip(0.5 - distance / np.float32(pixel), 0, 1)
 
 
@@ -141,7 +141,7 @@ def _bearing(u: _Array, v: _Array, n: Sequence[float]) -> list[Layer]:
 
 
 SURFACES = ("brushed sheet", "mottled sheet", "woven sheet", "grainy sheet")
-"""Kinds that fill the photograph: grey faces with a texture."""
+"""Kinds that fill the image: grey surfaces with a texture."""
 
 SHAPES: Mapping[str, Callable[[_Array, _Array, Sequence[float]], list[Layer]]] = {
     "ring": _ring, "disc": _disc, "plate": _plate, "gear": _gear, "bar": _bar, "nut": _nut, "cross": _cross,
@@ -156,18 +156,18 @@ PART_SHAPES = {
     "bearing": _bearing,
 }
 COMPONENTS = {"flange": 6, "connector": 10, "bearing": 9}
-"""How many components of a kind can be missing."""
+"""Number of components of each kind that can be missing."""
 
 Form = Callable[[_Array, _Array, float, float, np.random.Generator], _Array]
-"""(p, q, size, pixel, rng) to cover in 0..1: p runs along the defect, q across, both from its centre."""
+"""(p, q, size, pixel, rng) to a coverage from 0 to 1. p runs along the defect and q across it, both from its centre."""
 
 
 def _spot(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
-    return coverage(_rough(p, q / np.float32(rng.uniform(0.55, 1)), size, 0.1, rng), pixel)
+    return pixel_coverage(_rough(p, q / np.float32(rng.uniform(0.55, 1)), size, 0.1, rng), pixel)
 
 
 def _rough(p: _Array, q: _Array, size: float, roughness: float, rng: np.random.Generator) -> _Array:
-    """Distance to a round outline whose radius wavers."""
+    """Return the distance to a round outline with a varying radius."""
     theta = np.arctan2(q, p)
     wave = np.zeros_like(theta)
     for k in (2, 3, 5):
@@ -176,11 +176,11 @@ def _rough(p: _Array, q: _Array, size: float, roughness: float, rng: np.random.G
 
 
 def _line(p: _Array, q: _Array, size: float, pixel: float, course: Sequence[float], width: float) -> _Array:
-    """A line of half width `width` along p, whose q follows the knots `course` over its length."""
+    """Return the coverage of a line along p with the half width `width`. Its q follows the knots in `course`."""
     knots = np.linspace(-size, size, len(course))
     path = np.interp(p, knots, np.asarray(course)).astype(np.float32)
     slope = np.float32(1 + np.abs(np.diff(course)).mean() / (knots[1] - knots[0]))
-    return coverage(np.maximum(np.abs(q - path) / slope - np.float32(width), np.abs(p) - np.float32(size)), pixel)
+    return pixel_coverage(np.maximum(np.abs(q - path) / slope - np.float32(width), np.abs(p) - np.float32(size)), pixel)
 
 
 def _crack(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
@@ -197,12 +197,12 @@ def _fibre(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Gener
 def _patch(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
     ratio = np.float32(rng.uniform(0.5, 1))
     if rng.random() < 0.5:
-        return coverage(_box(p, q / ratio, 0.8 * size, 0.8 * size), pixel * rng.uniform(1, 5))
-    return coverage(_rough(p, q / ratio, size, 0.12, rng), pixel * rng.uniform(1, 5))
+        return pixel_coverage(_box(p, q / ratio, 0.8 * size, 0.8 * size), pixel * rng.uniform(1, 5))
+    return pixel_coverage(_rough(p, q / ratio, size, 0.12, rng), pixel * rng.uniform(1, 5))
 
 
 def _hole(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
-    return coverage(np.hypot(p, q) - np.float32(size), pixel)
+    return pixel_coverage(np.hypot(p, q) - np.float32(size), pixel)
 
 
 def _dent(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
@@ -218,11 +218,11 @@ def _speckles(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Ge
     dots = rng.uniform(-0.7 * size, 0.7 * size, (int(rng.integers(7, 14)), 2))
     radius = np.float32(rng.uniform(1.0, 1.8) * pixel)
     nearest = np.min([np.maximum(np.abs(p - np.float32(a)), np.abs(q - np.float32(b))) for a, b in dots], axis=0)
-    return coverage(nearest - radius, pixel)
+    return pixel_coverage(nearest - radius, pixel)
 
 
 def _cut(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
-    return coverage(np.maximum(np.abs(q), -p) - np.float32(0.75 * size), pixel)
+    return pixel_coverage(np.maximum(np.abs(q), -p) - np.float32(0.75 * size), pixel)
 
 
 def _scratch(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
@@ -237,13 +237,13 @@ def _scratch(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Gen
 def _stain(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
     distance = _rough(p, q, size, 0.14, rng)
     rim = np.exp(-((distance / np.float32(0.12 * size)) ** 2))
-    return np.clip(coverage(distance, 3 * pixel) * np.float32(0.55) + 0.4 * rim, 0, 1)
+    return np.clip(pixel_coverage(distance, 3 * pixel) * np.float32(0.55) + 0.4 * rim, 0, 1)
 
 
 def _chip(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
     theta = np.arctan2(q, p)
     jags = np.interp(theta, np.linspace(-np.pi, np.pi, 14), rng.uniform(0.6, 1.1, 14)).astype(np.float32)
-    return coverage(np.hypot(p, q) - np.float32(size) * jags, pixel)
+    return pixel_coverage(np.hypot(p, q) - np.float32(size) * jags, pixel)
 
 
 FORMS: Mapping[str, Form] = {

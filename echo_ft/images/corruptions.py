@@ -1,13 +1,14 @@
-"""Photographs as a worse camera would have taken them: out of focus, noisy, compressed, badly lit, coarse, shaken.
+"""Image corruptions that simulate a worse camera: blur, noise, compression, bad exposure, low resolution, shake.
 
-Six kinds in five strengths, after ImageNet-C (Hendrycks and Dietterich 2019, arXiv 1903.12261), whose numbers are made
-for images of 224 x 224 pixels: what is a length there is a share of the photograph here (`_scale`), so that a severity
-does the same to a photograph of any size once it is brought to a model's pixel budget. (Compression works on the
-file's own pixels, as it does in a camera, and hurts a small photograph more.) The random draws depend on the
-seed and the image's name alone: kinds and severities are compared on the same draw, and every machine makes the same
-picture. The size stays, so all that is known of a photograph by its header does too.
+There are six kinds with five severities each, after ImageNet-C (Hendrycks and Dietterich 2019, arXiv 1903.12261).
+ImageNet-C defines its values for images of 224 x 224 pixels. Here, lengths scale with the image (`_scale`), so a
+severity has the same effect on an image of any size after it is resized to a model's pixel budget. JPEG compression is
+the exception: it works on the original pixels, as in a camera, and hurts small images more.
 
-A part's photograph is degraded, its references are not: a factory chooses them at leisure and keeps good ones.
+Random draws depend only on the seed and the image name. All kinds and severities therefore use the same draw, and the
+result is the same on every machine. The image size stays the same, and so does everything derived from the file header.
+
+Only the query is corrupted. A factory selects its references carefully and keeps good ones.
 """
 
 from __future__ import annotations
@@ -28,35 +29,41 @@ from echo_ft.errors import EchoError
 SEVERITIES = (1, 2, 3, 4, 5)
 
 REFERENCE_SIDE = 224
-"""Side in pixels of the images that ImageNet-C's numbers are made for."""
+"""Side in pixels of the images for which ImageNet-C defines its values."""
 
-BLUR = (1.0, 2.0, 3.0, 4.0, 6.0)
-"""Standard deviation of a Gaussian blur in pixels: ImageNet-C's gaussian_blur."""
+BLUR_SIGMAS = (1.0, 2.0, 3.0, 4.0, 6.0)
+"""Standard deviation of the Gaussian blur in pixels, from ImageNet-C's gaussian_blur."""
 
-NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
-"""Standard deviation of Gaussian noise as a share of the range of values: ImageNet-C's gaussian_noise."""
+NOISE_SIGMAS = (0.08, 0.12, 0.18, 0.26, 0.38)
+"""Standard deviation of the Gaussian noise as a share of the value range, from ImageNet-C's gaussian_noise."""
 
-JPEG = (25, 18, 15, 10, 7)
-"""Quality of a JPEG: ImageNet-C's jpeg_compression."""
+JPEG_QUALITIES = (25, 18, 15, 10, 7)
+"""JPEG quality, from ImageNet-C's jpeg_compression."""
 
-EXPOSURE = (0.5, 1.0, 1.5, 2.0, 2.5)
-"""Stops by which the light is too much or too little, as drawn: in half stops, as cameras bracket. ImageNet-C's
-brightness adds a constant instead, which no exposure does."""
+EXPOSURE_STOPS = (0.5, 1.0, 1.5, 2.0, 2.5)
+"""Over- or underexposure in stops, in the half-stop steps of camera bracketing. The sign is drawn at random.
 
-LOW_RESOLUTION = (0.6, 0.5, 0.4, 0.3, 0.25)
-"""Share of the side that is left: ImageNet-C's pixelate, enlarged again smoothly, as a resizing program does."""
+ImageNet-C's brightness adds a constant instead, which no exposure does.
+"""
 
-MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
-"""Reach and standard deviation of a shake in pixels: ImageNet-C's motion_blur, to both sides of where a point was."""
+RESOLUTION_SHARES = (0.6, 0.5, 0.4, 0.3, 0.25)
+"""Scale factor of the downsampling, from ImageNet-C's pixelate. Upsampling is smooth here, as in image software."""
 
-STEEPEST = 45.0
-"""Degrees by which the direction of a shake leaves the horizontal at most, as in ImageNet-C."""
+MOTION_KERNELS = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
+"""Radius and standard deviation of the motion blur in pixels, from ImageNet-C's motion_blur.
+
+The blur here is symmetric around the original position.
+"""
+
+MAX_MOTION_ANGLE = 45.0
+"""Largest angle in degrees between the motion and the horizontal, as in ImageNet-C."""
 
 
 def corrupt(image: Image.Image, kind: str, severity: int, seed: str | int) -> Image.Image:
-    """The image of mode `RGB` or `L` degraded by one of KINDS; size and mode stay.
+    """Corrupt an image of mode `RGB` or `L`. The size and mode stay the same.
 
-    `seed` decides the draw. Raises EchoError for another kind or a severity that is none of SEVERITIES.
+    `kind` is a key of CORRUPTIONS, `severity` is one of SEVERITIES, and `seed` determines the random draw. Raises
+    EchoError for any other kind or severity.
     """
     if kind not in CORRUPTIONS:
         raise EchoError(f"corruption cannot be {kind!r}; choose from {', '.join(CORRUPTIONS)}")
@@ -67,26 +74,26 @@ def corrupt(image: Image.Image, kind: str, severity: int, seed: str | int) -> Im
 
 
 def _scale(image: Image.Image) -> float:
-    """Pixels of the image to one of ImageNet-C's, along a side."""
+    """Return how many pixels of the image correspond to one pixel of ImageNet-C, along one axis."""
     return math.sqrt(image.width * image.height) / REFERENCE_SIDE
 
 
 def _blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(BLUR[level] * _scale(image)))
+    return image.filter(ImageFilter.GaussianBlur(BLUR_SIGMAS[level] * _scale(image)))
 
 
 def _noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    # In grains of a pixel of ImageNet-C's: finer noise is gone once a large photograph is made small.
+    # A grain is as large as one pixel of ImageNet-C. Finer noise would vanish when a large image is downscaled.
     grain = max(1.0, _scale(image))
     coarse = math.ceil(image.width / grain), math.ceil(image.height / grain)
     values = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
-    grey = bool((values == values[:, :, :1]).all())  # a camera without colours has noise without colours
+    grey = bool((values == values[:, :, :1]).all())  # a greyscale camera has greyscale noise
     layers = [_noise_layer(coarse, image.size, rng) for _ in range(1 if grey else values.shape[2])]
-    return _image(values + 255 * NOISE[level] * np.stack(layers, axis=-1), image)
+    return _to_image(values + 255 * NOISE_SIGMAS[level] * np.stack(layers, axis=-1), image)
 
 
 def _noise_layer(coarse: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Noise of standard deviation 1, (height, width)."""
+    """Return noise of standard deviation 1, (height, width), from a `coarse` grid; both sizes are (width, height)."""
     layer = Image.fromarray(rng.standard_normal(coarse[::-1], dtype=np.float32))
     values = np.asarray(layer.resize(size, Image.Resampling.BICUBIC))
     return values / max(float(values.std()), 1e-6)
@@ -94,14 +101,14 @@ def _noise_layer(coarse: tuple[int, int], size: tuple[int, int], rng: np.random.
 
 def _jpeg(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG[level])
+    image.save(buffer, "JPEG", quality=JPEG_QUALITIES[level])
     return Image.open(buffer).convert(image.mode)
 
 
 def _exposure(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    gain = 2.0 ** (EXPOSURE[level] * rng.choice((-1, 1)))
+    gain = 2.0 ** (EXPOSURE_STOPS[level] * rng.choice((-1, 1)))
     values = np.arange(256) / 255
-    # sRGB's curve, IEC 61966-2-1: the light itself is what an exposure multiplies.
+    # Exposure multiplies linear light, so convert from and to sRGB (IEC 61966-2-1).
     light = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     light = np.minimum(light * gain, 1)
     shown = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -109,16 +116,15 @@ def _exposure(image: Image.Image, level: int, rng: np.random.Generator) -> Image
 
 
 def _low_resolution(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    share = LOW_RESOLUTION[level] / max(1.0, _scale(image))
+    share = RESOLUTION_SHARES[level] / max(1.0, _scale(image))
     small = max(1, round(image.width * share)), max(1, round(image.height * share))
     return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
 
 
 def _motion(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-
-    reach, deviation = (length * _scale(image) for length in MOTION[level])
-    angle = math.radians(rng.uniform(-STEEPEST, STEEPEST))
-    # At half pixels along the line, each shared out among the four pixels around it.
+    reach, deviation = (length * _scale(image) for length in MOTION_KERNELS[level])
+    angle = math.radians(rng.uniform(-MAX_MOTION_ANGLE, MAX_MOTION_ANGLE))
+    # Sample the line every half pixel and distribute each sample over the four nearest pixels.
     along = np.linspace(-reach, reach, 2 * math.ceil(2 * reach) + 1)
     weights = np.exp(-0.5 * (along / deviation) ** 2)
     radius = math.ceil(reach)
@@ -132,11 +138,11 @@ def _motion(image: Image.Image, level: int, rng: np.random.Generator) -> Image.I
     kernel /= kernel.sum()
     values = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
     values = np.pad(values, ((radius + 1,) * 2, (radius + 1,) * 2, (0, 0)), mode="symmetric")
-    return _image(oaconvolve(values, kernel[:, :, None], mode="valid", axes=(0, 1)), image)
+    return _to_image(oaconvolve(values, kernel[:, :, None], mode="valid", axes=(0, 1)), image)
 
 
-def _image(values: np.ndarray, like: Image.Image) -> Image.Image:
-    """Values (height, width, bands) from 0 to 255 as an image of the mode of `like`."""
+def _to_image(values: np.ndarray, like: Image.Image) -> Image.Image:
+    """Convert values (height, width, bands) from 0 to 255 to an image with the mode of `like`."""
     rounded = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
     return Image.fromarray(rounded.reshape(np.asarray(like).shape))
 
@@ -149,12 +155,12 @@ CORRUPTIONS: Mapping[str, Callable[[Image.Image, int, np.random.Generator], Imag
     "low_resolution": _low_resolution,
     "motion": _motion,
 }
-"""The ways in which a photograph can be degraded."""
+"""The corruption function of each kind: (image, severity - 1, rng) to the corrupted image."""
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """How a query is degraded."""
+    """The kind, severity and seed of a corrupted query."""
 
     kind: str
     severity: int
@@ -162,9 +168,10 @@ class Corruption:
 
 
 def draw_corruption(case: str, share: float, seed: int) -> Corruption | None:
-    """One of KINDS and SEVERITIES for the query of a training case, or None, as it is in all but `share` of the cases.
+    """Draw a corruption for the query of a training case, or None for a clean query.
 
-    The same for the four roles, in every epoch, on every rank and after a resume.
+    On average, `share` of the cases get a corruption. The draw depends only on `case` and `seed`, so it is the same for
+    all four roles, in every epoch, on every rank and after a resume.
     """
     rng = random.Random(f"{seed}/corruption/{case}")
     chosen, kind, severity = rng.random() < share, rng.choice([*CORRUPTIONS]), rng.choice(SEVERITIES)

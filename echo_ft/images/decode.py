@@ -1,10 +1,10 @@
-"""Image files as every part of the project sees them: one decoder, and one rule for more than 8 bits a pixel.
+"""Image decoding for the whole project, with one rule for more than 8 bits per pixel.
 
-Pillow clips 16-bit grey to 255, which turns a photograph white. Here such grey values are scaled to 8 bits by the
-smallest usual depth of a camera (`DEPTHS`) that holds the image's brightest pixel, as a file of 16 bits does not say
-how many of them the camera filled. The image's own maximum is not stretched to white: two exposures of a part stay two
-exposures, unless one is so dark that it fits a smaller depth; the build warns where the depths of a product differ.
-Transparency is dropped: what lies under it is what the camera saw.
+Pillow clips 16-bit grey values to 255, which turns an image white. This module scales them to 8 bits instead. A 16-bit
+file does not say how many bits the camera used, so the scale is the smallest common bit depth (`BIT_DEPTHS`) that
+holds the brightest pixel. The brightest pixel itself is not stretched to white. Two exposures of a part therefore stay
+different, unless one is so dark that it fits a smaller bit depth. The build warns if the bit depths of a product
+differ. Transparency is dropped, because the colours below it are what the camera recorded.
 """
 
 from __future__ import annotations
@@ -17,83 +17,89 @@ from PIL import Image
 
 from echo_ft.errors import EchoError
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow's readers raise on broken files."""
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""The exceptions that Pillow raises for broken files."""
 
-WIDE = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
-"""Pillow's modes of grey with more than 8 bits a pixel; of colours it keeps the upper 8 bits by itself."""
+HIGH_DEPTH_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
+"""Pillow's greyscale modes with more than 8 bits per pixel. Pillow reduces colour images to 8 bits itself."""
 
-DEPTHS = (8, 10, 12, 14, 16)
-"""Bits a pixel that cameras deliver."""
+BIT_DEPTHS = (8, 10, 12, 14, 16)
+"""Common bit depths of camera images."""
 
-READERS = 4
-"""Threads that read images for a process that also has other work: decoding and hashing let go of the interpreter."""
+READER_THREADS = 4
+"""Threads that read images while the process does other work. Decoding and hashing release the GIL."""
 
 
 class _RangeError(ValueError):
-    """Grey values that no depth holds."""
+    """Raised for grey values that fit no bit depth."""
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) from the file's header. Raises EchoError where the file is missing or no image."""
+    """Return (width, height) from the file header. Raises EchoError if the file is missing or not an image."""
     try:
         with Image.open(path) as image:
             return image.size
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise _unusable(path, error) from error
 
 
-def load_image(path: Path, mode: str = "RGB", least: tuple[int, int] | None = None) -> Image.Image:
-    """The decoded image in `mode`, `RGB` or `L`. Raises EchoError where the file is missing or cannot be used.
+def load_image(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode an image in `mode`, which is `RGB` or `L`. Raises EchoError if the file is missing or unusable.
 
-    With `least` (width, height), a large JPEG may come smaller, at a fraction of its size that is not below that.
+    With `min_size` (width, height), a large JPEG may be decoded at a fraction of its size, but not below `min_size`.
     """
     try:
-        return decode(path, mode, least)
-    except UNREADABLE as error:
+        return decode(path, mode, min_size)
+    except READ_ERRORS as error:
         raise _unusable(path, error) from error
 
 
-def decode(path: Path, mode: str = "RGB", least: tuple[int, int] | None = None) -> Image.Image:
-    """As `load_image`, for callers with an error of their own: raises one of UNREADABLE, which `fault` tells."""
+def decode(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode an image like `load_image`, but raise one of READ_ERRORS, which `describe_read_error` explains.
+
+    This is for callers that report their own error.
+    """
     with Image.open(path) as image:
-        if image.mode in WIDE:
+        if image.mode in HIGH_DEPTH_MODES:
             return _eight_bits(np.asarray(image)).convert(mode)
-        if least is not None:
-            image.draft(mode, least)
+        if min_size is not None:
+            image.draft(mode, min_size)
         return image.convert(mode)
 
 
-def fault(error: BaseException) -> str:
-    """Why an image cannot be used, from what its reader raised."""
+def describe_read_error(error: BaseException) -> str:
+    """Explain in one clause why an image is unusable, given one of READ_ERRORS."""
     if isinstance(error, Image.DecompressionBombError):
         return "the image has too many pixels"
     if isinstance(error, _RangeError):
         return str(error)
-    return f"the image is broken or of an unknown format ({type(error).__name__})"
+    return f"the image is broken or has an unknown format ({type(error).__name__})"
 
 
-def depth(path: Path) -> int | None:
-    """Bits a pixel from which a readable image is scaled to 8; None where Pillow gives 8 bits by itself."""
+def bit_depth(path: Path) -> int | None:
+    """Return the bit depth from which an image is scaled to 8 bits, or None if Pillow already delivers 8 bits.
+
+    Raises one of READ_ERRORS if the file cannot be read.
+    """
     with Image.open(path) as image:
-        return _depth(np.asarray(image)) if image.mode in WIDE else None
+        return _bits_needed(np.asarray(image)) if image.mode in HIGH_DEPTH_MODES else None
 
 
-def _depth(values: NDArray[np.generic]) -> int:
-    """Bits that hold all grey values; 1 for floats from 0 to 1."""
+def _bits_needed(values: NDArray[np.generic]) -> int:
+    """Return the smallest bit depth that holds all grey values; 1 for floats from 0 to 1."""
     low, high = values.min(), values.max()
     if np.issubdtype(values.dtype, np.floating) and low >= 0 and high <= 1:
         return 1
-    if low >= 0 and high < 2 ** DEPTHS[-1]:  # false for NaN too
-        return next(bits for bits in DEPTHS if high < 2**bits)
+    if low >= 0 and high < 2 ** BIT_DEPTHS[-1]:  # false for NaN too
+        return next(bits for bits in BIT_DEPTHS if high < 2**bits)
     raise _RangeError(
-        f"its grey values reach from {low:g} to {high:g}, neither 0 to 1 nor {DEPTHS[0]} to {DEPTHS[-1]} bits; "
-        "save all photographs with 8 or 16 bits a pixel, by one scale"
+        f"its grey values range from {low:g} to {high:g}, which is neither 0 to 1 nor an unsigned range of "
+        f"{BIT_DEPTHS[0]} to {BIT_DEPTHS[-1]} bits; save all images with 8 or 16 bits per pixel and the same scale"
     )
 
 
 def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
-    top = 2 ** _depth(values) - 1
+    top = 2 ** _bits_needed(values) - 1
     if np.issubdtype(values.dtype, np.floating):
         return Image.fromarray(np.rint(np.minimum(values * (255 / top), 255)).astype(np.uint8))
     table = np.rint(np.arange(top + 1) * (255 / top)).astype(np.uint8)
@@ -102,5 +108,5 @@ def _eight_bits(values: NDArray[np.generic]) -> Image.Image:
 
 def _unusable(path: Path, error: BaseException) -> EchoError:
     if isinstance(error, FileNotFoundError):
-        return EchoError(f"there is no image {path}; put it back or build the dataset again")
-    return EchoError(f"image {path} cannot be read: {fault(error)}; replace it and build the dataset again")
+        return EchoError(f"there is no image {path}; restore it or rebuild the dataset")
+    return EchoError(f"image {path} cannot be read: {describe_read_error(error)}; replace it and rebuild the dataset")

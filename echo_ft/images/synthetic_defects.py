@@ -1,11 +1,11 @@
-"""Synthetic defects for photographs of normal parts, where no photograph of a defect is to be had.
+"""Synthetic defects on images of normal parts, for products without images of real defects.
 
-Four methods, each changed as its docstring says: `cutpaste` and `scar` (Li et al. 2021, CutPaste, arXiv 2104.04015),
-`perlin` (Zavrtanik et al. 2021, DRAEM, arXiv 2108.07610) and `poisson` (Schlüter et al. 2022, NSA, arXiv 2109.15222).
-All take what they put into a photograph from that photograph alone, so that nothing of another part, which may be
-tested on, gets into training, and put it onto the part, not beside it (`foreground`).
+There are four methods: `cutpaste` and `scar` (Li et al. 2021, CutPaste, arXiv 2104.04015), `perlin` (Zavrtanik et al.
+2021, DRAEM, arXiv 2108.07610) and `poisson` (Schlüter et al. 2022, NSA, arXiv 2109.15222). Their docstrings list the
+differences from the papers. All methods use only pixels of the image itself, because pixels of another part could leak
+from the test split into training. They place the defect on the part, not on the background (`foreground`).
 
-Shapes: photographs are uint8 (H, W, 3) in RGB, masks bool (H, W).
+Shapes: images are uint8 (H, W, 3) in RGB, masks are bool (H, W).
 """
 
 from __future__ import annotations
@@ -25,70 +25,79 @@ from echo_ft.records import SYNTHETIC_DESCRIPTIONS
 
 ImageArray = NDArray[np.uint8]
 
-TOLERANCE = 8
-"""Of 255: a pixel is part of a defect where one of its colours changed by more, on average over its surroundings (a
-Gaussian of a pixel of WORKING_SIDE): a surface's own texture laid upon itself is no defect."""
+CHANGE_THRESHOLD = 8
+"""Smallest change of a colour value, out of 255, at which a pixel belongs to the defect.
 
-VISIBLE = 16
-"""Of 255: by so much a defect changes its pixels on average, smoothed like that. At 10, people do not find it on a
-magnetic tile."""
+The change is smoothed with a Gaussian of one pixel's standard deviation at WORKING_SIDE. Texture that is pasted onto
+the same texture is therefore no defect.
+"""
+
+MIN_MEAN_CHANGE = 16
+"""Smallest mean change of a defect's pixels, out of 255, after the same smoothing.
+
+At 10, people cannot find the defect on a magnetic tile.
+"""
 
 MIN_IMAGE_SHARE = 5e-4
-"""Share of the photograph that a defect covers at least; fainter and smaller ones are drawn anew."""
+"""Smallest share of the image that a defect covers. Smaller and fainter defects are drawn again."""
 
 MAX_PART_SHARE = 0.15
-"""Share of the part that a defect covers at most: CutPaste's largest patch."""
+"""Largest share of the part that a defect covers, from CutPaste's largest patch."""
 
-TRIES = 30
-"""How often a defect is drawn anew before a photograph is given up."""
+MAX_ATTEMPTS = 30
+"""Number of draws after which an image is skipped."""
 
 WORKING_SIDE = 256
-"""Side in pixels at which the foreground is looked for, and of the images that CutPaste's lengths are made for."""
+"""Side in pixels at which the foreground is detected. CutPaste's lengths refer to images of the same side."""
 
-CLEAR = 0.75
-"""Share of the variance of the distance from the background's colour that its two classes explain where there is a
-part before a background; of noise and even gradients they explain less (a Gaussian: 0.64)."""
+MIN_EXPLAINED_VARIANCE = 0.75
+"""Smallest share of the variance that Otsu's two classes must explain to count as part and background.
+
+The variance is that of the distance from the background colour. For noise and even gradients the classes explain less
+(0.64 for a Gaussian).
+"""
 
 
 @dataclass(frozen=True)
 class SyntheticDefect:
-    """A photograph with a synthetic defect. Outside the mask it is the original, pixel by pixel."""
+    """An image with a synthetic defect. Outside the mask, its pixels are identical to the original."""
 
     image: ImageArray
     mask: Mask
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to make a defect, and what people call what it makes."""
+class DefectMethod:
+    """A method that makes defects, with the condition and description of its defects."""
 
     draw: Callable[[ImageArray, Mask, np.random.Generator], tuple[ImageArray, Mask]]
-    """From a photograph and where its part is, to a photograph and where it may differ."""
+    """(image, part mask, rng) to the changed image and the region in which it may differ."""
     condition: str
     description: str
-    """What it looks like, then what follows from it, as knowledge files have it."""
+    """The appearance of the defect, then its consequences, as in knowledge files."""
 
 
 def make_defect(method: str, image: ImageArray, seed: str) -> SyntheticDefect | None:
-    """A defect on the foreground of a normal photograph, by one of METHODS; `seed` decides what and where.
+    """Make a defect on the foreground of a normal image (H, W, 3) by one of DEFECT_METHODS.
 
-    None where no draw changed enough of the photograph to be seen.
+    `seed` determines the shape and location. Returns None if no draw changed the image visibly.
     """
     rng = np.random.default_rng(list(hashlib.sha256(seed.encode()).digest()))
     part = foreground(image)
-    for _ in range(TRIES):
-        made, region = METHODS[method].draw(image, part, rng)
-        found = _marked(image, made, region & part)
-        if found is not None and found.mask.sum() <= MAX_PART_SHARE * part.sum():
-            return found
+    for _ in range(MAX_ATTEMPTS):
+        changed, region = DEFECT_METHODS[method].draw(image, part, rng)
+        defect = _visible_defect(image, changed, region & part)
+        if defect is not None and defect.mask.sum() <= MAX_PART_SHARE * part.sum():
+            return defect
     return None
 
 
 def foreground(image: ImageArray) -> Mask:
-    """Where the part is: Otsu's threshold of the distance (CIE Lab) from the median colour of the image's border.
+    """Return the mask (H, W) of the part in an image (H, W, 3).
 
-    The whole image where that finds no part before a background: the two classes are not clearly apart, the border is
-    not background nearly all around, or what is left is next to nothing.
+    Otsu's threshold splits the distances (CIE Lab) from the median colour of the image border into part and background.
+    The result is the whole image if there is no clear part: if the two classes are not well separated, if more than a
+    tenth of the border belongs to the part, or if almost nothing remains.
     """
     from skimage.color import rgb2lab
     from skimage.filters import threshold_otsu
@@ -101,12 +110,12 @@ def foreground(image: ImageArray) -> Mask:
     rim = np.ones(lab.shape[:2], bool)
     rim[2:-2, 2:-2] = False
     distance = np.linalg.norm(lab - np.median(lab[rim], axis=0), axis=-1)
-    if np.ptp(distance) < 1:  # less than an eye can tell
+    if np.ptp(distance) < 1:  # not visible
         return whole
     part = distance > threshold_otsu(distance)
     share = part.mean()
     between = share * (1 - share) * (distance[part].mean() - distance[~part].mean()) ** 2
-    if between < CLEAR * distance.var() or part[rim].mean() > 0.1:
+    if between < MIN_EXPLAINED_VARIANCE * distance.var() or part[rim].mean() > 0.1:
         return whole
     part = ndimage.median_filter(part, size=5)
     if part.mean() < 0.01:
@@ -114,17 +123,20 @@ def foreground(image: ImageArray) -> Mask:
     return np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _marked(image: ImageArray, made: ImageArray, region: Mask) -> SyntheticDefect | None:
-    """`made` where it differs from `image` in `region`, gaps and specks evened out; None where that is too little."""
+def _visible_defect(image: ImageArray, changed_image: ImageArray, region: Mask) -> SyntheticDefect | None:
+    """Return the visible difference between two images in `region` as a defect, or None if it is too small or faint.
+
+    The mask of the defect has no gaps and no specks.
+    """
     if not region.any():
         return None
-    if (image == image[..., :1]).all():  # a grey photograph stays grey
-        made = np.repeat(np.asarray(Image.fromarray(made).convert("L"))[..., None], 3, axis=-1)
+    if (image == image[..., :1]).all():  # a grey image stays grey
+        changed_image = np.repeat(np.asarray(Image.fromarray(changed_image).convert("L"))[..., None], 3, axis=-1)
     grain = max(image.shape[:2]) / WORKING_SIDE
     (box,) = ndimage.find_objects(region.astype(np.int8))
-    change = np.where(region[box][..., None], made[box].astype(np.float32) - image[box], 0)
+    change = np.where(region[box][..., None], changed_image[box].astype(np.float32) - image[box], 0)
     smooth = np.abs(ndimage.gaussian_filter(change, (grain, grain, 0))).max(axis=-1)
-    changed = region[box] & (smooth > TOLERANCE)
+    changed = region[box] & (smooth > CHANGE_THRESHOLD)
     steps = max(1, round(grain))
     inner = (slice(2 * steps, -2 * steps),) * 2
     closed = ndimage.binary_closing(np.pad(changed, 2 * steps), iterations=steps)[inner]
@@ -134,43 +146,44 @@ def _marked(image: ImageArray, made: ImageArray, region: Mask) -> SyntheticDefec
     sizes = ndimage.sum_labels(pieces > 0, pieces, np.arange(1, count + 1))
     mask = np.zeros(region.shape, bool)
     mask[box] = np.isin(pieces, 1 + np.flatnonzero(sizes >= 0.05 * sizes.max()))
-    if mask.sum() < MIN_IMAGE_SHARE * mask.size or smooth[mask[box]].mean() < VISIBLE:
+    if mask.sum() < MIN_IMAGE_SHARE * mask.size or smooth[mask[box]].mean() < MIN_MEAN_CHANGE:
         return None
-    return SyntheticDefect(np.where(mask[..., None], made, image), mask)
+    return SyntheticDefect(np.where(mask[..., None], changed_image, image), mask)
 
 
 def cutpaste(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
-    """CutPaste: a rectangle of the part, its colours jittered by up to 0.1, pasted elsewhere on the part.
+    """CutPaste: copy a rectangle of the part, jitter its colours by up to 0.1, and paste it elsewhere on the part.
 
-    Area 0.02 to 0.15 and aspect ratio 0.3 to 3.3 as in the paper; the area is of the part, not of the image.
+    The area share is 0.02 to 0.15 and the aspect ratio 0.3 to 3.3, as in the paper. Here the area is a share of the
+    part, not of the image.
     """
     area = rng.uniform(0.02, MAX_PART_SHARE) * part.sum()
     ratio = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
-    height, width = _within(part, math.sqrt(area / ratio), math.sqrt(area * ratio))
+    height, width = _pixel_size(part, math.sqrt(area / ratio), math.sqrt(area * ratio))
     patch, shape = _cut(image, part, height, width, rng)
-    return _paste(image, _jitter(patch, rng), shape, _somewhere(part, height, width, rng))
+    return _paste(image, _jitter(patch, rng), shape, _random_corner(part, height, width, rng))
 
 
 def scar(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
-    """CutPaste's scar: a thin strip of the part, jittered, turned by up to 45 degrees and pasted elsewhere on the part.
+    """CutPaste-Scar: copy a thin strip of the part, jitter it, rotate it by up to 45 degrees and paste it elsewhere.
 
-    2 to 16 by 10 to 25 pixels of an image of WORKING_SIDE, in proportion here.
+    The strip is 2 to 16 by 10 to 25 pixels in an image of WORKING_SIDE and scales with the image.
     """
     scale = max(part.shape) / WORKING_SIDE
-    height, width = _within(part, rng.uniform(10, 25) * scale, rng.uniform(2, 16) * scale)
+    height, width = _pixel_size(part, rng.uniform(10, 25) * scale, rng.uniform(2, 16) * scale)
     patch, shape = _cut(image, part, height, width, rng)
     angle = rng.uniform(-45, 45)
     strip = Image.fromarray(_jitter(patch, rng)).rotate(angle, Image.Resampling.BICUBIC, expand=True)
     outline = Image.fromarray(shape).rotate(angle, expand=True)
-    return _paste(image, np.asarray(strip), np.asarray(outline), _somewhere(part, strip.height, strip.width, rng))
+    return _paste(image, np.asarray(strip), np.asarray(outline), _random_corner(part, strip.height, strip.width, rng))
 
 
 def perlin(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
-    """DRAEM: another texture, at an opacity of 0.2 to 1, where turned Perlin noise is above 0.5.
+    """DRAEM: blend in another texture, at an opacity of 0.2 to 1, where rotated Perlin noise exceeds 0.5.
 
-    Of the places above 0.5 one to three are taken, not all: defects are local, and questions ask where. There are no
-    photographs of textures here (DRAEM takes the DTD): by halves the texture is the photograph itself after three of
-    the paper's operations, or a marble of random colours (Perlin 1985, An Image Synthesizer).
+    Only one to three of the regions above 0.5 are used, because defects are local and questions ask for their location.
+    DRAEM takes its textures from the DTD dataset. Here, the texture is one of two, with equal probability: the image
+    itself after three of the paper's augmentations, or marble in random colours (Perlin 1985, An Image Synthesizer).
     """
     height, width = part.shape
     down, across = (2 ** int(power) for power in rng.integers(0, 6, 2))
@@ -187,43 +200,44 @@ def perlin(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Ima
 
 
 def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
-    """NSA: a patch of the part, resized by 0.7 to 1.3 and perhaps mirrored, blended in elsewhere by Poisson editing.
+    """NSA: resize a patch of the part by 0.7 to 1.3, mirror it at random, and blend it in elsewhere by Poisson editing.
 
-    Sides of 0.03 to 0.4 of the image's, and gradients of the patch alone or the stronger of both, as in the paper's
-    code; one patch a photograph, and labels are cut where nothing changed (`TOLERANCE`). The blending is OpenCV's
-    `seamlessClone` (Pérez et al. 2003).
+    As in the paper's code, the sides are 0.03 to 0.4 of the image's, and the gradients are those of the patch or the
+    stronger of both. Unlike there, each image gets one patch, and the mask excludes pixels that hardly changed
+    (`CHANGE_THRESHOLD`). The blending is OpenCV's `seamlessClone` (Pérez et al. 2003).
     """
     import cv2
 
     sides = (rng.uniform(0.03, 0.4, 2) * part.shape).tolist()
-    height, width = _within(part, *sides)
+    height, width = _pixel_size(part, *sides)
     scale = np.clip(rng.normal(1, 0.5), 0.7, 1.3)
-    patch, shape = _cut(image, part, *_within(part, height / scale, width / scale), rng)
+    patch, shape = _cut(image, part, *_pixel_size(part, height / scale, width / scale), rng)
     patch, shape = (
-        np.asarray(Image.fromarray(one).resize((width, height), how))
-        for one, how in ((patch, Image.Resampling.BICUBIC), (shape, Image.Resampling.NEAREST))
+        np.asarray(Image.fromarray(array).resize((width, height), resampling))
+        for array, resampling in ((patch, Image.Resampling.BICUBIC), (shape, Image.Resampling.NEAREST))
     )
     if rng.random() < 0.5:
         patch, shape = patch[:, ::-1], shape[:, ::-1]
-    laid, region = _paste(image, patch, shape, _somewhere(part, height, width, rng))
+    pasted, region = _paste(image, patch, shape, _random_corner(part, height, width, rng))
     region &= part
-    region[[0, 1, -2, -1]], region[:, [0, 1, -2, -1]] = False, False  # what is blended needs a neighbour
+    region[[0, 1, -2, -1]], region[:, [0, 1, -2, -1]] = False, False  # blended pixels need neighbours
     mode = cv2.NORMAL_CLONE if rng.random() < 0.5 else cv2.MIXED_CLONE
     rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
-    if min(len(rows), len(columns)) < 5:  # OpenCV leaves the rim as it is, and fails where there is nothing else
+    if min(len(rows), len(columns)) < 5:  # OpenCV does not change the rim and fails if there is no interior
         return image, np.zeros_like(part)
     centre = (
         int(columns[0] + (columns[-1] - columns[0] + 1) // 2),
         int(rows[0] + (rows[-1] - rows[0] + 1) // 2),
     )
-    blended = cv2.seamlessClone(laid, image, region.astype(np.uint8) * 255, centre, mode)
+    blended = cv2.seamlessClone(pasted, image, region.astype(np.uint8) * 255, centre, mode)
     return blended.astype(np.uint8, copy=False), region
 
 
 def perlin_noise(size: tuple[int, int], cells: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Perlin noise from -1 to 1 of (height, width), turned at random, `cells` of the lattice down and across the image.
+    """Return Perlin noise (height, width) from -1 to 1, on a randomly rotated lattice.
 
-    Perlin 2002, Improving Noise, with gradients of all directions.
+    `size` is (height, width), and `cells` is the number of lattice cells (down, across) in the image. The method is
+    Perlin 2002, Improving Noise, but with gradients in all directions.
     """
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     angle = rng.uniform(-np.pi / 2, np.pi / 2)
@@ -236,20 +250,20 @@ def perlin_noise(size: tuple[int, int], cells: tuple[int, int], rng: np.random.G
     vertical, horizontal = np.sin(directions), np.cos(directions)
 
     def corner(below: int, right: int) -> NDArray[np.float32]:
-        place = top + below, left + right
-        return vertical[place] * (down - below) + horizontal[place] * (across - right)
+        index = top + below, left + right
+        return vertical[index] * (down - below) + horizontal[index] * (across - right)
 
-    def between(
+    def interpolate(
         first: NDArray[np.float32], second: NDArray[np.float32], at: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         return first + (second - first) * at**3 * (at * (at * 6 - 15) + 10)
 
-    upper, lower = (between(corner(below, 0), corner(below, 1), across) for below in (0, 1))
-    return math.sqrt(2) * between(upper, lower, down)
+    upper, lower = (interpolate(corner(below, 0), corner(below, 1), across) for below in (0, 1))
+    return math.sqrt(2) * interpolate(upper, lower, down)
 
 
 def _marble(size: tuple[int, int], rng: np.random.Generator) -> ImageArray:
-    """Veins of two random colours, bent by noise, with a grain."""
+    """Return a marble texture (height, width, 3): grainy veins in two random colours, bent by noise."""
     bends, grain = perlin_noise(size, (4, 4), rng), perlin_noise(size, (48, 48), rng)
     along = np.linspace(0, rng.uniform(2, 20), size[1], dtype=np.float32)[None, :]
     vein = 0.5 + 0.5 * np.sin(2 * np.pi * (along + rng.uniform(0.5, 4) * bends) + grain)
@@ -258,7 +272,7 @@ def _marble(size: tuple[int, int], rng: np.random.Generator) -> ImageArray:
 
 
 def _altered(image: ImageArray, rng: np.random.Generator) -> ImageArray:
-    """The photograph after three of DRAEM's augmentations, as Pillow has them."""
+    """Apply three of DRAEM's augmentations to an image, in Pillow's implementation."""
     operations: list[Callable[[Image.Image], Image.Image]] = [
         ImageOps.autocontrast,
         ImageOps.equalize,
@@ -277,20 +291,20 @@ def _altered(image: ImageArray, rng: np.random.Generator) -> ImageArray:
 
 
 def _jitter(patch: ImageArray, rng: np.random.Generator) -> ImageArray:
-    """CutPaste's jitter of brightness, contrast and saturation."""
+    """Jitter brightness, contrast and saturation as in CutPaste."""
     image = Image.fromarray(patch)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(rng.uniform(0.9, 1.1))
     return np.asarray(image)
 
 
-def _within(part: Mask, height: float, width: float) -> tuple[int, int]:
-    """The lengths in whole pixels, from 2 to the image's own."""
+def _pixel_size(part: Mask, height: float, width: float) -> tuple[int, int]:
+    """Round a height and a width to whole pixels, between 2 and the size of the image."""
     return min(max(2, round(height)), part.shape[0]), min(max(2, round(width)), part.shape[1])
 
 
-def _somewhere(part: Mask, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-    """(top, left) of a rectangle whose centre lies on the part, moved into the image where it would stick out."""
+def _random_corner(part: Mask, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw (top, left) of a rectangle that is centred on a random pixel of the part and shifted into the image."""
     inside = np.flatnonzero(part)
     row, column = divmod(int(rng.choice(inside)), part.shape[1])
     top = max(0, min(row - height // 2, part.shape[0] - height))
@@ -298,26 +312,29 @@ def _somewhere(part: Mask, height: int, width: int, rng: np.random.Generator) ->
 
 
 def _cut(image: ImageArray, part: Mask, height: int, width: int, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
-    """A rectangle of the photograph, and which of its pixels show the part."""
-    top, left = _somewhere(part, height, width, rng)
+    """Cut a random rectangle out of the image. Returns its pixels and the mask of those that show the part."""
+    top, left = _random_corner(part, height, width, rng)
     box = slice(top, top + height), slice(left, left + width)
     return image[box], part[box]
 
 
-def _paste(image: ImageArray, patch: ImageArray, shape: Mask, place: tuple[int, int]) -> tuple[ImageArray, Mask]:
-    """The image with the patch where `shape` (of the patch's size) is set, its top left corner at `place`."""
-    top, left = place
+def _paste(image: ImageArray, patch: ImageArray, shape: Mask, corner: tuple[int, int]) -> tuple[ImageArray, Mask]:
+    """Paste the pixels of `patch` that `shape` marks, with the patch's top left corner at `corner` (top, left).
+
+    `shape` has the size of the patch. Returns the image and the mask of the pasted pixels.
+    """
+    top, left = corner
     height, width = min(shape.shape[0], image.shape[0] - top), min(shape.shape[1], image.shape[1] - left)
-    made, region = image.copy(), np.zeros(image.shape[:2], bool)
+    pasted, region = image.copy(), np.zeros(image.shape[:2], bool)
     region[top : top + height, left : left + width] = shape[:height, :width]
-    made[top : top + height, left : left + width] = patch[:height, :width]
-    return np.where(region[..., None], made, image), region
+    pasted[top : top + height, left : left + width] = patch[:height, :width]
+    return np.where(region[..., None], pasted, image), region
 
 
-METHODS: Mapping[str, Method] = {
-    "cutpaste": Method(cutpaste, "misplaced patch", SYNTHETIC_DESCRIPTIONS["cutpaste"]),
-    "scar": Method(scar, "scar", SYNTHETIC_DESCRIPTIONS["scar"]),
-    "perlin": Method(perlin, "foreign texture", SYNTHETIC_DESCRIPTIONS["perlin"]),
-    "poisson": Method(poisson, "deformation", SYNTHETIC_DESCRIPTIONS["poisson"]),
+DEFECT_METHODS: Mapping[str, DefectMethod] = {
+    "cutpaste": DefectMethod(cutpaste, "misplaced patch", SYNTHETIC_DESCRIPTIONS["cutpaste"]),
+    "scar": DefectMethod(scar, "scar", SYNTHETIC_DESCRIPTIONS["scar"]),
+    "perlin": DefectMethod(perlin, "foreign texture", SYNTHETIC_DESCRIPTIONS["perlin"]),
+    "poisson": DefectMethod(poisson, "deformation", SYNTHETIC_DESCRIPTIONS["poisson"]),
 }
-"""The methods by name."""
+"""The methods that make defects, by name."""

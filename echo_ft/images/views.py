@@ -1,3 +1,5 @@
+"""Images as a role sees them: clean references and a clean or corrupted query."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from echo_ft.records import Exchange
 
 @dataclass(frozen=True)
 class View:
-    """An image as a role is shown it: as its file has it, or degraded."""
+    """An image as a role sees it, clean or corrupted."""
 
     root: Path
     image: str
@@ -20,16 +22,18 @@ class View:
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """The path of the image file."""
         return self.root / self.image
 
     def load(self) -> Image.Image:
-        """The decoded image in RGB. Raises EchoError where the file is missing or cannot be used."""
-        image, how = load_image(self.path), self.corruption
-        return image if how is None else corrupt(image, how.kind, how.severity, f"{how.seed}/{self.image}")
+        """Decode the image in RGB and corrupt it if required. Raises EchoError if the file is missing or unusable."""
+        image, corruption = load_image(self.path), self.corruption
+        if corruption is None:
+            return image
+        return corrupt(image, corruption.kind, corruption.severity, f"{corruption.seed}/{self.image}")
 
 
 def views(exchange: Exchange, root: Path, corruption: Corruption | None = None) -> list[View]:
-    """The images of an exchange as its role is shown them: the last one, the query, degraded, its references not."""
+    """Return the images of an exchange as its role sees them. Only the query, which is the last image, is corrupted."""
     references, query = exchange.images[:-1], exchange.images[-1:]
     return [*(View(root, image) for image in references), *(View(root, image, corruption) for image in query)]

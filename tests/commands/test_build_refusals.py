@@ -42,7 +42,7 @@ def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small_l
     told = "5 rejected; 1 mask dropped, the photographs are used (see rejected.jsonl)"
     assert rejected_words(manifest) == told and f"{told}." in (tmp_path / "out" / "preview.html").read_text()
     assert "broken" in reasons["cap/good-0-1.png"] and "broken" in reasons["cap/good-1-1.png"]
-    assert "20 x 20 pixels, its photograph 48 x 40" in reasons["cap/dent-0-1.png"]
+    assert "20 x 20 pixels but its image has 48 x 40" in reasons["cap/dent-0-1.png"]
     assert "marks nothing" in reasons["cap/dent-1-1.png"] and "used without it" in reasons["cap/dent-1-1.png"]
     assert "dent-2-1_mask.png" in reasons["cap/dent-2-1.png"]
     assert "labelled good" in reasons["cap/good-2-1.png"]

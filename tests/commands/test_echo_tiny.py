@@ -107,7 +107,7 @@ def test_a_laid_out_branch_equals_the_chat_template_and_the_models_positions(
 def test_patches_equal_the_image_processors(processor: Any) -> None:
     rng = np.random.default_rng(0)
     style = parts.random_style(rng, "woven sheet")
-    photos = [parts.photograph(parts.Part(style, 1), 1, size).image for size in ((168, 168), (112, 252))]
+    photos = [parts.render_part(parts.Part(style, 1), 1, size).image for size in ((168, 168), (112, 252))]
     expected = processor.image_processor([Image.fromarray(photo) for photo in photos], return_tensors="pt")
     values, grids = tiny_model.patches([torch.from_numpy(photo) for photo in photos])
     assert torch.equal(grids, expected["image_grid_thw"])

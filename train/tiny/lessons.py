@@ -18,12 +18,12 @@ from echo_ft.drawn.parts import (
     PLACES,
     PRETRAINING_DEFECTS,
     PRETRAINING_KINDS,
-    SIZE,
+    IMAGE_SIZE,
     SURFACES,
     Part,
-    extent,
-    photograph,
-    place,
+    grid_cell,
+    render_part,
+    size_word,
     random_defect,
     random_style,
 )
@@ -146,18 +146,18 @@ def row(seed: int) -> Row:
 def _photo_row(rng: np.random.Generator, normals: int) -> Row:
     # Marks that belong to the product can only be told from defects beside a normal part.
     style = random_style(rng, marks=normals > 0 and rng.random() < 0.4)
-    size = _pick(rng, _ASPECTS) if style.kind in SURFACES and rng.random() < 0.5 else SIZE
+    size = _pick(rng, _ASPECTS) if style.kind in SURFACES and rng.random() < 0.5 else IMAGE_SIZE
     defect = random_defect(rng, style) if rng.random() < (0.6 if normals else 0.5) else None
     seeds = rng.integers(2**31, size=2 * (normals + 1)).tolist()
-    inspected = photograph(Part(style, seeds[0], defect), seeds[1], size)
+    inspected = render_part(Part(style, seeds[0], defect), seeds[1], size)
     looks = _Looks(style.kind, style.colour)
     if defect and inspected.mask.sum() >= 8:
         looks = _Looks(
-            style.kind, style.colour, defect.name, defect.tone, extent(inspected.mask), place(inspected.mask)
+            style.kind, style.colour, defect.name, defect.tone, size_word(inspected.mask), grid_cell(inspected.mask)
         )
     elif defect:  # hidden behind the part's outline
-        inspected = photograph(Part(style, seeds[0]), seeds[1], size)
-    normal = [photograph(Part(style, a), b, size).image for a, b in zip(seeds[2::2], seeds[3::2], strict=True)]
+        inspected = render_part(Part(style, seeds[0]), seeds[1], size)
+    normal = [render_part(Part(style, a), b, size).image for a, b in zip(seeds[2::2], seeds[3::2], strict=True)]
 
     branches = [_caption(rng, looks, normals), _detection(rng, looks)]
     context = _pick(rng, _CONTEXTS[min(normals, 2)])

@@ -21,10 +21,10 @@ from echo_ft.drawn.parts import (
     COLOURS,
     PRETRAINING_DEFECTS,
     PRETRAINING_KINDS,
-    SIZE,
+    IMAGE_SIZE,
     SURFACES,
     Part,
-    photograph,
+    render_part,
     random_defect,
     random_style,
 )
@@ -65,8 +65,8 @@ def draw_sample(seed: int, ease: float) -> Sample:
     if defect:
         defect = dataclasses.replace(defect, size=min(0.6, defect.size * (1 + ease)))
     seed, camera = rng.integers(2**31, size=2).tolist()
-    shot = photograph(Part(style, seed, defect), camera, SIZE)
-    rows, columns = SIZE[0] // MERGE, SIZE[1] // MERGE
+    shot = render_part(Part(style, seed, defect), camera, IMAGE_SIZE)
+    rows, columns = IMAGE_SIZE[0] // MERGE, IMAGE_SIZE[1] // MERGE
     share = shot.mask.reshape(rows, MERGE, columns, MERGE).mean(axis=(1, 3), dtype=np.float32).ravel()
     found = SAMPLED_DEFECTS.index(defect.name) if defect else -1
     return Sample(shot.image, share, found, SAMPLED_SHAPES.index(style.kind), SAMPLED_HUES.index(style.colour))
