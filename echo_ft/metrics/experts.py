@@ -34,8 +34,8 @@ BEST_REFERENCE = "best_reference"
 NAMED_CONDITION = "condition"
 """The condition that the guide names."""
 
-DEFECT_PLACE, PLACE_TOUCHED = "place", "place_touched"
-"""The reasoner's place: that of the whole defect, and one that contains some of it."""
+DEFECT_LOCATION, LOCATION_TOUCHED = "place", "place_touched"
+"""The reasoner's location: that of the whole defect, or any that contains some of it."""
 
 CONCLUSION = "conclusion"
 """The reasoner's conclusion, compared with the decision that follows it."""
@@ -43,7 +43,7 @@ CONCLUSION = "conclusion"
 CONDITION_RECALL = "condition_recall"
 """NAMED_CONDITION again, as the mean over the true conditions."""
 
-_PLACES = re.compile(rf"\b({'|'.join(sorted([*masks.PLACES, masks.SPREAD], key=len, reverse=True))})\b")
+_LOCATIONS = re.compile(rf"\b({'|'.join(sorted([*masks.PLACES, masks.SPREAD], key=len, reverse=True))})\b")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def score_experts(table: PredictionTable, cases: Sequence[Case], traces: Iterabl
     judgements += [judgement for found in by_images if not isinstance(found, EchoError) for judgement in found]
     weights = table.weights()
     scores = {}
-    for name in (BEST_REFERENCE, NAMED_CONDITION, DEFECT_PLACE, PLACE_TOUCHED, CONCLUSION):
+    for name in (BEST_REFERENCE, NAMED_CONDITION, DEFECT_LOCATION, LOCATION_TOUCHED, CONCLUSION):
         own = [judgement for judgement in judgements if judgement.metric == name]
         if own:
             scores[name] = _score(table, weights, images, own)
@@ -199,7 +199,7 @@ def judge_texts(
 
 
 def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: Path) -> list[Judgement]:
-    """Judge what needs the images or the mask: the extractor's choice among candidates, and the reasoner's places.
+    """Judge what needs the images or the mask: the extractor's choice among candidates, and the reasoner's locations.
 
     The best candidate is that of `targets.gold_upstream` among the candidates that the extractor saw. Raises EchoError
     if an image or the mask cannot be read.
@@ -217,10 +217,10 @@ def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: 
         mask = defect_mask(case, root)
         region = None if mask is None else masks.measure(mask)
         if region is not None:
-            for place in map(named_place, texts):
-                judgements.append(Judgement(DEFECT_PLACE, case.id, place == region.place, place is not None))
-                touched = place == region.place or place in region.cells
-                judgements.append(Judgement(PLACE_TOUCHED, case.id, touched, place is not None))
+            for location in map(named_location, texts):
+                judgements.append(Judgement(DEFECT_LOCATION, case.id, location == region.place, location is not None))
+                touched = location == region.place or location in region.cells
+                judgements.append(Judgement(LOCATION_TOUCHED, case.id, touched, location is not None))
     return judgements
 
 
@@ -235,9 +235,9 @@ def named_condition(text: str, knowledge: Sequence[Entry]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def named_place(text: str) -> str | None:
-    """Return the only place (`masks`) in the reasoning expert's observation; None if there is none or several."""
-    found = set(_PLACES.findall(_split_reasoning(text)[0]))
+def named_location(text: str) -> str | None:
+    """Return the only location in the reasoning expert's observation; None if there is none or several."""
+    found = set(_LOCATIONS.findall(_split_reasoning(text)[0]))
     return found.pop() if len(found) == 1 else None
 
 

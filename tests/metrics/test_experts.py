@@ -1,4 +1,4 @@
-"""Experts before the decision are scored by what the truth would have them say, strictly, with n and intervals."""
+"""Outputs of the experts before the decision are scored strictly against the truth, with counts and intervals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.experts.targets import gold_upstream
 from echo_ft.images import masks
 from echo_ft.metrics import experts
-from echo_ft.metrics.experts import Verdict, concluded, named_condition, named_place
+from echo_ft.metrics.experts import Judgement, concluded_letter, named_condition, named_location
 from echo_ft.metrics.prediction_table import make_prediction_table
-from echo_ft.records import GOOD, LETTERS, Case, Entry, Exchange, Trace, Upstream
-from evaluation import pages, score
+from echo_ft.records import GOOD, LETTERS, Case, Entry, Exchange, Generation, Trace
+from evaluation import formatting, score
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_case, make_dataset
 
@@ -40,12 +40,12 @@ KNOWN = (Entry("good", "Even."), Entry("stain", "Dark."), Entry("stain: rim", "A
         ("", None),
     ],
 )
-def test_a_guide_names_a_condition_by_its_entrys_name_and_a_colon_alone(text: str, condition: str | None) -> None:
+def test_guide_names_a_condition_only_by_its_entry_and_a_colon(text: str, condition: str | None) -> None:
     assert named_condition(text, KNOWN) == condition
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "location"),
     [
         ("Observe: a dark small round mark at the top left. Compare: the reference differs there.", "top left"),
         ("In the center there is a mark, in the CENTER. Conclude: yes, at the bottom.", "center"),
@@ -57,8 +57,8 @@ def test_a_guide_names_a_condition_by_its_entrys_name_and_a_colon_alone(text: st
         ("", None),
     ],
 )
-def test_a_place_is_the_one_that_the_observation_names(text: str, place: str | None) -> None:
-    assert named_place(text) == place
+def test_location_is_the_only_one_in_the_observation(text: str, location: str | None) -> None:
+    assert named_location(text) == location
 
 
 YES_NO = {"A": "No.", "B": "Yes."}
@@ -82,14 +82,12 @@ PLACES = {"A": "left", "B": "Top left.", "C": "across much of the image", "D": "
         ("", PLACES, None),
     ],
 )
-def test_a_conclusion_is_the_one_option_that_it_names_in_its_words(
-    text: str, options: dict[str, str], letter: str | None
-) -> None:
-    assert concluded(text, options) == letter
+def test_conclusion_is_the_only_option_that_it_quotes(text: str, options: dict[str, str], letter: str | None) -> None:
+    assert concluded_letter(text, options) == letter
 
 
-def marked(root: Path, number: int) -> Case:
-    """A drawn case whose defect lies in one cell of the grid, or a normal one."""
+def draw_case(root: Path, number: int) -> Case:
+    """Draw a case with a defect in one cell of the grid, or a normal case."""
     case = make_case(root, f"line/part/{number}", sizes=((90, 90), (96, 90), (90, 90)), seed=3 * number)
     if number % 2:
         case = replace(case, seen=replace(case.seen, references=case.seen.references[::-1]))
@@ -105,42 +103,43 @@ def marked(root: Path, number: int) -> Case:
 
 @pytest.fixture
 def cases(tmp_path: Path) -> list[Case]:
-    return [marked(tmp_path, number) for number in range(18)]
+    return [draw_case(tmp_path, number) for number in range(18)]
 
 
-class Scripted:
-    """A backend in which every expert says what `words` has for it."""
+class GoldBackend:
+    """A backend with gold outputs for every expert, or the fixed `texts` of each role. Decisions are always right."""
 
-    def __init__(self, cases: Sequence[Case], root: Path, words: dict[str, str] | None = None) -> None:
+    def __init__(self, cases: Sequence[Case], root: Path, texts: dict[str, str] | None = None) -> None:
         self.gold = {case.id: gold_upstream(case, root) for case in cases}
         self.truth = {case.id: case.truth for case in cases}
-        self.words = words
+        self.texts = texts
 
-    def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Upstream]]:
-        return [[self._say(role, one.case, branch.id) for branch in one.branches] for one in exchanges]
+    def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        return [[self._answer(role, one.case, branch.id) for branch in one.branches] for one in exchanges]
 
-    def _say(self, role: str, case: str, branch: str):
+    def _answer(self, role: str, case: str, branch: str) -> Generation:
         gold = self.gold[case]
-        said = {"best": str(gold.best + 1), "normal": gold.normal, "guide": gold.guide, **gold.reasons}.get(branch, "")
+        texts = {"best": str(gold.best + 1), "normal": gold.normal, "guide": gold.guide, **gold.reasons}
+        text = texts.get(branch, "")
         if role == "decision_maker":
-            said = self.truth[case].answers[branch]
-        elif self.words is not None:
-            said = self.words[role]
-        return type("Said", (), {"text": said, "letters": dict.fromkeys(LETTERS, 0.0)})()
+            text = self.truth[case].answers[branch]
+        elif self.texts is not None:
+            text = self.texts[role]
+        return Generation(text, dict.fromkeys(LETTERS, 0.0))
 
 
-def scored(cases: Sequence[Case], backend: Scripted, root: Path) -> dict:
+def score_cases(cases: Sequence[Case], backend: GoldBackend, root: Path) -> dict:
     outcomes = run_cases(cases, backend.generate, PipelineConfig())
     table = make_prediction_table([one for outcome in outcomes for one in outcome.predictions])
-    return experts.expert_figures(table, cases, [trace for outcome in outcomes for trace in outcome.traces], root)
+    return experts.score_experts(table, cases, [trace for outcome in outcomes for trace in outcome.traces], root)
 
 
-def test_experts_that_say_what_they_are_trained_to_say_are_right_throughout(cases: list[Case], tmp_path: Path) -> None:
-    """In whichever way they say it: the words come from `targets`, the reading from here."""
-    found = scored(cases, Scripted(cases, tmp_path), tmp_path)
+def test_training_targets_are_always_scored_as_correct(cases: list[Case], tmp_path: Path) -> None:
+    """The phrasings come from `targets`, so the parsers here must accept all of them."""
+    found = score_cases(cases, GoldBackend(cases, tmp_path), tmp_path)
     assert found["unreadable"] == []
     figures = found["figures"]
-    assert set(figures) == set(pages.EXPERT_LABELS)
+    assert set(figures) == set(formatting.EXPERT_LABELS)
     for name, one in figures.items():
         assert (one["value"], one["unread"]) == (1.0, 0), name
     assert figures["best_reference"]["texts"] == figures["condition"]["cases"] == 18
@@ -150,169 +149,177 @@ def test_experts_that_say_what_they_are_trained_to_say_are_right_throughout(case
     assert figures["conclusion"]["texts"] == 12 * 7 + 6 * 3
 
 
-def test_what_is_no_answer_is_wrong_and_counted_and_never_guessed(cases: list[Case], tmp_path: Path) -> None:
-    words = {
+def test_unparsed_outputs_are_wrong_and_counted_and_never_guessed(cases: list[Case], tmp_path: Path) -> None:
+    texts = {
         "reference_extractor": "the first, I think",
         "knowledge_guide": "It looks like a stain",
         "reasoning_expert": "There is something at the top or at the left.",
     }
-    figures = scored(cases, Scripted(cases, tmp_path, words), tmp_path)["figures"]
+    figures = score_cases(cases, GoldBackend(cases, tmp_path, texts), tmp_path)["figures"]
     for one in figures.values():
-        assert one["value"] == 0.0 and one["unread"] == one["texts"] > 0
+        assert one["value"] == 0.0
+        assert one["unread"] == one["texts"] > 0
 
 
-def test_shares_are_counted_by_hand(cases: list[Case], tmp_path: Path) -> None:
-    """Always `1`, always `stain`, always the top left: 12 of 18 cases are stains, 2 of 12 marks lie there."""
-    words = {
+def test_shares_equal_those_counted_by_hand(cases: list[Case], tmp_path: Path) -> None:
+    """The texts are always `1`, `stain` and `top left`. 12 of 18 cases are stains, and 2 of 12 marks are there."""
+    texts = {
         "reference_extractor": "1",
         "knowledge_guide": "stain: look for this.",
         "reasoning_expert": "Observe: a mark at the top left. Conclude: yes, there is a defect: stain.",
     }
-    backend = Scripted(cases, tmp_path, words)
-    figures = scored(cases, backend, tmp_path)["figures"]
+    backend = GoldBackend(cases, tmp_path, texts)
+    figures = score_cases(cases, backend, tmp_path)["figures"]
     first = sum(gold.best == 0 for gold in backend.gold.values())
-    assert 0 < first < 18 and figures["best_reference"]["value"] == pytest.approx(first / 18)
+    assert 0 < first < 18
+    assert figures["best_reference"]["value"] == pytest.approx(first / 18)
     assert figures["condition"]["value"] == pytest.approx(12 / 18)
     assert figures["condition_recall"]["value"] == 0.5
     low, high = figures["condition_recall"]["interval"]
-    assert 0.2 < low < 0.4 and low + high == pytest.approx(1), "every part of a condition answers alike"
+    assert 0.2 < low < 0.4
+    assert low + high == pytest.approx(1), "all parts of a condition have the same answer"
     assert figures["place"]["value"] == figures["place_touched"]["value"] == pytest.approx(2 / 12)
-    # Detection of 12 defective parts is decided as concluded; of 6 normal ones it is not.
+    # The conclusion agrees with the decision on 12 defective parts, and disagrees on 6 normal ones.
     assert figures["conclusion"]["value"] * figures["conclusion"]["texts"] == pytest.approx(12 + 12)
     for name in ("best_reference", "condition", "place", "conclusion"):
         low, high = figures[name]["interval"]
         assert 0 <= low <= figures[name]["value"] <= high <= 1
 
 
-def test_a_condition_of_one_part_counts_in_the_mean_over_conditions_and_leaves_it_without_an_interval(
-    cases: list[Case], tmp_path: Path
-) -> None:
-    """Always `good`: right of one condition in three; of how the third would spread its one part tells nothing."""
+def test_condition_of_one_part_leaves_the_mean_without_an_interval(cases: list[Case], tmp_path: Path) -> None:
+    """The text is always `good`, which is right for one condition of three. The one part of `dent` has no spread."""
     knowledge = (*cases[0].seen.knowledge, Entry("dent", "Deep."))
     cases = [replace(case, seen=replace(case.seen, knowledge=knowledge)) for case in cases]
     cases[0] = replace(cases[0], truth=replace(cases[0].truth, condition="dent"))
-    words = {"reference_extractor": "1", "knowledge_guide": "good: even.", "reasoning_expert": ""}
-    found = scored(cases, Scripted(cases, tmp_path, words), tmp_path)
+    texts = {"reference_extractor": "1", "knowledge_guide": "good: even.", "reasoning_expert": ""}
+    found = score_cases(cases, GoldBackend(cases, tmp_path, texts), tmp_path)
     recall = found["figures"]["condition_recall"]
-    assert recall["interval"] is None and recall["value"] == pytest.approx(1 / 3)
+    assert recall["interval"] is None
+    assert recall["value"] == pytest.approx(1 / 3)
     assert {name: one["texts"] for name, one in found["conditions"].items()} == {
         "line/washer/dent": 1, "line/washer/good": 6, "line/washer/stain": 11,
     }  # fmt: skip
 
 
-def test_chance_of_the_mean_over_conditions_is_that_means_own(cases: list[Case], tmp_path: Path) -> None:
-    """Two stains have a guide with four entries to choose from, all other cases two."""
+def test_chance_of_the_mean_over_conditions_is_averaged_like_it(cases: list[Case], tmp_path: Path) -> None:
+    """The guide chooses from four entries in two stain cases, and from two entries in all others."""
     four = (*cases[0].seen.knowledge, Entry("dent", "Deep."), Entry("crack", "Long."))
     changed = [place for place, case in enumerate(cases) if case.truth.condition == "stain"][:2]
     cases = [
         replace(case, seen=replace(case.seen, knowledge=four)) if place in changed else case
         for place, case in enumerate(cases)
     ]
-    figures = scored(cases, Scripted(cases, tmp_path), tmp_path)["figures"]
+    figures = score_cases(cases, GoldBackend(cases, tmp_path), tmp_path)["figures"]
     assert figures["condition"]["chance"] == pytest.approx((16 / 2 + 2 / 4) / 18)
     assert figures["condition_recall"]["chance"] == pytest.approx((1 / 2 + (10 / 2 + 2 / 4) / 12) / 2)
 
 
-@pytest.mark.parametrize(("conditions", "parts", "least"), [(10, 3, 0.92), (10, 2, 0.9)])
-def test_intervals_of_the_mean_over_conditions_hold_the_truth(conditions: int, parts: int, least: float) -> None:
-    """Parts of a condition that the guide knows well or hardly, three photographs of each: 400 sets of them."""
-    luck = np.random.default_rng(1)
-    known = np.linspace(0.3, 0.9, conditions)
+@pytest.mark.parametrize(("conditions", "parts", "lowest"), [(10, 3, 0.92), (10, 2, 0.9)])
+def test_interval_of_the_mean_over_conditions_contains_the_truth(conditions: int, parts: int, lowest: float) -> None:
+    """Simulate 400 test sets with three images per part. The guide's accuracy differs between conditions and parts."""
+    random = np.random.default_rng(1)
+    accuracies = np.linspace(0.3, 0.9, conditions)
     count = conditions * parts * 3
-    table = SimpleNamespace(parts=np.arange(count) // 3)
+    table = SimpleNamespace(part_index=np.arange(count) // 3)
     images = {f"{number}": number for number in range(count)}
-    held = []
+    contained = []
     for _ in range(400):
-        # How well it knows a part is drawn about how well it knows the condition, and a photograph about that.
-        of_parts = luck.beta(4 * known[:, None], 4 * (1 - known[:, None]), (conditions, parts))
-        right = (luck.random((conditions, parts, 3)) < of_parts[..., None]).reshape(conditions, -1)
+        # The accuracy on a part varies around that of its condition. Answers are drawn from the part's accuracy.
+        of_parts = random.beta(4 * accuracies[:, None], 4 * (1 - accuracies[:, None]), (conditions, parts))
+        correct = (random.random((conditions, parts, 3)) < of_parts[..., None]).reshape(conditions, -1)
         groups = [
-            [Verdict("condition", f"{own * parts * 3 + place}", bool(one), True, 0.5) for place, one in enumerate(row)]
-            for own, row in enumerate(right)
+            [
+                Judgement("condition", f"{number * parts * 3 + place}", bool(one), True, 0.5)
+                for place, one in enumerate(row)
+            ]
+            for number, row in enumerate(correct)
         ]
-        low, high = experts._mean(table, images, groups)["interval"]
-        held.append(low - 1e-9 <= known.mean() <= high + 1e-9)
-    assert least <= np.mean(held) <= 0.985
+        low, high = experts.mean_over_groups(table, images, groups)["interval"]
+        contained.append(low - 1e-9 <= accuracies.mean() <= high + 1e-9)
+    assert lowest <= np.mean(contained) <= 0.985
 
 
-def test_a_place_with_some_of_the_defect_is_told_from_its_own(tmp_path: Path) -> None:
-    case = marked(tmp_path, 0)
-    case = replace(case, truth=replace(case.truth, boxes=((5, 5, 60, 25),)))  # in two cells; its centre in the second
-    words = {
+def test_location_with_some_of_the_defect_differs_from_its_own(tmp_path: Path) -> None:
+    case = draw_case(tmp_path, 0)
+    case = replace(
+        case, truth=replace(case.truth, boxes=((5, 5, 60, 25),))
+    )  # in two cells, with the center in the second
+    texts = {
         "reference_extractor": "1",
         "knowledge_guide": "",
         "reasoning_expert": "Observe: a mark at the top left. Conclude: yes.",
     }
-    figures = scored([case], Scripted([case], tmp_path, words), tmp_path)["figures"]
+    figures = score_cases([case], GoldBackend([case], tmp_path, texts), tmp_path)["figures"]
     assert (figures["place"]["value"], figures["place_touched"]["value"]) == (0.0, 1.0)
 
 
-def test_one_candidate_is_no_choice_and_a_broken_image_leaves_its_case_out_with_the_reason(
-    cases: list[Case], tmp_path: Path
-) -> None:
-    backend = Scripted(cases, tmp_path)
+def test_single_candidates_and_broken_images_are_left_out(cases: list[Case], tmp_path: Path) -> None:
+    backend = GoldBackend(cases, tmp_path)
     single = replace(cases[0], seen=replace(cases[0].seen, references=cases[0].seen.references[:1]))
     (tmp_path / cases[1].seen.query).write_text("no image")
-    found = scored([single, *cases[1:]], backend, tmp_path)
-    assert found["figures"]["best_reference"]["texts"] == 16 and found["figures"]["condition"]["texts"] == 18
+    found = score_cases([single, *cases[1:]], backend, tmp_path)
+    assert found["figures"]["best_reference"]["texts"] == 16
+    assert found["figures"]["condition"]["texts"] == 18
     (reason,) = found["unreadable"]
     assert Path(cases[1].seen.query).name in reason
 
 
-def test_what_was_not_asked_has_no_figure(cases: list[Case], tmp_path: Path) -> None:
-    outcomes = run_cases(cases, Scripted(cases, tmp_path).generate, PipelineConfig(knowledge="none", reasoning="off"))
+def test_experts_that_did_not_run_have_no_score(cases: list[Case], tmp_path: Path) -> None:
+    outcomes = run_cases(
+        cases, GoldBackend(cases, tmp_path).generate, PipelineConfig(knowledge="none", reasoning="off")
+    )
     table = make_prediction_table([one for outcome in outcomes for one in outcome.predictions])
     traces = [trace for outcome in outcomes for trace in outcome.traces]
-    assert set(experts.expert_figures(table, cases, traces, tmp_path)["figures"]) == {"best_reference"}
+    assert set(experts.score_experts(table, cases, traces, tmp_path)["figures"]) == {"best_reference"}
     failed = make_prediction_table(
         [replace(one, error="broken") for outcome in outcomes for one in outcome.predictions]
     )
-    assert experts.expert_figures(failed, cases, [], tmp_path) == {"figures": {}, "conditions": {}, "unreadable": []}
+    assert experts.score_experts(failed, cases, [], tmp_path) == {"figures": {}, "conditions": {}, "unreadable": []}
 
 
-def test_a_report_scores_the_experts_and_says_why_where_it_cannot(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_scores_the_experts_or_states_why_it_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset, folder = make_dataset(tmp_path / "data", train=1, validation=1, test=2), tmp_path / "run"
     options = {"dataset": dataset, "output": folder, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6}
-    run_main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    run_main([str(argument) for name, value in options.items() for argument in (f"--{name}", value)])
 
     def report() -> tuple[dict, str, str]:
         score.main([str(folder)])
-        written = (folder / "report.html").read_text()
-        return json.loads((folder / "report.json").read_text())["experts"], written, capsys.readouterr().out
+        page = (folder / "report.html").read_text()
+        return json.loads((folder / "report.json").read_text())["experts"], page, capsys.readouterr().out
 
     found, page, printed = report()
     assert found["figures"]["best_reference"]["texts"] == found["figures"]["condition"]["texts"] == 2
-    assert found["figures"]["conclusion"]["texts"] == 14 and "place" not in found["figures"]
-    assert "The experts before the decision" in page and "guide: the true condition" in page
-    assert "experts before the decision" in printed and "guide: the true condition" in printed
+    assert found["figures"]["conclusion"]["texts"] == 14
+    assert "place" not in found["figures"]
+    assert "knowledge guide: true condition" in page
+    assert "knowledge guide: true condition" in printed
 
     with open(folder / "traces.jsonl", "a") as file:
-        file.write('{"case": "test/0", "ro')  # a run that was killed: its last line is cut
+        file.write('{"case": "test/0", "ro')  # the run was killed while it wrote this line
     assert report()[0] == found
 
     changed = dataset / "images" / "test_0_2.png"
     original = changed.read_bytes()
     changed.write_bytes(original + b" ")
-    told = "are not those that"
-    assert told in report()[0]["unavailable"] and told in (folder / "report.html").read_text()
+    assert "have changed since" in report()[0]["unavailable"]
+    assert "have changed since" in (folder / "report.html").read_text()
     changed.write_bytes(original)
     manifest = json.loads((dataset / "manifest.json").read_text())
     (dataset / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "another"}))
-    assert "built again since" in report()[0]["unavailable"]
+    assert "has been rebuilt since" in report()[0]["unavailable"]
     shutil.rmtree(dataset)
     found, page, printed = report()
-    assert "there is no dataset" in found["unavailable"] and "They cannot be scored: there is no dataset" in page
-    assert "the experts before the decision cannot be scored" in printed
+    assert "there is no dataset" in found["unavailable"]
+    assert "No scores: there is no dataset" in page
+    assert "no scores of the experts before the decision: there is no dataset" in printed
     (folder / "traces.jsonl").unlink()
     assert report()[0] == {"unavailable": "the run has no traces.jsonl"}
 
 
-def test_traces_twice_in_a_stopped_run_count_once(cases: list[Case], tmp_path: Path) -> None:
-    outcomes = run_cases(cases, Scripted(cases, tmp_path).generate, PipelineConfig())
+def test_duplicate_traces_of_a_stopped_run_count_once(cases: list[Case], tmp_path: Path) -> None:
+    outcomes = run_cases(cases, GoldBackend(cases, tmp_path).generate, PipelineConfig())
     table = make_prediction_table([one for outcome in outcomes[:9] for one in outcome.predictions])
     traces: list[Trace] = [trace for outcome in outcomes for trace in outcome.traces]
-    once = experts.expert_figures(table, cases, [one for outcome in outcomes[:9] for one in outcome.traces], tmp_path)
-    assert experts.expert_figures(table, cases, [*traces, *traces[:40]], tmp_path) == once
+    once = experts.score_experts(table, cases, [one for outcome in outcomes[:9] for one in outcome.traces], tmp_path)
+    assert experts.score_experts(table, cases, [*traces, *traces[:40]], tmp_path) == once
