@@ -1,12 +1,13 @@
-"""Ablations in one command: `python -m evaluation.ablate --config FILE`. One YAML, one table.
+"""Run and compare many variants from one YAML file: `python -m evaluation.ablate --config FILE`.
 
-The file has the options of evaluation.run, which all cells share, and `cells`: each a name and the options in which it
-differs. All are compared with the cell `baseline`. Each has its run in a folder of its own under `output`, as
-evaluation.run leaves it; cells of equal settings share one. What one cell has computed no other computes again: the
-model and the features of images stay in memory from cell to cell, and what a role said stays in `output/utterances`,
-for every cell in which the same role is asked the same. Stopped at any moment, the same command goes on; a cell that is
-added later finds what the others left. `accelerate launch -m evaluation.ablate ...` shares the cases of every cell
-among processes.
+The file contains the options of evaluation.run, which all cells share, and `cells`. Each cell has a name and the
+options in which it differs, and is compared with the cell `baseline`. Every cell has an ordinary run folder under
+`output`; cells with equal options share one.
+
+Cells share results. The model and the image features stay in memory from one cell to the next. `output/utterances`
+caches what the roles generate, for all cells with the same prompts. Rerun the same command to resume an interrupted
+ablation. A cell that is added later uses the same cache. To share the cases of every cell among several processes,
+start `accelerate launch -m evaluation.ablate ...`.
 
 Writes ablation.json, ablation.md and ablation.html to `output`, and prints the table.
 """
@@ -24,15 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
-from echo_ft.files import write_text
+from echo_ft.files import write_json
 from echo_ft.inference.generation_cache import GenerationCache
 from echo_ft.inference.run_folder import is_finished
+from echo_ft.processes import join_processes
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import ROLES
 from echo_ft.terminal import LOGGER
 from evaluation import ablation_table
-from evaluation.config import RunConfig, answer_tokens, answering
-from evaluation.run import Prepared, carry_out, join_processes, load_weights, make_engine, prepare_run, provenance
+from evaluation.config import RunConfig, answer_options, answer_tokens
+from evaluation.run import PreparedRun, load_weights, make_engine, prepare_run, provenance, run_remaining
 
 if TYPE_CHECKING:
     import torch
@@ -41,27 +43,28 @@ if TYPE_CHECKING:
     from echo_ft.inference.engine import Engine, ImageFeatureCache
     from echo_ft.model.adapters import Adapter
 
-
-UTTERANCES = "utterances"
-"""The folder under `output` with what the roles said. It can be deleted at any time: it is computed again."""
+CACHE_FOLDER = "utterances"
+"""Folder under `output` with the cached generations. It can be deleted at any time and is then computed again."""
 
 SECONDS = "seconds.json"
-"""{run's folder: seconds that this command spent on it until it was finished}, under `output`."""
+"""File under `output`: {name of a run folder: seconds that this command spent on the run until it was finished}."""
 
-ASKING = ("split", "routing", "reference", "references", "knowledge", "reasoning", "answer", "option_order", "adapters")
-"""What a run's provenance tells that decides what a role is asked, or is said of each role apart."""
+PROMPT_KEYS = (
+    "split", "routing", "reference", "references", "knowledge", "reasoning", "answer", "option_order", "adapters",
+)  # fmt: skip
+"""Provenance keys left out of a role's cache key: they only choose its prompts, or the key has a value per role."""
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Options of `python -m evaluation.ablate` beside those of evaluation.run; `output` is the ablation's folder."""
+    """Options of `python -m evaluation.ablate` in addition to those of evaluation.run; `output` is its folder."""
 
-    baseline: str = field(metadata={"help": "The cell that all others are compared with."})
+    baseline: str = field(metadata={"help": "Cell that all others are compared with."})
     cells: dict[str, Any] = field(
-        metadata={"help": "Each cell's name and the options in which it differs; in the file."}
+        metadata={"help": "Name of each cell and the options in which it differs. Only in the YAML file."}
     )
     features_gib: float = field(
-        default=1.0, metadata={"help": "GiB beside the model for the features of images that are kept between cells."}
+        default=1.0, metadata={"help": "Memory for image features that are kept between cells, in GiB."}
     )
 
 
@@ -71,35 +74,35 @@ class Cell:
 
     name: str
     differs: dict[str, Any]
-    """The options in which it differs from what all share."""
+    """Options in which the cell differs from the shared options."""
     config: RunConfig
-    """All of its options; `output` is its run's folder."""
+    """All options of the cell; `output` is its run folder."""
 
 
 def main(argv: list[str]) -> None:
-    """Check every cell, run what is not done yet, and make the table."""
+    """Check all cells, run what is not done yet, and write the table."""
     shared, ablation = configs.parse([RunConfig, AblationConfig], argv)
     cells = read_cells(shared, ablation)
-    runs = in_order(cells)
+    runs = order_runs(cells)
     output = Path(shared.output)
     output.mkdir(parents=True, exist_ok=True)
     state = join_processes()
-    engines, seconds = Engines(ablation.features_gib), read_seconds(output)
+    engines, seconds = EngineFactory(ablation.features_gib), read_seconds(output)
     for place, config in enumerate(runs, start=1):
         if state.is_main_process:
             names = ", ".join(cell.name for cell in cells if cell.config.output == config.output)
             print(f"\n{place} of {len(runs)}: {names} -> {config.output}", flush=True)
-        clock, nothing_to_ask = time.monotonic(), is_finished(Path(config.output))
+        start, was_finished = time.monotonic(), is_finished(Path(config.output))
         try:
-            run_cell(prepare_run(config), state, engines, output / UTTERANCES)
+            run_cell(prepare_run(config), state, engines, output / CACHE_FOLDER)
         finally:
-            if state.is_main_process and not nothing_to_ask:
+            if state.is_main_process and not was_finished:
                 name = Path(config.output).name
-                seconds[name] = seconds.get(name, 0.0) + time.monotonic() - clock
-                write_text(output / SECONDS, json.dumps(seconds, indent=1) + "\n")
+                seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
+                write_json(output / SECONDS, seconds)
     if state.is_main_process:
         rows = [(cell.name, cell.differs, Path(cell.config.output)) for cell in cells]
-        table = ablation_table.tabulate(rows, ablation.baseline, seconds)
+        table = ablation_table.build_table(rows, ablation.baseline, seconds)
         ablation_table.write(output, table)
         for warning in table["warnings"]:
             LOGGER.warning(warning)
@@ -108,40 +111,42 @@ def main(argv: list[str]) -> None:
 
 
 def read_cells(shared: RunConfig, ablation: AblationConfig) -> list[Cell]:
-    """The cells, each with all its options and the folder of its run, which is that of a cell with equal ones.
+    """Return the cells, each with all its options and its run folder. Cells with equal options share a folder.
 
-    Raises EchoError for a cell with an option that a run does not have.
+    Raises EchoError for an unknown option, an invalid value, and a baseline that is not a cell.
     """
     cells, folders = [], dict[str, str]()
     for name, given in ((str(name), given) for name, given in ablation.cells.items()):
         changes = {} if given is None else given
         if not isinstance(changes, dict):
-            raise EchoError(f"cell {name}: {changes!r} is no mapping; write the options in which it differs, as {{}}")
+            raise EchoError(
+                f"cell {name}: {changes!r} is not a mapping; list the options in which it differs, or write {{}}"
+            )
         if "output" in changes:
-            raise EchoError(f"cell {name}: its output is a folder under {shared.output}; take that line out")
+            raise EchoError(f"cell {name}: its output is always a folder under {shared.output}; remove output")
         (config,) = configs.build([RunConfig], {**asdict(shared), **changes}, f"cell {name}")
-        beside = {"dataset": config.dataset, "adapters": config.adapters, "server": config.server}
-        settings = {**answering(config), **beside}
-        fingerprint = fingerprint_bytes(json.dumps(settings, sort_keys=True).encode())[:8]
+        sources = {"dataset": config.dataset, "adapters": config.adapters, "server": config.server}
+        options = {**answer_options(config), **sources}
+        fingerprint = fingerprint_bytes(json.dumps(options, sort_keys=True).encode())[:8]
         folder = folders.setdefault(fingerprint, _folder(Path(shared.output), name, fingerprint))
         differs = {option: getattr(config, option) for option in changes}
         cells.append(Cell(name, differs, replace(config, output=folder)))
     if ablation.baseline not in (cell.name for cell in cells):
         names = ", ".join(cell.name for cell in cells)
-        raise EchoError(f"baseline is {ablation.baseline!r}, which is no cell; choose from {names}")
+        raise EchoError(f"baseline is {ablation.baseline!r}, which is not a cell; choose from {names}")
     return cells
 
 
 def _folder(output: Path, name: str, fingerprint: str) -> str:
-    """The folder of a run: the one that is there, whatever name its cell had then, or one named after the cell."""
+    """Return the existing folder of a run, even if its cell has been renamed, or a new one named after the cell."""
     found = sorted(output.glob(f"*-{fingerprint}"))
     return str(found[0] if found else output / f"{re.sub(r'[^a-zA-Z0-9.]+', '_', name).strip('_')}-{fingerprint}")
 
 
-def in_order(cells: Sequence[Cell]) -> list[RunConfig]:
-    """The distinct runs of the cells, those of one model together, the first cell's first.
+def order_runs(cells: Sequence[Cell]) -> list[RunConfig]:
+    """Return the distinct runs of the cells, grouped by model, starting with the run of the first cell.
 
-    Raises EchoError, naming the cell, for one that cannot be run: before any is.
+    Raises EchoError with the name of the cell if one of the runs cannot start.
     """
     distinct: dict[str, Cell] = {}
     for cell in cells:
@@ -149,27 +154,26 @@ def in_order(cells: Sequence[Cell]) -> list[RunConfig]:
     models: dict[str, list[RunConfig]] = {}
     for cell in distinct.values():
         try:
-            adapters = prepare_run(cell.config).adapters  # what it reads is read again at its turn, not kept until then
+            adapters = prepare_run(cell.config).adapters  # inputs are loaded again later, to hold those of one run only
         except EchoError as error:
             raise EchoError(f"cell {cell.name}: {error}") from error
-        models.setdefault(_model(cell.config, adapters), []).append(cell.config)
+        models.setdefault(_model_key(cell.config, adapters), []).append(cell.config)
     return [config for runs in models.values() for config in runs]
 
 
-def _model(config: RunConfig, adapters: Mapping[str, Adapter]) -> str:
-    """What two runs must have in common to share a model in memory, and features of images."""
+def _model_key(config: RunConfig, adapters: Mapping[str, Adapter]) -> str:
+    """Return a key that is equal for runs that can share a model in memory and its image features."""
     names = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "min_pixels", "max_pixels")
     fingerprints = {role: adapter.fingerprint for role, adapter in adapters.items()}
     return json.dumps([*(getattr(config, name) for name in names), fingerprints])
 
 
-def run_cell(prepared: Prepared, state: PartialState, engines: Engines, folder: Path) -> None:
-    """Run what is not done yet of one cell, asking only what no cell has asked before."""
-
+def run_cell(prepared: PreparedRun, state: PartialState, engines: EngineFactory, cache_folder: Path) -> None:
+    """Run the cases of one cell that are not done yet, with only the generations that no cell has cached."""
     config = prepared.config
-    described = provenance(config, prepared.dataset, prepared.adapters)
-    shared = {name: value for name, value in described.items() if name not in ASKING}
-    speakers = {
+    required = provenance(config, prepared.dataset, prepared.adapters)
+    shared = {name: value for name, value in required.items() if name not in PROMPT_KEYS}
+    models = {
         role: {
             **shared,
             "server": config.server,
@@ -178,38 +182,38 @@ def run_cell(prepared: Prepared, state: PartialState, engines: Engines, folder: 
         }
         for role in ROLES
     }
-    carry_out(prepared, state, engines, GenerationCache(folder, speakers, state.process_index))
+    run_remaining(prepared, state, engines, GenerationCache(cache_folder, models, state.process_index))
 
 
-class Engines:
-    """Makes a run's engine on the model of the run before, with the features of its images, where it is the same."""
+class EngineFactory:
+    """Makes the engine of each run, and keeps the model and its image features if the next run has the same model."""
 
     def __init__(self, features_gib: float) -> None:
         self.features_gib = features_gib
         self._loaded: tuple[str, Any, ImageFeatureCache] | None = None
 
-    def __call__(self, prepared: Prepared, device: torch.device) -> Engine:
-        """The engine of a run whose model goes onto a GPU if `device` is one."""
+    def __call__(self, prepared: PreparedRun, device: torch.device) -> Engine:
+        """Return the engine of a run, with its model on a GPU if `device` is one."""
         import torch
 
         from echo_ft.inference.engine import ImageFeatureCache
 
-        wanted = _model(prepared.config, prepared.adapters)
-        if self._loaded is None or self._loaded[0] != wanted:
-            self._loaded = None  # two models may not fit beside each other
+        key = _model_key(prepared.config, prepared.adapters)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # two models may not fit into memory
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._loaded = wanted, load_weights(prepared, device), ImageFeatureCache(int(self.features_gib * 2**30))
+            self._loaded = key, load_weights(prepared, device), ImageFeatureCache(int(self.features_gib * 2**30))
         _, model, features = self._loaded
         return make_engine(prepared, model, features=features)
 
 
 def read_seconds(output: Path) -> dict[str, float]:
-    """What earlier commands spent on each run."""
+    """Return the seconds that earlier commands spent on each run."""
     path = output / SECONDS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 if __name__ == "__main__":
-    configs.run_main(main, "the same command goes on where it stopped")
+    configs.run_main(main, "rerun the same command to resume")

@@ -1,4 +1,4 @@
-"""The options of a run, and what they mean to the pipeline and to the backend that answers."""
+"""Options of a run, and their translation into the settings of the pipeline and the backend."""
 
 from __future__ import annotations
 
@@ -16,115 +16,134 @@ from echo_ft.model.loading import DTYPES
 class RunConfig:
     """Options of `python -m evaluation.run`."""
 
-    dataset: str = field(metadata={"help": "A dataset folder, made by `python -m data_prep.build`."})
-    model_name_or_path: str = field(metadata={"help": "The base model: a folder or a hub name."})
-    output: str = field(metadata={"help": "The run's folder."})
-    min_pixels: int = field(metadata={"help": "Fewest pixels of an image; as the adapters were trained."})
-    max_pixels: int = field(metadata={"help": "Most pixels of an image; as the adapters were trained."})
+    dataset: str = field(metadata={"help": "Dataset folder, created by `python -m data_prep.build`."})
+    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hugging Face Hub."})
+    output: str = field(metadata={"help": "Run folder."})
+    min_pixels: int = field(metadata={"help": "Smallest number of pixels of an image; must equal the training value."})
+    max_pixels: int = field(metadata={"help": "Largest number of pixels of an image; must equal the training value."})
     adapters: str | None = field(
         default=None,
-        metadata={"help": "Folder with an adapter a role; absent: the base. With a server: those that it serves."},
+        metadata={
+            "help": "Folder with one adapter per role. With a server: the adapters that it serves. Default: only the "
+            "base model."
+        },
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the hub."})
-    split: str = field(default="test", metadata={"help": "Which cases.", "choices": [*SPLITS, LEFT_OUT]})
-    routing: str = field(default="full", metadata={"help": "Experts by question kind.", "choices": ["full", "paper"]})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
+    split: str = field(default="test", metadata={"help": "Split to run.", "choices": [*SPLITS, LEFT_OUT]})
+    routing: str = field(
+        default="full", metadata={"help": "Experts to consult for each question type.", "choices": ["full", "paper"]}
+    )
     reference: str = field(
-        default="retrieved", metadata={"help": "Normal references.", "choices": ["retrieved", "random", "none"]}
+        default="retrieved", metadata={"help": "Normal references to show.", "choices": ["retrieved", "random", "none"]}
     )
     references: int | None = field(
         default=None,
-        metadata={"help": "How many of a case's references are shown, the best ranked; absent: all that it has."},
+        metadata={"help": "Number of references per case, best ranked first. Default: all that the dataset has."},
     )
-    knowledge: str = field(default="guided", metadata={"help": "Knowledge.", "choices": ["guided", "all", "none"]})
-    reasoning: str = field(default="on", metadata={"help": "The reasoning expert.", "choices": ["on", "off"]})
+    knowledge: str = field(
+        default="guided",
+        metadata={
+            "help": "Product knowledge to show: what the guide selects, all of it, or none.",
+            "choices": ["guided", "all", "none"],
+        },
+    )
+    reasoning: str = field(
+        default="on", metadata={"help": "Whether to consult the reasoning expert.", "choices": ["on", "off"]}
+    )
     corruption: str | None = field(
         default=None,
         metadata={
-            "help": "How every query is degraded; the references stay good photographs.",
+            "help": "Corruption of every query image; references stay clean.",
             "choices": [*CORRUPTIONS],
         },
     )
     severity: int | None = field(
-        default=None, metadata={"help": "How much it is degraded (with corruption).", "choices": list(SEVERITIES)}
+        default=None, metadata={"help": "Severity of the corruption.", "choices": list(SEVERITIES)}
     )
     answer: str = field(
         default="generate",
         metadata={
-            "help": "What decides: the text, read strictly, beside which the options' probabilities are kept; or these "
-            "probabilities alone; or their mean over the orders of the options (with option_order cyclic).",
+            "help": "What decides. generate: the text, parsed strictly; the options' probabilities are recorded too. "
+            "logits: these probabilities. averaged: their mean over the orders of the options; needs option_order "
+            "cyclic.",
             "choices": ["generate", "logits", "averaged"],
         },
     )
     option_order: str = field(
         default="given",
         metadata={
-            "help": "Order of the options; cyclic: every cyclic permutation of it too, kept in permutations.jsonl.",
+            "help": "Order of the options. cyclic: also ask in every cyclic permutation and write permutations.jsonl.",
             "choices": ["given", "cyclic"],
         },
     )
     batch_size: int = field(
-        default=8, metadata={"help": "Cases that run through a role together; with a server, requests under way."}
+        default=8, metadata={"help": "Cases per batch; with a server, the number of requests in flight."}
     )
     max_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens in the cache: branches x (prefix + branch + max_new_tokens), padded; cases that need "
-            "more go through a role in parts. Absent: batch_size alone decides. Memory, not answers, depends on it."
+            "help": "Largest number of tokens in the key-value cache: branches x (prefix + branch + max_new_tokens), "
+            "padded. Larger batches are split. Default: no limit besides batch_size. Affects memory, not answers."
         },
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that an expert may say; MMAD's limit."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Largest number of tokens an expert may generate. MMAD uses 128."}
+    )
     dtype: str = field(
-        default="auto", metadata={"help": "Weights' type; auto: the checkpoint's.", "choices": list(DTYPES)}
+        default="auto",
+        metadata={"help": "Data type of the weights. auto: as in the checkpoint.", "choices": list(DTYPES)},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, which is the default; others take no mask of branches."}
+        default=None, metadata={"help": "Attention implementation; only sdpa, the default, supports the branch mask."}
     )
     server: str | None = field(
         default=None,
-        metadata={"help": "Address of an OpenAI-compatible server, http://HOST:PORT/v1; absent: the model runs here."},
+        metadata={"help": "URL of an OpenAI-compatible server, http://HOST:PORT/v1. Default: run locally."},
     )
     server_model: str | None = field(
         default=None,
         metadata={
-            "help": "The model's name on the server, {role} in it for the role's; absent: {role} with adapters, "
-            "else model_name_or_path."
+            "help": "Model name on the server; {role} is replaced by the role. Default: {role} with adapters, "
+            "otherwise model_name_or_path."
         },
     )
-    server_timeout: float = field(default=300.0, metadata={"help": "Seconds that a request may take."})
+    server_timeout: float = field(default=300.0, metadata={"help": "Timeout of a request in seconds."})
     server_patience: float = field(
-        default=600.0, metadata={"help": "Seconds that a request which fails is tried again before the run stops."}
+        default=600.0, metadata={"help": "How long to retry a failing request, in seconds, before the run stops."}
     )
 
 
 def check_config(config: RunConfig) -> None:
-    """Raise EchoError for options that cannot be run."""
+    """Raise EchoError for values out of range and for options that exclude each other."""
     for name in ("batch_size", "max_batch_tokens", "max_new_tokens", "server_timeout", "server_patience"):
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise EchoError(f"{name} is {value}; it must be more than 0")
+            raise EchoError(f"{name} is {value}; set it to more than 0")
     if config.server is not None and config.max_batch_tokens is not None:
         raise EchoError(
-            "max_batch_tokens is of a model that runs here, and a server makes its own batches; take it out"
+            "max_batch_tokens applies only to a local model, because a server forms its own batches; remove it"
         )
     if config.attn_implementation not in (None, "sdpa"):
-        raise EchoError(f"attn_implementation {config.attn_implementation} takes no mask of branches; set it to sdpa")
+        raise EchoError(
+            f"attn_implementation {config.attn_implementation} does not support the branch mask; set it to sdpa"
+        )
     if config.answer == "averaged" and config.option_order == "given":
-        raise EchoError("answer averaged is over several orders of the options; set option_order to cyclic")
+        raise EchoError("answer averaged needs several orders of the options; set option_order to cyclic")
     if config.reference == "none" and config.references is not None:
         raise EchoError(
-            f"references is {config.references}, and reference none shows none; take one of the two options out"
+            f"references is {config.references}, but reference none shows none; remove one of the two options"
         )
     if (config.corruption is None) != (config.severity is None):
         given, lacking = ("corruption", "severity") if config.severity is None else ("severity", "corruption")
-        raise EchoError(f"{given} is given and {lacking} is not; add --{lacking} or take --{given} out")
+        raise EchoError(f"{given} is set but {lacking} is not; add --{lacking} or remove --{given}")
     if config.server is None and config.server_model is not None:
-        raise EchoError("server_model names a model of a server; give --server its address, or take it out")
+        raise EchoError("server_model needs a server; add --server URL or remove server_model")
 
 
-def answering(config: RunConfig) -> dict[str, Any]:
-    """The options that the answers depend on, beside the dataset and the adapters."""
+def answer_options(config: RunConfig) -> dict[str, Any]:
+    """Return the options that affect answers, apart from the dataset and the adapters."""
     options = asdict(config)
-    passing = (
+    excluded = (
         "output",
         "batch_size",
         "max_batch_tokens",
@@ -134,7 +153,7 @@ def answering(config: RunConfig) -> dict[str, Any]:
         "server_timeout",
         "server_patience",
     )
-    for name in passing if config.server is None else (*passing, "dtype", "attn_implementation"):
+    for name in excluded if config.server is None else (*excluded, "dtype", "attn_implementation"):
         options.pop(name)
     if config.server is not None:
         options["server_model"] = server_model(config)
@@ -142,24 +161,24 @@ def answering(config: RunConfig) -> dict[str, Any]:
 
 
 def server_model(config: RunConfig) -> str:
-    """The name of the model on the server, `{role}` in it for the role's."""
+    """Return the model name on the server, in which `{role}` stands for the name of a role."""
     return config.server_model or ("{role}" if config.adapters else config.model_name_or_path)
 
 
-def pipeline_settings(config: RunConfig) -> PipelineConfig:
-    """What the pipeline needs to know of the options."""
+def pipeline_config(config: RunConfig) -> PipelineConfig:
+    """Return the options that the pipeline needs."""
     return PipelineConfig(
         config.routing, config.reference, config.knowledge, config.reasoning, config.answer, config.option_order
     )
 
 
 def corruption(config: RunConfig) -> Corruption | None:
-    """How the queries are degraded."""
+    """Return the corruption of the queries, or None for clean queries."""
     if config.corruption is None or config.severity is None:
         return None
     return Corruption(config.corruption, config.severity)
 
 
 def answer_tokens(config: RunConfig) -> int | None:
-    """Where probabilities decide, the decision maker's first token is all that is needed of its text."""
+    """Return the token limit of the decision maker: 1 if probabilities decide, which need only its first token."""
     return 1 if config.answer != "generate" else None

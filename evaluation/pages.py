@@ -1,9 +1,8 @@
-"""What the pages share: the template environment, thumbnails, the sample of cases, how a number is shown."""
+"""HTML pages of the evaluation commands: report.html, compare.html, and what all templates share."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,132 +10,116 @@ from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.html import jpeg_uri, render_page, thumbnail
 from echo_ft.images import decode
+from echo_ft.metrics.comparison import ALL_QUESTIONS, RunGroup
 from echo_ft.metrics.detection import roc_points
 from echo_ft.metrics.loading import Run
-from echo_ft.metrics.prediction_table import is_correct, make_prediction_table
+from echo_ft.metrics.prediction_table import PredictionTable, is_correct, make_prediction_table
 from echo_ft.records import QUESTION_TYPES, Prediction
+from evaluation import formatting
+from evaluation.formatting import DETECTION_METRICS, axis_limit
 
-SAMPLES = 24
-THUMBNAIL = 192
-"""Pixels of a thumbnail's longer side."""
+SAMPLE_CASES = 24
+"""Number of cases on a report page."""
 
-DETECTION_FIGURES = ("AUROC", "recall", "specificity")
-"""Shown from 0 to 1; everything else is in percent."""
+SAMPLE_CHANGES = 12
+"""Number of questions that a comparison page shows of those that are newly right, and of those newly wrong."""
 
-
-DETECTION_LABELS = {
-    "auroc": "AUROC",
-    "recall": "recall of defects",
-    "specificity": "specificity",
-    "balanced_accuracy": "balanced accuracy",
-}
-"""Keys of `report.detection` with an interval, and their names."""
-
-EXPERT_LABELS = {
-    "best_reference": "extractor: the best reference",
-    "condition": "guide: the true condition",
-    "condition_recall": "the same, mean over conditions",
-    "place": "reasoner: the mask's place",
-    "place_touched": "reasoner: a place with some of the defect",
-    "conclusion": "reasoner's conclusion is the decision",
-}
-"""Keys of `report.experts.figures`, and their names."""
-
-THRESHOLD_LABELS = {
-    "false_alarms": "false alarms at most {:g}, by validation",
-    "f1": "highest F1, by validation",
-    "best": "highest F1, by this run itself",
-}
-"""Keys of `report.calibration.thresholds`, and how each was chosen."""
+THUMBNAIL_SIDE = 192
+"""Longer side of a thumbnail, in pixels."""
 
 
 def render(template: str, **values: Any) -> str:
-    """A self-contained HTML page."""
-    filters = {
-        "percent": percent,
-        "hundredfold": hundredfold,
-        "share": share_text,
-        "signed": signed,
-        "compact": compact,
+    """Render a template of this folder as a self-contained HTML page."""
+    filters: dict[str, Callable[..., str]] = {
+        "percent": formatting.percent,
+        "share_percent": formatting.share_percent,
+        "share": formatting.share_text,
+        "signed": formatting.signed,
+        "p": formatting.p_text,
+        "unparsed_or_failed": formatting.unparsed_or_failed,
+        "compact": formatting.compact,
     }
     return render_page(Path(__file__).parent / template, filters, **values)
 
 
 def report_page(report: Mapping[str, Any], run: Run) -> str:
-    """report.html's text from report.json's content."""
+    """Return the text of report.html for the content of report.json."""
     return render(
         "report.html.jinja",
         report=report,
-        kinds=QUESTION_TYPES,
-        detection_labels=DETECTION_LABELS,
-        expert_labels=EXPERT_LABELS,
-        threshold_labels=THRESHOLD_LABELS,
+        question_types=QUESTION_TYPES,
+        detection_labels=formatting.DETECTION_LABELS,
+        expert_labels=formatting.EXPERT_LABELS,
+        threshold_labels=formatting.THRESHOLD_LABELS,
         roc=roc_points(make_prediction_table(run.predictions)),
-        samples=samples(run.predictions, run.provenance),
+        samples=sample_cases(run.predictions, run.provenance),
     )
 
 
-def percent(value: float | None) -> str:
-    """`81.7`, or a dash where there is no figure."""
-    return "–" if value is None else f"{value:.1f}"
+def compare_page(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> str:
+    """Return the text of compare.html for the content of comparison.json.
+
+    The page shows which answers changed from the first run of the baseline to the last run of the last group.
+    """
+    provenances = [run["provenance"] for run in comparison["runs"]]
+    keys = list(dict.fromkeys(key for one in provenances for key in one))
+    differing = [key for key in keys if any(one.get(key) != provenances[0].get(key) for one in provenances)]
+    before, after = groups[0].tables[0], groups[-1].tables[-1]
+    root = image_root(groups[-1].runs[-1].provenance)
+    return render(
+        "compare.html.jinja",
+        comparison=comparison,
+        curves=[
+            (name, area, roc_points(table), place)
+            for place, (group, run) in enumerate(zip(groups, comparison["runs"], strict=True))
+            for name, area, table in zip(group.members, run["figures"]["AUROC"]["values"], group.tables, strict=True)
+        ],
+        changed_runs=(groups[0].members[0], groups[-1].members[-1]),
+        detection_metrics=DETECTION_METRICS,
+        all_questions=ALL_QUESTIONS,
+        unparsed_label=formatting.UNPARSED_LABEL,
+        limit=_difference_limit(comparison["differences"]),
+        changed={
+            "Newly right": sample_changes(before, after, root, improved=True),
+            "Newly wrong": sample_changes(before, after, root, improved=False),
+        },
+        same={key: provenances[0].get(key) for key in keys if key not in differing},
+        differing={key: [one.get(key) for one in provenances] for key in differing},
+    )
 
 
-def hundredfold(value: float | None) -> str:
-    """A share as `81.7` percent, or a dash where there is none."""
-    return percent(None if value is None else 100 * value)
+def _difference_limit(differences: Sequence[Mapping[str, Any]]) -> int:
+    """Return the axis limit, in points, that fits the intervals of all differences."""
+    return axis_limit(
+        abs(bound) * (100 if key in DETECTION_METRICS else 1)
+        for difference in differences
+        for key, one in difference["figures"].items()
+        for bound in one["interval"] or ()
+    )
 
 
-def share_text(value: float | None) -> str:
-    """`0.907`, or a dash where there is no figure."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def signed(value: float | None, digits: int = 1) -> str:
-    """`+3.2`, or a dash where there is no figure."""
-    return "–" if value is None else f"{value:+.{digits}f}"
-
-
-def show(name: str, value: float | None) -> str:
-    """A figure in its own unit: detection from 0 to 1, the rest in percent."""
-    return share_text(value) if name in DETECTION_FIGURES else percent(value)
-
-
-def interval_text(name: str, value: Sequence[float] | None) -> str:
-    """`71.7 to 90.0`, or a dash."""
-    return "–" if value is None else f"{show(name, value[0])} to {show(name, value[1])}"
-
-
-def p_text(value: float) -> str:
-    """`0.013`, or `< 0.001`."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def reach(bounds: Iterable[float]) -> int:
-    """Points to each side of zero that a drawing of differences needs, `bounds` being their sizes."""
-    largest = max(bounds, default=0)
-    return next((points for points in (10, 25, 50) if largest <= points), 100)
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of text: the first column to the left, the others to the right, the first row a header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def compact(value: Any) -> str:
-    """A provenance value in one piece of text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def sample_changes(
+    before: PredictionTable, after: PredictionTable, root: Path | None, improved: bool
+) -> tuple[int, list[dict[str, Any]]]:
+    """Count the questions that became right, or wrong, and describe up to SAMPLE_CHANGES of them for a page."""
+    correct, wrong = (after.correct, before.correct) if improved else (before.correct, after.correct)
+    changed = [place for place in range(len(correct)) if correct[place] and not wrong[place]]
+    chosen = [
+        {
+            "before": before.predictions[place],
+            "after": after.predictions[place],
+            "improved": improved,
+            "thumbnail": thumbnail_uri(root, before.predictions[place].image),
+        }
+        for place in _evenly_spaced(changed, SAMPLE_CHANGES)
+    ]
+    return len(changed), chosen
 
 
 def image_root(provenance: Mapping[str, Any]) -> Path | None:
-    """Where a run's images lie, or None where its dataset is not reachable from here."""
+    """Return the image folder of a run's dataset, or None if the dataset is not available."""
     if "dataset" not in provenance:
         return None
-
     try:
         return load_dataset(Path(str(provenance["dataset"]))).root
     except EchoError:
@@ -144,25 +127,26 @@ def image_root(provenance: Mapping[str, Any]) -> Path | None:
 
 
 def thumbnail_uri(root: Path | None, image: str) -> str | None:
-    """A small JPEG as a data URI, or None where the image cannot be read: pages are made without images too."""
+    """Return a small JPEG as a data URI, or None if the image cannot be read: a page can do without images."""
     if root is None:
         return None
     try:
-        small = decode.decode(root / image)
-    except decode.UNREADABLE:
+        decoded = decode.decode(root / image)
+    except decode.READ_ERRORS:
         return None
-    return jpeg_uri(thumbnail(small, THUMBNAIL))
+    return jpeg_uri(thumbnail(decoded, THUMBNAIL_SIDE))
 
 
-def samples(predictions: Sequence[Prediction], provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Up to SAMPLES cases for a page, evenly spread over the run; half of them with a wrong answer where there are."""
+def sample_cases(predictions: Sequence[Prediction], provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Describe up to SAMPLE_CASES evenly spaced cases, half of them with a wrong answer if there are enough."""
     cases: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         cases.setdefault(prediction.case, []).append(prediction)
     wrong = [case for case, rows in cases.items() if not all(map(is_correct, rows))]
     right = [case for case, rows in cases.items() if all(map(is_correct, rows))]
-    share_wrong = max(SAMPLES // 2, SAMPLES - len(right))
-    chosen = {*_spread(wrong, share_wrong), *_spread(right, SAMPLES - min(len(wrong), share_wrong))}
+    wrong_count = max(SAMPLE_CASES // 2, SAMPLE_CASES - len(right))
+    right_count = SAMPLE_CASES - min(len(wrong), wrong_count)
+    chosen = {*_evenly_spaced(wrong, wrong_count), *_evenly_spaced(right, right_count)}
     root = image_root(provenance)
     return [
         {
@@ -177,6 +161,6 @@ def samples(predictions: Sequence[Prediction], provenance: Mapping[str, Any]) ->
     ]
 
 
-def _spread(items: Sequence[str], count: int) -> list[str]:
-    """`count` items at even steps; all of them where there are fewer."""
+def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """Return `count` evenly spaced items, or all of them if there are fewer."""
     return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)

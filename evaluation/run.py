@@ -1,9 +1,11 @@
 """Run the four experts over a dataset: `python -m evaluation.run --config FILE [--adapters DIR] [--output DIR]`.
 
-Writes predictions.jsonl, traces.jsonl and run.json as it goes; started again with the same options it goes on. Several
-processes or GPUs share the cases: `accelerate launch -m evaluation.run ...`; each writes a shard in the run's folder.
-Without `adapters` the untuned base model runs the same pipeline with the same prompts: the baseline. With `--server`
-the models are not loaded here: a server that speaks OpenAI's chat protocol is asked.
+The run folder receives predictions.jsonl, traces.jsonl and run.json, updated after every case. Rerun the same command
+to resume an interrupted run. To share the cases among several processes or GPUs, start it with
+`accelerate launch -m evaluation.run ...`; each process writes a shard in the run folder.
+
+Without `adapters`, the base model runs the same pipeline with the same prompts and serves as the baseline. With
+`--server`, an OpenAI-compatible server generates the answers, and this command loads no model weights.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ from echo_ft.records import Case
 from echo_ft.terminal import LOGGER
 from evaluation.config import (
     RunConfig,
+    answer_options,
     answer_tokens,
-    answering,
     check_config,
     corruption,
-    pipeline_settings,
+    pipeline_config,
     server_model,
 )
 
@@ -61,83 +63,88 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run with all that it reads, checked."""
+class PreparedRun:
+    """The checked inputs of a run."""
 
     config: RunConfig
     dataset: Dataset
     adapters: dict[str, Adapter]
     cases: list[Case]
     row_builder: RowBuilder
-    noted: dict[str, Any]
-    """What run.json tells beside what must be the same for the run to go on; the `warnings` among it."""
+    notes: dict[str, Any]
+    """Content of run.json that may differ when the run is resumed, such as its `warnings`."""
 
     @property
     def adapter_paths(self) -> dict[str, Path]:
-        """The adapters' folders, by role."""
+        """The adapter folder of each role."""
         return {role: adapter.path for role, adapter in self.adapters.items()}
 
 
 def main(argv: list[str]) -> None:
-    """Check everything that must agree, then run what is not done yet."""
+    """Check that all inputs match, then run the cases that are not done yet."""
     (config,) = configs.parse([RunConfig], argv)
     prepared = prepare_run(config)
     state = join_processes()
     if state.is_main_process:
-        for warning in prepared.noted["warnings"]:
+        for warning in prepared.notes["warnings"]:
             LOGGER.warning(warning)
-    carry_out(prepared, state)
+    run_remaining(prepared, state)
     if state.is_main_process:
         failed = failure_reasons(Path(config.output))
-        told = [f"done: {config.output}", f"score it with `python -m evaluation.score {config.output}`"]
+        print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
         if failed:
-            told.insert(1, f"{len(failed)} predictions failed (the first: {failed[0]}), the same command asks again")
-        print("; ".join(told))
+            LOGGER.warning(
+                f"{len(failed)} predictions failed (first: {failed[0]}); rerun the same command to retry them"
+            )
     state.destroy_process_group()
 
 
-def inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
-    """The dataset and the adapters of a run. Raises EchoError for options that cannot be run with them."""
+def load_inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
+    """Load the dataset and find the adapters of a run.
 
+    Raises EchoError for invalid options, a missing dataset or adapter, and adapters that do not fit the base model.
+    """
     check_config(config)
     dataset = load_dataset(Path(config.dataset))
     if config.references is not None and not 1 <= config.references <= dataset.manifest["config"]["k"]:
         raise EchoError(
-            f"references is {config.references}, and {config.dataset} was built with k "
-            f"{dataset.manifest['config']['k']}; choose a number from 1 to that, or build it with a larger --k"
+            f"references is {config.references}, but {config.dataset} was built with k "
+            f"{dataset.manifest['config']['k']}; choose a number from 1 to that, or rebuild it with a larger --k"
         )
     if config.adapters is None:
         return dataset, {}
     base = config.model_name_or_path
-    weights = None if config.server else base_fingerprint(base, config.model_revision)  # a server's need not be here
+    weights = None if config.server else base_fingerprint(base, config.model_revision)  # a server has its own
     return dataset, find_adapters(Path(config.adapters), base, weights, config.min_pixels, config.max_pixels)
 
 
-def prepare_run(config: RunConfig) -> Prepared:
-    """Everything that a run reads. Raises EchoError where it does not agree."""
+def prepare_run(config: RunConfig) -> PreparedRun:
+    """Load and check everything that a run reads.
 
-    dataset, adapters = inputs(config)
+    Raises EchoError as `load_inputs` does, and if the split has no case.
+    """
+    dataset, adapters = load_inputs(config)
     cases = load_cases(dataset, config.split, config.reference, config.references)
     if not cases:
         raise EchoError(f"{config.dataset} has no case in the split {config.split}; see its manifest.json")
     images = list(dict.fromkeys(case.seen.query for case in cases))
-    whole = tuned_base(config.model_name_or_path, config.min_pixels, config.max_pixels)
-    tuned = adapters | ({BASE_MODEL: whole} if whole else {})
+    tuned_model = tuned_base(config.model_name_or_path, config.min_pixels, config.max_pixels)
+    tuned = adapters | ({BASE_MODEL: tuned_model} if tuned_model else {})
     training, warnings = describe_training_data(tuned, dataset, config.split, images)
-    trained_for = {one.card.routing for one in tuned.values()} - {config.routing}
-    if trained_for:
-        trained = ", ".join(sorted(trained_for))
-        remedy = f"; add --routing {trained}" if len(trained_for) == 1 else ""
+    other_routings = {one.card.routing for one in tuned.values()} - {config.routing}
+    if other_routings:
+        trained = ", ".join(sorted(other_routings))
+        remedy = f"; add --routing {trained}" if len(other_routings) == 1 else ""
         warnings.append(
-            f"adapters or weights trained on routing {trained} run under {config.routing}: some prompts are unlike "
-            f"those they were trained on{remedy}"
+            f"adapters or weights were trained with routing {trained}, but this run uses {config.routing}, so some "
+            f"prompts differ from the training prompts{remedy}"
         )
     if not (dataset.folder / DIGESTS).is_file():
         warnings.append(
-            f"{config.dataset} was built by an older version: nobody can tell whether its images are still those that "
-            "it was built from; build it again"
+            f"{config.dataset} was built by an older version without image digests, so changed images cannot be "
+            "detected; rebuild it"
         )
-    noted = {
+    notes = {
         "adapters_folder": config.adapters,
         "server": config.server,
         "trained_on": training,
@@ -148,40 +155,38 @@ def prepare_run(config: RunConfig) -> Prepared:
     row_builder = load_row_builder(
         config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels
     )
-    return Prepared(config, dataset, adapters, cases, row_builder, noted)
+    return PreparedRun(config, dataset, adapters, cases, row_builder, notes)
 
 
 @cache
 def load_row_builder(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> RowBuilder:
-    """The layout of prompts with the model's processor; runs of one model share it."""
-
+    """Load the model's processor and return its row builder. Runs of the same model share the cached one."""
     return RowBuilder(load_processor(model_name_or_path, revision, min_pixels, max_pixels))
 
 
-def carry_out(
-    prepared: Prepared,
+def run_remaining(
+    prepared: PreparedRun,
     state: PartialState,
-    engine_of: Callable[[Prepared, torch.device], Engine] | None = None,
+    make: Callable[[PreparedRun, torch.device], Engine] | None = None,
     generations: GenerationCache | None = None,
 ) -> None:
-    """Run what is not done yet of one run, in each of its processes.
+    """Run this process's share of the cases that are not done yet. All processes of a run call this.
 
-    An ablation gives `engine_of`, which may return one that has been in use, and the `utterances` that it keeps.
+    An ablation passes `make`, which may return an engine on a model that is already loaded, and the cache of
+    `generations` that its cells share. Raises EchoError if the output folder holds another run, if an image has changed
+    since the build, or if the backend fails.
     """
-
     config, cases = prepared.config, prepared.cases
-    processes = Processes(state.process_index, state.num_processes, waiting(state))
-    described = provenance(config, prepared.dataset, prepared.adapters)
-    with RunFolder(Path(config.output), described, cases, prepared.noted, processes) as folder:
-        # A server makes its own batches.
+    processes = Processes(state.process_index, state.num_processes, make_barrier(state))
+    required = provenance(config, prepared.dataset, prepared.adapters)
+    with RunFolder(Path(config.output), required, cases, prepared.notes, processes) as folder:
+        # A server forms its own batches.
         batches = folder.batches(config.batch_size if config.server is None else 1)
         if processes.first:
             done = len(folder.done)
-            print(f"{len(cases)} cases of {config.split}, {done} done before, {len(cases) - done} to go", flush=True)
+            print(f"split {config.split}: {len(cases)} cases, {done} done, {len(cases) - done} to run", flush=True)
         if batches:
-            seen = [case.seen for batch in batches for case in batch]
-            shown = [image for one in seen for image in (one.query, *(each.image for each in one.references))]
-            require_unchanged(prepared.dataset, shown)
+            require_unchanged(prepared.dataset, shown_images(batches))
             count = sum(len(batch) for batch in batches)
             part = f", process 1 of {processes.count}" if processes.count > 1 else ""
             with tqdm(total=count, unit="case", desc=f"four experts{part}", disable=not processes.first) as progress:
@@ -191,37 +196,40 @@ def carry_out(
                     progress.update()
 
                 if config.server is None:
-                    engine = (engine_of or load_engine)(prepared, state.device)
-                    run_here(
-                        config, batches, generations.wrap(engine.generate) if generations else engine.generate, write
-                    )
+                    generate = (make or load_engine)(prepared, state.device).generate
+                    run_local(config, batches, generations.wrap(generate) if generations else generate, write)
                 else:
-                    asyncio.run(ask_server(prepared, [case for (case,) in batches], generations, write))
+                    asyncio.run(run_server(prepared, [case for (case,) in batches], generations, write))
         folder.finish()
 
 
-def waiting(state: PartialState) -> Callable[[], None]:
-    """What holds a process until all others have come as far."""
+def shown_images(batches: Iterable[Sequence[Case]]) -> list[str]:
+    """List the query and the references of every case."""
+    seen = [case.seen for batch in batches for case in batch]
+    return [image for one in seen for image in (one.query, *(reference.image for reference in one.references))]
+
+
+def make_barrier(state: PartialState) -> Callable[[], None]:
+    """Return a function that waits for all other processes. It raises EchoError if one of them has stopped."""
 
     def wait() -> None:
         try:
             state.wait_for_everyone()
-        except RuntimeError as error:  # torch's, of a connection that is gone
+        except RuntimeError as error:  # torch raises it for a closed connection
             raise EchoError(
-                "another process of this run stopped, for the reason that it gives; the same command goes on"
+                "another process of this run stopped; see its own error message, then rerun the same command to resume"
             ) from error
 
     return wait
 
 
 def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]) -> dict[str, Any]:
-    """All that must be the same for a run to go on."""
-
-    # The weights of a server need not be here.
+    """Return the part of run.json that must be equal when a run is resumed."""
+    # The weights of a server may be on another machine.
     weights = None if config.server else base_fingerprint(config.model_name_or_path, config.model_revision)
-    every = config.references == dataset.manifest["config"]["k"]
+    shows_all = config.references == dataset.manifest["config"]["k"]
     return {
-        **answering(replace(config, references=None) if every else config),
+        **answer_options(replace(config, references=None) if shows_all else config),
         "dataset": config.dataset,
         "dataset_fingerprint": dataset.fingerprint,
         "annotations_fingerprint": dataset.manifest.get("annotations_fingerprint"),
@@ -231,9 +239,9 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
         "adapters": {role: {"fingerprint": one.fingerprint, **asdict(one.card)} for role, one in adapters.items()},
         "prompt_version": PROMPT_VERSION,
         "versions": {name: version for name, version in versions().items() if name in ANSWERING_PACKAGES},
-        # What makes the answers, not what scores them: a stopped run goes on after a change to the latter.
+        # Only code that affects answers: a change to the scoring code does not prevent resuming a run.
         "code": code_fingerprint(
-            *source_files(*ANSWERING_MODULES, without=SUPPORTING_MODULES),
+            *source_files(*ANSWERING_MODULES, exclude=SUPPORTING_MODULES),
             Path(__file__).resolve(),
             Path(inspect.getfile(RunConfig)).resolve(),
         ),
@@ -243,21 +251,20 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
 Write = Callable[[Case, Outcome], None]
 
 
-def run_here(config: RunConfig, batches: Iterable[Sequence[Case]], generate: Generate, write: Write) -> None:
-    """Run the batches of cases through the model in this process."""
+def run_local(config: RunConfig, batches: Iterable[Sequence[Case]], generate: Generate, write: Write) -> None:
+    """Run batches of cases on the model of this process."""
     for batch in batches:
-        for case, outcome in zip(batch, run_or_fail(batch, generate, pipeline_settings(config)), strict=True):
+        for case, outcome in zip(batch, run_or_fail(batch, generate, pipeline_config(config)), strict=True):
             write(case, outcome)
 
 
-def load_engine(prepared: Prepared, device: torch.device) -> Engine:
-    """An engine of its own for a run, its model on a GPU if `device` is one."""
+def load_engine(prepared: PreparedRun, device: torch.device) -> Engine:
+    """Load a run's model, onto a GPU if `device` is one, and return its engine."""
     return make_engine(prepared, load_weights(prepared, device))
 
 
-def load_weights(prepared: Prepared, device: torch.device) -> Any:
-    """The base model with the run's adapters."""
-
+def load_weights(prepared: PreparedRun, device: torch.device) -> Any:
+    """Load the base model and attach the run's adapters."""
     config = prepared.config
     model = load_model(
         config.model_name_or_path,
@@ -269,8 +276,8 @@ def load_weights(prepared: Prepared, device: torch.device) -> Any:
     return attach_adapters(model, prepared.adapter_paths)
 
 
-def make_engine(prepared: Prepared, model: Any, **options: Any) -> Engine:
-    """The engine of a run on a model that is loaded; `options` are further ones of Engine's."""
+def make_engine(prepared: PreparedRun, model: Any, **options: Any) -> Engine:
+    """Return the engine of a run on a loaded model; `options` are passed on to Engine."""
     from echo_ft.inference.engine import Engine
 
     config = prepared.config
@@ -286,11 +293,13 @@ def make_engine(prepared: Prepared, model: Any, **options: Any) -> Engine:
     )
 
 
-async def ask_server(
-    prepared: Prepared, cases: Sequence[Case], generations: GenerationCache | None, write: Write
+async def run_server(
+    prepared: PreparedRun, cases: Sequence[Case], generations: GenerationCache | None, write: Write
 ) -> None:
-    """Run the cases through the models of a server, many requests at once."""
+    """Run cases on a server, with many requests in flight.
 
+    Raises EchoError if the server gives no answer, or if the run needs probabilities that it does not return.
+    """
     config = prepared.config
     assert config.server is not None
     async with Server(
@@ -306,13 +315,13 @@ async def ask_server(
         corruption(config),
     ) as server:
         if not await server.check():
-            told = f"{config.server} does not tell the probabilities of tokens"
+            problem = f"{config.server} returns no token probabilities"
             if config.answer != "generate":
-                raise EchoError(f"{told}; set answer to generate, or serve the model with vLLM")
-            LOGGER.warning(f"{told}: the run will have no P(option)")
+                raise EchoError(f"{problem}; set answer to generate, or serve the model with vLLM")
+            LOGGER.warning(f"{problem}, so the run will have no P(option)")
         generate = generations.wrap_async(server.generate) if generations else server.generate
-        await run_cases_async(cases, generate, pipeline_settings(config), config.batch_size, write)
+        await run_cases_async(cases, generate, pipeline_config(config), config.batch_size, write)
 
 
 if __name__ == "__main__":
-    configs.run_main(main, "the same command goes on where it stopped")
+    configs.run_main(main, "rerun the same command to resume")

@@ -1,127 +1,186 @@
+"""Tables and summaries of reports and comparisons, printed on stdout."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from echo_ft.metrics.comparison import ALL_QUESTIONS
 from echo_ft.records import QUESTION_TYPES
-from evaluation import pages
-from evaluation.pages import (
+from evaluation.formatting import (
     DETECTION_LABELS,
+    DETECTION_METRICS,
     EXPERT_LABELS,
-    hundredfold,
+    THRESHOLD_LABELS,
+    UNPARSED_LABEL,
     interval_text,
+    metric_text,
+    p_text,
     percent,
+    share_percent,
     share_text,
+    signed,
     text_table,
+    unparsed_or_failed,
 )
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The strict table with intervals and counts, on stdout."""
-    counts, tables, spread = report["counts"], report["tables"], report["intervals"]["strict"]
+    """Print the strict table with intervals and counts, and the other parts of a report that are not empty."""
+    counts, tables, intervals = report["counts"], report["tables"], report["intervals"]["strict"]
     print(f"{report['name']}: {summary(counts)}\n")
-    rows: list[tuple[str, ...]] = [
-        ("percent", "strict", "95 % interval", "official", "questions", "unparsed", "failed")
-    ]
+    rows: list[tuple[str, ...]] = [("percent", "strict", "95% interval", "official", "questions", "unparsed", "failed")]
     for kind in (*QUESTION_TYPES, "Average"):
-        of_kind = counts if kind == "Average" else report["kinds"][kind]
-        if of_kind["questions"]:
+        own = counts if kind == "Average" else report["kinds"][kind]
+        if own["questions"]:
             strict, official = tables["strict"]["Average"][kind], tables["official"]["Average"][kind]
-            figures = percent(strict), interval_text(kind, spread["Average"][kind]), percent(official)
-            rows.append((kind, *figures, *(str(of_kind[key]) for key in ("questions", "unparsed", "failed"))))
+            scores = percent(strict), interval_text(kind, intervals["Average"][kind]), percent(official)
+            rows.append((kind, *scores, *(str(own[key]) for key in ("questions", "unparsed", "failed"))))
     print(text_table(rows))
     datasets = [name for name in tables["strict"] if name != "Average"]
     if len(datasets) > 1:
-        rows = [("average by dataset", "strict", "95 % interval", "official")]
+        rows = [("average by dataset", "strict", "95% interval", "official")]
         for name in datasets:
             strict, official = tables["strict"][name]["Average"], tables["official"][name]["Average"]
-            rows.append((name, percent(strict), interval_text("Average", spread[name]["Average"]), percent(official)))
+            interval = interval_text("Average", intervals[name]["Average"])
+            rows.append((name, percent(strict), interval, percent(official)))
         print("\n" + text_table(rows))
     if "All" in report["detection"]:
-        found = report["detection"]["All"]
-        rows = [("detection, from 0 to 1", "figure", "95 % interval")]
-        known = [(key, label) for key, label in DETECTION_LABELS.items() if found[key] is not None]
-        rows += [
-            (label, share_text(found[key]), interval_text("AUROC", found["intervals"][key])) for key, label in known
-        ]
-        rows.append(("average precision", share_text(found["average_precision"]), ""))
-        print(f"\n{text_table(rows)}\nP(defect) is known of {found['scored']} of {found['images']} images")
+        print_detection(report["detection"]["All"])
     if report["calibration"]:
         print_calibration(report["calibration"])
     if report["two_ways"]:
-        found = report["two_ways"]["Average"]
-        agreement, spread = 100 * found["agreement"], found["interval"] and [100 * bound for bound in found["interval"]]
-        print(
-            f"the text names the most probable option in {percent(agreement)} % of {found['questions']} questions "
-            f"({interval_text('Average', spread)}); by that option the average is {percent(found['logits'])}, by the text "
-            f"{percent(found['text'])}"
-        )
+        print_agreement(report["two_ways"]["Average"])
     if report["option_order"]:
         print_option_order(report["option_order"])
     if report["experts"]:
         print_experts(report["experts"])
 
 
-def print_experts(found: Mapping[str, Any]) -> None:
-    """What the experts before the decision were worth, on stdout."""
-    if "unavailable" in found:
-        print(f"\nthe experts before the decision cannot be scored: {found['unavailable']}")
-        return
-    rows = [("experts before the decision", "%", "95 % interval", "by chance", "texts", "unread")]
-    for name, label in EXPERT_LABELS.items():
-        if name in found["figures"]:
-            one = found["figures"][name]
-            spread = interval_text("Average", one["interval"] and [100 * bound for bound in one["interval"]])
-            value, chance = hundredfold(one["value"]), hundredfold(one["chance"])
-            rows.append((label, value, spread, chance, str(one["texts"]), str(one["unread"])))
-    print("\n" + text_table(rows))
-    if found["unreadable"]:
-        print(f"{len(found['unreadable'])} cases are left out where it takes images ({found['unreadable'][0]})")
-
-
-def print_option_order(found: Mapping[str, Any]) -> None:
-    """How often the answer kept its option, and how often each letter was chosen, on stdout."""
-    print(
-        f"\nin every order of its options the same one is chosen in {percent(100 * found['consistent'])} % of "
-        f"{found['questions']} questions\n"
+def summary(counts: Mapping[str, Any]) -> str:
+    """Summarise the questions, the images, and the unparsed and failed answers in one line."""
+    return (
+        f"{counts['questions']} questions about {counts['images']} images ({counts['normal']} normal, "
+        f"{counts['defective']} defective); {counts['unparsed']} unparsed answers "
+        f"({share_percent(counts['unparsed_share'])}%), {counts['failed']} failed"
     )
-    rows = [("letter, of so many options", "chosen, %", "right, %", "found where right, %")]
-    for one in found["letters"]:
-        recall = None if one["recall"] is None else 100 * one["recall"]
-        shares = percent(100 * one["chosen"]), percent(100 * one["right"]), percent(recall)
-        rows.append((f"{one['letter']} of {one['options']}", *shares))
-    print(text_table(rows))
 
 
-def print_calibration(found: Mapping[str, Any]) -> None:
-    """Temperature, calibration error and the thresholds' figures, on stdout."""
-    fitted, error, loss = found["validation"], found["expected_calibration_error"], found["log_loss"]
+def print_detection(scores: Mapping[str, Any]) -> None:
+    """Print how well defective images are detected."""
+    rows = [("detection, from 0 to 1", "value", "95% interval")]
+    rows += [
+        (label, share_text(scores[key]), interval_text("AUROC", scores["intervals"][key]))
+        for key, label in DETECTION_LABELS.items()
+        if scores[key] is not None
+    ]
+    rows.append(("average precision", share_text(scores["average_precision"]), ""))
+    print(f"\n{text_table(rows)}\nP(defect) is known for {scores['scored']} of {scores['images']} images")
+
+
+def print_calibration(fit: Mapping[str, Any]) -> None:
+    """Print the temperature, the calibration error, and the scores at each threshold."""
+    fitted, error, loss = fit["validation"], fit["expected_calibration_error"], fit["log_loss"]
     print(
         f"\nP(defect) calibrated on {fitted['normal']} normal and {fitted['defective']} defective images of "
-        f"{found['provenance']['run']}: temperature {found['temperature']:.3g}; expected calibration error "
-        f"{share_text(error['before'])} before, {share_text(error['after'])} after; log loss {share_text(loss['before'])} "
-        f"before, {share_text(loss['after'])} after\n"
+        f"{fit['provenance']['run']}: temperature {fit['temperature']:.3g}; expected calibration error "
+        f"{share_text(error['before'])} before, {share_text(error['after'])} after; log loss "
+        f"{share_text(loss['before'])} before, {share_text(loss['after'])} after\n"
     )
     rows: list[tuple[str, ...]] = [
-        ("threshold on P(defect)", "at", "figure", "validation", "this run", "95 % interval")
+        ("threshold on calibrated P(defect)", "at", "metric", "validation", "this run", "95% interval")
     ]
-    for name, one in found["thresholds"].items():
-        label, at = pages.THRESHOLD_LABELS[name].format(found["stated_false_alarms"]), share_text(one["threshold"])
-        for key, value in one["test"].items():
-            shown = (
-                share_text(one["validation"][key]),
-                share_text(value),
-                interval_text("AUROC", one["intervals"].get(key)),
-            )
-            rows.append((label, at, "F1" if key == "f1" else key.replace("_", " "), *shown))
+    for name, threshold in fit["thresholds"].items():
+        label = THRESHOLD_LABELS[name].format(fit["stated_false_alarms"])
+        at = share_text(threshold["threshold"])
+        for key, value in threshold["test"].items():
+            metric = "F1" if key == "f1" else key.replace("_", " ")
+            interval = interval_text("AUROC", threshold["intervals"].get(key))
+            rows.append((label, at, metric, share_text(threshold["validation"][key]), share_text(value), interval))
             label = at = ""
     print(text_table(rows))
 
 
-def summary(counts: Mapping[str, Any]) -> str:
-    """One line: how many questions, images, unparsed and failed answers."""
-    return (
-        f"{counts['questions']} questions about {counts['images']} images ({counts['normal']} normal, "
-        f"{counts['defective']} defective); {counts['unparsed']} answers unparsed "
-        f"({100 * counts['unparsed_share']:.1f} %), {counts['failed']} failed"
+def print_agreement(agreement: Mapping[str, Any]) -> None:
+    """Print how often the text and the most probable option agree."""
+    interval = agreement["interval"] and [100 * bound for bound in agreement["interval"]]
+    print(
+        f"\nthe text names the most probable option for {share_percent(agreement['agreement'])}% of "
+        f"{agreement['questions']} questions ({interval_text('Average', interval)}); strict average by text "
+        f"{percent(agreement['text'])}, by probability {percent(agreement['logits'])}"
     )
+
+
+def print_option_order(order: Mapping[str, Any]) -> None:
+    """Print how often the answer is the same in every order of the options, and how often each letter is chosen."""
+    print(
+        f"\nthe answer is the same option in every order for {share_percent(order['consistent'])}% of "
+        f"{order['questions']} questions\n"
+    )
+    rows: list[tuple[str, ...]] = [("letter, number of options", "chosen, %", "expected, %", "recall, %")]
+    for letter in order["letters"]:
+        shares = (share_percent(letter[key]) for key in ("chosen", "right", "recall"))
+        rows.append((f"{letter['letter']} of {letter['options']}", *shares))
+    print(text_table(rows))
+
+
+def print_experts(experts: Mapping[str, Any]) -> None:
+    """Print the scores of the experts before the decision."""
+    if "unavailable" in experts:
+        print(f"\nno scores of the experts before the decision: {experts['unavailable']}")
+        return
+    rows = [("experts before the decision", "%", "95% interval", "chance, %", "outputs", "unparsed")]
+    for name, label in EXPERT_LABELS.items():
+        if name in experts["figures"]:
+            score = experts["figures"][name]
+            interval = interval_text("Average", score["interval"] and [100 * bound for bound in score["interval"]])
+            values = share_percent(score["value"]), interval, share_percent(score["chance"])
+            rows.append((label, *values, str(score["texts"]), str(score["unread"])))
+    print("\n" + text_table(rows))
+    if experts["unreadable"]:
+        count, first = len(experts["unreadable"]), experts["unreadable"][0]
+        print(f"{count} cases are left out of the scores that need images (first: {first})")
+
+
+def print_comparison(comparison: Mapping[str, Any]) -> None:
+    """Print the scores of all runs, their differences from the baseline, and one sentence per run."""
+    runs, keys = comparison["runs"], list(comparison["runs"][0]["figures"])
+    header = (cell for run in runs for cell in _run_cells(run, run["title"], "sd over runs", "95% interval"))
+    rows: list[tuple[str, ...]] = [("metric", *header)]
+    for key in keys:
+        if any(run["figures"][key]["value"] is not None for run in runs):
+            row = [key]
+            for run in runs:
+                score = run["figures"][key]
+                value, deviation = (metric_text(key, score[name]) for name in ("value", "standard_deviation"))
+                row += _run_cells(run, value, deviation, interval_text(key, score["interval"]))
+            rows.append(tuple(row))
+    unparsed = (cell for run in runs for cell in _run_cells(run, unparsed_or_failed(run["counts"]), "", ""))
+    rows.append((UNPARSED_LABEL, *unparsed))
+    print(text_table(rows))
+    for difference in comparison["differences"]:
+        print("\n" + text_table(_difference_rows(difference, comparison["baseline"], keys)))
+    print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. won, lost: questions")
+    print("that only one of the two runs answered correctly. p: exact McNemar test on these, Holm-corrected\n")
+    for difference in comparison["differences"]:
+        print(difference["verdict"])
+
+
+def _run_cells(run: Mapping[str, Any], value: str, deviation: str, interval: str) -> list[str]:
+    """Return the cells of a run; only groups of several runs have a column for the standard deviation."""
+    return [value, deviation, interval] if len(run["members"]) > 1 else [value, interval]
+
+
+def _difference_rows(difference: Mapping[str, Any], baseline: str, keys: list[str]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (f"{difference['run']} - {baseline}", "difference", "95% interval", "won", "lost", "p")
+    ]
+    for key in keys:
+        score = difference["figures"][key]
+        test = difference["mcnemar"].get(ALL_QUESTIONS if key == "Average" else key)
+        if score["difference"] is not None:
+            counts = (str(test["only_run"]), str(test["only_baseline"]), p_text(test["p_holm"])) if test else ("",) * 3
+            digits = 3 if key in DETECTION_METRICS else 1
+            interval = " to ".join(signed(bound, digits) for bound in score["interval"] or [None])
+            rows.append((key, signed(score["difference"], digits), interval, *counts))
+    return rows

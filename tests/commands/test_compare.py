@@ -1,4 +1,4 @@
-"""`evaluation.compare` through its command line: verdicts, several seeds, refusals."""
+"""`evaluation.compare` reports paired differences, averages seeds, and refuses runs that cannot be compared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 
 from echo_ft.errors import EchoError
 from echo_ft.records import ROLES, Prediction
-from evaluation import compare, score
+from evaluation import compare, run_groups, score
 from tests.support.runs import make_run, predictions, require_self_contained, run_command
 
 
-def test_compare_ends_with_the_verdict_and_writes_beside_the_last_run(tmp_path: Path) -> None:
+def test_compare_ends_with_the_verdict_and_writes_next_to_the_last_run(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", predictions(0.4, seed=1))
     tuned = make_run(tmp_path / "tuned", random.Random(0).sample(predictions(0.95, seed=2), 80))
     done = run_command("evaluation.compare", base, tuned)
@@ -36,16 +36,17 @@ def test_compare_ends_with_the_verdict_and_writes_beside_the_last_run(tmp_path: 
     require_self_contained((tmp_path / "compare" / "compare.html").read_text())
 
 
-def test_a_run_of_an_older_version_lacks_keys_and_is_compared(tmp_path: Path) -> None:
+def test_runs_of_older_versions_without_some_keys_can_be_compared(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", predictions(0.5))
     newer = make_run(tmp_path / "newer", predictions(0.7), server_model=None, answer="generate")
     compare.main([str(base), str(newer)])
     page = (tmp_path / "compare" / "compare.html").read_text()
-    differing, same = page.split("What differs between the runs:")[1].split("What is the same:")
-    assert "answer" in differing and "server_model" in same
+    differing, same = page.split("Values that differ between the runs:")[1].split("Values that are the same")
+    assert "answer" in differing
+    assert "server_model" in same
 
 
-def test_compare_figures_are_those_of_score(tmp_path: Path) -> None:
+def test_compare_and_score_give_the_same_scores(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, predictions(0.7, seed)) for seed, name in enumerate(["a", "b", "c"])]
     compare.main([*map(str, folders), "--output", str(tmp_path / "out")])
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -58,38 +59,39 @@ def test_compare_figures_are_those_of_score(tmp_path: Path) -> None:
         assert run["figures"]["AUROC"]["interval"] == report["detection"]["All"]["intervals"]["auroc"]
 
 
-def test_runs_of_several_seeds_stand_together_as_mean_and_spread(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_of_several_seeds_are_shown_as_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_run(tmp_path / "base", predictions(0.4, seed=9))
     seeds = [make_run(tmp_path / f"seed{seed}", predictions(0.9, seed)) for seed in range(3)]
     compare.main([str(base), f"tuned={','.join(map(str, seeds))}", "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    alone, tuned = comparison["runs"]
+    single, tuned = comparison["runs"]
     assert (tuned["name"], tuned["members"]) == ("tuned", ["seed0", "seed1", "seed2"])
-    assert tuned["counts"]["questions"] == 240 and comparison["questions"] == 80
+    assert tuned["counts"]["questions"] == 240
+    assert comparison["questions"] == 80
     figure, values = tuned["figures"]["Average"], []
     for folder in seeds:
         score.main([str(folder)])
         values.append(json.loads((folder / "report.json").read_text())["tables"]["strict"]["Average"]["Average"])
-    assert figure["values"] == pytest.approx(values) and figure["runs"] == 3
+    assert figure["values"] == pytest.approx(values)
+    assert figure["runs"] == 3
     mean, deviation = sum(values) / 3, statistics.stdev(values)
     assert (figure["value"], figure["standard_deviation"]) == pytest.approx((mean, deviation))
     assert figure["interval"][0] < mean < figure["interval"][1]
-    assert alone["figures"]["Average"]["standard_deviation"] is None
+    assert single["figures"]["Average"]["standard_deviation"] is None
     difference = comparison["differences"][0]
-    assert difference["figures"]["Average"]["difference"] == pytest.approx(mean - alone["figures"]["Average"]["value"])
+    assert difference["figures"]["Average"]["difference"] == pytest.approx(mean - single["figures"]["Average"]["value"])
     assert difference["mcnemar"] == {}
     assert re.search(rf"Average +.* {mean:.1f} +{deviation:.1f} +[\d.]+ to [\d.]+\n", printed)
     assert printed.splitlines()[-1].startswith("tuned (3 runs) is better than base by ")
     page = (tmp_path / "out" / "compare.html").read_text()
     require_self_contained(page)
-    assert f"mean of 3, sd {deviation:.1f}" in page and page.count("<polyline") == 4
+    assert f"mean of 3, sd {deviation:.1f}" in page
+    assert page.count("<polyline") == 4
 
 
-def test_the_interval_of_several_runs_holds_what_another_one_would_change(tmp_path: Path) -> None:
-    """Three runs that differ much on the same images, beside three of the same mean that are alike."""
+def test_the_interval_of_several_runs_includes_their_variation(tmp_path: Path) -> None:
+    """Compare three runs that differ much on the same images with three equal runs of the same mean."""
     base = make_run(tmp_path / "base", predictions(0.7, seed=9))
     widths = []
     for name, skills in (("alike", (0.7, 0.7, 0.7)), ("apart", (0.4, 0.7, 1.0))):
@@ -101,10 +103,10 @@ def test_the_interval_of_several_runs_holds_what_another_one_would_change(tmp_pa
     assert widths[1][1] - widths[1][0] > 1.5 * (widths[0][1] - widths[0][0])
 
 
-def test_runs_that_are_not_of_one_kind_do_not_stand_together(tmp_path: Path) -> None:
+def test_runs_with_different_setups_cannot_form_a_group(tmp_path: Path) -> None:
     adapters = {role: {"fingerprint": "beef"} for role in ROLES}
     base, one = (make_run(tmp_path / name, predictions(0.5), adapters=adapters) for name in ("base", "one"))
-    for key, value, told in (
+    for key, value, message in (
         ("routing", "paper", "None and paper"),
         ("corruption", "blur", "None and blur"),
         ("severity", 3, "None and 3"),
@@ -112,20 +114,20 @@ def test_runs_that_are_not_of_one_kind_do_not_stand_together(tmp_path: Path) -> 
         ("adapters", {"decision_maker": {"fingerprint": "f00d"}}, "reference_extractor and decision_maker"),
     ):
         other = make_run(tmp_path / "other", predictions(0.5), **{"adapters": adapters, key: value})
-        with pytest.raises(EchoError, match=f"one and other are not of one kind: their {key} differs .*{told}"):
+        with pytest.raises(EchoError, match=f"one and other cannot be one group: their {key} differs .*{message}"):
             compare.main([str(base), f"{one},{other}"])
     logits = make_run(tmp_path / "logits", predictions(0.5), adapters=adapters, answer="logits")
-    with pytest.raises(EchoError, match="one and logits are not of one kind: their answer differs"):
+    with pytest.raises(EchoError, match="one and logits cannot be one group: their answer differs"):
         compare.main([str(base), f"{one},{logits}", "--compared", "answer"])
     again = make_run(tmp_path / "again", predictions(0.6), adapters={**adapters, ROLES[0]: {"fingerprint": "f00d"}})
     compare.main([str(base), f"{one},{again}"])
-    with pytest.raises(EchoError, match="two of base, base have one name"):
+    with pytest.raises(EchoError, match="two of the names base, base are equal"):
         compare.main([str(base), f"base={one}"])
     with pytest.raises(EchoError, match="two or more runs"):
         compare.main([f"{base},{one}"])
 
 
-def test_a_folder_may_have_signs_of_a_group_in_its_name(tmp_path: Path) -> None:
+def test_a_folder_name_may_contain_commas_and_equals_signs(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, predictions(0.5)) for name in ("rate=1e-4,seed=0", "rate=2e-4,seed=0")]
     compare.main([*map(str, folders), "--output", str(tmp_path / "out")])
     named = [run["name"] for run in json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]]
@@ -142,20 +144,19 @@ def test_a_run_is_not_better_than_its_copy(tmp_path: Path, capsys: pytest.Captur
     )
 
 
-def test_one_part_however_often_it_was_photographed_gives_no_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_many_images_of_one_part_give_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [dataclasses.replace(row, group="one") for row in predictions(1.0)]
     wrong = [dataclasses.replace(row, parsed={"A": "B", "B": "A", "C": "A"}[row.answer]) for row in rows]
     compare.main([str(make_run(tmp_path / "base", wrong)), str(make_run(tmp_path / "tuned", rows))])
     printed = capsys.readouterr().out
     assert "tuned and base cannot be told apart: the difference is +100.0 points" in printed
-    assert "fewer than 5 parts gives no interval" in printed and "better" not in printed
+    assert "fewer than 5 parts gives no interval" in printed
+    assert "better" not in printed
     found = json.loads((tmp_path / "compare" / "comparison.json").read_text())
     assert all(figure["interval"] is None for figure in found["differences"][0]["figures"].values())
 
 
-def test_the_verdict_names_the_worse_run_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_says_if_a_run_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [make_run(tmp_path / name, predictions(skill)) for name, skill in (("good", 1.0), ("bad", 0.2))]
     compare.main([*map(str, folders)])
     assert "bad is worse than good by " in capsys.readouterr().out.splitlines()[-1]
@@ -166,11 +167,11 @@ def test_the_verdict_names_the_worse_run_too(tmp_path: Path, capsys: pytest.Capt
     [
         (predictions(0.5), {"dataset_fingerprint": "beef"}, "dataset_fingerprint differs.*f00d and beef"),
         (predictions(0.5), {"split": "validation"}, "split differs.*test and validation"),
-        (predictions(0.5)[:-1], {}, "1 questions are in the first alone and 0 in the second"),
+        (predictions(0.5)[:-1], {}, "1 questions are only in the first run and 0 only in the second"),
         ([dataclasses.replace(row, answer="B") for row in predictions(0.5)], {}, "the answer of question .* differs"),
     ],
 )
-def test_runs_that_were_asked_something_else_are_not_compared(
+def test_runs_with_different_questions_are_not_compared(
     tmp_path: Path, rows: list[Prediction], changes: dict[str, Any], message: str
 ) -> None:
     base, other = make_run(tmp_path / "base", predictions(0.5)), make_run(tmp_path / "other", rows, **changes)
@@ -178,10 +179,10 @@ def test_runs_that_were_asked_something_else_are_not_compared(
         compare.main([str(base), str(other)])
 
 
-def test_runs_of_one_name_are_told_apart_and_one_run_is_not_compared_with_itself(tmp_path: Path) -> None:
-    assert compare.run_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+def test_equal_folder_names_are_made_distinct_and_duplicates_refused(tmp_path: Path) -> None:
+    assert run_groups.run_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     with pytest.raises(EchoError, match="given twice"):
-        compare.run_names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+        run_groups.run_names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
 def test_compare_logs_its_table_to_an_offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

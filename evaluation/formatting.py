@@ -1,0 +1,99 @@
+"""Labels and number formats that the pages and the terminal share, so that both say the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+DETECTION_METRICS = ("AUROC", "recall", "specificity")
+"""Metrics shown from 0 to 1. All others are shown in percent."""
+
+DETECTION_LABELS = {
+    "auroc": "AUROC",
+    "recall": "recall",
+    "specificity": "specificity",
+    "balanced_accuracy": "balanced accuracy",
+}
+"""Labels of the keys of `report.detection` that have an interval."""
+
+EXPERT_LABELS = {
+    "best_reference": "reference extractor: best reference",
+    "condition": "knowledge guide: true condition",
+    "condition_recall": "knowledge guide: mean recall over conditions",
+    "place": "reasoning expert: location of the defect",
+    "place_touched": "reasoning expert: location of a part of the defect",
+    "conclusion": "reasoning expert: conclusion equals the decision",
+}
+"""Labels of the keys of `report.experts.figures`."""
+
+THRESHOLD_LABELS = {
+    "false_alarms": "false alarm rate at most {:g}, set on validation",
+    "f1": "highest F1, set on validation",
+    "best": "highest F1, set on this run",
+}
+"""Labels of the keys of `report.calibration.thresholds`, which say how each threshold was chosen."""
+
+UNPARSED_LABEL = "unparsed + failed"
+"""Label of the share of answers that are unparsed or failed; see `unparsed_or_failed`."""
+
+
+def percent(value: float | None) -> str:
+    """Format a percentage, as in `81.7`; a dash stands for a missing value."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def share_percent(value: float | None) -> str:
+    """Format a share from 0 to 1 as a percentage, as in `81.7`; a dash stands for a missing value."""
+    return percent(None if value is None else 100 * value)
+
+
+def share_text(value: float | None) -> str:
+    """Format a share from 0 to 1, as in `0.907`; a dash stands for a missing value."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """Format a difference with its sign, as in `+3.2`; a dash stands for a missing value."""
+    return "–" if value is None else f"{value:+.{digits}f}"
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """Format a metric in its own unit: detection from 0 to 1, all others in percent."""
+    return share_text(value) if name in DETECTION_METRICS else percent(value)
+
+
+def interval_text(name: str, value: Sequence[float] | None) -> str:
+    """Format the interval of a metric, as in `71.7 to 90.0`; a dash stands for a missing interval."""
+    return "–" if value is None else f"{metric_text(name, value[0])} to {metric_text(name, value[1])}"
+
+
+def p_text(value: float) -> str:
+    """Format a p-value, as in `0.013` or `< 0.001`."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def unparsed_or_failed(counts: Mapping[str, Any]) -> str:
+    """Format the percentage of answers that are unparsed or failed; both count as wrong."""
+    return percent(100 * (counts["unparsed"] + counts["failed"]) / counts["questions"])
+
+
+def compact(value: Any) -> str:
+    """Format a provenance value on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def axis_limit(bounds: Iterable[float]) -> int:
+    """Return the limit, in points to each side of zero, of a plot of differences with these absolute `bounds`."""
+    largest = max(bounds, default=0)
+    return next((points for points in (10, 25, 50) if largest <= points), 100)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of cells as text. The first row is the header; all columns but the first are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
