@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.training.workload import MODEL, Workload
-from echo_ft.training.flops import peak
+from echo_ft.training.flops import device_peak_flops
 
 CONTENDERS = (
     ("trl", "computed"), ("llamafactory", "computed"), ("ms-swift", "computed"),
@@ -98,7 +98,7 @@ def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: 
         losses = ", ".join(f"{loss:.4f}" for loss in runs[0]["losses"][:2])
         memory = statistics.median(found["peak_mib"] for found in runs)
         useful = rate / rows * results["echo-ft", features][0]["operations"]
-        peak_flops = peak(runs[0]["device"])
+        peak_flops = device_peak_flops(runs[0]["device"])
         mfu = f" (MFU {useful / peak_flops:.3f})" if peak_flops else ""
         lines.append(
             f"| {name} | {features} | {rate:.1f} ({low:.1f} to {high:.1f}) "

@@ -26,10 +26,10 @@ from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
-from echo_ft.training.cases import by_case
+from echo_ft.training.cases import group_by_case
 from echo_ft.training.collator import Collator
 from echo_ft.training.config import EchoConfig
-from echo_ft.training.flops import Load, costs
+from echo_ft.training.flops import WorkCounts, unit_costs
 from echo_ft.training.trainer import PrefixSharingTrainer
 
 GPU = torch.cuda.is_available()
@@ -90,7 +90,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
         model=base(workload),
         args=args,
         data_collator=collator,
-        train_dataset=by_case(rows),
+        train_dataset=group_by_case(rows),
         processing_class=row_builder.processor,
         peft_config=lora(),
         config=EchoConfig("decision_maker", str(folder), workload.pixels, workload.pixels),
@@ -106,7 +106,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
 
 def add_operations(steps: Steps, core: Any) -> None:
     """Replace the load of the first batch by its operations, counting each distinct image and token once."""
-    steps.work["operations"] = costs(core).of(Load(*steps.work.pop("load")))
+    steps.work["operations"] = unit_costs(core).flops(WorkCounts(*steps.work.pop("work_counts")))
 
 
 def ideal(folder: Path, workload: Workload, stored: bool) -> Steps:

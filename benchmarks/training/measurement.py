@@ -45,11 +45,11 @@ class Steps(TrainerCallback):
 
 
 def work(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Number of encoded patches, non-padding tokens and labels of a batch, and its `load` if the batch has one."""
+    """Number of encoded patches, non-padding tokens and labels of a batch, and its `work_counts` if it has them."""
     mask = batch.get("attention_mask")
-    load = {"load": batch["load"]} if "load" in batch else {}
+    work_counts = {"work_counts": batch["work_counts"]} if "work_counts" in batch else {}
     return {
-        **load,
+        **work_counts,
         "patches": len(batch["pixel_values"]),
         "tokens": batch["input_ids"].numel() if mask is None else int(mask.sum()),
         "labels": int((batch["labels"] != -100).sum()),

@@ -1,3 +1,5 @@
+"""Training cases of one role, loaded from sft/<role>/<split>.jsonl."""
+
 from __future__ import annotations
 
 from dataclasses import asdict
@@ -21,13 +23,13 @@ from echo_ft.training.planning import Plan, case_starts, plan
 def load_training_cases(
     row_builder: RowBuilder, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str
 ) -> tuple[datasets.Dataset, Plan]:
-    """The usable cases of one split, and their plan; what is not usable is in rejected_<split>.jsonl in the output.
+    """The usable cases of one split and their plan. Unusable rows go to rejected_<split>.jsonl in output_dir.
 
-    Raises EchoError where none is usable.
+    Raises EchoError if the split has no usable row.
     """
     path = dataset.folder / "sft" / config.role / f"{split}.jsonl"
     if not path.is_file():
-        raise EchoError(f"there is no {path}; build the dataset again with data_prep.build")
+        raise EchoError(f"there is no {path}; rebuild the dataset with data_prep.build")
     planned = plan(row_builder, read_jsonl(path, Exchange), dataset.root, config.max_tokens)
     if sft.process_index == 0:
         if not config.dry_run:
@@ -38,27 +40,29 @@ def load_training_cases(
     if not planned.rows:
         if planned.rejected:
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
-        remedy = "give that split a larger share in the dataset's `fractions`, or add photographs if it has too few"
+        remedy = "give the split a larger share in the dataset's `fractions`, or add images if there are too few"
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
     tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]
-    cases = by_case(exchanges).add_column(sft.length_column_name, tokens)
+    cases = group_by_case(exchanges).add_column(sft.length_column_name, tokens)
     if split == "train" and config.corrupted_share:
         drawn = [draw_corruption(case[0].case, config.corrupted_share, sft.seed) for case in planned.cases()]
         if sft.process_index == 0:
-            degraded = sum(one is not None for one in drawn)
+            degraded = sum(corruption is not None for corruption in drawn)
             LOGGER.info("%s, %s: %d of %d cases have a degraded query", config.role, split, degraded, len(drawn))
-        cases = cases.add_column("corruption", [None if one is None else asdict(one) for one in drawn])
+        column = [None if corruption is None else asdict(corruption) for corruption in drawn]
+        cases = cases.add_column("corruption", column)
     return cases, planned
 
 
-def by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
-    """One row a case, its neighbouring `exchanges` as a list: a step goes through whole cases, whose images return.
+def group_by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
+    """One row per case, with its adjacent `exchanges` as a list.
 
-    TRL (1.16) takes no other kind of dataset than this; the rows stay in Arrow.
+    A training step takes whole cases, because the exchanges of a case share their images. TRL (1.16) accepts only this
+    class of dataset. The rows stay in Arrow.
     """
     table = exchanges.with_format("arrow")[:]
-    asked = (branches[0]["id"].as_py() for branches in table["branches"])
-    starts = case_starts(zip(table["case"].to_pylist(), asked, strict=True))
+    first_ids = (branches[0]["id"].as_py() for branches in table["branches"])
+    starts = case_starts(zip(table["case"].to_pylist(), first_ids, strict=True))
     rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), table.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))

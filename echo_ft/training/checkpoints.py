@@ -1,4 +1,4 @@
-"""Going on with a stopped training: which checkpoint, and which W&B run."""
+"""Resume an interrupted training run: find its checkpoint and its W&B run."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
-WHOLE = "whole"
-"""The file in a checkpoint that is written last."""
+COMPLETE_MARKER = "whole"
+"""Name of the file that is written into a checkpoint last."""
 
-_SAME = (
+WANDB_RUN_FILE = "wandb_run_id.txt"
+"""Name of the file in output_dir that holds the id of the W&B run."""
+
+_MUST_MATCH = (
     "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
     "quantization",
 )  # fmt: skip
 
-WANDB_RUN = "wandb_run_id.txt"
-"""The file in an output folder that names its W&B run."""
-
 
 def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
-    """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or `true` for the newest in output_dir.
+    """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or `true` takes the newest in output_dir.
 
-    With `true`, a run without a checkpoint starts from the beginning, with a word. Raises EchoError where the folder is
-    missing, where its adapter is of another role, dataset, base model, prompt version, pixel budget, share of
-    degraded queries or quantization than `card`, and where a new run would replace a finished adapter.
+    With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
+    not exist or is incomplete. Raises EchoError if its adapter differs from `card` in role, dataset, base model, prompt
+    version, pixel budget, share of degraded queries or quantization. Raises EchoError if a new run would replace a
+    finished adapter or the checkpoints of an earlier run.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     newest = wanted is not None and wanted.lower() == "true"
@@ -42,11 +43,11 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
     new = wanted is None or wanted.lower() == "false"
     if (output / ADAPTER_CARD).is_file() and (new or Path(str(wanted)).resolve().parent != output.resolve()):
         raise EchoError(
-            f"{output} holds a finished adapter, which would be replaced; choose another output_dir or delete it"
+            f"{output} holds a finished adapter, and this run would replace it; choose another output_dir or delete it"
         )
     if (sft.resume_from_checkpoint or "false").lower() == "false" and any(output.glob("checkpoint-*")):
         raise EchoError(
-            f"{output} holds checkpoints of an earlier run; go on with it by --resume_from_checkpoint true, choose "
+            f"{output} holds checkpoints of an earlier run; resume it with --resume_from_checkpoint true, choose "
             "another output_dir or delete it"
         )
     if wanted is None or new:
@@ -55,15 +56,15 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
         return None
     if not Path(wanted).is_dir():
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
-    if not (Path(wanted) / WHOLE).is_file():
-        raise EchoError(f"{wanted} is half written; give another one, or true for the newest that is whole")
+    if not (Path(wanted) / COMPLETE_MARKER).is_file():
+        raise EchoError(f"{wanted} is incomplete; give another checkpoint, or true for the newest complete one")
     found = read_card(Path(wanted))
-    for name in _SAME:
+    for name in _MUST_MATCH:
         before, now = getattr(found, name), getattr(card, name)
         if before != now:
             raise EchoError(
-                f"{wanted} was trained with {name} {before or 'none'}, not {now or 'none'}; go on with the same "
-                "config, or choose another output_dir to start anew"
+                f"{wanted} was trained with {name} {before or 'none'}, not {now or 'none'}; resume with the same "
+                "config, or choose another output_dir to start a new run"
             )
     if sft.process_index == 0:
         LOGGER.info("training resumes from %s", wanted)
@@ -71,25 +72,25 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` that is whole; those that are not are passed over with a word."""
+    """The newest complete checkpoint in `folder`, or None. Logs a warning for each incomplete one that it skips."""
     numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     for path in sorted((p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True):
-        if (path / WHOLE).is_file():
+        if (path / COMPLETE_MARKER).is_file():
             return str(path)
         LOGGER.warning("skipping %s: it is incomplete (the run was killed while saving it)", path)
     return None
 
 
-def continue_wandb(sft: SFTConfig) -> None:
-    """Let a run that goes on with an earlier one go on with its W&B run too.
+def resume_wandb_run(sft: SFTConfig) -> None:
+    """Let a resumed training run continue its W&B run.
 
-    transformers' callback starts a new one each time, unless W&B's own variables say otherwise; where they are set,
-    they stand.
+    transformers' callback starts a new W&B run each time unless W&B's own environment variables say otherwise. If the
+    user has set those variables, they take precedence.
     """
     if "wandb" not in (sft.report_to or ()) or sft.process_index != 0 or "WANDB_RUN_ID" in os.environ:
         return
     folder = Path(str(sft.output_dir))
-    file = folder / WANDB_RUN
+    file = folder / WANDB_RUN_FILE
     if (sft.resume_from_checkpoint or "false").lower() == "false" or not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, uuid.uuid4().hex[:8])

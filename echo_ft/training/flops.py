@@ -1,8 +1,9 @@
-"""Floating point operations of training: what the arithmetic of a batch takes, and how much of a GPU that uses.
+"""Floating-point operations (FLOPs) of a training batch, and the peak FLOP/s of known GPUs.
 
-A multiplication with its addition counts as two. Counted is what the result needs (model FLOPs of PaLM, arXiv
-2204.02311, appendix B): forward, the gradients of activations and of trained weights, each image and token once and
-causal attention at its half; not what checkpointing computes again, nor norms, activations and embeddings.
+A multiply-add counts as two operations. The count includes only what the result needs, as the model FLOPs of PaLM do
+(arXiv 2204.02311, appendix B): the forward pass and the gradients of activations and trained weights. Each image and
+each token counts once, and causal attention counts as half of full attention. Recomputation under checkpointing, norms,
+activation functions and embeddings do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from echo_ft.model.loading import parameter_group
 from echo_ft.model.rows import IGNORED, Row
 
-PEAKS = (
+PEAK_FLOPS = (
     ("B200", 2250e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
@@ -28,28 +29,28 @@ PEAKS = (
     ("A10", 125e12),
     ("L4", 121e12),
 )
-"""Dense bfloat16 operations a second from the makers' data sheets, by a part of the device's name; first match."""
+"""(part of the device name, peak): dense bfloat16 FLOP/s from the vendors' data sheets. The first match wins."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """How much of each kind of work a batch holds; two can be added."""
+class WorkCounts:
+    """Units of work in a batch, by kind. Two counts can be added."""
 
     tokens: int = 0
     pairs: int = 0
-    """Of a token and one that it sees, in the language model."""
+    """Pairs of a token and a token that it attends to, in the language model."""
     labels: int = 0
     patches: int = 0
     patch_pairs: int = 0
-    """Of two patches of one image."""
+    """Pairs of two patches of the same image."""
 
-    def __add__(self, other: Load) -> Load:
-        return Load(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, other: WorkCounts) -> WorkCounts:
+        return WorkCounts(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Operations of forward and backward for one of each kind of work."""
+class UnitCosts:
+    """FLOPs of one unit of each kind of work, forward and backward."""
 
     token: float
     pair: float
@@ -57,67 +58,67 @@ class Costs:
     patch: float
     patch_pair: float
 
-    def of(self, load: Load) -> float:
-        """Operations of a batch."""
+    def flops(self, counts: WorkCounts) -> float:
+        """FLOPs of the work in `counts`."""
         return (
-            self.token * load.tokens
-            + self.pair * load.pairs
-            + self.label * load.labels
-            + self.patch * load.patches
-            + self.patch_pair * load.patch_pairs
+            self.token * counts.tokens
+            + self.pair * counts.pairs
+            + self.label * counts.labels
+            + self.patch * counts.patches
+            + self.patch_pair * counts.patch_pairs
         )
 
 
-def text_load(rows: Iterable[Row]) -> Load:
-    """The language model's share of a batch."""
-    total = Load()
+def text_work(rows: Iterable[Row]) -> WorkCounts:
+    """The language model's work for `rows`."""
+    total = WorkCounts()
     for row in rows:
         prefix, *branches = np.bincount(row.segments).tolist()
-        total += row_load(prefix, branches, int((row.labels != IGNORED).sum()))
+        total += row_work(prefix, branches, int((row.labels != IGNORED).sum()))
     return total
 
 
-def row_load(prefix: int, branches: Sequence[int], labels: int) -> Load:
-    """`text_load` of one row, by the tokens of its prefix and of each branch, and those that are trained on."""
+def row_work(prefix: int, branches: Sequence[int], labels: int) -> WorkCounts:
+    """The language model's work for one row, from the numbers of prefix tokens, tokens per branch and labels."""
     pairs = prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in branches)
-    return Load(tokens=prefix + sum(branches), pairs=pairs, labels=labels)
+    return WorkCounts(tokens=prefix + sum(branches), pairs=pairs, labels=labels)
 
 
-def image_load(grids: Iterable[Iterable[int]]) -> Load:
-    """The vision tower's share: grids are (t, h, w) in patches, one for each image that is encoded."""
+def image_work(grids: Iterable[Iterable[int]]) -> WorkCounts:
+    """The vision tower's work. `grids` has one (t, h, w) in patches per encoded image."""
     sizes = [math.prod(map(int, grid)) for grid in grids]
-    return Load(patches=sum(sizes), patch_pairs=sum(size * size for size in sizes))
+    return WorkCounts(patches=sum(sizes), patch_pairs=sum(size * size for size in sizes))
 
 
-def costs(model: Any) -> Costs:
-    """What training this Qwen2-VL costs, with or without PEFT's adapters, on whatever device.
+def unit_costs(model: Any) -> UnitCosts:
+    """FLOPs per unit of work when training this Qwen2-VL, with or without PEFT adapters, on any device.
 
-    A linear layer with W weights takes 2 W a token forward, 2 W for the gradient of its input where anything before it
-    is trained, and 2 W for that of its weights where they are trained themselves.
+    A linear layer with W weights costs 2 W per token in the forward pass. The gradient of its input costs another 2 W
+    if anything before the layer is trained, and the gradient of its weights costs another 2 W if they are trained.
     """
     import torch
 
     trained = {parameter_group(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     tower = "vision tower" in trained
-    # Whether gradients go through a part at all: the language model comes last, the tower first.
-    passed = {"language model": True, "merger": tower or "merger" in trained, "vision tower": tower}
+    # Whether a part passes gradients to its input. The tower comes first, the language model last.
+    input_gradient = {"language model": True, "merger": tower or "merger" in trained, "vision tower": tower}
     vision, text = model.config.vision_config, model.config.text_config
     merged = vision.spatial_merge_size**2
     totals = {"language model": 0.0, "head": 0.0, "vision tower": 0.0, "merger": 0.0}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv3d):
-            # Not the weight's own size: ZeRO-3 leaves an empty one on each rank.
+            # Do not use the size of the weight: under ZeRO-3 it is empty on each rank.
             weights = module.in_channels * module.out_channels * math.prod(module.kernel_size)
             part = "vision tower"
-            backward = int(module.weight.requires_grad)  # nothing is trained before it
+            backward = int(module.weight.requires_grad)  # no trained weights before it
         elif isinstance(module, torch.nn.Linear):
             weights, part = module.in_features * module.out_features, parameter_group(name)
-            backward = int(passed[part]) + int(module.weight.requires_grad)
+            backward = int(input_gradient[part]) + int(module.weight.requires_grad)
         else:
             continue
         totals["head" if "lm_head" in name else part] += 2 * weights * (1 + backward)
     attention = 4 * text.num_hidden_layers * text.hidden_size
-    return Costs(
+    return UnitCosts(
         token=totals["language model"],
         pair=3 * attention,
         label=totals["head"],
@@ -126,6 +127,6 @@ def costs(model: Any) -> Costs:
     )
 
 
-def peak(device_name: str) -> float | None:
-    """Dense bfloat16 operations a second of a GPU by its name; None for one that is not in PEAKS."""
-    return next((operations for part, operations in PEAKS if part in device_name), None)
+def device_peak_flops(device_name: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a GPU; None if its name does not match PEAK_FLOPS."""
+    return next((flops for part, flops in PEAK_FLOPS if part in device_name), None)

@@ -1,4 +1,4 @@
-"""What training will go through, known from texts and image headers before step 1; no image is decoded for it."""
+"""The training plan: rows, tokens, steps and operations, from texts and image headers. No image is decoded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.model.rows import RowBuilder, mark_trained
 from echo_ft.records import Exchange, Rejection
-from echo_ft.training.flops import Load, costs, image_load, row_load
-from echo_ft.training.memory import Batch, report
+from echo_ft.training.flops import WorkCounts, image_work, row_work, unit_costs
+from echo_ft.training.memory import BatchShape, memory_report
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
 
 ROWS_PER_TOKENIZER_CALL = 256
-"""Rows whose texts are tokenized together."""
+"""Number of rows whose texts are tokenized together."""
 
 
 @dataclass(frozen=True)
@@ -29,72 +29,74 @@ class PlannedRow:
     """One usable exchange."""
 
     index: int
-    """In its file."""
+    """Row number in the file."""
     case: str
-    asked: str
+    first_id: str
     """Id of its first branch."""
     prefix: int
-    """Tokens that all its branches share."""
+    """Number of tokens that all its branches share."""
     branches: int
-    text: Load
+    text: WorkCounts
     images: dict[str, tuple[int, int, int]]
-    """Grid in patches of each different image."""
+    """Grid (t, h, w) in patches of each distinct image."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The usable rows, and what cannot be used and why."""
+    """The usable rows, and the rejected ones with the reason."""
 
     rows: list[PlannedRow] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
 
     @property
-    def text(self) -> Load:
-        """Of all rows."""
-        return sum((row.text for row in self.rows), Load())
+    def text(self) -> WorkCounts:
+        """Text work of all rows."""
+        return sum((row.text for row in self.rows), WorkCounts())
 
     def summary(self) -> str:
         """One line for the terminal."""
         branches = sum(row.branches for row in self.rows)
         return (
             f"{len(self.rows)} rows, {branches} branches, {self.text.tokens} tokens, {self.text.labels} of them "
-            f"trained on; {len(self.rejected)} rows rejected"
+            f"trained; {len(self.rejected)} rows rejected"
         )
 
     def cases(self) -> list[list[PlannedRow]]:
-        """Rows by case, as training.by_case puts them together."""
-        starts = case_starts((row.case, row.asked) for row in self.rows)
+        """Rows grouped by case, as cases.group_by_case groups them."""
+        starts = case_starts((row.case, row.first_id) for row in self.rows)
         return [self.rows[start:end] for start, end in pairwise(starts)]
 
-    def largest(self, count: int) -> list[int]:
-        """Numbers of the `count` cases that make the largest batch: the most tokens, and no image twice if possible.
+    def largest_batch(self, size: int) -> list[int]:
+        """Numbers of the `size` cases with the most tokens, preferring cases with different images.
 
-        A case that balancing repeats comes once before any comes again: its images would be encoded once for all.
+        Balancing repeats cases. A repeated case is taken again only after all others, because a batch encodes its
+        images only once.
         """
         cases = self.cases()
         order = sorted(range(len(cases)), key=lambda number: -sum(row.text.tokens for row in cases[number]))
         first = {cases[number][0].case: number for number in reversed(order)}
-        again = [number for number in order if first[cases[number][0].case] != number]
-        return [*reversed(first.values()), *again][:count]
+        repeated = [number for number in order if first[cases[number][0].case] != number]
+        return [*reversed(first.values()), *repeated][:size]
 
 
 def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
-    """Where in neighbouring rows (case, id of the first branch) a case begins, and at last how many rows there are.
+    """Index of the first row of each case, followed by the number of rows. `rows` are (case, id of the first branch).
 
-    Balancing repeats cases: one that asks what it asked first begins again.
+    Balancing repeats cases. A row with the case and first id of the row that began the current case begins the case
+    again.
     """
     starts: list[int] = []
-    begun, count = None, 0
+    current, count = None, 0
     for row in rows:
-        if begun is None or begun[0] != row[0] or begun == row:
+        if current is None or current[0] != row[0] or current == row:
             starts.append(count)
-            begun = row
+            current = row
         count += 1
     return [*starts, count]
 
 
 def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max_tokens: int) -> Plan:
-    """Lengths of all rows; those that cannot be used are named, never cut."""
+    """Plan all rows of `exchanges`. Unusable rows are rejected by name, never truncated."""
     planned = Plan()
     rows = iter(exchanges)
     index = -1
@@ -119,35 +121,55 @@ def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max
                     exchange.branches[0].id,
                     row.prefix,
                     len(row.branches),
-                    row_load(row.prefix, row.branches, row.labels),
+                    row_work(row.prefix, row.branches, row.labels),
                     dict(zip(exchange.images, row.grids, strict=True)),
                 )
             )
     return planned
 
 
-def dry_run(
+def dry_run_report(
     planned: Plan, first: Exchange, row_builder: RowBuilder, root: Path, model: Any, sft: SFTConfig, base: ModelConfig
 ) -> str:
     """What training `model` (adapted, on the meta device) on `planned` would take, as text for a terminal.
 
-    `first` is the exchange that is shown as the model will see it.
+    `first` is the exchange that is printed as the model will see it.
     """
     cases = planned.cases()
     batch = sft.per_device_train_batch_size
     step = batch * sft.world_size * sft.gradient_accumulation_steps
-    # As transformers' Trainer counts: every process gets as many batches, and a rest of accumulation is a step.
+    # transformers' Trainer gives every process the same number of batches, and counts an incomplete accumulation.
     batches = math.ceil(math.ceil(len(cases) / batch) / sft.world_size)
     steps = math.ceil(batches / sft.gradient_accumulation_steps)
     total = sft.max_steps if sft.max_steps > 0 else math.ceil(sft.num_train_epochs * steps)
     text = planned.text
-    alone = sum(row.prefix * (row.branches - 1) for row in planned.rows)
-    images = image_load(grid for case in cases for grid in images_of(case).values())
-    operations = costs(model).of(text + images)
-    rows = [row for number in planned.largest(batch) for row in cases[number]]
+    unshared = text.tokens + sum(row.prefix * (row.branches - 1) for row in planned.rows)
+    images = image_work(grid for case in cases for grid in image_grids(case).values())
+    operations = unit_costs(model).flops(text + images)
+    rows = [row for number in planned.largest_batch(batch) for row in cases[number]]
+    marked = mark_trained(row_builder.load_row(first, root), row_builder)
+    return "\n".join(
+        [
+            f"{len(cases)} cases, {step} per step ({batch} x {sft.world_size} processes x "
+            f"{sft.gradient_accumulation_steps} accumulated): {steps} steps per epoch, {total} in total",
+            f"per epoch: {text.tokens:,} tokens, {text.labels:,} of them trained ({text.labels / text.tokens:.1%}), no "
+            f"padding; one question per row would need {unshared:,} tokens ({unshared / text.tokens:.1f} x)",
+            f"per epoch: {operations / 1e12:,.2f} TFLOP forward and backward, with each image encoded once per case; "
+            f"{operations / len(cases) / 1e9:,.1f} GFLOP per case",
+            "",
+            memory_report(model, _batch_shape(rows, planned, row_builder), sft, base, gpus=max(2, sft.world_size)),
+            "",
+            f"one row, {first.role} {first.case}, with the trained tokens in [[...]]:",
+            marked,
+        ]
+    )
+
+
+def _batch_shape(rows: list[PlannedRow], planned: Plan, row_builder: RowBuilder) -> BatchShape:
+    """An upper bound for the batch of `rows`: the maximum of each quantity over its rows, and of all images' pixels."""
     patch, merge = row_builder.image_processor.patch_size, row_builder.merge
     grids = [grid for row in planned.rows for grid in row.images.values()]
-    largest = Batch(
+    return BatchShape(
         rows=len(rows),
         images=max(len(row.images) for row in rows),
         max_pixels=max((math.prod(grid) for grid in grids), default=0) * patch**2,
@@ -156,24 +178,8 @@ def dry_run(
         ),
         label_tokens=max(row.text.labels for row in rows),
     )
-    marked = mark_trained(row_builder.load_row(first, root), row_builder)
-    return "\n".join(
-        [
-            f"{len(cases)} cases, {step} a step ({batch} x {sft.world_size} processes x "
-            f"{sft.gradient_accumulation_steps} accumulated): {steps} steps an epoch, {total} in all",
-            f"an epoch: {text.tokens:,} tokens, {text.labels:,} of them trained on ({text.labels / text.tokens:.1%}), "
-            f"no padding; asked one by one they would be {text.tokens + alone:,} ({1 + alone / text.tokens:.1f} x)",
-            f"an epoch: {operations / 1e12:,.2f} TFLOP forward and backward, each case's images encoded once; "
-            f"{operations / len(cases) / 1e9:,.1f} GFLOP a case",
-            "",
-            report(model, largest, sft, base, gpus=max(2, sft.world_size)),
-            "",
-            f"one row, {first.role} {first.case}, with the trained tokens in [[...]]:",
-            marked,
-        ]
-    )
 
 
-def images_of(case: Iterable[PlannedRow]) -> dict[str, tuple[int, int, int]]:
-    """Grid of each different image of a case."""
+def image_grids(case: Iterable[PlannedRow]) -> dict[str, tuple[int, int, int]]:
+    """Grid (t, h, w) in patches of each distinct image of a case."""
     return {name: grid for row in case for name, grid in row.images.items()}

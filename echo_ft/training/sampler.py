@@ -1,3 +1,5 @@
+"""The training sampler: random cases, balanced over processes."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -7,20 +9,23 @@ from torch.utils.data import Sampler
 
 
 class BalancedSampler(Sampler[int]):
-    """Cases in random order, those of each step such that its processes get about as many tokens.
+    """Random order of cases in which all processes get about the same number of tokens in each step.
 
-    Which cases a step has, the seed and the epoch alone decide, and they are those of torch's RandomSampler under
-    accelerate: a run on several processes learns what a run on one does. Of a step, cases of like length are in one
-    micro-batch, and within it the longest goes to the process that has least so far. (transformers' own
-    batch_rebalance counts padding, and starts an epoch anew with the wrong cases where a run is gone on with: 5.23.)
+    The cases of a step depend only on seed and epoch and match torch's RandomSampler under accelerate, so a run on
+    several processes sees the same steps as a run on one. Within a step, cases of similar length form a micro-batch. In
+    a micro-batch, the longest case goes to the process with the fewest tokens so far. (transformers 5.23's
+    batch_rebalance counts padding tokens and restarts an epoch with the wrong cases on resume.)
     """
 
-    def __init__(self, tokens: Sequence[int], batch: int, processes: int, accumulated: int, seed: int) -> None:
-        """`tokens` of each case; `batch` cases are one micro-batch of one process."""
+    def __init__(self, tokens: Sequence[int], batch: int, processes: int, accumulation: int, seed: int) -> None:
+        """`tokens` has one entry per case. `batch` is the number of cases per process and micro-batch.
+
+        `accumulation` is the number of micro-batches per step.
+        """
         self.tokens = tokens
         self.batch = batch
         self.processes = processes
-        self.accumulated = accumulated
+        self.accumulation = accumulation
         self.seed = seed
         self.epoch = 0
 
@@ -28,26 +33,26 @@ class BalancedSampler(Sampler[int]):
         return len(self.tokens)
 
     def set_epoch(self, epoch: int) -> None:
-        """Epochs differ in their order."""
+        """Select the order of the cases; every epoch has its own."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.tokens), generator=generator).tolist()
-        micro = self.batch * self.processes
-        step = micro * self.accumulated
+        micro_batch = self.batch * self.processes
+        step = micro_batch * self.accumulation
         for start in range(0, len(order), step):
             cases = order[start : start + step]
-            if len(cases) < step:  # accelerate fills it up from the beginning
+            if len(cases) < step:  # accelerate fills it with cases from the start of the epoch
                 yield from cases
                 continue
             cases.sort(key=lambda case: -self.tokens[case])
             totals = [0] * self.processes
-            for first in range(0, step, micro):
+            for first in range(0, step, micro_batch):
                 shares: list[list[int]] = [[] for _ in range(self.processes)]
-                for case in cases[first : first + micro]:
+                for case in cases[first : first + micro_batch]:
                     free = (rank for rank, share in enumerate(shares) if len(share) < self.batch)
-                    rank = min(free, key=lambda rank: (sum(self.tokens[one] for one in shares[rank]), totals[rank]))
+                    rank = min(free, key=lambda rank: (sum(self.tokens[other] for other in shares[rank]), totals[rank]))
                     shares[rank].append(case)
                 for rank, share in enumerate(shares):
                     totals[rank] += sum(self.tokens[case] for case in share)

@@ -22,7 +22,7 @@ from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import read_card
 from echo_ft.model.batches import image_inputs
 from echo_ft.records import Prediction
-from echo_ft.training.cases import by_case
+from echo_ft.training.cases import group_by_case
 from echo_ft.training.checkpoints import find_checkpoint
 from echo_ft.training.collator import Collator
 from tests.conftest import make_case, make_dataset
@@ -171,8 +171,8 @@ def test_a_run_with_degraded_queries_says_so_and_goes_on_only_as_such(dataset, t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--corruption", "noise"), "corruption is given and severity is not; add --severity"),
-        (("--severity", "2"), "severity is given and corruption is not; add --corruption"),
+        (("--corruption", "noise"), "corruption is set but severity is not; add --severity"),
+        (("--severity", "2"), "severity is set but corruption is not; add --corruption"),
         (("--corruption", "fog", "--severity", "2"), "'fog'"),
         (("--corruption", "blur", "--severity", "6"), "6"),
     ],
@@ -210,7 +210,7 @@ def test_draws_of_a_training_have_the_share_and_all_kinds_and_are_its_seeds():
 def test_a_training_batch_has_the_degraded_query_of_its_case(row_builder, case, tmp_path):
     exchange = asdict(with_completions(exchanges_of(case)[-1], ["B"] * 7))
     how = Corruption("jpeg", 3, seed=5)
-    rows = by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(how)])
+    rows = group_by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(how)])
     batch = Collator(row_builder, tmp_path)([rows[0]])
     expected = image_inputs(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, how)])
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])

@@ -1,8 +1,8 @@
-"""Run by torchrun on two processes: under FSDP2, gradients are those of the whole model, also where one sees no image.
+"""Under FSDP2 on two processes, gradients equal those of one process, even if one of the two has no image.
 
-accelerate (1.15) takes FSDP for GPUs alone, so PyTorch's own fully_shard is called here, on the blocks that
-recipes/accelerate/fsdp2.yaml names and on the whole; accelerate's own preparing is not tested by that. argv: a folder
-to draw into.
+torchrun starts this script with a folder for drawn images as its argument. accelerate (1.15) supports FSDP only on
+GPUs. The script therefore calls PyTorch's fully_shard on the blocks that recipes/accelerate/fsdp2.yaml names and on the
+whole model. It does not test how accelerate prepares a model.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def main(folder: Path) -> None:
     root.mkdir()
     row_builder = RowBuilder(load_processor(str(ECHO_TINY), None, 784, 28 * 28 * 16))
     names = tuple(draw(root / f"{index}.png", (60 + 20 * index, 90), index) for index in range(2))
-    asked = tuple(Branch(str(index), f"Question {index}: is it so?\n", "AB"[index % 2]) for index in range(3))
-    # One process has a single question and no image, the other two of each.
-    made = [
-        Exchange("decision_maker", "a", (), "", asked[:1], "1"),
-        Exchange("decision_maker", "b", names, "", asked, "1"),
+    branches = tuple(Branch(str(index), f"Question {index}: is it so?\n", "AB"[index % 2]) for index in range(3))
+    # One process has one question and no image; the other has three questions and two images.
+    exchanges = [
+        Exchange("decision_maker", "a", (), "", branches[:1], "1"),
+        Exchange("decision_maker", "b", names, "", branches, "1"),
     ]
-    collator = Collator(row_builder, root, always_look=True)
-    batches = [collator.batch([row_builder.load_row(exchange, root)]) for exchange in made]
+    collator = Collator(row_builder, root, always_encode=True)
+    batches = [collator.batch([row_builder.load_row(exchange, root)]) for exchange in exchanges]
 
     torch.manual_seed(0)
     lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "attn.qkv"])
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         return torch.nn.functional.cross_entropy(logits[0], batch["labels"][0, keep + 1], reduction="sum")
 
     sum(loss(batch) for batch in batches).backward()
-    expected = {name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad}
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad()
     core = model.get_base_model().model
     for layer in (*core.visual.blocks, *core.language_model.layers):
@@ -58,10 +58,10 @@ def main(folder: Path) -> None:
     loss(batches[dist.get_rank()]).backward()
     scale = max(gradient.abs().max() for gradient in expected.values())
     assert any(gradient.any() for name, gradient in expected.items() if "attn.qkv" in name)
-    for name, one in model.named_parameters():
-        if one.requires_grad:
-            summed = one.grad.full_tensor() * dist.get_world_size()  # FSDP takes the mean over processes
-            assert (summed - expected[name]).abs().max() <= 1e-5 * scale, name
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            total = weight.grad.full_tensor() * dist.get_world_size()  # FSDP averages over the processes
+            assert (total - expected[name]).abs().max() <= 1e-5 * scale, name
 
 
 if __name__ == "__main__":

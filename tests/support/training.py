@@ -1,3 +1,5 @@
+"""Start train/sft.py on echo-tiny, and read the losses that it logged."""
+
 from __future__ import annotations
 
 import json
@@ -10,15 +12,20 @@ from pathlib import Path
 from tests.conftest import ECHO_TINY, ROOT
 
 BIN = Path(sys.executable).parent
-SAME_TRAINING = ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0"]
+SAME_TRAINING = [
+    "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2", "--warmup_steps", "0",
+    "--eval_strategy", "no", "--lora_dropout", "0", "--per_device_eval_batch_size", "2", "--optim", "adamw_torch",
+]  # fmt: skip
+"""Options for runs of three steps that must end with the same losses."""
 
 
 def launch(
     *arguments: object, ranks: int = 1, fails: bool = False, launcher: Sequence[object] = (), **environment: str
 ) -> str:
-    """Run train/sft.py by `accelerate launch` with the flags in `launcher`. Returns what it printed.
+    """Run train/sft.py with `accelerate launch` and the flags in `launcher`. Returns its output.
 
-    Two ranks are torchrun's: `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15).
+    Several ranks start with torchrun, because `accelerate launch --cpu --num_processes 2` starts one process
+    (accelerate 1.15).
     """
     start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["accelerate", "launch", "--quiet", *launcher]
     done = subprocess.run(
@@ -40,6 +47,7 @@ def launch(
 
 
 def tiny_options(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
+    """Options of train/sft.py for the tiny recipe of `role`."""
     recipe = ROOT / "recipes" / "tiny" / f"{role}.yaml"
     fixed = ["--dataset", dataset, "--output_dir", output, "--model_name_or_path", ECHO_TINY, "--report_to", "none"]
     return ["--config", recipe, *fixed, *more]
@@ -52,12 +60,14 @@ def history(output: Path) -> list[float]:
 
 
 def losses(output: Path) -> list[float]:
+    """The losses of three steps."""
     found = history(output)
     assert len(found) == 3
     return found
 
 
 def run_in_process(*arguments: object) -> None:
+    """Run train/sft.py in this process."""
     from train.sft import main
 
     main([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels, bfloat16, and topologies that accelerate has for GPUs alone."""
+"""GPU kernels, bfloat16, and topologies that accelerate supports only on GPUs give the losses of a plain run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(dataset, tmp_path_factory):
-    """Three steps in float32."""
+    """A run of three steps in float32."""
     output = tmp_path_factory.mktemp("plain") / "reasoning_expert"
     launch(*tiny_options("reasoning_expert", dataset, output, *SHORT), **GPU)
     return output
@@ -37,9 +37,9 @@ def plain(dataset, tmp_path_factory):
 
 def test_flex_attention_gives_the_gradients_of_sdpa(row_builder, model, tmp_path):
     names = tuple(draw(tmp_path / f"{index}.png", (60 + 20 * index, 90), index) for index in range(3))
-    asked = tuple(Branch(str(index), f"Question {index}: is it so?\n", "AB"[index % 2]) for index in range(4))
-    made = [Exchange("decision_maker", str(index), names[: 1 + index], "", asked, "1") for index in range(2)]
-    batch = Collator(row_builder, tmp_path).batch([row_builder.load_row(exchange, tmp_path) for exchange in made])
+    branches = tuple(Branch(str(index), f"Question {index}: is it so?\n", "AB"[index % 2]) for index in range(4))
+    exchanges = [Exchange("decision_maker", str(index), names[: 1 + index], "", branches, "1") for index in range(2)]
+    batch = Collator(row_builder, tmp_path).batch([row_builder.load_row(exchange, tmp_path) for exchange in exchanges])
     batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     keep = (batch["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
     found = {}
@@ -59,7 +59,7 @@ def test_flex_attention_gives_the_gradients_of_sdpa(row_builder, model, tmp_path
     [["--attn_implementation", "flex_attention"], ["--use_liger_kernel", "true"], ["--gradient_checkpointing", "true"]],
     ids=lambda options: options[0].removeprefix("--"),
 )
-def test_a_run_by_other_kernels_gives_the_losses_of_the_plain_one(plain, dataset, tmp_path, options):
+def test_other_kernels_give_the_losses_of_the_plain_run(plain, dataset, tmp_path, options):
     if "--use_liger_kernel" in options:
         pytest.importorskip("liger_kernel")
     launch(*tiny_options("reasoning_expert", dataset, tmp_path / "out", *SHORT, *options), **GPU)

@@ -1,4 +1,6 @@
-"""Recipes for the published models, proven without weights; the memory estimate against what autograd saves."""
+"""The recipes for the published models fit their architectures, and the memory estimates match what autograd saves."""
+
+from __future__ import annotations
 
 import subprocess
 import sys
@@ -17,7 +19,14 @@ from echo_ft.model.architectures import meta_model, model_config
 from echo_ft.model.loading import check_lora_targets
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.records import ROLES
-from echo_ft.training.memory import Batch, activations, adapt, count_parameters, frozen_bytes, topologies
+from echo_ft.training.memory import (
+    BatchShape,
+    add_adapter,
+    count_parameters,
+    estimate_activations,
+    estimate_topologies,
+    frozen_bytes,
+)
 from tests.conftest import ROOT
 from tests.support.models import small_config
 
@@ -33,7 +42,7 @@ NAME_7B = "Qwen/Qwen2-VL-7B-Instruct"
 
 @pytest.fixture(scope="module")
 def meta_2b():
-    """The 2B's architecture; tests do not change it."""
+    """The architecture of the 2B model. Tests must not change it."""
     return meta_model(NAME_2B)
 
 
@@ -50,16 +59,16 @@ def parse_recipe(path, *flags):
 
 
 @pytest.mark.parametrize(("name", "parameters"), [(NAME_2B, 2_208_985_600), (NAME_7B, 8_291_375_616)])
-def test_the_published_architectures_have_the_published_number_of_parameters(name, parameters):
+def test_architectures_have_the_published_number_of_parameters(name, parameters):
     assert sum(weight.numel() for weight in meta_model(name).parameters()) == parameters
 
 
-def test_a_local_folder_is_read_before_anything_else(tmp_path):
+def test_a_local_folder_takes_precedence(tmp_path):
     small_config().save_pretrained(tmp_path)
     assert model_config(str(tmp_path)).text_config.hidden_size == 192
 
 
-def test_an_unknown_model_is_an_error_that_names_the_known_ones(monkeypatch, tmp_path):
+def test_an_unknown_model_is_refused_with_the_known_names(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EchoError, match="Qwen/Qwen2-VL-2B-Instruct"):
         model_config("nobody/nothing")
@@ -69,7 +78,7 @@ def test_an_unknown_model_is_an_error_that_names_the_known_ones(monkeypatch, tmp
         model_config(str(tmp_path))
 
 
-def test_a_model_that_is_no_qwen2_vl_is_refused(tmp_path):
+def test_a_model_other_than_qwen2_vl_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(EchoError, match="is a llama model"):
         model_config(str(tmp_path))
@@ -79,13 +88,13 @@ def test_a_model_that_is_no_qwen2_vl_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_trainable_parameters_are_those_of_the_formula(folder):
+def test_trainable_parameters_match_the_formula(folder):
     _, _, base = parse_recipe(RECIPES / folder / "decision_maker.yaml")
     model = meta_model(base.model_name_or_path)
     shapes = [m.weight.shape for name, m in model.named_modules() if name.split(".")[-1] in base.lora_target_modules]
     expected = sum(base.lora_r * (rows + columns) for rows, columns in shapes)
     config = LoraConfig(r=base.lora_r, target_modules=base.lora_target_modules)
-    adapted = adapt(model, config)
+    adapted = add_adapter(model, config)
     counts = {count.part: count for count in count_parameters(adapted)}
     assert len(shapes) == 28 * 7
     assert {part: count.trainable for part, count in counts.items()} == {
@@ -97,7 +106,7 @@ def test_trainable_parameters_are_those_of_the_formula(folder):
     assert totals == tuple(reversed(adapted.get_nb_trainable_parameters()))
 
 
-def test_vision_and_merger_names_find_linear_layers_alone(meta_2b):
+def test_vision_and_merger_targets_match_only_linear_layers(meta_2b):
     check_lora_targets(meta_2b, VISION + MERGER)
     with pytest.raises(EchoError, match=r"proj also matches model\.visual\.patch_embed\.proj, a Conv3d"):
         check_lora_targets(meta_2b, [*LANGUAGE, "proj"])
@@ -106,26 +115,26 @@ def test_vision_and_merger_names_find_linear_layers_alone(meta_2b):
 @pytest.mark.parametrize(
     ("wrong", "nearest"), [("q_porj", "q_proj"), ("attn.qvk", "attn.qkv"), ("merger.mlp0", "merger.mlp.0")]
 )
-def test_a_target_that_finds_nothing_is_named_with_the_nearest_that_would(meta_2b, wrong, nearest):
+def test_an_unknown_target_is_refused_with_the_nearest_name(meta_2b, wrong, nearest):
     with pytest.raises(EchoError, match=f"no module {wrong}; did you mean {nearest}"):
         check_lora_targets(meta_2b, [*LANGUAGE, wrong])
 
 
-def test_a_single_target_is_found_like_one_of_a_list():
-    adapted = adapt(meta_model(NAME_2B), LoraConfig(r=8, target_modules="q_proj"))
+def test_a_single_target_is_matched_like_a_list_of_one():
+    adapted = add_adapter(meta_model(NAME_2B), LoraConfig(r=8, target_modules="q_proj"))
     assert adapted.get_nb_trainable_parameters()[0] == 28 * 8 * (1536 + 1536)
 
 
-def saved_bytes(model, rows=2, images=2, side=16, text=100):
-    """Bytes that autograd keeps after the trainer's forward pass in bfloat16, weights aside, and the batch it was."""
-    photos = ([7] + [5] * (side**2 // 4) + [8]) * images
-    length, branch = len(photos) + text, text // 4
-    segments = [0] * len(photos) + [1 + index // branch for index in range(text)]
+def bytes_saved_by_autograd(model, rows=2, images=2, side=16, text=100):
+    """Bytes that autograd keeps after a bfloat16 forward pass, without weights, and the shape of the batch."""
+    image_ids = ([7] + [5] * (side**2 // 4) + [8]) * images
+    length, branch = len(image_ids) + text, text // 4
+    segments = [0] * len(image_ids) + [1 + index // branch for index in range(text)]
     batch = {
-        "input_ids": torch.tensor([(photos + [20] * text) * rows]),
+        "input_ids": torch.tensor([(image_ids + [20] * text) * rows]),
         "position_ids": torch.arange(rows * length).expand(3, 1, -1) % length,
         "segments": torch.tensor([segments * rows]),
-        "lengths": [(len(photos), length)] * rows,
+        "lengths": [(len(image_ids), length)] * rows,
         "pixel_values": torch.randn(rows * images * side**2, 3 * 2 * 14 * 14),
         "image_grid_thw": torch.tensor([[1, side, side]] * (rows * images)),
         "image_order": list(range(rows * images)),
@@ -146,8 +155,8 @@ def saved_bytes(model, rows=2, images=2, side=16, text=100):
         core = model.get_base_model() if hasattr(model, "peft_config") else model
         output = core.model(**packed_inputs(batch), use_cache=False)
     assert output.last_hidden_state.requires_grad
-    counted = Batch(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
-    return sum(storage.nbytes() for storage in saved.values()), counted
+    shape = BatchShape(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
+    return sum(storage.nbytes() for storage in saved.values()), shape
 
 
 def small_model(targets):
@@ -158,43 +167,47 @@ def small_model(targets):
 
 
 @pytest.mark.parametrize("targets", [LANGUAGE, LANGUAGE + VISION + MERGER], ids=["language", "all"])
-def test_activations_are_what_autograd_saves_within_a_tenth(targets):
+def test_activations_are_within_a_tenth_of_what_autograd_saves(targets):
     model = small_model(targets)
-    measured, batch = saved_bytes(model)
-    assert activations(model, batch, width=2).kept == pytest.approx(measured, rel=0.1)
+    measured, batch = bytes_saved_by_autograd(model)
+    assert estimate_activations(model, batch, width=2).full == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("frozen", [".visual.", "nothing"])
-def test_activations_of_full_tuning_are_what_autograd_saves_within_a_tenth(frozen):
+def test_full_tuning_is_within_a_tenth_of_what_autograd_saves(frozen):
     model = AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
     prepare_model(model.train())
-    measured, batch = saved_bytes(model)
-    assert activations(model, batch, width=2).kept == pytest.approx(measured, rel=0.1)
+    measured, batch = bytes_saved_by_autograd(model)
+    assert estimate_activations(model, batch, width=2).full == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("targets", [LANGUAGE, LANGUAGE + VISION + MERGER], ids=["language", "all"])
-def test_checkpointed_inputs_are_what_autograd_saves_within_a_fifth(targets):
+def test_checkpointed_inputs_are_within_a_fifth_of_autograd(targets):
     model = small_model(targets)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    measured, batch = saved_bytes(model)
-    assert activations(model, batch, width=2).inputs == pytest.approx(measured, rel=0.2)
+    measured, batch = bytes_saved_by_autograd(model)
+    assert estimate_activations(model, batch, width=2).inputs == pytest.approx(measured, rel=0.2)
 
 
-def test_more_images_pixels_and_rows_take_more_memory_and_checkpointing_takes_less(meta_2b):
-    adapted = adapt(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
-    base = activations(adapted, Batch(1, 2, 501_760, 512, 16), 2)
-    for larger in (Batch(2, 2, 501_760, 512, 16), Batch(1, 3, 501_760, 512, 16), Batch(1, 2, 1_003_520, 512, 16)):
-        more = activations(adapted, larger, 2)
+def test_larger_batches_take_more_memory_and_checkpointing_takes_less(meta_2b):
+    adapted = add_adapter(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
+    base = estimate_activations(adapted, BatchShape(1, 2, 501_760, 512, 16), 2)
+    for larger in (
+        BatchShape(2, 2, 501_760, 512, 16),
+        BatchShape(1, 3, 501_760, 512, 16),
+        BatchShape(1, 2, 1_003_520, 512, 16),
+    ):
+        more = estimate_activations(adapted, larger, 2)
         assert more.total(True) > base.total(True)
         assert more.total(False) > base.total(False)
     assert base.total(True) < base.total(False) / 4
 
 
-def test_topologies_share_out_what_their_papers_say():
-    one, ddp, zero2, zero3, offload = topologies(16_000, 8_000, 1_000, gpus=4, adapter_width=4)
+def test_topologies_shard_what_their_papers_describe():
+    one, ddp, zero2, zero3, offload = estimate_topologies(16_000, 8_000, 1_000, gpus=4, adapter_width=4)
     assert (one.weights, one.gradients, one.optimizer) == (20_000, 4_000, 8_000)
     assert ddp.states == one.states + 4_000  # the buckets
     assert (zero2.weights, zero2.gradients, zero2.optimizer) == (18_000, 500, 3_000)
@@ -203,8 +216,8 @@ def test_topologies_share_out_what_their_papers_say():
     assert offload.host == 18_000 + 16_000
 
 
-def test_four_bits_leave_the_embeddings_alone():
-    model = adapt(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
+def test_four_bits_do_not_apply_to_the_embeddings():
+    model = add_adapter(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
     frozen = [weight.numel() for weight in model.parameters() if not weight.requires_grad]
     assert frozen_bytes(model, 2) == 2 * sum(frozen) == 2 * 2_208_985_600
     embeddings = 2 * 151_936 * 1536
@@ -217,7 +230,7 @@ def test_four_bits_leave_the_embeddings_alone():
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_recipe_passes_its_config_check_and_finds_its_targets(folder):
+def test_every_recipe_passes_its_checks_and_finds_its_targets(folder):
     from echo_ft.training.config import check_options
 
     model, budgets = None, set()
@@ -236,7 +249,7 @@ def test_every_recipe_passes_its_config_check_and_finds_its_targets(folder):
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, monkeypatch):
+def test_accelerate_and_the_trainer_accept_each_topology(name, monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils import DeepSpeedPlugin
@@ -246,9 +259,9 @@ def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, mon
     path = RECIPES / "accelerate" / f"{name}.yaml"
     cluster = load_config_from_file(str(path))
     assert cluster.mixed_precision == "bf16"
-    assert "gpu_ids" not in path.read_text()  # accelerate would put it over the user's CUDA_VISIBLE_DEVICES
+    assert "gpu_ids" not in path.read_text()  # it would override the user's CUDA_VISIBLE_DEVICES
     assert cluster.num_processes == (1 if name == "one_gpu" else 4)
-    # accelerate reads its own loader's unknown keys as an error, but not those of deepspeed_config.
+    # accelerate reports unknown keys at the top level, but not inside deepspeed_config or fsdp_config.
     options = {action.dest for action in launch_command_parser()._actions}
     assert set(cluster.deepspeed_config) | set(cluster.fsdp_config) <= options
     for layer in cluster.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "").split(","):
@@ -271,7 +284,7 @@ def test_accelerate_takes_each_topology_and_the_trainer_agrees_with_it(name, mon
 # The command
 
 
-def test_the_command_prints_counts_and_a_line_for_each_topology(capsys):
+def test_the_command_prints_counts_and_one_line_per_topology(capsys):
     from train.memory import main
 
     main(["--config", str(RECIPES / "qwen2_vl_2b" / "reference_extractor.yaml"), "--gpus", "8", "--images", "3"])
@@ -282,7 +295,7 @@ def test_the_command_prints_counts_and_a_line_for_each_topology(capsys):
         assert f"\n{topology} " in printed
 
 
-def test_the_command_ends_with_one_sentence_where_a_target_is_wrong():
+def test_the_command_reports_a_wrong_target_in_one_sentence():
     recipe = RECIPES / "qwen2_vl_2b" / "decision_maker.yaml"
     command = [
         sys.executable,
@@ -302,7 +315,7 @@ def test_the_command_ends_with_one_sentence_where_a_target_is_wrong():
     assert "Traceback" not in done.stderr
 
 
-def test_the_slurm_example_starts_one_launcher_a_machine_with_all_processes(tmp_path):
+def test_the_slurm_example_starts_one_launcher_per_machine(tmp_path):
     from accelerate.commands.launch import launch_command_parser
 
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'first\\nsecond\\n'\n")

@@ -1,4 +1,4 @@
-"""Several processes through the real command line: the losses of one process, and none waits for ever."""
+"""Training on several processes gives the losses of one process, and no process waits forever."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.conftest import ROOT, make_dataset
 from tests.support.training import BIN, SAME_TRAINING, history, launch, losses, tiny_options
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TWO = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
-WHOLE = [*SAME_TRAINING, "--save_strategy", "no", "--use_peft", "false", "--learning_rate", "1e-3"]
+TWO_RANKS = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+FULL_TUNING = [*SAME_TRAINING, "--save_strategy", "no", "--use_peft", "false", "--learning_rate", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,16 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_rank(dataset, tmp_path_factory):
-    """The reasoning expert, three steps of four cases."""
+    """The reasoning expert after three steps of four cases."""
     output = tmp_path_factory.mktemp("one") / "reasoning_expert"
-    alike = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4]
-    launch(*tiny_options("reasoning_expert", dataset, output, *alike))
+    options = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4]
+    launch(*tiny_options("reasoning_expert", dataset, output, *options))
     return output
 
 
-def deepspeed(recipe: str, *arguments: object) -> str:
-    """Run train/sft.py on two CPU processes by `accelerate launch` with a recipe of ours. Returns what it printed."""
-    # ACCELERATE_USE_CPU would make it DDP: accelerate (1.15) takes DeepSpeed for GPUs alone, unless a backend is named.
+def launch_deepspeed(recipe: str, *arguments: object) -> str:
+    """Run train/sft.py on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
+    # accelerate (1.15) uses DeepSpeed on a CPU only if a backend is named; with ACCELERATE_USE_CPU it would use DDP.
     return launch(
         *arguments,
         "--ddp_backend",
@@ -55,69 +55,69 @@ def deepspeed(recipe: str, *arguments: object) -> str:
     )
 
 
-def same_adapter(found, expected):
-    """Both adapters are one, but for the order of sums."""
+def assert_same_adapter(found, expected):
+    """Check that two adapters are equal except for the order of sums."""
     weights = load_file(expected / "adapter_model.safetensors")
     for name, weight in load_file(found / "adapter_model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-2, atol=1e-3)
 
 
 def test_two_ranks_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path):
-    launch(*tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO), ranks=2)
+    launch(*tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS), ranks=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
-    same_adapter(tmp_path / "two", one_rank)
+    assert_same_adapter(tmp_path / "two", one_rank)
 
 
-# Offload compiles DeepSpeed's AdamW for the CPU first, which takes minutes.
+# Offload first compiles DeepSpeed's AdamW for the CPU, which takes minutes.
 @pytest.mark.parametrize(
     "recipe", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "zero3_offload"))]
 )
-def test_two_ranks_under_deepspeed_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path, recipe):
+def test_two_deepspeed_ranks_give_the_losses_and_adapter_of_one(one_rank, dataset, tmp_path, recipe):
     checkpoint = ["--save_strategy", "steps", "--save_steps", 3]
-    deepspeed(recipe, *tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO, *checkpoint))
-    # It was DeepSpeed indeed: each process has saved its share of the optimizer's states.
+    launch_deepspeed(recipe, *tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS, *checkpoint))
+    # Each process saved its share of the optimizer states, so DeepSpeed was in use.
     assert len(list((tmp_path / "two" / "checkpoint-3" / "global_step3").glob("*rank_[01]*optim_states.pt"))) == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
-    same_adapter(tmp_path / "two", one_rank)
+    assert_same_adapter(tmp_path / "two", one_rank)
 
 
 @pytest.fixture(scope="module")
-def tuned_whole(dataset, tmp_path_factory):
-    """Full tuning of the reference extractor, three steps of four cases."""
+def fully_tuned(dataset, tmp_path_factory):
+    """The reference extractor after full fine-tuning for three steps of four cases."""
     output = tmp_path_factory.mktemp("whole") / "reference_extractor"
-    launch(*tiny_options("reference_extractor", dataset, output, *WHOLE, "--per_device_train_batch_size", 4))
+    launch(*tiny_options("reference_extractor", dataset, output, *FULL_TUNING, "--per_device_train_batch_size", 4))
     return output
 
 
 @pytest.mark.parametrize(
     "recipe", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
 )
-def test_full_tuning_on_two_ranks_gives_the_losses_and_the_model_of_one(tuned_whole, dataset, tmp_path, recipe):
+def test_full_tuning_on_two_ranks_gives_the_model_of_one(fully_tuned, dataset, tmp_path, recipe):
     from echo_ft.model.loading import load_model
 
     arguments = tiny_options(
-        "reference_extractor", dataset, tmp_path / "two", *WHOLE, "--per_device_train_batch_size", 2
+        "reference_extractor", dataset, tmp_path / "two", *FULL_TUNING, "--per_device_train_batch_size", 2
     )
     if recipe == "ddp":
         launch(*arguments, ranks=2)
     else:
-        deepspeed(recipe, *arguments)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tuned_whole), rel=1e-4)
-    expected = load_model(str(tuned_whole)).state_dict()
+        launch_deepspeed(recipe, *arguments)
+    assert losses(tmp_path / "two") == pytest.approx(losses(fully_tuned), rel=1e-4)
+    expected = load_model(str(fully_tuned)).state_dict()
     for name, weight in load_model(str(tmp_path / "two")).state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-3)
 
 
-def test_a_rank_that_knows_its_images_does_not_leave_the_others_waiting_under_zero_3(dataset, tmp_path):
-    alike = [*TWO, *LANGUAGE, "--features", tmp_path / "features"]
-    deepspeed("zero3", *tiny_options("reference_extractor", dataset, tmp_path / "first", *alike))
+def test_zero_3_does_not_hang_if_a_rank_has_stored_its_images(dataset, tmp_path):
+    options = [*TWO_RANKS, *LANGUAGE, "--features", tmp_path / "features"]
+    launch_deepspeed("zero3", *tiny_options("reference_extractor", dataset, tmp_path / "first", *options))
     for path in sorted((tmp_path / "features").glob("*/*.safetensors"))[::3]:
         path.unlink()
-    deepspeed("zero3", *tiny_options("reference_extractor", dataset, tmp_path / "again", *alike))
+    launch_deepspeed("zero3", *tiny_options("reference_extractor", dataset, tmp_path / "again", *options))
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "first"), rel=1e-4)
 
 
-def test_fsdp2_gives_the_gradients_of_the_whole_model_also_where_a_rank_sees_no_image(tmp_path):
+def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
     done = subprocess.run(
         [str(BIN / "torchrun"), "--nproc_per_node=2", "-m", "tests.support.fully_sharded", str(tmp_path)],
         cwd=ROOT,
@@ -131,7 +131,7 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model_also_where_a_rank_sees_no_
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """A dataset whose cases differ in length: every other one asks a single question."""
+    """A dataset with cases of different lengths: every other case has only one question."""
     folder = make_dataset(tmp_path_factory.mktemp("uneven"))
     path = folder / "sft" / "reasoning_expert" / "train.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -142,14 +142,15 @@ def uneven(tmp_path_factory):
     return folder
 
 
-def test_uneven_cases_on_two_ranks_give_the_losses_of_one_also_gone_on_with_inside_an_epoch(uneven, tmp_path):
-    # Eight cases, four a step: the third step is in the second epoch, and the fourth ends it.
+def test_uneven_cases_on_two_ranks_give_the_losses_of_one(uneven, tmp_path):
+    # Eight cases and four per step: the third step begins the second epoch, and the fourth ends it.
     steps = [*SAME_TRAINING, "--save_strategy", "steps", "--save_steps", 1, "--max_steps", 4]
     for ranks in (1, 2):
         more = [*steps, "--per_device_train_batch_size", 4 // ranks]
         launch(*tiny_options("reasoning_expert", uneven, tmp_path / str(ranks), *more), ranks=ranks)
     found = {ranks: history(tmp_path / str(ranks)) for ranks in (1, 2)}
-    assert len(found[2]) == 4 and found[2] == pytest.approx(found[1], rel=1e-4)
+    assert len(found[2]) == 4
+    assert found[2] == pytest.approx(found[1], rel=1e-4)
     resumed = ["--resume_from_checkpoint", tmp_path / "2" / "checkpoint-3", "--per_device_train_batch_size", 2]
     launch(*tiny_options("reasoning_expert", uneven, tmp_path / "resumed", *steps, *resumed), ranks=2)
     expected = load_file(tmp_path / "2" / "adapter_model.safetensors")
@@ -157,21 +158,22 @@ def test_uneven_cases_on_two_ranks_give_the_losses_of_one_also_gone_on_with_insi
         assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize(("batch", "ranks", "accumulated"), [(2, 4, 1), (2, 4, 4), (1, 4, 8), (3, 2, 2)])
-def test_a_steps_cases_are_torchs_and_its_ranks_have_more_alike_tokens(batch, ranks, accumulated):
+@pytest.mark.parametrize(("batch", "ranks", "accumulation"), [(2, 4, 1), (2, 4, 4), (1, 4, 8), (3, 2, 2)])
+def test_the_sampler_keeps_the_cases_of_a_step_and_balances_ranks(batch, ranks, accumulation):
     tokens = np.random.default_rng(0).integers(500, 5000, 811).tolist()
-    sampler = BalancedSampler(tokens, batch, ranks, accumulated, seed=7)
-    spread = {"balanced": [], "torch's": []}
+    sampler = BalancedSampler(tokens, batch, ranks, accumulation, seed=7)
+    imbalance = {"balanced": [], "torch": []}
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         plain = list(RandomSampler(tokens, generator=torch.Generator().manual_seed(7 + epoch)))
         found = list(sampler)
-        assert sorted(found) == list(range(len(tokens))) and found != plain
-        step = batch * ranks * accumulated
+        assert sorted(found) == list(range(len(tokens)))
+        assert found != plain
+        step = batch * ranks * accumulation
         for start in range(0, len(tokens) - step + 1, step):
-            for name, order in (("balanced", found), ("torch's", plain)):
+            for name, order in (("balanced", found), ("torch", plain)):
                 cases = np.array(order[start : start + step])
                 assert sorted(cases) == sorted(plain[start : start + step])
-                of_ranks = np.array(tokens)[cases].reshape(accumulated, ranks, batch).sum(axis=2)
-                spread[name].append(float((of_ranks.max(axis=1) / of_ranks.mean(axis=1)).mean()))
-    assert np.mean(spread["balanced"]) - 1 < 0.7 * (np.mean(spread["torch's"]) - 1)
+                rank_tokens = np.array(tokens)[cases].reshape(accumulation, ranks, batch).sum(axis=2)
+                imbalance[name].append(float((rank_tokens.max(axis=1) / rank_tokens.mean(axis=1)).mean()))
+    assert np.mean(imbalance["balanced"]) - 1 < 0.7 * (np.mean(imbalance["torch"]) - 1)

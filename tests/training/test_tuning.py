@@ -1,4 +1,4 @@
-"""What is tuned, through the real script: LoRA's variants, quantized bases, and all weights."""
+"""train/sft.py trains LoRA variants, adapters of quantized models, and all weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from echo_ft.errors import EchoError
-from echo_ft.training.trainer import PrefixSharingTrainer, check_output_layer
+from echo_ft.training.checks import check_output_layer
+from echo_ft.training.trainer import PrefixSharingTrainer
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import SAME_TRAINING, losses, run_in_process, tiny_options
 
@@ -26,14 +27,14 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(dataset, tmp_path_factory):
-    """LoRA on the language model, three steps."""
+    """LoRA on the language model after three steps."""
     output = tmp_path_factory.mktemp("plain") / "reference_extractor"
     run_in_process(*tiny_options("reference_extractor", dataset, output, *SHORT, *LANGUAGE))
     return output
 
 
-def test_dora_trains_magnitudes_and_starts_as_the_base_does(plain, dataset, tmp_path):
-    # Not q_proj and k_proj: echo-tiny has rows of zeros there, and DoRA divides by the length of a row.
+def test_dora_trains_magnitudes_and_starts_with_the_loss_of_the_base(plain, dataset, tmp_path):
+    # DoRA divides by the norm of a row, and q_proj and k_proj of echo-tiny have rows of zeros.
     dora = [*SHORT, "--use_dora", "true", "--lora_target_modules", "v_proj", "o_proj", "gate_proj"]
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *dora))
     weights = load_file(tmp_path / "adapter_model.safetensors")
@@ -44,21 +45,22 @@ def test_dora_trains_magnitudes_and_starts_as_the_base_does(plain, dataset, tmp_
 
 
 def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(plain, dataset, tmp_path):
-    """alpha / sqrt(r) (arXiv 2312.03732): with alpha made smaller by sqrt(r), the run is plain LoRA's."""
+    """The scale is alpha / sqrt(r) (arXiv 2312.03732), so with alpha / sqrt(r) as alpha the run equals plain LoRA."""
     config = json.loads((plain / "adapter_config.json").read_text())
     r, alpha = config["r"], config["lora_alpha"]
-    assert int(r**0.5) ** 2 == r and alpha % r**0.5 == 0
+    assert int(r**0.5) ** 2 == r
+    assert alpha % r**0.5 == 0
     same = ["--use_rslora", "true", "--lora_alpha", int(alpha // r**0.5)]
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *same))
     assert losses(tmp_path) == pytest.approx(losses(plain), rel=1e-5)
 
 
-def test_an_adapter_under_zero_2_is_saved_without_a_copy_of_the_base(plain, dataset, tmp_path, monkeypatch):
+def test_an_adapter_under_zero_2_is_saved_without_copying_the_base(plain, dataset, tmp_path, monkeypatch):
     save = PrefixSharingTrainer.save_model
     saved = []
 
     def as_under_zero_2(self, *arguments, **options):
-        self.is_deepspeed_enabled = True  # without an engine: the Trainer's own way would fail
+        self.is_deepspeed_enabled = True  # there is no engine, so the Trainer's own code would fail
         save(self, *arguments, **options)
         saved.append(self.is_deepspeed_enabled)
         self.is_deepspeed_enabled = False
@@ -72,19 +74,20 @@ def test_an_adapter_under_zero_2_is_saved_without_a_copy_of_the_base(plain, data
     assert not expected
 
 
-def full(dataset, output, *more):
+def full_tuning_options(dataset, output, *more):
     options = ["--use_peft", "false", "--learning_rate", "1e-3", "--vision_learning_rate", 0]
     return tiny_options("reference_extractor", dataset, output, *SHORT, *options, *more)
 
 
-def test_full_tuning_gives_a_whole_model_whose_frozen_part_is_the_bases(dataset, tmp_path):
+def test_full_tuning_gives_a_full_model_with_the_frozen_part_unchanged(dataset, tmp_path):
     from echo_ft.model.adapters import find_adapters
     from echo_ft.model.loading import base_fingerprint, load_model
 
-    run_in_process(*full(dataset, tmp_path / "reference_extractor"))
+    run_in_process(*full_tuning_options(dataset, tmp_path / "reference_extractor"))
     output = tmp_path / "reference_extractor"
     tuned, base = load_model(str(output)).state_dict(), load_model(str(ECHO_TINY)).state_dict()
-    assert tuned.keys() == base.keys() and not (output / "adapter_config.json").exists()
+    assert tuned.keys() == base.keys()
+    assert not (output / "adapter_config.json").exists()
     for name, weight in base.items():
         frozen = ".visual." in name and ".merger." not in name
         if frozen or "merger" in name or "_proj.weight" in name:
@@ -95,42 +98,42 @@ def test_full_tuning_gives_a_whole_model_whose_frozen_part_is_the_bases(dataset,
         find_adapters(tmp_path, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), 784, 28224)
 
 
-def test_full_tuning_goes_on_to_the_weights_of_an_uninterrupted_run(dataset, tmp_path):
+def test_resumed_full_tuning_gives_the_weights_of_an_uninterrupted_run(dataset, tmp_path):
     checkpoints = ["--save_strategy", "steps", "--save_steps", 1]
-    run_in_process(*full(dataset, tmp_path / "whole", *checkpoints))
+    run_in_process(*full_tuning_options(dataset, tmp_path / "whole", *checkpoints))
     resumed = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-1"]
-    run_in_process(*full(dataset, tmp_path / "resumed", *resumed))
+    run_in_process(*full_tuning_options(dataset, tmp_path / "resumed", *resumed))
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     for name, weight in load_file(tmp_path / "resumed" / "model.safetensors").items():
         assert torch.equal(weight, expected[name]), name
 
 
-def test_the_best_of_full_tuning_is_loaded_and_saved(dataset, tmp_path):
+def test_full_tuning_loads_and_saves_its_best_checkpoint(dataset, tmp_path):
     best = ["--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1]
-    # A rate that ruins the model at once: the first checkpoint is the best.
+    # The learning rate ruins the model at once, so the first checkpoint is the best.
     best += ["--load_best_model_at_end", "true", "--learning_rate", 1, "--lr_scheduler_type", "linear"]
-    run_in_process(*full(dataset, tmp_path, *best, "--warmup_steps", 2))
+    run_in_process(*full_tuning_options(dataset, tmp_path, *best, "--warmup_steps", 2))
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    best_one = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
+    best_weights = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
     last = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert not state["best_model_checkpoint"].endswith("-3")
     saved = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(weight, best_one[name]) for name, weight in saved.items())
+    assert all(torch.equal(weight, best_weights[name]) for name, weight in saved.items())
     assert not all(torch.equal(weight, last[name]) for name, weight in saved.items())
 
 
 def test_full_tuning_in_16_bits_is_refused(dataset, tmp_path):
-    with pytest.raises(EchoError, match="round away in weights of 16 bits; set dtype: float32"):
-        run_in_process(*full(dataset, tmp_path, "--dtype", "bfloat16"))
+    with pytest.raises(EchoError, match="16-bit weights loses small updates to rounding; set dtype: float32"):
+        run_in_process(*full_tuning_options(dataset, tmp_path, "--dtype", "bfloat16"))
 
 
-def test_features_are_kept_of_a_tower_that_full_tuning_leaves_alone_and_of_no_other(dataset, tmp_path):
+def test_full_tuning_stores_features_only_of_a_frozen_tower(dataset, tmp_path):
     features = ["--features", tmp_path / "features"]
     with pytest.raises(EchoError, match="features cannot be stored because the vision tower is trained"):
-        run_in_process(*full(dataset, tmp_path / "merger", *features))
-    run_in_process(*full(dataset, tmp_path / "kept", *features, "--merger_learning_rate", 0))
-    run_in_process(*full(dataset, tmp_path / "computed", "--merger_learning_rate", 0))
-    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "computed"), rel=1e-5)
+        run_in_process(*full_tuning_options(dataset, tmp_path / "merger", *features))
+    run_in_process(*full_tuning_options(dataset, tmp_path / "stored", *features, "--merger_learning_rate", 0))
+    run_in_process(*full_tuning_options(dataset, tmp_path / "computed", "--merger_learning_rate", 0))
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "computed"), rel=1e-5)
 
 
 def test_flex_attention_is_refused_on_a_cpu(dataset, tmp_path):
@@ -141,22 +144,22 @@ def test_flex_attention_is_refused_on_a_cpu(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_base_is_trained_and_starts_near_the_whole_one(plain, dataset, tmp_path, bits):
+def test_a_quantized_base_starts_near_the_loss_of_the_plain_one(plain, dataset, tmp_path, bits):
     quantized = [f"--load_in_{bits}bit", "true", "--bnb_4bit_quant_type", "nf4"]
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *quantized))
     assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=0.2)
     assert losses(tmp_path)[2] < losses(tmp_path)[0]
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_an_output_layer_of_its_own_is_not_trained_under_fsdp(own):
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_separate_output_layer_is_not_trained_under_fsdp(separate):
     config = AutoConfig.from_pretrained(ECHO_TINY)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = not own
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = not separate
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
         model.tie_weights()
-    if own:
-        with pytest.raises(EchoError, match=r"gives wrong gradients under FSDP \(TRL 1\.16\); take recipes"):
+    if separate:
+        with pytest.raises(EchoError, match=r"under FSDP gives wrong gradients .* \(TRL 1\.16\); use recipes"):
             check_output_layer(model)
         model.requires_grad_(False)  # as under LoRA
     check_output_layer(model)
