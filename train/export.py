@@ -15,20 +15,26 @@ from echo_ft.records import ROLES
 class ExportConfig:
     """Options of `python -m train.export`."""
 
-    adapters: str = field(metadata={"help": "Folder with an adapter a role, made by train/sft.py."})
-    output: str = field(metadata={"help": "The bundle's folder; must not exist."})
+    adapters: str = field(metadata={"help": "Folder with one adapter per role, made by train/sft.py."})
+    output: str = field(metadata={"help": "Folder to write the bundle to. It must not exist."})
     merge: list[str] = field(
         default_factory=lambda: ["decision_maker"],
-        metadata={"help": "Roles to also write as whole merged models, for servers without LoRA; `none` for none."},
+        metadata={
+            "help": "Roles to export as merged full models too, for servers without LoRA. `none` exports no merged "
+            "model."
+        },
     )
-    base_model: str | None = field(default=None, metadata={"help": "Where the base model is now; default: as trained."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Current location of the base model; default: the one used in training."}
+    )
     dtype: str = field(
-        default="auto", metadata={"help": "Weights' type; auto: the checkpoint's.", "choices": list(DTYPES)}
+        default="auto",
+        metadata={"help": "Data type of the exported weights; auto: that of the checkpoint.", "choices": list(DTYPES)},
     )
 
 
 def main(argv: list[str]) -> None:
-    """Check, export, compare, say so."""
+    """Check the adapters, export them, and report how far the reloaded logits deviate."""
     (config,) = configs.parse([ExportConfig], argv)
 
     from echo_ft.inference.bundle import export_bundle
@@ -42,12 +48,12 @@ def main(argv: list[str]) -> None:
         for role, found in find_adapters(folder, base, weights, card.min_pixels, card.max_pixels).items()
     }
     merge = [] if config.merge == ["none"] else config.merge
-    for part, one in export_bundle(adapters, Path(config.output), merge, config.dtype).items():
+    for part, fidelity in export_bundle(adapters, Path(config.output), merge, config.dtype).items():
         print(
-            f"{part}: reloaded, logits within {one.difference:.2g} of the trained adapter's, {one.share:.2%} of what "
-            "it changes"
+            f"{part}: the reloaded logits are within {fidelity.difference:.2g} of those of the trained adapter, "
+            f"{fidelity.share:.2%} of its effect"
         )
-    print(f"done: {config.output}; its README.md says how to serve it")
+    print(f"done: {config.output}; its README.md describes how to serve it")
 
 
 if __name__ == "__main__":

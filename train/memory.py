@@ -1,7 +1,8 @@
-"""What a recipe takes, before any download: `python -m train.memory --config recipes/qwen2_vl_7b/decision_maker.yaml`.
+"""Estimate the memory of a recipe: `python -m train.memory --config recipes/qwen2_vl_7b/decision_maker.yaml`.
 
-Finds every LoRA target in the true architecture, counts parameters exactly, and estimates the memory of each topology
-at the recipe's largest batch (echo_ft/memory.py says how, and what is left out). Needs neither weights nor a GPU.
+This command finds every LoRA target in the real architecture, counts the parameters exactly and estimates the memory of
+each topology at the recipe's largest batch. echo_ft/training/memory.py describes the method and what it leaves out. No
+weights are downloaded, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -10,53 +11,56 @@ from dataclasses import dataclass, field
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
-from echo_ft.model.architectures import meta_model
-from echo_ft.training.memory import Batch, adapt, report
+from echo_ft.training.memory import BatchShape, memory_report, trainable_meta_model
 
-_ROWS = {
+_EXCHANGE_SIZES = {
     "reference_extractor": (4, 384, 96),
     "knowledge_guide": (2, 1024, 128),
     "reasoning_expert": (2, 1536, 640),
     "decision_maker": (2, 1536, 16),
 }
-"""(images, text tokens, label tokens) of a large exchange: three candidates, eight entries of knowledge, five
+"""(images, text tokens, label tokens) of a large exchange: three candidates, eight knowledge entries and five
 questions."""
-_EXCHANGES = {"reasoning_expert": 2, "decision_maker": 2}
-"""Of a case, where it is not one: in full routing, Object Classification goes without knowledge, in its own prefix."""
+_EXCHANGES_PER_CASE = {"reasoning_expert": 2, "decision_maker": 2}
+"""Exchanges per case of the roles with more than one. In full routing, Object Classification gets no knowledge and has
+its own prefix."""
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What the table is for; the rest is the recipe."""
+    """Options of `python -m train.memory` in addition to the recipe."""
 
-    gpus: int = field(default=4, metadata={"help": "GPUs of the topologies that have several."})
-    images: int | None = field(default=None, metadata={"help": "Images of the largest exchange; default by role."})
+    gpus: int = field(default=4, metadata={"help": "Number of GPUs in topologies with several GPUs."})
+    images: int | None = field(
+        default=None, metadata={"help": "Images of the largest exchange; default: depends on the role."}
+    )
     exchanges: int | None = field(
-        default=None, metadata={"help": "Exchanges of a case; default by role, in full routing (paper routing has 4)."}
+        default=None,
+        metadata={"help": "Exchanges per case; default: that of the role in full routing (paper routing has 4)."},
     )
     text_tokens: int | None = field(
-        default=None, metadata={"help": "Text tokens of the longest exchange, all branches; default by role."}
+        default=None,
+        metadata={"help": "Text tokens of the longest exchange with all branches; default: depends on the role."},
     )
     label_tokens: int | None = field(
-        default=None, metadata={"help": "Those of them that are trained on; default by role."}
+        default=None, metadata={"help": "Trained tokens among the text tokens; default: depends on the role."}
     )
 
 
 def main(argv: list[str]) -> None:
-    """Parse, count, print."""
-    from trl import ModelConfig, SFTConfig, get_peft_config
+    """Parse the options, then print the parameter counts and the memory estimate."""
+    from trl import ModelConfig, SFTConfig
 
-    from echo_ft.model.preparation import freeze_parts
     from echo_ft.training.config import EchoConfig, check_options
 
-    # transformers refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
+    # Without a GPU, transformers refuses bf16 unless the CPU is requested explicitly.
     own, config, sft, base = configs.parse(
         [MemoryConfig, EchoConfig, SFTConfig, ModelConfig], [*argv, "--use_cpu", "true"]
     )
     check_options(sft, base)
-    images, text_tokens, label_tokens = _ROWS[config.role]
-    exchanges = _EXCHANGES.get(config.role, 1) if own.exchanges is None else own.exchanges
-    batch = Batch(
+    images, text_tokens, label_tokens = _EXCHANGE_SIZES[config.role]
+    exchanges = _EXCHANGES_PER_CASE.get(config.role, 1) if own.exchanges is None else own.exchanges
+    batch = BatchShape(
         rows=sft.per_device_train_batch_size * exchanges,
         images=images if own.images is None else own.images,
         max_pixels=config.max_pixels,
@@ -64,15 +68,10 @@ def main(argv: list[str]) -> None:
         label_tokens=label_tokens if own.label_tokens is None else own.label_tokens,
     )
     if own.gpus < 1:
-        raise EchoError(f"gpus {own.gpus}: give the number of GPUs, 1 or more")
-    model = meta_model(base.model_name_or_path, base.model_revision)
-    model = (
-        adapt(model, get_peft_config(base))
-        if base.use_peft
-        else freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
-    )
+        raise EchoError(f"gpus is {own.gpus}; give a number of GPUs of at least 1")
+    model = trainable_meta_model(config, base)
     print(f"{base.model_name_or_path}, {config.role}")
-    print(report(model, batch, sft, base, own.gpus))
+    print(memory_report(model, batch, sft, base, own.gpus))
 
 
 if __name__ == "__main__":

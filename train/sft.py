@@ -1,42 +1,58 @@
-"""Train one role's adapter: `accelerate launch train/sft.py --config FILE [--key value ...]`.
+"""Train the adapter of one role: `accelerate launch train/sft.py --config FILE [--key value ...]`.
 
-Options: `EchoConfig` in echo_ft/training.py, and TRL's SFTConfig and ModelConfig. The adapter and its card end in
-`output_dir`, which the evaluation expects to be named after the role. With `--use_peft false` all weights are tuned,
-and a whole model ends there, which a run takes as its `model_name_or_path`.
+The options are `EchoConfig` in echo_ft/training/config.py and TRL's SFTConfig and ModelConfig. The adapter and its card
+are saved in `output_dir`; evaluation expects this folder to have the name of the role. With `--use_peft false`, all
+weights are trained and `output_dir` holds a full model. Pass that folder to evaluation.run as `model_name_or_path`.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
-from echo_ft.data.dataset import load_dataset, require_unchanged
+from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
-from echo_ft.files import from_dict, lock
-from echo_ft.model.adapters import audit_leaks, make_card
-from echo_ft.model.architectures import meta_model
+from echo_ft.files import from_dict, lock_folder
+from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card
 from echo_ft.model.loading import check_lora_targets, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange
 from echo_ft.terminal import LOGGER
-from echo_ft.training.checkpoints import continue_wandb, find_checkpoint
-from echo_ft.training.memory import adapt
-from echo_ft.training.planning import dry_run
+from echo_ft.training.checkpoints import find_checkpoint, resume_wandb_run
+from echo_ft.training.memory import trainable_meta_model
+from echo_ft.training.planning import Plan, dry_run_report
 
 if TYPE_CHECKING:
     from echo_ft.training.config import EchoConfig
 
 
+@dataclass(frozen=True)
+class CheckedRun:
+    """Everything that passed the checks."""
+
+    dataset: Dataset
+    row_builder: RowBuilder
+    cases: Any
+    """Training cases as a `datasets.Dataset`."""
+    validation: Any
+    """Validation cases as a `datasets.Dataset`, or None without evaluation."""
+    plan: Plan
+    card: AdapterCard | None
+    """None in a dry run, because a card needs the base model's weights."""
+    checkpoint: str | None
+
+
 def main(argv: list[str]) -> None:
-    """Parse, and train, alone in the output folder."""
+    """Parse the options, lock output_dir, then plan or train."""
     from trl import ModelConfig, SFTConfig
 
     from echo_ft.training.config import EchoConfig, check_options
 
-    if "--dry_run" in argv:  # transformers refuses bf16 on a machine without a GPU unless it is told to use the CPU
+    if "--dry_run" in argv:  # without a GPU, transformers refuses bf16 unless the CPU is requested explicitly
         argv = [*argv, "--use_cpu", "true"]
     config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
     check_options(sft, base)
@@ -46,20 +62,20 @@ def main(argv: list[str]) -> None:
             try:
                 output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise EchoError(f"output_dir {output} cannot be made ({error.strerror}); choose another") from error
-            stack.enter_context(lock(output, "output_dir"))
-        train(config, sft, base)
+                raise EchoError(
+                    f"output_dir {output} cannot be created ({error.strerror}); choose another folder"
+                ) from error
+            stack.enter_context(lock_folder(output, "output_dir"))
+        checked = check(config, sft, base)
+        if config.dry_run:
+            dry_run(checked, config, sft, base)
+        else:
+            fit(checked, config, sft, base)
 
 
-def train(config: EchoConfig, sft: Any, base: Any) -> None:
-    """Plan, train, save. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
-    from trl import get_peft_config, get_quantization_config
-
-    from echo_ft.model.preparation import freeze_parts
-    from echo_ft.model.vision import TowerFeatureStore
+def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
+    """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
     from echo_ft.training.cases import load_training_cases
-    from echo_ft.training.collator import Collator
-    from echo_ft.training.trainer import PrefixSharingTrainer
 
     if not 0 <= config.corrupted_share <= 1:
         raise EchoError(f"corrupted_share is {config.corrupted_share:g}; it is a share of the cases, from 0 to 1")
@@ -69,7 +85,8 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
     if sft.process_index == 0:
         for verdict in audit_leaks(dataset).values():
             LOGGER.warning(verdict)
-    if not config.dry_run:  # which does without the weights that a card tells of
+    card, checkpoint = None, None
+    if not config.dry_run:
         card = make_card(
             config.role,
             base.model_name_or_path,
@@ -82,45 +99,44 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
         )
         checkpoint = find_checkpoint(sft, card)
     cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
-    validation = (
-        load_training_cases(row_builder, dataset, config, sft, "validation")[0] if sft.eval_strategy != "no" else None
-    )
-    if config.dry_run:
-        if sft.process_index == 0:
-            # Training itself reads them one after another; to hash them all first would keep its GPUs waiting.
-            require_unchanged(dataset, (name for row in cases for one in row["exchanges"] for name in one["images"]))
-            first = from_dict(Exchange, cases[0]["exchanges"][0])
-            model = meta_model(base.model_name_or_path, base.model_revision)
-            model = (
-                adapt(model, get_peft_config(base))
-                if base.use_peft
-                else freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
-            )
-            print(dry_run(planned, first, row_builder, dataset.root, model, sft, base), flush=True)
+    validation = None
+    if sft.eval_strategy != "no":
+        validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
+    return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint)
+
+
+def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
+    """Print the plan of the training. Raises EchoError if an image has changed since the build."""
+    if sft.process_index != 0:
         return
+    dataset, cases = checked.dataset, checked.cases
+    # Training verifies each image as it reads it. Hashing all images first would keep its GPUs waiting.
+    names = (name for case in cases for exchange in case["exchanges"] for name in exchange["images"])
+    require_unchanged(dataset, names)
+    first = from_dict(Exchange, cases[0]["exchanges"][0])
+    model = trainable_meta_model(config, base)
+    print(dry_run_report(checked.plan, first, checked.row_builder, dataset.root, model, sft, base), flush=True)
 
-    continue_wandb(sft)
-    store = None
-    if config.features:
-        seen_with = {
-            "base": card.base_fingerprint,
-            "pixels": [config.min_pixels, config.max_pixels],
-            "precision": [base.dtype, sft.bf16, sft.fp16],
-            "quantization": str(get_quantization_config(base)),
-            "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},
-        }
-        store = TowerFeatureStore(
-            Path(config.features), json.dumps(seen_with), int(config.features_gib * 2**30), sft.world_size
-        )
 
+def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
+    """Train, and save the adapter or the full model with its card."""
+    from trl import get_peft_config, get_quantization_config
+
+    from echo_ft.model.preparation import freeze_parts
+    from echo_ft.training.collator import Collator
+    from echo_ft.training.trainer import PrefixSharingTrainer
+
+    assert checked.card is not None
+    resume_wandb_run(sft)
+    store = feature_store(checked.card, config, sft, base) if config.features else None
     model = load_model(
         base.model_name_or_path,
         base.model_revision,
         base.dtype,
-        attn_implementation="sdpa",  # of the vision tower; the language model's is echo_ft.model.attention
+        attn_implementation="sdpa",  # for the vision tower; the language model uses echo_ft.model.attention
         quantization_config=get_quantization_config(base),
     )
-    lora: Any = get_peft_config(base)  # a LoraConfig
+    lora: Any = get_peft_config(base)  # a LoraConfig, or None for full fine-tuning
     if lora is None:
         freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
     else:
@@ -128,24 +144,41 @@ def train(config: EchoConfig, sft: Any, base: Any) -> None:
     trainer = PrefixSharingTrainer(
         model=model,
         args=sft,
-        data_collator=Collator(row_builder, dataset.root, store, always_look=sft.world_size > 1),
-        train_dataset=cases,
-        eval_dataset=validation,
-        processing_class=processor,
+        data_collator=Collator(checked.row_builder, checked.dataset.root, store, always_encode=sft.world_size > 1),
+        train_dataset=checked.cases,
+        eval_dataset=checked.validation,
+        processing_class=checked.row_builder.processor,
         peft_config=lora,
         config=config,
-        card=card,
-        largest=planned.largest(sft.per_device_train_batch_size),
+        card=checked.card,
+        largest_batch=checked.plan.largest_batch(sft.per_device_train_batch_size),
         store=store,
         implementation=base.attn_implementation or "sdpa",
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checked.checkpoint)
     trainer.save_model(sft.output_dir)
     trainer.save_state()
-    what = "adapter" if base.use_peft else "whole model"
-    trainer.accelerator.print(f"{config.role}: the {what} is in {sft.output_dir}")
+    kind = "adapter" if base.use_peft else "full model"
+    trainer.accelerator.print(f"{config.role}: the {kind} is in {sft.output_dir}")
     trainer.end()
 
 
+def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) -> Any:
+    """The store for features of the frozen vision tower, keyed by everything that they depend on except the image."""
+    from trl import get_quantization_config
+
+    from echo_ft.model.vision import TowerFeatureStore
+
+    key = {
+        "base": card.base_fingerprint,
+        "pixels": [config.min_pixels, config.max_pixels],
+        "precision": [base.dtype, sft.bf16, sft.fp16],
+        "quantization": str(get_quantization_config(base)),
+        "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},
+    }
+    most_bytes = int(config.features_gib * 2**30)
+    return TowerFeatureStore(Path(str(config.features)), json.dumps(key), most_bytes, sft.world_size)
+
+
 if __name__ == "__main__":
-    configs.run_main(main, "--resume_from_checkpoint true goes on from the last checkpoint, if one was saved")
+    configs.run_main(main, "--resume_from_checkpoint true resumes from the last checkpoint, if one was saved")

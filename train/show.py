@@ -1,4 +1,4 @@
-"""Print one row of each role as the model will see it, trained tokens marked: `python -m train.show --dataset DIR`."""
+"""Print one row per role as the model sees it, with trained tokens marked: `python -m train.show --dataset DIR`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from echo_ft.records import ROLES, Exchange
 class ShowConfig:
     """Options of `python -m train.show`."""
 
-    dataset: str = field(metadata={"help": "A dataset folder, made by `python -m data_prep.build`."})
+    dataset: str = field(metadata={"help": "Dataset folder, made by `python -m data_prep.build`."})
     model_name_or_path: str = field(
         default="recipes/tiny/echo-tiny",
-        metadata={"help": "Whose tokenizer and chat template: a folder or a hub name."},
+        metadata={"help": "Model that provides tokenizer and chat template: a folder or a hub name."},
     )
-    min_pixels: int = field(default=12544, metadata={"help": "Fewest pixels of an image."})
-    max_pixels: int = field(default=28224, metadata={"help": "Most pixels of an image."})
-    row: int = field(default=0, metadata={"help": "Which row of each role's train.jsonl, from 0."})
+    min_pixels: int = field(default=12544, metadata={"help": "Minimum number of pixels of a resized image."})
+    max_pixels: int = field(default=28224, metadata={"help": "Maximum number of pixels of a resized image."})
+    row: int = field(default=0, metadata={"help": "Number of the row in train.jsonl of each role, from 0."})
 
 
 def main(argv: list[str]) -> None:
-    """One block a role: images, tokens, text with the trained tokens in [[...]], green on a terminal."""
+    """Print one block per role: images, token counts and text with trained tokens in [[...]], green on a terminal."""
     (config,) = configs.parse([ShowConfig], argv)
 
     dataset = load_dataset(Path(config.dataset))
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         row = row_builder.load_row(exchange, dataset.root)
         trained = int((row.labels != IGNORED).sum())
         print(f"=== {role}, case {exchange.case}: {len(exchange.images)} images, {row.prefix_length} shared tokens,")
-        print(f"    {len(exchange.branches)} branches, {len(row.input_ids)} tokens, {trained} of them trained on")
+        print(f"    {len(exchange.branches)} branches, {len(row.input_ids)} tokens, {trained} of them trained")
         print("\n".join(f"    image: {dataset.root / image}" for image in exchange.images))
         print(mark_trained(row, row_builder, *marks))
 
