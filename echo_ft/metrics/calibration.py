@@ -39,8 +39,8 @@ def fit_calibration(table: PredictionTable, validation: PredictionTable, false_a
     - `f1` has the highest F1 on the validation run.
     - `best` has the highest F1 on the test run itself. It has no intervals, because it cannot be known in advance.
 
-    Intervals cover the choice of the test images, for a fixed temperature and fixed thresholds. Raises EchoError if the
-    validation run has no P(defect) for normal or for defective images, or if the test run has none at all.
+    Intervals reflect only the sampling of test images, because temperature and thresholds are fixed. Raises EchoError
+    if the validation run has no P(defect) for normal or for defective images, or if the test run has none at all.
     """
     fitted_logits, fitted_truth = _logits_and_truth(validation)
     logits, truth = _logits_and_truth(table)

@@ -25,7 +25,7 @@ ALL_QUESTIONS = "All questions"
 
 @dataclass(frozen=True)
 class RunGroup:
-    """One run, or several that differ only in their adapters' training, such as its seed."""
+    """One run, or several runs that differ only in how their adapters were trained, for example in the seed."""
 
     name: str
     members: list[str]

@@ -1,6 +1,6 @@
 """Image-level detection of defects: AUROC, recall, specificity and average precision, from 0 to 1.
 
-Decisions are the answers to Anomaly Detection questions, scores are P(defect).
+The answers to Anomaly Detection questions are the decisions, and P(defect) is the score.
 
 Shapes: R resamples, N images. Weights (R, N) are the number of times that each image is drawn.
 """

@@ -29,19 +29,19 @@ from echo_ft.metrics.prediction_table import PredictionTable
 from echo_ft.records import Case, Entry, Reference, Trace
 
 BEST_REFERENCE = "best_reference"
-"""The extractor's choice among several candidates."""
+"""Metric of the reference extractor: its choice among several candidates."""
 
 NAMED_CONDITION = "condition"
-"""The condition that the guide names."""
+"""Metric of the knowledge guide: the condition that it names."""
 
 DEFECT_LOCATION, LOCATION_TOUCHED = "place", "place_touched"
-"""The reasoner's location: that of the whole defect, or any that contains some of it."""
+"""Metrics of the reasoning expert: the location of the defect, and any location that contains some of it."""
 
 CONCLUSION = "conclusion"
-"""The reasoner's conclusion, compared with the decision that follows it."""
+"""Metric of the reasoning expert: whether its conclusion agrees with the decision that follows."""
 
 CONDITION_RECALL = "condition_recall"
-"""NAMED_CONDITION again, as the mean over the true conditions."""
+"""Metric of the knowledge guide: NAMED_CONDITION as an unweighted mean over the true conditions."""
 
 _LOCATIONS = re.compile(rf"\b({'|'.join(sorted([*masks.PLACES, masks.SPREAD], key=len, reverse=True))})\b")
 
@@ -63,8 +63,8 @@ def score_experts(table: PredictionTable, cases: Sequence[Case], traces: Iterabl
     """Score the experts before the decision.
 
     `cases` are those of the run's dataset, `traces` those of the run, `root` is the folder of the images. A failed case
-    has no traces. The result is {`figures`: {metric: values from 0 to 1}, `conditions`: {condition: the guide's
-    recall}, `unreadable`: reasons why cases are left out}. Metrics of experts that did not run are left out.
+    has no traces. The result is {`figures`: {metric: values from 0 to 1}, `conditions`: {condition: recall of
+    the guide}, `unreadable`: reasons why cases are left out}. Metrics of experts that did not run are left out.
     """
     outputs: dict[str, dict[tuple[str, str], Trace]] = {}
     for trace in traces:
@@ -146,7 +146,7 @@ def mean_over_groups(
     """Return the unweighted mean of the groups' shares of correct outputs, its interval, and its chance level.
 
     Parts are resampled within their group, so no resample leaves a group empty. Each group takes one degree of freedom.
-    Resamples of n parts underestimate their standard deviation by a factor of sqrt(1 - 1 / n), which matters for groups
+    Resamples of n parts underestimate the standard deviation by a factor of sqrt(1 - 1 / n), which matters for groups
     of few parts and is corrected per group. A group of one part shows no variation, so there is no interval if any
     group has only one.
     """
@@ -178,7 +178,7 @@ def mean_over_groups(
 def judge_texts(
     case: Case, outputs: Mapping[tuple[str, str], Trace], decisions: Mapping[tuple[str, str], str | None]
 ) -> list[Judgement]:
-    """Judge what needs no image: the guide's condition, and whether each conclusion agrees with the decision after it.
+    """Judge what needs no image: the condition that the guide names, and whether conclusions agree with decisions.
 
     `outputs` are the case's traces by role and branch, `decisions` the letters by case and question. The guide is not
     judged on a case with a condition that has no knowledge entry, because it could not name it.
@@ -199,7 +199,7 @@ def judge_texts(
 
 
 def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: Path) -> list[Judgement]:
-    """Judge what needs the images or the mask: the extractor's choice among candidates, and the reasoner's locations.
+    """Judge what needs the images or the mask: the chosen reference, and the locations that the reasoning names.
 
     The best candidate is that of `targets.gold_upstream` among the candidates that the extractor saw. Raises EchoError
     if an image or the mask cannot be read.

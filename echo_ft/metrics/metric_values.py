@@ -23,7 +23,7 @@ MIN_PARTS = 5
 
 
 def class_count(metric: str) -> int:
-    """Number of accuracies that a metric averages: 2 if it weighs normal and defective images equally, else 1."""
+    """Number of accuracies that a metric averages: 2 if it weights normal and defective images equally, else 1."""
     return 2 if metric in (QUESTION_TYPES[DETECTION_INDEX], "balanced_accuracy") else 1
 
 

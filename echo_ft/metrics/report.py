@@ -164,26 +164,28 @@ def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:
     """Warn about rejected rows, missing or small classes, and defective images that MMAD's scorer counts as normal."""
-    found = []
+    warnings = []
     if run.rejections:
         first = run.rejections[0]
-        found.append(f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})")
-    found += small_class_warnings(table)
+        warnings.append(
+            f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})"
+        )
+    warnings += small_class_warnings(table)
     misleading = counted_as_normal(run.predictions)
     if misleading:
-        found.append(
+        warnings.append(
             f"{len(misleading)} defective images have `good` in their path ({misleading[0]}), so the official scores "
             "count them as normal, as MMAD's scorer does; the strict scores do not"
         )
-    return found
+    return warnings
 
 
 def small_class_warnings(table: PredictionTable) -> list[str]:
     """Warn if Anomaly Detection lacks a class, normal or defective, or has only a few parts of it."""
-    found = []
+    warnings = []
     single = [f"{row} ({name} only)" for row, name in strict.single_class_rows(table).items()]
     if single:
-        found.append(f"Anomaly Detection covers only one class: {', '.join(single)}")
+        warnings.append(f"Anomaly Detection covers only one class: {', '.join(single)}")
     few = [
         f"the dataset {row} has {count} {name} part{'' if count == 1 else 's'}"
         for row, members in detection.detection_subsets(table).items()
@@ -192,30 +194,32 @@ def small_class_warnings(table: PredictionTable) -> list[str]:
         and 0 < (count := len(np.unique(table.part_index[members & of_class]))) < MIN_PARTS
     ]
     if few:
-        found.append(f"Anomaly Detection has no interval if a class has fewer than {MIN_PARTS} parts: {', '.join(few)}")
-    return found
+        warnings.append(
+            f"Anomaly Detection has no interval if a class has fewer than {MIN_PARTS} parts: {', '.join(few)}"
+        )
+    return warnings
 
 
 def calibration_warnings(calibration: Mapping[str, Any]) -> list[str]:
     """Warn about a temperature at its bounds and a missing threshold, after the warnings of the validation run."""
     if not calibration:
         return []
-    found = list(calibration["warnings"])
+    warnings = list(calibration["warnings"])
     lowest, highest = TEMPERATURE_BOUNDS
     if calibration["temperature"] == highest:
-        found.append(
+        warnings.append(
             "P(defect) does not increase with defects on the validation split, so it is close to 0.5 for every image "
             "after calibration"
         )
     if calibration["temperature"] == lowest:
-        found.append(
+        warnings.append(
             "P(defect) separates the classes of the validation split perfectly, so the temperature is at its lower "
             "bound; add validation images to estimate it"
         )
     if "false_alarms" not in calibration["thresholds"]:
         stated, normal = calibration["stated_false_alarms"], calibration["validation"]["normal"]
-        found.append(
-            f"{normal} normal validation images are too few to guarantee a share of false alarms of {stated:g}; add "
-            f"images to have at least {math.ceil(1 / stated - 1e-9) - 1}, or raise --false_alarms"
+        warnings.append(
+            f"{normal} normal validation images are too few to guarantee a share of false alarms of {stated:g}; use "
+            f"at least {math.ceil(1 / stated - 1e-9) - 1}, or raise --false_alarms"
         )
-    return found
+    return warnings
