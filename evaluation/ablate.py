@@ -173,7 +173,7 @@ def run_cell(prepared: PreparedRun, state: PartialState, engines: EngineFactory,
     config = prepared.config
     required = provenance(config, prepared.dataset, prepared.adapters)
     shared = {name: value for name, value in required.items() if name not in PROMPT_KEYS}
-    models = {
+    identities = {
         role: {
             **shared,
             "server": config.server,
@@ -182,7 +182,7 @@ def run_cell(prepared: PreparedRun, state: PartialState, engines: EngineFactory,
         }
         for role in ROLES
     }
-    run_remaining(prepared, state, engines, GenerationCache(cache_folder, models, state.process_index))
+    run_remaining(prepared, state, engines, GenerationCache(cache_folder, identities, state.process_index))
 
 
 class EngineFactory:

@@ -327,7 +327,7 @@ def test_a_client_of_served_adapters_needs_no_weights_of_the_base(dataset, fake,
 
 
 def test_a_wrong_option_of_a_server_is_one_sentence(dataset, tmp_path):
-    with pytest.raises(EchoError, match="give --server its address"):
+    with pytest.raises(EchoError, match="server_model needs a server; add --server URL"):
         run(dataset, tmp_path / "run", "--server_model", "echo")
     with pytest.raises(EchoError, match="server_timeout is 0"):
         run(dataset, tmp_path / "run", "--server", "http://127.0.0.1:9/v1", "--server_timeout", 0)
