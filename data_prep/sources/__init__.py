@@ -1,13 +1,13 @@
-"""Sources: one file a dataset layout, each with `read(config)` that yields records in a stable order.
+"""Sources: one module per dataset layout, each with a `read(config)` that yields records in a stable order.
 
-A source yields an `Inspection`, then the `Question`s it has for it, or a `Rejection` where a photograph or row cannot
-be used. Paths in records are relative to `SourceConfig.root`, where a source only reads: outlines that no file of the
-dataset holds as a mask stand in the record. What a dataset lacks (a mask, the name of a defect) is
-absent from its records; what lies in its tree and is not used is named in a `Rejection`.
+A source yields an `Inspection` followed by its `Question`s, or a `Rejection` for an image or row that cannot be used.
+Paths in records are relative to `SourceConfig.root`, which sources only read. Outlines without a mask file are stored
+in the record. If a dataset lacks something, such as a mask or the name of a defect, its records lack it too. Files in
+the dataset that are not used are named in a `Rejection`.
 
-A list may tell with a `Place` where a photograph stands in it.
+A source that reads a manifest may yield an `ItemPlace` to say where it lists an image.
 
-A file whose name begins with an underscore is no source but what several of them share.
+Modules with a leading underscore are not sources. They contain what several sources share.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.faults import SUFFIXES
+from data_prep.faults import IMAGE_SUFFIXES
 from echo_ft.records import Inspection, Question, Rejection
 
-NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
-"""The sources, by the names of their files."""
+SOURCE_NAMES = tuple(
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+)
+"""The names of the sources, which are the names of their modules."""
 
 
 @dataclass(frozen=True)
 class ItemPlace:
-    """Where in its list an inspection stands, as `parts.csv:3`: told where its photograph turns out to be unusable."""
+    """The place of an inspection in its manifest, such as `parts.csv:3`. It is reported if the image is unusable."""
 
     inspection: str
     place: str
@@ -35,119 +37,119 @@ class ItemPlace:
 
 Item = Inspection | Question | Rejection | ItemPlace
 
-UNNAMED = "defective"
-"""The condition of a defect that its dataset does not name."""
+UNNAMED_DEFECT = "defective"
+"""The condition for a defect that its dataset does not name."""
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".pdf", "license", "license-dataset", "licence", "readme"})
-"""Suffixes and stems of files that go with a dataset and hold no data."""
+"""Suffixes and stems of files that accompany a dataset without containing data."""
 
-SYSTEM = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
+SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """What a source may need to know."""
+    """Everything that a source may need."""
 
     root: Path
-    """Folder that the image paths are relative to; `synthetic` draws into it."""
+    """Folder that image paths are relative to. `synthetic` draws into it."""
     annotations: Path | None = None
-    """The file that lists the photographs: mmad.json, a split of VisA, or a manifest's CSV, JSONL or COCO JSON."""
+    """The file that lists the images: mmad.json, a split file of VisA, or a manifest in CSV, JSONL or COCO JSON."""
     seed: int = 0
     parts: int = 0
-    """How many parts of each product `synthetic` draws."""
+    """Number of parts per product that `synthetic` draws."""
 
 
 Items = Iterator[Item]
 
 
-def place_name(source: str, root: Path, annotations: Path | None) -> str | None:
-    """The dataset's name where a source takes it from the list or the root, and None where it has one of its own."""
+def inferred_dataset_name(source: str, root: Path, annotations: Path | None) -> str | None:
+    """Return the dataset name that a source takes from its manifest or root, or None if the source has its own name."""
     if source == "manifest" and annotations is not None:
         return annotations.stem
     return root.resolve().name if source in ("folder", "manifest") else None
 
 
 class RowError(Exception):
-    """Why one photograph or row cannot be used: the reason of its `Rejection`."""
+    """Raised with the reason why an image or row cannot be used, which becomes its `Rejection`."""
 
 
 def locate(root: Path, text: str, what: str) -> str:
-    """The path `text` of a list as records have it: relative to the root, with forward slashes.
+    """Return the path `text` as records store it: relative to the root, with forward slashes.
 
-    Raises RowError where it leads out of the root or to no file; `what` names it there.
+    `what` names the file in messages. Raises RowError if the path is outside the root or no file exists.
     """
-    base = os.path.join(os.path.abspath(root), "")  # links below the root are left as they are
+    base = os.path.join(os.path.abspath(root), "")  # do not resolve links below the root
     path = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
     if not path.startswith(base):
-        raise RowError(f"{what} {text} lies outside the root; set root to a folder that holds all images")
+        raise RowError(f"{what} {text} is outside the root; set root to a folder that contains all images")
     if not os.path.isfile(path):
         raise RowError(f"{what} {text} does not exist under the root")
     return path[len(base) :].replace(os.sep, "/")
 
 
-def entries(folder: Path) -> list[Path]:
-    """What lies directly in a folder, by name, less what an operating system put there."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in SYSTEM)
+def list_folder(folder: Path) -> list[Path]:
+    """Return the direct content of a folder, sorted by name, without hidden and system files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in SYSTEM_FILES)
 
 
-def passed_over(
+def reject_unused(
     root: Path,
     folder: Path,
     used: Collection[Path],
-    why: str,
-    photograph: str = "the photograph does not lie in <product>/<split>/<condition>",
-    texts: bool = False,
+    folder_reason: str,
+    image_reason: str = "the image is not in <product>/<split>/<condition>",
+    allow_text: bool = False,
 ) -> Items:
-    """A rejection for every file, and for every folder with files, that lies in `folder` and is not `used`.
+    """Yield a rejection for every file and every non-empty folder directly in `folder` that is not `used`.
 
-    `why` says what is wrong with a folder and `photograph` what is wrong with an image; with `texts`, text files
-    belong there.
+    `folder_reason` says why a folder is ignored and `image_reason` why an image is. With `allow_text`, text files are
+    expected and not rejected.
     """
-    for path in entries(folder):
+    for path in list_folder(folder):
         if path in used:
             continue
         item = path.relative_to(root).as_posix()
         if path.is_dir():
             count = sum(file.is_file() for file in path.rglob("*"))
             if count:
-                yield Rejection(item, f"the folder is passed over (files in it: {count}): {why}")
-        elif path.suffix.lower() in SUFFIXES:
-            yield Rejection(item, photograph)
-        elif not texts or not is_text(path):
+                yield Rejection(item, f"folder ignored (files: {count}): {folder_reason}")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield Rejection(item, image_reason)
+        elif not allow_text or not is_text(path):
             yield not_an_image(item)
 
 
-def strays(root: Path, folder: Path, used: Collection[str]) -> Iterator[Path]:
-    """The files at any depth in `folder` whose paths below the root are not `used`, less those of texts and systems."""
+def unused_files(root: Path, folder: Path, used: Collection[str]) -> Iterator[Path]:
+    """Yield the files at any depth in `folder` that are not `used`, except text, hidden and system files."""
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(root)
-        hidden = any(part.startswith(".") or part in SYSTEM for part in place.parts)
+        hidden = any(part.startswith(".") or part in SYSTEM_FILES for part in place.parts)
         if not hidden and place.as_posix() not in used and path.is_file() and not is_text(path):
             yield path
 
 
-def unlisted(root: Path, folder: Path, used: Collection[str], why: str) -> Items:
-    """Rejections for what lies at any depth in `folder` and is not `used`: one for all images, one for each other file.
+def reject_unlisted(root: Path, folder: Path, used: Collection[str], reason: str) -> Items:
+    """Yield rejections for the files at any depth in `folder` that are not `used`.
 
-    `why` says what is wrong with the images, as in `12 images in it <why>: a.png, b.png`.
+    One rejection covers all images, as in `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own.
     """
     images = []
-    for path in strays(root, folder, used):
+    for path in unused_files(root, folder, used):
         item = path.relative_to(root).as_posix()
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
             images.append(item)
         else:
             yield not_an_image(item)
     if images:
-        first = ", ".join(images[:3]) + (" and so on" if len(images) > 3 else "")
-        yield Rejection(folder.relative_to(root).as_posix(), f"{len(images)} images in it {why}: {first}")
+        first = ", ".join(images[:3]) + (", ..." if len(images) > 3 else "")
+        yield Rejection(folder.relative_to(root).as_posix(), f"images ignored ({len(images)}): {reason}: {first}")
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is one of those that go with a dataset and hold no data."""
+    """Return whether a file accompanies a dataset without containing data."""
     return path.suffix.lower() in TEXT_SUFFIXES or path.stem.lower() in TEXT_SUFFIXES
 
 
 def not_an_image(item: str) -> Rejection:
-    """The rejection of a file with a suffix that no photograph has."""
-    return Rejection(item, f"the file is no photograph: its name ends in none of {', '.join(sorted(SUFFIXES))}")
+    """Return the rejection of a file without an image suffix."""
+    return Rejection(item, f"the file is not an image: its name does not end in {', '.join(sorted(IMAGE_SUFFIXES))}")

@@ -1,9 +1,8 @@
-"""Photographs and defects of a COCO JSON, the format of CVAT, Label Studio, Roboflow and others.
+"""Read images and defects from COCO JSON, the format of CVAT, Label Studio, Roboflow and others.
 
-An image without annotations is `good`; of the others, the names of the categories are the condition. An annotation's
-outline counts (`segmentation` of polygons), its `bbox` where it has none. `product`, `group` and `split` are read from
-the image where it has such fields; by default the product is the first folder of `file_name`, which is relative to the
-root.
+An image without annotations is `good`; otherwise the category names form the condition. The outline of an annotation
+counts (`segmentation` as polygons), or its `bbox` if it has none. `product`, `group` and `split` are read from the
+image if it has these fields. By default, the product is the first folder of `file_name`, which is relative to the root.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import ItemPlace, Items, RowError, locate
-from data_prep.sources._rows import condition_of, needed_text, polygon_of, product_of, size_of, split_of, text_of
+from data_prep.sources._rows import condition_of, polygon_of, product_of, required_text, size_of, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Rejection
 
-LISTS = ("images", "annotations", "categories")
+REQUIRED_LISTS = ("images", "annotations", "categories")
 
 
 def read_coco(root: Path, path: Path) -> Items:
-    """The images of a COCO JSON, in its order; raises EchoError where the file is another one."""
+    """Yield the images of a COCO JSON file in its order. Raises EchoError if the file has another format."""
     content = _load(path)
     categories = {row["id"]: row["name"] for row in content["categories"]}
-    marked: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    rows_by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for row in content["annotations"]:
-        marked[row.get("image_id")].append(row)
+        rows_by_image[row.get("image_id")].append(row)
     known = set()
     for number, image in enumerate(content["images"]):
         place = f"{path.name}:images[{number}]"
         try:
             if image.get("id") is None or image["id"] in known:
-                raise RowError(f"its id {image.get('id')!r} is missing or that of another image")
+                raise RowError(f"its id {image.get('id')!r} is missing or already used by another image")
             known.add(image["id"])
-            yield from _inspection(root, path, image, marked.get(image["id"], []), categories, place)
+            yield from _inspection(root, path, image, rows_by_image.get(image["id"], []), categories, place)
         except RowError as error:
             yield Rejection(place, str(error))
-    for identifier, rows in marked.items():
+    for identifier, rows in rows_by_image.items():
         if identifier not in known:
-            reason = f"{len(rows)} are of an image with the id {identifier!r}, which is not among the images"
+            reason = f"annotations ignored ({len(rows)}): no image has the id {identifier!r}"
             yield Rejection(f"{path.name}:annotations", reason)
 
 
@@ -50,11 +49,14 @@ def _load(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EchoError(f"{path} cannot be read as JSON ({error}); export it again") from error
-    whole = isinstance(content, dict) and all(
-        isinstance(content.get(name), list) and all(isinstance(row, dict) for row in content[name]) for name in LISTS
+    valid = isinstance(content, dict) and all(
+        isinstance(content.get(name), list) and all(isinstance(row, dict) for row in content[name])
+        for name in REQUIRED_LISTS
     )
-    if not whole or not all("id" in row and isinstance(row.get("name"), str) for row in content["categories"]):
-        raise EchoError(f"{path} is not COCO: it needs the lists {', '.join(LISTS)}; export it as COCO JSON")
+    if not valid or not all("id" in row and isinstance(row.get("name"), str) for row in content["categories"]):
+        raise EchoError(
+            f"{path} is not a COCO file: it needs the lists {', '.join(REQUIRED_LISTS)}; export it as COCO JSON"
+        )
     return dict(content)
 
 
@@ -66,7 +68,7 @@ def _inspection(
     categories: Mapping[Any, str],
     place: str,
 ) -> Items:
-    name = locate(root, needed_text(image, "file_name"), "image")
+    name = locate(root, required_text(image, "file_name"), "image")
     size_of(root, name, (image.get("width"), image.get("height")))
     labels, polygons, boxes = [], [], []
     for row in rows:
@@ -79,7 +81,9 @@ def _inspection(
             continue
         boxes.append(_box(name, row.get("bbox")))
         if outline:
-            yield Rejection(name, f"a run-length mask of {labels[-1]} is not read; its bbox is used", "mask")
+            yield Rejection(
+                name, f"run-length masks are not supported ({labels[-1]}); its bbox is used instead", "mask"
+            )
     yield ItemPlace(name, place)
     yield Inspection(
         id=name,

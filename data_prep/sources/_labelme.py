@@ -1,8 +1,7 @@
-"""Photographs and defects of labelme, which writes one JSON file a photograph.
+"""Read images and defects from labelme, which writes one JSON file per image.
 
-A file without shapes is a `good` part; of the others, the labels are the condition. In records circles are polygons,
-and rectangles and the pixels of masks are boxes. The product is the first folder of the photograph's path below the
-root.
+A file without shapes is a `good` part; otherwise the labels form the condition. Records store circles as polygons, and
+rectangles and the pixels of masks as boxes. The product is the first folder of the image's path below the root.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.faults import SUFFIXES
-from data_prep.sources import Items, RowError, locate, not_an_image, strays
-from data_prep.sources._rows import condition_of, needed_text, polygon_of, product_of, size_of
+from data_prep.faults import IMAGE_SUFFIXES
+from data_prep.sources import Items, RowError, locate, not_an_image, unused_files
+from data_prep.sources._rows import condition_of, polygon_of, product_of, required_text, size_of
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import UNREADABLE
+from echo_ft.images.decode import READ_ERRORS
 from echo_ft.records import Inspection, Rejection
 
 Box = tuple[float, float, float, float]
 
 
 def read_labelme(root: Path) -> Items:
-    """The photographs of all labelme files under the root, by path.
+    """Yield the images of all labelme files under the root, sorted by path.
 
-    Raises EchoError where there is none.
+    Raises EchoError if there are none.
     """
     files = sorted(path for path in root.rglob("*.json") if not _hidden(path.relative_to(root)))
     used = {path.relative_to(root).as_posix() for path in files}
     if not files:
         raise EchoError(
-            f"there is no labelme file (.json) under {root}; set annotations to a CSV, a JSONL or a COCO JSON, "
-            "or root to the folder of the photographs and their labelme files"
+            f"there is no labelme file (.json) under {root}; set annotations to a CSV, JSONL or COCO JSON file, "
+            "or root to the folder with the images and their labelme files"
         )
     for path in files:
         item = path.relative_to(root).as_posix()
@@ -50,10 +49,10 @@ def read_labelme(root: Path) -> Items:
             yield inspection
         except RowError as error:
             yield Rejection(item, str(error))
-    for path in strays(root, root, used):
+    for path in unused_files(root, root, used):
         item = path.relative_to(root).as_posix()
-        if path.suffix.lower() in SUFFIXES:
-            yield Rejection(item, "it has no labelme file; of a part without a defect, save one without shapes")
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield Rejection(item, "it has no labelme file; for a part without a defect, save one without shapes")
         else:
             yield not_an_image(item)
 
@@ -68,17 +67,17 @@ def _inspection(root: Path, path: Path) -> Inspection:
     except (OSError, ValueError) as error:
         raise RowError(f"the file cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        raise RowError("the file is not labelme's: it has no list of shapes")
-    # labelme writes the path of the photograph relative to its own file.
+        raise RowError("the file is not a labelme file: it has no list of shapes")
+    # labelme stores the path of the image relative to its own file.
     image = locate(
-        root, os.path.relpath(path.parent / needed_text(content, "imagePath").replace("\\", "/"), root), "image"
+        root, os.path.relpath(path.parent / required_text(content, "imagePath").replace("\\", "/"), root), "image"
     )
     size = size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
     labels, polygons, boxes = [], [], list[Box]()
     for shape in content["shapes"]:
         if not isinstance(shape, dict):
             raise RowError("a shape is not an object")
-        labels.append(needed_text(shape, "label"))
+        labels.append(required_text(shape, "label"))
         kind, points = shape.get("shape_type", "polygon"), _points(shape)
         if kind == "polygon":
             polygons.append(polygon_of(points))
@@ -91,7 +90,7 @@ def _inspection(root: Path, path: Path) -> Inspection:
             boxes += _pixels(shape, points[0], size)
         else:
             raise RowError(
-                f"a shape {kind!r} of {len(points)} points encloses nothing; draw a polygon, rectangle or circle"
+                f"a {kind!r} shape with {len(points)} points encloses nothing; draw a polygon, rectangle or circle"
             )
     return Inspection(
         id=image,
@@ -111,12 +110,12 @@ def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
     except (KeyError, TypeError, ValueError) as error:
         raise RowError(f"the points {str(shape.get('points'))[:60]} are not [[x, y], ...]") from error
     if not all(math.isfinite(value) for point in points for value in point):
-        raise RowError(f"the points {str(points)[:60]} are not all numbers")
+        raise RowError(f"the points {str(points)[:60]} are not all finite numbers")
     return points
 
 
 def _circle(centre: tuple[float, float], rim: tuple[float, float]) -> tuple[float, ...]:
-    """A circle as a polygon, nowhere more than a tenth of a pixel inside it up to a radius of 10,000."""
+    """Return a circle as a polygon that is accurate to a tenth of a pixel up to a radius of 10,000 pixels."""
     radius = math.dist(centre, rim)
     count = min(720, 8 + math.ceil(math.pi * math.sqrt(5 * radius)))  # a chord's sagitta: r (pi / count)^2 / 2
     angles = [2 * math.pi * index / count for index in range(count)]
@@ -127,26 +126,26 @@ def _circle(centre: tuple[float, float], rim: tuple[float, float]) -> tuple[floa
 
 
 def _pixels(shape: Mapping[str, Any], corner: tuple[float, float], size: tuple[int, int]) -> Iterator[Box]:
-    """What a shape of the kind `mask` marks: an image in base64, its top left corner at `corner`.
+    """Yield the pixels of a `mask` shape as boxes. The mask is a base64 image with its top left corner at `corner`.
 
-    The boxes are the runs of its rows; a run that goes on in the next row is one box.
+    Each box is a run of marked pixels in a row, extended over the following rows with the same run.
     """
     try:
         with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask"))))) as image:
             piece = np.asarray(image.convert("L")) > 0
-    except (*UNREADABLE, binascii.Error) as error:
+    except (*READ_ERRORS, binascii.Error) as error:
         raise RowError(f"a shape's mask cannot be read ({type(error).__name__})") from error
     left, top = round(corner[0]), round(corner[1])
     height, width = piece.shape
     if left < 0 or top < 0 or top + height > size[1] or left + width > size[0]:
-        raise RowError(f"a shape's mask of {width} x {height} pixels at {left}, {top} reaches out of the photograph")
+        raise RowError(f"a shape's mask of {width} x {height} pixels at {left}, {top} extends beyond the image")
     if not piece.any():
         raise RowError("a shape's mask marks nothing; draw it again or delete it")
-    began: dict[tuple[int, int], int] = {}
+    starts: dict[tuple[int, int], int] = {}
     for y, row in enumerate([*piece, np.zeros_like(piece[0])], start=top):
         edges = (left + np.flatnonzero(np.diff(row, prepend=False, append=False))).tolist()
         runs = set(zip(edges[::2], edges[1::2], strict=True))
-        for run in sorted(began.keys() - runs):
-            yield run[0], began.pop(run), run[1], y
-        for run in runs - began.keys():
-            began[run] = y
+        for run in sorted(starts.keys() - runs):
+            yield run[0], starts.pop(run), run[1], y
+        for run in runs - starts.keys():
+            starts[run] = y

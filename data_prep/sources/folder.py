@@ -1,11 +1,11 @@
-"""A tree of folders as MVTec-AD has it: `<product>/<split>/<condition>/<image>`.
+"""Read the folder layout of MVTec AD: `<product>/<split>/<condition>/<image>`.
 
-Splits are `train`, `validation` (or `val`) and `test`; the condition of normal parts is `good`. The mask of a defect,
-where there is one, is `<product>/ground_truth/<condition>/<stem>_mask.png` or `<stem>.png` (any image format will do),
-or a folder `<stem>` of several masks, which count as one: what any of them marks.
+Splits are `train`, `validation` (or `val`) and `test`. The condition of normal parts is `good`. The optional mask of a
+defect is `<product>/ground_truth/<condition>/<stem>_mask.png` or `<stem>.png`, in any image format. A folder
+`<stem>` of several masks is also accepted and counts as one mask: their union.
 
-Whatever else lies in the tree is rejected with the reason, a whole folder in one row. What goes with such a tree is
-not: texts (`license.txt`, `readme.md`) beside the products and the splits, and files of the system.
+Everything else in the layout is rejected with a reason, and a whole folder with one. Text files next to the products
+and splits (`license.txt`, `readme.md`) and system files are ignored.
 """
 
 from __future__ import annotations
@@ -14,66 +14,68 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from data_prep.faults import list_images
-from data_prep.sources import Items, RowError, SourceConfig, entries, passed_over
+from data_prep.sources import Items, RowError, SourceConfig, list_folder, reject_unused
 from data_prep.sources._rows import named_condition
 from echo_ft.data.splits import SPLITS
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Rejection
 
-FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
-"""Name of a folder to the split that its photographs are of."""
+SPLIT_FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
+"""Folder name to split."""
 
-MASKS = "ground_truth"
+MASK_FOLDER = "ground_truth"
 
 
 def read(config: SourceConfig) -> Items:
-    """Photographs of every product folder under the root, with the tree's own splits."""
-    yield from read_tree(config.root, config.root.resolve().name)
+    """Yield the images of every product folder under the root, with the splits of the folder layout."""
+    yield from read_folder_layout(config.root, config.root.resolve().name)
 
 
-def read_tree(
+def read_folder_layout(
     root: Path, dataset: str, conditions: Mapping[str, str] | None = None, companions: Collection[str] = ()
 ) -> Items:
-    """Photographs of a published dataset with such a tree, under its own name.
+    """Yield the images of a dataset with this folder layout, under the name `dataset`.
 
-    `conditions` renames folders of conditions; `companions` are names of files without photographs that belong into a
-    product's folder. Raises EchoError where there is no product.
+    `conditions` maps folder names to conditions. `companions` are names of other files that belong in a product folder.
+    Raises EchoError if there is no product.
     """
-    products = [path for path in entries(root) if path.is_dir() and _splits(path)]
+    products = [path for path in list_folder(root) if path.is_dir() and _splits(path)]
     if not products:
-        hint = ""
+        hint = "check root"
         if _splits(root):
-            hint = f" (it looks like one product's own folder: set root to {root.resolve().parent})"
-        raise EchoError(f"no folder <product>/train/<condition> or <product>/test/<condition> under {root}{hint}")
-    names = ", ".join(FOLDERS)
-    yield from passed_over(root, root, products, f"a product's folder holds one of {names}", texts=True)
+            hint = f"root looks like the folder of one product: set it to {root.resolve().parent}"
+        raise EchoError(
+            f"there is no folder <product>/train/<condition> or <product>/test/<condition> under {root}; {hint}"
+        )
+    names = ", ".join(SPLIT_FOLDERS)
+    yield from reject_unused(root, root, products, f"a product folder contains one of {names}", allow_text=True)
     for product in products:
-        used = [*_splits(product), product / MASKS, *(product / name for name in companions)]
-        yield from passed_over(root, product, used, f"a split is one of {names}", texts=True)
+        used = [*_splits(product), product / MASK_FOLDER, *(product / name for name in companions)]
+        yield from reject_unused(root, product, used, f"a split folder is one of {names}", allow_text=True)
         masks: set[Path] = set()
         for folder in _splits(product):
-            places = [path for path in entries(folder) if path.is_dir()]
-            yield from passed_over(root, folder, places, "")
-            for place in places:
+            condition_folders = [path for path in list_folder(folder) if path.is_dir()]
+            yield from reject_unused(root, folder, condition_folders, "")
+            for condition_folder in condition_folders:
                 try:
-                    condition = (conditions or {}).get(place.name) or named_condition(place.name)
+                    condition = (conditions or {}).get(condition_folder.name) or named_condition(condition_folder.name)
                 except RowError as error:
-                    yield Rejection(place.relative_to(root).as_posix(), f"the folder is passed over: {error}")
+                    yield Rejection(condition_folder.relative_to(root).as_posix(), f"folder ignored: {error}")
                     continue
-                yield from _photographs(root, dataset, product, place, condition, masks)
-        yield from _masks_of_nothing(root, product / MASKS, masks)
+                yield from _images(root, dataset, product, condition_folder, condition, masks)
+        yield from _unused_masks(root, product / MASK_FOLDER, masks)
 
 
 def _splits(product: Path) -> list[Path]:
-    return [product / name for name in FOLDERS if (product / name).is_dir()]
+    return [product / name for name in SPLIT_FOLDERS if (product / name).is_dir()]
 
 
-def _photographs(root: Path, dataset: str, product: Path, folder: Path, condition: str, masks_used: set[Path]) -> Items:
-    masks = product / MASKS / folder.name
+def _images(root: Path, dataset: str, product: Path, folder: Path, condition: str, masks_used: set[Path]) -> Items:
+    masks = product / MASK_FOLDER / folder.name
     named = {path.stem: path for path in list_images(masks)}
-    photographs = list(list_images(folder))
-    yield from passed_over(root, folder, set(photographs), "photographs lie directly in their condition's folder")
-    for path in photographs:
+    images = list(list_images(folder))
+    yield from reject_unused(root, folder, set(images), "images must lie directly in the folder of their condition")
+    for path in images:
         image = path.relative_to(root).as_posix()
         found = named.get(f"{path.stem}_mask") or named.get(path.stem)
         several = masks / path.stem
@@ -84,10 +86,12 @@ def _photographs(root: Path, dataset: str, product: Path, folder: Path, conditio
         elif several.is_dir():
             masks_used.add(several)
             files = list(list_images(several))
-            yield from passed_over(root, several, set(files), f"masks of {image} lie directly in their folder")
+            yield from reject_unused(
+                root, several, set(files), f"the masks of {image} must lie directly in their folder"
+            )
         if not files and masks.is_dir():
             wanted = (masks / f"{path.stem}_mask.png").relative_to(root).as_posix()
-            yield Rejection(wanted, f"the mask of {image} is missing; the photograph is used without one", "mask")
+            yield Rejection(wanted, f"the mask of {image} is missing; the image is used without it", "mask")
         names = tuple(file.relative_to(root).as_posix() for file in files)
         yield Inspection(
             id=image,
@@ -96,18 +100,18 @@ def _photographs(root: Path, dataset: str, product: Path, folder: Path, conditio
             product=product.name,
             condition=condition,
             group=image,
-            split=FOLDERS[folder.parent.name],
+            split=SPLIT_FOLDERS[folder.parent.name],
             mask=names[0] if len(names) == 1 else None,
             masks=names if len(names) > 1 else (),
         )
 
 
-def _masks_of_nothing(root: Path, masks: Path, used: Collection[Path]) -> Items:
-    """Rejections for what lies under `ground_truth` and is the mask of no photograph."""
+def _unused_masks(root: Path, masks: Path, used: Collection[Path]) -> Items:
+    """Yield rejections for files under `ground_truth` that are not the mask of an image."""
     if not masks.is_dir():
         return
-    why = "no photograph has this name and condition"
+    reason = "no image has this name and condition"
     folders = {path.parent for path in used}
-    yield from passed_over(root, masks, folders, why, why)
+    yield from reject_unused(root, masks, folders, reason, reason)
     for folder in sorted(folders):
-        yield from passed_over(root, folder, used, why, why)
+        yield from reject_unused(root, folder, used, reason, reason)

@@ -1,9 +1,9 @@
 """Magnetic tiles (Huang, Qiu, Yuan: Surface defect saliency of magnetic tile, The Visual Computer 2020).
 
-Layout: `MT_<Kind>/Imgs/<name>.jpg` with a pixel mask `<name>.png` of the same stem. The names `exp<e>_num_<n>` are
-exposures of one tile with numbers a few dozen apart: in the order of `n` over all kinds, a gap of more than 60
-starts the next tile. Some tiles were photographed again after a larger gap, which AGAIN names. The photographs of one
-tile are one group: a split by photograph would show the test's tiles in training.
+Layout: `MT_<Kind>/Imgs/<name>.jpg`, each with a pixel mask `<name>.png`. Files `exp<e>_num_<n>` are exposures of one
+tile with numbers a few dozen apart. In the order of `n` over all kinds, a gap of more than 60 starts the next tile.
+Some tiles were photographed again after a larger gap; REPEATED_RUNS lists them. The images of one tile form a group,
+because a split by image would show tiles of the test split in training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_prep.sources import Items, SourceConfig, entries, passed_over
+from data_prep.sources import Items, SourceConfig, list_folder, reject_unused
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection, Rejection
 
@@ -23,10 +23,10 @@ CONDITIONS = {
     "MT_Free": GOOD,
     "MT_Uneven": "uneven",
 }
-GAP = 60
-"""Largest difference of the numbers of two photographs that follow each other on one tile."""
+MAX_GAP = 60
+"""Largest difference between the numbers of two consecutive images of one tile."""
 
-AGAIN = (
+REPEATED_RUNS = (
     (461, 524), (1810, 1965), (3504, 3981), (4944, 5106), (5874, 13526), (7871, 8015), (8676, 9196, 10181, 10410,
     10642, 10714, 10790), (24793, 25007), (33365, 33487), (37056, 37243, 37556, 37636), (39412, 39559), (43817,
     43955), (53011, 65001), (61310, 61501), (75090, 75343), (77531, 77692), (85602, 85781, 85846, 85998, 86828,
@@ -36,49 +36,52 @@ AGAIN = (
     258703), (262480, 262572), (271361, 271512), (283203, 283465), (293709, 293876), (339819, 339932), (348629,
     348888), (355636, 358102),
 )  # fmt: skip
-"""Numbers at which a tile's photographs start anew after a larger gap: `data_prep.audit` found these from the pixels,
-and each pair was looked at. The photographs of one tuple show one tile."""
+"""First numbers of the runs of images that show the same tile in spite of a larger gap, one tuple per tile.
 
-FIRST = {f"tile-{number}": f"tile-{numbers[0]}" for numbers in AGAIN for number in numbers}
-"""For such a run of numbers, the tile's first one."""
+`data_prep.audit` found these by comparing pixels, and each pair was checked by eye."""
+
+FIRST_RUN = {f"tile-{number}": f"tile-{numbers[0]}" for numbers in REPEATED_RUNS for number in numbers}
+"""Group of such a run to the group of the first run of its tile."""
 
 
 def read(config: SourceConfig) -> Items:
-    """Photographs of all six kinds, without splits (there is no official one), grouped by tile."""
+    """Yield the images of all six kinds, grouped by tile and without splits, since there is no official split."""
     root = config.root
-    photographs: list[tuple[int, str, Path]] = []
+    images: list[tuple[int, str, Path]] = []
     kinds = [root / kind for kind in CONDITIONS]
-    yield from passed_over(root, root, kinds, f"a kind is one of {', '.join(CONDITIONS)}", texts=True)
+    yield from reject_unused(
+        root, root, kinds, f"the folders of this dataset are {', '.join(CONDITIONS)}", allow_text=True
+    )
     for kind in kinds:
         folder = kind / "Imgs"
         if not folder.is_dir():
             continue
-        yield from passed_over(root, kind, [folder], "photographs lie in Imgs", texts=True)
-        found = [path for path in entries(folder) if path.suffix == ".jpg" and path.is_file()]
+        yield from reject_unused(root, kind, [folder], "images must lie in Imgs", allow_text=True)
+        found = [path for path in list_folder(folder) if path.suffix == ".jpg" and path.is_file()]
         used = {*found, *(path.with_suffix(".png") for path in found)}
-        why = "it is neither a .jpg nor the .png of the same name, its mask"
-        yield from passed_over(root, folder, used, "photographs lie directly in Imgs", why)
+        reason = "it is neither a .jpg image nor a .png mask of the same name"
+        yield from reject_unused(root, folder, used, "images must lie directly in Imgs", reason)
         for path in found:
             match = re.fullmatch(r"exp\d+_num_(\d+)", path.stem)
             if match:
-                photographs.append((int(match.group(1)), kind.name, path))
+                images.append((int(match.group(1)), kind.name, path))
             else:
                 reason = "the name is not exp<exposure>_num_<number>, so its tile is unknown"
                 yield Rejection(path.relative_to(root).as_posix(), reason)
-    if not photographs:
+    if not images:
         raise EchoError(
-            f"no photograph MT_<Kind>/Imgs/exp<e>_num_<n>.jpg under {root}; "
-            "set root to the folder that holds MT_Blowhole to MT_Uneven"
+            f"there is no image MT_<Kind>/Imgs/exp<e>_num_<n>.jpg under {root}; "
+            "set root to the folder that contains MT_Blowhole to MT_Uneven"
         )
-    group, last = "", -GAP - 1
-    for number, name, path in sorted(photographs):
-        if number - last > GAP:
+    group, last = "", -MAX_GAP - 1
+    for number, name, path in sorted(images):
+        if number - last > MAX_GAP:
             group = f"tile-{number}"
         last = number
         image = path.relative_to(root).as_posix()
         mask: str | None = path.with_suffix(".png").relative_to(root).as_posix()
         if not path.with_suffix(".png").is_file():
-            yield Rejection(str(mask), f"the mask of {image} is missing; the photograph is used without one", "mask")
+            yield Rejection(str(mask), f"the mask of {image} is missing; the image is used without it", "mask")
             mask = None
         yield Inspection(
             id=image,
@@ -86,6 +89,6 @@ def read(config: SourceConfig) -> Items:
             dataset="magnetic_tile",
             product="magnetic_tile",
             condition=CONDITIONS[name],
-            group=FIRST.get(group, group),
+            group=FIRST_RUN.get(group, group),
             mask=mask,
         )

@@ -1,15 +1,15 @@
-"""A list of photographs that a person or an annotation tool can write.
+"""Read a manifest of images that a person or an annotation tool wrote.
 
-- CSV with a header, or JSON lines, one row a photograph. Needed are `image`, `product` and `condition` (`good` for a
-  part without a defect; several defects are joined in any order: `bent+melt`). Optional are `mask` (an image file),
-  `boxes` ([[x0, y0, x1, y1], ...] in pixels; they count where there is no mask), `group` (photographs of one physical
-  part share it), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
-  (by default the list's name) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made a defect which no camera
-  saw: `data_prep.synthesize` fills it).
+- CSV with a header, or JSON lines, one row per image. Required columns: `image`, `product` and `condition` (`good` for
+  a part without a defect; join several defects in any order, such as `bent+melt`). Optional columns: `mask` (an image
+  file), `boxes` ([[x0, y0, x1, y1], ...] in pixels, used if there is no mask), `group` (shared by the images of one
+  physical part), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
+  (by default the name of the manifest) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made the
+  defect, written by `data_prep.synthesize`).
 - COCO JSON: see `_coco`.
-- No list: the files that labelme has written under the root, see `_labelme`.
+- No manifest: the labelme files under the root, see `_labelme`.
 
-Paths are relative to the root. Splits do not depend on the list's name, but on its rows: a longer list is split anew.
+Paths are relative to the root. Splits depend on the rows of a manifest, but not on its name. Adding rows re-splits it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from typing import Any
 from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
-from data_prep.sources._rows import named_condition, needed_text, split_of, text_of
+from data_prep.sources._rows import named_condition, required_text, split_of, text_of
 from echo_ft.errors import EchoError
-from echo_ft.images.synthetic_defects import METHODS
+from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.records import GOOD, Inspection, Rejection
 
-NEEDED = ("image", "product", "condition")
-COLUMNS = (*NEEDED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
+REQUIRED = ("image", "product", "condition")
+COLUMNS = (*REQUIRED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
 
 
 def read(config: SourceConfig) -> Items:
-    """The rows of the manifest; a row that cannot be used is rejected by its line number."""
+    """Yield the rows of the manifest. An unusable row is rejected with its line number.
+
+    Raises EchoError if the manifest is missing or cannot be parsed, or if a column is missing or misspelt.
+    """
     path = config.annotations
     if path is None:
         yield from read_labelme(config.root)
         return
     if not path.is_file():
-        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, a JSONL or a COCO JSON")
+        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, JSONL or COCO JSON file")
     if path.suffix.lower() == ".json":
         yield from read_coco(config.root, path)
         return
@@ -61,7 +64,7 @@ def read(config: SourceConfig) -> Items:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
-    """Line and cells of each row, or what is wrong with it; so for `_jsonl_rows`."""
+    """Yield the line number of each row and its cells, or the error in it. `_jsonl_rows` does the same."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -69,9 +72,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
             for row in reader:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
-                if any(cell.strip() for cell in surplus):  # spreadsheets leave empty ones
-                    words = "it has more cells than the header has columns; quote a cell that holds a comma"
-                    yield reader.line_num, RowError(words)
+                if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
+                    reason = "it has more cells than the header has columns; quote cells that contain a comma"
+                    yield reader.line_num, RowError(reason)
                 else:
                     yield reader.line_num, cells
     except (UnicodeDecodeError, csv.Error) as error:
@@ -80,7 +83,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
     try:
-        # Not splitlines(): it also parts at U+2028, U+2029 and U+0085, which JSON leaves as they are within a text.
+        # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise EchoError(f"{path} is not a text file in UTF-8 ({error}); save it as UTF-8") from error
@@ -93,47 +96,49 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]
             yield number, RowError(f"the line is not JSON ({error})")
             continue
         if isinstance(row, dict):
-            _check_columns(path, row, needed=False)
+            _check_columns(path, row, complete=False)
             yield number, row
         else:
             yield number, RowError("the line is not a JSON object")
 
 
-def _check_columns(path: Path, names: Collection[str], needed: bool = True) -> None:
-    missing = [column for column in NEEDED if column not in names]
-    if needed and missing:
-        raise EchoError(f"{path} has no column {missing[0]!r}; needed are {', '.join(NEEDED)}; {_found(names)}")
+def _check_columns(path: Path, names: Collection[str], complete: bool = True) -> None:
+    missing = [column for column in REQUIRED if column not in names]
+    if complete and missing:
+        raise EchoError(
+            f"{path} has no column {missing[0]!r}; required columns are {', '.join(REQUIRED)}; {_found(names)}"
+        )
     absent = [column for column in COLUMNS if column not in names]
     for name in names:
-        # A misspelt `group` or `split` that went unnoticed would leak; columns of other meaning are left alone.
+        # An unnoticed misspelling of `group` or `split` would cause leakage. Other columns are ignored.
         near = name not in COLUMNS and difflib.get_close_matches(str(name), absent, n=1, cutoff=0.75)
         if near:
             raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
 
 
 def _found(names: Collection[str]) -> str:
-    """What stands there instead of the columns that are needed, and what to do about it."""
+    """Describe the columns that were found instead of the required ones, and the remedy."""
     if not names:
-        return "the file is empty; its first line has to name the columns"
+        return "the file is empty; its first line must name the columns"
     found = ", ".join(map(repr, names))
-    for mark, words in ((";", "semicolons"), ("\t", "tabs")):
-        if any(mark in name for name in names):
-            return f"found is {found}: save the file with commas between the columns, not {words}"
-    return f"found are {found}"
+    for separator, plural in ((";", "semicolons"), ("\t", "tabs")):
+        if any(separator in name for name in names):
+            return f"found {found}: save the file with commas between the columns, not {plural}"
+    return f"found {found}"
 
 
 def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
-    image, product = needed_text(row, "image"), needed_text(row, "product")
-    condition = named_condition(needed_text(row, "condition"))
+    image, product = required_text(row, "image"), required_text(row, "product")
+    condition = named_condition(required_text(row, "condition"))
     split = split_of(row)
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
         raise RowError(f"it has boxes although its condition is {GOOD!r}")
     image = locate(root, image, "image")
     mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
-    if synthetic and synthetic not in METHODS:
+    if synthetic and synthetic not in DEFECT_METHODS:
         raise RowError(
-            f"synthetic is {synthetic!r}, none of {', '.join(METHODS)}; leave it empty for what a camera saw"
+            f"synthetic is {synthetic!r}, not one of {', '.join(DEFECT_METHODS)}; leave it empty for a real image"
         )
     if synthetic and condition == GOOD:
         raise RowError(f"its defect is synthetic although its condition is {GOOD!r}")

@@ -1,9 +1,9 @@
 """MMAD (Jiang et al., ICLR 2025, arXiv 2410.09453): mmad.json and the images of its four datasets.
 
-A key of mmad.json is the path of a query photograph, `<dataset>/<product>/...`, whose folder is the condition. Masks
-lie under `rbg_mask` or `rgb_mask` (DS-MVTec) or `ground_truth`. The normals are in `<dataset>/<product>/train/good`;
-those of DS-MVTec are MVTec-AD's own, in `MVTec-AD`. Queries form the test split, normals the train split. What lies in
-a folder of queries or normals and is neither is rejected by name; the rest of the tree is not read.
+A key of mmad.json is the path of a query image, `<dataset>/<product>/...`; its folder is the condition. Masks are under
+`rbg_mask` or `rgb_mask` (DS-MVTec) or `ground_truth`. Normal images are in `<dataset>/<product>/train/good`; DS-MVTec
+uses those of MVTec AD, in `MVTec-AD`. Queries form the test split and normal images the train split. Any other file in
+a folder of queries or normal images is rejected by name. Other folders are not read.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from echo_ft.errors import EchoError
 from echo_ft.metrics.mmad import MERGED_TYPES
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Inspection, Question, Rejection
 
-NORMALS = {"DS-MVTec": "MVTec-AD"}
-"""Where the normals of a dataset lie, if not in the dataset's own folder."""
+NORMAL_FOLDERS = {"DS-MVTec": "MVTec-AD"}
+"""Dataset to the folder with its normal images, if that is not its own folder."""
 
 
 def read(config: SourceConfig) -> Items:
-    """Query photographs with their questions and first random template, then the normals of their products.
+    """Yield query images with their questions and first random template, then the normal images of their products.
 
-    Raises EchoError where mmad.json cannot be read and where not one query photograph is found.
+    Raises EchoError if mmad.json cannot be read or if no query image is found.
     """
     root = config.root
     rows = _load(config.annotations)
     missing = [key for key in rows if not (root / key).is_file()]
     if len(missing) == len(rows):
-        raise _nothing_found(missing, root, config.annotations)
+        raise _no_image_found(missing, root, config.annotations)
     absent = set(missing)
     products: dict[tuple[str, str], None] = {}
     folders: set[Path] = set()
@@ -41,19 +41,19 @@ def read(config: SourceConfig) -> Items:
         parts = key.split("/")
         if len(parts) < 4 or not isinstance(row, dict):
             yield Rejection(
-                key, "the key is not <dataset>/<product>/.../<condition>/<file> with an object as its value"
+                key, "the key is not <dataset>/<product>/.../<condition>/<file>, or its value is not an object"
             )
             continue
         products[parts[0], parts[1]] = None
         if key in absent:
-            yield Rejection(key, "the photograph is missing under the root")
+            yield Rejection(key, "the image does not exist under the root")
             continue
         folders.add((root / key).parent)
         yield from _query(key, row, root)
-    asked = {root / key for key in rows}
+    listed = {root / key for key in rows}
     for folder in sorted(folders):
-        why = "mmad.json asks nothing about it"
-        yield from reject_unused(root, folder, asked, why, why)
+        reason = "mmad.json has no questions about it"
+        yield from reject_unused(root, folder, listed, reason, reason)
     for dataset, product in products:
         yield from _normals(dataset, product, root)
 
@@ -66,16 +66,16 @@ def _load(path: Path | None) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EchoError(f"{path} is not JSON ({error}); download mmad.json again") from error
     if not isinstance(rows, dict) or not rows:
-        raise EchoError(f"{path} is not MMAD's mapping of photographs to questions; set annotations to its mmad.json")
+        raise EchoError(f"{path} is not a mapping of images to questions; set annotations to MMAD's mmad.json")
     return rows
 
 
-def _nothing_found(missing: list[str], root: Path, annotations: Path | None) -> EchoError:
+def _no_image_found(missing: list[str], root: Path, annotations: Path | None) -> EchoError:
     counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(k.split("/")[0] for k in missing).items()))
     return EchoError(
-        f"all {len(missing)} photographs that {annotations} lists are missing ({counts}): looked in {root.resolve()} "
-        f"for {', '.join(missing[:3])}{' and so on' if len(missing) > 3 else ''}; download MMAD's images (dataset "
-        "jiang-cc/MMAD on the Hugging Face hub) and set --root to the folder that holds "
+        f"all {len(missing)} images that {annotations} lists are missing ({counts}); looked in {root.resolve()} "
+        f"for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; download MMAD's images (dataset "
+        "jiang-cc/MMAD on the Hugging Face hub) and set --root to the folder that contains "
         f"{', '.join(sorted({key.split('/')[0] for key in missing}))}"
     )
 
@@ -84,12 +84,12 @@ def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
     dataset, product, *_, condition, _ = key.split("/")
     mask = _mask(f"{dataset}/{product}/{row['mask_path']}", root) if row.get("mask_path") else None
     if mask and not (root / mask).is_file():
-        yield Rejection(mask, f"the mask of {key} is missing; the photograph is used without one", "mask")
+        yield Rejection(mask, f"the mask of {key} is missing; the image is used without it", "mask")
         mask = None
     templates = row.get("random_templates") or []
     reference = templates[0] if templates else None
     if reference and not (root / reference).is_file():
-        reason = f"the normal image that MMAD names for {key} is missing; one is retrieved instead"
+        reason = f"the reference that MMAD names for {key} is missing; one is retrieved instead"
         yield Rejection(reference, reason, "reference")
         reference = None
     yield Inspection(
@@ -108,7 +108,7 @@ def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
 
 
 def _mask(path: str, root: Path) -> str:
-    """The mask's path, in the other of the two spellings in use where only that one exists."""
+    """Return the path of a mask, in the other spelling of its folder if only that one exists."""
     if (root / path).is_file():
         return path
     here, other = ("rbg_mask", "rgb_mask") if "rbg_mask" in path else ("rgb_mask", "rbg_mask")
@@ -122,25 +122,25 @@ def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
     kind = MERGED_TYPES.get(str(item.get("type")), str(item.get("type")))
     options, answer = item.get("Options"), item.get("Answer")
     if kind not in QUESTION_TYPES:
-        return Rejection(name, f"the type {item.get('type')!r} is none of MMAD's nine")
+        return Rejection(name, f"the type {item.get('type')!r} is not one of MMAD's nine question types")
     if not isinstance(options, dict) or not options or not set(options) <= set(LETTERS):
-        return Rejection(name, f"the options are not texts under the letters {LETTERS[0]} to {LETTERS[-1]}")
+        return Rejection(name, f"the options are not a mapping from letters {LETTERS[0]} to {LETTERS[-1]} to texts")
     if answer not in options:
-        return Rejection(name, f"the answer {answer!r} is none of the options {', '.join(options)}")
+        return Rejection(name, f"the answer {answer!r} is not one of the options {', '.join(options)}")
     if not isinstance(item.get("Question"), str) or not item["Question"].strip():
         return Rejection(name, "the question has no text")
     return Question(name, inspection, kind, item["Question"], {k: str(v) for k, v in options.items()}, answer)
 
 
 def _normals(dataset: str, product: str, root: Path) -> Items:
-    folder = root / NORMALS.get(dataset, dataset) / product / "train" / GOOD
+    folder = root / NORMAL_FOLDERS.get(dataset, dataset) / product / "train" / GOOD
     normals = list(list_images(folder))
     if folder.is_dir():
-        yield from reject_unused(root, folder, set(normals), "normal photographs lie directly in it")
+        yield from reject_unused(root, folder, set(normals), "normal images must lie directly in it")
     for path in normals:
         image = path.relative_to(root).as_posix()
         yield Inspection(
             id=image, image=image, dataset=dataset, product=product, condition=GOOD, group=image, split="train"
         )
     if not normals:
-        yield Rejection(folder.relative_to(root).as_posix(), "the folder holds no normal photograph of this product")
+        yield Rejection(folder.relative_to(root).as_posix(), "the folder contains no normal image of this product")

@@ -1,17 +1,17 @@
 """MPDD, Metal Parts Defect Detection (Jezek et al., ICUMT 2021): six metal parts, with masks.
 
-Layout: that of `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. One condition is two defects at
-once and is named by both, as a split by condition has to know.
+Layout: that of `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. One condition combines two defects.
+It is renamed to both names, because a split by condition must know them.
 """
 
 from __future__ import annotations
 
 from data_prep.sources import Items, SourceConfig
-from data_prep.sources.folder import read_tree
-from echo_ft.data.splits import join_kinds
+from data_prep.sources.folder import read_folder_layout
+from echo_ft.data.splits import join_defects
 
 
 def read(config: SourceConfig) -> Items:
-    """Photographs of the products under the root, with the dataset's own train and test splits."""
-    both = join_kinds(["bend", "parts_mismatch"])
-    yield from read_tree(config.root, "MPDD", {"bend_and_parts_mismatch": both})
+    """Yield the images of all products under the root, with the dataset's own train and test splits."""
+    both = join_defects(["bend", "parts_mismatch"])
+    yield from read_folder_layout(config.root, "MPDD", {"bend_and_parts_mismatch": both})

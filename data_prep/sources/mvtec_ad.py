@@ -1,15 +1,15 @@
-"""MVTec AD (Bergmann et al., CVPR 2019): 15 products and textures, 73 kinds of defect, each defect with its mask.
+"""MVTec AD (Bergmann et al., CVPR 2019): 15 products and textures, 73 defect types, a mask for each defect.
 
-Layout: that of `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. The train split holds normal parts
-alone. `combined` (cable, pill, wood, zipper) shows several defects of its product at once without saying which.
+Layout: that of `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. The train split has only
+normal parts. `combined` (cable, pill, wood, zipper) shows several defects of its product at once without naming them.
 """
 
 from __future__ import annotations
 
 from data_prep.sources import Items, SourceConfig
-from data_prep.sources.folder import read_tree
+from data_prep.sources.folder import read_folder_layout
 
 
 def read(config: SourceConfig) -> Items:
-    """Photographs of the products under the root, with the dataset's own train and test splits."""
-    yield from read_tree(config.root, "MVTec-AD")
+    """Yield the images of all products under the root, with the dataset's own train and test splits."""
+    yield from read_folder_layout(config.root, "MVTec-AD")

@@ -1,8 +1,8 @@
-"""The embedded default: photographs of three drawn products, half of them with a defect.
+"""The built-in demo dataset: images of three drawn products, half of the parts with a defect.
 
-`read` draws into `config.root`: `images/<product>/<part>_<exposure>.png`, and a mask of the same name under `masks/`
-where the part is defective. Every fourth part is photographed twice, under another exposure. A part looks the same
-however many parts are drawn.
+`read` draws into `config.root`: `images/<product>/<part>_<exposure>.png`, and for a defective part a mask of the same
+name under `masks/`. Every fourth part has two images with different exposures. The appearance of a part does not depend
+on the number of parts.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from echo_ft.drawn import parts
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection
 
-LEAST_PARTS = 8
-"""Below this, a product would lack one of its four defects."""
-_VISIBLE = 12
-"""Pixels of a mask from which a defect counts as visible."""
+MIN_PARTS = 8
+"""With fewer parts, a product would lack one of its four defects."""
+_MIN_VISIBLE_PIXELS = 12
+"""Smallest mask of a visible defect, in pixels."""
 
 
 def read(config: SourceConfig) -> Items:
-    """The demo's inspections, each drawn before it is yielded.
+    """Draw and yield the demo's inspections.
 
-    Raises EchoError where `config.parts` is too small or `config.root` cannot be written.
+    Raises EchoError if `config.parts` is too small or `config.root` is not writable.
     """
-    if config.parts < LEAST_PARTS:
-        raise EchoError(f"parts is {config.parts}; synthetic needs at least {LEAST_PARTS} parts of each product")
+    if config.parts < MIN_PARTS:
+        raise EchoError(f"parts is {config.parts}; synthetic needs at least {MIN_PARTS} parts per product")
     for inspection in _plan(config):
-        photo = _photograph(inspection, config.seed)
-        _save(config.root / inspection.image, photo.image)
+        render = _render(inspection, config.seed)
+        _save(config.root / inspection.image, render.image)
         if inspection.mask:
-            _save(config.root / inspection.mask, photo.mask.astype(np.uint8) * 255)
+            _save(config.root / inspection.mask, render.mask.astype(np.uint8) * 255)
         yield inspection
 
 
@@ -56,17 +56,17 @@ def _plan(config: SourceConfig) -> Iterator[Inspection]:
                 )
 
 
-def _photograph(inspection: Inspection, seed: int) -> parts.Photo:
+def _render(inspection: Inspection, seed: int) -> parts.RenderedPart:
     products = list(parts.DEMO_DEFECTS)
     part, exposure = inspection.id.rsplit("/", 1)[1].split("_")
     rng = np.random.default_rng((seed, products.index(inspection.product), int(part)))
     while True:
         part_seed, *cameras = rng.integers(2**31, size=3).tolist()
         made = parts.demo_part(inspection.product, inspection.condition, part_seed)
-        photos = [parts.photograph(made, camera) for camera in cameras]
-        # The choice must not depend on the exposure, or two photographs of a part would show different parts.
-        if inspection.condition == GOOD or all(photo.mask.sum() >= _VISIBLE for photo in photos):
-            return photos[int(exposure) - 1]
+        renders = [parts.render_part(made, camera) for camera in cameras]
+        # The choice must not depend on the exposure, or two images of a part would show different parts.
+        if inspection.condition == GOOD or all(render.mask.sum() >= _MIN_VISIBLE_PIXELS for render in renders):
+            return renders[int(exposure) - 1]
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:
@@ -74,4 +74,4 @@ def _save(path: Path, pixels: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, compress_level=1)
     except OSError as error:
-        raise EchoError(f"cannot draw {path} ({error.strerror or error}); choose a root that can be written") from error
+        raise EchoError(f"cannot draw {path} ({error.strerror or error}); choose a writable root") from error

@@ -2,10 +2,10 @@
 
 Layout: `<product>/Data/Images/{Normal,Anomaly}/<name>.JPG`, masks `<product>/Data/Masks/Anomaly/<name>.png`, and
 `split_csv/1cls.csv`, `2cls_fewshot.csv` or `2cls_highshot.csv` with the columns object, split, label, image, mask.
-`annotations` chooses one of them; by default it is `1cls.csv`, whose train split holds normal parts alone.
+`annotations` selects one of them. The default is `1cls.csv`, whose train split has only normal parts.
 
-The split files say `anomaly`; what kind it is stands in `<product>/image_anno.csv` (image, label, mask), where
-`bent,melt` are two kinds in one photograph. Without that file a defect has no name.
+The split files only say `anomaly`. `<product>/image_anno.csv` (image, label, mask) names the defects; `bent,melt` means
+two defects in one image. Without that file, defects have no name.
 """
 
 from __future__ import annotations
@@ -15,27 +15,37 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.sources import UNNAMED, ItemPlace, Items, RowError, SourceConfig, entries, locate, passed_over, unlisted
-from echo_ft.data.splits import join_kinds
+from data_prep.sources import (
+    UNNAMED_DEFECT,
+    ItemPlace,
+    Items,
+    RowError,
+    SourceConfig,
+    list_folder,
+    locate,
+    reject_unlisted,
+    reject_unused,
+)
+from echo_ft.data.splits import join_defects
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FILES = "split_csv"
-KINDS = "image_anno.csv"
+DEFECT_NAMES_FILE = "image_anno.csv"
 
 
 def read(config: SourceConfig) -> Items:
-    """The photographs of one split file, with its splits; raises EchoError where it is missing or another file."""
+    """Yield the images of one split file with its splits. Raises EchoError if the file is missing or malformed."""
     root = config.root
     path = config.annotations or root / SPLIT_FILES / "1cls.csv"
     rows = list(_rows(path, ("object", "split", "label", "image", "mask")))
     names = {row["object"] for _, row in rows}
-    folders = [folder for folder in entries(root) if folder.is_dir() and folder.name in names]
-    kinds = {folder.name: _kinds(folder / KINDS) for folder in folders}
-    used = {f"{folder.name}/{KINDS}" for folder in folders}
+    folders = [folder for folder in list_folder(root) if folder.is_dir() and folder.name in names]
+    defect_names = {folder.name: _defect_names(folder / DEFECT_NAMES_FILE) for folder in folders}
+    used = {f"{folder.name}/{DEFECT_NAMES_FILE}" for folder in folders}
     for line, row in rows:
         try:
-            inspection = _inspection(root, row, kinds.get(row["object"], {}))
+            inspection = _inspection(root, row, defect_names.get(row["object"], {}))
         except RowError as error:
             yield Rejection(f"{path.name}:{line}", str(error))
             continue
@@ -49,53 +59,58 @@ def read(config: SourceConfig) -> Items:
                 yield Rejection(row["mask"], f"{error}; {inspection.image} is used without it", "mask")
         yield inspection
     splits = root / SPLIT_FILES
-    yield from passed_over(root, root, [*folders, splits, path], f"{path.name} lists nothing in it", texts=True)
+    yield from reject_unused(root, root, [*folders, splits, path], f"{path.name} lists nothing in it", allow_text=True)
     if splits.is_dir():
-        yield from passed_over(root, splits, set(splits.glob("*.csv")), "it is for split files")
+        yield from reject_unused(root, splits, set(splits.glob("*.csv")), "this folder should contain only split files")
     for folder in folders:
-        yield from unlisted(root, folder, used, f"belong to no row of {path.name} that can be used")
+        yield from reject_unlisted(root, folder, used, f"no usable row of {path.name} lists them")
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with exactly these columns, each with its line number."""
+    """Yield the line number and cells of each row of a CSV file.
+
+    Raises EchoError if the file is missing, cannot be parsed or has other columns.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="more", restval="")
             if tuple(reader.fieldnames or ()) != columns:
-                raise EchoError(f"{path} has not the columns {', '.join(columns)}; take the file as VisA publishes it")
+                raise EchoError(
+                    f"{path} does not have the columns {', '.join(columns)}; use the file that VisA publishes"
+                )
             for row in reader:
                 yield reader.line_num, row
     except FileNotFoundError as error:
-        raise EchoError(f"there is no {path}; set root to VisA's folder, which holds {SPLIT_FILES}") from error
+        raise EchoError(f"there is no {path}; set root to VisA's folder, which contains {SPLIT_FILES}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise EchoError(f"{path} cannot be read as CSV ({error}); download it again") from error
 
 
-def _kinds(path: Path) -> dict[str, str]:
-    """Photograph to the names of its defects, or to `normal`; empty where the product has no such file."""
+def _defect_names(path: Path) -> dict[str, str]:
+    """Return the defect names, or `normal`, of each image; empty if the product has no such file."""
     return {row["image"]: row["label"] for _, row in _rows(path, ("image", "label", "mask"))} if path.is_file() else {}
 
 
-def _inspection(root: Path, row: Mapping[str, str], kinds: Mapping[str, str]) -> Inspection:
+def _inspection(root: Path, row: Mapping[str, str], defect_names: Mapping[str, str]) -> Inspection:
     if "more" in row:
-        raise RowError("it has more than the five columns")
+        raise RowError("it has more than five columns")
     if row["split"] not in ("train", "test"):
         raise RowError(f"the split {row['split']!r} is neither train nor test")
     if row["label"] not in ("normal", "anomaly"):
         raise RowError(f"the label {row['label']!r} is neither normal nor anomaly")
     image = locate(root, row["image"], "image")
     if not image.startswith(f"{row['object']}/"):
-        raise RowError(f"{image} does not lie in the folder of its object {row['object']!r}")
-    named = kinds.get(row["image"])
+        raise RowError(f"{image} is not in the folder of its object {row['object']!r}")
+    named = defect_names.get(row["image"])
     if named is not None and (named == "normal") != (row["label"] == "normal"):
-        raise RowError(f"{image} is {row['label']} there and {named!r} in {row['object']}/{KINDS}")
-    defects = [name.strip() for name in (named or UNNAMED).split(",")]
+        raise RowError(f"{image} is {row['label']} here but {named!r} in {row['object']}/{DEFECT_NAMES_FILE}")
+    defects = [name.strip() for name in (named or UNNAMED_DEFECT).split(",")]
     return Inspection(
         id=image,
         image=image,
         dataset="VisA",
         product=row["object"],
-        condition=GOOD if row["label"] == "normal" else join_kinds(defects),
+        condition=GOOD if row["label"] == "normal" else join_defects(defects),
         group=image,
         split=row["split"],
     )

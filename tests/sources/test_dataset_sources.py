@@ -18,10 +18,10 @@ from data_prep import sources
 from data_prep.build import build, main
 from data_prep.collect import collect
 from data_prep.config import BuildConfig
-from data_prep.faults import SUFFIXES
+from data_prep.faults import IMAGE_SUFFIXES
 from data_prep.sources import ItemPlace, SourceConfig, real_iad, synthetic, visa
 from echo_ft.config import parse
-from echo_ft.data.splits import HOLDS_OUT
+from echo_ft.data.splits import HELD_OUT_FIELDS
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
 from echo_ft.records import GOOD, Inspection
@@ -150,7 +150,7 @@ def test_nothing_is_dropped_in_silence(name, tree):
             continue  # it lies where photographs lie and is taken for one; the build tells that it is broken
         told = item in named or any(item in reason for reason in named.values())
         places = [place for place in named if Path(item).is_relative_to(place)]
-        assert told or any("in it" in named[place] for place in places), item
+        assert told or any("ignored" in named[place] for place in places), item
     masked = {i.image for i in inspections if {root / mask for mask in masks.mask_files(i)} & set(planted)}
     assert {r.item for r in broken} == images - {i.image for i in before} | masked
     assert {i.image for i in before} <= images
@@ -175,12 +175,14 @@ def test_a_photograph_or_mask_that_is_gone_is_named(name, tree):
 
 
 def test_synthetic_keeps_the_contract_too(tmp_path):
-    config = SourceConfig(tmp_path, parts=synthetic.LEAST_PARTS)
+    config = SourceConfig(tmp_path, parts=synthetic.MIN_PARTS)
     inspections, questions, rejections = parted(synthetic.read(config))
     assert len({i.id for i in inspections}) == len(inspections)
     assert collect([*inspections, *questions, *rejections], tmp_path) == (inspections, [], [])
     used = {path for i in inspections for path in (i.image, i.mask) if path}
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.suffix in SUFFIXES} == used
+    assert {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.suffix in IMAGE_SUFFIXES
+    } == used
 
 
 @pytest.mark.parametrize("name", ["manifest", "manifest-coco", "real_iad", "visa"])
@@ -202,7 +204,7 @@ def test_every_source_has_a_recipe_that_its_settings_take():
     assert {config.source for config in configs.values()} == {*(name.split("-")[0] for name in TREES), "synthetic"}
     for path, config in configs.items():
         assert path.relative_to(ROOT).as_posix() in path.read_text(), "it says how to run it"
-        assert not config.held_out or config.split in HOLDS_OUT
+        assert not config.held_out or config.split in HELD_OUT_FIELDS
 
 
 RECIPES = sorted((ROOT / "recipes" / "data").glob("*.yaml"))
@@ -275,7 +277,7 @@ def test_each_of_several_masks_counts_for_the_fingerprint_of_a_dataset(tmp_path)
 @pytest.mark.parametrize(
     ("change", "words", "stands"),
     [
-        (lambda path: draw(path, 255, (20, 20)), "20 x 20 pixels, its photograph 32 x 24", False),
+        (lambda path: draw(path, 255, (20, 20)), "20 x 20 pixels but its image has 32 x 24", False),
         (lambda path: path.write_bytes(b"content"), "broken", False),
         (lambda path: [draw(file, 0) for file in path.parent.iterdir()], "marks nothing", True),
     ],
@@ -299,7 +301,7 @@ def test_a_mask_of_no_photograph_is_named(tmp_path):
     draw_mask(truth / "crack" / "000_mask.png")
     rejections = {r.item: r.reason for r in read("mvtec_ad", tree.config)[2]}
     assert set(rejections) == {"bottle/ground_truth/contamination/007_mask.png", "bottle/ground_truth/crack"}
-    assert all("no photograph" in reason for reason in rejections.values())
+    assert all("no image has this name" in reason for reason in rejections.values())
 
 
 @pytest.mark.parametrize("source", ["mvtec_ad", "mvtec_loco", "goods_ad", "btad", "mpdd"])
@@ -394,7 +396,7 @@ def test_real_iad_reads_the_lists_of_the_unpacked_archive_and_one_list_alone(tmp
         ({"image_path": "../../../secret.jpg"}, "outside the root"),
         ({"image_path": "NG/gone.jpg"}, "does not exist"),
         ({"mask_path": "NG/gone.png"}, "mask audiojack/NG/gone.png does not exist"),
-        ({"category": None}, "no texts category"),
+        ({"category": None}, "category and image_path must be strings"),
     ],
 )
 def test_real_iad_rejects_a_row_that_cannot_be_used_by_its_place(tmp_path, change, words):

@@ -100,8 +100,8 @@ def test_mmad_names_what_is_missing_and_goes_on(mmad_root):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"type": "Riddle"}, "none of MMAD's nine"),
-        ({"Answer": "C"}, "none of the options"),
+        ({"type": "Riddle"}, "not one of MMAD's nine"),
+        ({"Answer": "C"}, "not one of the options"),
         ({"Options": {"1": "Yes."}}, "letters A to E"),
         ({"Question": " "}, "no text"),
     ],
@@ -118,7 +118,7 @@ def test_mmad_rejects_a_question_that_cannot_be_asked(mmad_root, change, words):
 def test_mmad_without_any_image_is_one_clear_error(mmad_root, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    with pytest.raises(EchoError, match=r"all 5 photographs .* missing .*DS-MVTec 2.*looked in .*elsewhere.*--root"):
+    with pytest.raises(EchoError, match=r"all 5 images .* missing .*DS-MVTec 2.*looked in .*elsewhere.*--root"):
         parted(mmad.read(SourceConfig(elsewhere, mmad_root / "mmad.json")))
 
 
@@ -198,8 +198,8 @@ def test_folder_passes_nothing_over_in_silence(tmp_path):
         "cap/holdout", "cap/test/001.png", "cap/test/dent/cam1", "cap/002.png", "spare", "loose.png",
         "cap/test/dent/003.heic", "cap/test/dent/notes.txt", "cap/list.xlsx",
     }  # fmt: skip
-    assert "files in it: 3" in found["cap/holdout"] and "train, validation, test, val" in found["cap/holdout"]
-    assert "files in it: 2" in found["cap/test/dent/cam1"] and "files in it: 1" in found["spare"]
+    assert "(files: 3)" in found["cap/holdout"] and "train, validation, test, val" in found["cap/holdout"]
+    assert "(files: 2)" in found["cap/test/dent/cam1"] and "(files: 1)" in found["spare"]
     assert "<product>/<split>/<condition>" in found["cap/test/001.png"] and ".png" in found["cap/test/dent/003.heic"]
 
 
@@ -211,7 +211,7 @@ def test_folder_takes_no_other_word_for_good_as_a_defect(tmp_path):
     inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
     assert [(i.product, i.condition) for i in inspections] == [("bolt", "good"), ("bolt", "bent"), ("nut", "bent")]
     assert [r.item for r in rejections] == ["nut/train/OK", "nut/test/normal"]
-    assert all("is written 'good' for a part without a defect" in r.reason for r in rejections)
+    assert all("must be spelled 'good' for a part without a defect" in r.reason for r in rejections)
 
 
 def test_folder_says_which_mask_is_missing_beside_others(tmp_path):
@@ -225,7 +225,7 @@ def test_folder_says_which_mask_is_missing_beside_others(tmp_path):
 
 def test_folder_pointed_at_one_product_says_so(tmp_path):
     draw(tmp_path / "cap/train/good/000.png")
-    with pytest.raises(EchoError, match="one product's own folder"):
+    with pytest.raises(EchoError, match="the folder of one product"):
         parted(folder.read(SourceConfig(tmp_path / "cap")))
 
 
@@ -264,7 +264,7 @@ BAD_ROWS = [
     ({"condition": "bent + OK"}, "'good'"),
     ({"condition": "bent+good"}, "joins a defect with 'good'"),
     ({"condition": "bent+"}, "or with nothing"),
-    ({"split": "training"}, "none of train, validation, test"),
+    ({"split": "training"}, "not one of train, validation, test"),
     ({"mask": "missing.png"}, "mask missing.png"),
     ({"reference": "missing.png"}, "reference missing.png"),
     ({"boxes": "[[1, 2]]"}, r"\[\[x0"),
@@ -321,7 +321,7 @@ def test_manifest_rejects_a_row_with_more_cells_than_columns(tmp_path):
         'image,product,condition,group\na.png,pcb,bent,melt,7\nb.png,pcb,bent,7,,\nc.png,pcb,"bent,melt",8\n'
     )
     inspections, _, (rejection,) = parted(manifest.read(SourceConfig(tmp_path, path)))
-    assert rejection.item == "parts.csv:2" and "quote a cell that holds a comma" in rejection.reason
+    assert rejection.item == "parts.csv:2" and "quote cells that contain a comma" in rejection.reason
     assert [(i.image, i.condition, i.group) for i in inspections] == [
         ("b.png", "bent", "7"),
         ("c.png", "bent,melt", "8"),
@@ -351,13 +351,13 @@ def test_manifest_takes_a_jsonl_row_whole_whatever_its_texts_hold(tmp_path, mark
 @pytest.mark.parametrize(
     ("name", "header", "words"),
     [
-        ("parts.csv", "image,product", "no column 'condition'.*found are 'image', 'product'"),
+        ("parts.csv", "image,product", "no column 'condition'.*found 'image', 'product'"),
         ("parts.csv", "image,product,condition,grop", "did you mean 'group'"),
         ("parts.csv", "image;product;condition", "with commas between the columns, not semicolons"),
         ("parts.csv", '"image";"product";"condition"', "not semicolons"),
         ("parts.csv", "image\tproduct\tcondition", "not tabs"),
         ("parts.tsv", "image\tproduct\tcondition", "not tabs"),
-        ("parts.csv", "", "no column 'image'.*the file is empty; its first line has to name the columns"),
+        ("parts.csv", "", "no column 'image'.*the file is empty; its first line must name the columns"),
     ],
 )
 def test_manifest_refuses_a_header_that_lacks_or_misspells_a_column(tmp_path, name, header, words):
