@@ -1,13 +1,12 @@
-"""Photographs that show the same surface: copies, altered copies, and one part under another light.
+"""Find images that show the same surface: copies, altered copies, and one part under different light.
 
-Photographs of one product look alike, so similarity alone tells little. For each photograph that is asked about, three
-steps: the nearest photographs that were trained on are found by a perceptual hash of their crops; those are laid over
-it to a fraction of a pixel; and what remains where the product has least structure (texture, scratches, grain of the
-sensor) is compared, first by itself, then beyond what other photographs like these explain. Two parts of a product
-agree in the product; two photographs of one part agree in what no other part has.
+Images of one product look alike, so plain similarity says little. The search has three steps for each query. A
+perceptual hash finds the training images that have the most similar crops (`echo_ft.leakage.perceptual_hash`). These
+candidates are aligned with the query to a fraction of a pixel. Then the details are compared where the product has
+little structure (texture, scratches, sensor grain): first directly, then beyond what the other candidates explain. Two
+parts of a product agree in what the product has; two images of one part agree in what no other part has.
 
-Photographs must be upright: a copy that was turned or mirrored is not found. `echo_ft.leakage.perceptual_hash` says what a
-photograph is compared as, and does the first step.
+Images must be upright. Rotated and mirrored copies are not found.
 """
 
 from __future__ import annotations
@@ -18,152 +17,167 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
 from echo_ft.errors import EchoError
 from echo_ft.leakage.perceptual_hash import (
+    CROP_BOXES,
     INNER_BOX,
-    VIEWS,
-    _Array,
-    cut,
-    inside,
+    centred_unit,
+    clip_boxes,
+    crop,
+    find_candidates,
     load_grey_image,
     map_ordered,
-    nearest,
     perceptual_hashes,
-    unit,
 )
 from echo_ft.provenance import content_hash
 
-ALIGNMENT_SIDES = (32, 64)
-"""Sides, in pixels, at which a pair is laid over one another, one after the other."""
+_Array = NDArray[np.float32]
 
-SAME, BEYOND = 0.6, 0.7
-"""Least `similarity` and least `excess` of two photographs of one surface; see `evidence`."""
+ALIGNMENT_SIDES = (32, 64)
+"""Sides in pixels at which a pair of images is aligned, one after the other."""
+
+MIN_SIMILARITY, MIN_EXCESS = 0.6, 0.7
+"""Thresholds of `similarity` and `excess` for two images of the same surface; see `evidence`."""
 
 MIN_PRODUCT_IMAGES = 3
-"""Photographs of a product that are too few to tell how alike its parts are: those of all products then stand in."""
+"""Fewest other candidates of a product that show how alike its parts are. With fewer, all candidates are used."""
 
 MIN_USABLE_SHARE = 0.05
-"""Share of a photograph that must be neither clipped nor flat, for the rest to be passed over."""
+"""Smallest usable share of an image. With less, clipped and flat pixels are compared as well."""
 
 QUERIES_PER_PASS = 1024
-"""Photographs that are asked about, held at once; those that were trained on are read again for each chunk."""
+"""Number of queries in memory at once. Each pass reads the training images again."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Two photographs of one surface, by their places in the sequences compared."""
+    """A training image and a query that show the same surface, by their indices in the compared sequences."""
 
-    trained: int
-    asked: int
+    train_index: int
+    query_index: int
     similarity: float
-    """Mean correlation of small windows where the pair has least structure, SAME to 1; 1 for equal files."""
+    """Mean correlation of small windows with little structure, from MIN_SIMILARITY to 1; 1 for equal files."""
     copy: bool = False
-    """Whether the files are equal."""
+    """Whether the files have equal content."""
 
 
 @dataclass(frozen=True)
 class _Query:
-    """What is kept of the INNER of a photograph that is asked about."""
+    """The data of a query's INNER_BOX that the comparison needs."""
 
     hash: _Array
+    """(d,) Perceptual hash."""
     templates: tuple[_Array, ...]
-    """Evened, at each of LOOKS."""
+    """(s, s) Evened crop for each of ALIGNMENT_SIDES."""
     detail: _Array
-    seen: _Array
-    """1 where neither black nor white is clipped, 0 elsewhere."""
+    """(s, s) Detail in grey levels."""
+    unclipped: _Array
+    """(s, s) 1 where the image is neither clipped to black nor to white, else 0."""
 
 
-def find_matches(trained: Sequence[Path], products: Sequence[str], asked: Sequence[Path]) -> list[Match]:
-    """Pairs of one of `trained` and one of `asked` that show the same surface, by the order of `asked`.
+def find_matches(training: Sequence[Path], products: Sequence[str], queries: Sequence[Path]) -> list[Match]:
+    """Find all pairs of a training image and a query that show the same surface, in the order of the queries.
 
-    `products` are those of `trained`: they tell how alike two parts of one product are. Files of equal content match
-    without a look. Memory depends on neither number, but for 100 bytes or so a file, and 20 MB for each product with
-    more than POOL of them.
-    Raises EchoError where a photograph is missing or cannot be read: what was not looked at is not clean.
+    `products` holds the product of each training image; it shows how alike two parts of one product are. Files with
+    equal content match without a comparison. Apart from about 100 bytes per file and 20 MB for each product with more
+    than NEAREST_HASHES images, memory does not depend on the number of images.
+
+    Raises EchoError if an image is missing or cannot be read, because an image that was not compared is not clean.
     """
     equal: dict[bytes, list[int]] = defaultdict(list)
-    for place, digest in enumerate(digests(trained)):
-        equal[digest].append(place)
-    # Of equal files one is looked at: the others would explain what it has in common with a photograph.
-    twins = list(equal.values())
-    known, kinds = [trained[places[0]] for places in twins], [products[places[0]] for places in twins]
-    found = []
-    for start in range(0, len(asked), QUERIES_PER_PASS):
-        chunk = asked[start : start + QUERIES_PER_PASS]
-        copies = [equal.get(digest, []) for digest in digests(chunk)]
-        found += [Match(place, start + row, 1.0, True) for row, places in enumerate(copies) for place in places]
-        rest = [row for row, places in enumerate(copies) if not places]
-        for one, row, similarity in _near(known, kinds, [chunk[row] for row in rest]):
-            found += [Match(place, start + rest[row], similarity) for place in twins[one]]
-    return sorted(found, key=lambda match: (match.asked, -match.similarity, match.trained))
+    for index, digest in enumerate(file_digests(training)):
+        equal[digest].append(index)
+    # Compare one of several equal files: the others would explain everything that it shares with a query.
+    duplicates = list(equal.values())
+    unique, unique_products = [training[group[0]] for group in duplicates], [products[group[0]] for group in duplicates]
+    matches = []
+    for start in range(0, len(queries), QUERIES_PER_PASS):
+        chunk = queries[start : start + QUERIES_PER_PASS]
+        copies = [equal.get(digest, []) for digest in file_digests(chunk)]
+        matches += [Match(index, start + row, 1.0, True) for row, group in enumerate(copies) for index in group]
+        rest = [row for row, group in enumerate(copies) if not group]
+        for number, row, similarity in _near_duplicates(unique, unique_products, [chunk[row] for row in rest]):
+            matches += [Match(index, start + rest[row], similarity) for index in duplicates[number]]
+    return sorted(matches, key=lambda match: (match.query_index, -match.similarity, match.train_index))
 
 
-def _near(trained: Sequence[Path], products: Sequence[str], asked: Sequence[Path]) -> list[tuple[int, int, float]]:
-    """(place among trained, place among asked, similarity) of each pair of one surface."""
-    if not trained or not asked:
+def _near_duplicates(
+    training: Sequence[Path], products: Sequence[str], paths: Sequence[Path]
+) -> list[tuple[int, int, float]]:
+    """Return (training index, query index, similarity) for each pair of the same surface; `paths` are the queries."""
+    if not training or not paths:
         return []
-    queries = list(map_ordered(_query, asked))
-    candidates, views = nearest(trained, products, np.stack([query.hash for query in queries]))
-    wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    queries = list(map_ordered(_load_query, paths))
+    candidates, boxes = find_candidates(training, products, np.stack([query.hash for query in queries]))
+    slots: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for row, slot in np.ndindex(candidates.shape):
-        wanted[int(candidates[row, slot])].append((row, slot))
-    laid = np.empty((*candidates.shape, ALIGNMENT_SIDES[-1], ALIGNMENT_SIDES[-1]), np.float16)
+        slots[int(candidates[row, slot])].append((row, slot))
+    aligned = np.empty((*candidates.shape, ALIGNMENT_SIDES[-1], ALIGNMENT_SIDES[-1]), np.float16)
 
-    def lay(place: int) -> None:
-        look = load_grey_image(trained[place])
-        for row, slot in wanted[place]:
-            box = VIEWS[views[row, slot]]
+    def align(index: int) -> None:
+        grey = load_grey_image(training[index])
+        for row, slot in slots[index]:
+            box = CROP_BOXES[boxes[row, slot]]
             for template in queries[row].templates:
-                box = _fit(template, look.evened, box)
-            laid[row, slot] = cut(look.detail, box, ALIGNMENT_SIDES[-1])
+                box = _fit(template, grey.evened, box)
+            aligned[row, slot] = crop(grey.detail, box, ALIGNMENT_SIDES[-1])
 
-    for _ in map_ordered(lay, sorted(wanted)):
+    for _ in map_ordered(align, sorted(slots)):
         pass
     found = []
     for row, query in enumerate(queries):
-        kinds = [products[place] for place in candidates[row]]
-        similarity, excess = evidence(query.detail, query.seen, laid[row].astype(np.float32), kinds)
-        for slot in np.flatnonzero((similarity >= SAME) & (excess >= BEYOND)):
+        row_products = [products[index] for index in candidates[row]]
+        details = aligned[row].astype(np.float32)
+        similarity, excess = evidence(query.detail, query.unclipped, details, row_products)
+        for slot in np.flatnonzero((similarity >= MIN_SIMILARITY) & (excess >= MIN_EXCESS)):
             found.append((int(candidates[row, slot]), row, round(float(similarity[slot]), 4)))
     return found
 
 
-def evidence(detail: _Array, seen: _Array, laid: _Array, products: Sequence[str]) -> tuple[_Array, _Array]:
-    """How alike a photograph's detail (s, s) and that of each photograph laid over it (n, s, s) are: two figures each.
+def evidence(detail: _Array, unclipped: _Array, candidates: _Array, products: Sequence[str]) -> tuple[_Array, _Array]:
+    """Return two scores, `similarity` (n,) and `excess` (n,), for a query and each of its aligned candidates.
 
-    `seen` (s, s) is 0 where the photograph's light is clipped, 1 elsewhere.
+    `detail` (s, s) is the query's detail and `candidates` (n, s, s) that of the candidates. `unclipped` (s, s) is 0
+    where the query's light is clipped, else 1. `products` names the product of each candidate.
 
-    `similarity` (n,) is the mean correlation of small windows of little structure. `excess` (n,) is what a pair shares
-    beyond the product: its partial correlation given all the other photographs, which is near 0 for two parts, plus
-    half of what its similarity has ahead (in Fisher's z) of the least similar third of its `products`' others, which
-    stands where several photographs show the same part and so explain one another. Both compare: where a product has
-    fewer than about ten photographs, its parts may pass for one.
+    `similarity` is the mean correlation of small windows with little structure. `excess` measures what a pair shares
+    beyond the product. It is the sum of two terms. The first is the partial correlation given all other candidates,
+    which is near 0 for two different parts. The second is half the lead of the similarity, in Fisher's z, over the
+    least similar third of the product's other candidates. It remains high if several candidates show the same part and
+    therefore explain each other. Both scores are relative: if a product has fewer than about ten images, different
+    parts of it may pass for the same part.
     """
-    similarity = np.array([_agreement(detail, one) for one in laid], np.float32)
-    weight = seen if seen.mean() >= MIN_USABLE_SHARE else np.ones_like(seen)
-    rows = np.stack([unit(weight * one / (_deviation(one, 9) + 1)).ravel() for one in (detail, *laid)])
-    # The inverse of correlations holds the partial ones; the ridge keeps noise from explaining anything.
+    similarity = np.array([_agreement(detail, candidate) for candidate in candidates], np.float32)
+    weight = unclipped if unclipped.mean() >= MIN_USABLE_SHARE else np.ones_like(unclipped)
+    rows = np.stack([centred_unit(weight * one / (_deviation(one, 9) + 1)).ravel() for one in (detail, *candidates)])
+    # The inverse of the correlation matrix yields the partial correlations. The ridge suppresses noise.
     inverse = np.linalg.inv(rows @ rows.T + 0.003 * np.eye(len(rows)))
     partial = -inverse[0, 1:] / np.sqrt(inverse[0, 0] * np.diag(inverse)[1:])
     z = np.arctanh(np.clip(similarity, -0.999, 0.999))
-    ahead = np.zeros_like(z)
-    for place, product in enumerate(products):
-        fellows = [other for other, its in enumerate(products) if its == product and other != place]
-        others = fellows if len(fellows) >= MIN_PRODUCT_IMAGES else [other for other in range(len(z)) if other != place]
+    lead = np.zeros_like(z)
+    for index, product in enumerate(products):
+        same_product = [other for other, name in enumerate(products) if name == product and other != index]
+        enough = len(same_product) >= MIN_PRODUCT_IMAGES
+        others = same_product if enough else [other for other in range(len(z)) if other != index]
         if others:
-            ahead[place] = z[place] - np.quantile(z[others], 1 / 3)
-    return similarity, (partial + ahead / 2).astype(np.float32)
+            lead[index] = z[index] - np.quantile(z[others], 1 / 3)
+    return similarity, (partial + lead / 2).astype(np.float32)
 
 
 def _agreement(one: _Array, other: _Array, window: int = 5, share: float = 1 / 3) -> float:
-    """Mean correlation over the windows of least structure: a `share` of those that have a grey level of it in both."""
-    inside = (slice(window // 2, -(window // 2)),) * 2
+    """Return the mean correlation of two details (s, s) over their least structured windows.
+
+    Windows count only if both images vary by at least one grey level there. Of these, the `share` with the least
+    structure is used.
+    """
+    interior = (slice(window // 2, -(window // 2)),) * 2
 
     def mean(values: _Array) -> _Array:
-        return np.asarray(ndimage.uniform_filter(values, window)[inside])
+        return np.asarray(ndimage.uniform_filter(values, window)[interior])
 
     a, b = mean(one), mean(other)
     var_a = np.maximum(mean(one * one) - a * a, 0)
@@ -176,53 +190,52 @@ def _agreement(one: _Array, other: _Array, window: int = 5, share: float = 1 / 3
     return float(((mean(one * other) - a * b)[least] / (structure[least] + 1e-6)).mean())
 
 
-def _query(path: Path) -> _Query:
-    look = load_grey_image(path)
-    templates = tuple(unit(cut(look.evened, INNER_BOX, side)) for side in ALIGNMENT_SIDES)
-    seen = (cut(look.clipped, INNER_BOX, ALIGNMENT_SIDES[-1]) < 0.1).astype(np.float32)
-    return _Query(
-        perceptual_hashes(look, INNER_BOX[None])[0], templates, cut(look.detail, INNER_BOX, ALIGNMENT_SIDES[-1]), seen
-    )
+def _load_query(path: Path) -> _Query:
+    grey = load_grey_image(path)
+    templates = tuple(centred_unit(crop(grey.evened, INNER_BOX, side)) for side in ALIGNMENT_SIDES)
+    detail = crop(grey.detail, INNER_BOX, ALIGNMENT_SIDES[-1])
+    unclipped = (crop(grey.clipped, INNER_BOX, ALIGNMENT_SIDES[-1]) < 0.1).astype(np.float32)
+    return _Query(perceptual_hashes(grey, INNER_BOX[None])[0], templates, detail, unclipped)
 
 
 def _fit(template: _Array, image: Image.Image, box: _Array, steps: int = 6) -> _Array:
-    """The box of `image` that is most like `template` (s, s; mean 0, length 1), near the one given.
+    """Return the box (4,) of `image` that correlates best with `template` (s, s; mean 0, length 1), starting at `box`.
 
-    Gauss-Newton on the correlation over the box's four numbers (Evangelidis, Psarakis: Parametric image alignment
-    using enhanced correlation coefficient maximization, PAMI 2008).
+    Gauss-Newton maximises the correlation over the four box parameters (Evangelidis, Psarakis: Parametric image
+    alignment using enhanced correlation coefficient maximization, PAMI 2008).
     """
     side = len(template)
     along = (np.arange(side, dtype=np.float32) + 0.5) / side
-    best, kept = -1.0, box
+    best_score, best_box = -1.0, box
     for _ in range(steps):
-        box = inside(box)
-        seen = unit(cut(image, box, side))
-        score = float((seen * template).sum())
-        if score > best:
-            best, kept = score, box
-        down, right = np.gradient(seen)
+        box = clip_boxes(box)
+        patch = centred_unit(crop(image, box, side))
+        score = float((patch * template).sum())
+        if score > best_score:
+            best_score, best_box = score, box
+        down, right = np.gradient(patch)
         right, down = right * (side / box[2]), down * (side / box[3])
         slopes = np.stack([right, down, right * along[None, :], down * along[:, None]]).reshape(4, -1)
-        slopes -= (slopes @ seen.ravel())[:, None] * seen.ravel()
-        error = (template.ravel() - score * seen.ravel()) / max(score, 0.3)
+        slopes -= (slopes @ patch.ravel())[:, None] * patch.ravel()
+        error = (template.ravel() - score * patch.ravel()) / max(score, 0.3)
         normal = slopes @ slopes.T
         normal[np.diag_indices(4)] *= 1.001
-        move = np.linalg.solve(normal + 1e-9 * np.eye(4), slopes @ error)
-        box = (box + np.clip(move, -0.04, 0.04)).astype(np.float32)
-        if np.abs(move).max() < 1e-4:
+        step = np.linalg.solve(normal + 1e-9 * np.eye(4), slopes @ error)
+        box = (box + np.clip(step, -0.04, 0.04)).astype(np.float32)
+        if np.abs(step).max() < 1e-4:
             break
-    return kept
+    return best_box
 
 
 def _deviation(detail: _Array, window: int) -> _Array:
     return np.sqrt(ndimage.uniform_filter(detail * detail, window))
 
 
-def digests(paths: Sequence[Path]) -> Iterator[bytes]:
-    """SHA-256 of each file. Raises EchoError where one cannot be opened."""
+def file_digests(paths: Sequence[Path]) -> Iterator[bytes]:
+    """Yield the SHA-256 of each file, 32 bytes. Raises EchoError if a file cannot be opened."""
     for path in paths:
         try:
             yield content_hash(path)
         except OSError as error:
             reason = f"{path} cannot be opened ({error.strerror})"
-            raise EchoError(f"{reason}; put it back or build the dataset again") from error
+            raise EchoError(f"{reason}; restore it or rebuild the dataset") from error
