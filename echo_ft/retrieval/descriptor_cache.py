@@ -1,4 +1,4 @@
-"""Features of many files: described in shards that are kept by content, so that nothing is described twice."""
+"""Descriptors of many files, cached in shards by file content, so that no image is processed twice."""
 
 from __future__ import annotations
 
@@ -17,48 +17,47 @@ from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import Rejection
-from echo_ft.retrieval.descriptors import Describer, Vector
+from echo_ft.retrieval.descriptors import DescriptorExtractor, FloatArray
 
-SHARD = 2048
-"""Files described between two writes: what a process that is killed loses at most."""
+SHARD_SIZE = 2048
+"""Number of files between two writes. A process that is killed loses at most this many descriptors."""
 
 
 @dataclass(frozen=True)
 class DescriptorTable:
-    """Features of image files: `matrix[rows[path]]` belongs to `path`, `hashes[path]` is its content's SHA-256.
-
-    Files of equal content share a row.
-    """
+    """The descriptors of image files. Files with equal content share a row."""
 
     rows: dict[str, int]
+    """Row of `matrix` by path."""
     hashes: dict[str, str]
-    matrix: Vector
+    """SHA-256 of the file content by path, in hex."""
+    matrix: FloatArray
     """(n, d) float32, rows of length 1."""
 
-    def of(self, path: str) -> Vector:
-        """The feature (d,) of one file."""
+    def vector(self, path: str) -> FloatArray:
+        """Return the descriptor (d,) of one file."""
         return self.matrix[self.rows[path]]
 
-    def stack(self, paths: Sequence[str]) -> Vector:
-        """The features (n, d) of several files."""
+    def vectors(self, paths: Sequence[str]) -> FloatArray:
+        """Return the descriptors (n, d) of several files."""
         return self.matrix[[self.rows[path] for path in paths]]
 
 
 class DescriptorCache:
-    """Features by content hash, in shards: files of one folder that are whole or absent, or memory without a folder.
+    """Descriptors by content hash, stored in shards: atomically written files, or memory if there is no folder.
 
-    Several processes may write into one folder at the same time.
+    Several processes may write to the same folder at once.
     """
 
-    def __init__(self, describe: Describer, cache: Path | None) -> None:
-        """The features of `describe` below the folder `cache`, or for this process alone."""
-        self.folder = cache / f"features-{describe.key}" if cache else None
-        self._held: list[tuple[list[str], Vector]] = []
+    def __init__(self, extractor: DescriptorExtractor, cache: Path | None) -> None:
+        """Open the descriptors of `extractor` below the folder `cache`, or in memory if it is None."""
+        self.folder = cache / f"features-{extractor.key}" if cache else None
+        self._memory: list[tuple[list[str], FloatArray]] = []
 
-    def add(self, hashes: Sequence[str], vectors: Vector) -> None:
-        """Keep the rows of `vectors` (n, d) under `hashes`, as one shard."""
+    def add(self, hashes: Sequence[str], vectors: FloatArray) -> None:
+        """Store the rows of `vectors` (n, d) under their `hashes` as one shard."""
         if self.folder is None:
-            self._held.append((list(hashes), vectors))
+            self._memory.append((list(hashes), vectors))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{fingerprint_bytes(*map(str.encode, hashes))}.npz"
@@ -66,28 +65,28 @@ class DescriptorCache:
             np.savez(file, hashes=np.array(hashes), vectors=vectors)
 
     def known(self) -> set[str]:
-        """The hashes under which there is a feature. Raises EchoError for a file that cannot be read."""
+        """Return the hashes of all stored descriptors. Raises EchoError if a shard cannot be read."""
         return {digest for hashes, _ in self._shards() for digest in hashes}
 
-    def gather(self, rows: Mapping[str, int]) -> Vector:
-        """The features (len(rows), d), each in the row that its hash has in `rows`; a row without a feature is zero.
+    def gather(self, rows: Mapping[str, int]) -> FloatArray:
+        """Return the descriptors (len(rows), d), where `rows` maps a hash to its row.
 
-        Raises EchoError for a file that cannot be read.
+        Rows of unknown hashes are zero. Raises EchoError if a shard cannot be read.
         """
-        matrix: Vector | None = None
+        matrix: FloatArray | None = None
         for hashes, read in self._shards():
-            found = [(rows[digest], place) for place, digest in enumerate(hashes) if digest in rows]
+            found = [(rows[digest], position) for position, digest in enumerate(hashes) if digest in rows]
             if found:
                 vectors = read()
                 if matrix is None:
                     matrix = np.zeros((len(rows), vectors.shape[1]), np.float32)
-                to, of = zip(*found, strict=True)
-                matrix[list(to)] = vectors[list(of)]
+                target, source = zip(*found, strict=True)
+                matrix[list(target)] = vectors[list(source)]
         return np.zeros((0, 1), np.float32) if matrix is None else matrix
 
-    def _shards(self) -> Iterator[tuple[list[str], Callable[[], Vector]]]:
-        """The hashes of each shard, and what reads its vectors."""
-        for hashes, vectors in self._held:
+    def _shards(self) -> Iterator[tuple[list[str], Callable[[], FloatArray]]]:
+        """Yield the hashes of each shard and a function that reads its vectors."""
+        for hashes, vectors in self._memory:
             yield hashes, partial(np.asarray, vectors)
         for path in sorted(self.folder.glob("*.npz")) if self.folder else ():
             yield _read(path, "hashes").tolist(), partial(_read, path, "vectors")
@@ -98,11 +97,11 @@ def _read(path: Path, name: str) -> NDArray[Any]:
         with np.load(path, allow_pickle=False) as content:
             return content[name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise EchoError(f"the feature cache {path} cannot be read ({type(error).__name__}); delete it") from error
+        raise EchoError(f"the descriptor cache {path} cannot be read ({type(error).__name__}); delete it") from error
 
 
 def hash_files(paths: Sequence[str], root: Path) -> tuple[dict[str, str], list[Rejection]]:
-    """SHA-256 of each file by path, in the order given, and a rejection for every one that cannot be opened."""
+    """Return the SHA-256 of each file by path, in the given order, and a rejection for each unreadable file."""
     hashes: dict[str, str] = {}
     rejections = []
     for path in paths:
@@ -113,39 +112,39 @@ def hash_files(paths: Sequence[str], root: Path) -> tuple[dict[str, str], list[R
     return hashes, rejections
 
 
-def describe_new(
-    hashes: dict[str, str], root: Path, describe: Describer, store: DescriptorCache
+def extract_missing(
+    hashes: dict[str, str], root: Path, extractor: DescriptorExtractor, cache: DescriptorCache
 ) -> Iterator[dict[str, str]]:
-    """Describe what the store lacks of the files in `hashes` (path to SHA-256), SHARD at a time, each kept at once.
+    """Extract the descriptors that the cache lacks, SHARD_SIZE files at a time, and store each shard at once.
 
-    Yields for each shard the hashes of files that are no images, and why.
+    `hashes` maps the path of each file to its SHA-256. For each shard, yields the errors of unreadable images by hash.
     """
-    known = store.known()
+    known = cache.known()
     new = list({digest: path for path, digest in reversed(hashes.items()) if digest not in known}.items())[::-1]
-    for start in range(0, len(new), SHARD):
-        part = new[start : start + SHARD]
-        vectors, faults = describe.vectors([root / path for _, path in part])
-        made = [(digest, vector) for (digest, _), vector in zip(part, vectors, strict=True) if vector is not None]
-        if made:
-            store.add([digest for digest, _ in made], np.stack([vector for _, vector in made]))
-        yield {digest: fault for (digest, _), fault in zip(part, faults, strict=True) if fault is not None}
+    for start in range(0, len(new), SHARD_SIZE):
+        shard = new[start : start + SHARD_SIZE]
+        vectors, errors = extractor.vectors([root / path for _, path in shard])
+        extracted = [(digest, vector) for (digest, _), vector in zip(shard, vectors, strict=True) if vector is not None]
+        if extracted:
+            cache.add([digest for digest, _ in extracted], np.stack([vector for _, vector in extracted]))
+        yield {digest: error for (digest, _), error in zip(shard, errors, strict=True) if error is not None}
 
 
-def describe_files(
-    paths: Sequence[str], root: Path, describe: Describer, cache: Path | None
+def extract_descriptors(
+    paths: Sequence[str], root: Path, extractor: DescriptorExtractor, cache: Path | None
 ) -> tuple[DescriptorTable, list[Rejection]]:
-    """Features of the files that can be read, and a rejection for every other, by path.
+    """Return the descriptors of all readable files, and a rejection for each other file, sorted by path.
 
-    With `cache`, a file whose content has been described before is not read again but for its hash.
+    With the folder `cache`, a file with known content is read only for its hash. Raises EchoError if a shard of the
+    cache cannot be read.
     """
     hashes, rejections = hash_files(paths, root)
-    store = DescriptorCache(describe, cache)
+    descriptors = DescriptorCache(extractor, cache)
     broken: dict[str, str] = {}
-    for faults in describe_new(hashes, root, describe, store):
-        broken |= faults
+    for errors in extract_missing(hashes, root, extractor, descriptors):
+        broken |= errors
     rejections += [Rejection(path, broken[digest]) for path, digest in hashes.items() if digest in broken]
-    numbers = {digest: row for row, digest in enumerate(dict.fromkeys(hashes.values()))}
-    rows = {path: numbers[digest] for path, digest in hashes.items() if digest not in broken}
-    return DescriptorTable(rows, hashes, store.gather(numbers)), sorted(
-        rejections, key=lambda rejection: rejection.item
-    )
+    row_of = {digest: row for row, digest in enumerate(dict.fromkeys(hashes.values()))}
+    rows = {path: row_of[digest] for path, digest in hashes.items() if digest not in broken}
+    rejections = sorted(rejections, key=lambda rejection: rejection.item)
+    return DescriptorTable(rows, hashes, descriptors.gather(row_of)), rejections

@@ -1,4 +1,4 @@
-"""Image features for retrieval: open_clip's, or a descriptor from scikit-image that needs no weights."""
+"""Image descriptors for retrieval: open_clip features, or a scikit-image descriptor that needs no weights."""
 
 from __future__ import annotations
 
@@ -20,33 +20,37 @@ from echo_ft.errors import EchoError
 from echo_ft.images import decode
 from echo_ft.provenance import fingerprint_bytes
 
-Vector = NDArray[np.float32]
-Loaded = TypeVar("Loaded")
+FloatArray = NDArray[np.float32]
+_Prepared = TypeVar("_Prepared")
 
 IMAGES_PER_BATCH = 64
-"""Images in one forward pass, and decoded images held at once."""
+"""Number of images in one forward pass, and of decoded images in memory at once."""
 
-DECODER = "8bit"
-"""Names the rule by which files become pixels, so that features kept from before another rule are not taken."""
+DECODER_VERSION = "8bit"
+"""Name of the decoding rule. It is part of every key, so the cache never mixes descriptors from different rules."""
 
-WITHOUT_WEIGHTS = "or set `descriptor: skimage`, which needs no weights"
+OFFLINE_HINT = "or set `descriptor: skimage`, which needs no weights"
 
 
-class Describer(Protocol):
-    """What turns image files into features."""
+class DescriptorExtractor(Protocol):
+    """A callable that turns image files into descriptors."""
 
     key: str
-    """Tells the features of two describers apart, in a form that can be a file's name."""
+    """Identifies the extractor. Descriptors with different keys are not comparable. Valid as a file name."""
 
-    def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
-        """For each path a feature of length 1, float32 (d,), or None and why the image cannot be read."""
+    def vectors(self, paths: Sequence[Path]) -> tuple[list[FloatArray | None], list[str | None]]:
+        """Return a descriptor and an error for each path.
+
+        A descriptor is float32 (d,) of length 1. If the image cannot be read, the descriptor is None and the error
+        gives the reason; otherwise the error is None.
+        """
         ...
 
 
-def describer(name: str) -> Describer:
-    """The describer that a config names: `skimage`, or open_clip's `<model>/<pretrained>`.
+def load_extractor(name: str) -> DescriptorExtractor:
+    """Return the extractor that a config names: `skimage`, or an open_clip `<model>/<pretrained>`.
 
-    Raises EchoError where there is no such model or pretrained tag, naming the nearest.
+    Raises EchoError if the model or pretrained tag does not exist. The message names the nearest one.
     """
     if name == "skimage":
         return ScikitImage()
@@ -70,22 +74,22 @@ def describer(name: str) -> Describer:
 
 
 class ScikitImage:
-    """Four parts, weighted and joined: a grey thumbnail less its mean, HOG, and histograms of grey and of colour.
+    """A weighted descriptor of a centred grey thumbnail, HOG, a grey histogram and a colour histogram.
 
-    Each part has length 1 before weighting, so that a small defect moves none of them far. The weights were chosen on
-    magnetic tiles with drawn spots of 12 % width: nearest normals whose grey values outside the spot differ by 0.049
-    on average, where the best possible choice has 0.045, HOG alone 0.145 and a random normal 0.181.
+    Each part is normalised to length 1 before weighting, so a small defect changes none of them much. The weights were
+    tuned on magnetic tiles with drawn spots of 12% width. Outside the spot, the nearest normal image differs by 0.049
+    in mean grey value. The best possible choice has 0.045, HOG only 0.145, and a random normal image 0.181.
     """
 
-    key = f"skimage-1-{DECODER}"
+    key = f"skimage-1-{DECODER_VERSION}"
 
-    def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
-        """As `Describer.vectors`; d = 2116."""
-        described = [one for batch in _batches(paths, self._describe) for one in batch]
-        return [vector for vector, _ in described], [fault for _, fault in described]
+    def vectors(self, paths: Sequence[Path]) -> tuple[list[FloatArray | None], list[str | None]]:
+        """See `DescriptorExtractor.vectors`; d = 2116."""
+        results = [result for batch in _batches(paths, self._describe) for result in batch]
+        return [vector for vector, _ in results], [error for _, error in results]
 
     @staticmethod
-    def _describe(image: Image.Image) -> Vector:
+    def _describe(image: Image.Image) -> FloatArray:
         from skimage.feature import hog
 
         grey = np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX), dtype=np.float32) / 255
@@ -99,15 +103,16 @@ class ScikitImage:
 
 
 class OpenClip:
-    """Image features of an open_clip model, on the GPU where there is one; loaded when the first image needs it."""
+    """Image features of an open_clip model, on the GPU if there is one. The model is loaded on first use."""
 
     def __init__(self, model: str, pretrained: str | None) -> None:
-        """`model` is a name of open_clip's or `local-dir:FOLDER`, which holds the weights too.
+        """Configure the model without loading it.
 
-        `pretrained` is a tag of open_clip's, a checkpoint file, or None for random weights (tests).
+        `model` is an open_clip name, or `local-dir:FOLDER` with config and weights. `pretrained` is an open_clip tag, a
+        checkpoint file, or None for random weights (in tests).
         """
         self.model, self.pretrained = model, pretrained
-        self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{DECODER}").strip("-")
+        self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{DECODER_VERSION}").strip("-")
         folder = Path(model.removeprefix("local-dir:"))
         if pretrained and Path(pretrained).is_file():
             state = Path(pretrained).stat()
@@ -118,16 +123,16 @@ class OpenClip:
             self.key += "-" + fingerprint_bytes(*map(str.encode, (str(folder.resolve()), *states)))
         self._loaded: tuple[Any, Any, str] | None = None
 
-    def vectors(self, paths: Sequence[Path]) -> tuple[list[Vector | None], list[str | None]]:
-        """As `Describer.vectors`. Raises EchoError as `load` does."""
+    def vectors(self, paths: Sequence[Path]) -> tuple[list[FloatArray | None], list[str | None]]:
+        """See `DescriptorExtractor.vectors`. Raises EchoError if the weights cannot be loaded."""
         import torch
 
-        vectors: list[Vector | None] = []
-        faults: list[str | None] = []
+        vectors: list[FloatArray | None] = []
+        errors: list[str | None] = []
         if not paths:
-            return vectors, faults
+            return vectors, errors
         model, preprocess, device = self.load()
-        # A GPU need not wait for the next images to be decoded; on a CPU the two would take each other's time.
+        # On a GPU, decode the next batch during the forward pass. On a CPU, the two would compete for cores.
         for decoded in _batches(paths, preprocess, ahead=int(device == "cuda")):
             tensors = [tensor for tensor, _ in decoded if tensor is not None]
             rows = iter(())
@@ -137,11 +142,11 @@ class OpenClip:
                     features_bd = model.encode_image(images_bchw, normalize=True).float().cpu().numpy()
                 rows = iter(features_bd)
             vectors += [None if tensor is None else next(rows) for tensor, _ in decoded]
-            faults += [fault for _, fault in decoded]
-        return vectors, faults
+            errors += [error for _, error in decoded]
+        return vectors, errors
 
     def load(self) -> tuple[Any, Any, str]:
-        """The model, what prepares an image for it, and the device. Raises EchoError without its weights."""
+        """Return the model, its image transform and the device. Raises EchoError if the weights cannot be loaded."""
         if self._loaded is None:
             import open_clip
             import torch
@@ -155,45 +160,46 @@ class OpenClip:
                         self.model,
                         pretrained=self.pretrained,
                         device=device,
-                        # OpenAI's weights were trained with QuickGELU; by its plain name the model has GELU.
+                        # OpenAI's weights were trained with QuickGELU, but the plain model name selects GELU.
                         force_quick_gelu=config.get("quick_gelu", False),
                     )
-            except Exception as error:  # hub, network, archive and pickle errors of many libraries
+            except Exception as error:  # hub, network, archive and pickle errors from many libraries
                 name = f"{self.model}/{self.pretrained}" if self.pretrained else self.model
                 raise EchoError(
-                    f"descriptor {name}: its weights cannot be loaded ({type(error).__name__}); "
-                    f"connect to the internet once to fetch them, {WITHOUT_WEIGHTS}"
+                    f"descriptor {name}: the weights cannot be loaded ({type(error).__name__}); "
+                    f"connect to the internet once to download them, {OFFLINE_HINT}"
                 ) from error
             self._loaded = model.eval(), preprocess, device
         return self._loaded
 
 
 def _batches(
-    paths: Sequence[Path], prepare: Callable[[Image.Image], Loaded], ahead: int = 0
-) -> Iterator[list[tuple[Loaded | None, str | None]]]:
-    """BATCH images at a time, in RGB and prepared; or None and why one cannot be read.
+    paths: Sequence[Path], prepare: Callable[[Image.Image], _Prepared], ahead: int = 0
+) -> Iterator[list[tuple[_Prepared | None, str | None]]]:
+    """Decode images in RGB, prepare them, and yield IMAGES_PER_BATCH at a time.
 
-    While a batch is in use, `ahead` further ones are decoded.
+    Each item is (prepared image, None), or (None, error) if the image cannot be read. While the caller uses a batch,
+    `ahead` further batches are decoded.
     """
 
-    def one(path: Path) -> tuple[Loaded | None, str | None]:
+    def load(path: Path) -> tuple[_Prepared | None, str | None]:
         try:
             rgb = decode.decode(path)
-        except decode.UNREADABLE as error:
-            return None, decode.fault(error)
+        except decode.READ_ERRORS as error:
+            return None, decode.describe_read_error(error)
         return prepare(rgb), None
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        waiting: deque[Iterator[tuple[Loaded | None, str | None]]] = deque()
+        pending: deque[Iterator[tuple[_Prepared | None, str | None]]] = deque()
         for start in range(0, len(paths), IMAGES_PER_BATCH):
-            waiting.append(pool.map(one, paths[start : start + IMAGES_PER_BATCH]))
-            if len(waiting) > ahead:
-                yield list(waiting.popleft())
-        while waiting:
-            yield list(waiting.popleft())
+            pending.append(pool.map(load, paths[start : start + IMAGES_PER_BATCH]))
+            if len(pending) > ahead:
+                yield list(pending.popleft())
+        while pending:
+            yield list(pending.popleft())
 
 
-def _unit(values: NDArray[Any]) -> Vector:
+def _unit(values: NDArray[Any]) -> FloatArray:
     vector = np.asarray(values, dtype=np.float32)
     length = float(np.linalg.norm(vector))
     return vector / length if length else vector

@@ -1,8 +1,8 @@
-"""Nearest neighbours by cosine in a FAISS index, exact or approximate, with exact similarities in any case.
+"""Nearest-neighbour search by cosine in a FAISS index. The search may be approximate, but similarities are exact.
 
-Three kinds: `flat` compares with every vector; `hnsw` is the graph of the paper's code (M = 64); `ivf_pq` looks into
-the lists nearest to the query, over codes of about a byte for eight numbers, and ranks what it finds there anew by the
-vectors themselves.
+There are three index types. `flat` compares a query with every vector. `hnsw` is the graph of the Echo paper's code
+(M = 64). `ivf_pq` searches the lists nearest to the query, using codes of about one byte per eight numbers, and reranks
+the results by the original vectors.
 """
 
 from __future__ import annotations
@@ -16,80 +16,84 @@ from numpy.typing import NDArray
 
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
-from echo_ft.retrieval.descriptors import Vector
+from echo_ft.retrieval.descriptors import FloatArray
 
 INDEX_TYPES = ("auto", "flat", "hnsw", "ivf_pq")
 
-FLAT_MOST, HNSW_MOST = 20_000, 100_000
-"""Vectors up to which `auto` is `flat`, and then `hnsw`; more of them take `ivf_pq`."""
+MAX_FLAT_VECTORS, MAX_HNSW_VECTORS = 20_000, 100_000
+"""Largest numbers of vectors for which `auto` selects `flat` and `hnsw`. Beyond, it selects `ivf_pq`."""
 
-IVF_LEAST = 10_000
-"""Vectors below which `ivf_pq` has too few to learn its codes from, and is `flat`."""
+MIN_IVF_VECTORS = 10_000
+"""Smallest number of vectors for `ivf_pq`. With fewer, its codes cannot be trained and `flat` is used instead."""
 
-LEARNT_FROM = 64
-"""Vectors for each list of `ivf_pq` from which its centres are learnt."""
+TRAINING_VECTORS_PER_LIST = 64
+"""Number of vectors per list on which the centroids of `ivf_pq` are trained."""
 
-PROBES = 128
-"""Lists of `ivf_pq` that a query looks into, of four times the root of all vectors."""
+PROBED_LISTS = 128
+"""Number of lists that `ivf_pq` searches per query. In total there are 4 * sqrt(number of vectors) lists."""
 
-RERANKED = 512
-"""Neighbours by code that are ranked anew, at least."""
+MIN_RERANKED = 512
+"""Smallest number of neighbours by code that are reranked by their vectors."""
 
 VECTORS_PER_CALL = 65_536
-"""Vectors handed to FAISS at once."""
+"""Number of vectors passed to FAISS at once."""
 
 
 def index_type_for(kind: str, count: int) -> str:
-    """The kind of index for so many vectors. Raises EchoError for an unknown one."""
+    """Return the index type for `count` vectors: `kind`, or the type that `auto` selects.
+
+    Raises EchoError if the kind is unknown.
+    """
     if kind not in INDEX_TYPES:
         raise EchoError(f"index cannot be {kind!r}; choose from {', '.join(INDEX_TYPES)}")
     if kind == "auto":
-        kind = "flat" if count <= FLAT_MOST else "hnsw" if count <= HNSW_MOST else "ivf_pq"
-    return "flat" if kind == "ivf_pq" and count < IVF_LEAST else kind
+        kind = "flat" if count <= MAX_FLAT_VECTORS else "hnsw" if count <= MAX_HNSW_VECTORS else "ivf_pq"
+    return "flat" if kind == "ivf_pq" and count < MIN_IVF_VECTORS else kind
 
 
 class VectorIndex:
-    """The vectors `matrix[rows]`, each of length 1, ready to be searched; neighbours are places in `rows`."""
+    """A search index over the vectors `matrix[rows]`, each of length 1. Neighbours are positions in `rows`."""
 
-    def __init__(self, matrix: Vector, rows: NDArray[np.int64], kind: str, file: Path | None = None) -> None:
-        """`matrix` (n, d) is kept, not copied. An approximate index is read from `file` where there is one, or written.
+    def __init__(self, matrix: FloatArray, rows: NDArray[np.int64], kind: str, file: Path | None = None) -> None:
+        """Build the index, or read it from `file`.
 
-        Raises EchoError for an unknown kind and for a file that is damaged.
+        `matrix` (n, d) is kept without a copy, and `rows` is (m,). An approximate index is read from `file` if the file
+        exists, and otherwise built and written to it. Raises EchoError for an unknown kind and for a damaged file.
         """
         self.matrix, self.rows, self.kind = matrix, rows, index_type_for(kind, len(rows))
-        kept = file if self.kind != "flat" else None
-        if kept is not None and kept.is_file():
-            self.faiss = _read(kept, len(rows))
+        index_file = file if self.kind != "flat" else None
+        if index_file is not None and index_file.is_file():
+            self.faiss = _read(index_file, len(rows))
         else:
             self.faiss = self._build()
-            if kept is not None:
-                _write(self.faiss, kept)
+            if index_file is not None:
+                _write(self.faiss, index_file)
 
-    def search(self, queries: Vector, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Similarities and places (n, depth) of the neighbours of `queries` (n, d), most similar first.
+    def search(self, queries: FloatArray, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the similarities and positions, both (n, depth), of the neighbours of `queries` (n, d), best first.
 
-        Where an approximate search finds fewer than `depth`, the rest have the place -1.
+        If an approximate search finds fewer than `depth` neighbours, the remaining positions are -1.
         """
         if self.kind == "flat":
             return self.faiss.search(queries, depth)
         if self.kind == "hnsw":
             self.faiss.hnsw.efSearch = max(256, 2 * depth)
             return self.faiss.search(queries, depth)
-        self.faiss.nprobe = PROBES
-        _, places = self.faiss.search(queries, max(RERANKED, 4 * depth))
-        # Place -1 takes the last row, whatever it is.
-        ranked = [self.matrix[self.rows[near]] @ query for near, query in zip(places, queries, strict=True)]
-        similarities = np.where(places < 0, np.float32(-np.inf), np.stack(ranked))
+        self.faiss.nprobe = PROBED_LISTS
+        _, positions = self.faiss.search(queries, max(MIN_RERANKED, 4 * depth))
+        # Position -1 selects the last row here, and the next line discards its similarity.
+        reranked = [self.matrix[self.rows[near]] @ query for near, query in zip(positions, queries, strict=True)]
+        similarities = np.where(positions < 0, np.float32(-np.inf), np.stack(reranked))
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :depth]
-        return np.take_along_axis(similarities, order, 1), np.take_along_axis(places, order, 1)
+        return np.take_along_axis(similarities, order, 1), np.take_along_axis(positions, order, 1)
 
-    def compare(self, query: Vector) -> NDArray[np.float32]:
-        """The similarity of one query (d,) to every vector, by place."""
-        parts = (
+    def compare(self, query: FloatArray) -> NDArray[np.float32]:
+        """Return the similarities (m,) of one query (d,) to all vectors."""
+        chunks = (
             self.matrix[self.rows[start : start + VECTORS_PER_CALL]] @ query
             for start in range(0, len(self.rows), VECTORS_PER_CALL)
         )
-        return np.concatenate(list(parts))
+        return np.concatenate(list(chunks))
 
     def _build(self) -> Any:
         import faiss
@@ -100,18 +104,18 @@ class VectorIndex:
             index = faiss.IndexFlatIP(width)
         elif self.kind == "hnsw":
             index = faiss.IndexHNSWFlat(width, 64, faiss.METRIC_INNER_PRODUCT)
-            index.hnsw.efConstruction = 100  # with FAISS's 40, recall falls below 0.97 at 100,000 vectors
+            index.hnsw.efConstruction = 100  # with FAISS's default of 40, recall is below 0.97 at 100,000 vectors
         else:
             lists = 4 * math.isqrt(count)
             codes = next(number for number in range(max(1, width // 8), 0, -1) if width % number == 0)
             index = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, lists, codes, 8, faiss.METRIC_INNER_PRODUCT)
             index.cp.niter = 10
-            index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, LEARNT_FROM
-            sample = np.random.default_rng(0).permutation(count)[: LEARNT_FROM * lists]
+            index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, TRAINING_VECTORS_PER_LIST
+            sample = np.random.default_rng(0).permutation(count)[: TRAINING_VECTORS_PER_LIST * lists]
             index.train(self.matrix[self.rows[np.sort(sample)]])
         threads = faiss.omp_get_max_threads()
         if self.kind == "hnsw":
-            faiss.omp_set_num_threads(1)  # several would link the graph in another order each time
+            faiss.omp_set_num_threads(1)  # with several threads, the graph would differ between builds
         try:
             for start in range(0, count, VECTORS_PER_CALL):
                 index.add(self.matrix[self.rows[start : start + VECTORS_PER_CALL]])
@@ -133,7 +137,7 @@ def _read(file: Path, count: int) -> Any:
 
 
 def _write(index: Any, file: Path) -> None:
-    """Write the index as a file that appears whole or not at all."""
+    """Write the index atomically."""
     import faiss
 
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""References: for each photograph the most similar normal ones, and random ones as the control.
+"""Reference retrieval: for each query, the most similar normal images, and random ones as a control.
 
-Echo's Reference Extractor (arXiv 2501.15795) takes the nearest normal image by CLIP ViT-B/16 features in a FAISS
-index. Here the search stays within the product unless `scope` is `all`, and neither the photograph itself, nor a copy
-of it, nor another photograph of the same part comes back.
+Echo's Reference Extractor (arXiv 2501.15795) takes the nearest normal image by CLIP ViT-B/16 features in a FAISS index.
+Here, the search stays within the product unless `scope` is `all`. It never returns the query itself, a copy of it, or
+another image of the same part.
 """
 
 from __future__ import annotations
@@ -16,76 +16,81 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_ft.data.splits import LEFT_OUT, Key, part
+from echo_ft.data.splits import LEFT_OUT, PartKey, part_key
 from echo_ft.errors import EchoError
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import GOOD, Inspection, Reference, Rejection
-from echo_ft.retrieval.descriptor_cache import DescriptorTable, describe_files, hash_files
-from echo_ft.retrieval.descriptors import describer
+from echo_ft.retrieval.descriptor_cache import DescriptorTable, extract_descriptors, hash_files
+from echo_ft.retrieval.descriptors import load_extractor
 from echo_ft.retrieval.index import VectorIndex
 
 SCOPES = ("product", "all")
 
 QUERIES_PER_SEARCH = 256
-"""Queries searched at once."""
+"""Number of queries searched at once."""
 
 
-class Pool:
-    """The normal photographs that one search chooses from, and the index over their features, by place in `images`.
+class ReferencePool:
+    """The normal images that can be references in one search, with an index over their descriptors.
 
-    Files of equal content are one place, under the first path; `by_part` then has it for the parts of all of them.
+    Positions refer to `images`. Files with equal content share one position, under the first of their paths. `by_part`
+    lists that position for the part of each of these files.
     """
 
     def __init__(
-        self, normals: Sequence[Inspection], features: DescriptorTable, kind: str, key: str, cache: Path | None
+        self, normals: Sequence[Inspection], descriptors: DescriptorTable, kind: str, key: str, cache: Path | None
     ) -> None:
-        """`normals` have features, of the describer with this `key`; see `VectorIndex` for `kind`."""
-        self.places: dict[str, int] = {}
-        """By the content's hash."""
-        self.by_part: dict[Key, list[int]] = defaultdict(list)
+        """Index the `normals`, which all have descriptors. `key` is that of the extractor; `kind` is an index type.
+
+        With the folder `cache`, an approximate index is stored there. Raises EchoError like `VectorIndex`.
+        """
+        self.positions: dict[str, int] = {}
+        """Position by content hash."""
+        self.by_part: dict[PartKey, list[int]] = defaultdict(list)
+        """Positions by part."""
         images: list[str] = []
         for normal in sorted(normals, key=lambda normal: normal.image):
-            place = self.places.setdefault(features.hashes[normal.image], len(images))
-            if place == len(images):
+            position = self.positions.setdefault(descriptors.hashes[normal.image], len(images))
+            if position == len(images):
                 images.append(normal.image)
-            if place not in self.by_part[part(normal)]:
-                self.by_part[part(normal)].append(place)
+            if position not in self.by_part[part_key(normal)]:
+                self.by_part[part_key(normal)].append(position)
         self.images = tuple(images)
-        name = fingerprint_bytes(kind.encode(), key.encode(), "\n".join(self.places).encode())
-        rows = np.array([features.rows[image] for image in images])
-        self.index = VectorIndex(features.matrix, rows, kind, cache / f"index-{name}.faiss" if cache else None)
+        name = fingerprint_bytes(kind.encode(), key.encode(), "\n".join(self.positions).encode())
+        rows = np.array([descriptors.rows[image] for image in images])
+        self.index = VectorIndex(descriptors.matrix, rows, kind, cache / f"index-{name}.faiss" if cache else None)
 
-    def barred(self, query: Inspection, features: DescriptorTable) -> set[int]:
-        """The places that a query must not get: its own content, and its own part."""
-        copy = self.places.get(features.hashes[query.image])
-        own = set(self.by_part.get(part(query), ()))
+    def excluded(self, query: Inspection, descriptors: DescriptorTable) -> set[int]:
+        """Return the positions that are no references for a query: images with its content and of its part."""
+        copy = self.positions.get(descriptors.hashes[query.image])
+        own = set(self.by_part.get(part_key(query), ()))
         return own if copy is None else own | {copy}
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the searches found, as numbers: a million queries fit into memory."""
+class SearchResults:
+    """The references of all queries as arrays, so that a million queries fit into memory."""
 
     pools: list[tuple[str, ...]]
     """The images of each pool."""
     pool_of: NDArray[np.int32]
-    """(q,) Pool of each query, -1 without one."""
-    places: NDArray[np.int32]
-    """(q, 2, k) Retrieved and random places in the pool; -1 where there are fewer."""
+    """(q,) Index of each query's pool, or -1."""
+    positions: NDArray[np.int32]
+    """(q, 2, k) Positions in the pool, retrieved and random; -1 if there are fewer than k."""
     similarities: NDArray[np.float32]
-    """(q, 2, k)"""
+    """(q, 2, k) Cosine similarities."""
 
-    def of(self, number: int, query: Inspection) -> Iterator[Reference]:
-        """The references of one query: retrieved, then random."""
+    def references_of(self, number: int, query: Inspection) -> Iterator[Reference]:
+        """Yield the references of the query with this number: first retrieved, then random."""
         if self.pool_of[number] < 0:
             return
         images = self.pools[self.pool_of[number]]
-        for method, places, similarities in zip(
-            ("retrieved", "random"), self.places[number].tolist(), self.similarities[number].tolist(), strict=True
+        for method, positions, similarities in zip(
+            ("retrieved", "random"), self.positions[number].tolist(), self.similarities[number].tolist(), strict=True
         ):
-            for rank, (place, similarity) in enumerate(zip(places, similarities, strict=True), start=1):
-                if place >= 0:
-                    yield Reference(query.id, images[place], _rounded(similarity), rank, method)
+            for rank, (position, similarity) in enumerate(zip(positions, similarities, strict=True), start=1):
+                if position >= 0:
+                    yield Reference(query.id, images[position], _rounded(similarity), rank, method)
 
 
 def find_references(
@@ -99,109 +104,116 @@ def find_references(
     cache: Path | None,
     index: str = "auto",
 ) -> tuple[Iterator[Reference], list[Rejection]]:
-    """For each query `k` retrieved references, most similar first, and `k` random ones, which `seed` and its id decide.
+    """Find `k` retrieved references, most similar first, and `k` random references for each query.
 
-    A reference that the query names stands as `given`, rank 1, beside them. `descriptor` is an open_clip
-    `<model>/<pretrained>` or `skimage`; `scope` is `product` or `all`; `index` is the kind of `echo_ft.retrieval.index`, one
-    index a product unless `scope` is `all`; similarity is the cosine, -1..1. Where fewer than `k` normals are
-    admissible, those come; where none is, the query has none. Images that cannot be read are rejected by path, once
-    each, and are neither query nor candidate. `cache` keeps features and approximate indices between runs. The
-    references come in the order of the queries, each made when it is asked for.
+    The random references depend only on `seed` and the query's id. A reference that the query itself names is added
+    with the method `given` and rank 1. Similarity is the cosine, from -1 to 1. If fewer than `k` normal images are
+    admissible, a query gets fewer references or none.
 
-    Raises EchoError for an unknown scope, index or descriptor, for `k` below 1, and for a normal that is not one.
+    `descriptor` is an open_clip `<model>/<pretrained>` or `skimage`. `scope` is `product` or `all`. `index` is an index
+    type of `echo_ft.retrieval.index`; each product has its own index unless `scope` is `all`. The folder `cache` keeps
+    descriptors and approximate indexes between runs.
+
+    Returns an iterator over the references, in the order of the queries, and one rejection for each image that cannot
+    be read. Such images are neither queries nor references. Raises EchoError for an unknown scope, index or descriptor,
+    for `k` below 1, and for an item of `normals` that is not normal.
     """
     _check(normals, k, scope)
     given = {query.reference for query in queries if query.reference is not None}
     paths = sorted({item.image for item in (*queries, *normals)} | given)
-    describe = describer(descriptor)
-    features, rejections = describe_files(paths, root, describe, cache)
+    extractor = load_extractor(descriptor)
+    descriptors, rejections = extract_descriptors(paths, root, extractor, cache)
 
     pools: dict[tuple[str, ...], list[Inspection]] = defaultdict(list)
     for normal in normals:
-        if normal.image in features.rows:
+        if normal.image in descriptors.rows:
             pools[_pool(normal, scope)].append(normal)
-    asked: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    numbers_by_pool: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, query in enumerate(queries):
-        if query.image in features.rows:
-            asked[_pool(query, scope)].append(number)
+        if query.image in descriptors.rows:
+            numbers_by_pool[_pool(query, scope)].append(number)
 
-    places = np.full((len(queries), 2, k), -1, np.int32)
-    found = Found([], np.full(len(queries), -1, np.int32), places, np.zeros(places.shape, np.float32))
-    for name, numbers in asked.items():
+    positions = np.full((len(queries), 2, k), -1, np.int32)
+    results = SearchResults([], np.full(len(queries), -1, np.int32), positions, np.zeros(positions.shape, np.float32))
+    for name, numbers in numbers_by_pool.items():
         if pools[name]:
-            pool = Pool(pools[name], features, index, describe.key, cache)
-            found.pool_of[numbers] = len(found.pools)
-            found.pools.append(pool.images)
+            pool = ReferencePool(pools[name], descriptors, index, extractor.key, cache)
+            results.pool_of[numbers] = len(results.pools)
+            results.pools.append(pool.images)
             for start in range(0, len(numbers), QUERIES_PER_SEARCH):
                 chunk = numbers[start : start + QUERIES_PER_SEARCH]
-                _search(pool, chunk, [queries[number] for number in chunk], features, seed, found)
-    return _references(queries, features, found), rejections
+                _search(pool, chunk, [queries[number] for number in chunk], descriptors, seed, results)
+    return _references(queries, descriptors, results), rejections
 
 
 def _check(normals: Sequence[Inspection], k: int, scope: str) -> None:
     if scope not in SCOPES:
         raise EchoError(f"references: scope cannot be {scope!r}; choose from {', '.join(SCOPES)}")
     if k < 1:
-        raise EchoError(f"references: k is {k}; at least one reference has to be asked for")
+        raise EchoError(f"references: k is {k}; set it to at least 1")
     wrong = next((normal for normal in normals if normal.condition != GOOD), None)
     if wrong:
-        raise EchoError(f"{wrong.image} is {wrong.condition}, not {GOOD}; only normal photographs serve as references")
+        raise EchoError(f"{wrong.image} is {wrong.condition}, not {GOOD}; use only normal images as references")
 
 
 def _pool(inspection: Inspection, scope: str) -> tuple[str, ...]:
     return (inspection.dataset, inspection.product) if scope == "product" else ()
 
 
-def _references(queries: Sequence[Inspection], features: DescriptorTable, found: Found) -> Iterator[Reference]:
+def _references(
+    queries: Sequence[Inspection], descriptors: DescriptorTable, results: SearchResults
+) -> Iterator[Reference]:
     for number, query in enumerate(queries):
-        yield from found.of(number, query)
-        if query.reference is not None and {query.image, query.reference} <= features.rows.keys():
-            similarity = float(features.of(query.image) @ features.of(query.reference))
+        yield from results.references_of(number, query)
+        if query.reference is not None and {query.image, query.reference} <= descriptors.rows.keys():
+            similarity = float(descriptors.vector(query.image) @ descriptors.vector(query.reference))
             yield Reference(query.id, query.reference, _rounded(similarity), 1, "given")
 
 
 def _search(
-    pool: Pool,
+    pool: ReferencePool,
     numbers: Sequence[int],
     queries: Sequence[Inspection],
-    features: DescriptorTable,
+    descriptors: DescriptorTable,
     seed: int,
-    found: Found,
+    results: SearchResults,
 ) -> None:
-    """Fill in what is found for these queries, which have these numbers."""
-    k, count = found.places.shape[2], len(pool.images)
-    barred = [pool.barred(query, features) for query in queries]
-    # As many more as any of these queries may have to pass over.
-    depth = min(count, k + max(map(len, barred)))
-    vectors = features.stack([query.image for query in queries])
-    similarities, places = pool.index.search(vectors, depth)
+    """Write the references of `queries`, which have these `numbers`, to `results`."""
+    k, count = results.positions.shape[2], len(pool.images)
+    excluded = [pool.excluded(query, descriptors) for query in queries]
+    # Search deep enough to skip the largest number of excluded positions.
+    depth = min(count, k + max(map(len, excluded)))
+    vectors = descriptors.vectors([query.image for query in queries])
+    similarities, positions = pool.index.search(vectors, depth)
     for row, (number, query) in enumerate(zip(numbers, queries, strict=True)):
-        near = [
-            (place, similarity)
-            for place, similarity in zip(places[row].tolist(), similarities[row].tolist(), strict=True)
-            if place >= 0 and place not in barred[row]
+        retrieved = [
+            (position, similarity)
+            for position, similarity in zip(positions[row].tolist(), similarities[row].tolist(), strict=True)
+            if position >= 0 and position not in excluded[row]
         ][:k]
-        if len(near) < min(k, count - len(barred[row])):  # the approximate search missed what there is
-            near = _exhaustive(pool, vectors[row], barred[row], k)
-        free = _draw(count, barred[row], k, random.Random(f"{seed}/{query.id}"))
-        drawn = [(place, float(vectors[row] @ features.of(pool.images[place]))) for place in free]
-        for method, chosen in enumerate((near, drawn)):
-            for rank, (place, similarity) in enumerate(chosen):
-                found.places[number, method, rank] = place
-                found.similarities[number, method, rank] = similarity
+        if len(retrieved) < min(k, count - len(excluded[row])):  # the approximate search missed some neighbours
+            retrieved = _exhaustive_search(pool, vectors[row], excluded[row], k)
+        drawn = _draw_random(count, excluded[row], k, random.Random(f"{seed}/{query.id}"))
+        control = [(position, float(vectors[row] @ descriptors.vector(pool.images[position]))) for position in drawn]
+        for method, references in enumerate((retrieved, control)):
+            for rank, (position, similarity) in enumerate(references):
+                results.positions[number, method, rank] = position
+                results.similarities[number, method, rank] = similarity
 
 
-def _exhaustive(pool: Pool, vector: NDArray[np.float32], barred: set[int], k: int) -> list[tuple[int, float]]:
+def _exhaustive_search(
+    pool: ReferencePool, vector: NDArray[np.float32], excluded: set[int], k: int
+) -> list[tuple[int, float]]:
     similarities = pool.index.compare(vector)
-    similarities[list(barred)] = -np.inf
-    count = min(k, len(similarities) - len(barred))
+    similarities[list(excluded)] = -np.inf
+    count = min(k, len(similarities) - len(excluded))
     order = np.argsort(-similarities, kind="stable")[:count]
-    return [(int(place), float(similarities[place])) for place in order]
+    return [(int(position), float(similarities[position])) for position in order]
 
 
-def _draw(count: int, barred: set[int], k: int, draw: random.Random) -> list[int]:
-    places = draw.sample(range(count), min(count, k + len(barred)))
-    return [place for place in places if place not in barred][:k]
+def _draw_random(count: int, excluded: set[int], k: int, rng: random.Random) -> list[int]:
+    positions = rng.sample(range(count), min(count, k + len(excluded)))
+    return [position for position in positions if position not in excluded][:k]
 
 
 def _rounded(similarity: float) -> float:
@@ -209,15 +221,14 @@ def _rounded(similarity: float) -> float:
 
 
 def references_in_left_out_fold(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
-    """The references that the source names for photographs of the train split and that are `LEFT_OUT`, by inspection.
+    """Return the given references of training images that lie in the left-out fold, by inspection id.
 
-    It is the content of the files that counts.
+    Files are compared by content, so a copy of a left-out image counts as well.
     """
-
-    left = [inspection.image for inspection in inspections if inspection.split == LEFT_OUT]
-    named = {i.id: i.reference for i in inspections if i.split == "train" and i.reference is not None}
-    if not left or not named:
+    left_out = [inspection.image for inspection in inspections if inspection.split == LEFT_OUT]
+    given = {i.id: i.reference for i in inspections if i.split == "train" and i.reference is not None}
+    if not left_out or not given:
         return {}
-    hashes, _ = hash_files([*{*left, *named.values()}], root)
-    away = {hashes[image] for image in left if image in hashes}
-    return {name: reference for name, reference in named.items() if hashes.get(reference) in away}
+    hashes, _ = hash_files([*{*left_out, *given.values()}], root)
+    left_out_hashes = {hashes[image] for image in left_out if image in hashes}
+    return {name: reference for name, reference in given.items() if hashes.get(reference) in left_out_hashes}

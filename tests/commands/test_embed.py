@@ -17,13 +17,13 @@ from data_prep.build import build
 from data_prep.embed import embed
 from echo_ft.errors import EchoError
 from echo_ft.retrieval import descriptor_cache, descriptors
-from echo_ft.retrieval.descriptor_cache import DescriptorCache, describe_files, describe_new, hash_files
+from echo_ft.retrieval.descriptor_cache import DescriptorCache, extract_descriptors, extract_missing, hash_files
 from echo_ft.retrieval.descriptors import OpenClip, ScikitImage
 from tests.conftest import ROOT
 from tests.support.drawn_manifest import config, draw_manifest, draw_part
 
 SMALL_SHARDS = (
-    "import sys; from echo_ft.retrieval import descriptor_cache; descriptor_cache.SHARD = 4\n"
+    "import sys; from echo_ft.retrieval import descriptor_cache; descriptor_cache.SHARD_SIZE = 4\n"
     "from data_prep.embed import main; from echo_ft.config import run_main\n"
     "run_main(main)\n"
 )
@@ -145,12 +145,12 @@ def test_images_come_in_their_order_however_many_batches_are_decoded_ahead(tmp_p
 
 @pytest.mark.parametrize("describe", [ScikitImage(), OpenClip("ViT-S-32-alt", None)], ids=["skimage", "open_clip"])
 def test_features_in_shards_are_those_of_one_image_at_a_time(tmp_path, monkeypatch, describe):
-    monkeypatch.setattr(descriptor_cache, "SHARD", 3)
+    monkeypatch.setattr(descriptor_cache, "SHARD_SIZE", 3)
     names = [f"{number}.png" for number in range(7)]
     for number, name in enumerate(names):
         draw_part(tmp_path / name, number)
     (tmp_path / "copy.png").write_bytes((tmp_path / "5.png").read_bytes())
-    found, rejections = describe_files([*names, "copy.png"], tmp_path, describe, tmp_path / "cache")
+    found, rejections = extract_descriptors([*names, "copy.png"], tmp_path, describe, tmp_path / "cache")
     assert not rejections and len(found.matrix) == 7 and found.rows["copy.png"] == found.rows["5.png"]
     for name in names:
         np.testing.assert_allclose(found.of(name), describe.vectors([tmp_path / name])[0][0], atol=1e-5)
@@ -162,5 +162,5 @@ def test_processes_that_write_the_same_shard_leave_it_whole(tmp_path):
     for _ in range(2):
         store = DescriptorCache(ScikitImage(), tmp_path / "cache")
         store.known = set  # as a process that has looked before the other wrote
-        assert list(describe_new(hashes, tmp_path, ScikitImage(), store)) == [{}]
+        assert list(extract_missing(hashes, tmp_path, ScikitImage(), store)) == [{}]
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1 == len(list((tmp_path / "cache").rglob("*.*")))
