@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep.faults import image_fault
-from data_prep.preview import _small
+from data_prep.preview import load_scaled
 from echo_ft.errors import EchoError
 from echo_ft.images import decode, masks
 from echo_ft.retrieval import descriptors
@@ -36,7 +36,7 @@ def test_a_gradient_of_any_depth_is_the_gradient_of_eight_bits(tmp_path, suffix,
     path = save(tmp_path / f"part.{suffix}", ramp(top))
     with Image.open(path) as opened:
         assert opened.mode == "I;16"
-    assert decode.depth(path) == bits and image_fault(path) is None
+    assert decode.bit_depth(path) == bits and image_fault(path) is None
     expected = np.rint(ramp(top) * (255 / top))
     rgb = np.asarray(decode.load_image(path))
     assert rgb.shape == (16, 64, 3) and (rgb == expected[..., None]).all()
@@ -46,7 +46,7 @@ def test_a_gradient_of_any_depth_is_the_gradient_of_eight_bits(tmp_path, suffix,
 @pytest.mark.parametrize("dtype", [">u2", "<i4", "<f4"])
 def test_other_ways_to_store_grey_are_scaled_too(tmp_path, dtype):
     path = save(tmp_path / "part.tif", ramp(4095, dtype))
-    assert np.asarray(decode.load_image(path, "L")).max() == 255 and decode.depth(path) == 12
+    assert np.asarray(decode.load_image(path, "L")).max() == 255 and decode.bit_depth(path) == 12
     floats = save(tmp_path / "unit.tif", ramp(1.0, "<f4"))
     np.testing.assert_array_equal(np.asarray(decode.load_image(floats, "L")), np.rint(ramp(1.0, "<f4") * 255))
 
@@ -57,7 +57,7 @@ def test_every_reader_of_photographs_scales(tmp_path):
     shown = Image.open(io.BytesIO(base64.b64decode(str(pages.thumbnail_uri(tmp_path, path.name)).partition(",")[2])))
     assert len(np.unique(np.asarray(shown.convert("L")))) > 32
     np.testing.assert_allclose(masks.load_grey(path, SIZE), masks.load_grey(plain, SIZE), atol=0.005)
-    assert len(np.unique(np.asarray(_small(path)))) > 32
+    assert len(np.unique(np.asarray(load_scaled(path)))) > 32
     (wide, narrow), faults = descriptors.ScikitImage().vectors([path, plain])
     assert faults == [None, None] and wide @ narrow > 0.999
 
@@ -71,9 +71,9 @@ def test_two_exposures_stay_two_exposures(tmp_path):
 @pytest.mark.parametrize("values", [ramp(70000, "<i4"), ramp(-5, "<i4"), ramp(70000, "<f4"), ramp(np.nan, "<f4")])
 def test_values_that_no_depth_holds_are_refused_with_the_remedy(tmp_path, values):
     path = save(tmp_path / "part.tif", values)
-    assert "by one scale" in str(image_fault(path))
+    assert "the same scale" in str(image_fault(path))
     assert image_fault(path, photograph=False) is None, "a mask may number its regions as it likes"
-    with pytest.raises(EchoError, match=r"part\.tif.*grey values reach from.*8 to 16 bits"):
+    with pytest.raises(EchoError, match=r"part\.tif.*grey values range from.*8 to 16 bits"):
         decode.load_image(path)
 
 
@@ -101,7 +101,7 @@ def test_a_narrow_jpeg_is_an_image(tmp_path, size):
 
 
 def test_a_missing_and_a_broken_file_are_named_with_the_remedy(tmp_path):
-    with pytest.raises(EchoError, match=r"there is no image .*gone\.png; put it back"):
+    with pytest.raises(EchoError, match=r"there is no image .*gone\.png; restore it"):
         decode.load_image(tmp_path / "gone.png")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     for read in (decode.load_image, decode.image_size):

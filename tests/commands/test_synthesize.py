@@ -1,0 +1,293 @@
+"""`data_prep.synthesize` adds synthetic defects, and only training ever sees them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from data_prep.build import build
+from data_prep.collect import usable_images
+from data_prep.config import BuildConfig
+from data_prep.prepare import SYNTHETIC_ELSEWHERE, assign_configured_splits
+from data_prep.sources.synthetic import MIN_PARTS
+from data_prep.synthesize import SynthesizeConfig, synthesize
+from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.errors import EchoError
+from echo_ft.files import read_jsonl
+from echo_ft.images.synthetic_defects import (
+    DEFECT_METHODS,
+)
+from echo_ft.model.adapters import make_card
+from echo_ft.records import GOOD, ROLES, Exchange, Inspection, Question, Rejection
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT
+from tests.support.surfaces import disc
+
+
+def draw_line(root: Path, splits: bool, normals: int = 12) -> Path:
+    """A line's list: normal discs (two exposures each), and one dented one in the test split where there are splits."""
+    rows = []
+    for number in range(normals):
+        for exposure in (1, 2):
+            name = f"disc/{number}-{exposure}.png"
+            (root / "disc").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(disc(100, 130, number) // exposure).save(root / name)
+            row = {"image": name, "product": "disc", "condition": GOOD, "group": f"part-{number}"}
+            split = "train" if number < 8 else "validation" if number == 8 else "test"
+            rows.append(row | ({"split": split} if splits else {}))
+    dented = disc(100, 130, 99)
+    dented[40:55, 50:70] = 5
+    Image.fromarray(dented).save(root / "disc/dented.png")
+    rows.append({"image": "disc/dented.png", "product": "disc", "condition": "dent"})
+    rows[-1] |= {"boxes": [[50, 40, 70, 55]], **({"split": "test"} if splits else {})}
+    (root / "parts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "parts:\n  disc:\n    good: An even disc.\n    dent: A dark hollow. It leaks.\n    scar: A cut. It tears.\n"
+    (root / "known.yaml").write_text(text)
+    return root / "parts.jsonl"
+
+
+def command(module: str, *arguments: object, fails: bool = False) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", f"data_prep.{module}", *map(str, arguments)]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def config(listed: Path, output: Path, **changes) -> BuildConfig:
+    values = {"source": "manifest", "annotations": listed, "output": output, "descriptor": "skimage", "k": 1}
+    return BuildConfig(**{**values, **changes})
+
+
+def listed_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "parts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path, str]:
+    """The source's folder, what the command made of it, and what it said."""
+    root = tmp_path_factory.mktemp("line")
+    listed = draw_line(root / "raw", splits=True)
+    (root / "data.yaml").write_text(f"source: manifest\nannotations: {listed}\ndescriptor: skimage\noutput: data/x\n")
+    said = command(
+        "synthesize", "--config", root / "data.yaml", "--knowledge", root / "raw/known.yaml",
+        "--output", root / "made", "--per_normal", 2, "--seed", 3,
+    )  # fmt: skip
+    return root / "raw", root / "made", said
+
+
+def test_the_command_lists_every_photograph_and_makes_defects_of_training_normals_alone(made):
+    raw, folder, said = made
+    rows = listed_rows(folder)
+    given = [json.loads(line) for line in (raw / "parts.jsonl").read_text().splitlines()]
+    real, synthetic = ([row for row in rows if bool(row.get("synthetic")) == side] for side in (False, True))
+    assert [row["image"] for row in real] == [row["image"] for row in given]
+    failed = [row for row in read_jsonl(folder / "rejected.jsonl", Rejection) if "no defect by" in row.reason]
+    assert len(synthetic) + len(failed) == 32 and len(synthetic) > 26
+    assert real[-1]["boxes"] == [[50, 40, 70, 55]]
+    normals = {row["image"]: row for row in given}
+    for row in synthetic:
+        normal = normals[row["image"].removeprefix("synthetic/").rsplit("/", 1)[0]]
+        assert row["split"] == normal["split"] == "train" and row["group"] == normal["group"]
+        assert row["condition"] == DEFECT_METHODS[row["synthetic"]].condition
+        photograph, mask = (np.asarray(Image.open(folder / row[key])) for key in ("image", "mask"))
+        original = np.asarray(Image.open(raw / normal["image"]))
+        changed = (photograph != original).any(axis=-1)
+        assert set(np.unique(mask)) == {0, 255} and not changed[mask == 0].any() and changed.any()
+    assert {row["synthetic"] for row in synthetic} == set(DEFECT_METHODS)
+    assert f"{len(synthetic)} synthetic photographs: " in said and "--source manifest" in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["list"] == "parts.jsonl" and manifest["config"]["per_normal"] == 2
+    assert manifest["config"]["seed"] == 3 and manifest["commit"] and manifest["versions"]["scikit-image"]
+    counts = manifest["counts"]
+    assert (counts["photographs"], counts["normals"]) == (25, 16)
+    assert sum(counts["synthetic"].values()) == len(synthetic) and manifest["rejected"] == len(failed)
+
+
+def test_photographs_are_linked_and_the_source_stays_as_it_is(made):
+    raw, folder, _ = made
+    assert os.path.samefile(raw / "disc/0-1.png", folder / "disc/0-1.png")
+    assert {path.name for path in raw.iterdir()} == {"disc", "parts.jsonl", "known.yaml"}
+    assert not list((raw / "disc").glob("*mask*"))
+
+
+def test_the_knowledge_has_a_description_of_every_synthetic_condition_and_what_was_written_stands(made):
+    knowledge = yaml.safe_load((made[1] / "knowledge.yaml").read_text())["parts"]["disc"]
+    assert knowledge["good"] == "An even disc." and knowledge["scar"] == "A cut. It tears."
+    assert set(knowledge) == {"good", "dent", *(method.condition for method in DEFECT_METHODS.values())}
+
+
+def test_the_same_seed_makes_the_same_files_and_another_one_others(tmp_path):
+    listed = draw_line(tmp_path / "raw", splits=False, normals=2)
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        synthesize(config(listed, tmp_path / name, seed=seed), SynthesizeConfig())
+    files = {
+        name: {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("one", "same", "other")
+    }
+    assert files["one"] == files["same"] != files["other"]
+
+
+def test_a_build_of_it_trains_on_synthetic_defects_and_tests_on_photographs(made, tmp_path):
+    raw, folder, _ = made
+    said = command(
+        "build", "--source", "manifest", "--annotations", folder / "parts.jsonl", "--knowledge",
+        folder / "knowledge.yaml", "--output", tmp_path / "data", "--descriptor", "skimage", "--k", 2,
+    )  # fmt: skip
+    dataset = load_dataset(tmp_path / "data")
+    inspections = list(read_jsonl(tmp_path / "data/inspections.jsonl", Inspection))
+    marked = [one for one in inspections if one.synthetic]
+    assert {one.split for one in marked} == {"train"} and len(marked) == sum(
+        "synthetic" in row for row in listed_rows(folder)
+    )
+    assert dataset.manifest["counts"]["synthetic"] == {
+        method: sum(one.synthetic == method for one in marked) for method in sorted(DEFECT_METHODS)
+    }
+    card = make_card("decision_maker", str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, dataset)
+    assert card.synthetic == dataset.manifest["counts"]["synthetic"]
+    assert f"the defects of {len(marked)} training photographs are synthetic (" in said
+    by_id = {one.id: one for one in inspections}
+    sides = dataset.manifest["counts"]["sft_sides"]
+    assert all(sides[f"{role}/train"]["defective"]["cases"] > 0 for role in ROLES)
+    rows = read_jsonl(tmp_path / "data/sft/decision_maker/train.jsonl", Exchange)
+    assert {by_id[row.case].synthetic for row in rows if by_id[row.case].condition != GOOD} == set(DEFECT_METHODS)
+    # References are other parts' normals: not the photograph that the defect was put on.
+    for case in load_cases(dataset, "train"):
+        assert all(by_id[one.image].synthetic is None for one in case.seen.references)
+        assert all(by_id[one.image].group != by_id[case.id].group for one in case.seen.references)
+    # A test is asked as it would be without them: no option and no entry of knowledge is of a synthetic condition.
+    invented = {method.condition for method in DEFECT_METHODS.values()} - {"scar"}  # of scars, the user has written
+    asked = load_cases(dataset, "test")
+    assert {case.truth.condition for case in asked} == {GOOD, "dent"}
+    for case in asked:
+        assert not invented & {entry.condition for entry in case.seen.knowledge}
+        assert not invented & {option for question in case.seen.questions for option in question.options.values()}
+    trained = load_cases(dataset, "train")
+    assert invented <= {entry.condition for case in trained for entry in case.seen.knowledge}
+    build(config(raw / "parts.jsonl", tmp_path / "plain", knowledge=raw / "known.yaml", k=2))
+    plain = load_cases(load_dataset(tmp_path / "plain"), "test")
+    assert {case.id: (case.seen, case.truth) for case in asked} == {case.id: (case.seen, case.truth) for case in plain}
+    assert "scar" in {entry.condition for case in asked for entry in case.seen.knowledge}, "no photograph shows it"
+
+
+def test_where_the_build_deals_the_splits_what_is_made_follows_its_part_into_train_or_is_left_out(tmp_path):
+    listed = draw_line(tmp_path / "raw", splits=False)
+    listed = listed.rename(listed.with_name("gasket.jsonl"))
+    synthesize(config(listed, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    manifest = build(config(tmp_path / "made/gasket.jsonl", tmp_path / "data", fractions=[0.5, 0.2, 0.3]))
+    plain = build(config(listed, tmp_path / "plain", fractions=[0.5, 0.2, 0.3]))
+    found = {name: list(read_jsonl(tmp_path / name / "inspections.jsonl", Inspection)) for name in ("data", "plain")}
+    splits = {name: {one.image: one.split for one in rows if not one.synthetic} for name, rows in found.items()}
+    assert splits["data"] == splits["plain"], "synthetic photographs change no split"
+    tested = {
+        name: [one for one in read_jsonl(tmp_path / name / "questions.jsonl", Question) if one.inspection in exam]
+        for name, exam in ((name, {one.id for one in rows if one.split == "test"}) for name, rows in found.items())
+    }
+    assert tested["data"] == tested["plain"] != [], "nor the test"
+    by_group = {one.group: one.split for one in found["plain"]}
+    marked = [one for one in found["data"] if one.synthetic]
+    assert marked and all(one.split == "train" == by_group[one.group] for one in marked)
+    left = [row for row in read_jsonl(tmp_path / "data/rejected.jsonl", Rejection) if row.reason == SYNTHETIC_ELSEWHERE]
+    assert len(left) + len(marked) == 24 and left
+    assert manifest["rejected"] == len(left) + plain["rejected"]
+
+
+def test_a_dataset_that_has_a_name_of_its_own_is_dealt_as_its_source_is(tmp_path):
+    source = BuildConfig("synthetic", tmp_path / "made", parts=MIN_PARTS, split="seeded")
+    synthesize(source, SynthesizeConfig(["cutpaste"]))
+    (tmp_path / "drawn").mkdir()
+    dealt = []
+    for given in (source, config(tmp_path / "made/parts.jsonl", tmp_path / "data", split="seeded")):
+        root, inspections, _, _ = usable_images(given, tmp_path / "drawn")
+        done, _, _ = assign_configured_splits(inspections, root, given)
+        dealt.append({one.image: one.split for one in done if one.synthetic is None})
+    assert dealt[0] == dealt[1] and set(dealt[0].values()) == {"train", "test"}
+
+
+def test_a_kind_that_is_held_out_is_not_trained_on_by_synthetic_defects_of_it(tmp_path):
+    listed = draw_line(tmp_path / "raw", splits=False)
+    scarred = disc(100, 130, 98)
+    scarred[45:48, 40:80] = 5
+    Image.fromarray(scarred).save(tmp_path / "raw/disc/scarred.png")
+    with open(listed, "a") as file:
+        file.write(json.dumps({"image": "disc/scarred.png", "product": "disc", "condition": "scar"}) + "\n")
+    synthesize(config(listed, tmp_path / "made"), SynthesizeConfig(["scar", "cutpaste"]))
+    build(config(tmp_path / "made/parts.jsonl", tmp_path / "data", split="by_condition", held_out=["scar"]))
+    found = list(read_jsonl(tmp_path / "data/inspections.jsonl", Inspection))
+    assert {one.condition for one in found if one.split == "train"} == {GOOD, "dent", "misplaced patch"}
+    assert [one.image for one in found if one.condition == "scar"] == ["disc/scarred.png"]
+    rejected = list(read_jsonl(tmp_path / "data/rejected.jsonl", Rejection))
+    scars = [row["image"] for row in listed_rows(tmp_path / "made") if row.get("synthetic") == "scar"]
+    assert scars and set(scars) <= {row.item for row in rejected if row.reason == SYNTHETIC_ELSEWHERE}
+    assert not re.search(r"\bscar\b", (tmp_path / "data/sft/decision_maker/train.jsonl").read_text())
+
+
+def test_a_photograph_that_does_not_decode_is_rejected_and_the_others_are_used(tmp_path):
+    listed = draw_line(tmp_path / "raw", splits=True, normals=2)
+    broken = tmp_path / "raw/disc/1-1.png"
+    chunks = [b"\x00\x00\x00\x40\x00\x00\x00\x40\x08\x02\x00\x00\x00", zlib.compress(bytes(99)), b""]
+    named = [kind + chunk for kind, chunk in zip((b"IHDR", b"IDAT", b"IEND"), chunks, strict=True)]
+    whole = b"".join((len(one) - 4).to_bytes(4, "big") + one + zlib.crc32(one).to_bytes(4, "big") for one in named)
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + whole)  # checksums are right, and pixels are missing
+    synthesize(config(listed, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    rejected = {row.item: row.reason for row in read_jsonl(tmp_path / "made/rejected.jsonl", Rejection)}
+    assert "the image is broken" in rejected["disc/1-1.png"]
+    assert any(row.get("synthetic") for row in listed_rows(tmp_path / "made"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"condition": "good", "synthetic": "cutpaste"}, "its defect is synthetic although its condition is 'good'"),
+        ({"syntetic": "cutpaste"}, "did you mean 'synthetic'"),
+        ({"synthetic": "yes"}, "synthetic is 'yes', none of cutpaste, scar, perlin, poisson; leave it empty"),
+    ],
+)
+def test_a_list_that_contradicts_itself_is_told(tmp_path, change, words):
+    listed = draw_line(tmp_path / "raw", splits=True)
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    rows[0] |= change
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        build(config(listed, tmp_path / "data"))
+        found = " ".join(row.reason for row in read_jsonl(tmp_path / "data/rejected.jsonl", Rejection))
+    except EchoError as error:
+        found = str(error)
+    assert words in found
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path, made):
+    listed = draw_line(tmp_path / "raw", splits=True)
+    output = ("--output", tmp_path / "out", "--source", "manifest", "--annotations", listed)
+    assert "'paint' (choose from" in command("synthesize", *output, "--methods", "paint", fails=True)
+    assert "per_normal is 0" in command("synthesize", *output, "--per_normal", 0, fails=True)
+    with pytest.raises(EchoError, match="holds files already; choose another output"):
+        synthesize(config(listed, made[1]), SynthesizeConfig())
+    with pytest.raises(EchoError, match="the output needs the folder synthetic for itself"):
+        synthesize(config(made[1] / "parts.jsonl", tmp_path / "again"), SynthesizeConfig())
+    with pytest.raises(EchoError, match=r"the list would be called rejected\.jsonl, as what is rejected is; rename"):
+        copied = listed.with_name("rejected.jsonl")
+        copied.write_text(listed.read_text())
+        synthesize(config(copied, tmp_path / "out"), SynthesizeConfig())
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    listed.write_text("".join(json.dumps(row | {"split": "test"}) + "\n" for row in rows))
+    with pytest.raises(EchoError, match="no normal photograph outside validation and test"):
+        synthesize(config(listed, tmp_path / "out"), SynthesizeConfig())
+    Image.new("RGB", (40, 40), "black").save(tmp_path / "raw/even.png")
+    listed.write_text(json.dumps({"image": "even.png", "product": "disc", "condition": "good"}) + "\n")
+    with pytest.raises(EchoError, match="no defect could be made on any of 1 normal photographs"):
+        synthesize(config(listed, tmp_path / "out"), SynthesizeConfig(["cutpaste"]))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
