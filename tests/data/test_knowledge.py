@@ -1,3 +1,5 @@
+"""Domain knowledge loads from JSON and YAML, and `data_prep.knowledge` writes, completes and checks it."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,7 @@ import pytest
 import yaml
 
 from data_prep.build import main as build
-from data_prep.knowledge import check_knowledge, count_images, main, missing_summary, skeleton
+from data_prep.knowledge import check_knowledge, count_images, coverage_summary, main, write_template
 from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.data.knowledge import (
     appearance,
@@ -41,7 +43,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_json_and_yaml_of_the_same_nesting_say_the_same(tmp_path: Path) -> None:
+def test_json_and_yaml_give_the_same_entries(tmp_path: Path) -> None:
     json = write(tmp_path / "k.json", '{"mine": {"bolt": {"good": "Even thread.", "rust": "Brown spots."}}}')
     yaml = write(
         tmp_path / "k.yaml", "mine:\n  bolt:\n    rust: Brown spots.\n    good: >\n      Even\n      thread.\n"
@@ -68,64 +70,69 @@ def test_json_and_yaml_of_the_same_nesting_say_the_same(tmp_path: Path) -> None:
         ("k.yaml", "[mine]:\n  bolt:\n    dent: A.", r"a key is a list or a mapping; quote .* line 1"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_malformed_files_are_reported_with_their_key(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(EchoError, match=message) as raised:
         load_knowledge(write(tmp_path / name, text))
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(EchoError, match=r"no knowledge file .*nowhere\.yaml"):
         load_knowledge(tmp_path / "nowhere.yaml")
 
 
-def test_mmad_form_becomes_plain_text_under_mmad_dataset_name() -> None:
+def test_mmad_descriptions_become_plain_text() -> None:
     entries, known = entries_for({"MVTec": {"zipper": {"broken_teeth": MMAD}}}, "DS-MVTec", "zipper", ["broken_teeth"])
     text = "The defect is a row of missing teeth. It is often near the middle. This compromises the closing."
-    assert entries == (Entry("broken_teeth", text),) and known
+    assert entries == (Entry("broken_teeth", text),)
+    assert known
     assert appearance(text) == "The defect is a row of missing teeth."
     assert effect(text) == "This compromises the closing."
 
 
-def test_good_comes_first_and_all_of_the_product_comes() -> None:
-    knowledge = {"d": {"p": {"crack": "A line.", "good": "Even.", "unseen": "Never photographed."}}}
+def test_entries_start_with_good_and_include_the_whole_product() -> None:
+    knowledge = {"d": {"p": {"crack": "A line.", "good": "Even.", "unseen": "Not in any image."}}}
     entries, known = entries_for(knowledge, "d", "p", ["good", "crack", "new_kind"])
-    assert [entry.condition for entry in entries] == ["good", "crack", "new_kind", "unseen"] and known
-    assert entries[2].description == "new kind" and not has_description(entries[2]) and has_description(entries[1])
+    assert [entry.condition for entry in entries] == ["good", "crack", "new_kind", "unseen"]
+    assert known
+    assert entries[2].description == "new kind"
+    assert not has_description(entries[2])
+    assert has_description(entries[1])
 
 
-def test_a_product_without_knowledge_gets_the_names_of_its_conditions() -> None:
+def test_product_without_knowledge_gets_condition_names() -> None:
     entries, known = entries_for({"d": {"p": {"good": "Even."}}}, "d", "q", ["broken_large", "good"])
-    assert entries == (Entry("good", "free of defects"), Entry("broken_large", "broken large")) and not known
+    assert entries == (Entry("good", "free of defects"), Entry("broken_large", "broken large"))
+    assert not known
     assert not any(map(has_description, entries))
 
 
-def test_an_entry_is_misspelt_where_a_condition_of_nearly_that_name_lacks_one() -> None:
+def test_misspelt_entries_point_to_conditions_without_an_entry() -> None:
     known = {
         "god": "Even.",
         "dnet": "A hollow.",
         "stain": "A blot.",
         "stains": "Blots.",
-        "melted": "Never photographed.",
+        "melted": "Not in any image.",
     }
     assert likely_misspellings(known, ["good", "dent", "stain", "crack"]) == {"god": "good", "dnet": "dent"}
     assert likely_misspellings({"dnet": "A hollow.", "dent": "A hollow."}, ["dent"]) == {}
 
 
-def test_products_are_found_under_mmads_name_for_the_dataset() -> None:
+def test_products_are_found_under_mmads_dataset_name() -> None:
     knowledge = {"MVTec": {"zipper": {"good": "Even."}}}
     assert products_of(knowledge, "MVTec-AD") == products_of(knowledge, "MVTec") == knowledge["MVTec"]
     assert products_of(knowledge, "VisA") == {}
 
 
-def test_a_last_sentence_that_tells_no_consequence_is_no_effect() -> None:
+def test_effect_of_a_long_text_must_name_a_consequence() -> None:
     assert effect("A dark line.") is None
     assert effect("A dark line. The tile snaps.") == "The tile snaps."
     assert effect("A dark line. It is thin. Common places are the edges.") is None
     assert effect("A dark line. It is thin. The tile may fail under load.") == "The tile may fail under load."
 
 
-def test_brief_keeps_short_texts_and_the_ends_of_long_ones() -> None:
+def test_brief_keeps_short_texts_and_shortens_long_ones() -> None:
     short = "Even thread. Nothing else. At all."
     assert brief(short) == short
     middle = "It has " + "many details and " * 20 + "more."
@@ -133,12 +140,13 @@ def test_brief_keeps_short_texts_and_the_ends_of_long_ones() -> None:
     assert brief(f"A thread. {middle} Seen from above.") == "A thread."
 
 
-def test_names_read_as_words() -> None:
-    assert readable_name("broken_large") == "broken large" and readable_name("cut-lead") == "cut lead"
+def test_readable_names_have_spaces() -> None:
+    assert readable_name("broken_large") == "broken large"
+    assert readable_name("cut-lead") == "cut lead"
 
 
 @pytest.mark.real_data
-def test_mmads_own_file_loads_without_its_marks() -> None:
+def test_real_mmad_file_loads_without_markup() -> None:
     folder = Path(os.environ.get("ECHO_FT_DATA", "../shared/data"))
     path = folder / "mmad" / "domain_knowledge.json"
     if not path.is_file():
@@ -147,13 +155,16 @@ def test_mmads_own_file_loads_without_its_marks() -> None:
     for dataset, products in knowledge.items():
         for product, conditions in products.items():
             entries, known = entries_for(knowledge, dataset, product, list(conditions))
-            assert known and entries[0].condition == "good" and len(entries) == len(conditions)
+            assert known
+            assert entries[0].condition == "good"
+            assert len(entries) == len(conditions)
             for entry in entries:
-                assert not entry.description.startswith("<") and "Description:" not in entry.description[:20]
+                assert not entry.description.startswith("<")
+                assert "Description:" not in entry.description[:20]
                 assert len(brief(entry.description).split()) <= 130
 
 
-def test_a_folder_counts_as_one_file(tmp_path: Path) -> None:
+def test_folder_counts_as_one_file(tmp_path: Path) -> None:
     write(tmp_path / "a" / "bolt.yaml", "mine:\n  bolt:\n    good: Even thread.\n")
     write(tmp_path / "a" / "deep" / "nut.json", '{"mine": {"nut": {"good": "Six even sides."}}}')
     write(tmp_path / "a" / ".bolt.yaml.swp.yaml", "not: finished")
@@ -163,7 +174,7 @@ def test_a_folder_counts_as_one_file(tmp_path: Path) -> None:
     assert load_knowledge(write(tmp_path / "one.json", json.dumps(expected))) == expected
 
 
-def test_a_folder_that_says_a_product_twice_or_nothing_is_refused(tmp_path: Path) -> None:
+def test_folder_without_or_with_duplicate_knowledge_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(EchoError, match="contains no knowledge"):
         load_knowledge(tmp_path)
     for name in ("a.yaml", "b.yaml"):
@@ -172,22 +183,22 @@ def test_a_folder_that_says_a_product_twice_or_nothing_is_refused(tmp_path: Path
         load_knowledge(tmp_path)
 
 
-def parts(folder: Path, knowledge: dict[str, dict[str, dict[str, str]]] | None = None, *more: str) -> Dataset:
-    """A dataset of two products, as far as knowledge is concerned: photographs of each condition, and their texts."""
+def built_dataset(folder: Path, knowledge: dict[str, dict[str, dict[str, str]]] | None = None, *more: str) -> Dataset:
+    """The parts of a dataset of two products that concern knowledge: records of images and knowledge.json."""
     shown = ["d/cap/good", "d/cap/good", "d/cap/no", "d/cap/dent", "d/nut: 5/good", "d/nut: 5/crack", *more]
     inspections = []
     for number, place in enumerate(shown):
         dataset, product, condition = place.split("/")
         inspections.append(Inspection(str(number), "x.png", dataset, product, condition, str(number)))
     write_jsonl(folder / "inspections.jsonl", inspections)
-    stand_in = {place.split("/")[2]: readable_name(place.split("/")[2]) for place in shown if "/cap/" in place}
-    given = knowledge or {"d": {"cap": stand_in, "nut: 5": {"good": "Six even sides. It holds.", "crack": "crack"}}}
+    names = {place.split("/")[2]: readable_name(place.split("/")[2]) for place in shown if "/cap/" in place}
+    given = knowledge or {"d": {"cap": names, "nut: 5": {"good": "Six even sides. It holds.", "crack": "crack"}}}
     write(folder / "knowledge.json", json.dumps(given))
     return Dataset(folder, folder, {})
 
 
-def test_a_skeleton_has_every_condition_in_order_and_what_is_described_already(tmp_path: Path) -> None:
-    skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+def test_template_lists_all_conditions_and_known_descriptions(tmp_path: Path) -> None:
+    write_template(built_dataset(tmp_path / "dataset"), tmp_path / "k")
     texts, files = read_knowledge(tmp_path / "k")
     assert list(texts["d"]["cap"].items()) == [("good", ""), ("dent", ""), ("no", "")]
     assert texts["d"]["nut: 5"] == {"good": "Six even sides. It holds.", "crack": ""}
@@ -196,14 +207,15 @@ def test_a_skeleton_has_every_condition_in_order_and_what_is_described_already(t
         ("d", "nut: 5"): tmp_path / "k" / "d" / "nut_5.yaml",
     }
     page = (tmp_path / "k" / "d" / "cap.yaml").read_text()
-    assert "    # 2 photographs\n    good:\n    # 1 photograph\n    dent:\n" in page
-    assert "first sentence" in page and "last" in page
+    assert "    # 2 images\n    good:\n    # 1 image\n    dent:\n" in page
+    assert "first sentence" in page
+    assert "last" in page
     with pytest.raises(EchoError, match=r"cap\.yaml: d/cap/good is empty, and so are 3 more; describe what"):
         load_knowledge(tmp_path / "k")
 
 
-def test_products_of_nearly_one_name_get_a_file_each(tmp_path: Path) -> None:
-    skeleton(parts(tmp_path / "parts", None, "d/nut. 5/good"), tmp_path / "k")
+def test_products_with_similar_names_get_separate_files(tmp_path: Path) -> None:
+    write_template(built_dataset(tmp_path / "dataset", None, "d/nut. 5/good"), tmp_path / "k")
     assert {file.name for file in read_knowledge(tmp_path / "k")[1].values()} == {
         "cap.yaml",
         "nut_5.yaml",
@@ -211,7 +223,7 @@ def test_products_of_nearly_one_name_get_a_file_each(tmp_path: Path) -> None:
     }
 
 
-MINE = """\
+EXISTING_FILE = """\
 # my notes
 d:   # the line
   # caps, old drawing
@@ -227,21 +239,21 @@ d:   # the line
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
-def test_a_file_that_a_person_wrote_keeps_every_line_and_gets_what_it_lacks(tmp_path: Path, ending: str) -> None:
-    text = MINE.rstrip("\n") + ending if ending != "\r\n" else MINE.replace("\n", ending)
+def test_existing_file_keeps_every_line_and_is_completed(tmp_path: Path, ending: str) -> None:
+    text = EXISTING_FILE.rstrip("\n") + ending if ending != "\r\n" else EXISTING_FILE.replace("\n", ending)
     mine = tmp_path / "k" / "mine.yaml"
     mine.parent.mkdir()
     mine.write_bytes(text.encode())
     before = yaml.safe_load(text)
-    skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    write_template(built_dataset(tmp_path / "dataset"), tmp_path / "k")
     after = mine.read_bytes().decode()
     added = [line for line in after.splitlines() if line not in text.splitlines()]
-    assert added == ["    # 1 photograph", "    'no':"]
+    assert added == ["    # 1 image", "    'no':"]
     assert after.index("'no':") < after.index("# nuts")
     assert [line for line in after.splitlines() if line not in added] == text.splitlines()
     assert yaml.safe_load(after) == {"d": {**before["d"], "cap": {**before["d"]["cap"], "no": None}}}
     assert read_knowledge(tmp_path / "k")[1]["d", "nut: 5"].name == "nut_5.yaml"
-    skeleton(parts(tmp_path / "parts"), tmp_path / "k")
+    write_template(built_dataset(tmp_path / "dataset"), tmp_path / "k")
     assert mine.read_bytes().decode() == after
 
 
@@ -254,84 +266,88 @@ def test_a_file_that_a_person_wrote_keeps_every_line_and_gets_what_it_lacks(tmp_
         ("mine.json", '{"d": {"cap": {\n"good": "The rim is even. It seals."\n}}}'),
     ],
 )
-def test_a_file_that_cannot_be_added_to_is_named_and_nothing_is_written(tmp_path: Path, name: str, text: str) -> None:
+def test_file_that_cannot_be_completed_is_left_unchanged(tmp_path: Path, name: str, text: str) -> None:
     write(tmp_path / "k" / name, text)
-    with pytest.raises(EchoError, match=rf"{name} cannot be added to .*dent, no into d/cap"):
-        skeleton(parts(tmp_path / "parts"), tmp_path / "k")
-    assert [path.name for path in (tmp_path / "k").rglob("*")] == [name] and (tmp_path / "k" / name).read_text() == text
+    with pytest.raises(EchoError, match=rf"{name} cannot be extended .*; add .*dent, no to d/cap"):
+        write_template(built_dataset(tmp_path / "dataset"), tmp_path / "k")
+    assert [path.name for path in (tmp_path / "k").rglob("*")] == [name]
+    assert (tmp_path / "k" / name).read_text() == text
 
 
-def test_what_stands_under_a_misspelt_name_is_not_written_a_second_time(tmp_path: Path) -> None:
+def test_misspelt_condition_is_not_added_again(tmp_path: Path) -> None:
     text = "d:\n  cap:\n    good: The rim is even. It seals.\n    dnet: A hollow. It leaks.\n    'no': No cap at all.\n"
     write(tmp_path / "k" / "cap.yaml", text)
-    said = skeleton(parts(tmp_path / "parts"), tmp_path / "k")
-    assert any("'dnet' stays; did you mean 'dent'?" in line for line in said)
+    report = write_template(built_dataset(tmp_path / "dataset"), tmp_path / "k")
+    assert any("'dnet' is kept; did you mean 'dent'?" in line for line in report)
     assert (tmp_path / "k" / "cap.yaml").read_text() == text
 
 
-GOOD_KNOWLEDGE = {
+COMPLETE_KNOWLEDGE = {
     "cap": {"good": "The rim is even. It seals.", "dent": "A hollow in the rim. It leaks.", "no": "No cap at all."},
     "nut: 5": {"good": "Six even sides. It holds.", "crack": "A dark line. The nut may fail."},
 }
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "finding"),
     [
         ({}, None),
-        ({"cap": {"dent": None}}, "'dent' is missing, on 1 photograph"),
+        ({"cap": {"dent": None}}, "'dent' is missing but shown on 1 image"),
         ({"cap": {"dent": ""}}, "'dent' is empty"),
-        ({"cap": {"dent": "A dent."}}, "'dent' is too short to be a description ('A dent.')"),
+        ({"cap": {"dent": "A dent."}}, "'dent' is too short for a description ('A dent.')"),
         (
             {"cap": {"dent": None, "dnet": "A hollow in the rim. It leaks."}},
-            "'dnet' occurs in no photograph; did you mean 'dent'?",
+            "'dnet' occurs in no image; did you mean 'dent'?",
         ),
-        ({"cap": {"melted": "The rim has run. It leaks."}}, None),  # nobody has photographed it yet
-        ({"cap": None}, "d/cap: nothing is written"),
-        ({"cap": None, "caps": GOOD_KNOWLEDGE["cap"]}, "the product 'caps' of d; did you mean 'cap'?"),
+        ({"cap": {"melted": "The rim has run. It leaks."}}, None),  # no image shows it yet
+        ({"cap": None}, "d/cap: there is no knowledge"),
+        ({"cap": None, "caps": COMPLETE_KNOWLEDGE["cap"]}, "the product 'caps' of d has no image; did you mean 'cap'?"),
         (
             {"gear": {"good": "Even teeth all around. It turns."}},
-            "no photograph is of the product 'gear' of d; take it out",
+            "the product 'gear' of d has no image; remove or correct it",
         ),
     ],
 )
-def test_a_check_says_what_is_wrong_and_that_alone(tmp_path: Path, change: dict, said: str | None) -> None:
-    written = {product: dict(texts) for product, texts in GOOD_KNOWLEDGE.items()}
+def test_check_reports_exactly_what_is_wrong(tmp_path: Path, change: dict, finding: str | None) -> None:
+    changed = {product: dict(texts) for product, texts in COMPLETE_KNOWLEDGE.items()}
     for product, texts in change.items():
-        written[product] = {**written.get(product, {}), **(texts or {})}
-        written[product] = {name: text for name, text in written[product].items() if texts and text is not None}
-    content = {"d": {product: texts for product, texts in written.items() if texts}}
+        changed[product] = {**changed.get(product, {}), **(texts or {})}
+        changed[product] = {name: text for name, text in changed[product].items() if texts and text is not None}
+    content = {"d": {product: texts for product, texts in changed.items() if texts}}
     knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps(content)))
-    found = list(check_knowledge(knowledge, files, count_images(parts(tmp_path / "parts"))))
-    assert len(found) == (said is not None) and (said is None or said in found[0]), found
+    found = list(check_knowledge(knowledge, files, count_images(built_dataset(tmp_path / "dataset"))))
+    assert len(found) == (finding is not None), found
+    assert finding is None or finding in found[0]
 
 
-def test_a_check_names_a_dataset_that_is_none_and_knows_mmads_names(tmp_path: Path) -> None:
-    counts = count_images(parts(tmp_path / "parts"))
-    texts = {"e": GOOD_KNOWLEDGE, "d": GOOD_KNOWLEDGE}
+def test_check_reports_unknown_datasets_but_knows_mmads_names(tmp_path: Path) -> None:
+    counts = count_images(built_dataset(tmp_path / "dataset"))
+    texts = {"e": COMPLETE_KNOWLEDGE, "d": COMPLETE_KNOWLEDGE}
     knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps(texts)))
-    assert [line for line in check_knowledge(knowledge, files, counts) if "the dataset 'e', but of d" in line]
+    assert [line for line in check_knowledge(knowledge, files, counts) if "the dataset 'e' has no image" in line]
     renamed = {("MVTec-AD", product): shown for (_, product), shown in counts.items()}
-    knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps({"MVTec": GOOD_KNOWLEDGE})))
+    knowledge, files = read_knowledge(write(tmp_path / "k.json", json.dumps({"MVTec": COMPLETE_KNOWLEDGE})))
     assert list(check_knowledge(knowledge, files, renamed)) == []
-    assert missing_summary(knowledge, renamed, 0) == (
-        "5 of 5 conditions are described; 1 of 3 defects get no question of Defect Analysis, as no effect is told; "
+    assert coverage_summary(knowledge, renamed, 0) == (
+        "5 of 5 conditions are described; 1 of 3 defects get no Defect Analysis question, because their "
+        "description names no consequence; "
         "nothing to correct"
     )
 
 
-def test_from_the_skeleton_to_the_build_by_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = ["--config", str(ROOT / "recipes/tiny/data.yaml"), "--parts", "8", "--k", "1", "--output"]
-    build([*made, str(tmp_path / "parts"), "--knowledge", str(ROOT / "recipes/tiny/knowledge.yaml")])
-    main(["--dataset", str(tmp_path / "parts"), "--output", str(tmp_path / "k")])
+def test_commands_lead_from_template_to_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", str(ROOT / "recipes/tiny/data.yaml"), "--parts", "8", "--k", "1", "--output"]
+    build([*options, str(tmp_path / "dataset"), "--knowledge", str(ROOT / "recipes/tiny/knowledge.yaml")])
+    main(["--dataset", str(tmp_path / "dataset"), "--output", str(tmp_path / "k")])
     assert load_knowledge(tmp_path / "k") == load_knowledge(ROOT / "recipes/tiny/knowledge.yaml")
-    build([*made, str(tmp_path / "again"), "--knowledge", str(tmp_path / "k")])
-    assert load_dataset(tmp_path / "again").fingerprint == load_dataset(tmp_path / "parts").fingerprint
+    build([*options, str(tmp_path / "again"), "--knowledge", str(tmp_path / "k")])
+    assert load_dataset(tmp_path / "again").fingerprint == load_dataset(tmp_path / "dataset").fingerprint
     flange = tmp_path / "k" / "synthetic" / "flange.yaml"
     flange.write_text(flange.read_text().replace("chip:", "chipp:"))
     command = [sys.executable, "-m", "data_prep.knowledge", "--dataset", tmp_path / "again", "--check", tmp_path / "k"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and "'chipp' occurs in no photograph; did you mean 'chip'?" in done.stdout, done.stderr
+    assert done.returncode == 1
+    assert "'chipp' occurs in no image; did you mean 'chip'?" in done.stdout, done.stderr
     flange.write_text(flange.read_text().replace("chipp:", "chip:"))
     capsys.readouterr()
     main(["--dataset", str(tmp_path / "again"), "--check", str(tmp_path / "k")])
@@ -339,6 +355,6 @@ def test_from_the_skeleton_to_the_build_by_the_commands(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("options", [[], ["--output", "k", "--check", "k"]])
-def test_what_to_do_must_be_said(tmp_path: Path, options: list[str]) -> None:
+def test_command_needs_either_output_or_check(tmp_path: Path, options: list[str]) -> None:
     with pytest.raises(EchoError, match="give either --output FOLDER"):
         main(["--dataset", str(tmp_path), *options])
