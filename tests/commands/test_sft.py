@@ -174,7 +174,7 @@ def test_a_dry_run_refuses_an_image_that_has_changed_since_the_build(tmp_path):
     changed = dataset / "images" / "train_0_0.png"
     with Image.open(changed) as image:
         image.rotate(180).save(changed)
-    with pytest.raises(EchoError, match=r"are not those .*such as train_0_0\.png"):
+    with pytest.raises(EchoError, match=r"have changed since .* \(first: train_0_0\.png\)"):
         run_in_process(*options)
 
 

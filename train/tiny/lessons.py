@@ -1,7 +1,7 @@
-"""What echo-tiny is pretrained on: rows of drawn photographs and text, with several prompts and completions each.
+"""The lessons that echo-tiny is pretrained on: rows of drawn images and text with several prompts and completions each.
 
-Photographs come from the pretraining world of echo_ft.drawn.parts alone. Words of other inspection tasks occur in rows of
-text that mean nothing (`WORDS` put together at random), so that the model can read, bind and repeat them.
+Images show only the pretraining parts of echo_ft.drawn.parts. Words of other inspection tasks occur only in meaningless
+rows of text (random combinations of `WORDS`), so that the model learns to read, bind and repeat them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from echo_ft.drawn.parts import (
     COLOURS,
+    IMAGE_SIZE,
     PLACES,
     PRETRAINING_DEFECTS,
     PRETRAINING_KINDS,
-    IMAGE_SIZE,
     SURFACES,
     Part,
     grid_cell,
-    render_part,
-    size_word,
     random_defect,
     random_style,
+    render_part,
+    size_word,
 )
 from echo_ft.records import LETTERS
 
@@ -86,7 +86,7 @@ PHRASES = (
     "there is no defect.",
     "Yes. No.",
 )
-"""Wording that other tasks use, for the tokenizer's vocabulary."""
+"""Phrases of other tasks, for the tokenizer's vocabulary."""
 
 
 class Lesson(NamedTuple):
@@ -95,27 +95,27 @@ class Lesson(NamedTuple):
     prompt: str
     completion: str
     skill: str
-    """`caption`, `detection`, `attribute`, `note` or `text`: what the measurement groups by."""
+    """`caption`, `detection`, `attribute`, `note` or `text`. The measurement groups by it."""
 
     @property
-    def letter(self) -> bool:
-        """Whether the completion is an option's letter."""
+    def is_letter(self) -> bool:
+        """Whether the completion is the letter of an option."""
         return self.prompt.endswith(INSTRUCTION)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prefix (photographs, then text that all branches share) and its branches."""
+class LessonRow:
+    """One prefix (images, then text that all branches share) and its branches."""
 
-    photos: tuple[NDArray[np.uint8], ...]
-    """Each (height, width, 3), sides multiples of 28."""
+    images: tuple[NDArray[np.uint8], ...]
+    """Each (height, width, 3), with sides that are multiples of 28."""
     context: str
     branches: tuple[Lesson, ...]
 
 
 @dataclass(frozen=True)
-class _Looks:
-    """What can be said about a part; the last four are empty where it has no defect."""
+class _PartLabels:
+    """What a lesson can ask about a part. The last four are empty for a part without a defect."""
 
     kind: str
     colour: str
@@ -131,52 +131,52 @@ class _Looks:
 
 _TONES = ("dark", "bright", *COLOURS)
 _EXTENTS = ("small", "medium", "large")
-_ASPECTS = ((168, 168), (112, 252), (252, 112), (140, 196), (196, 140), (224, 224), (168, 280), (280, 112))
+_SURFACE_SIZES = ((168, 168), (112, 252), (252, 112), (140, 196), (196, 140), (224, 224), (168, 280), (280, 112))
 
 
-def row(seed: int) -> Row:
-    """Row number `seed` of the endless lesson book."""
+def draw_row(seed: int) -> LessonRow:
+    """Draw row number `seed` of an endless sequence of lessons."""
     rng = np.random.default_rng((seed, 5))
     draw = rng.random()
     if draw < 0.3:
-        return text_row(seed)
-    return _photo_row(rng, normals=0 if draw < 0.42 else 1 if draw < 0.93 else int(rng.integers(2, 4)))
+        return draw_text_row(seed)
+    return _image_row(rng, normals=0 if draw < 0.42 else 1 if draw < 0.93 else int(rng.integers(2, 4)))
 
 
-def _photo_row(rng: np.random.Generator, normals: int) -> Row:
-    # Marks that belong to the product can only be told from defects beside a normal part.
+def _image_row(rng: np.random.Generator, normals: int) -> LessonRow:
+    # Only a normal part next to it shows which marks belong to the product and which are defects.
     style = random_style(rng, marks=normals > 0 and rng.random() < 0.4)
-    size = _pick(rng, _ASPECTS) if style.kind in SURFACES and rng.random() < 0.5 else IMAGE_SIZE
+    size = _pick(rng, _SURFACE_SIZES) if style.kind in SURFACES and rng.random() < 0.5 else IMAGE_SIZE
     defect = random_defect(rng, style) if rng.random() < (0.6 if normals else 0.5) else None
     seeds = rng.integers(2**31, size=2 * (normals + 1)).tolist()
     inspected = render_part(Part(style, seeds[0], defect), seeds[1], size)
-    looks = _Looks(style.kind, style.colour)
+    labels = _PartLabels(style.kind, style.colour)
     if defect and inspected.mask.sum() >= 8:
-        looks = _Looks(
+        labels = _PartLabels(
             style.kind, style.colour, defect.name, defect.tone, size_word(inspected.mask), grid_cell(inspected.mask)
         )
-    elif defect:  # hidden behind the part's outline
+    elif defect:  # the defect lies outside the outline of the part
         inspected = render_part(Part(style, seeds[0]), seeds[1], size)
     normal = [render_part(Part(style, a), b, size).image for a, b in zip(seeds[2::2], seeds[3::2], strict=True)]
 
-    branches = [_caption(rng, looks, normals), _detection(rng, looks)]
+    branches = [_caption(rng, labels, normals), _detection(rng, labels)]
     context = _pick(rng, _CONTEXTS[min(normals, 2)])
-    name = looks.defect or "good"
+    name = labels.defect or "good"
     if rng.random() < 0.3:
         notes = _notes(rng, name, ("good", *PRETRAINING_DEFECTS), int(rng.integers(1, 4)))
         context += "Notes:\n" + _lines(notes)
         prompt = "Which note fits the part?"
         branches.append(Lesson(prompt, f"{name}: {notes[name]}", "note"))
         branches.append(_choice(rng, prompt, notes[name], list(notes.values()), "note"))
-    questions = _questions(looks)
+    questions = _questions(labels)
     for index in rng.permutation(len(questions))[: 5 - len(branches)]:
-        text, answer, others = questions[index]
+        text, answer, answers = questions[index]
         if rng.random() < 0.75:
-            branches.append(_choice(rng, text, answer, others, "attribute"))
+            branches.append(_choice(rng, text, answer, answers, "attribute"))
         else:
-            branches.append(Lesson(_asked(rng, text), _sentence(answer), "attribute"))
+            branches.append(Lesson(_question_text(rng, text), _sentence(answer), "attribute"))
     order = rng.permutation(len(branches))
-    return Row((*normal, inspected.image), context, tuple(branches[index] for index in order))
+    return LessonRow((*normal, inspected.image), context, tuple(branches[index] for index in order))
 
 
 _CONTEXTS = (
@@ -193,71 +193,76 @@ _CONTEXTS = (
 )
 
 
-def _caption(rng: np.random.Generator, looks: _Looks, normals: int) -> Lesson:
+def _caption(rng: np.random.Generator, labels: _PartLabels, normals: int) -> Lesson:
     if not normals or rng.random() < 0.3:
-        part = f"A {looks.colour} {looks.kind}"
-        where = f" with a {looks.extent} {looks.mark} at the {looks.place}." if looks.defect else " without a defect."
+        part = f"A {labels.colour} {labels.kind}"
+        detail = (
+            f" with a {labels.extent} {labels.mark} at the {labels.place}." if labels.defect else " without a defect."
+        )
         prompt = _pick(rng, ("Describe the part.", "What is shown?", "Describe the image."))
-        return Lesson(prompt, part + where, "caption")
+        return Lesson(prompt, part + detail, "caption")
     prompt = _pick(rng, ("What is different?", "Compare the images.", "Describe the difference."))
-    if not looks.defect:
+    if not labels.defect:
         return Lesson(prompt, "Nothing is different. There is no defect.", "caption")
-    found = f"At the {looks.place} there is a {looks.extent} {looks.mark}. It is a defect, a {looks.defect}."
+    found = f"At the {labels.place} there is a {labels.extent} {labels.mark}. It is a defect, a {labels.defect}."
     return Lesson(prompt, found, "caption")
 
 
-def _detection(rng: np.random.Generator, looks: _Looks) -> Lesson:
+def _detection(rng: np.random.Generator, labels: _PartLabels) -> Lesson:
     text = _pick(rng, ("Is there any defect in the object?", "Is the part defective?", "Does the part have a defect?"))
-    answer = "Yes." if looks.defect else "No."
+    answer = "Yes." if labels.defect else "No."
     if rng.random() < 0.8:
         return _choice(rng, text, answer, ["Yes.", "No."], "detection")
-    return Lesson(_asked(rng, text), answer, "detection")
+    return Lesson(_question_text(rng, text), answer, "detection")
 
 
-def _questions(looks: _Looks) -> list[tuple[str, str, Sequence[str]]]:
-    """(text, answer, all possible answers)"""
-    part: list[tuple[str, str, Sequence[str]]] = [
-        ("What kind of part is it?", looks.kind, PRETRAINING_KINDS),
-        ("What is the colour of the part?", looks.colour, tuple(COLOURS)),
+def _questions(labels: _PartLabels) -> list[tuple[str, str, Sequence[str]]]:
+    """(text, answer, all possible answers) of each question about the part."""
+    part_questions: list[tuple[str, str, Sequence[str]]] = [
+        ("What kind of part is it?", labels.kind, PRETRAINING_KINDS),
+        ("What is the colour of the part?", labels.colour, tuple(COLOURS)),
     ]
-    if not looks.defect:
-        return part
-    marks: list[tuple[str, str, Sequence[str]]] = [
-        ("There is a defect. What is the type of the defect?", looks.defect, tuple(PRETRAINING_DEFECTS)),
-        ("There is a defect. Where is the defect?", looks.place, PLACES),
-        ("There is a defect. How large is the defect?", looks.extent, _EXTENTS),
+    if not labels.defect:
+        return part_questions
+    defect_questions: list[tuple[str, str, Sequence[str]]] = [
+        ("There is a defect. What is the type of the defect?", labels.defect, tuple(PRETRAINING_DEFECTS)),
+        ("There is a defect. Where is the defect?", labels.place, PLACES),
+        ("There is a defect. How large is the defect?", labels.extent, _EXTENTS),
     ]
-    if looks.tone:
-        marks.append(("There is a defect. What is the tone of the defect?", looks.tone, _TONES))
-    return part[:1] + marks
+    if labels.tone:
+        defect_questions.append(("There is a defect. What is the tone of the defect?", labels.tone, _TONES))
+    return part_questions[:1] + defect_questions
 
 
-def caption_row(seed: int) -> Row:
-    """One photograph and what it shows: the cheapest way to learn to see."""
-    shown = _photo_row(np.random.default_rng((seed, 8)), normals=0)
-    return Row(shown.photos, "", tuple(lesson for lesson in shown.branches if lesson.skill == "caption"))
+def draw_caption_row(seed: int) -> LessonRow:
+    """Draw one image with its caption, the cheapest lesson for learning to see."""
+    full = _image_row(np.random.default_rng((seed, 8)), normals=0)
+    return LessonRow(full.images, "", tuple(lesson for lesson in full.branches if lesson.skill == "caption"))
 
 
-def text_row(seed: int) -> Row:
-    """A row without photographs: repeat, find and choose what the text states."""
+def draw_text_row(seed: int) -> LessonRow:
+    """Draw a row without images: repeat, find and choose what the text states."""
     rng = np.random.default_rng((seed, 6))
-    return binding_row(seed, behind=0.3) if rng.random() < 0.6 else _notes_row(rng)
+    return draw_binding_row(seed, after_share=0.3) if rng.random() < 0.6 else _notes_row(rng)
 
 
-def binding_row(seed: int, behind: float) -> Row:
-    """Short questions with the answer stated beside them, `behind` the options or else before the question."""
+def draw_binding_row(seed: int, after_share: float) -> LessonRow:
+    """Draw short questions with a statement of the answer.
+
+    The statement comes after the options in a share `after_share` of the questions, otherwise before the question.
+    """
     rng = np.random.default_rng((seed, 7))
     branches = []
     for _ in range(6):
         answers = [_sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
-        said = answers[0] if rng.random() < 0.7 else answers[0].lower()
+        spelling = answers[0] if rng.random() < 0.7 else answers[0].lower()
         subject = _pick(rng, WORDS)
-        stated = f"{_pick(rng, ('Note', 'Hint', 'Remark'))}: the {subject} is {said}\n"
-        branches.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "text", stated, behind))
-    return Row((), "", tuple(branches))
+        stated = f"{_pick(rng, ('Note', 'Hint', 'Remark'))}: the {subject} is {spelling}\n"
+        branches.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "text", stated, after_share))
+    return LessonRow((), "", tuple(branches))
 
 
-def _notes_row(rng: np.random.Generator) -> Row:
+def _notes_row(rng: np.random.Generator) -> LessonRow:
     names = [" ".join(_words(rng, 1, 2)) for _ in range(int(rng.integers(2, 4)))]
     notes = {name: _phrase(rng) for name in names}
     name = _pick(rng, tuple(notes))
@@ -271,56 +276,57 @@ def _notes_row(rng: np.random.Generator) -> Row:
     for _ in range(4):
         long = rng.random() < 0.2
         answers = [_phrase(rng) if long else _sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
-        said = answers[0] if rng.random() < 0.7 else answers[0].lower()
+        spelling = answers[0] if rng.random() < 0.7 else answers[0].lower()
         if rng.random() < 0.3:
-            branches.append(_choice(rng, f"Which option is: {said}", answers[0], answers, "text"))
+            branches.append(_choice(rng, f"Which option is: {spelling}", answers[0], answers, "text"))
             continue
         subject = _pick(rng, WORDS)
-        stated = f"{_pick(rng, ('Note', 'Hint', 'Remark'))}: the {subject} is {said}\n"
+        stated = f"{_pick(rng, ('Note', 'Hint', 'Remark'))}: the {subject} is {spelling}\n"
         branches.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "text", stated))
-    return Row((), "Notes:\n" + _lines(notes), tuple(branches))
+    return LessonRow((), "Notes:\n" + _lines(notes), tuple(branches))
 
 
 def _letters(rng: np.random.Generator) -> Lesson:
-    """Options, and the letter of each in another order: on its own line it is the same token as before the option."""
+    """Options, and the letter of each in another order. On its own line, a letter is the same token as in an option."""
     options = [_sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
     lines = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
     order = rng.permutation(4).tolist()
-    asked = " ".join(options[index] for index in order)
-    said = "\n".join(f"{options[index]}\n{LETTERS[index]}" for index in order)
-    return Lesson(f"{lines}Give the letters of: {asked}", said, "text")
+    questions = " ".join(options[index] for index in order)
+    completion = "\n".join(f"{options[index]}\n{LETTERS[index]}" for index in order)
+    return Lesson(f"{lines}Give the letters of: {questions}", completion, "text")
 
 
 def _choice(
     rng: np.random.Generator,
     text: str,
     answer: str,
-    others: Sequence[str],
+    answers: Sequence[str],
     skill: str,
     stated: str = "",
-    behind: float = 0.5,
+    after_share: float = 0.5,
 ) -> Lesson:
-    """A multiple-choice question of two to four options in random order.
+    """A multiple-choice question with two to four options in random order.
 
-    `stated` gives the answer in words, `behind` the options or else before the question.
+    The text `stated` states the answer. It comes after the options with probability `after_share`, otherwise before the
+    question.
     """
-    wrong = [other for other in dict.fromkeys(others) if other != answer]
+    wrong = [other for other in dict.fromkeys(answers) if other != answer]
     count = min(len(wrong), int(rng.integers(1, 4)))
     options = [answer, *(wrong[index] for index in rng.permutation(len(wrong))[:count])]
     order = rng.permutation(len(options)).tolist()
     lines = "".join(f"{LETTERS[i]}. {_sentence(options[source])}\n" for i, source in enumerate(order))
-    before, after = ("", stated) if rng.random() < behind else (stated, "")
-    return Lesson(f"{before}{_asked(rng, text)}\n{lines}{after}{INSTRUCTION}", LETTERS[order.index(0)], skill)
+    before, after = ("", stated) if rng.random() < after_share else (stated, "")
+    return Lesson(f"{before}{_question_text(rng, text)}\n{lines}{after}{INSTRUCTION}", LETTERS[order.index(0)], skill)
 
 
-def _asked(rng: np.random.Generator, text: str) -> str:
+def _question_text(rng: np.random.Generator, text: str) -> str:
     return f"Question: {text}" if rng.random() < 0.5 else text
 
 
-def _notes(rng: np.random.Generator, true: str, others: Sequence[str], count: int) -> dict[str, str]:
-    wrong = [other for other in others if other != true]
-    names = [true, *(wrong[index] for index in rng.permutation(len(wrong))[:count])]
-    return {names[index]: _phrase(rng) for index in rng.permutation(len(names)).tolist()}
+def _notes(rng: np.random.Generator, true: str, names: Sequence[str], count: int) -> dict[str, str]:
+    wrong = [name for name in names if name != true]
+    noted = [true, *(wrong[index] for index in rng.permutation(len(wrong))[:count])]
+    return {noted[index]: _phrase(rng) for index in rng.permutation(len(noted)).tolist()}
 
 
 def _lines(notes: dict[str, str]) -> str:

@@ -1,18 +1,17 @@
-"""echo-tiny itself: tokenizer, processor and model of Qwen2-VL's own classes, and rows of lessons as its inputs."""
+"""echo-tiny: its tokenizer, processor and model, all of Qwen2-VL's own classes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from echo_ft.experts import roles
-from train.tiny.lessons import INSTRUCTION, PHRASES, WORDS, Row
+from train.tiny.inputs import ASSISTANT_OPENING
+from train.tiny.lessons import INSTRUCTION, PHRASES, WORDS, LessonRow
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -29,32 +28,26 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Qwen2-VL's published chat template."""
+"""The published chat template of Qwen2-VL."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-"""Qwen2-VL's special tokens, in the order of their ids."""
+"""The special tokens of Qwen2-VL, in the order of their ids."""
 
-VOCABULARY = 3072
-MERGE = 28
-"""Pixels of one image token's side: patches of 14, merged 2 x 2."""
-
-OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-TURN = "<|im_end|>\n<|im_start|>assistant\n"
-CLOSING = "<|im_end|>\n"
+VOCABULARY_SIZE = 3072
 
 
-def build_tokenizer(rows: Iterable[Row]) -> Any:
-    """Byte-level BPE with Qwen2's pre-tokenizer and special tokens, trained on lessons, words and phrases."""
+def build_tokenizer(rows: Iterable[LessonRow]) -> Any:
+    """Train a byte-level BPE tokenizer on lessons, words and phrases, with Qwen2's pre-tokenizer and special tokens."""
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     prompts = [value for value in vars(roles).values() if isinstance(value, str)]
     capitals = [word.capitalize() for word in WORDS]
-    texts = [f"{r.context}{lesson.prompt}\n{lesson.completion}" for r in rows for lesson in r.branches]
+    texts = [f"{row.context}{lesson.prompt}\n{lesson.completion}" for row in rows for lesson in row.branches]
     texts += 200 * [*PHRASES, *prompts, " ".join(["", *WORDS, *capitals]), "\n".join([*capitals, *WORDS])]
     bare = Tokenizer(models.BPE())
     bare.normalizer = normalizers.NFC()
@@ -66,7 +59,7 @@ def build_tokenizer(rows: Iterable[Row]) -> Any:
     )
     bare.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -74,10 +67,10 @@ def build_tokenizer(rows: Iterable[Row]) -> Any:
     model = json.loads(bare.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[misc]  # pairs, though annotated as strings
+        merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[misc]  # transformers annotates pairs as strings
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,  # type: ignore[arg-type]  # Qwen2's has none either
+        unk_token=None,  # type: ignore[arg-type]  # as in Qwen2
         model_max_length=4096,
     )
     tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL_TOKENS)})
@@ -85,7 +78,7 @@ def build_tokenizer(rows: Iterable[Row]) -> Any:
 
 
 def build_processor(tokenizer: Any) -> Any:
-    """Qwen2-VL's processor; by default a photograph becomes at most 36 image tokens, as in pretraining."""
+    """Qwen2-VL's processor. By default, an image becomes at most 36 image tokens, as in pretraining."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     size = {"shortest_edge": 112 * 112, "longest_edge": 168 * 168}
@@ -98,14 +91,14 @@ def build_processor(tokenizer: Any) -> Any:
 
 
 def build_model(tokenizer: Any) -> Any:
-    """Qwen2-VL, small, with random float32 weights."""
+    """A small Qwen2-VL with float32 weights: random, except for the prepared embeddings and attention."""
     from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     token = tokenizer.convert_tokens_to_ids
     width = 128
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": VOCABULARY,
+            "vocab_size": VOCABULARY_SIZE,
             "hidden_size": width,
             "intermediate_size": 384,
             "num_hidden_layers": 4,
@@ -113,9 +106,9 @@ def build_model(tokenizer: Any) -> Any:
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "initializer_range": 0.05,
-            # Qwen2-VL gives its highest frequencies to time and its lowest to width. With its theta and sections, heads
-            # of 32 channels could not tell one column of a grid of 6 from the next; the slowest channels, which match
-            # words at any distance, must stay.
+            # Qwen2-VL assigns its highest frequencies to time and its lowest to width. With its theta and sections,
+            # heads of 32 channels could not distinguish adjacent columns in a grid of 6. The slowest channels must
+            # stay, because they match words at any distance.
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [1, 1, 14]},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
@@ -145,15 +138,15 @@ def build_model(tokenizer: Any) -> Any:
         do_sample=False,
     )
     _prepare_embeddings(model, tokenizer)
-    # From where the letter is said, so many tokens back to the last word before the instruction.
-    _prepare_attention(model, len(tokenizer(f".\n{INSTRUCTION}{TURN}")["input_ids"]))
+    # The distance from the predicted letter back to the last word before the instruction.
+    _prepare_attention(model, len(tokenizer(f".\n{INSTRUCTION}{ASSISTANT_OPENING}")["input_ids"]))
     return model
 
 
 def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
-    """Start a word's tokens, in upper and lower case, with and without a space before them, near each other.
+    """Initialise the spellings of a word (upper and lower case, with and without a leading space) near each other.
 
-    Embeddings are also the output matrix: with smaller ones, a copied token could hardly raise its own logit.
+    The embeddings are also the output matrix. If they were smaller, a copied token could hardly raise its own logit.
     """
     import torch
 
@@ -161,188 +154,96 @@ def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
     words = [tokenizer.decode([token]).strip().lower() for token in range(len(embeddings))]
     first = torch.tensor([words.index(word) for word in words])
     with torch.no_grad():
-        apart, shared = torch.randn_like(embeddings), torch.randn_like(embeddings)[first]
-        embeddings.copy_(0.15 * (0.6 * apart + 0.8 * shared))
+        own, shared = torch.randn_like(embeddings), torch.randn_like(embeddings)[first]
+        embeddings.copy_(0.15 * (0.6 * own + 0.8 * shared))
 
 
 def _prepare_attention(model: Any, answer: int) -> None:
-    """Start attention as what answering by letter takes, which random weights do not find in a training this short.
+    """Initialise attention so that the model can answer by letter. Random weights do not learn this in so short a time.
 
-    Of the channels, a third each hold a token's own word, a word that was looked for and a letter. The first layer
-    writes an option's letter beside its words (two and three tokens back); the last but one fetches, `answer` tokens
-    back, the words stated before the instruction; the last finds the option with these words and says its letter.
-    From there on it is training that finds answers elsewhere: in text further away, and in photographs. The second
-    layer starts with queries equal to keys, and all outputs undo values, as in mimetic initialization (Trockman and
-    Kolter, arXiv 2305.09828); the other heads attend to everything alike, photographs too.
+    A third of the channels each holds a token's own word, a word to search for, and a letter. The first layer writes an
+    option's letter next to its words (two and three tokens back). The second to last layer fetches the words before the
+    instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter.
+    Training then learns to find answers elsewhere: further back in the text, and in images. The second layer starts
+    with queries equal to keys, and every output matrix undoes its value matrix, as in mimetic initialization (Trockman
+    and Kolter, arXiv 2305.09828). The other heads attend to all tokens alike, including image tokens.
     """
     import torch
 
     language = model.model.language_model
     rotary, embeddings, layers = language.rotary_emb, language.embed_tokens.weight, language.layers
     size, width = embeddings.shape[1], layers[0].self_attn.head_dim
-    half = width // 2
-    turning, still = rotary.inv_freq > 0.1, rotary.inv_freq < 0.02
-
-    def heads(matrix: Any) -> Any:
-        return matrix.view(-1, width, size)
-
-    def look_back(attention: Any, backs: tuple[int, ...]) -> None:
-        keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
-        keys[:, 0] = 6.0 * turning
-        for head, back in enumerate(backs):
-            queries[head, 0] = 6.0 * turning * torch.cos(back * rotary.inv_freq)
-            queries[head, 1] = -6.0 * turning * torch.sin(back * rotary.inv_freq)
-            heads(attention.q_proj.weight)[head] = 0  # by place alone
-
-    def write(attention: Any, head: int, channels: Any) -> None:
-        attention.o_proj.weight.view(size, -1, width)[:, head] = channels.T
-
     with torch.no_grad():
-        word, looked_for, letter = torch.nn.init.orthogonal_(torch.empty(size, size))[: 3 * width].split(width)
-        for channels in (looked_for, letter):
+        word, target, letter = torch.nn.init.orthogonal_(torch.empty(size, size))[: 3 * width].split(width)
+        for channels in (target, letter):
             embeddings -= 0.8 * embeddings @ channels.T @ channels
         for number, layer in enumerate(layers):
-            attention = layer.self_attn
-            group = attention.num_key_value_groups
-            torch.nn.init.orthogonal_(attention.k_proj.weight)
-            torch.nn.init.orthogonal_(attention.v_proj.weight)
-            if number == 1:
-                heads(attention.q_proj.weight).add_(heads(attention.k_proj.weight).repeat_interleave(group, dim=0))
-            values = heads(attention.v_proj.weight).repeat_interleave(group, dim=0)
-            attention.o_proj.weight.copy_(0.5 * values.flatten(0, 1).T)
+            _init_mimetic(layer.self_attn, equal_queries=number == 1)
         first, fetch, match = layers[0].self_attn, layers[-2].self_attn, layers[-1].self_attn
         for attention, source in ((first, word), (fetch, word), (match, letter)):
-            heads(attention.v_proj.weight)[0] = source
-        look_back(first, (2, 3, 1, 1))
-        write(first, 0, letter)
-        write(first, 1, 0.5 * letter)
-        look_back(fetch, (answer, answer + 1))
+            _heads(attention.v_proj.weight, width)[0] = source
+        _attend_back(first, rotary.inv_freq, (2, 3, 1, 1))
+        _write_to(first, 0, letter)
+        _write_to(first, 1, 0.5 * letter)
+        _attend_back(fetch, rotary.inv_freq, (answer, answer + 1))
         for head in range(2):
-            write(fetch, head, looked_for)
-            write(match, head, word)
-        # Only channels that turn slowly match, for distance not to matter.
-        slow = still.repeat(2)
-        keys, queries = heads(match.k_proj.weight), heads(match.q_proj.weight)
+            _write_to(fetch, head, target)
+            _write_to(match, head, word)
+        # Match only in slowly rotating channels, so that the distance does not matter.
+        slow = (rotary.inv_freq < 0.02).repeat(2)
+        keys, queries = _heads(match.k_proj.weight, width), _heads(match.q_proj.weight, width)
         keys[0], queries[:2] = 0, 0
         keys[0, slow] = 1.5 * word[: int(slow.sum())]
-        queries[:2, slow] = 1.5 * looked_for[: int(slow.sum())]
+        queries[:2, slow] = 1.5 * target[: int(slow.sum())]
 
 
-@dataclass
-class TokenSpan:
-    """A row as token ids (length L): one prefix, then its branches, which do not see each other."""
-
-    ids: np.ndarray
-    """(L,)"""
-    positions: np.ndarray
-    """(3, L): M-RoPE's time, height and width; every branch starts after the prefix."""
-    branch: np.ndarray
-    """(L,): 0 in the prefix, then the branch's number."""
-    trained: np.ndarray
-    """(L,): true where the token is to be predicted."""
+def _heads(matrix: Any, width: int) -> Any:
+    """The rows of a projection (heads x width, hidden) as (heads, width, hidden), without a copy."""
+    return matrix.view(-1, width, matrix.shape[1])
 
 
-def lay_out(r: Row, tokenizer: Any) -> TokenSpan:
-    """The row through the chat template, the user's turn closed and answered once a branch."""
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    ids, places = [], []
-    position = 0
-
-    def add(new: list[int], start: int) -> None:
-        ids.append(np.asarray(new))
-        places.append(np.broadcast_to(start + np.arange(len(new)), (3, len(new))))
-
-    text = OPENING
-    for photo in r.photos:
-        opening = encode(text + "<|vision_start|>")
-        add(opening, position)
-        position += len(opening)
-        rows, columns = photo.shape[0] // MERGE, photo.shape[1] // MERGE
-        ids.append(np.full(rows * columns, image))
-        down, right = np.divmod(np.arange(rows * columns), columns)
-        places.append(position + np.stack([np.zeros_like(down), down, right]))
-        position += max(rows, columns)
-        text = "<|vision_end|>"
-    shared = encode(text + r.context)
-    add(shared, position)
-    position += len(shared)
-    branch = [np.zeros(sum(map(len, ids)), np.int64)]
-    trained = [np.zeros(len(branch[0]), bool)]
-    for number, lesson in enumerate(r.branches, start=1):
-        asked, said = encode(lesson.prompt + TURN), encode(lesson.completion + CLOSING)
-        add(asked + said, position)
-        branch.append(np.full(len(asked) + len(said), number))
-        # Text is trained on as a whole: answers that repeat an option's words are what teaches to match and copy.
-        # Not its first token: in a row, that follows another branch.
-        trained.append(np.repeat([False, not r.photos, True], [1, len(asked) - 1, len(said)]))
-    return TokenSpan(*(np.concatenate(parts, axis=-1) for parts in (ids, places, branch, trained)))
-
-
-def collate(rows: list[Row], tokenizer: Any) -> dict[str, Any]:
-    """Rows as tensors, padded to length L: ids and labels (B, L), positions (3, B, L), attention (B, 1, L, L)."""
+def _init_mimetic(attention: Any, equal_queries: bool) -> None:
+    """Initialise keys and values as orthogonal, and the output as the transpose of the values."""
     import torch
 
-    layouts = [lay_out(r, tokenizer) for r in rows]
-    length = max(len(layout.ids) for layout in layouts)
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), length), -100)
-    positions = torch.zeros(3, len(rows), length, dtype=torch.long)
-    branch = torch.full((len(rows), length), -1)
-    for index, layout in enumerate(layouts):
-        end = len(layout.ids)
-        ids[index, :end] = torch.from_numpy(layout.ids)
-        labels[index, :end] = torch.from_numpy(np.where(layout.trained, layout.ids, -100))
-        positions[:, index, :end] = torch.from_numpy(layout.positions)
-        branch[index, :end] = torch.from_numpy(layout.branch)
-    same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
-    photos = [torch.from_numpy(photo) for r in rows for photo in r.photos]
-    return {"ids": ids, "labels": labels, "positions": positions, "attention": same.tril()[:, None], "photos": photos}
+    width, group = attention.head_dim, attention.num_key_value_groups
+    torch.nn.init.orthogonal_(attention.k_proj.weight)
+    torch.nn.init.orthogonal_(attention.v_proj.weight)
+    if equal_queries:
+        keys = _heads(attention.k_proj.weight, width).repeat_interleave(group, dim=0)
+        _heads(attention.q_proj.weight, width).add_(keys)
+    values = _heads(attention.v_proj.weight, width).repeat_interleave(group, dim=0)
+    attention.o_proj.weight.copy_(0.5 * values.flatten(0, 1).T)
 
 
-def patches(photos: list[Any]) -> tuple[Any, Any]:
-    """What Qwen2-VL's image processor makes of photographs (height, width, 3) whose sides are multiples of 28.
+def _attend_back(attention: Any, frequencies: Any, distances: tuple[int, ...]) -> None:
+    """Let each head attend to the token at its distance, by position only."""
+    import torch
 
-    Returns pixel values (patches, 1176) and grids (photographs, 3), without the processor's resizing, for speed.
+    half = len(frequencies)
+    rotating = frequencies > 0.1
+    keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
+    keys[:, 0] = 6.0 * rotating
+    for head, distance in enumerate(distances):
+        queries[head, 0] = 6.0 * rotating * torch.cos(distance * frequencies)
+        queries[head, 1] = -6.0 * rotating * torch.sin(distance * frequencies)
+        _heads(attention.q_proj.weight, 2 * half)[head] = 0
+
+
+def _write_to(attention: Any, head: int, channels: Any) -> None:
+    """Let a head write its output (width) to `channels` (width, hidden)."""
+    output = attention.o_proj.weight
+    output.view(output.shape[0], -1, channels.shape[0])[:, head] = channels.T
+
+
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """Save the model and its processor, and round the weights of `model` to bfloat16.
+
+    bfloat16 halves the size of the file. The weights load as float32, in which a CPU computes.
     """
-    import torch
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    mean, deviation = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
-    values, grids = [], []
-    for photo in photos:
-        rows, columns = photo.shape[0] // 14, photo.shape[1] // 14
-        pixels = (photo.float() / 255 - mean) / deviation
-        blocks = pixels.view(rows // 2, 2, 14, columns // 2, 2, 14, 3).permute(0, 3, 1, 4, 6, 2, 5)
-        values.append(blocks.unsqueeze(5).expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(rows * columns, -1))
-        grids.append([1, rows, columns])
-    return torch.cat(values), torch.tensor(grids)
-
-
-def answer_logits(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Logits (N, vocabulary) at the N trained tokens of a batch, and these tokens (N,)."""
-    vision = {}
-    if batch["photos"]:
-        vision["pixel_values"], vision["image_grid_thw"] = patches(batch["photos"])
-    hidden = model.model(
-        input_ids=batch["ids"],
-        attention_mask=batch["attention"],
-        position_ids=batch["positions"],
-        use_cache=False,
-        **vision,
-    ).last_hidden_state
-    labels = batch["labels"][:, 1:]
-    return model.lm_head(hidden[:, :-1][labels != -100]), labels[labels != -100]
-
-
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Weights rounded to bfloat16 to halve the file; they load as float32, in which a CPU computes."""
     import torch
 
     processor.save_pretrained(folder)
     halves = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    model.save_pretrained(folder, state_dict=halves)  # without the output matrix, which is the embeddings
-    model.load_state_dict(halves, strict=False)  # what is measured after this is what was saved
+    model.save_pretrained(folder, state_dict=halves)  # the output matrix is the embeddings
+    model.load_state_dict(halves, strict=False)  # later measurements use the saved weights
