@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
     merge = [] if config.merge == ["none"] else config.merge
     for part, fidelity in export_bundle(adapters, Path(config.output), merge, config.dtype).items():
         print(
-            f"{part}: the reloaded logits are within {fidelity.difference:.2g} of those of the trained adapter, "
-            f"{fidelity.share:.2%} of its effect"
+            f"{part}: the reloaded logits are within {fidelity.max_difference:.2g} of those of the trained adapter, "
+            f"{fidelity.relative_error:.2%} of its effect"
         )
     print(f"done: {config.output}; its README.md describes how to serve it")
 

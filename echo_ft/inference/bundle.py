@@ -1,6 +1,6 @@
-"""A bundle for inference: the four adapters, a merged model where wanted, the processor, and how to serve them.
+"""Export a bundle for inference: the four adapters, optional merged models, the processor, and serving instructions.
 
-Everything in the bundle is loaded again and compared with the original's logits on a drawn probe before it counts.
+Each part of the bundle is reloaded, and its logits on a synthetic probe are compared with those of the trained adapter.
 """
 
 from __future__ import annotations
@@ -19,98 +19,102 @@ from PIL import Image
 
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
-from echo_ft.files import atomic_folder
+from echo_ft.files import atomic_folder, write_json, write_text
 from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters
-from echo_ft.model.batches import image_inputs, pad_rows
+from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Branch, Exchange
 
-ALLOWED_ERROR_SHARE, MAX_ERROR_SHARE = 0.02, 0.25
-"""How far a part may be from the trained adapter, as a share of what the adapter changes: SHARE, or what the weights'
-type rounds away, but never more than MOST, so that a lost update (a share of 1) is noticed however small it is."""
+ALLOWED_ERROR, MAX_ERROR = 0.02, 0.25
+"""Allowed error of a part, relative to the adapter's effect on the logits. Rounding in the weights' data type may raise
+it above ALLOWED_ERROR, but never above MAX_ERROR, so that even a small update cannot get lost (error 1) unnoticed."""
 
-ROUNDING_UNITS = 8
-"""Rounding that is accepted, in units of the type's own: the logits of a model merged in bfloat16 or float16 differ
-by about one from those of base and adapter apart (measured on echo-tiny); deeper models round more often."""
+ALLOWED_EPSILONS = 8
+"""Allowed rounding error, in machine epsilons. Logits of a model merged in bfloat16 or float16 differ by about one
+epsilon from those of the unmerged adapter (measured on echo-tiny); deeper models round more often."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a part of the bundle comes to the trained adapter, by the logits on the probe."""
+    """How closely a part of the bundle reproduces the trained adapter's logits on the probe."""
 
-    difference: float
-    """The largest difference of any logit."""
-    share: float
-    """Root mean square of the differences, over that of what the adapter changes in the base model's logits."""
+    max_difference: float
+    """Largest absolute difference of a logit."""
+    relative_error: float
+    """RMS of the differences, divided by the RMS of the adapter's changes to the base model's logits."""
 
 
 def export_bundle(
     adapters: Mapping[str, Adapter], output: Path, merge: Sequence[str], dtype: str = "auto"
 ) -> dict[str, Fidelity]:
-    """Write the bundle to `output`; returns how near each part comes to the trained adapter.
+    """Write the bundle to `output`; returns the fidelity of each part.
 
     Layout: `adapters/<role>/`, `merged/<role>/` for the roles in `merge`, `processor/`, `bundle.json`, `README.md`.
-    Raises EchoError where a part does not reproduce the original's logits. However it fails, nothing is left.
+    Raises EchoError if `output` exists, a role in `merge` is unknown, or a part does not reproduce the trained
+    adapter's logits. If the export fails, it leaves no files behind.
     """
     if output.exists():
-        raise EchoError(f"{output} exists already; choose another --output or delete it")
+        raise EchoError(f"{output} already exists; choose another --output or delete it")
     unknown = [role for role in merge if role not in adapters]
     if unknown:
         raise EchoError(f"cannot merge {unknown[0]!r}; the roles are {', '.join(adapters)}")
     with atomic_folder(output) as folder:
-        return _fill(folder, adapters, merge, dtype)
+        return _fill_bundle(folder, adapters, merge, dtype)
 
 
-def _fill(folder: Path, adapters: Mapping[str, Adapter], merge: Sequence[str], dtype: str) -> dict[str, Fidelity]:
+def _fill_bundle(
+    folder: Path, adapters: Mapping[str, Adapter], merge: Sequence[str], dtype: str
+) -> dict[str, Fidelity]:
     card = next(iter(adapters.values())).card
     for role, adapter in adapters.items():
         (folder / "adapters" / role).mkdir(parents=True)
-        # What is used for inference; optimizer states, checkpoints and pickles stay behind.
+        # Only files for inference, without optimizer states, checkpoints and pickles.
         for name in (*ADAPTER_FILES, ADAPTER_CARD):
             shutil.copyfile(adapter.path / name, folder / "adapters" / role / name)
     processor = load_processor(card.base_model, card.base_revision, card.min_pixels, card.max_pixels)
     processor.save_pretrained(folder / "processor")
 
-    def base() -> Any:
+    def load_base() -> Any:
         return load_model(card.base_model, card.base_revision, dtype)
 
-    probe = _probe(RowBuilder(processor))
-    original = attach_adapters(base(), {role: adapter.path for role, adapter in adapters.items()})
+    probe = _make_probe(RowBuilder(processor))
+    original = attach_adapters(load_base(), {role: adapter.path for role, adapter in adapters.items()})
     expected = {role: _logits(original, probe, role) for role in adapters}
     with original.disable_adapter():
         untuned = _logits(original, probe)
     del original
     gc.collect()
 
-    def check(part: str, found: torch.Tensor) -> None:
-        fidelity[part] = _compare(found, expected[part.split("/")[1]], untuned, part)
-
     fidelity: dict[str, Fidelity] = {}
-    reloaded = attach_adapters(base(), {role: folder / "adapters" / role for role in adapters})
+
+    def check(part: str, logits: torch.Tensor) -> None:
+        fidelity[part] = _compare(logits, expected[part.split("/")[1]], untuned, part)
+
+    reloaded = attach_adapters(load_base(), {role: folder / "adapters" / role for role in adapters})
     for role in adapters:
         check(f"adapters/{role}", _logits(reloaded, probe, role))
     del reloaded
     gc.collect()
     for role in merge:
         target = folder / "merged" / role
-        merged = attach_adapters(base(), {role: folder / "adapters" / role}).merge_and_unload()
+        merged = attach_adapters(load_base(), {role: folder / "adapters" / role}).merge_and_unload()
         merged.save_pretrained(target)
         processor.save_pretrained(target)
-        # What it was trained on travels with it: a run on it is not one of an untuned model.
+        # The card lets a run on the merged model check what it was trained on.
         shutil.copyfile(folder / "adapters" / role / ADAPTER_CARD, target / ADAPTER_CARD)
         del merged
         gc.collect()
-        again = load_model(str(target), dtype=dtype).eval()
-        check(f"merged/{role}", _logits(again, probe))
-        del again
+        merged = load_model(str(target), dtype=dtype).eval()
+        check(f"merged/{role}", _logits(merged, probe))
+        del merged
         gc.collect()
-    _describe(folder, adapters, fidelity)
+    _write_descriptions(folder, adapters, fidelity)
     return fidelity
 
 
-def _probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
-    """A batch of two drawn images and a question: the same for every export."""
+def _make_probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
+    """Make a batch of two random images and a question, which is the same for every export."""
     values = np.random.default_rng(0).integers(0, 255, (2, 96, 128, 3), dtype=np.uint8)
     images = [Image.fromarray(value) for value in values]
     branch = Branch("probe", f"Question: Is there any defect in the object?\nA. Yes.\nB. No.\n{DECIDE_INSTRUCTION}")
@@ -131,46 +135,46 @@ def _logits(model: Any, probe: Mapping[str, torch.Tensor], role: str | None = No
     return model(**{name: tensor.to(model.device) for name, tensor in probe.items()}).logits.cpu()
 
 
-def _compare(found: torch.Tensor, expected: torch.Tensor, untuned: torch.Tensor, part: str) -> Fidelity:
-    """Compare `found` with what the trained adapter says, by the scale of what it changes in what the base says."""
-    kind, found, expected, untuned = expected.dtype, found.float(), expected.float(), untuned.float()
-    error, update = _size(found - expected), _size(expected - untuned)
+def _compare(logits: torch.Tensor, expected: torch.Tensor, untuned: torch.Tensor, part: str) -> Fidelity:
+    """Compare logits with those of the trained adapter, relative to the adapter's changes to the base model's."""
+    dtype, logits, expected, untuned = expected.dtype, logits.float(), expected.float(), untuned.float()
+    error, update = _rms(logits - expected), _rms(expected - untuned)
     allowed = min(
-        max(ALLOWED_ERROR_SHARE * update, ROUNDING_UNITS * torch.finfo(kind).eps * _size(expected)),
-        MAX_ERROR_SHARE * update,
+        max(ALLOWED_ERROR * update, ALLOWED_EPSILONS * torch.finfo(dtype).eps * _rms(expected)),
+        MAX_ERROR * update,
     )
-    # `not <=` so that NaN fails too.
+    # `not <=` also rejects NaN.
     if not error <= allowed:
-        remedy = "" if kind == torch.float32 else "export with --dtype float32, or "
+        remedy = "" if dtype == torch.float32 else "export with --dtype float32, or "
         raise EchoError(
-            f"{part} does not reproduce the trained adapter: its logits are off by {error:.2g}, where the adapter "
-            f"changes the base model's by {update:.2g} and {allowed:.2g} would be accepted for {kind} (root mean "
-            f"squares on a probe); {remedy}train longer if the adapter hardly changes anything, or check the base model"
+            f"{part} does not reproduce the trained adapter: its logits differ by {error:.2g}, but {dtype} allows only "
+            f"{allowed:.2g}, and the adapter changes the base model's logits by {update:.2g} (RMS on a probe); "
+            f"{remedy}train longer if the adapter has hardly any effect, or check the base model"
         )
-    return Fidelity(float((found - expected).abs().max()), error / update if update else 0.0)
+    return Fidelity(float((logits - expected).abs().max()), error / update if update else 0.0)
 
 
-def _size(logits: torch.Tensor) -> float:
-    """Root mean square: the largest of a hundred thousand would be a matter of rounding luck."""
+def _rms(logits: torch.Tensor) -> float:
+    """Return the root mean square, because the maximum of 100,000 logits depends too much on rounding."""
     return float(logits.square().mean().sqrt())
 
 
-def _describe(folder: Path, adapters: Mapping[str, Adapter], fidelity: Mapping[str, Fidelity]) -> None:
-    """bundle.json for programs, README.md for people."""
+def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], fidelity: Mapping[str, Fidelity]) -> None:
+    """Write bundle.json for programs and README.md for readers."""
     card = next(iter(adapters.values())).card
     configs = {
         role: json.loads((folder / "adapters" / role / "adapter_config.json").read_text(encoding="utf-8"))
         for role in adapters
     }
     rank = max(config["r"] for config in configs.values())
-    tower = any(_names_the_tower(config["target_modules"]) for config in configs.values())
+    adapts_vision = any(_targets_vision(config["target_modules"]) for config in configs.values())
     budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
     served = [role for role, config in configs.items() if not config.get("use_dora")]
     local = Path(card.base_model).is_dir()
     command = [
         f"vllm serve {Path(card.base_model).resolve() if local else card.base_model}"
         + ("" if local else f" --revision {card.base_revision}"),
-        f"--enable-lora --max-lora-rank {rank}" + (" --enable-tower-connector-lora" if tower else ""),
+        f"--enable-lora --max-lora-rank {rank}" + (" --enable-tower-connector-lora" if adapts_vision else ""),
         "--lora-modules " + " ".join(f"{role}=adapters/{role}" for role in served),
         f"--mm-processor-kwargs '{budget}'",
         f"--limit-mm-per-prompt '{json.dumps({'image': 8})}'",
@@ -183,25 +187,29 @@ def _describe(folder: Path, adapters: Mapping[str, Adapter], fidelity: Mapping[s
         "min_pixels": card.min_pixels,
         "max_pixels": card.max_pixels,
         "max_lora_rank": rank,
-        "tower_is_adapted": tower,
+        "tower_is_adapted": adapts_vision,
         "adapters": {role: adapter.fingerprint for role, adapter in adapters.items()},
-        "largest_logit_difference": {part: one.difference for part, one in fidelity.items()},
-        "share_of_the_update": {part: one.share for part, one in fidelity.items()},
+        "largest_logit_difference": {part: one.max_difference for part, one in fidelity.items()},
+        "share_of_the_update": {part: one.relative_error for part, one in fidelity.items()},
     }
-    (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "bundle.json", bundle)
     lines = [
         "# Adapters for the four experts",
         "",
-        f"Base model: `{card.base_model}`, revision `{card.base_revision}`, weights `{card.base_fingerprint}`.",
-        f"Prompts: version {card.prompt_version} of echo_ft.experts.roles. Pixels of an image: {card.min_pixels} to "
-        f"{card.max_pixels}.",
+        f"- Base model: `{card.base_model}`, revision `{card.base_revision}`, weights `{card.base_fingerprint}`",
+        f"- Prompts: version {card.prompt_version} of `echo_ft.experts.roles`",
+        f"- Pixel budget: {card.min_pixels} to {card.max_pixels} pixels per image",
         "",
-        "| part | largest logit difference to the trained adapter | differences to what the adapter changes |",
+        "Every part was reloaded, and its logits on a probe were compared with those of the trained adapter. The RMS",
+        "error is relative to the adapter's own changes to the base model's logits.",
+        "",
+        "| part | largest difference | relative RMS error |",
         "|---|---|---|",
-        *(f"| {part} | {one.difference:.2g} | {one.share:.2%} |" for part, one in fidelity.items()),
+        *(f"| {part} | {one.max_difference:.2g} | {one.relative_error:.2%} |" for part, one in fidelity.items()),
         "",
-        "In echo-ft: `python -m evaluation.run --config ... --adapters adapters`. In PEFT: "
-        "`PeftModel.from_pretrained(base, 'adapters/decision_maker')`. In vLLM, from this folder:",
+        "- echo-ft: pass the folder `adapters` to `python -m evaluation.run --config ... --adapters adapters`.",
+        "- PEFT: load an adapter with `PeftModel.from_pretrained(base, 'adapters/decision_maker')`.",
+        "- vLLM: run this command in this folder:",
         "",
         "```",
         " \\\n  ".join(command),
@@ -209,10 +217,10 @@ def _describe(folder: Path, adapters: Mapping[str, Adapter], fidelity: Mapping[s
         "",
     ]
     if len(served) < len(configs):
-        lines.insert(-1, "vLLM does not serve DoRA adapters; export those with `--merge ROLE` and serve merged/ROLE.")
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        lines.insert(-1, "vLLM cannot serve DoRA adapters. Export them with `--merge ROLE` and serve `merged/ROLE`.")
+    write_text(folder / "README.md", "\n".join(lines))
 
 
-def _names_the_tower(targets: str | Sequence[str]) -> bool:
+def _targets_vision(targets: str | Sequence[str]) -> bool:
     names = [targets] if isinstance(targets, str) else targets
     return any(part in name for name in names for part in ("visual", "merger", "qkv", "attn.proj", "fc1", "fc2"))

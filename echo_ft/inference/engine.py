@@ -1,8 +1,8 @@
-"""Asking a model: images encoded once, the prefix computed once, every branch continued from its cache.
+"""Generate with a local model: encode images once, prefill prefixes once, and decode branches from their caches.
 
-For N branches of B exchanges the prefix of Lp tokens runs once an exchange, the branches (padded on the left to Lb
-tokens) continue from copies of its key-value cache, and decoding is greedy. The result is that of asking every
-question alone (tests/inference/test_engine.py compares with `generate`).
+For B exchanges with N branches, the prefix of Lp tokens runs once per exchange. The branches, left-padded to Lb tokens,
+continue from copies of its key-value cache. Decoding is greedy. The result equals that of generating each answer
+separately (tests/inference/test_engine.py compares with `generate`).
 """
 
 from __future__ import annotations
@@ -27,38 +27,37 @@ from echo_ft.model.rows import PADDING, Row, RowBuilder
 from echo_ft.records import LETTERS, Exchange, Generation
 
 RECENT_IMAGES = 256
-"""Images whose features an engine has at hand, those used last: more than a batch has."""
-
+"""Number of recently used images with cached features; more than a batch has."""
 
 ImageFeature = tuple[torch.Tensor, tuple[int, int]]
-"""What the vision tower makes of an image, (tokens, hidden), and its (width, height)."""
+"""The vision tower's features of an image, (tokens, hidden), and the image's (width, height) in pixels."""
 
 
 class ImageFeatureCache:
-    """Looks at images that engines on one model and pixel budget go on with: the first ones that fit into `most` bytes.
+    """Cache of image features, shared by engines with the same model and pixel budget.
 
-    None is dropped for another one: runs go through the same images in the same order, and of a store that is too small
-    for all and drops what was used longest ago each run would find nothing.
+    It keeps the first features that fit into `max_bytes` and evicts nothing. Every run visits the images in the same
+    order, so an LRU cache that cannot hold them all would never hit.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.size = 0
-        self._looks: dict[tuple[str, View], ImageFeature] = {}
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self._features: dict[tuple[str, View], ImageFeature] = {}
 
-    def get(self, image: tuple[str, View]) -> ImageFeature | None:
-        """The look at an image as a role sees it, if it is kept."""
-        return self._looks.get(image)
+    def get(self, key: tuple[str, View]) -> ImageFeature | None:
+        """Return the features of a view for a role, or None if they are not cached."""
+        return self._features.get(key)
 
-    def add(self, image: tuple[str, View], look: ImageFeature) -> None:
-        """Keep it, if it fits."""
-        if self.size + look[0].nbytes <= self.most:
-            self.size += look[0].nbytes
-            self._looks[image] = look
+    def add(self, key: tuple[str, View], feature: ImageFeature) -> None:
+        """Cache the features of a view for a role if they fit."""
+        if self.used_bytes + feature[0].nbytes <= self.max_bytes:
+            self.used_bytes += feature[0].nbytes
+            self._features[key] = feature
 
 
 class Engine:
-    """One base model, with or without adapters named after the roles, and a bounded store of image features."""
+    """Generates with one base model, with or without adapters named after the roles."""
 
     def __init__(
         self,
@@ -71,12 +70,14 @@ class Engine:
         features: ImageFeatureCache | None = None,
         max_batch_tokens: int | None = None,
     ) -> None:
-        """`answer_tokens` is the most that the decision maker says; None: as many as the others.
+        """Make an engine for images relative to `root`.
 
-        One costs no step of decoding: it comes from the same logits as the letters' probabilities. `corruption` is how
-        every query is degraded. `features` are shared with other engines on the same model and pixel budget.
-        `max_batch_tokens` is the most that the cache may hold when all is said; exchanges that would need more are
-        taken apart, one that needs more by itself runs alone.
+        `answer_tokens` limits the decision maker's generations; None means `max_new_tokens`. A single answer token
+        needs no decoding step, because it comes from the same logits as the letters' probabilities. `corruption`
+        degrades every query. `features` may be shared with other engines on the same model and pixel budget.
+
+        `max_batch_tokens` limits the tokens in the key-value cache at the end of decoding. Larger batches are split; an
+        exchange that exceeds the limit runs in a batch of its own.
         """
         self.model = model.eval()
         self.row_builder = row_builder
@@ -96,74 +97,76 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        """What `role` says to every branch of every exchange, in order.
+        """Generate the outputs of `role` for every branch of every exchange, in order.
 
-        Raises EchoError where an image is missing or broken.
+        Raises EchoError if an image is missing or broken, or if a row cannot be built.
         """
         if not exchanges:
             return []
         if self.adapted:
             self.model.set_adapter(role)
         shown = [view for exchange in exchanges for view in views(exchange, self.root, self.corruption)]
-        looks = iter(zip(*self._encode_images(role, shown), strict=True))
-        own = [[next(looks) for _ in exchange.images] for exchange in exchanges]
-        rows = [self.row_builder.row(one, [size for _, size in seen]) for one, seen in zip(exchanges, own, strict=True)]
+        encoded = iter(self._encode_images(role, shown))
+        images = [[next(encoded) for _ in exchange.images] for exchange in exchanges]
+        rows = [
+            self.row_builder.row(exchange, [size for _, size in features])
+            for exchange, features in zip(exchanges, images, strict=True)
+        ]
         limit = self.answer_tokens if role == "decision_maker" else self.max_new_tokens
-        said: list[Generation] = []
+        generations: list[Generation] = []
         for start, end in pairwise(self._batch_boundaries(rows, limit)):
-            part = rows[start:end]
-            cache, visible, starts = self._prefill(
-                part, tuple(feature for seen in own[start:end] for feature, _ in seen)
-            )
-            owners = torch.tensor([index for index, row in enumerate(part) for _ in row.exchange.branches])
-            said += self._decode(part, owners.to(self.device), cache, visible, starts, limit)
-        generations = iter(said)
-        return [[next(generations) for _ in exchange.branches] for exchange in exchanges]
+            batch = rows[start:end]
+            features = tuple(feature for own in images[start:end] for feature, _ in own)
+            cache, visible, starts = self._prefill(batch, features)
+            owners = torch.tensor([index for index, row in enumerate(batch) for _ in row.exchange.branches])
+            generations += self._decode(batch, owners.to(self.device), cache, visible, starts, limit)
+        remaining = iter(generations)
+        return [[next(remaining) for _ in exchange.branches] for exchange in exchanges]
 
     def _batch_boundaries(self, rows: Sequence[Row], limit: int) -> list[int]:
-        """Where rows are taken apart for the budget of tokens, and both ends; `limit` is the most that is said to each.
+        """Split rows into batches within `max_batch_tokens`; returns the start of each batch and the end of the last.
 
-        Every branch has a copy of its prefix in the cache, and all are padded to the longest.
+        `limit` is the maximum number of new tokens per branch. Every branch has a copy of its prefix in the cache, and
+        all are padded to the longest.
         """
-        cuts, prefix, branch, count = [0], 0, 0, 0
+        boundaries, prefix, branch, count = [0], 0, 0, 0
         for index, row in enumerate(rows):
             own_prefix, *own = np.bincount(row.segments).tolist()
             prefix, branch, count = max(prefix, own_prefix), max(branch, *own), count + len(own)
             fits = self.max_batch_tokens is None or count * (prefix + branch + limit) <= self.max_batch_tokens
-            if not fits and index > cuts[-1]:
-                cuts.append(index)
+            if not fits and index > boundaries[-1]:
+                boundaries.append(index)
                 prefix, branch, count = own_prefix, max(own), len(own)
-        return [*cuts, len(rows)]
+        return [*boundaries, len(rows)]
 
-    def _encode_images(self, role: str, images: Sequence[View]) -> tuple[Any, list[tuple[int, int]]]:
-        """Features (tokens, hidden) and (width, height) of each image, encoded only where not kept from before."""
-        # An adapter on the vision tower makes the features the role's own.
+    def _encode_images(self, role: str, images: Sequence[View]) -> list[ImageFeature]:
+        """Return the features of each image, from the caches or the vision tower."""
+        # Roles share features unless an adapter changes the vision tower.
         owner = role if self.adapted and self._tower_is_adapted(role) else ""
-        found = {view: look for view in images if (look := self._find((owner, view))) is not None}
+        found = {view: feature for view in images if (feature := self._find((owner, view))) is not None}
         missing = [view for view in dict.fromkeys(images) if view not in found]
         with ThreadPoolExecutor(READER_THREADS) as pool:
-            # One by one: the last bits of what stands beside others depend on them, and so on what was kept before.
+            # One image at a time: in a batch, the lowest bits would depend on which images are not cached yet.
             for view, (inputs, size) in zip(missing, pool.map(self._load, missing), strict=True):
-                (feature,) = self.base.model.get_image_features(
+                (encoded,) = self.base.model.get_image_features(
                     inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
                 ).pooler_output
-                found[view] = feature, size
+                found[view] = encoded, size
                 if self._shared is not None:
                     self._shared.add((owner, view), found[view])
-        for view, look in found.items():
-            self._recent[owner, view] = look
+        for view, feature in found.items():
+            self._recent[owner, view] = feature
             self._recent.move_to_end((owner, view))
         while len(self._recent) > RECENT_IMAGES:
             self._recent.popitem(last=False)
-        looks = [found[view] for view in images]
-        return tuple(feature for feature, _ in looks), [size for _, size in looks]
+        return [found[view] for view in images]
 
-    def _find(self, image: tuple[str, View]) -> ImageFeature | None:
-        shared = None if self._shared is None else self._shared.get(image)
-        return shared or self._recent.get(image)
+    def _find(self, key: tuple[str, View]) -> ImageFeature | None:
+        shared = None if self._shared is None else self._shared.get(key)
+        return shared or self._recent.get(key)
 
     def _load(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
-        """An image's pixels as the model takes them, and its (width, height)."""
+        """Load the model inputs of an image and its (width, height)."""
         image = view.load()
         return image_inputs(self.row_builder, [image]), image.size
 
@@ -172,18 +175,25 @@ class Engine:
             ".visual." in name and role in getattr(module, "lora_A", ()) for name, module in self.model.named_modules()
         )
 
-    def _prefill(self, rows: Sequence[Row], features: Any) -> tuple[DynamicCache, torch.Tensor, list[int]]:
-        """The prefixes' cache, which of its tokens are no padding (B, Lp), and where each row's branches start."""
+    def _prefill(
+        self, rows: Sequence[Row], features: tuple[torch.Tensor, ...]
+    ) -> tuple[DynamicCache, torch.Tensor, list[int]]:
+        """Run the prefixes through the model.
+
+        Returns their key-value cache, a mask (B, Lp) that is False for padding, and the first position of each row's
+        branches.
+        """
         prefixes = [_select_tokens(row, row.segments == 0) for row in rows]
         batch = {
             name: tensor.to(self.device) for name, tensor in pad_rows(prefixes, self.row_builder.pad_token_id).items()
         }
         cache = DynamicCache(config=self.base.config.get_text_config())
+        pooled: Any = features  # transformers declares a single tensor
         self.base.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=None,  # plain causal attention, for which fast kernels exist: the padding comes last
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+            attention_mask=None,  # causal attention, which has fast kernels, is enough: padding is on the right
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
             past_key_values=cache,
             use_cache=True,
         )
@@ -198,7 +208,10 @@ class Engine:
         starts: Sequence[int],
         limit: int,
     ) -> list[Generation]:
-        """Greedy continuation of every branch by at most `limit` tokens; `owners` (N,) is the row of each."""
+        """Decode every branch greedily, up to `limit` new tokens.
+
+        `owners` (N,) is the row index of each branch; `cache`, `visible` (B, Lp) and `starts` come from `_prefill`.
+        """
         branches = [
             torch.from_numpy(row.input_ids[row.segments == number + 1])
             for row in rows
@@ -206,15 +219,15 @@ class Engine:
         ]
         count, length = len(branches), max(len(branch) for branch in branches)
         tokens = torch.full((count, length), self.row_builder.pad_token_id, device=self.device)
-        shown = torch.zeros(count, length, dtype=torch.bool, device=self.device)
+        real = torch.zeros(count, length, dtype=torch.bool, device=self.device)  # False for padding
         for index, branch in enumerate(branches):
             tokens[index, length - len(branch) :] = branch.to(self.device)
-            shown[index, length - len(branch) :] = True
-        lengths = shown.sum(dim=1)
+            real[index, length - len(branch) :] = True
+        lengths = real.sum(dim=1)
         first = torch.tensor(starts, device=self.device)[owners]
-        positions = (first[:, None] + shown.cumsum(dim=1) - 1).clamp(min=0)
+        positions = (first[:, None] + real.cumsum(dim=1) - 1).clamp(min=0)
         cache.batch_select_indices(owners)
-        visible = torch.cat([visible[owners], shown], dim=1)
+        visible = torch.cat([visible[owners], real], dim=1)
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         mask = visible[:, None, :].repeat(1, length, 1)
         mask[:, :, -length:] &= causal
@@ -224,33 +237,34 @@ class Engine:
         letters = [
             {letter: float(scores[index, token]) for letter, token in self._letters.items()} for index in range(count)
         ]
-        said: list[list[int]] = [[] for _ in range(count)]
-        alive = torch.arange(count, device=self.device)
+        generated: list[list[int]] = [[] for _ in range(count)]
+        active = torch.arange(count, device=self.device)
         position = first + lengths
-        for spent in range(limit):
+        for step in range(limit):
             token = logits.argmax(dim=-1)
-            going = ~torch.isin(token, self._ends)
-            for index, value, goes in zip(alive.tolist(), token.tolist(), going.tolist(), strict=True):
-                if goes:
-                    said[index].append(value)
-            if not going.any() or spent + 1 == limit:
+            unfinished = ~torch.isin(token, self._ends)
+            for index, value, continues in zip(active.tolist(), token.tolist(), unfinished.tolist(), strict=True):
+                if continues:
+                    generated[index].append(value)
+            if not unfinished.any() or step + 1 == limit:
                 break
-            if not going.all():
-                kept = going.nonzero()[:, 0]
+            if not unfinished.all():
+                kept = unfinished.nonzero()[:, 0]
                 cache.batch_select_indices(kept)
-                alive, token, position, visible = alive[kept], token[kept], position[kept], visible[kept]
-            visible = torch.cat([visible, visible.new_ones(len(alive), 1)], dim=1)
+                active, token, position, visible = active[kept], token[kept], position[kept], visible[kept]
+            visible = torch.cat([visible, visible.new_ones(len(active), 1)], dim=1)
             logits = self._step(token[:, None], position[:, None], visible[:, None, :], cache)
             position = position + 1
         decode = self.row_builder.tokenizer.decode
         return [
-            Generation(decode(ids, skip_special_tokens=True).strip(), letters[index]) for index, ids in enumerate(said)
+            Generation(decode(ids, skip_special_tokens=True).strip(), letters[index])
+            for index, ids in enumerate(generated)
         ]
 
     def _step(
         self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        """Logits (N, vocabulary) after the last of `tokens` (N, T); `mask` is (N, T, cached + T)."""
+        """Return the logits (N, vocabulary) after the last of `tokens` (N, T); `mask` is (N, T, cached + T)."""
         hidden = self.base.model(
             input_ids=tokens,
             position_ids=positions.expand(3, *positions.shape),

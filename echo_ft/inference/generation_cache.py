@@ -1,7 +1,7 @@
-"""What roles said, kept in files: what another run of the same model was asked in the same words is not asked again.
+"""On-disk cache of generations, shared by runs of the same model, so that no prompt is answered twice.
 
-An answer depends on the model and on what is asked: images, context and prompt. On what it is computed beside depend
-its last bits alone (tests/inference/test_engine.py), so it may be shared by runs that differ in what else they ask.
+A generation depends on the model and on its images, context and prompt. The rest of the batch affects only its lowest
+bits (tests/inference/test_engine.py), so runs with different sets of questions can share the cache.
 """
 
 from __future__ import annotations
@@ -18,73 +18,78 @@ from echo_ft.records import Exchange, Generation
 
 
 class GenerationCache:
-    """The utterances in a folder, read at the start; this process adds to a file of its own.
+    """Generations stored in a folder. They are read once, and each process appends to its own file.
 
-    All that one call was answered is one line: a run that was stopped asks again together what it had asked together,
-    and so ends with the bytes of a run left alone.
+    The results of one call are one line of the file. An interrupted run therefore repeats whole calls, and its final
+    files are bit-identical to those of an uninterrupted run.
     """
 
-    def __init__(self, folder: Path, speakers: Mapping[str, Any], process: int = 0) -> None:
-        """`speakers` tells of each role all that its answers depend on beside what it is asked."""
-        self._speakers = {role: json.dumps(speaker, sort_keys=True) for role, speaker in speakers.items()}
-        self._said = dict(said for path in sorted(folder.glob("*.jsonl")) for said in _read(path))
+    def __init__(self, folder: Path, identities: Mapping[str, Any], process: int = 0) -> None:
+        """Open the cache in `folder`; `process` numbers the file that this process appends to.
+
+        `identities` holds, for each role, everything except the prompt that its generations depend on.
+        """
+        self._identities = {role: json.dumps(identity, sort_keys=True) for role, identity in identities.items()}
+        self._generations = dict(item for path in sorted(folder.glob("*.jsonl")) for item in _read(path))
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{process}.jsonl"
 
     def wrap(self, generate: Generate) -> Generate:
-        """`generate`, asked only for what is not there yet."""
+        """Wrap `generate` so that it is called only for branches that are not in the cache."""
 
-        def recall(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        def cached(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
             missing = self._missing(role, exchanges)
             if missing:
-                self._keep(role, missing, generate(role, missing))
-            return self._recall(role, exchanges)
+                self._store(role, missing, generate(role, missing))
+            return self._lookup(role, exchanges)
 
-        return recall
+        return cached
 
     def wrap_async(self, generate: AsyncGenerate) -> AsyncGenerate:
-        """As `before`, for a backend that is awaited."""
+        """Like `wrap`, for an asynchronous backend."""
 
-        async def recall(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        async def cached(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
             missing = self._missing(role, exchanges)
             if missing:
-                self._keep(role, missing, await generate(role, missing))
-            return self._recall(role, exchanges)
+                self._store(role, missing, await generate(role, missing))
+            return self._lookup(role, exchanges)
 
-        return recall
+        return cached
 
     def _missing(self, role: str, exchanges: Sequence[Exchange]) -> list[Exchange]:
-        """The exchanges with those of their branches that were not answered yet; none without any."""
+        """Return the exchanges reduced to branches that are not in the cache, without exchanges that have none."""
         missing = []
         for exchange in exchanges:
-            new = [key not in self._said for key in self._keys(role, exchange)]
+            new = [key not in self._generations for key in self._keys(role, exchange)]
             if any(new):
-                branches = tuple(branch for branch, asked in zip(exchange.branches, new, strict=True) if asked)
+                branches = tuple(branch for branch, is_new in zip(exchange.branches, new, strict=True) if is_new)
                 missing.append(replace(exchange, branches=branches))
         return missing
 
-    def _keep(self, role: str, exchanges: Sequence[Exchange], said: Sequence[Sequence[Any]]) -> None:
+    def _store(self, role: str, exchanges: Sequence[Exchange], results: Sequence[Sequence[Any]]) -> None:
         new = {
-            key: Generation(utterance.text, dict(utterance.letters))
-            for exchange, generations in zip(exchanges, said, strict=True)
-            for key, utterance in zip(self._keys(role, exchange), generations, strict=True)
+            key: Generation(generation.text, dict(generation.letters))
+            for exchange, generations in zip(exchanges, results, strict=True)
+            for key, generation in zip(self._keys(role, exchange), generations, strict=True)
         }
-        rows = {key: [utterance.text, utterance.letters] for key, utterance in new.items()}
+        rows = {key: [generation.text, generation.letters] for key, generation in new.items()}
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(rows, ensure_ascii=False))  # after what a killed process left of its last line
-        self._said |= new
+            file.write(
+                "\n" + json.dumps(rows, ensure_ascii=False)
+            )  # on a new line, after a partial one that a killed process may have left
+        self._generations |= new
 
-    def _recall(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        return [[self._said[key] for key in self._keys(role, exchange)] for exchange in exchanges]
+    def _lookup(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        return [[self._generations[key] for key in self._keys(role, exchange)] for exchange in exchanges]
 
     def _keys(self, role: str, exchange: Exchange) -> list[str]:
-        """What tells each branch from all others: who is asked, what is shown, and the words."""
-        shared = json.dumps([role, self._speakers[role], exchange.images, exchange.context])
+        """Return a key per branch, derived from the role, its identity, the images, the context and the prompt."""
+        shared = json.dumps([role, self._identities[role], exchange.images, exchange.context])
         return [fingerprint_bytes(shared.encode(), branch.prompt.encode()) for branch in exchange.branches]
 
 
 def _read(path: Path) -> Iterator[tuple[str, Generation]]:
-    """The utterances of a file, some of whose lines may be half written."""
+    """Yield the generations of a file, without those in partial lines."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:

@@ -1,7 +1,7 @@
-"""The folder of an evaluation run: written as predictions come, stopped at any moment, gone on with, never mixed.
+"""The folder of an evaluation run, which can be interrupted at any time, resumed, and never mixed with another run.
 
-One process writes into the run's own files. Several write a shard each, and the first of them brings the shards
-together when all are done, or when the run is started again, by however many processes.
+A single process writes directly to the run's files. Several processes write one shard each. The first process merges
+the shards when all are done, or when the run is resumed with any number of processes.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any, TextIO, TypeVar
 from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import PermutedPrediction
 from echo_ft.experts.pipeline import Outcome
-from echo_ft.files import LOCK_FILE, lock_folder, open_append, read_complete_rows, to_json, write_jsonl, write_text
+from echo_ft.files import LOCK_FILE, lock_folder, open_append, read_complete_rows, to_json, write_json, write_jsonl
 from echo_ft.records import Case, Prediction, Trace
 
 PREDICTIONS, TRACES, RUN_DESCRIPTION = "predictions.jsonl", "traces.jsonl", "run.json"
 PERMUTATIONS = "permutations.jsonl"
-"""Where options are permuted: the decisions in each order. predictions.jsonl has one a question all the same."""
+"""The decisions for each option order, if options are permuted. predictions.jsonl still has one row per question."""
 
 SHARDS = "shards"
-"""Holds a folder for each of several processes while they write, named after its number."""
+"""Folder with one subfolder per process, named by its index, while several processes write."""
 
 CONTINUED_WITH = "continued_with"
-"""Where run.json keeps what was noted by processes that went on with the run under other circumstances."""
+"""Key in run.json for notes of later processes that resumed the run with other settings."""
 
 RunRecord = TypeVar("RunRecord", Prediction, Trace, PermutedPrediction)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which one this is of the processes that share a run, and how it waits for the others."""
+    """The position of this process among those that share a run, and the barrier between them."""
 
     index: int = 0
     count: int = 1
@@ -43,15 +43,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that describes the run and brings the shards together."""
+        """Whether this process writes run.json and merges the shards."""
         return self.index == 0
 
 
 class RunFolder:
-    """Appends outcomes; a case counts as done when all its predictions are on disk.
+    """Appends the outcomes of a run to its folder. A case is done when all its predictions are on disk.
 
-    Started again, a run asks the cases that failed once more: their images may have been put right. One run writes to a
-    folder at a time: close it, or use it in a `with` block, to let another one have it.
+    A resumed run repeats failed cases, because their images may have been repaired. Only one run can write to a folder
+    at a time. Close it, or use it in a `with` block, to release the folder.
     """
 
     def __init__(
@@ -59,34 +59,36 @@ class RunFolder:
         folder: Path,
         provenance: Mapping[str, Any],
         cases: Sequence[Case],
-        noted: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
         processes: Processes | None = None,
     ) -> None:
-        """Start the run, or go on with the one that is there.
+        """Start a run, or resume the one in `folder`.
 
-        Each of several `processes` does so, and is held here until the first has looked at what is there.
-        `provenance` is all that must not differ between the two, `noted` what run.json tells beside it: it may differ,
-        and what a process that writes answers notes otherwise than the first is kept in `continued_with`. Raises
-        EchoError where the provenance differs, another run is at work in the folder, or it holds something else.
+        All `processes` of a run call this, and wait here until the first one has read the folder. `provenance` must be
+        equal when a run is resumed. `notes` are also written to run.json but may differ; if a process that writes
+        answers has other notes than the first, they are added to `continued_with`.
+
+        Raises EchoError if the provenance differs, another process is writing to the folder, or the folder has other
+        content.
         """
         self.folder = folder
         self.processes = processes or Processes()
         self.provenance = dict(provenance)
         self.cases = cases
         self.questions = sum(len(case.seen.questions) for case in cases)
-        self._now = self._noted = json.loads(json.dumps(dict(noted or {})))
+        self._own_notes = self._notes = json.loads(json.dumps(dict(notes or {})))
         self._continued: list[dict[str, Any]] = []
         self._locks: list[TextIO] = []
         self._files: dict[str, TextIO] = {}
         try:
             self.done = self._open() if self.processes.first else set()
             self.processes.wait()
-            if not self.processes.first:  # from here on, others may be writing: what they do is no matter of this one
-                self.done = self._answered([folder], failed=False)
-            self._own = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
-            if self._own != folder:
-                self._own.mkdir(parents=True, exist_ok=True)
-                self._locks.append(lock_folder(self._own))
+            if not self.processes.first:  # other processes may already be writing to their own shards
+                self.done = self._find_done([folder], include_failed=False)
+            self._shard = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
+            if self._shard != folder:
+                self._shard.mkdir(parents=True, exist_ok=True)
+                self._locks.append(lock_folder(self._shard))
         except BaseException:
             self.close()
             raise
@@ -98,114 +100,117 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close all files and release the folder."""
         for file in (*self._files.values(), *reversed(self._locks)):
             file.close()
 
     def batches(self, size: int) -> list[Sequence[Case]]:
-        """This process's share of what is not done yet.
+        """Return this process's share of the batches that are not done yet.
 
-        All cases in their order make batches of `size`, and one of which anything is missing is run as a whole: the
-        last bits of an answer depend on what it is computed beside, and so neither on when the run was stopped nor on
-        the number of processes.
+        Cases are batched in dataset order, `size` at a time, and a batch with any missing case is rerun as a whole. The
+        lowest bits of an answer depend on the rest of its batch. With fixed batches, results depend neither on where
+        the run was interrupted nor on the number of processes.
         """
         batches = [self.cases[start : start + size] for start in range(0, len(self.cases), size)]
         missing = [batch for batch in batches if any(case.id not in self.done for case in batch)]
         return missing[self.processes.index :: self.processes.count]
 
     def write(self, case: Case, outcome: Outcome) -> None:
-        """Put one case on disk: what was seen and said first, the predictions, which make it count, last.
+        """Write the outcome of one case. The predictions come last, because they mark the case as done.
 
-        A case that is done already stays as it is.
+        A case that is already done is left unchanged.
         """
         if case.id in self.done:
             return
         if self.processes.first:
-            self._note()
-        self._put(TRACES, outcome.traces)
-        self._put(PERMUTATIONS, outcome.permuted)
-        self._put(PREDICTIONS, outcome.predictions)
+            self._record_notes()
+        self._append(TRACES, outcome.traces)
+        self._append(PERMUTATIONS, outcome.permuted)
+        self._append(PREDICTIONS, outcome.predictions)
         self.done.add(case.id)
 
-    def _put(self, name: str, records: Sequence[RunRecord]) -> None:
+    def _append(self, name: str, records: Sequence[RunRecord]) -> None:
         if records and name not in self._files:
-            self._files[name] = open_append(self._own / name)
+            self._files[name] = open_append(self._shard / name)
         if records:
             self._files[name].write("".join(to_json(record) + "\n" for record in records))
             self._files[name].flush()
 
     def finish(self) -> None:
-        """Bring together what all processes wrote, and say in run.json whether it is all. Each of them calls this."""
+        """Merge the shards, and record in run.json whether the run is complete. All processes call this."""
         if self.processes.count > 1:
-            for file in (*self._files.values(), self._locks.pop()):  # its shard's
+            for file in (*self._files.values(), self._locks.pop()):  # of this process's shard
                 file.close()
             self.processes.wait()
             if self.processes.first:
-                self.done = self._gather(failed=True)
+                self.done = self._merge_shards(include_failed=True)
         if self.processes.first:
-            self._describe(complete=len(self.done) == len(self.cases))
+            self._write_description(complete=len(self.done) == len(self.cases))
 
     def _open(self) -> set[str]:
-        """Make the folder this run's, and its files those of the cases that are done, whose ids it returns."""
-        ours = {RUN_DESCRIPTION + ".partial", LOCK_FILE}
-        described = self.folder / RUN_DESCRIPTION
-        if not described.is_file() and self.folder.is_dir() and any(p.name not in ours for p in self.folder.iterdir()):
+        """Claim the folder, reduce its files to cases that are done, and return their ids."""
+        own_files = {RUN_DESCRIPTION + ".partial", LOCK_FILE}
+        description = self.folder / RUN_DESCRIPTION
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not description.is_file() and names - own_files:
             raise EchoError(f"{self.folder} is not empty and holds no run; choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._locks.append(lock_folder(self.folder))
-        if described.is_file():
-            self._go_on(_description(described))
-        self._describe(complete=False)
-        done = self._gather(failed=False)
-        self._describe(complete=len(done) == len(self.cases))
+        if description.is_file():
+            self._resume(_read_description(description))
+        self._write_description(complete=False)
+        done = self._merge_shards(include_failed=False)
+        self._write_description(complete=len(done) == len(self.cases))
         if self.processes.count > 1 and len(done) < len(self.cases):
-            self._note()  # it speaks for the others too
+            self._record_notes()  # on behalf of all processes
         return done
 
-    def _note(self) -> None:
-        """Keep in run.json what this process notes otherwise than the one that started the run."""
-        changed = {key: value for key, value in self._now.items() if self._noted.get(key) != value}
+    def _record_notes(self) -> None:
+        """Add this process's notes to run.json if they differ from those of the process that started the run."""
+        changed = {key: value for key, value in self._own_notes.items() if self._notes.get(key) != value}
         if changed and changed not in self._continued:
             self._continued.append(changed)
-            self._describe(complete=False)
+            self._write_description(complete=False)
 
-    def _describe(self, complete: bool) -> None:
-        run = {**self._required(), **self._noted}
+    def _write_description(self, complete: bool) -> None:
+        run = {**self._required(), **self._notes}
         if self._continued:
             run[CONTINUED_WITH] = self._continued
-        write_text(self.folder / RUN_DESCRIPTION, json.dumps({**run, "complete": complete}, indent=2) + "\n")
+        write_json(self.folder / RUN_DESCRIPTION, {**run, "complete": complete})
 
     def _required(self) -> dict[str, Any]:
         return {**self.provenance, "cases": len(self.cases), "questions": self.questions}
 
-    def _go_on(self, earlier: Mapping[str, Any]) -> None:
-        """Check that `earlier` describes this run, and keep what it notes."""
+    def _resume(self, earlier: Mapping[str, Any]) -> None:
+        """Check that `earlier` has the same provenance, and take over its notes."""
         required = self._required()
         difference = _difference("", {key: earlier.get(key) for key in required}, json.loads(json.dumps(required)))
         if difference:
             name, before, now = difference
             raise EchoError(
-                f"{self.folder} holds a run whose {name} is {before!r}, not {now!r}; "
-                "choose another --output, or delete that folder to run it again"
+                f"{self.folder} holds a run in which {name} is {before!r}, not {now!r}; "
+                "choose another --output, or delete that folder to start over"
             )
-        self._noted = {
+        self._notes = {
             key: value for key, value in earlier.items() if key not in {*required, "complete", CONTINUED_WITH}
         }
         self._continued = list(earlier.get(CONTINUED_WITH, []))
 
-    def _gather(self, failed: bool) -> set[str]:
-        """Take the shards into the run's own files, and whatever belongs to a half-written case out of them.
+    def _merge_shards(self, include_failed: bool) -> set[str]:
+        """Merge the shards into the run's files, and remove the rows of incomplete cases.
 
-        Returns the ids of the cases that are done; see `_answered`. Stopped in the middle, it loses nothing: the shards
-        go last.
+        Returns the ids of the cases that are done, as `_find_done` does. An interruption loses nothing, because the
+        shards are deleted last.
         """
         shards = self.folder / SHARDS
         folders = [self.folder, *sorted(shards.glob("*/"))]
-        for shard in folders[1:]:  # a process that outlived the first of its run may still write there
+        for shard in folders[1:]:  # a process that has outlived the first one may still be writing there
             lock_folder(shard).close()
-        done = self._answered(folders, failed)
+        done = self._find_done(folders, include_failed)
         predictions = (
-            row for row in _rows(folders, PREDICTIONS, Prediction) if row.case in done and (failed or row.error is None)
+            row
+            for row in _rows(folders, PREDICTIONS, Prediction)
+            if row.case in done and (include_failed or row.error is None)
         )
         write_jsonl(self.folder / PREDICTIONS, _distinct(predictions, lambda row: (row.case, row.question)))
         traces = (row for row in _rows(folders, TRACES, Trace) if row.case in done)
@@ -217,25 +222,28 @@ class RunFolder:
             shutil.rmtree(shards)
         return done
 
-    def _answered(self, folders: Iterable[Path], failed: bool) -> set[str]:
-        """Ids of the cases whose questions are all answered; those that failed are among them where `failed` is set."""
-        asked = {case.id: {question.id for question in case.seen.questions} for case in self.cases}
+    def _find_done(self, folders: Iterable[Path], include_failed: bool) -> set[str]:
+        """Return the ids of the cases that have a prediction for every question; failed ones only on request."""
+        expected = {case.id: {question.id for question in case.seen.questions} for case in self.cases}
         answered: defaultdict[str, set[str]] = defaultdict(set)
         for row in _rows(folders, PREDICTIONS, Prediction):
-            if failed or row.error is None:
+            if include_failed or row.error is None:
                 answered[row.case].add(row.question)
-        return {case for case, questions in answered.items() if asked.get(case) == questions}
+        return {case for case, questions in answered.items() if expected.get(case) == questions}
 
 
 def failure_reasons(folder: Path) -> list[str]:
-    """Why predictions of a run failed, one reason for each that did."""
+    """Return the error of each failed prediction of a run."""
     return [row.error for row in read_complete_rows(folder / PREDICTIONS, Prediction) if row.error is not None]
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder has nothing left to ask: it is complete, and no prediction of it failed."""
-    described = folder / RUN_DESCRIPTION
-    return described.is_file() and _description(described).get("complete") is True and not failure_reasons(folder)
+    """Return whether the run in a folder is complete and has no failed predictions.
+
+    Raises EchoError if its run.json is invalid.
+    """
+    path = folder / RUN_DESCRIPTION
+    return path.is_file() and _read_description(path).get("complete") is True and not failure_reasons(folder)
 
 
 def _rows(folders: Iterable[Path], name: str, cls: type[RunRecord]) -> Iterator[RunRecord]:
@@ -244,7 +252,7 @@ def _rows(folders: Iterable[Path], name: str, cls: type[RunRecord]) -> Iterator[
 
 
 def _distinct(rows: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -> Iterator[RunRecord]:
-    """The first of the rows with each key."""
+    """Yield the first row for each key."""
     seen = set()
     for row in rows:
         if key(row) not in seen:
@@ -252,18 +260,18 @@ def _distinct(rows: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -
             yield row
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EchoError(f"{path} is not JSON ({error}); choose another --output, or delete that folder") from error
     if not isinstance(found, dict):
-        raise EchoError(f"{path} is not a run's description; choose another --output, or delete that folder")
+        raise EchoError(f"{path} does not describe a run; choose another --output, or delete that folder")
     return found
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """The dotted name of the first value that differs, and both values; a whole part that one side lacks is None."""
+    """Return the dotted name of the first value that differs, and both values; None stands for a missing part."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             found = _difference(f"{name}.{key}" if name else key, before.get(key), now.get(key))

@@ -1,8 +1,9 @@
-"""Asking a server that speaks OpenAI's chat protocol (vLLM, `transformers serve`) what an `Engine` asks a model.
+"""Generate with an OpenAI-compatible server (vLLM, `transformers serve`) instead of a local `Engine`.
 
-The prompts are the renderer's own, images first, then the shared context, then the branch, so that a server with a
-prefix cache computes what branches share once. Images are brought to the pixel budget here, by the processor itself,
-and travel without loss: what the server sees is what training saw, and the tokens it counts are held against ours.
+Requests contain the rendered prompts: images first, then the shared context, then the branch. A server with a prefix
+cache therefore computes the shared part only once. The client resizes images to the pixel budget with the model's own
+processor and sends them losslessly, so that the server gets the images that training used. It also checks that the
+server counts the expected number of prompt tokens.
 """
 
 from __future__ import annotations
@@ -34,31 +35,29 @@ from echo_ft.records import LETTERS, ROLES, Branch, Exchange, Generation
 try:
     import openai
 except ImportError as missing:
-    raise EchoError(
-        "a server is asked with the package openai; install it: pip install 'echo-ft[serving]'"
-    ) from missing
+    raise EchoError("--server needs the openai package; install it with pip install 'echo-ft[serving]'") from missing
 
 TOP_LOGPROBS = 20
-"""Tokens whose probabilities are asked for at the answer position: the most that OpenAI and vLLM give."""
+"""Number of most likely tokens to request at the answer position: the maximum of OpenAI and vLLM."""
 
 FIRST_RETRY_WAIT, LONGEST_RETRY_WAIT = 0.5, 8.0
-"""Seconds between two tries of a request; each wait is twice the one before."""
+"""Shortest and longest wait before a retry, in seconds; the wait doubles with each retry."""
 
 IMAGES_PER_REQUEST = 4
-"""Images that are kept for each request under way: those of its case, for the roles that look at them next."""
+"""Number of encoded images to keep per concurrent request, so that the next role of its case can reuse them."""
 
 RETRY_STATUSES = (408, 409, 429)
-"""HTTP states, besides those from 500, in which the same request may be answered later."""
+"""HTTP status codes below 500 after which a request is retried."""
 
 REJECTED_STATUSES = (400, 413, 422)
-"""HTTP states of a server that does not take this one request."""
+"""HTTP status codes of a server that rejects only this request."""
 
 EncodedImage = tuple[str, tuple[int, int]]
-"""An image as a data URL, and its (width, height) before it was brought to the pixel budget."""
+"""An image as a data URL, and its original (width, height) in pixels."""
 
 
 class Server:
-    """A model for each role behind one address; use it in an `async with` block, in one event loop."""
+    """Generates with the models of a server. Use it in an `async with` block and in one event loop."""
 
     def __init__(
         self,
@@ -73,11 +72,12 @@ class Server:
         patience: float = 600.0,
         corruption: Corruption | None = None,
     ) -> None:
-        """`model` is the name that the server knows, where `{role}` stands for the role's.
+        """Make a client for the server at `url`.
 
-        At most `at_once` requests are under way. One that is not answered within `timeout` seconds, finds no server or
-        an overloaded one, is tried again for `patience` seconds. `answer_tokens` and `corruption` are as in `Engine`.
-        The key, where the server wants one, is the environment's OPENAI_API_KEY.
+        `model` is the model's name on the server; `{role}` in it is replaced by the role. At most `max_concurrent`
+        requests are sent at once. A request is retried for `patience` seconds if it takes more than `timeout` seconds,
+        or if the server is unreachable or overloaded. `answer_tokens` and `corruption` work as in `Engine`. If the
+        server requires a key, set the environment variable OPENAI_API_KEY.
         """
         self.url = url
         self.models = {role: model.replace("{role}", role) for role in ROLES}
@@ -88,14 +88,14 @@ class Server:
         self.timeout = timeout
         self.patience = patience
         self.corruption = corruption
-        self.kept_images = IMAGES_PER_REQUEST * max_concurrent
-        # Tries are counted in seconds here, not in times: a server that is started again takes minutes to load.
+        self.max_images = IMAGES_PER_REQUEST * max_concurrent
+        # The client makes no retries: retries are limited by time here, because a restarting server needs minutes.
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
         )
         self._slots = asyncio.Semaphore(max_concurrent)
         self._images: OrderedDict[View, asyncio.Task[EncodedImage]] = OrderedDict()
-        self._answered = -math.inf
+        self._last_reply = -math.inf
 
     async def __aenter__(self) -> Server:
         return self
@@ -104,151 +104,149 @@ class Server:
         await self._client.close()
 
     async def check(self) -> bool:
-        """Ask each role's model about two drawn images, the smallest and the largest of the pixel budget.
+        """Send each model a request with two blank images: the smallest and the largest of the pixel budget.
 
-        Returns whether the replies tell the probabilities of tokens. Raises EchoError where the server cannot be
-        reached, does not know a model, or counts other tokens than this project.
+        Returns whether all replies have token probabilities. Raises EchoError if the server is unreachable, lacks a
+        model, or counts another number of prompt tokens.
         """
         side = (
             math.isqrt(self.row_builder.image_processor.size["longest_edge"])
             + 2 * self.row_builder.image_processor.patch_size
         )
-        drawn = [Image.new("RGB", size, "grey") for size in ((1, 1), (side, side))]
-        shown = [(self._url(image), image.size) for image in drawn]
+        images = [Image.new("RGB", size, "grey") for size in ((1, 1), (side, side))]
+        encoded = [(self._data_url(image), image.size) for image in images]
         branch = Branch("check", DECIDE_INSTRUCTION)
         exchange = Exchange("decision_maker", "check", ("small", "large"), "", (branch,), PROMPT_VERSION)
-        known = True
+        has_logprobs = True
         for model in dict.fromkeys(self.models.values()):
-            (reply,) = await self._ask(model, exchange, shown, limit=1, logprobs=True)
-            known = known and bool(_told(reply))
-        return known
+            (reply,) = await self._complete(model, exchange, encoded, limit=1, logprobs=True)
+            has_logprobs = has_logprobs and bool(_top_logprobs(reply))
+        return has_logprobs
 
     async def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        """What `role` says to every branch of every exchange, in order.
+        """Generate the outputs of `role` for every branch of every exchange, in order.
 
-        `letters` holds those among the TOP_LOGPROBS tokens at the answer position, and is empty where the server does not tell
-        probabilities. Raises EchoError where an image is broken or the server does not take a prompt, and BackendError
-        where the server itself fails.
+        `letters` contains only letters among the TOP_LOGPROBS most likely tokens, and is empty if the server returns no
+        probabilities. Raises EchoError if an image is broken or the server rejects a prompt, and BackendError if the
+        server itself fails.
         """
         decides = role == "decision_maker"
         limit = self.answer_tokens if decides else self.max_new_tokens
 
-        async def ask(exchange: Exchange) -> list[Generation]:
-            shown = [await self._show(view) for view in views(exchange, self.root, self.corruption)]
-            replies = await self._ask(self.models[role], exchange, shown, limit, logprobs=decides)
+        async def complete(exchange: Exchange) -> list[Generation]:
+            encoded = [await self._encode(view) for view in views(exchange, self.root, self.corruption)]
+            replies = await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides)
             return [Generation((reply.choices[0].message.content or "").strip(), _letters(reply)) for reply in replies]
 
-        return await asyncio.gather(*(ask(exchange) for exchange in exchanges))
+        return await asyncio.gather(*(complete(exchange) for exchange in exchanges))
 
-    async def _show(self, view: View) -> EncodedImage:
-        """The image, read and resized once for all that ask for it, beside the event loop."""
+    async def _encode(self, view: View) -> EncodedImage:
+        """Read and resize an image in a thread, once for all requests that use it."""
 
-        def read() -> EncodedImage:
-            loaded = view.load()
-            return self._url(loaded), loaded.size
+        def load() -> EncodedImage:
+            image = view.load()
+            return self._data_url(image), image.size
 
         if view not in self._images:
-            self._images[view] = asyncio.create_task(asyncio.to_thread(read))
+            self._images[view] = asyncio.create_task(asyncio.to_thread(load))
         self._images.move_to_end(view)
         task = self._images[view]
-        while len(self._images) > self.kept_images:
+        while len(self._images) > self.max_images:
             self._images.popitem(last=False)
         return await task
 
-    def _url(self, image: Image.Image) -> str:
-        """The image at the size that the processor gives it, pixel by pixel, as a PNG in a data URL."""
-        self.row_builder.grid(*image.size)  # refuses an extreme shape by a sentence
+    def _data_url(self, image: Image.Image) -> str:
+        """Resize an image with the processor, and return it as a PNG in a data URL."""
+        self.row_builder.grid(*image.size)  # raises EchoError for an elongated image
         processor, merge = self.row_builder.image_processor, self.row_builder.merge
-        made = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
-        (_, rows, columns), patch = made["image_grid_thw"][0], processor.patch_size
-        patches = made["pixel_values"].reshape(rows // merge, columns // merge, merge, merge, 3, -1, patch, patch)
+        inputs = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+        (_, rows, columns), patch = inputs["image_grid_thw"][0], processor.patch_size
+        patches = inputs["pixel_values"].reshape(rows // merge, columns // merge, merge, merge, 3, -1, patch, patch)
         values = patches[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
         buffer = io.BytesIO()
         Image.fromarray(values.astype(np.uint8)).save(buffer, "PNG", compress_level=1)
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-    async def _ask(
-        self, model: str, exchange: Exchange, shown: Sequence[EncodedImage], limit: int, logprobs: bool
+    async def _complete(
+        self, model: str, exchange: Exchange, encoded: Sequence[EncodedImage], limit: int, logprobs: bool
     ) -> list[Any]:
-        """The server's chat completion for each branch, after at most `limit` tokens."""
-        row = self.row_builder.row(exchange, [size for _, size in shown])
+        """Return the server's chat completion of at most `limit` tokens for each branch."""
+        row = self.row_builder.row(exchange, [size for _, size in encoded])
         shared, *own = np.bincount(row.segments, minlength=len(exchange.branches) + 1).tolist()
         lengths = [shared + length for length in own]
-        images = [{"type": "image_url", "image_url": {"url": url}} for url, _ in shown]
-        # `transformers serve` makes the repetition penalty of generation_config.json from frequency_penalty: 0 is none.
+        images = [{"type": "image_url", "image_url": {"url": url}} for url, _ in encoded]
+        # Without frequency_penalty 0, `transformers serve` applies the repetition penalty of generation_config.json.
         options: dict[str, Any] = {"max_tokens": limit, "temperature": 0, "frequency_penalty": 0}
         if logprobs:
             options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
 
-        async def ask(branch: Branch, tokens: int) -> Any:
+        async def complete(branch: Branch, tokens: int) -> Any:
             content = [*images, {"type": "text", "text": exchange.context + branch.prompt}]
             async with self._slots:
-                reply = await self._patiently(
+                reply = await self._request(
                     {"model": model, "messages": [{"role": "user", "content": content}], **options}
                 )
             counted = reply.usage.prompt_tokens if reply.usage else tokens
             if counted != tokens:
                 raise BackendError(
-                    f"{self.url} makes {counted} tokens of a prompt that has {tokens} here: its "
-                    f"tokenizer, chat template or pixel budget is another; start it with those of model_name_or_path "
+                    f"{self.url} counts {counted} tokens for a prompt that has {tokens} tokens here, so its "
+                    "tokenizer, chat template or pixel budget differs; start it with those of model_name_or_path "
                     f"and with {self._budget()}"
                 )
             return reply
 
-        return await asyncio.gather(*map(ask, exchange.branches, lengths))
+        return await asyncio.gather(*map(complete, exchange.branches, lengths))
 
     def _budget(self) -> str:
         size = self.row_builder.image_processor.size
         return f"min_pixels {size['shortest_edge']} and max_pixels {size['longest_edge']}"
 
-    async def _patiently(self, request: Mapping[str, Any]) -> Any:
-        """The reply to a request that is tried again, ever more slowly, while it may yet be answered."""
+    async def _request(self, request: Mapping[str, Any]) -> Any:
+        """Send a request, and retry it with increasing waits until `patience` is over."""
         failing_since: float | None = None
         wait = FIRST_RETRY_WAIT
         while True:
             try:
                 reply: Any = await self._client.chat.completions.create(**request)
                 _ = reply.choices[0].message.content
-                self._answered = time.monotonic()
+                self._last_reply = time.monotonic()
                 return reply
             except openai.APITimeoutError:
-                reason = (
-                    f"no answer within {self.timeout:g} s; a longer --server_timeout or a smaller --batch_size helps"
-                )
+                reason = f"no answer within {self.timeout:g} s; raise --server_timeout or lower --batch_size"
             except openai.APIConnectionError as error:
                 reason = f"no connection: {error.__cause__ or error}"
             except openai.APIStatusError as error:
                 reason = f"{error.status_code}: {error.message[:300]}"
                 if error.status_code not in RETRY_STATUSES and error.status_code < 500:
-                    fault: type[EchoError] = EchoError if error.status_code in REJECTED_STATUSES else BackendError
-                    raise fault(
-                        f"{self.url} refuses a request to the model {request['model']!r} ({reason}); check "
+                    error_class: type[EchoError] = EchoError if error.status_code in REJECTED_STATUSES else BackendError
+                    raise error_class(
+                        f"{self.url} rejects a request for the model {request['model']!r} ({reason}); check "
                         "--server, --server_model and the server's limits"
                     ) from error
-                asked_to_wait = error.response.headers.get("retry-after", "")
-                wait = max(wait, int(asked_to_wait)) if asked_to_wait.isdecimal() else wait
+                retry_after = error.response.headers.get("retry-after", "")
+                wait = max(wait, int(retry_after)) if retry_after.isdecimal() else wait
             except (openai.APIError, AttributeError, IndexError, TypeError, ValueError):
-                reason = "what came back is no chat completion; the address ends in /v1 on most servers"
+                reason = "the reply is not a chat completion; most server addresses end in /v1"
             now = time.monotonic()
             if failing_since is None:
                 failing_since = now
-                warnings.warn(f"{self.url}: {reason}; trying again for {self.patience:g} s", stacklevel=2)
+                warnings.warn(f"{self.url}: {reason}; retrying for {self.patience:g} s", stacklevel=2)
             if now + wait > failing_since + self.patience:
-                # Where the server has answered others meanwhile, this one request is at fault.
-                fault = EchoError if self._answered > failing_since else BackendError
-                raise fault(
-                    f"{self.url} did not answer for {self.patience:g} s ({reason}); start the server and give the same "
-                    "command again: the run goes on where it stopped"
+                # If the server has answered other requests meanwhile, only this one fails.
+                error_class = EchoError if self._last_reply > failing_since else BackendError
+                raise error_class(
+                    f"{self.url} did not answer for {self.patience:g} s ({reason}); start the server and rerun the "
+                    "same command to resume the run"
                 )
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_RETRY_WAIT)
 
 
-def _told(reply: Any) -> Sequence[Any]:
-    """The TOP_LOGPROBS tokens at the answer position with their log-probabilities; empty where the server does not tell them."""
-    told = reply.choices[0].logprobs
-    return (told.content[0].top_logprobs or ()) if told is not None and told.content else ()
+def _top_logprobs(reply: Any) -> Sequence[Any]:
+    """Return the most likely tokens at the answer position with log-probabilities; empty if the server sends none."""
+    logprobs = reply.choices[0].logprobs
+    return (logprobs.content[0].top_logprobs or ()) if logprobs is not None and logprobs.content else ()
 
 
 def _letters(reply: Any) -> dict[str, float]:
-    return {one.token: one.logprob for one in _told(reply) if one.token in tuple(LETTERS)}
+    return {one.token: one.logprob for one in _top_logprobs(reply) if one.token in tuple(LETTERS)}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.files import from_dict, write_text
+from echo_ft.files import from_dict, write_json, write_text
 from echo_ft.model.loading import base_fingerprint
 from echo_ft.provenance import commit, fingerprint_files, versions
 from echo_ft.records import ROLES
@@ -108,7 +108,7 @@ def make_card(
 def write_card(folder: Path, card: AdapterCard) -> None:
     """Write the card into the adapter's folder, after a README.md with the same facts for readers."""
     write_text(folder / "README.md", _readme(card))  # replaces the template that PEFT or TRL leaves
-    write_text(folder / ADAPTER_CARD, json.dumps(asdict(card), indent=2) + "\n")
+    write_json(folder / ADAPTER_CARD, asdict(card))
 
 
 def _readme(card: AdapterCard) -> str:

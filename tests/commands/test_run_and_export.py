@@ -245,7 +245,7 @@ def test_an_export_reloads_to_the_trained_adapters_logits_and_runs(dataset, adap
     assert first == second
     merged = read_card(bundle / "merged" / "decision_maker")
     assert merged == read_card(adapters / "decision_maker"), "a merged model is known for what it was trained on"
-    with pytest.raises(EchoError, match="exists already"):
+    with pytest.raises(EchoError, match="already exists"):
         export_main(["--adapters", str(adapters), "--output", str(bundle)])
 
 

@@ -186,7 +186,7 @@ def test_a_server_is_sent_the_degraded_query_and_good_references(row_builder, ca
     how, exchange, server = Corruption("motion", 4), exchanges_of(case)[-1], FakeServer()
     ask_server(server, row_builder, tmp_path, [exchange], corruption=how)
     server.close()
-    for body in server.asked:
+    for body in server.requests:
         for sent, view in zip(shown_images(body), views(exchange, tmp_path, how), strict=True):
             expected, found = (
                 row_builder.image_processor(images=[image], return_tensors="np") for image in (view.load(), sent)

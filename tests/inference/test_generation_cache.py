@@ -1,4 +1,4 @@
-"""What was said once is not asked again: by role, speaker, images and words, whoever asks, before and after a stop."""
+"""The cache answers each prompt once per model, across runs, processes and interruptions."""
 
 from __future__ import annotations
 
@@ -12,82 +12,84 @@ from echo_ft.inference.generation_cache import GenerationCache
 from echo_ft.records import ROLES, Generation
 from tests.support.exchanges import exchanges_of
 
-SPEAKERS = {role: {"adapter": role} for role in ROLES}
+IDENTITIES = {role: {"adapter": role} for role in ROLES}
 
 
 class Backend:
-    """Says something else whenever it is asked, and remembers what it was asked."""
+    """Gives a different answer on every call, and records the ids of the branches."""
 
     def __init__(self):
-        self.asked = []
+        self.branches = []
 
     def generate(self, role, exchanges):
-        said = []
+        results = []
         for exchange in exchanges:
-            start = len(self.asked)
-            self.asked += [branch.id for branch in exchange.branches]
-            numbers = range(start, len(self.asked))
-            said.append(
+            start = len(self.branches)
+            self.branches += [branch.id for branch in exchange.branches]
+            numbers = range(start, len(self.branches))
+            results.append(
                 [Generation(f"{role} ☃ {number}", {"A": -1 / 3 - number, "B": -math.inf}) for number in numbers]
             )
-        return said
+        return results
 
     async def generate_async(self, role, exchanges):
         return self.generate(role, exchanges)
 
 
 @pytest.fixture
-def asked(case):
+def exchanges(case):
     return exchanges_of(case)
 
 
-def kept(folder, speakers=SPEAKERS, process=0):
-    return GenerationCache(folder, speakers, process)
+def open_cache(folder, identities=IDENTITIES, process=0):
+    return GenerationCache(folder, identities, process)
 
 
-def test_only_what_is_new_is_asked_and_every_branch_gets_its_own_answer(asked, tmp_path):
+def test_only_new_branches_reach_the_backend(exchanges, tmp_path):
     backend = Backend()
-    generate = kept(tmp_path).wrap(backend.generate)
-    exchange = asked[0]
+    generate = open_cache(tmp_path).wrap(backend.generate)
+    exchange = exchanges[0]
     some = replace(exchange, branches=exchange.branches[1::2])
     first = generate("decision_maker", [some])
     whole = generate("decision_maker", [exchange])
-    assert backend.asked == [branch.id for branch in (*exchange.branches[1::2], *exchange.branches[::2])]
-    assert whole[0][1::2] == first[0] and len({one.text for one in whole[0]}) == len(exchange.branches)
+    assert backend.branches == [branch.id for branch in (*exchange.branches[1::2], *exchange.branches[::2])]
+    assert whole[0][1::2] == first[0]
+    assert len({one.text for one in whole[0]}) == len(exchange.branches)
     assert generate("decision_maker", []) == []
 
 
-def test_who_is_asked_and_what_is_shown_tell_answers_apart_and_the_case_does_not(asked, tmp_path):
-    backend, exchange = Backend(), asked[0]
-    kept(tmp_path).wrap(backend.generate)("decision_maker", [exchange])
+def test_the_key_covers_role_model_and_prompt_but_not_the_case(exchanges, tmp_path):
+    backend, exchange = Backend(), exchanges[0]
+    open_cache(tmp_path).wrap(backend.generate)("decision_maker", [exchange])
     count = len(exchange.branches)
-    assert len(backend.asked) == count
+    assert len(backend.branches) == count
     same = replace(exchange, case="another", branches=tuple(replace(one, id="x") for one in exchange.branches))
-    kept(tmp_path).wrap(backend.generate)("decision_maker", [same])
-    assert len(backend.asked) == count
+    open_cache(tmp_path).wrap(backend.generate)("decision_maker", [same])
+    assert len(backend.branches) == count
     others = [
-        ("decision_maker", replace(exchange, images=exchange.images[::-1]), SPEAKERS),
-        ("decision_maker", replace(exchange, context=exchange.context + "More.\n"), SPEAKERS),
-        ("decision_maker", exchange, {**SPEAKERS, "decision_maker": {"adapter": "trained again"}}),
-        ("reasoning_expert", exchange, SPEAKERS),
+        ("decision_maker", replace(exchange, images=exchange.images[::-1]), IDENTITIES),
+        ("decision_maker", replace(exchange, context=exchange.context + "More.\n"), IDENTITIES),
+        ("decision_maker", exchange, {**IDENTITIES, "decision_maker": {"adapter": "trained again"}}),
+        ("reasoning_expert", exchange, IDENTITIES),
     ]
-    for number, (role, one, speakers) in enumerate(others, start=2):
-        kept(tmp_path, speakers).wrap(backend.generate)(role, [one])
-        assert len(backend.asked) == number * count
+    for number, (role, one, identities) in enumerate(others, start=2):
+        open_cache(tmp_path, identities).wrap(backend.generate)(role, [one])
+        assert len(backend.branches) == number * count
 
 
-def test_another_process_finds_it_bit_for_bit_and_half_a_line_is_asked_again(asked, tmp_path):
+def test_other_processes_get_exact_copies_and_skip_partial_lines(exchanges, tmp_path):
     backend = Backend()
-    first, second = ([one] for one in asked[:2])
-    generate = kept(tmp_path).wrap(backend.generate)
-    said = [generate("decision_maker", one) for one in (first, second)]
-    later = kept(tmp_path, process=1).wrap_async(backend.generate_async)
-    count = len(backend.asked)
-    assert [asyncio.run(later("decision_maker", one)) for one in (first, second)] == said
-    assert len(backend.asked) == count
+    first, second = ([one] for one in exchanges[:2])
+    generate = open_cache(tmp_path).wrap(backend.generate)
+    stored = [generate("decision_maker", one) for one in (first, second)]
+    later = open_cache(tmp_path, process=1).wrap_async(backend.generate_async)
+    count = len(backend.branches)
+    assert [asyncio.run(later("decision_maker", one)) for one in (first, second)] == stored
+    assert len(backend.branches) == count
     path = tmp_path / "0.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
-    for _ in range(2):  # what is written after half a line is found the next time
-        again = kept(tmp_path).wrap(backend.generate)
-        assert again("decision_maker", first) == said[0] and again("decision_maker", second)
-    assert len(backend.asked) == count + len(second[0].branches)
+    for _ in range(2):  # the second cache finds what the first one wrote after the partial line
+        again = open_cache(tmp_path).wrap(backend.generate)
+        assert again("decision_maker", first) == stored[0]
+        assert again("decision_maker", second)
+    assert len(backend.branches) == count + len(second[0].branches)

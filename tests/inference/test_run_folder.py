@@ -1,4 +1,4 @@
-"""A run's folder: stopped anywhere, gone on with, nothing lost, doubled or mixed."""
+"""An interrupted run resumes without lost, duplicate or mixed rows."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def cases(tmp_path):
     return [make_case(tmp_path / "images", f"line/part/{index}") for index in range(4)]
 
 
-def run(folder, cases, provenance=PROVENANCE, stop_after=99, noted=None):
-    with RunFolder(folder, provenance, cases, noted) as opened:
+def run(folder, cases, provenance=PROVENANCE, stop_after=99, notes=None):
+    with RunFolder(folder, provenance, cases, notes) as opened:
         for (case,) in opened.batches(1)[:stop_after]:
             opened.write(case, run_cases([case], ScriptedBackend(), PipelineConfig())[0])
         opened.finish()
@@ -44,10 +44,10 @@ def content(folder):
 
 
 @pytest.mark.parametrize("cut", [1, 37, 400, 2500])
-def test_a_run_that_was_cut_anywhere_ends_like_an_uninterrupted_one(tmp_path, cases, cut):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, cases, cut):
     run(tmp_path / "whole", cases)
     run(tmp_path / "cut", cases, stop_after=2)
-    for name in (PREDICTIONS, TRACES):  # as a kill in the middle of a write would leave it
+    for name in (PREDICTIONS, TRACES):  # as if the process had been killed during a write
         path = tmp_path / "cut" / name
         path.write_bytes(path.read_bytes()[:-cut])
     assert json.loads((tmp_path / "cut" / RUN_DESCRIPTION).read_text())["complete"] is False
@@ -56,7 +56,7 @@ def test_a_run_that_was_cut_anywhere_ends_like_an_uninterrupted_one(tmp_path, ca
         assert sorted(content(tmp_path / "cut")[name].splitlines()) == sorted(expected.splitlines())
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path, cases):
+def test_resuming_a_finished_run_changes_nothing(tmp_path, cases):
     run(tmp_path / "run", cases)
     before = content(tmp_path / "run")
     assert len(run(tmp_path / "run", cases).done) == 4
@@ -65,7 +65,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, cases):
     assert len(list(read_jsonl(tmp_path / "run" / TRACES, Trace))) == 4 * 17
 
 
-def test_another_run_in_the_same_folder_is_refused_by_the_name_of_what_differs(tmp_path, cases):
+def test_the_error_for_another_run_names_the_difference(tmp_path, cases):
     run(tmp_path / "run", cases, stop_after=1)
     with pytest.raises(EchoError, match="max_pixels is 100, not 200"):
         run(tmp_path / "run", cases, {**PROVENANCE, "max_pixels": 200})
@@ -73,7 +73,7 @@ def test_another_run_in_the_same_folder_is_refused_by_the_name_of_what_differs(t
         run(tmp_path / "run", cases[:3])
 
 
-def test_what_differs_is_named_down_to_its_leaf_and_one_that_is_absent_too(tmp_path, cases):
+def test_the_error_names_nested_and_missing_values(tmp_path, cases):
     tuned = {**PROVENANCE, "adapters": {"decision_maker": {"fingerprint": "aaaa", "routing": "full"}}}
     other = {**PROVENANCE, "adapters": {"decision_maker": {"fingerprint": "bbbb", "routing": "paper"}}}
     run(tmp_path / "run", cases, tuned, stop_after=1)
@@ -83,31 +83,35 @@ def test_what_differs_is_named_down_to_its_leaf_and_one_that_is_absent_too(tmp_p
         run(tmp_path / "run", cases)
 
 
-def test_what_is_only_noted_does_not_stop_a_run_and_every_writers_is_kept(tmp_path, cases):
+def test_different_notes_do_not_stop_a_run_and_are_recorded(tmp_path, cases):
     first, second = {"commit": "one", "warnings": []}, {"commit": "two", "warnings": []}
-    run(tmp_path / "run", cases, noted=first, stop_after=1)
-    run(tmp_path / "run", cases, noted=second, stop_after=0)
-    assert "continued_with" not in json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text()), "it wrote no answer"
-    run(tmp_path / "run", cases, noted=second, stop_after=1)
-    run(tmp_path / "run", cases, noted=first)
-    run(tmp_path / "run", cases, noted={"commit": "three", "warnings": []})
+    run(tmp_path / "run", cases, notes=first, stop_after=1)
+    run(tmp_path / "run", cases, notes=second, stop_after=0)
+    assert "continued_with" not in json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text()), (
+        "this process wrote no answer"
+    )
+    run(tmp_path / "run", cases, notes=second, stop_after=1)
+    run(tmp_path / "run", cases, notes=first)
+    run(tmp_path / "run", cases, notes={"commit": "three", "warnings": []})
     description = json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())
-    assert description["commit"] == "one" and description["continued_with"] == [{"commit": "two"}]
-    assert description["complete"] and description["questions"] == 28
+    assert description["commit"] == "one"
+    assert description["continued_with"] == [{"commit": "two"}]
+    assert description["complete"]
+    assert description["questions"] == 28
 
 
-def test_a_second_process_in_the_folder_is_refused_and_the_first_loses_nothing(tmp_path, cases):
+def test_a_second_process_is_refused_and_the_first_loses_nothing(tmp_path, cases):
     with RunFolder(tmp_path / "run", PROVENANCE, cases) as opened:
         opened.write(cases[0], run_cases([cases[0]], ScriptedBackend(), PipelineConfig())[0])
-        with pytest.raises(EchoError, match="another process writes to"):
+        with pytest.raises(EchoError, match="another process is writing to"):
             run(tmp_path / "run", cases)
         opened.write(cases[1], run_cases([cases[1]], ScriptedBackend(), PipelineConfig())[0])
     assert len(run(tmp_path / "run", cases, stop_after=0).done) == 2
 
 
-def test_a_run_that_is_refused_lets_go_of_the_folder(tmp_path, cases):
+def test_a_refused_run_releases_the_folder(tmp_path, cases):
     run(tmp_path / "run", cases, stop_after=1)
-    with pytest.raises(EchoError) as refusal:  # its traceback holds on to the object
+    with pytest.raises(EchoError) as refusal:  # its traceback keeps the object alive
         run(tmp_path / "run", cases, {**PROVENANCE, "max_pixels": 200})
     assert len(run(tmp_path / "run", cases).done) == 4, refusal
     (tmp_path / "run" / RUN_DESCRIPTION).write_text("{")
@@ -115,13 +119,13 @@ def test_a_run_that_is_refused_lets_go_of_the_folder(tmp_path, cases):
         run(tmp_path / "run", cases)
 
 
-def test_the_codes_fingerprint_is_of_its_sources_alone(tmp_path):
+def test_the_code_fingerprint_depends_only_on_sources(tmp_path):
     (tmp_path / "library").mkdir()
     source, script, page = tmp_path / "library" / "a.py", tmp_path / "run.py", tmp_path / "library" / "README.md"
     for path in (source, script, page):
         path.write_text("x = 1")
     before = code_fingerprint(source, script)
-    page.write_text("more words")
+    page.write_text("more text")
     assert code_fingerprint(source, script) == before
     for path in (source, script):
         path.write_text("x = 2")
@@ -130,7 +134,7 @@ def test_the_codes_fingerprint_is_of_its_sources_alone(tmp_path):
     assert code_fingerprint(source.rename(source.with_name("b.py")), script) != before
 
 
-def test_only_modules_that_answer_decide_whether_a_run_may_resume():
+def test_only_answering_modules_decide_whether_a_run_may_resume():
     package = Path(provenance.__file__).parent
     files = source_files(*ANSWERING_MODULES, exclude=SUPPORTING_MODULES)
     found = {".".join(path.relative_to(package).with_suffix("").parts) for path in files}
@@ -150,24 +154,24 @@ def test_only_modules_that_answer_decide_whether_a_run_may_resume():
         values = vars(importlib.import_module(f"echo_ft.{name}")).values()
         owners = [getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "") for value in values]
         ours = {owner.removeprefix("echo_ft.") for owner in map(str, owners) if owner.startswith("echo_ft.")}
-        assert ours <= found | {*SUPPORTING_MODULES}, f"{name} has something of a module that is left out"
+        assert ours <= found | {*SUPPORTING_MODULES}, f"{name} uses a module that the fingerprint leaves out"
 
 
-def test_a_file_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path):
+def test_a_failed_write_keeps_the_previous_file(tmp_path):
     write_text(tmp_path / "card.json", "whole")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "card.json", "half" * 10000 + "\ud800")
     assert (tmp_path / "card.json").read_text() == "whole"
 
 
-def test_a_folder_that_holds_something_else_is_not_touched(tmp_path, cases):
+def test_a_folder_with_other_content_is_left_alone(tmp_path, cases):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(EchoError, match="holds no run"):
         run(tmp_path / "mine", cases)
 
 
-def test_a_case_that_failed_is_asked_again_when_its_image_is_back(tmp_path, cases):
+def test_a_failed_case_is_retried_when_its_image_is_back(tmp_path, cases):
     opened = RunFolder(tmp_path / "run", PROVENANCE, cases)
     broken = ScriptedBackend(broken=cases[1].seen.query)
     for case, outcome in zip(cases, run_or_fail(cases, broken, PipelineConfig()), strict=True):
@@ -176,21 +180,22 @@ def test_a_case_that_failed_is_asked_again_when_its_image_is_back(tmp_path, case
     assert cases[1].id not in run(tmp_path / "run", cases, stop_after=0).done
     run(tmp_path / "run", cases)
     rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
-    assert len(rows) == 28 and all(row.error is None for row in rows)
+    assert len(rows) == 28
+    assert all(row.error is None for row in rows)
 
 
-def test_a_kill_before_run_json_was_written_does_not_block_the_folder(tmp_path, cases):
+def test_a_partial_run_json_does_not_block_the_folder(tmp_path, cases):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json.partial").write_text("{")
     assert len(run(tmp_path / "run", cases).done) == 4
 
 
 class KilledError(Exception):
-    """Stands for kill -9: a process that says nothing more."""
+    """Simulates `kill -9`."""
 
 
-def run_together(folder, cases, count, stop_after=99, parrot=None):
-    """A run by so many processes, here threads; each is killed after `stop_after` batches of two cases."""
+def run_together(folder, cases, count, stop_after=99, backend=None):
+    """Run `count` processes, as threads; each is killed after `stop_after` batches of two cases."""
     barrier = threading.Barrier(count, timeout=120)
 
     def process(index):
@@ -199,7 +204,7 @@ def run_together(folder, cases, count, stop_after=99, parrot=None):
                 if done == stop_after:
                     raise KilledError
                 for case, outcome in zip(
-                    batch, run_or_fail(batch, parrot or ScriptedBackend(), PipelineConfig()), strict=True
+                    batch, run_or_fail(batch, backend or ScriptedBackend(), PipelineConfig()), strict=True
                 ):
                     opened.write(case, outcome)
             opened.finish()
@@ -214,41 +219,39 @@ def many(tmp_path):
     return [make_case(tmp_path / "images", f"line/part/{index}") for index in range(11)]
 
 
-def require_the_same_run(folder, whole):
+def require_equal_runs(folder, whole):
     for name, expected in content(whole).items():
         assert sorted((folder / name).read_bytes().splitlines()) == sorted(expected.splitlines())
     assert {path.name for path in folder.iterdir()} == {PREDICTIONS, TRACES, RUN_DESCRIPTION, LOCK_FILE}
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_processes_share_the_cases_and_leave_the_run_of_one(tmp_path, many, count):
+def test_several_processes_write_the_run_of_one(tmp_path, many, count):
     run(tmp_path / "whole", many)
     first, *others = (opened.done for opened in run_together(tmp_path / "shared", many, count))
-    require_the_same_run(tmp_path / "shared", tmp_path / "whole")
-    assert len(first) == len(many), "it has brought all together"
+    require_equal_runs(tmp_path / "shared", tmp_path / "whole")
+    assert len(first) == len(many), "the first process merges all shards"
     assert sum(map(len, others)) == len(set.union(*others)) < len(many), "no case was run twice"
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (2, 3), (1, 2)])
 @pytest.mark.parametrize("cut", [0, 1, 400, 2500])
-def test_killed_processes_are_gone_on_with_by_any_number_of_them(tmp_path, many, before, after, cut):
+def test_any_number_of_processes_can_resume_a_run(tmp_path, many, before, after, cut):
     run(tmp_path / "whole", many)
     ended = run_together(tmp_path / "run", many, before, stop_after=1)
     assert all(isinstance(one, KilledError) for one in ended)
-    parts = list((tmp_path / "run" / SHARDS).glob("*")) or [tmp_path / "run"]
-    assert len(parts) == before
-    for name in (PREDICTIONS, TRACES):  # as a kill in the middle of a write would leave one of them
-        path = parts[-1] / name
+    shards = list((tmp_path / "run" / SHARDS).glob("*")) or [tmp_path / "run"]
+    assert len(shards) == before
+    for name in (PREDICTIONS, TRACES):  # as if one process had been killed during a write
+        path = shards[-1] / name
         path.write_bytes(path.read_bytes()[: -cut or None])
     run_together(tmp_path / "run", many, after)
-    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+    require_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_kill_while_the_shards_are_brought_together_loses_and_doubles_nothing(
-    tmp_path, many, stop, after, monkeypatch
-):
+def test_a_kill_during_the_merge_loses_and_duplicates_nothing(tmp_path, many, stop, after, monkeypatch):
     run(tmp_path / "whole", many)
     run_together(tmp_path / "run", many, 3, stop_after=1)
     steps = []
@@ -268,29 +271,30 @@ def test_a_kill_while_the_shards_are_brought_together_loses_and_doubles_nothing(
         with pytest.raises(KilledError):
             run(tmp_path / "run", many)
     run_together(tmp_path / "run", many, after)
-    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+    require_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_process_that_outlived_its_run_is_waited_for(tmp_path, many):
+def test_an_orphan_process_blocks_resuming(tmp_path, many):
     run_together(tmp_path / "run", many, 2, stop_after=1)
     orphan = RunFolder(tmp_path / "run", PROVENANCE, many, processes=Processes(1, 2))
-    with pytest.raises(EchoError, match=r"another process writes to .*shards/1;"):
+    with pytest.raises(EchoError, match=r"another process is writing to .*shards/1;"):
         run(tmp_path / "run", many)
     orphan.close()
     assert len(run(tmp_path / "run", many).done) == 11
 
 
-def test_cases_that_failed_in_a_shard_are_kept_and_asked_again(tmp_path, many):
+def test_failed_cases_of_a_shard_are_kept_and_retried(tmp_path, many):
     run(tmp_path / "whole", many)
-    run_together(tmp_path / "run", many, 2, parrot=ScriptedBackend(broken=many[5].seen.query))
+    run_together(tmp_path / "run", many, 2, backend=ScriptedBackend(broken=many[5].seen.query))
     rows = list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))
-    assert {row.case for row in rows if row.error} == {many[5].id} and len(rows) == 77
+    assert {row.case for row in rows if row.error} == {many[5].id}
+    assert len(rows) == 77
     assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["complete"]
     run_together(tmp_path / "run", many, 2)
-    require_the_same_run(tmp_path / "run", tmp_path / "whole")
+    require_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def test_batches_are_the_same_wherever_a_run_was_stopped_and_what_is_done_stays(tmp_path, many):
+def test_batches_are_fixed_and_done_cases_stay_unchanged(tmp_path, many):
     def ids(batches):
         return [[case.id for case in batch] for batch in batches]
 
@@ -308,8 +312,8 @@ def test_batches_are_the_same_wherever_a_run_was_stopped_and_what_is_done_stays(
         assert content(tmp_path / "run") == before
 
 
-def test_what_several_processes_note_is_kept_too(tmp_path, many):
-    run(tmp_path / "run", many, noted={"commit": "one"}, stop_after=1)
+def test_notes_of_several_processes_are_recorded_too(tmp_path, many):
+    run(tmp_path / "run", many, notes={"commit": "one"}, stop_after=1)
     with RunFolder(tmp_path / "run", PROVENANCE, many, {"commit": "two"}, Processes(0, 2)):
         pass
     assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["continued_with"] == [{"commit": "two"}]

@@ -1,4 +1,4 @@
-"""A server in the engine's place: the same prompts, pixels and records, and no answer lost to a bad connection."""
+"""A server gets the engine's prompts and pixels, yields the same records, and loses no answer on a bad connection."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from tests.support.servers import LETTERS, Answer, FakeServer, ask_server, compl
 pytest.importorskip("openai", reason="needs the extra `serving`")
 
 BUDGET = (12544, 28224)
-"""Of echo-tiny's own processor, which `transformers serve` uses."""
+"""Pixel budget of echo-tiny's own processor, which `transformers serve` uses."""
 
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
-    found = FakeServer()
-    yield found
-    found.close()
+    server = FakeServer()
+    yield server
+    server.close()
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*trying again")
+pytestmark = pytest.mark.filterwarnings("ignore:.*retrying for")
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "FIRST_RETRY_WAIT", 0.01)
     monkeypatch.setattr(server_module, "LONGEST_RETRY_WAIT", 0.05)
 
@@ -63,14 +63,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wide() -> RowBuilder:
+def served_builder() -> RowBuilder:
     return RowBuilder(load_processor(str(ECHO_TINY), None, *BUDGET))
 
 
-def run(dataset: Path, output: Path, *more: Any, budget: tuple[int, int] = BUDGET) -> None:
-    options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
-    options |= {"min_pixels": budget[0], "max_pixels": budget[1], "max_new_tokens": 12, "batch_size": 6}
-    run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])
+def run(dataset: Path, output: Path, *options: Any, budget: tuple[int, int] = BUDGET) -> None:
+    values = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
+    values |= {"min_pixels": budget[0], "max_pixels": budget[1], "max_new_tokens": 12, "batch_size": 6}
+    arguments = [part for name, value in values.items() for part in (f"--{name}", value)]
+    run_main([str(argument) for argument in (*arguments, *options)])
 
 
 def rows(folder: Path, name: str, cls: type) -> list[Any]:
@@ -81,31 +82,32 @@ def records(folder: Path) -> tuple[list[Any], list[Any]]:
     return rows(folder, "predictions.jsonl", Prediction), rows(folder, "traces.jsonl", Trace)
 
 
-def test_a_request_is_the_renderers_prompt_with_its_images_first(fake, row_builder, case, tmp_path):
+def test_a_request_has_the_images_and_then_the_rendered_prompt(fake, row_builder, case, tmp_path):
     for role in ROLES:
         exchanges = [exchange for exchange in exchanges_of(case) if exchange.role == role]
-        fake.asked.clear()
+        fake.requests.clear()
         ask_server(fake, row_builder, tmp_path, exchanges, role)
-        wanted = {e.context + b.prompt: e.images for e in exchanges for b in e.branches}
-        assert sorted(map(text_of, fake.asked)) == sorted(wanted)
-        for body in fake.asked:
-            images = wanted[text_of(body)]
+        expected = {e.context + b.prompt: e.images for e in exchanges for b in e.branches}
+        assert sorted(map(text_of, fake.requests)) == sorted(expected)
+        for body in fake.requests:
+            images = expected[text_of(body)]
             assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url"] * len(images) + ["text"]
-            assert len(body["messages"]) == 1 and body["model"] == f"echo-{role}"
+            assert len(body["messages"]) == 1
+            assert body["model"] == f"echo-{role}"
             for name, image in zip(images, shown_images(body), strict=True):
-                _, high, wide = row_builder.grid(*Image.open(tmp_path / name).size)
-                assert image.size == (14 * wide, 14 * high)
+                _, rows, columns = row_builder.grid(*Image.open(tmp_path / name).size)
+                assert image.size == (14 * columns, 14 * rows)
             assert (body["temperature"], body["max_tokens"]) == (0, 12)
             assert ("logprobs" in body) == (role == "decision_maker")
 
 
 @pytest.mark.parametrize("size", [(37, 400), (900, 700), (20, 20), (168, 168)])
-def test_the_server_sees_the_pixels_that_training_saw(fake, wide, case, tmp_path, size):
+def test_the_server_gets_the_pixels_that_training_used(fake, served_builder, case, tmp_path, size):
     name = draw(tmp_path / "odd.png", size, seed=3)
-    ask_server(fake, wide, tmp_path, [replace(exchanges_of(case)[-1], images=(name,))])
-    (sent,) = shown_images(fake.asked[0])
-    ours = wide.image_processor(images=[Image.open(tmp_path / name)], return_tensors="np")
-    theirs = wide.image_processor(images=[sent], return_tensors="np")
+    ask_server(fake, served_builder, tmp_path, [replace(exchanges_of(case)[-1], images=(name,))])
+    (sent,) = shown_images(fake.requests[0])
+    ours = served_builder.image_processor(images=[Image.open(tmp_path / name)], return_tensors="np")
+    theirs = served_builder.image_processor(images=[sent], return_tensors="np")
     np.testing.assert_array_equal(ours["image_grid_thw"], theirs["image_grid_thw"])
     np.testing.assert_array_equal(ours["pixel_values"], theirs["pixel_values"])
 
@@ -120,17 +122,17 @@ def outcomes(
 ):
     found: dict[str, Any] = {}
 
-    async def asked() -> None:
+    async def run_all() -> None:
         async with Server(fake.url, "echo", row_builder, root, 12, max_concurrent=4, **options) as server:
             await run_cases_async(
                 cases, server.generate, settings, 4, lambda case, outcome: found.update({case.id: outcome})
             )
 
-    asyncio.run(asked())
+    asyncio.run(run_all())
     return [found[case.id] for case in cases]
 
 
-def test_probabilities_come_from_the_letters_among_the_servers_top_tokens(fake, row_builder, case, tmp_path):
+def test_probabilities_come_from_the_servers_top_tokens(fake, row_builder, case, tmp_path):
     (outcome,) = outcomes(fake, row_builder, tmp_path, [case])
     by_kind = {one.kind: one for one in outcome.predictions}
     odds = math.exp(-3.0 + 0.5)
@@ -140,7 +142,7 @@ def test_probabilities_come_from_the_letters_among_the_servers_top_tokens(fake, 
 
 
 @pytest.mark.parametrize("missing", ["every probability", "a letter's"])
-def test_what_the_server_does_not_tell_is_not_guessed(fake, row_builder, case, tmp_path, monkeypatch, missing):
+def test_missing_probabilities_are_not_guessed(fake, row_builder, case, tmp_path, monkeypatch, missing):
     if missing == "a letter's":
         monkeypatch.delitem(LETTERS, "D")
     else:
@@ -151,8 +153,8 @@ def test_what_the_server_does_not_tell_is_not_guessed(fake, row_builder, case, t
     assert all(one.parsed == "B" for one in outcome.predictions), "the text decides"
     (outcome,) = outcomes(fake, row_builder, tmp_path, [case], PipelineConfig(answer="logits"))
     assert [one.kind for one in outcome.predictions if one.probabilities is None] == unknown
-    told = "B" if missing == "a letter's" else None  # the one that is missing is less probable than any that is there
-    assert all(one.parsed == told for one in outcome.predictions)
+    best = "B" if missing == "a letter's" else None  # the missing letter is less likely than those in the reply
+    assert all(one.parsed == best for one in outcome.predictions)
 
 
 FAULTS: dict[str, Answer] = {
@@ -170,7 +172,7 @@ FAULTS: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_is_tried_again_until_it_is_answered(fake, row_builder, case, tmp_path, fault):
+def test_a_request_is_retried_until_it_is_answered(fake, row_builder, case, tmp_path, fault):
     exchange = exchanges_of(case)[-1]
     tries: dict[str, int] = {}
 
@@ -179,59 +181,61 @@ def test_a_request_is_tried_again_until_it_is_answered(fake, row_builder, case, 
         return FAULTS[fault](body) if tries[text_of(body)] < 3 else completion(body)
 
     fake.answer = answer
-    with pytest.warns(UserWarning, match=r"127\.0\.0\.1.*; trying again for 600 s"):
-        (said,) = ask_server(fake, row_builder, tmp_path, [exchange], timeout=0.5 if fault == "late" else 300)
-    assert [one.text for one in said] == ["B"] * len(exchange.branches)
+    with pytest.warns(UserWarning, match=r"127\.0\.0\.1.*; retrying for 600 s"):
+        (generations,) = ask_server(fake, row_builder, tmp_path, [exchange], timeout=0.5 if fault == "late" else 300)
+    assert [one.text for one in generations] == ["B"] * len(exchange.branches)
     assert len(tries) == len(exchange.branches)
-    assert set(tries.values()) == {3} or fault == "late", "on a busy machine a good reply may be late too"
+    assert set(tries.values()) == {3} or fault == "late", "a good reply may also be late on a busy machine"
 
 
 @pytest.mark.parametrize("fault", ["not ready", "cut", "late", "no JSON"])
-def test_a_server_that_stays_away_stops_the_run_in_one_sentence(fake, row_builder, case, tmp_path, fault):
+def test_an_unavailable_server_stops_the_run_with_one_message(fake, row_builder, case, tmp_path, fault):
     fake.answer = FAULTS[fault]
-    with pytest.raises(BackendError, match=r"127.0.0.1.* did not answer for 0\.2 s .*goes on where it stopped"):
+    with pytest.raises(BackendError, match=r"127.0.0.1.* did not answer for 0\.2 s .*rerun the same command to resume"):
         outcomes(fake, row_builder, tmp_path, [case], patience=0.2, timeout=0.1)
 
 
-@pytest.mark.parametrize(("asked_for", "waits"), [(None, [1, 2, 4, 8, 8]), ("3", [3, 6, 8, 8, 8])])
-def test_tries_come_ever_more_slowly_and_not_before_the_server_wants_them(
-    fake, row_builder, case, tmp_path, monkeypatch, asked_for, waits
+@pytest.mark.parametrize(("retry_after", "waits"), [(None, [1, 2, 4, 8, 8]), ("3", [3, 6, 8, 8, 8])])
+def test_retries_slow_down_and_respect_the_servers_retry_after(
+    fake, row_builder, case, tmp_path, monkeypatch, retry_after, waits
 ):
-    kept, sleep = [], asyncio.sleep
+    slept, sleep = [], asyncio.sleep
     monkeypatch.setattr(server_module, "FIRST_RETRY_WAIT", 1)
     monkeypatch.setattr(server_module, "LONGEST_RETRY_WAIT", 8)
     monkeypatch.setattr(server_module.random, "uniform", lambda low, high: high)
-    monkeypatch.setattr(server_module.asyncio, "sleep", lambda seconds: kept.append(seconds) or sleep(0))
+    monkeypatch.setattr(server_module.asyncio, "sleep", lambda seconds: slept.append(seconds) or sleep(0))
     exchange = exchanges_of(case)[-1]
     exchange = replace(exchange, branches=exchange.branches[:1])
-    headers = {} if asked_for is None else {"Retry-After": asked_for}
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
     failures = iter(waits)
     fake.answer = lambda body: (503, {}, headers) if next(failures, None) else completion(body)
     ask_server(fake, row_builder, tmp_path, [exchange])
-    assert kept == waits
+    assert slept == waits
 
 
-def test_one_prompt_that_the_server_cannot_answer_fails_its_case_alone(fake, row_builder, tmp_path):
+def test_an_unanswerable_prompt_fails_only_its_case(fake, row_builder, tmp_path):
     cases = [make_case(tmp_path, f"line/part/{index}", seed=7 * index) for index in range(5)]
-    marked = replace(cases[1], seen=replace(cases[1].seen, knowledge=()))
-    odd = marked.seen.questions[3]
-    marked = replace(marked, seen=replace(marked.seen, questions=(replace(odd, text="Unanswerable?"),)))
+    failing = replace(cases[1], seen=replace(cases[1].seen, knowledge=()))
+    question = failing.seen.questions[3]
+    failing = replace(failing, seen=replace(failing.seen, questions=(replace(question, text="Unanswerable?"),)))
 
     def answer(body: dict[str, Any]) -> Any:
         if "Unanswerable" in text_of(body):
-            return state, {"error": {"message": "maximum context length"}}
-        time.sleep(0.01)  # the others go on meanwhile
+            return status, {"error": {"message": "maximum context length"}}
+        time.sleep(0.01)  # so that the other cases continue meanwhile
         return completion(body)
 
     fake.answer = answer
-    for state in (400, 500):
-        found = outcomes(fake, row_builder, tmp_path, [cases[0], marked, *cases[2:]], patience=0.1)
-        failed = [[one.error for one in outcome.predictions] for outcome in found]
-        assert failed[0] == failed[2] == failed[3] == failed[4] == [None] * 7
-        assert len(failed[1]) == 1 and f"{state}: " in failed[1][0] and "maximum context length" in failed[1][0]
+    for status in (400, 500):
+        found = outcomes(fake, row_builder, tmp_path, [cases[0], failing, *cases[2:]], patience=0.1)
+        errors = [[one.error for one in outcome.predictions] for outcome in found]
+        assert errors[0] == errors[2] == errors[3] == errors[4] == [None] * 7
+        (error,) = errors[1]
+        assert f"{status}: " in error
+        assert "maximum context length" in error
 
 
-def test_a_broken_image_fails_its_case_alone(fake, row_builder, tmp_path):
+def test_a_broken_image_fails_only_its_case(fake, row_builder, tmp_path):
     cases = [make_case(tmp_path, f"line/part/{index}", seed=7 * index) for index in range(3)]
     (tmp_path / cases[1].seen.query).write_bytes(b"no image")
     found = outcomes(fake, row_builder, tmp_path, cases)
@@ -244,89 +248,96 @@ def test_a_broken_image_fails_its_case_alone(fake, row_builder, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_refuses_the_model_stops_the_run(fake, row_builder, case, tmp_path, status):
+def test_a_server_without_the_model_stops_the_run(fake, row_builder, case, tmp_path, status):
     fake.answer = lambda _: (status, {"error": {"message": "The model `echo` does not exist"}})
-    with pytest.raises(BackendError, match=rf"refuses .*'echo' .*{status}.*does not exist.*check --server,"):
+    with pytest.raises(BackendError, match=rf"rejects .*'echo' .*{status}.*does not exist.*check --server,"):
         outcomes(fake, row_builder, tmp_path, [case])
-    assert len(fake.asked) <= 4, "and is not asked again"
+    assert len(fake.requests) <= 4, "no request is retried"
 
 
-def test_a_server_that_counts_other_tokens_is_refused(fake, row_builder, case, tmp_path):
+def test_a_server_with_another_token_count_stops_the_run(fake, row_builder, case, tmp_path):
     fake.answer = lambda body: {**completion(body), "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
-    with pytest.raises(BackendError, match=r"makes 7 tokens of a prompt that has \d+ here.*max_pixels 12544"):
+    with pytest.raises(BackendError, match=r"counts 7 tokens for a prompt that has \d+ tokens here.*max_pixels 12544"):
         outcomes(fake, row_builder, tmp_path, [case])
 
 
-def test_requests_are_under_way_together_and_no_more_than_allowed(fake, row_builder, tmp_path):
+def test_concurrent_requests_reach_but_never_exceed_the_limit(fake, row_builder, tmp_path):
     fake.answer = lambda body: time.sleep(0.02) or completion(body)
     cases = [make_case(tmp_path, f"line/part/{index}", seed=7 * index) for index in range(6)]
     outcomes(fake, row_builder, tmp_path, cases)
-    assert fake.most_under_way == 4
+    assert fake.max_in_flight == 4
 
 
-def test_a_run_that_lost_its_server_goes_on_and_ends_like_an_uninterrupted_one(dataset, fake, tmp_path):
+def test_a_run_resumes_on_another_server_like_an_uninterrupted_one(dataset, fake, tmp_path):
     run(dataset, tmp_path / "whole", "--server", fake.url)
-    left = iter(range(40))
-    fake.answer = lambda body: completion(body) if next(left, None) is not None else None
-    # One request at a time: an answer that is under way while another fails would make that one's case fail alone.
+    remaining = iter(range(40))
+    fake.answer = lambda body: completion(body) if next(remaining, None) is not None else None
+    # One request at a time: if another request succeeded meanwhile, only the case of the failing one would fail.
     with pytest.raises(BackendError, match="did not answer"):
         run(dataset, tmp_path / "cut", "--server", fake.url, "--server_patience", 0.2, "--batch_size", 1)
     done = {one.case for one in rows(tmp_path / "cut", "predictions.jsonl", Prediction)}
-    assert 0 < len(done) < 3 and json.loads((tmp_path / "cut" / "run.json").read_text())["complete"] is False
+    assert 0 < len(done) < 3
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["complete"] is False
     fake.answer = completion
-    other = FakeServer()  # as where the server comes back on another machine
+    other = FakeServer()  # as if the server restarted on another machine
     try:
         run(dataset, tmp_path / "cut", "--server", other.url)
     finally:
         other.close()
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
-    assert len(other.asked) == 1 + (3 - len(done)) * 17, "what is done is not asked again"
+    assert len(other.requests) == 1 + (3 - len(done)) * 17, "done cases are not repeated"
     whole, cut = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut"))
-    assert cut["complete"] and cut["server_model"] == str(ECHO_TINY) and cut["base_fingerprint"] is None
-    assert cut["continued_with"] == [{"server": other.url}] and whole["server"] == cut["server"] == fake.url
+    assert cut["complete"]
+    assert cut["server_model"] == str(ECHO_TINY)
+    assert cut["base_fingerprint"] is None
+    assert cut["continued_with"] == [{"server": other.url}]
+    assert whole["server"] == cut["server"] == fake.url
 
 
-def test_probabilities_alone_can_decide_and_one_token_is_asked_for(dataset, fake, tmp_path, monkeypatch):
+def test_answers_from_probabilities_need_only_one_token(dataset, fake, tmp_path, monkeypatch):
     monkeypatch.setitem(LETTERS, "A", 0.0)
     run(dataset, tmp_path / "run", "--server", fake.url, "--answer", "logits", "--server_model", "{role}")
     found = rows(tmp_path / "run", "predictions.jsonl", Prediction)
     assert all((one.parsed, one.text) == ("A", "A") for one in found)
     assert {one.text for one in rows(tmp_path / "run", "traces.jsonl", Trace) if one.role == "decision_maker"} == {"B"}
-    decisions = [body for body in fake.asked if body["model"] == "decision_maker"]
-    assert {body["max_tokens"] for body in decisions} == {1} and {b["model"] for b in fake.asked} == set(ROLES)
+    decisions = [body for body in fake.requests if body["model"] == "decision_maker"]
+    assert {body["max_tokens"] for body in decisions} == {1}
+    assert {body["model"] for body in fake.requests} == set(ROLES)
     fake.answer = lambda body: completion(body, logprobs=False)
-    with pytest.raises(EchoError, match=r"does not tell the probabilities .*set answer to generate"):
+    with pytest.raises(EchoError, match=r"returns no token probabilities; set answer to generate"):
         run(dataset, tmp_path / "other", "--server", fake.url, "--answer", "logits")
 
 
-def test_probabilities_decide_in_a_run_without_a_server_too(dataset, tmp_path):
+def test_a_local_run_can_answer_from_probabilities_too(dataset, tmp_path):
     for answer in ("generate", "logits"):
         run(dataset, tmp_path / answer, "--answer", answer)
     by_text, by_logits = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("generate", "logits"))
     for one, other in zip(by_text, by_logits, strict=True):
         assert other.probabilities == pytest.approx(one.probabilities, abs=1e-6)
         best = max(one.probabilities.values())
-        assert one.probabilities[other.parsed] == pytest.approx(best, abs=1e-6) and other.text == other.parsed
+        assert one.probabilities[other.parsed] == pytest.approx(best, abs=1e-6)
+        assert other.text == other.parsed
     with pytest.raises(EchoError, match="answer is 'generate', not 'logits'"):
         run(dataset, tmp_path / "generate", "--answer", "logits")
 
 
-def test_a_client_of_served_adapters_needs_no_weights_of_the_base(dataset, fake, tmp_path):
+def test_a_client_of_served_adapters_needs_no_base_weights(dataset, fake, tmp_path):
     base = tmp_path / "echo-tiny"
     shutil.copytree(ECHO_TINY, base)
     adapters = random_adapters(tmp_path / "adapters", dataset)
     (base / "model.safetensors").unlink()
     served = ["--server", fake.url, "--adapters", adapters, "--model_name_or_path", base]
     run(dataset, tmp_path / "served", *served, budget=(MIN_PIXELS, MAX_PIXELS))
-    described = json.loads((tmp_path / "served" / "run.json").read_text())
-    assert described["base_fingerprint"] is None and set(described["adapters"]) == set(ROLES)
+    description = json.loads((tmp_path / "served" / "run.json").read_text())
+    assert description["base_fingerprint"] is None
+    assert set(description["adapters"]) == set(ROLES)
     card = adapters / "decision_maker" / "echo_ft.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": "another"}))
     with pytest.raises(EchoError, match="was trained on another base model"):
         run(dataset, tmp_path / "mixed", *served, budget=(MIN_PIXELS, MAX_PIXELS))
 
 
-def test_a_wrong_option_of_a_server_is_one_sentence(dataset, tmp_path):
+def test_the_errors_for_wrong_server_options_are_one_message(dataset, tmp_path):
     with pytest.raises(EchoError, match="server_model needs a server; add --server URL"):
         run(dataset, tmp_path / "run", "--server_model", "echo")
     with pytest.raises(EchoError, match="server_timeout is 0"):
@@ -334,14 +345,14 @@ def test_a_wrong_option_of_a_server_is_one_sentence(dataset, tmp_path):
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager
 def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`transformers serve` of echo-tiny, as a user starts it."""
+    """Run `transformers serve` with echo-tiny, as a user would start it."""
     command = [Path(sys.executable).with_name("transformers"), "serve", ECHO_TINY, "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -353,51 +364,56 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def require_the_same_words(engine: Path, server: Path, questions: int) -> None:
-    (ours, traced), (theirs, heard) = records(engine), records(server)
-    assert heard == traced and {trace.role for trace in heard} == set(ROLES), "the same prompts and the same words"
-    assert theirs == [replace(one, probabilities=None) for one in ours], "this server tells no probabilities"
-    assert len(theirs) == questions and all(one.error is None for one in theirs)
+def require_equal_records(engine: Path, server: Path, questions: int) -> None:
+    (predictions, traces), (served_predictions, served_traces) = records(engine), records(server)
+    assert served_traces == traces, "prompts and generations are equal"
+    assert {trace.role for trace in served_traces} == set(ROLES)
+    without_probabilities = [replace(one, probabilities=None) for one in predictions]
+    assert served_predictions == without_probabilities, "this server returns no probabilities"
+    assert len(served_predictions) == questions
+    assert all(one.error is None for one in served_predictions)
 
 
-def test_a_real_server_says_what_the_engine_says(dataset, tmp_path):
+def test_a_real_server_gives_the_answers_of_the_engine(dataset, tmp_path):
     pytest.importorskip("uvicorn", reason="needs the extra `serving`")
     run(dataset, tmp_path / "engine")
     with serving(port := free_port()):
         server = "--server", f"http://127.0.0.1:{port}/v1", "--server_patience", 200
         run(dataset, tmp_path / "server", *server)
-        with pytest.raises(EchoError, match=r"tokens of a prompt that has \d+ here: .*max_pixels 12544"):
+        with pytest.raises(EchoError, match=r"tokens for a prompt that has \d+ tokens here, .*max_pixels 12544"):
             run(dataset, tmp_path / "other", *server, budget=(784, 12544))
-    require_the_same_words(tmp_path / "engine", tmp_path / "server", 3 * 7)
+    require_equal_records(tmp_path / "engine", tmp_path / "server", 3 * 7)
 
 
 @pytest.mark.slow
-def test_a_real_server_may_be_killed_and_started_again_in_the_middle(tmp_path):
+def test_a_run_survives_killing_and_restarting_a_real_server(tmp_path):
     pytest.importorskip("uvicorn", reason="needs the extra `serving`")
     dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=12)
     run(dataset, tmp_path / "engine")
-    written = tmp_path / "server" / "predictions.jsonl"
+    predictions = tmp_path / "server" / "predictions.jsonl"
     port, ended, killed = free_port(), threading.Event(), []
 
-    def kill_and_start(process: subprocess.Popen[bytes]) -> None:
+    def kill_and_restart(process: subprocess.Popen[bytes]) -> None:
         for count in (1, 30):
-            while not ended.is_set() and not (written.is_file() and len(written.read_bytes().splitlines()) >= count):
+            while not ended.is_set() and not (
+                predictions.is_file() and len(predictions.read_bytes().splitlines()) >= count
+            ):
                 time.sleep(0.01)
             process.kill()
             process.wait()
-            killed.append(len(written.read_bytes().splitlines()))
-            process = again.enter_context(serving(port))
+            killed.append(len(predictions.read_bytes().splitlines()))
+            process = restarted.enter_context(serving(port))
         ended.wait()
 
-    with ExitStack() as again, serving(port) as first:
-        watching = threading.Thread(target=kill_and_start, args=(first,))
-        watching.start()
+    with ExitStack() as restarted, serving(port) as first:
+        watcher = threading.Thread(target=kill_and_restart, args=(first,))
+        watcher.start()
         try:
             address = f"http://127.0.0.1:{port}/v1"
             run(dataset, tmp_path / "server", "--server", address, "--batch_size", 4, "--server_patience", 300)
         finally:
             ended.set()
-            watching.join()
-    assert 0 < killed[0] < killed[1] < 12 * 7, "killed twice in the middle"
-    require_the_same_words(tmp_path / "engine", tmp_path / "server", 12 * 7)
+            watcher.join()
+    assert 0 < killed[0] < killed[1] < 12 * 7, "the server was killed twice during the run"
+    require_equal_records(tmp_path / "engine", tmp_path / "server", 12 * 7)
     assert json.loads((tmp_path / "server" / "run.json").read_text())["complete"]

@@ -1,3 +1,5 @@
+"""A fake OpenAI-compatible server, and helpers to send requests to it and to read them."""
+
 from __future__ import annotations
 
 import asyncio
@@ -17,21 +19,28 @@ from echo_ft.inference.server import Server
 from echo_ft.model.rows import RowBuilder
 
 Answer = Callable[[dict[str, Any]], Any]
-"""What a request gets: (status, body, headers), the last of them or both left out; None cuts the connection."""
-
+"""Maps a request to a reply: a body, (status, body) or (status, body, headers). None closes the connection."""
 
 LETTERS = {"A": -3.0, "B": -0.5, "C": -4.0, "D": -5.0, " A": -0.1, "Yes": -2.0}
+"""Log-probabilities of the most likely tokens in every reply."""
 
 
 def text_of(body: dict[str, Any]) -> str:
+    """Return the prompt text of a request."""
     return body["messages"][0]["content"][-1]["text"]
 
 
 def completion(body: dict[str, Any], logprobs: bool = True) -> dict[str, Any]:
-    """A reply that depends on the prompt alone, as a greedy model's does."""
-    text = text_of(body)
-    said = "2" if "with its number" in text else "B" if "letter of the correct" in text else f"{len(text)} characters"
-    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+    """Reply with a text that depends only on the prompt, as that of a greedy model."""
+    prompt = text_of(body)
+    text = (
+        "2"
+        if "with its number" in prompt
+        else "B"
+        if "letter of the correct" in prompt
+        else f"{len(prompt)} characters"
+    )
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     if logprobs and body.get("logprobs"):
         top = [{"token": token, "logprob": value, "bytes": None} for token, value in LETTERS.items()]
         choice["logprobs"] = {"content": [{"token": "B", "logprob": -0.5, "bytes": None, "top_logprobs": top}]}
@@ -39,35 +48,35 @@ def completion(body: dict[str, Any], logprobs: bool = True) -> dict[str, Any]:
 
 
 class FakeServer:
-    """A chat server on the loopback that answers by a function, and keeps what it was asked."""
+    """A chat server on the loopback interface that replies with a function and records the requests."""
 
     def __init__(self, answer: Answer = completion, port: int = 0) -> None:
         self.answer = answer
-        self.asked: list[dict[str, Any]] = []
-        self.under_way = self.most_under_way = 0
+        self.requests: list[dict[str, Any]] = []
+        self.in_flight = self.max_in_flight = 0
         lock, fake = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
-                    fake.asked.append(body)
-                    fake.under_way += 1
-                    fake.most_under_way = max(fake.most_under_way, fake.under_way)
+                    fake.requests.append(body)
+                    fake.in_flight += 1
+                    fake.max_in_flight = max(fake.max_in_flight, fake.in_flight)
                 try:
-                    found = fake.answer(body)
+                    answer = fake.answer(body)
                 finally:
                     with lock:
-                        fake.under_way -= 1
-                if found is None:
+                        fake.in_flight -= 1
+                if answer is None:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                status, reply, *more = found if isinstance(found, tuple) else (200, found)
+                status, reply, *headers = answer if isinstance(answer, tuple) else (200, answer)
                 content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
-                for name, value in (more[0] if more else {}).items():
+                for name, value in (headers[0] if headers else {}).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -77,7 +86,7 @@ class FakeServer:
 
         class Quiet(ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None:
-                """Clients that gave up waiting are part of these tests."""
+                """Ignore clients that timed out, which these tests provoke."""
 
         self.http = Quiet(("127.0.0.1", port), Handler)
         self.port = self.http.server_address[1]
@@ -92,13 +101,16 @@ class FakeServer:
 def ask_server(
     fake: FakeServer, row_builder: RowBuilder, root: Path, exchanges, role: str = "decision_maker", **options: Any
 ):
-    async def asked():
+    """Generate for the exchanges with a `Server` client of the fake server."""
+
+    async def generate():
         async with Server(fake.url, "echo-{role}", row_builder, root, 12, **options) as server:
             return await server.generate(role, exchanges)
 
-    return asyncio.run(asked())
+    return asyncio.run(generate())
 
 
 def shown_images(body: dict[str, Any]) -> list[Image.Image]:
+    """Decode the images of a request."""
     urls = [part["image_url"]["url"] for part in body["messages"][0]["content"][:-1]]
     return [Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))) for url in urls]
