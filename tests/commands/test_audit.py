@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.data.audit import alter
+from benchmarks.data.audit import make_leak
 from data_prep.audit import AuditConfig, audit
 from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint, load_dataset
 from echo_ft.errors import EchoError
@@ -63,8 +63,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_command_reports_a_leak_with_pictures_and_leaves_the_verdict_in_the_manifest(tmp_path):
     train = dataset(tmp_path / "train", clean(tmp_path))
     rng = np.random.default_rng(0)
-    leaks = [alter(tmp_path / "train3.png", tmp_path / "leak0", "copy", rng)]
-    leaks += [alter(tmp_path / "validation.png", tmp_path / "leak1", "re-encoding", rng)]
+    leaks = [make_leak(tmp_path / "train3.png", tmp_path / "leak0", "copy", rng)]
+    leaks += [make_leak(tmp_path / "validation.png", tmp_path / "leak1", "re-encoding", rng)]
     rows = [photograph(tmp_path, f"other{number}.png", "test", 200 + number, "ring") for number in range(4)]
     rows += [Inspection(path.name, path.name, "line", "ring", "good", path.name, "test") for path in leaks]
     evaluation = dataset(tmp_path / "evaluation", rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.data.audit import KINDS, Planted, alter, find, plant
+from benchmarks.data.audit import LEAK_TYPES, DrawnImage, audit_drawn, draw_splits, make_leak
 from data_prep.sources import SourceConfig, magnetic_tile
 from echo_ft.errors import EchoError
 from echo_ft.leakage.matches import evidence, find_matches
@@ -22,103 +22,103 @@ DATA = Path(os.environ.get("ECHO_FT_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory) -> tuple[list[Planted], list[Planted]]:
-    """5 products: 220 photographs trained on; asked about are 55 of other parts and 25 made from the former."""
-    return plant(tmp_path_factory.mktemp("planted"), products=5, trained=44, clean=11, leaks=5, seed=1)
+def splits(tmp_path_factory) -> tuple[list[DrawnImage], list[DrawnImage]]:
+    """220 training images of 5 products, and 80 test images: 55 of other parts and 25 leaks."""
+    return draw_splits(tmp_path_factory.mktemp("drawn"), products=5, training=44, clean=11, leaks=5, seed=1)
 
 
-def test_every_planted_leak_is_found_and_no_other_part_is_taken_for_one(planted):
-    trained, asked = planted
-    matches = find(trained, asked)
-    found = {(trained[match.train_index].path, asked[match.query_index].path) for match in matches}
-    sources = {(one.product, one.part): one.path for one in trained}
-    leaks = [one for one in asked if one.kind]
-    assert [sum(one.kind == kind for one in leaks) for kind in KINDS] == [5] * len(KINDS)
-    assert found == {(sources[one.product, one.part], one.path) for one in leaks}
-    assert {asked[match.query_index].kind for match in matches if match.copy} == {"copy"}
+def test_every_planted_leak_is_found_without_false_alarms(splits):
+    training, test = splits
+    matches = audit_drawn(training, test)
+    found = {(training[match.train_index].path, test[match.query_index].path) for match in matches}
+    sources = {(image.product, image.part): image.path for image in training}
+    leaks = [image for image in test if image.leak]
+    assert [sum(image.leak == leak for image in leaks) for leak in LEAK_TYPES] == [5] * len(LEAK_TYPES)
+    assert found == {(sources[image.product, image.part], image.path) for image in leaks}
+    assert {test[match.query_index].leak for match in matches if match.copy} == {"copy"}
     assert all(match.similarity == 1 if match.copy else 0.6 <= match.similarity < 1 for match in matches)
 
 
-def test_a_crop_is_found_among_many_photographs_of_its_product(tmp_path, monkeypatch):
-    """By the hashes alone a third of a product's other parts are nearer to a crop than what it was cut from."""
+def test_crop_is_found_among_many_images_of_its_product(tmp_path, monkeypatch):
+    """By plain hash, a third of the product's other images are closer to a crop than its source."""
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.NEAREST_HASHES", 24)
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.EXTRA_CANDIDATES", 12)
-    trained, _ = plant(tmp_path, products=1, trained=120, clean=0, leaks=0, seed=0)
+    training, _ = draw_splits(tmp_path, products=1, training=120, clean=0, leaks=0, seed=0)
     rng = np.random.default_rng(0)
-    crops = [alter(one.path, tmp_path / f"crop{number}", "crop", rng) for number, one in enumerate(trained[::20])]
-    paths = [one.path for one in trained]
-    matches = find_matches(paths, ["part"] * len(paths), crops)
-    assert [(match.train_index, match.query_index) for match in matches] == [
-        (20 * number, number) for number in range(6)
-    ]
+    sources = training[::20]
+    crops = [make_leak(one.path, tmp_path / f"crop{number}", "crop", rng) for number, one in enumerate(sources)]
+    paths = [image.path for image in training]
+    products = ["part"] * len(paths)
+    pairs = [(match.train_index, match.query_index) for match in find_matches(paths, products, crops)]
+    assert pairs == [(20 * number, number) for number in range(6)]
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.EXTRA_CANDIDATES", 0)
-    assert len(find_matches(paths, ["part"] * len(paths), crops)) < len(crops)
+    assert len(find_matches(paths, products, crops)) < len(crops)
 
 
-def test_the_altered_one_of_a_leaked_pair_may_be_the_one_that_is_trained_on(planted):
-    trained, asked = planted
-    altered = [one for one in asked if one.kind in ("crop", "half size", "brightness")]
-    sources = {(one.product, one.part): one for one in trained}
-    originals = [sources[one.product, one.part] for one in altered]
-    known = [one for one in asked if not one.kind] + altered
-    matches = find(known, originals)
-    assert {(known[match.train_index].path, match.query_index) for match in matches} == {
-        (one.path, place) for place, one in enumerate(altered)
-    }
+def test_leak_is_found_if_the_altered_image_is_in_training(splits):
+    training, test = splits
+    altered = [image for image in test if image.leak in ("crop", "half size", "brightness")]
+    sources = {(image.product, image.part): image for image in training}
+    originals = [sources[image.product, image.part] for image in altered]
+    swapped = [image for image in test if not image.leak] + altered
+    matches = audit_drawn(swapped, originals)
+    pairs = {(swapped[match.train_index].path, match.query_index) for match in matches}
+    assert pairs == {(image.path, index) for index, image in enumerate(altered)}
 
 
-def test_new_products_are_clean(planted):
-    everything = [one for side in planted for one in side if not one.kind]
-    known, new = ([one for one in everything if (one.product < 3) == side][::2] for side in (True, False))
-    assert find(known, new) == []
+def test_new_products_are_clean(splits):
+    images = [image for split in splits for image in split if not image.leak]
+    known, new = ([image for image in images if (image.product < 3) == side][::2] for side in (True, False))
+    assert audit_drawn(known, new) == []
 
 
-def test_a_copy_is_a_copy_of_every_equal_file_and_its_twins_hide_no_altered_one(planted, tmp_path):
-    trained = planted[0][:88]
-    twin = dataclasses.replace(trained[3], path=Path(shutil.copy(trained[3].path, tmp_path / "twin.png")))
-    half = alter(twin.path, tmp_path / "half", "half size", np.random.default_rng(0))
-    matches = find([*trained, twin], [twin, dataclasses.replace(twin, path=half)])
+def test_copy_matches_every_equal_file_and_hides_no_altered_copy(splits, tmp_path):
+    training = splits[0][:88]
+    duplicate = dataclasses.replace(training[3], path=Path(shutil.copy(training[3].path, tmp_path / "duplicate.png")))
+    half = make_leak(duplicate.path, tmp_path / "half", "half size", np.random.default_rng(0))
+    matches = audit_drawn([*training, duplicate], [duplicate, dataclasses.replace(duplicate, path=half)])
     assert [(match.train_index, match.query_index, match.copy) for match in matches] == [
         (3, 0, True),
-        (len(trained), 0, True),
+        (len(training), 0, True),
         (3, 1, False),
-        (len(trained), 1, False),
+        (len(training), 1, False),
     ]
 
 
-def test_small_chunks_and_blocks_change_nothing(planted, monkeypatch):
-    trained, asked = planted[0][:44], [one for one in planted[1] if one.product == 0]
-    whole = find(trained, asked)
-    assert whole
+def test_chunk_and_block_sizes_do_not_change_the_matches(splits, monkeypatch):
+    training, test = splits[0][:44], [image for image in splits[1] if image.product == 0]
+    expected = audit_drawn(training, test)
+    assert expected
     monkeypatch.setattr("echo_ft.leakage.matches.QUERIES_PER_PASS", 7)
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.IMAGES_PER_BLOCK", 11)
-    assert find(trained, asked) == whole
+    assert audit_drawn(training, test) == expected
 
 
-def test_nothing_to_compare_with_is_clean_and_a_missing_photograph_is_an_error(planted, tmp_path):
-    path = planted[0][0].path
+def test_empty_sides_are_clean_and_unreadable_images_are_errors(splits, tmp_path):
+    path = splits[0][0].path
     assert find_matches([], [], [path]) == find_matches([path], ["cap"], []) == []
-    with pytest.raises(EchoError, match=r"gone.png cannot be opened .*; put it back"):
+    with pytest.raises(EchoError, match=r"gone.png cannot be opened .*; restore it"):
         find_matches([path], ["cap"], [tmp_path / "gone.png"])
     (tmp_path / "cut.png").write_bytes(path.read_bytes()[:200])
     with pytest.raises(EchoError, match=r"cut.png cannot be read"):
         find_matches([tmp_path / "cut.png"], ["cap"], [path])
 
 
-def test_evidence_sees_a_part_beyond_its_product_whatever_the_light():
+def test_evidence_tells_a_part_from_its_product_in_any_light():
     rng = np.random.default_rng(0)
     product = 12 * rng.normal(size=(64, 64)).astype(np.float32)
     parts = [product + 4 * rng.normal(size=(64, 64)).astype(np.float32) for _ in range(20)]
     similarity, excess = evidence(0.7 * parts[4], np.ones((64, 64), np.float32), np.stack(parts), ["cap"] * 20)
     assert np.argmax(similarity) == np.argmax(excess) == 4
-    assert similarity[4] == pytest.approx(1, abs=1e-3) and excess[4] > 1
+    assert similarity[4] == pytest.approx(1, abs=1e-3)
+    assert excess[4] > 1
     others = np.delete(np.arange(20), 4)
     assert similarity[others].min() > 0.8, "the parts look alike"
     assert np.abs(excess[others]).max() < 0.3
 
 
 @pytest.mark.real_data
-def test_exposures_of_a_tile_are_one_surface_and_tiles_are_not():
+def test_exposures_of_one_tile_match_and_different_tiles_do_not():
     root = DATA / "magnetic_tile"
     if not root.is_dir():
         pytest.skip(f"no magnetic tiles in {root}")
@@ -128,9 +128,11 @@ def test_exposures_of_a_tile_are_one_surface_and_tiles_are_not():
         groups.setdefault(one.group, []).append(one)
     tiles = random.Random(0).sample(sorted(group for group, rows in groups.items() if len(rows) == 6), 24)
     chosen = [groups[tile] for tile in tiles]
-    trained, asked = ([one for rows in chosen for one in part(rows)] for part in (lambda r: r[:4], lambda r: r[4:]))
-    products = [one.product for one in trained]
-    matches = find_matches([root / one.image for one in trained], products, [root / one.image for one in asked])
-    # Exposures are cropped by hand, some by more than is searched: 47 of the 48 are found.
-    assert len({match.query_index for match in matches}) >= 45, "a split by photograph leaks everywhere"
-    assert all(trained[match.train_index].group == asked[match.query_index].group for match in matches)
+    training = [inspection for rows in chosen for inspection in rows[:4]]
+    queries = [inspection for rows in chosen for inspection in rows[4:]]
+    products = [inspection.product for inspection in training]
+    training_paths, query_paths = ([root / one.image for one in side] for side in (training, queries))
+    matches = find_matches(training_paths, products, query_paths)
+    # The exposures were cropped by hand, one of them by more than the search covers, so 47 of the 48 are found.
+    assert len({match.query_index for match in matches}) >= 45, "a split by image leaks everywhere"
+    assert all(training[match.train_index].group == queries[match.query_index].group for match in matches)
