@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """Everything that passed the checks."""
+    """The checked inputs of a training run."""
 
     dataset: Dataset
     row_builder: RowBuilder

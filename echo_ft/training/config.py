@@ -56,7 +56,7 @@ class EchoConfig:
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check everything, then plan and estimate the training. Needs no GPU and no weights."},
+        metadata={"help": "Check everything and print a plan with a memory estimate. Needs no GPU and no weights."},
     )
 
 

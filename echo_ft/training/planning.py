@@ -166,7 +166,7 @@ def dry_run_report(
 
 
 def _batch_shape(rows: list[PlannedRow], planned: Plan, row_builder: RowBuilder) -> BatchShape:
-    """An upper bound for the batch of `rows`: the maximum of each quantity over its rows, and of all images' pixels."""
+    """An upper bound on the batch of `rows`: the maximum over its rows, and for pixels over all planned images."""
     patch, merge = row_builder.image_processor.patch_size, row_builder.merge
     grids = [grid for row in planned.rows for grid in row.images.values()]
     return BatchShape(

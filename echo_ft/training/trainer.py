@@ -98,7 +98,7 @@ class PrefixSharingTrainer(SFTTrainer):
             )
             totals = self.accelerator.gather(done[None]).sum(dim=0).cpu().numpy()
             self._work_done += totals
-            self._total_train_tokens = seen + int(totals[2])  # TRL's own count expects its own rows
+            self._total_train_tokens = seen + int(totals[2])  # TRL's count assumes TRL's own rows
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 

@@ -1,4 +1,4 @@
-"""echo-tiny has Qwen2-VL's classes, tokens and chat template, and is pretrained on the inputs that its processor makes."""
+"""echo-tiny has Qwen2-VL's classes, tokens and chat template, and trains on inputs equal to those of its processor."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
 def _prepare_attention(model: Any, answer: int) -> None:
     """Initialise attention so that the model can answer by letter. Random weights do not learn this in so short a time.
 
-    A third of the channels each holds a token's own word, a word to search for, and a letter. The first layer writes an
+    Three groups of channels hold a token's own word, a word to search for, and a letter. The first layer writes an
     option's letter next to its words (two and three tokens back). The second to last layer fetches the words before the
     instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter.
     Training then learns to find answers elsewhere: further back in the text, and in images. The second layer starts

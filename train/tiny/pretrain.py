@@ -37,7 +37,7 @@ STAGES = (
     draw_text_row,
     draw_row,
 )
-"""Find the letter of words just read, of words read earlier, in all rows of text, and in all rows."""
+"""Bind letters to words just read, then to words read earlier; then all rows of text, then all rows."""
 FIRST_CAPTION_STAGE = 2
 """From this stage on, every other batch has captions. Earlier captions would keep the model from learning letters."""
 CAPTION_BATCH_FACTOR = 3
