@@ -1,4 +1,4 @@
-"""Runs of several processes, and runs that are killed, through the real command line: the bytes of one left alone."""
+"""A run that is killed, resumed or shared by several processes ends with the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from echo_ft.files import LOCK
+from echo_ft.files import LOCK_FILE
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, SHARDS, TRACES
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset
 
 CASES = 9
-"""Of two a batch: the last one is alone."""
+"""Number of test cases. With batches of two, the last batch has one."""
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
-    """A run that nobody stopped."""
-    output = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(dataset, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_main(options(dataset, output))
     return output
 
@@ -43,7 +43,7 @@ def options(dataset: Path, output: Path) -> list[str]:
 
 
 def start(dataset: Path, output: Path, processes: int = 1) -> subprocess.Popen[bytes]:
-    """The command of a user. (`accelerate launch --cpu` starts one process, whatever it is told: accelerate 1.15.)"""
+    """Start the command. It uses torchrun because `accelerate launch --cpu` always starts one process (1.15)."""
     launcher = [sys.executable]
     if processes > 1:
         launcher = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(processes)]
@@ -63,7 +63,7 @@ def log(output: Path) -> Path:
 
 
 def complete(dataset: Path, output: Path, processes: int = 1) -> None:
-    """The command once more, to its end."""
+    """Run the command to its end."""
     assert start(dataset, output, processes).wait(300) == 0, log(output).read_text()
 
 
@@ -71,73 +71,78 @@ def lines(path: Path) -> list[bytes]:
     return sorted(path.read_bytes().splitlines())
 
 
-def require_the_same_run(output: Path, whole: Path) -> None:
+def require_equal_runs(output: Path, expected: Path) -> None:
     for name in (PREDICTIONS, TRACES, RUN_DESCRIPTION):
-        path = str(output).encode(), str(whole).encode()
-        assert [line.replace(*path) for line in lines(output / name)] == lines(whole / name), name
-    assert {path.name for path in output.iterdir()} == {PREDICTIONS, TRACES, RUN_DESCRIPTION, LOCK}
+        paths = str(output).encode(), str(expected).encode()
+        assert [line.replace(*paths) for line in lines(output / name)] == lines(expected / name), name
+    assert {path.name for path in output.iterdir()} == {PREDICTIONS, TRACES, RUN_DESCRIPTION, LOCK_FILE}
 
 
-def until(reached: Callable[[], bool], started: subprocess.Popen[bytes], seconds: float = 200) -> None:
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
-        assert started.poll() is None and time.monotonic() < deadline, "it ended, or hangs"
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < deadline, "the process hangs"
         time.sleep(0.005)
 
 
-def written(path: Path, count: int) -> bool:
+def has_lines(path: Path, count: int) -> bool:
     return path.is_file() and path.read_bytes().count(b"\n") >= count
 
 
-def test_a_killed_run_is_gone_on_with_by_two_processes(dataset, whole, tmp_path):
-    started = start(dataset, tmp_path / "run")
+def test_two_processes_resume_a_killed_run(dataset, uninterrupted, tmp_path):
+    process = start(dataset, tmp_path / "run")
     try:
-        until(lambda: written(tmp_path / "run" / PREDICTIONS, 1), started)
+        wait_until(lambda: has_lines(tmp_path / "run" / PREDICTIONS, 1), process)
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
-    assert len(lines(tmp_path / "run" / PREDICTIONS)) < len(lines(whole / PREDICTIONS)), "it was killed in the middle"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    count = len(lines(tmp_path / "run" / PREDICTIONS))
+    assert count < len(lines(uninterrupted / PREDICTIONS)), "the run was killed too late"
     complete(dataset, tmp_path / "run", processes=2)
-    require_the_same_run(tmp_path / "run", whole)
+    require_equal_runs(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_one_of_two_processes_is_killed_and_another_number_goes_on(dataset, whole, tmp_path, killed, after):
-    started = start(dataset, tmp_path / "run", processes=2)
-    until(lambda: written(tmp_path / "run" / SHARDS / str(killed) / PREDICTIONS, 1), started)
-    (rank,) = (one for one in psutil.Process(started.pid).children() if one.environ()["RANK"] == str(killed))
+def test_another_number_of_processes_resumes_after_one_is_killed(dataset, uninterrupted, tmp_path, killed, after):
+    launcher = start(dataset, tmp_path / "run", processes=2)
+    wait_until(lambda: has_lines(tmp_path / "run" / SHARDS / str(killed) / PREDICTIONS, 1), launcher)
+    (rank,) = (one for one in psutil.Process(launcher.pid).children() if one.environ()["RANK"] == str(killed))
     rank.kill()
-    assert started.wait(100) != 0, "the launcher ends the other one"
+    assert launcher.wait(100) != 0, "the launcher stops the other process"
     complete(dataset, tmp_path / "run", processes=after)
-    require_the_same_run(tmp_path / "run", whole)
+    require_equal_runs(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
-def test_runs_killed_at_twenty_random_moments_end_as_one_left_alone(tmp_path):
-    """Moments between the start of a process and the end that it has when left alone; where a run is complete before
-    it is killed, the next moment is of another run."""
+def test_runs_killed_at_random_moments_end_like_an_uninterrupted_run(tmp_path):
+    """Kill runs at random moments within the duration of an uninterrupted run.
+
+    If a run completes before it is killed, the next moment belongs to a new run.
+    """
     dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=40)
-    clock = time.monotonic()
-    complete(dataset, tmp_path / "whole")
-    takes, questions = time.monotonic() - clock, len(lines(tmp_path / "whole" / PREDICTIONS))
-    draw, kills, in_the_middle, ended = random.Random(0), 0, 0, 0
+    started_at = time.monotonic()
+    complete(dataset, tmp_path / "uninterrupted")
+    duration = time.monotonic() - started_at
+    questions = len(lines(tmp_path / "uninterrupted" / PREDICTIONS))
+    draw, kills, kills_with_answers, completed = random.Random(0), 0, 0, 0
     while kills < 20:
-        output = tmp_path / f"run_{ended}"
-        started = start(dataset, output)
+        output = tmp_path / f"run_{completed}"
+        process = start(dataset, output)
         try:
-            status = started.wait(draw.uniform(0, takes))
+            status = process.wait(draw.uniform(0, duration))
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             kills += 1
-            in_the_middle += written(output / PREDICTIONS, 1) and not written(output / PREDICTIONS, questions)
+            kills_with_answers += has_lines(output / PREDICTIONS, 1) and not has_lines(output / PREDICTIONS, questions)
         else:
             assert status == 0, log(output).read_text()
-            require_the_same_run(output, tmp_path / "whole")
-            ended += 1
+            require_equal_runs(output, tmp_path / "uninterrupted")
+            completed += 1
     complete(dataset, output)
-    require_the_same_run(output, tmp_path / "whole")
-    print(f"{kills} kills, {in_the_middle} of them in runs with answers, {ended + 1} runs complete")
-    assert in_the_middle > 3, "or the test would show little"
+    require_equal_runs(output, tmp_path / "uninterrupted")
+    print(f"{kills} kills, {kills_with_answers} of them in runs with answers; {completed + 1} runs completed")
+    assert kills_with_answers > 3, "too few kills happened between the first and the last answer"
