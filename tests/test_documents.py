@@ -1,4 +1,4 @@
-"""What the documents promise: their commands, options, files, links and Python all exist."""
+"""Commands, options, files and links in the documents exist; tests/commands/test_documented_commands.py runs them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from echo_ft import config as configs
 from tests.conftest import ROOT
+from tests.support.documented_commands import code_blocks
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
@@ -18,36 +19,30 @@ DOCUMENTS = sorted(
 MODULES = r"(?:data_prep|train|evaluation)(?:\.\w+)+"
 
 
-def blocks(text: str, languages: set[str]) -> list[str]:
-    """The contents of a document's code blocks in some languages."""
-    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
-    return [content for language, content in found if language in languages]
-
-
 def commands(text: str) -> list[str]:
-    """The command lines of a document's code blocks, continued lines joined."""
-    lines = "\n".join(blocks(text, {"bash", "sh"})).replace("\\\n", " ").splitlines()
+    """The command lines in a document's code blocks, with continued lines joined."""
+    lines = "\n".join(code_blocks(text, {"bash", "sh"})).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-class OptionsSeenError(Exception):
-    """Ends a command where it knows what it wants of its command line."""
+class OptionsFoundError(Exception):
+    """Stops a command once its options are known."""
 
 
 def options(module: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The options of a command: the fields of the dataclasses that it has its command line read into."""
+    """The options of a command: the fields of the dataclasses that it parses its command line into."""
 
     def build(types, *_):
-        raise OptionsSeenError({field.name for cls in types for field in dataclasses.fields(cls) if field.init})
+        raise OptionsFoundError({field.name for cls in types for field in dataclasses.fields(cls) if field.init})
 
-    with monkeypatch.context() as patch, pytest.raises(OptionsSeenError) as seen:
+    with monkeypatch.context() as patch, pytest.raises(OptionsFoundError) as seen:
         patch.setattr(configs, "build", build)
         importlib.import_module(module).main([])
     return {"config", *seen.value.args[0]}
 
 
 def flags(command: str) -> list[tuple[str, list[str]]]:
-    """Each command of ours in a line of a document, as a module, and the flags that follow it."""
+    """Each command of this project in a line of a document, as a module, with the flags that follow it."""
     found = []
     for part in re.split(r"[;|&]|\s#", command):
         named = re.search(rf"-m ({MODULES})|\b(train/\w+)\.py", part)
@@ -65,7 +60,7 @@ def test_documents_name_only_options_that_their_commands_have(document, monkeypa
             assert not unknown, command
 
 
-def test_unknown_option_in_a_document_is_seen(monkeypatch):
+def test_an_unknown_option_in_a_document_is_found(monkeypatch):
     line = "accelerate launch --quiet train/sft.py --config a.yaml --refrences 1; python -m evaluation.run --output x"
     (first, given), (second, other) = flags(line)
     assert (first, second) == ("train.sft", "evaluation.run")
@@ -86,7 +81,7 @@ def test_documents_name_only_commands_and_files_that_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_between_documents_lead_somewhere(document):
+def test_links_between_documents_have_a_target(document):
     path = ROOT / document
     for name, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([\w-]+))?\)", path.read_text(encoding="utf-8")):
         target = (path.parent / name).resolve() if name else path
@@ -97,7 +92,7 @@ def test_links_between_documents_lead_somewhere(document):
             assert anchor in anchors, f"{document} links to {name}#{anchor}"
 
 
-def test_pictures_in_documents_are_made_by_one_command():
+def test_the_makefile_makes_every_picture_of_the_documents():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
     for picture in (ROOT / "docs" / "images").glob("*.png"):
         assert f"docs/images/{picture.name}" in recipe
