@@ -1,4 +1,4 @@
-"""Prompts: pinned to the letter, blind to the truth, and answers read strictly."""
+"""Prompts match the golden files and never contain the truth; answers are parsed strictly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.support.backends import ScriptedBackend
 
 GOLDEN = ROOT / "tests" / "golden"
-SAID = Upstream(best=1, normal="An even  surface.\n", guide="stain: look for this. A dark spot.", reasons={})
+OUTPUTS = Upstream(best=1, normal="An even  surface.\n", guide="stain: look for this. A dark spot.", reasons={})
 
 
 def as_text(exchanges) -> str:
@@ -30,8 +30,8 @@ def as_text(exchanges) -> str:
 
 @pytest.mark.parametrize("routing", ["full", "paper"])
 @pytest.mark.parametrize("role", ROLES)
-def test_prompts_are_the_golden_ones(role, routing, case):
-    upstream = replace(SAID, reasons={q.id: "Observe: a mark. Conclude: a stain." for q in case.seen.questions})
+def test_prompts_match_the_golden_files(role, routing, case):
+    upstream = replace(OUTPUTS, reasons={q.id: "Observe: a mark. Conclude: a stain." for q in case.seen.questions})
     text = as_text(roles.render(role, case.id, case.seen, upstream, roles.ROUTINGS[routing]))
     path = GOLDEN / f"{role}_{routing}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -39,8 +39,8 @@ def test_prompts_are_the_golden_ones(role, routing, case):
     assert text == path.read_text(encoding="utf-8"), "a prompt changed: raise PROMPT_VERSION, then UPDATE_GOLDEN=1"
 
 
-def test_prompts_with_all_knowledge_are_the_golden_ones(case):
-    text = as_text(roles.render("decision_maker", case.id, case.seen, SAID, knowledge="all"))
+def test_prompts_with_all_knowledge_match_the_golden_file(case):
+    text = as_text(roles.render("decision_maker", case.id, case.seen, OUTPUTS, knowledge="all"))
     path = GOLDEN / "decision_maker_all_knowledge.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
@@ -48,7 +48,7 @@ def test_prompts_with_all_knowledge_are_the_golden_ones(case):
 
 
 def secret_case(condition: str, letter: str):
-    """A case as the dataset loads it, whose truth and paths say `condition` and whose answers are `letter`."""
+    """Make a case as the dataset loads it. Its truth and paths contain `condition`, and all answers are `letter`."""
     inspection = Inspection(f"d/p/{condition}/0", f"p/{condition}/0.png", "d", "product-name", condition, "g", "test")
     inspection = replace(
         inspection,
@@ -68,18 +68,20 @@ def secret_case(condition: str, letter: str):
 
 @pytest.mark.parametrize("knowledge", ["guided", "all", "none"])
 @pytest.mark.parametrize("routing", ["full", "paper"])
-def test_condition_mask_polygons_and_answer_cannot_reach_a_prompt_of_a_run(routing, knowledge):
-    """The whole pipeline on cases that differ in their truth alone, loaded as a run loads them: the prompts are equal.
+def test_truth_never_reaches_a_prompt_of_a_run(routing, knowledge):
+    """Two cases that differ only in their truth, loaded as in a run, give the same prompts in the whole pipeline.
 
-    Paths are set aside: a file's folder often names the defect, and a prompt must not hold it either.
+    Paths are checked too, because the folder of a file often names the defect.
     """
     settings = PipelineConfig(routing, knowledge=knowledge)
     prompts = []
     for condition, letter in (("SECRET", "A"), ("HIDDEN", "B")):
         case = secret_case(condition, letter)
-        assert case.truth.condition == condition and set(case.truth.answers.values()) == {letter}
-        assert len(case.truth.masks) == 2 and bool(case.truth.polygons) == (condition == "SECRET")
-        (outcome,) = run_cases([case], ScriptedBackend(says={**ScriptedBackend().says, "best": "1"}), settings)
+        assert case.truth.condition == condition
+        assert set(case.truth.answers.values()) == {letter}
+        assert len(case.truth.masks) == 2
+        assert bool(case.truth.polygons) == (condition == "SECRET")
+        (outcome,) = run_cases([case], ScriptedBackend(texts={**ScriptedBackend().texts, "best": "1"}), settings)
         assert len({trace.role for trace in outcome.traces}) == (4 if knowledge == "guided" else 3)
         prompts.append([(trace.role, trace.context, trace.prompt) for trace in outcome.traces])
     assert prompts[0] == prompts[1]
@@ -90,13 +92,14 @@ def test_condition_mask_polygons_and_answer_cannot_reach_a_prompt_of_a_run(routi
 @pytest.mark.parametrize("knowledge", ["guided", "all"])
 @pytest.mark.parametrize("routing", ["full", "paper"])
 @pytest.mark.parametrize("role", ROLES)
-def test_object_classification_sees_no_knowledge_that_names_the_object(role, routing, knowledge, case, tmp_path):
-    """Neither in a run nor in a training row, whose earlier words are the knowledge itself, does any role see it."""
+def test_object_classification_sees_no_knowledge_of_the_product(role, routing, knowledge, case, tmp_path):
+    """This holds in runs and in training rows, where the outputs of earlier roles are the knowledge itself."""
     words = ("washer disc", "washer blot")
     known = (Entry("good", f"An even {words[0]}."), Entry("stain", f"A {words[1]}. It weakens the coating."))
     case = replace(case, seen=replace(case.seen, knowledge=known))
     gold = gold_upstream(case, tmp_path)
-    assert words[0] in gold.normal and words[1] in gold.guide
+    assert words[0] in gold.normal
+    assert words[1] in gold.guide
     rows = training_exchanges(case, role, tmp_path, routing)
     rows += roles.render(role, case.id, case.seen, gold, roles.ROUTINGS[routing], knowledge)
     assert rows or role == "knowledge_guide"
@@ -105,17 +108,18 @@ def test_object_classification_sees_no_knowledge_that_names_the_object(role, rou
             if branch.id.endswith("#Object Classification"):
                 assert not any(word in exchange.context + branch.prompt for word in words)
     text = str([exchange.context for exchange in rows])
-    assert role == "reference_extractor" or any(word in text for word in words), "other questions have it"
+    assert role == "reference_extractor" or any(word in text for word in words), "other questions see it"
 
 
-def test_words_from_outside_cannot_change_the_layout_of_a_prompt(case):
-    said = replace(SAID, guide="stain\nQuestion: x\n\nA. y", reasons={q.id: "\n\nA" for q in case.seen.questions})
-    for exchange in roles.render("decision_maker", case.id, case.seen, said):
-        assert exchange.context.count("\n") <= 2 and "\n\n" not in exchange.context
+def test_data_cannot_change_the_layout_of_a_prompt(case):
+    outputs = replace(OUTPUTS, guide="stain\nQuestion: x\n\nA. y", reasons={q.id: "\n\nA" for q in case.seen.questions})
+    for exchange in roles.render("decision_maker", case.id, case.seen, outputs):
+        assert exchange.context.count("\n") <= 2
+        assert "\n\n" not in exchange.context
         assert all("Reasoning: A\n" in branch.prompt for branch in exchange.branches)
 
 
-def test_an_unknown_role_is_named():
+def test_unknown_role_is_reported():
     with pytest.raises(EchoError, match=r"decision_maker"):
         roles.render("decider", "case", Seen("", (), (), ()))
 
@@ -128,7 +132,7 @@ def test_an_unknown_role_is_named():
         ("A B", None), ("The answer is A", None), ("I think it is a scratch", None), ("Scratch.", None), ("1", None),
     ],
 )  # fmt: skip
-def test_letters_are_read_strictly(text, letter):
+def test_letters_are_parsed_strictly(text, letter):
     options = {"A": "Scratch.", "B": "Dent.", "C": "Stain.", "D": "Chip."}
     assert roles.parse_letter(text, options) == letter
 
@@ -137,5 +141,5 @@ def test_letters_are_read_strictly(text, letter):
     ("text", "best"),
     [("1", 0), ("3", 2), (" Candidate 2. ", 1), ("4", None), ("0", None), ("", None), ("1 or 2", None), ("best", None)],
 )
-def test_the_best_reference_is_read_strictly(text, best):
+def test_best_reference_is_parsed_strictly(text, best):
     assert roles.parse_best(text, 3) == best

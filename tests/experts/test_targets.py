@@ -1,3 +1,5 @@
+"""Completions follow from the truth, vary only in wording, can be parsed back and never leak into prompts."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -43,7 +45,7 @@ KNOWLEDGE = (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A textured query with a dark line at the top left, its twin without, and two other textures."""
+    """A textured query with a dark line at the top left, its twin without the line, and two other textures."""
     rng = np.random.default_rng(0)
 
     def texture() -> np.ndarray:
@@ -59,7 +61,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(
+def make_case(
     root: Path,
     condition: str = "crack",
     images: tuple[str, ...] = ("n1.png", "twin.png", "n2.png"),
@@ -69,10 +71,12 @@ def make(
 ) -> Case:
     query = "twin.png" if condition == "good" else "query.png"
     inspection = Inspection(name, query, "drawn", "disc", condition, "g", mask=mask if condition != "good" else None)
-    asked = write_questions(inspection, knowledge, ["good", "crack", "dent"], ["disc", "bolt"], root, seed=0)
+    questions = write_questions(inspection, knowledge, ["good", "crack", "dent"], ["disc", "bolt"], root, seed=0)
     references = tuple(Reference(name, image, 0.9, rank) for rank, image in enumerate(images, start=1))
-    seen = Seen(query, references, knowledge, tuple(dataclasses.replace(question, answer=None) for question in asked))
-    answers = {question.id: question.answer for question in asked if question.answer}
+    seen = Seen(
+        query, references, knowledge, tuple(dataclasses.replace(question, answer=None) for question in questions)
+    )
+    answers = {question.id: question.answer for question in questions if question.answer}
     return Case(name, "drawn", "disc", name, seen, Truth(condition, inspection.mask, (), answers))
 
 
@@ -80,25 +84,25 @@ def completions(exchanges: list[Exchange]) -> dict[str, str | None]:
     return {branch.id: branch.completion for exchange in exchanges for branch in exchange.branches}
 
 
-def kinds(said: dict[str, str | None]) -> dict[str, str | None]:
-    return {identifier.split("#")[-1]: text for identifier, text in said.items()}
+def by_question_type(completed: dict[str, str | None]) -> dict[str, str | None]:
+    return {identifier.split("#")[-1]: text for identifier, text in completed.items()}
 
 
-ALIKE = range(60)
-"""Numbers of cases that differ in nothing but their ids."""
+CASE_NUMBERS = range(60)
+"""Numbers of cases that differ only in their ids."""
 
 
-def all_said(root: Path, condition: str, role: str, **changes: object) -> dict[str, set[str]]:
-    """All that a role should say about cases that differ in their ids alone, by kind of question."""
-    said: dict[str, set[str]] = defaultdict(set)
-    for number in ALIKE:
-        case = make(root, condition, name=f"case {number}", **changes)  # type: ignore[arg-type]
-        for identifier, text in kinds(completions(training_exchanges(case, role, root, "full"))).items():
-            said[identifier].add(str(text))
-    return dict(said)
+def all_completions(root: Path, condition: str, role: str, **changes: object) -> dict[str, set[str]]:
+    """Collect all completions of a role for cases that differ only in their ids, by question type."""
+    completed: dict[str, set[str]] = defaultdict(set)
+    for number in CASE_NUMBERS:
+        case = make_case(root, condition, name=f"case {number}", **changes)  # type: ignore[arg-type]
+        for identifier, text in by_question_type(completions(training_exchanges(case, role, root, "full"))).items():
+            completed[identifier].add(str(text))
+    return dict(completed)
 
 
-def filled(
+def all_phrasings(
     observations: Sequence[str], comparisons: Sequence[str], conclusions: Sequence[str], **words: str
 ) -> set[str]:
     return {
@@ -109,13 +113,13 @@ def filled(
     }
 
 
-def test_each_role_is_trained_to_say_the_truth_in_all_the_ways_there_are(root: Path) -> None:
-    assert all_said(root, "crack", "reference_extractor") == {
+def test_completions_state_the_truth_in_every_phrasing(root: Path) -> None:
+    assert all_completions(root, "crack", "reference_extractor") == {
         "best": {"2"},
         "normal": {"An even grey disc."},
     }
     entry = "A thin dark line. The disc breaks under load."
-    assert all_said(root, "crack", "knowledge_guide") == {"guide": {f"crack: {hint} {entry}" for hint in HINTS}}
+    assert all_completions(root, "crack", "knowledge_guide") == {"guide": {f"crack: {hint} {entry}" for hint in HINTS}}
     marks = ("a dark small elongated mark", "a small dark elongated mark")
     words = {"where": "at the top left", "beside": "the reference"}
     seen = [form.format(mark=mark, **words) for form in OBSERVATIONS for mark in marks]
@@ -125,24 +129,24 @@ def test_each_role_is_trained_to_say_the_truth_in_all_the_ways_there_are(root: P
         "defect-description": ("the appearance of the defect", "A thin dark line"),
         "defect-analysis": ("the effect of the defect", "The disc breaks under load"),
     }
-    ways = {"anomaly-detection": filled(seen, COMPARISONS, DEFECT_CONCLUSIONS, name="crack", **words)} | {
-        kind: filled(seen, COMPARISONS, CONCLUSIONS, subject=subject, answer=answer, **words)
+    expected = {"anomaly-detection": all_phrasings(seen, COMPARISONS, DEFECT_CONCLUSIONS, name="crack", **words)} | {
+        kind: all_phrasings(seen, COMPARISONS, CONCLUSIONS, subject=subject, answer=answer, **words)
         for kind, (subject, answer) in subjects.items()
     }
-    said = all_said(root, "crack", "reasoning_expert")
-    assert said.keys() == ways.keys()
-    for kind, texts in said.items():
-        assert texts <= ways[kind]
-        assert len(texts) > len(ways[kind]) / 2, "ids share the ways out"
+    completed = all_completions(root, "crack", "reasoning_expert")
+    assert completed.keys() == expected.keys()
+    for kind, texts in completed.items():
+        assert texts <= expected[kind]
+        assert len(texts) > len(expected[kind]) / 2, "the ids use most of the phrasings"
 
 
-def test_several_marks_are_said_to_be_several(root: Path) -> None:
+def test_several_marks_are_described_as_several(root: Path) -> None:
     query, mask = (np.array(Image.open(root / name)) for name in ("query.png", "mask.png"))
     for x in (40, 60, 80):
         query[12:18, x : x + 6], mask[12:18, x : x + 6] = 10, 255
     Image.fromarray(query).save(root / "query.png")
     Image.fromarray(mask).save(root / "mask.png")
-    for texts in all_said(root, "crack", "reasoning_expert").values():
+    for texts in all_completions(root, "crack", "reasoning_expert").values():
         observed = {text.split(". Compare: ")[0] for text in texts}
         marks = ("several dark small marks", "several small dark marks")
         assert observed == {f"Observe: {mark} at the top" for mark in marks} | {
@@ -150,24 +154,26 @@ def test_several_marks_are_said_to_be_several(root: Path) -> None:
         }
 
 
-def test_a_normal_part_is_concluded_to_be_one(root: Path) -> None:
-    assert all_said(root, "good", "knowledge_guide") == {"guide": {"good: An even grey disc."}}
-    said = all_said(root, "good", "reasoning_expert", images=("n1.png", "n2.png"))
+def test_normal_part_is_described_as_normal(root: Path) -> None:
+    assert all_completions(root, "good", "knowledge_guide") == {"guide": {"good: An even grey disc."}}
+    completed = all_completions(root, "good", "reasoning_expert", images=("n1.png", "n2.png"))
     beside = {"beside": "the reference"}
-    assert said["anomaly-detection"] == filled(NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, NO_DEFECT_CONCLUSIONS, **beside)
+    assert completed["anomaly-detection"] == all_phrasings(
+        NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, NO_DEFECT_CONCLUSIONS, **beside
+    )
     for kind, subject, answer in (
         ("object-classification", "the product", "disc"),
         ("object-analysis", "the answer", "An even grey disc"),
     ):
         words = {"subject": subject, "answer": answer, **beside}
-        assert said[kind] == filled(NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, CONCLUSIONS, **words)
+        assert completed[kind] == all_phrasings(NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, CONCLUSIONS, **words)
 
 
-def test_the_same_case_is_always_described_in_the_same_words(root: Path) -> None:
-    assert gold_upstream(make(root), root) == gold_upstream(make(root), root)
+def test_same_case_always_gets_the_same_phrasing(root: Path) -> None:
+    assert gold_upstream(make_case(root), root) == gold_upstream(make_case(root), root)
 
 
-def test_every_way_to_say_it_has_the_words_that_are_read_back() -> None:
+def test_every_phrasing_contains_the_words_that_are_parsed() -> None:
     for forms, slots in (
         (MARKS, ("{tone}", "{size}", "{shape}")),
         (OBSERVATIONS, ("{mark}", "{where}")),
@@ -176,7 +182,7 @@ def test_every_way_to_say_it_has_the_words_that_are_read_back() -> None:
     ):
         assert all(form.count(slot) == 1 for form in forms for slot in slots)
     places = re.compile("|".join(rf"\b{place}\b" for place in (*PLACES, SPREAD)))
-    told = (
+    phrases = (
         *HINTS,
         *OBSERVATIONS,
         *COMPARISONS,
@@ -185,17 +191,17 @@ def test_every_way_to_say_it_has_the_words_that_are_read_back() -> None:
         *NORMAL_OBSERVATIONS,
         *NORMAL_COMPARISONS,
     )
-    assert not any(places.search(form) for form in told), "a place is the defect's own"
+    assert not any(places.search(form) for form in phrases), "only the defect may add a place"
 
 
-def test_the_decision_is_the_answer(root: Path) -> None:
-    case = make(root)
+def test_decision_completion_is_the_answer(root: Path) -> None:
+    case = make_case(root)
     assert completions(training_exchanges(case, "decision_maker", root, "full")) == case.truth.answers
 
 
-def test_what_is_trained_is_what_inference_reads(root: Path) -> None:
-    """The prompts are the renderer's own, and its parsers read every completion back as the truth."""
-    case = make(root)
+def test_training_prompts_are_those_of_inference(root: Path) -> None:
+    """The prompts come from `render`, and its parsers turn every completion back into the truth."""
+    case = make_case(root)
     gold = gold_upstream(case, root)
     for role in ROLES:
         for routing in ROUTINGS:
@@ -214,14 +220,14 @@ def strip(exchange: Exchange) -> Exchange:
     return dataclasses.replace(exchange, branches=branches)
 
 
-def test_the_best_candidate_fits_outside_the_defect_wherever_it_stands(root: Path) -> None:
-    # A candidate with the defect's own darkness at its place would win if the defect counted.
-    lure = np.array(Image.open(root / "query.png")).astype(int)
-    lure = np.clip(lure + 12, 0, 255)
-    lure[14:17, 4:28] = 10
-    Image.fromarray(lure.astype(np.uint8)).save(root / "lure.png")
-    for images in (("twin.png", "lure.png", "n1.png"), ("n1.png", "lure.png", "twin.png"), ("lure.png", "twin.png")):
-        case = make(root, images=images)
+def test_best_candidate_is_the_closest_outside_the_defect(root: Path) -> None:
+    # This candidate is as dark as the defect at the same place. It would win if the defect were compared.
+    decoy = np.array(Image.open(root / "query.png")).astype(int)
+    decoy = np.clip(decoy + 12, 0, 255)
+    decoy[14:17, 4:28] = 10
+    Image.fromarray(decoy.astype(np.uint8)).save(root / "decoy.png")
+    for images in (("twin.png", "decoy.png", "n1.png"), ("n1.png", "decoy.png", "twin.png"), ("decoy.png", "twin.png")):
+        case = make_case(root, images=images)
         assert images[gold_upstream(case, root).best] == "twin.png"
 
 
@@ -234,8 +240,8 @@ def test_the_best_candidate_fits_outside_the_defect_wherever_it_stands(root: Pat
         (("n2.png", "n1.png"), [False, False, False, False]),
     ],
 )
-def test_the_benchmark_counts_where_the_retrieved_reference_is_closer(root: Path, retrieved, won) -> None:
-    """The first of each method, then the closest of each; and both where brightness does not count."""
+def test_benchmark_counts_wins_of_the_retrieved_reference(root: Path, retrieved, won) -> None:
+    """It compares the first and then the closest of each method, with and without brightness."""
     twin, other = (np.array(Image.open(root / name)).astype(float) for name in ("twin.png", "n1.png"))
     for name, pixels in (("bright", twin.clip(0, 205) + 50), ("mixed", 0.8 * twin + 0.2 * other)):
         Image.fromarray(pixels.astype(np.uint8)).save(root / f"{name}.png")
@@ -244,9 +250,9 @@ def test_the_benchmark_counts_where_the_retrieved_reference_is_closer(root: Path
         for method, images in (("retrieved", retrieved), ("random", ("mixed.png", "mixed.png")))
         for rank, image in enumerate(images, start=1)
     ]
-    asked = Question("q", "case", "Anomaly Detection", "Any?", {"A": "Yes.", "B": "No."}, "A")
+    question = Question("q", "case", "Anomaly Detection", "Any?", {"A": "Yes.", "B": "No."}, "A")
     marked = Inspection("case", "query.png", "drawn", "disc", "crack", "g", "test", "mask.png")
-    for name, records in (("inspections", [marked]), ("questions", [asked]), ("references", rows)):
+    for name, records in (("inspections", [marked]), ("questions", [question]), ("references", rows)):
         write_jsonl(root / f"{name}.jsonl", records)
     (root / "knowledge.json").write_text("{}")
     parts, wins = compare(Dataset(root, root, {"config": {}}), "test")
@@ -254,18 +260,18 @@ def test_the_benchmark_counts_where_the_retrieved_reference_is_closer(root: Path
     assert row("all", parts * 2, np.concatenate([wins, 1 - wins])).count("50.0 (") == 4
 
 
-def test_a_shuffled_case_names_the_same_image(root: Path) -> None:
-    case = make(root)
+def test_shuffled_candidates_have_the_same_best_image(root: Path) -> None:
+    case = make_case(root)
     for number in range(6):
         shuffled = candidate_order(f"case {number}", case.seen.references)
         turned = dataclasses.replace(case, seen=dataclasses.replace(case.seen, references=shuffled))
         assert shuffled[gold_upstream(turned, root).best].image == "twin.png"
 
 
-def test_one_reference_and_none(root: Path) -> None:
-    one = make(root, images=("n1.png",))
+def test_cases_with_one_reference_and_with_none(root: Path) -> None:
+    one = make_case(root, images=("n1.png",))
     assert completions(training_exchanges(one, "reference_extractor", root, "full"))["best"] == "1"
-    none = make(root, images=())
+    none = make_case(root, images=())
     assert training_exchanges(none, "reference_extractor", root, "full") == []
     for role in ROLES[1:]:
         for exchange in training_exchanges(none, role, root, "full"):
@@ -273,16 +279,16 @@ def test_one_reference_and_none(root: Path) -> None:
             assert all("reference" not in str(branch.completion) for branch in exchange.branches)
 
 
-def test_without_a_mask_no_place_is_invented(root: Path) -> None:
-    for texts in all_said(root, "crack", "reasoning_expert", mask=None).values():
+def test_no_place_is_invented_without_a_mask(root: Path) -> None:
+    for texts in all_completions(root, "crack", "reasoning_expert", mask=None).values():
         for text in texts:
             observed, _, concluded = text.partition(" Conclude: ")
             assert concluded and any(f"Observe: {form}. Compare: " in observed for form in UNMARKED_OBSERVATIONS)
             assert not re.search(r"\b(top|left|mark)\b", observed)
 
 
-def test_what_the_truth_does_not_tell_is_left_out(root: Path) -> None:
-    bare = make(root, knowledge=(Entry("dent", "A round hollow."),))
+def test_completions_without_a_known_truth_are_left_out(root: Path) -> None:
+    bare = make_case(root, knowledge=(Entry("dent", "A round hollow."),))
     assert training_exchanges(bare, "knowledge_guide", root, "full") == []
     assert completions(training_exchanges(bare, "reference_extractor", root, "full")) == {"best": "2"}
     unanswered = dataclasses.replace(bare, truth=dataclasses.replace(bare.truth, answers={}))
@@ -294,8 +300,8 @@ def test_what_the_truth_does_not_tell_is_left_out(root: Path) -> None:
     assert training_exchanges(stray, "decision_maker", root, "full") == []
 
 
-def test_an_answer_that_contradicts_the_condition_is_not_reasoned_about(root: Path) -> None:
-    case = make(root)
+def test_no_reasoning_if_answer_contradicts_condition(root: Path) -> None:
+    case = make_case(root)
     question = case.seen.questions[0]
     wrong = next(letter for letter in question.options if letter != case.truth.answers[question.id])
     answers = {**case.truth.answers, question.id: wrong}
@@ -303,20 +309,21 @@ def test_an_answer_that_contradicts_the_condition_is_not_reasoned_about(root: Pa
     assert question.id not in gold_upstream(contradicted, root).reasons
 
 
-def test_a_question_written_elsewhere_is_concluded_in_its_own_words(root: Path) -> None:
-    case = make(root)
+def test_foreign_question_is_concluded_with_its_own_option(root: Path) -> None:
+    case = make_case(root)
     foreign = Question("case#7", "case", "Defect Analysis", "What may follow?", {"A": "Nothing.", "B": "It snaps!"})
     case = dataclasses.replace(
         case,
         seen=dataclasses.replace(case.seen, questions=(foreign,)),
         truth=dataclasses.replace(case.truth, answers={"case#7": "B"}),
     )
-    said = completions(training_exchanges(case, "reasoning_expert", root, "full"))["case#7"]
-    assert said is not None and said.endswith("the effect of the defect is: It snaps!")
+    completed = completions(training_exchanges(case, "reasoning_expert", root, "full"))["case#7"]
+    assert completed is not None
+    assert completed.endswith("the effect of the defect is: It snaps!")
 
 
-def test_the_truth_reaches_no_prompt_but_through_the_earlier_roles_words(root: Path) -> None:
-    case = make(root)
+def test_truth_reaches_prompts_only_through_earlier_outputs(root: Path) -> None:
+    case = make_case(root)
     gold = gold_upstream(case, root)
     sentinel = Truth("SENTINEL", case.truth.mask, (), dict.fromkeys(case.truth.answers, "C"))
     hidden = dataclasses.replace(case, truth=sentinel)
@@ -327,8 +334,10 @@ def test_the_truth_reaches_no_prompt_but_through_the_earlier_roles_words(root: P
             assert before == after
         for role in ("reasoning_expert", "decision_maker"):
             before, after = (render(role, case.id, case.seen, words, routing) for words in (gold, changed))
-            assert [blank(exchange, gold) for exchange in before] == [blank(exchange, changed) for exchange in after]
-    # The rows themselves: whatever completion remains, its prompt is one of those.
+            assert [without_outputs(exchange, gold) for exchange in before] == [
+                without_outputs(exchange, changed) for exchange in after
+            ]
+    # The prompts of the rows are among those rendered from the changed outputs.
     prompts = {
         (role, branch.prompt)
         for role in ROLES
@@ -341,47 +350,49 @@ def test_the_truth_reaches_no_prompt_but_through_the_earlier_roles_words(root: P
             assert "SENTINEL" not in exchange.context.replace(changed.guide or "\0", "")
 
 
-def blank(exchange: Exchange, said: Upstream) -> tuple[object, ...]:
-    """An exchange without the lines that quote the guide and the reasoning."""
+def without_outputs(exchange: Exchange, outputs: Upstream) -> tuple[object, ...]:
+    """Return an exchange without the lines that quote the guide and the reasoning."""
 
     def quoted(line: str) -> bool:
-        return line == f"Guide: {said.guide}" or line in {f"Reasoning: {reason}" for reason in said.reasons.values()}
+        return line == f"Guide: {outputs.guide}" or line in {
+            f"Reasoning: {reason}" for reason in outputs.reasons.values()
+        }
 
     texts = [exchange.context, *(branch.prompt for branch in exchange.branches)]
     return exchange.images, *("\n".join(line for line in text.split("\n") if not quoted(line)) for text in texts)
 
 
-def test_predicted_words_stand_in_for_gold_ones(root: Path) -> None:
-    case = make(root)
-    said = Upstream(0, "Even.", "dent: look for this.", {case.seen.questions[0].id: "Observe: nothing."})
-    made = training_exchanges(case, "decision_maker", root, "full", upstream=said)
+def test_predicted_outputs_replace_gold_ones(root: Path) -> None:
+    case = make_case(root)
+    predicted = Upstream(0, "Even.", "dent: look for this.", {case.seen.questions[0].id: "Observe: nothing."})
+    made = training_exchanges(case, "decision_maker", root, "full", upstream=predicted)
     assert completions(made) == case.truth.answers
     assert made[0].images == ("n1.png", "query.png")
     assert "Guide: dent: look for this." in made[0].context
     assert "Reasoning: Observe: nothing." in made[0].branches[0].prompt
 
 
-def test_the_tone_is_told_beside_the_reference_that_is_shown(root: Path) -> None:
+def test_tone_is_relative_to_the_reference_shown(root: Path) -> None:
     darker = np.array(Image.open(root / "twin.png"))
     darker[14:17, 4:28] = 0
     query = np.array(Image.open(root / "query.png"))
     query[14:17, 4:28] = 60
     for name, pixels in (("darker", darker), ("query", query)):
         Image.fromarray(pixels).save(root / f"{name}.png")
-    case = make(root, images=("twin.png", "darker.png", "n1.png"))
+    case = make_case(root, images=("twin.png", "darker.png", "n1.png"))
     gold = gold_upstream(case, root)
-    said = dataclasses.replace(gold, best=1)
-    beside = gold_upstream(case, root, said)
-    assert beside.best == gold.best == 0, "which is best does not depend on which was chosen"
-    for upstream, tone in ((gold, "dark"), (said, "bright")):
+    chosen = dataclasses.replace(gold, best=1)
+    with_chosen = gold_upstream(case, root, chosen)
+    assert with_chosen.best == gold.best == 0, "the best reference does not depend on the chosen one"
+    for upstream, tone in ((gold, "dark"), (chosen, "bright")):
         (made,) = training_exchanges(case, "reasoning_expert", root, "full", upstream)[:1]
         assert made.images[0] == case.seen.references[upstream.best].image
         words = [branch.completion or "" for branch in made.branches]
         assert words and all(f" {tone} " in text for text in words)
 
 
-def test_wrong_names_and_broken_images_are_named(root: Path) -> None:
-    case = make(root)
+def test_unknown_names_and_broken_images_are_reported(root: Path) -> None:
+    case = make_case(root)
     with pytest.raises(EchoError, match="routing cannot be 'short'; choose from full, paper"):
         training_exchanges(case, "decision_maker", root, "short")
     with pytest.raises(EchoError, match="no role is named 'judge'"):

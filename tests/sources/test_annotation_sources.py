@@ -1,4 +1,4 @@
-"""COCO and labelme through `manifest`: outlines and boxes stand in the records, and what cannot be read is named."""
+"""COCO and labelme files keep their outlines and boxes in the records, and unreadable entries are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echo_ft.errors import EchoError
 from echo_ft.images import masks
 from echo_ft.records import Inspection
 from tests.support import folder_layouts
-from tests.support.folder_layouts import SIZE, draw, labelme_file, parted, write_json
+from tests.support.folder_layouts import SIZE, draw, labelme_file, split_items, write_json
 
 SQUARE = np.zeros((SIZE[1], SIZE[0]), bool)
 SQUARE[6:10, 4:12] = True
@@ -31,7 +31,7 @@ def marks(inspection: Inspection, root: Path) -> np.ndarray:
 
 
 def read(root: Path, annotations: Path | None = None):
-    inspections, _, rejections = parted(manifest.read(SourceConfig(root, annotations)))
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(root, annotations)))
     return {i.image: i for i in inspections}, {r.item: r.reason for r in rejections}
 
 
@@ -39,14 +39,18 @@ def read(root: Path, annotations: Path | None = None):
 
 
 def test_coco_outlines_stay_polygons_and_boxes_stay_boxes(tmp_path):
-    tree = folder_layouts.coco(tmp_path)
-    found, _ = read(tmp_path, tree.config.annotations)
-    assert found["cap/1.jpg"].polygons == (tuple(folder_layouts.SQUARE),) and found["cap/1.jpg"].boxes == ()
+    layout = folder_layouts.coco(tmp_path)
+    found, _ = read(tmp_path, layout.config.annotations)
+    assert found["cap/1.jpg"].polygons == (tuple(folder_layouts.SQUARE),)
+    assert found["cap/1.jpg"].boxes == ()
     assert np.array_equal(marks(found["cap/1.jpg"], tmp_path), SQUARE)
-    assert found["ring/2.jpg"].polygons == () and found["ring/2.jpg"].boxes == ((4.0, 6.0, 12.0, 10.0),)
+    assert found["ring/2.jpg"].polygons == ()
+    assert found["ring/2.jpg"].boxes == ((4.0, 6.0, 12.0, 10.0),)
     assert np.array_equal(marks(found["ring/2.jpg"], tmp_path), SQUARE)
     both = marks(found["3.jpg"], tmp_path)
-    assert both[SQUARE].all() and both[3, 21] and not both[20, 28]
+    assert both[SQUARE].all()
+    assert both[3, 21]
+    assert not both[20, 28]
     assert [i.product for i in found.values()] == ["cap", "cap", "ring", "instances"]
     assert {i.dataset for i in found.values()} == {"instances"}
 
@@ -63,38 +67,41 @@ def test_coco_images_may_name_product_group_and_split(tmp_path):
         tmp_path, lambda c: c["images"][1].update(product="washer", group="part-7", split="validation")
     )
     one = found["cap/1.jpg"]
-    assert (one.product, one.group, one.split) == ("washer", "part-7", "validation") and not rejections
+    assert (one.product, one.group, one.split) == ("washer", "part-7", "validation")
+    assert not rejections
 
 
-def test_coco_says_that_it_takes_the_box_of_a_run_length_mask(tmp_path):
+def test_coco_reports_that_a_run_length_mask_is_replaced_by_its_box(tmp_path):
     runs = {"size": [24, 32], "counts": [10, 5, 753]}
     found, rejections = edited(tmp_path, lambda c: c["annotations"][0].update(segmentation=runs, iscrowd=1))
     assert "run-length" in rejections["cap/1.jpg"]
-    assert found["cap/1.jpg"].polygons == () and found["cap/1.jpg"].boxes == ((4.0, 6.0, 12.0, 10.0),)
+    assert found["cap/1.jpg"].polygons == ()
+    assert found["cap/1.jpg"].boxes == ((4.0, 6.0, 12.0, 10.0),)
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "stands"),
+    ("change", "message", "kept_image"),
     [
-        ({"segmentation": [[40, 2, 44, 2, 40, 6], folder_layouts.SQUARE]}, "no pixel of the 32 x 24", True),
-        ({"segmentation": [[-9, 2, -4, 2, -6, 6]]}, "no pixel of the 32 x 24", True),
+        ({"segmentation": [[40, 2, 44, 2, 40, 6], folder_layouts.SQUARE]}, "outside the 32 x 24", True),
+        ({"segmentation": [[-9, 2, -4, 2, -6, 6]]}, "outside the 32 x 24", True),
         ({"segmentation": [[-20, 10, 10, -20, -20, -20]]}, "mark nothing", True),
         ({"segmentation": [], "bbox": [30, 2, 8, 4]}, "inside the 32 x 24", False),
     ],
 )
-def test_what_lies_outside_the_photograph_is_named(tmp_path, change, words, stands):
+def test_outlines_outside_the_image_are_reported(tmp_path, change, message, kept_image):
     path = folder_layouts.coco(tmp_path).config.annotations
     content = json.loads(path.read_text())
     content["annotations"][0].update(change)
     write_json(path, content)
     kept, _, (rejection,) = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
-    assert rejection.item == "cap/1.jpg" and words in rejection.reason
-    assert ("used without it" in rejection.reason) == stands
-    assert [masks.is_marked(i) for i in kept if i.image == "cap/1.jpg"] == [False] * stands
+    assert rejection.item == "cap/1.jpg"
+    assert message in rejection.reason
+    assert ("used without it" in rejection.reason) == kept_image
+    assert [masks.is_marked(i) for i in kept if i.image == "cap/1.jpg"] == [False] * kept_image
 
 
 @pytest.mark.parametrize("box", [[28, 2, 4 + 1e-9, 4], [-0.4, 6, 8, 4], [4, 20, 8, 4.7]])
-def test_a_box_that_rounding_puts_over_the_border_is_kept(tmp_path, box):
+def test_box_rounded_over_the_border_is_kept(tmp_path, box):
     path = folder_layouts.coco(tmp_path).config.annotations
     content = json.loads(path.read_text())
     content["annotations"][0].update(segmentation=[], bbox=box)
@@ -106,7 +113,7 @@ def test_a_box_that_rounding_puts_over_the_border_is_kept(tmp_path, box):
 
 
 @pytest.mark.parametrize(("mark", "used"), [(1, True), (3, False), (6, False)])
-def test_outlines_of_a_photograph_with_a_rotation_mark_may_be_meant_for_either(tmp_path, mark, used):
+def test_outlines_of_a_rotated_image_are_ambiguous_and_rejected(tmp_path, mark, used):
     path = folder_layouts.coco(tmp_path).config.annotations
     turned = Image.Exif()
     turned[0x0112] = mark
@@ -119,18 +126,19 @@ def test_outlines_of_a_photograph_with_a_rotation_mark_may_be_meant_for_either(t
     assert all(f"(EXIF orientation {mark})" in r.reason for r in rejections)
 
 
-def test_boxes_beside_a_polygon_that_cannot_be_used_are_no_half_truth(tmp_path):
+def test_boxes_are_dropped_with_an_unusable_polygon(tmp_path):
     path = folder_layouts.coco(tmp_path).config.annotations
     content = json.loads(path.read_text())
     content["annotations"][2].update(segmentation=[[40, 2, 44, 2, 40, 6]])
     write_json(path, content)
     kept, _, (rejection,) = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
     (both,) = (i for i in kept if i.image == "3.jpg")
-    assert rejection.item == "3.jpg" and both.boxes == both.polygons == ()
+    assert rejection.item == "3.jpg"
+    assert both.boxes == both.polygons == ()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda c: c["images"][1].update(file_name="gone.jpg"), "gone.jpg does not exist"),
         (lambda c: c["images"][1].update(file_name="../x.jpg"), "outside the root"),
@@ -147,13 +155,14 @@ def test_boxes_beside_a_polygon_that_cannot_be_used_are_no_half_truth(tmp_path):
         (lambda c: c["categories"][0].update(name="good"), "label only defects"),
     ],
 )
-def test_coco_rejects_an_image_that_cannot_be_used_by_its_place(tmp_path, change, words):
+def test_coco_rejects_an_unusable_image_by_its_place(tmp_path, change, message):
     found, rejections = edited(tmp_path, change)
-    assert words in rejections["instances.json:images[1]"]
-    assert "cap/1.jpg" not in found and "cap/0.jpg" in found
+    assert message in rejections["instances.json:images[1]"]
+    assert "cap/1.jpg" not in found
+    assert "cap/0.jpg" in found
 
 
-def test_coco_names_annotations_of_no_image(tmp_path):
+def test_coco_reports_annotations_without_an_image(tmp_path):
     _, rejections = edited(tmp_path, lambda c: c["annotations"].append({"image_id": 99, "category_id": 1}))
     assert "id 99" in rejections["instances.json:annotations"]
 
@@ -161,7 +170,7 @@ def test_coco_names_annotations_of_no_image(tmp_path):
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"images": []}', '{"images": [1], "annotations": [], "categories": []}']
 )
-def test_coco_refuses_another_json(tmp_path, content):
+def test_other_json_is_not_accepted_as_coco(tmp_path, content):
     (tmp_path / "parts.json").write_text(content)
     with pytest.raises(EchoError, match=r"parts\.json"):
         read(tmp_path, tmp_path / "parts.json")
@@ -177,15 +186,20 @@ def labelled(root: Path, drawn: list, **changes) -> tuple[dict, dict]:
 
 
 def test_labelme_shapes_stay_polygons_and_rectangles_stay_boxes(tmp_path):
-    tree = folder_layouts.labelme(tmp_path / "line")
-    found, _ = read(tree.config.root)
-    root = tree.config.root
-    assert np.array_equal(marks(found["cap/1.png"], root), SQUARE) and found["cap/1.png"].boxes == ()
-    assert found["cap/2.png"].polygons == () and found["cap/2.png"].boxes == ((4.0, 6.0, 12.0, 10.0),)
+    layout = folder_layouts.labelme(tmp_path / "line")
+    found, _ = read(layout.config.root)
+    root = layout.config.root
+    assert np.array_equal(marks(found["cap/1.png"], root), SQUARE)
+    assert found["cap/1.png"].boxes == ()
+    assert found["cap/2.png"].polygons == ()
+    assert found["cap/2.png"].boxes == ((4.0, 6.0, 12.0, 10.0),)
     both = marks(found["ring/3.png"], root)
     rows, columns = disk((12, 16), 3.5)
-    assert both[SQUARE].all() and both[rows, columns].all() and not both[2, 28]
-    assert {i.product for i in found.values()} == {"cap", "ring"} and {i.dataset for i in found.values()} == {"line"}
+    assert both[SQUARE].all()
+    assert both[rows, columns].all()
+    assert not both[2, 28]
+    assert {i.product for i in found.values()} == {"cap", "ring"}
+    assert {i.dataset for i in found.values()} == {"line"}
 
 
 @pytest.mark.parametrize("radius", [0, 0.4, 3, 50, 700])
@@ -199,7 +213,7 @@ def test_labelme_circles_are_round_to_a_tenth_of_a_pixel(tmp_path, radius):
 
 
 def mask_shape(marked: np.ndarray) -> dict:
-    """What labelme writes of a mask whose top left corner is at (4, 6)."""
+    """Return the labelme shape of a mask with its top left corner at (4, 6)."""
     buffer = io.BytesIO()
     Image.fromarray(marked.astype(np.uint8) * 255).save(buffer, "PNG")
     height, width = marked.shape
@@ -208,25 +222,27 @@ def mask_shape(marked: np.ndarray) -> dict:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98, 1.0])
-def test_labelme_masks_are_pasted_where_they_belong_to_the_pixel(tmp_path, share):
+def test_labelme_masks_are_placed_to_the_pixel(tmp_path, share):
     piece = np.random.default_rng(0).uniform(size=(9, 14)) < share
     found, rejections = labelled(tmp_path, [], shapes=[mask_shape(piece)])
     wanted = np.zeros_like(SQUARE)
     wanted[6:15, 4:18] = piece
-    assert not rejections and np.array_equal(marks(found["part.png"], tmp_path), wanted)
-    assert share < 1 or found["part.png"].boxes == ((4, 6, 18, 15),), "rows that are alike are one box"
+    assert not rejections
+    assert np.array_equal(marks(found["part.png"], tmp_path), wanted)
+    assert share < 1 or found["part.png"].boxes == ((4, 6, 18, 15),), "equal rows form one box"
 
 
-def test_labelme_masks_that_cannot_be_used_are_named(tmp_path):
+def test_unusable_labelme_masks_are_reported(tmp_path):
     shape = mask_shape(np.ones((4, 8), bool))
     empty = mask_shape(np.zeros((4, 8), bool))
     for change in ({"points": [[28, 6], [35, 9]]}, {"mask": "no image"}, {"mask": None}, {"mask": empty["mask"]}):
         found, rejections = labelled(tmp_path, [], shapes=[{**shape, **change}])
-        assert not found and "mask" in rejections["part.json"]
+        assert not found
+        assert "mask" in rejections["part.json"]
 
 
 @pytest.mark.parametrize(
-    ("shapes", "changes", "words"),
+    ("shapes", "changes", "message"),
     [
         ([("dent", "line", [[1, 1], [5, 5]])], {}, "a 'line' shape with 2 points encloses nothing"),
         ([("dent", "point", [[1, 1]])], {}, "'point'"),
@@ -241,20 +257,21 @@ def test_labelme_masks_that_cannot_be_used_are_named(tmp_path):
         ([], {"shapes": None}, "not a labelme file"),
     ],
 )
-def test_labelme_rejects_a_file_that_cannot_be_used(tmp_path, shapes, changes, words):
+def test_unusable_labelme_files_are_rejected(tmp_path, shapes, changes, message):
     found, rejections = labelled(tmp_path, shapes, **changes)
-    assert not found and words in rejections["part.json"]
-    assert "part.png" in rejections, "its photograph is not used either"
+    assert not found
+    assert message in rejections["part.json"]
+    assert "part.png" in rejections, "its image is not used either"
 
 
-def test_labelme_does_not_guess_that_a_photograph_without_a_file_is_good(tmp_path):
+def test_image_without_a_labelme_file_is_not_assumed_good(tmp_path):
     draw(tmp_path / "other.png")
     found, rejections = labelled(tmp_path, [])
     assert found["part.png"].condition == "good"
     assert "no labelme file" in rejections["other.png"]
 
 
-def test_a_manifest_without_a_list_or_labelme_files_is_one_clear_error(tmp_path):
+def test_manifest_without_any_annotations_is_an_error(tmp_path):
     draw(tmp_path / "part.png")
     with pytest.raises(EchoError, match="no labelme file"):
         read(tmp_path)

@@ -1,4 +1,4 @@
-"""Sources: what each layout yields, and what happens to what it cannot use."""
+"""MMAD, folder, manifest and magnetic-tile sources yield correct records and report everything they cannot use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from echo_ft.errors import EchoError
 from echo_ft.records import QUESTION_TYPES, Inspection
 from tests.conftest import ROOT
 from tests.support import folder_layouts
-from tests.support.folder_layouts import draw, parted, write_csv
+from tests.support.folder_layouts import draw, split_items, write_csv
 
 DATA = Path(os.environ.get("ECHO_FT_DATA", ROOT.parent / "shared" / "data"))
 
@@ -25,12 +25,12 @@ DATA = Path(os.environ.get("ECHO_FT_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.fixture
 def mmad_root(tmp_path: Path) -> Path:
-    """A root with one query of each of MMAD's layouts, whole."""
+    """A complete root with one query from each of MMAD's layouts."""
     return folder_layouts.mmad(tmp_path).config.root
 
 
 def read_mmad(root: Path):
-    return parted(mmad.read(SourceConfig(root, root / "mmad.json")))
+    return split_items(mmad.read(SourceConfig(root, root / "mmad.json")))
 
 
 def edit(root: Path, key: str, **changes) -> None:
@@ -39,7 +39,7 @@ def edit(root: Path, key: str, **changes) -> None:
     (root / "mmad.json").write_text(json.dumps(rows))
 
 
-def test_mmad_finds_queries_masks_and_normals_of_all_four_layouts(mmad_root):
+def test_mmad_finds_queries_masks_and_normal_images_of_all_layouts(mmad_root):
     inspections, questions, rejections = read_mmad(mmad_root)
     assert rejections == []
     queries = {i.image: i for i in inspections if i.split == "test"}
@@ -67,7 +67,7 @@ def test_mmad_takes_the_first_random_template_as_reference(mmad_root):
     assert {i.reference for i in inspections} == {None, "MVTec-AD/bottle/train/good/001.png"}
 
 
-def test_mmad_folds_nine_kinds_to_seven(mmad_root):
+def test_mmad_merges_nine_question_types_to_seven(mmad_root):
     _, questions, _ = read_mmad(mmad_root)
     assert {question.kind for question in questions} == {"Anomaly Detection", "Object Analysis"} <= set(QUESTION_TYPES)
 
@@ -81,7 +81,7 @@ def test_mmad_finds_a_mask_under_the_other_spelling(mmad_root):
     assert "DS-MVTec/bottle/rgb_mask/broken_large/000_rgb_mask.png" in {i.mask for i in inspections}
 
 
-def test_mmad_names_what_is_missing_and_goes_on(mmad_root):
+def test_mmad_reports_missing_files_and_continues(mmad_root):
     (mmad_root / "VisA/candle/test/bad/000.JPG").unlink()
     (mmad_root / "MVTec-AD/bottle/train/good/001.png").unlink()
     (mmad_root / "MVTec-LOCO/pushpins/ground_truth/logical_anomalies/003/000.png").unlink()
@@ -98,7 +98,7 @@ def test_mmad_names_what_is_missing_and_goes_on(mmad_root):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"type": "Riddle"}, "not one of MMAD's nine"),
         ({"Answer": "C"}, "not one of the options"),
@@ -106,24 +106,25 @@ def test_mmad_names_what_is_missing_and_goes_on(mmad_root):
         ({"Question": " "}, "no text"),
     ],
 )
-def test_mmad_rejects_a_question_that_cannot_be_asked(mmad_root, change, words):
+def test_mmad_rejects_malformed_questions(mmad_root, change, message):
     key = "DS-MVTec/bottle/image/good/000.png"
     question = json.loads((mmad_root / "mmad.json").read_text())[key]["conversation"][0]
     edit(mmad_root, key, conversation=[{**question, **change}, question])
     _, questions, rejections = read_mmad(mmad_root)
-    assert [r.item for r in rejections] == [f"{key}#0"] and words in rejections[0].reason
+    assert [r.item for r in rejections] == [f"{key}#0"]
+    assert message in rejections[0].reason
     assert len(questions) == 5
 
 
-def test_mmad_without_any_image_is_one_clear_error(mmad_root, tmp_path):
+def test_mmad_without_any_image_is_an_error(mmad_root, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with pytest.raises(EchoError, match=r"all 5 images .* missing .*DS-MVTec 2.*looked in .*elsewhere.*--root"):
-        parted(mmad.read(SourceConfig(elsewhere, mmad_root / "mmad.json")))
+        split_items(mmad.read(SourceConfig(elsewhere, mmad_root / "mmad.json")))
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "{}"])
-def test_mmad_refuses_a_file_that_is_not_mmads(tmp_path, content):
+def test_mmad_rejects_other_json_files(tmp_path, content):
     (tmp_path / "mmad.json").write_text(content)
     with pytest.raises(EchoError, match=r"mmad\.json"):
         read_mmad(tmp_path)
@@ -142,16 +143,18 @@ def test_mmad_reads_every_row_of_the_real_sample(tmp_path):
                 (tmp_path / path).touch()
         (tmp_path / row["random_templates"][0]).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / row["random_templates"][0]).touch()
-    inspections, questions, rejections = parted(mmad.read(SourceConfig(tmp_path, sample)))
+    inspections, questions, rejections = split_items(mmad.read(SourceConfig(tmp_path, sample)))
     queries = [i for i in inspections if i.split == "test"]
-    assert rejections == [] and len(queries) == 150 and len(questions) == 735
+    assert rejections == []
+    assert len(queries) == 150
+    assert len(questions) == 735
     assert all((i.mask is None) == (i.condition == "good") for i in queries)
 
 
 # folder
 
 
-def test_folder_reads_an_mvtec_like_tree(tmp_path):
+def test_folder_reads_the_layout_of_mvtec_ad(tmp_path):
     root = tmp_path / "line"
     draw(root / "cap/train/good/000.png")
     draw(root / "cap/test/good/000.png")
@@ -159,7 +162,7 @@ def test_folder_reads_an_mvtec_like_tree(tmp_path):
     draw(root / "cap/ground_truth/dent/000_mask.png", 255)
     draw(root / "cap/test/scratch/007.JPG")
     (root / "notes").mkdir()
-    inspections, _, rejections = parted(folder.read(SourceConfig(root)))
+    inspections, _, rejections = split_items(folder.read(SourceConfig(root)))
     assert [(i.image, i.condition, i.split, i.mask) for i in inspections] == [
         ("cap/train/good/000.png", "good", "train", None),
         ("cap/test/dent/000.png", "dent", "test", "cap/ground_truth/dent/000_mask.png"),
@@ -173,12 +176,12 @@ def test_folder_reads_an_mvtec_like_tree(tmp_path):
 def test_folder_takes_val_as_validation(tmp_path):
     for place in ("train/good", "val/good", "val/dent", "validation/dent", "test/dent"):
         draw(tmp_path / "cap" / place / "000.png")
-    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
     assert rejections == []
     assert Counter(i.split for i in inspections) == {"train": 1, "validation": 3, "test": 1}
 
 
-def test_folder_passes_nothing_over_in_silence(tmp_path):
+def test_folder_reports_everything_it_ignores(tmp_path):
     taken = [draw(tmp_path / "cap" / place) for place in ("train/good/000.png", "test/dent/000.png")]
     draw(tmp_path / "cap/ground_truth/dent/000_mask.png", 255)
     for number in range(3):
@@ -191,42 +194,46 @@ def test_folder_passes_nothing_over_in_silence(tmp_path):
     for companion in ("cap/license.txt", "cap/LICENSE", "readme.md", "cap/.DS_Store", "cap/test/dent/Thumbs.db"):
         (tmp_path / companion).write_bytes(b"content")
     (tmp_path / "empty").mkdir()
-    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
     assert sorted(i.image for i in inspections) == sorted(path.relative_to(tmp_path).as_posix() for path in taken)
     found = {rejection.item: rejection.reason for rejection in rejections}
-    assert len(found) == len(rejections) and set(found) == {
+    assert len(found) == len(rejections)
+    assert set(found) == {
         "cap/holdout", "cap/test/001.png", "cap/test/dent/cam1", "cap/002.png", "spare", "loose.png",
         "cap/test/dent/003.heic", "cap/test/dent/notes.txt", "cap/list.xlsx",
     }  # fmt: skip
-    assert "(files: 3)" in found["cap/holdout"] and "train, validation, test, val" in found["cap/holdout"]
-    assert "(files: 2)" in found["cap/test/dent/cam1"] and "(files: 1)" in found["spare"]
-    assert "<product>/<split>/<condition>" in found["cap/test/001.png"] and ".png" in found["cap/test/dent/003.heic"]
+    assert "(files: 3)" in found["cap/holdout"]
+    assert "train, validation, test, val" in found["cap/holdout"]
+    assert "(files: 2)" in found["cap/test/dent/cam1"]
+    assert "(files: 1)" in found["spare"]
+    assert "<product>/<split>/<condition>" in found["cap/test/001.png"]
+    assert ".png" in found["cap/test/dent/003.heic"]
 
 
-def test_folder_takes_no_other_word_for_good_as_a_defect(tmp_path):
+def test_folder_rejects_synonyms_of_good(tmp_path):
     for name in ("bolt/train/good/0", "bolt/test/bent/1", "nut/train/OK/0", "nut/test/normal/1", "nut/test/bent/2"):
         path = tmp_path / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(path)
-    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
     assert [(i.product, i.condition) for i in inspections] == [("bolt", "good"), ("bolt", "bent"), ("nut", "bent")]
     assert [r.item for r in rejections] == ["nut/train/OK", "nut/test/normal"]
     assert all("must be spelled 'good' for a part without a defect" in r.reason for r in rejections)
 
 
-def test_folder_says_which_mask_is_missing_beside_others(tmp_path):
+def test_folder_reports_a_missing_mask_next_to_others(tmp_path):
     draw(tmp_path / "cap/test/dent/000.png")
     draw(tmp_path / "cap/test/dent/001.png")
     draw(tmp_path / "cap/ground_truth/dent/000_mask.png", 255)
-    inspections, _, rejections = parted(folder.read(SourceConfig(tmp_path)))
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
     assert len(inspections) == 2
     assert [r.item for r in rejections] == ["cap/ground_truth/dent/001_mask.png"]
 
 
-def test_folder_pointed_at_one_product_says_so(tmp_path):
+def test_folder_set_to_one_product_says_so(tmp_path):
     draw(tmp_path / "cap/train/good/000.png")
     with pytest.raises(EchoError, match="the folder of one product"):
-        parted(folder.read(SourceConfig(tmp_path / "cap")))
+        split_items(folder.read(SourceConfig(tmp_path / "cap")))
 
 
 # manifest
@@ -246,7 +253,7 @@ def test_manifest_reads_every_column_from_csv_and_jsonl(tmp_path, kind):
         write_csv(path, [rows[0], {**rows[1], "boxes": json.dumps(boxes)}], ["image", *FULL, "boxes"])
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
     assert rejections == []
     assert inspections == [
         Inspection("a.png", "a.png", "parts", "cap", "dent", "7", "train", "m.png", (), "n.png"),
@@ -273,20 +280,20 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), BAD_ROWS)
-def test_manifest_rejects_a_bad_row_by_its_line(tmp_path, change, words):
+@pytest.mark.parametrize(("change", "message"), BAD_ROWS)
+def test_manifest_rejects_a_bad_row_by_its_line(tmp_path, change, message):
     draw(tmp_path / "a.png"), draw(tmp_path / "b.png"), draw(tmp_path.parent / "outside.png")
     good = {"image": "a.png", "product": "cap", "condition": "dent"}
     columns = ["image", "product", "condition", "mask", "boxes", "split", "reference"]
     path = write_csv(tmp_path / "parts.csv", [good, {**good, "image": "b.png", **change}], columns)
-    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
     assert [i.image for i in inspections] == ["a.png"]
     assert [r.item for r in rejections] == ["parts.csv:3"]
-    assert re.search(words, rejections[0].reason)
+    assert re.search(message, rejections[0].reason)
 
 
-def test_manifest_joins_several_defects_in_one_way_however_they_are_written(tmp_path):
-    """As other words they would be a defect of their own: holding `melt` out would leave `bent + melt` in training."""
+def test_manifest_joins_several_defects_in_one_order(tmp_path):
+    """Otherwise they would be different conditions, and holding out `melt` would leave `bent + melt` in training."""
     rows = [
         {"image": f"{number}.png", "product": "cap", "condition": condition}
         for number, condition in enumerate(["bent + melt", "melt+bent", " bent+melt+bent "])
@@ -294,12 +301,13 @@ def test_manifest_joins_several_defects_in_one_way_however_they_are_written(tmp_
     for row in rows:
         draw(tmp_path / row["image"])
     path = write_csv(tmp_path / "parts.csv", rows, ["image", "product", "condition"])
-    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
-    assert rejections == [] and [i.condition for i in inspections] == ["bent+melt"] * 3
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == []
+    assert [i.condition for i in inspections] == ["bent+melt"] * 3
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_manifest_leaves_columns_of_other_meaning_alone(tmp_path, kind):
+def test_manifest_ignores_other_columns(tmp_path, kind):
     others = {"image_id": "7", "product_id": "8", "bent": "0", "broken": "1"}
     rows = [{"image": "a.png", "product": "cap", "condition": "good", **others}]
     draw(tmp_path / "a.png")
@@ -308,48 +316,51 @@ def test_manifest_leaves_columns_of_other_meaning_alone(tmp_path, kind):
         write_csv(path, rows, list(rows[0]))
     else:
         path.write_text(json.dumps(rows[0]) + "\n")
-    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
-    assert rejections == [] and [i.image for i in inspections] == ["a.png"]
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == []
+    assert [i.image for i in inspections] == ["a.png"]
 
 
 def test_manifest_rejects_a_row_with_more_cells_than_columns(tmp_path):
-    """A comma that is not quoted moves every cell after it into another column; trailing empty cells do no harm."""
+    """An unquoted comma shifts all later cells to the next column. Trailing empty cells are harmless."""
     for name in "abc":
         draw(tmp_path / f"{name}.png")
     path = tmp_path / "parts.csv"
     path.write_text(
         'image,product,condition,group\na.png,pcb,bent,melt,7\nb.png,pcb,bent,7,,\nc.png,pcb,"bent,melt",8\n'
     )
-    inspections, _, (rejection,) = parted(manifest.read(SourceConfig(tmp_path, path)))
-    assert rejection.item == "parts.csv:2" and "quote cells that contain a comma" in rejection.reason
+    inspections, _, (rejection,) = split_items(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejection.item == "parts.csv:2"
+    assert "quote cells that contain a comma" in rejection.reason
     assert [(i.image, i.condition, i.group) for i in inspections] == [
         ("b.png", "bent", "7"),
         ("c.png", "bent,melt", "8"),
     ]
 
 
-def test_manifest_rejects_a_photograph_listed_twice_and_a_line_that_is_not_json(tmp_path):
+def test_manifest_rejects_duplicate_images_and_lines_without_json(tmp_path):
     draw(tmp_path / "a.png")
     row = json.dumps({"image": "a.png", "product": "cap", "condition": "good"})
     path = tmp_path / "parts.jsonl"
     path.write_text(f"{row}\n{row}\n{{broken\n[1]\n")
-    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
     assert len(inspections) == 1
     assert [r.item for r in rejections] == ["parts.jsonl:2", "parts.jsonl:3", "parts.jsonl:4"]
 
 
-@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0c"])
-def test_manifest_takes_a_jsonl_row_whole_whatever_its_texts_hold(tmp_path, mark):
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x0c"])
+def test_jsonl_rows_may_contain_unicode_line_separators(tmp_path, separator):
     draw(tmp_path / "a.png"), draw(tmp_path / "b.png")
-    rows = [{"image": name, "product": f"cap{mark}7", "condition": "good"} for name in ("a.png", "b.png")]
+    rows = [{"image": name, "product": f"cap{separator}7", "condition": "good"} for name in ("a.png", "b.png")]
     path = tmp_path / "parts.jsonl"
     path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
-    inspections, _, rejections = parted(manifest.read(SourceConfig(tmp_path, path)))
-    assert rejections == [] and [i.product for i in inspections] == [f"cap{mark}7"] * 2
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == []
+    assert [i.product for i in inspections] == [f"cap{separator}7"] * 2
 
 
 @pytest.mark.parametrize(
-    ("name", "header", "words"),
+    ("name", "header", "message"),
     [
         ("parts.csv", "image,product", "no column 'condition'.*found 'image', 'product'"),
         ("parts.csv", "image,product,condition,grop", "did you mean 'group'"),
@@ -360,29 +371,29 @@ def test_manifest_takes_a_jsonl_row_whole_whatever_its_texts_hold(tmp_path, mark
         ("parts.csv", "", "no column 'image'.*the file is empty; its first line must name the columns"),
     ],
 )
-def test_manifest_refuses_a_header_that_lacks_or_misspells_a_column(tmp_path, name, header, words):
+def test_manifest_rejects_missing_or_misspelt_columns(tmp_path, name, header, message):
     path = tmp_path / name
     path.write_text(header and header + "\na.png;cap;good\n")
-    with pytest.raises(EchoError, match=words) as raised:
-        parted(manifest.read(SourceConfig(tmp_path, path)))
+    with pytest.raises(EchoError, match=message) as raised:
+        split_items(manifest.read(SourceConfig(tmp_path, path)))
     assert "\n" not in str(raised.value)
 
 
 # magnetic_tile
 
 
-def test_magnetic_tile_groups_exposures_by_their_numbers_over_all_kinds(tmp_path):
+def test_magnetic_tile_groups_exposures_over_all_kinds(tmp_path):
     names = {
         "MT_Free": ["exp1_num_100", "exp2_num_150", "exp1_num_999"],
-        "MT_Crack": ["exp3_num_210", "exp1_num_271"],  # 60 more belongs to the tile, 61 more does not
-        "MT_Break": ["exp1_num_1810", "exp6_num_1965"],  # one tile all the same
+        "MT_Crack": ["exp3_num_210", "exp1_num_271"],  # a gap of 60 is the same tile, 61 is not
+        "MT_Break": ["exp1_num_1810", "exp6_num_1965"],  # one tile in spite of the gap
     }
     for kind, stems in names.items():
         for stem in stems:
             draw(tmp_path / kind / "Imgs" / f"{stem}.jpg")
             draw(tmp_path / kind / "Imgs" / f"{stem}.png", 0 if kind == "MT_Free" else 255)
     draw(tmp_path / "MT_Free" / "Imgs" / "holiday.jpg")
-    inspections, _, rejections = parted(magnetic_tile.read(SourceConfig(tmp_path)))
+    inspections, _, rejections = split_items(magnetic_tile.read(SourceConfig(tmp_path)))
     assert [r.item for r in rejections] == ["MT_Free/Imgs/holiday.jpg"]
     groups = {Path(i.image).stem: i.group for i in inspections}
     assert groups == {
@@ -398,16 +409,17 @@ def test_magnetic_tile_groups_exposures_by_their_numbers_over_all_kinds(tmp_path
 
 
 @pytest.mark.real_data
-def test_magnetic_tile_finds_the_real_photographs_in_208_groups():
+def test_magnetic_tile_finds_208_groups_in_the_real_images():
     root = DATA / "magnetic_tile"
     if not root.is_dir():
         pytest.skip(f"no {root}; set ECHO_FT_DATA to the data folder")
-    inspections, _, rejections = parted(magnetic_tile.read(SourceConfig(root)))
+    inspections, _, rejections = split_items(magnetic_tile.read(SourceConfig(root)))
     assert rejections == []
     assert Counter(i.condition for i in inspections) == {
         "good": 952, "blowhole": 115, "break": 85, "crack": 57, "fray": 32, "uneven": 103,
     }  # fmt: skip
     groups = Counter(i.group for i in inspections)
-    assert len(groups) == 208 and sum(count == 6 for count in groups.values()) == 178
+    assert len(groups) == 208
+    assert sum(count == 6 for count in groups.values()) == 178
     kinds = {group: {i.condition for i in inspections if i.group == group} for group in groups}
     assert sum(len(found) > 1 for found in kinds.values()) == 13

@@ -1,3 +1,5 @@
+"""A backend without a model, for tests of the pipeline."""
+
 from __future__ import annotations
 
 import math
@@ -10,9 +12,9 @@ from echo_ft.records import Exchange, Generation
 
 @dataclass
 class ScriptedBackend:
-    """Says a fixed thing for each role, and remembers what it was shown."""
+    """Returns a fixed text per role, and records the exchanges that it receives."""
 
-    says: dict[str, str] = field(
+    texts: dict[str, str] = field(
         default_factory=lambda: {"best": "2", "normal": "NORMAL", "guide": "GUIDE", "reason": "REASON", "decide": "B"}
     )
     broken: str = ""
@@ -25,7 +27,7 @@ class ScriptedBackend:
         self.shown += exchanges
         key = {"reasoning_expert": "reason", "decision_maker": "decide"}.get(role, "")
         letters = {"A": math.log(0.1), "B": math.log(0.3), "C": math.log(0.2), "D": math.log(0.2), "E": math.log(0.2)}
-        return [[Generation(self.says[key or branch.id], letters) for branch in e.branches] for e in exchanges]
+        return [[Generation(self.texts[key or branch.id], letters) for branch in e.branches] for e in exchanges]
 
     def roles(self) -> list[str]:
         return list(dict.fromkeys(exchange.role for exchange in self.shown))

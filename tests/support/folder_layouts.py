@@ -1,4 +1,4 @@
-"""Small trees in the exact layout of each dataset that data_prep reads, drawn for the tests."""
+"""Small drawn datasets in the exact layout of each dataset that data_prep reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SIZE = (32, 24)
 
 
 def draw(path: Path, grey: int = 90, size: tuple[int, int] = SIZE) -> Path:
-    """An even grey image of (width, height)."""
+    """Draw a uniform grey image of (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, grey).save(path)
     return path
 
 
 def draw_mask(path: Path, box: tuple[int, int, int, int] = (4, 6, 12, 10), value: int = 255) -> Path:
-    """A mask that marks (x0, y0, x1, y1), the last row and column left out, by `value`."""
+    """Draw a mask that marks the box (x0, y0, x1, y1), without its last row and column, with `value`."""
     marks = np.zeros((SIZE[1], SIZE[0]), np.uint8)
     x0, y0, x1, y1 = box
     marks[y0:y1, x0:x1] = value
@@ -34,8 +34,8 @@ def draw_mask(path: Path, box: tuple[int, int, int, int] = (4, 6, 12, 10), value
     return path
 
 
-def parted(items) -> tuple[list[Inspection], list[Question], list[Rejection]]:
-    """What a source yields, by kind."""
+def split_items(items) -> tuple[list[Inspection], list[Question], list[Rejection]]:
+    """Split the items of a source into inspections, questions and rejections."""
     items = list(items)
     return tuple([item for item in items if isinstance(item, cls)] for cls in (Inspection, Question, Rejection))
 
@@ -56,18 +56,18 @@ def write_json(path: Path, content: object) -> Path:
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A drawn tree: how to read it, and (condition, split) of every photograph in it."""
+class DatasetLayout:
+    """A drawn dataset: its source config, and (condition, split) of every image."""
 
     config: SourceConfig
-    photographs: dict[str, tuple[str, str | None]]
+    images: dict[str, tuple[str, str | None]]
     masked: tuple[str, ...]
-    """The photographs whose records say where the defect is: by mask, polygon or box."""
+    """The images with a mask, polygon or box in their records."""
     groups: int | None = None
-    """Physical parts, where it is not one a photograph."""
+    """Number of physical parts, if it differs from the number of images."""
 
 
-def mvtec_ad(folder: Path) -> Tree:
+def mvtec_ad(folder: Path) -> DatasetLayout:
     root = folder / "mvtec_anomaly_detection"
     for product, defects in (("bottle", ("broken_large", "contamination")), ("cable", ("bent_wire", "combined"))):
         for number in range(3):
@@ -91,10 +91,10 @@ def mvtec_ad(folder: Path) -> Tree:
     for product, condition in (name.split("/") for name in tests):
         found[f"{product}/test/{condition}/000.png"] = (condition, "test")
     masked = tuple(name for name, (condition, _) in found.items() if condition != "good")
-    return Tree(SourceConfig(root), found, masked)
+    return DatasetLayout(SourceConfig(root), found, masked)
 
 
-def mvtec_loco(folder: Path) -> Tree:
+def mvtec_loco(folder: Path) -> DatasetLayout:
     root = folder / "mvtec_loco_anomaly_detection"
     product = root / "breakfast_box"
     for place in ("train/good/000", "train/good/001", "validation/good/000", "test/good/000"):
@@ -105,13 +105,13 @@ def mvtec_loco(folder: Path) -> Tree:
         ("structural_anomalies", 0, 3),
     ):
         draw(product / "test" / condition / f"{number:03d}.png")
-        for index in range(count):  # the value of a pixel tells the kind of defect, as in defects_config.json
+        for index in range(count):  # pixel values encode the defect type, as in defects_config.json
             box = (4 + 8 * index, 6, 8 + 8 * index, 10)
             draw_mask(product / "ground_truth" / condition / f"{number:03d}" / f"{index:03d}.png", box, 255 - index)
     write_json(product / "defects_config.json", [{"defect_name": "missing_almonds", "pixel_value": 255}])
     for name in ("license.txt", "readme.txt"):
         (product / name).write_text("CC BY-NC-SA 4.0")
-    photographs = {
+    images = {
         "breakfast_box/train/good/000.png": ("good", "train"),
         "breakfast_box/train/good/001.png": ("good", "train"),
         "breakfast_box/validation/good/000.png": ("good", "validation"),
@@ -120,15 +120,15 @@ def mvtec_loco(folder: Path) -> Tree:
         "breakfast_box/test/logical_anomalies/001.png": ("logical_anomalies", "test"),
         "breakfast_box/test/structural_anomalies/000.png": ("structural_anomalies", "test"),
     }
-    return Tree(SourceConfig(root), photographs, tuple(p for p, (c, _) in photographs.items() if c != "good"))
+    return DatasetLayout(SourceConfig(root), images, tuple(p for p, (c, _) in images.items() if c != "good"))
 
 
 VISA_COLUMNS = ["object", "split", "label", "image", "mask"]
 
 
-def visa(folder: Path) -> Tree:
+def visa(folder: Path) -> DatasetLayout:
     root = folder / "VisA"
-    rows, photographs = [], {}
+    rows, images = [], {}
     for product, labels in (("candle", ("wax melded out of the candle", "other")), ("pcb1", ("melt", "bent,melt"))):
         kinds = []
         for number, split in enumerate(("train", "train", "test")):
@@ -136,44 +136,44 @@ def visa(folder: Path) -> Tree:
             draw(root / image)
             rows.append({"object": product, "split": split, "label": "normal", "image": image, "mask": ""})
             kinds.append({"image": image, "label": "normal", "mask": ""})
-            photographs[image] = ("good", split)
+            images[image] = ("good", split)
         for number, label in enumerate(labels):
             image, mask = (f"{product}/Data/{kind}/Anomaly/{number:03d}" for kind in ("Images", "Masks"))
             draw(root / f"{image}.JPG")
-            draw_mask(root / f"{mask}.png", value=1 + number)  # VisA numbers the kinds in its masks
+            draw_mask(root / f"{mask}.png", value=1 + number)  # VisA masks number the defect types
             row = {"image": f"{image}.JPG", "mask": f"{mask}.png"}
             rows.append({"object": product, "split": "test", "label": "anomaly", **row})
             kinds.append({"label": label, **row})
-            photographs[f"{image}.JPG"] = (label.replace(",", "+"), "test")
+            images[f"{image}.JPG"] = (label.replace(",", "+"), "test")
         write_csv(root / product / "image_anno.csv", kinds, ["image", "label", "mask"])
     for name in ("1cls", "2cls_fewshot", "2cls_highshot"):
         listed = rows if name == "1cls" else [row for row in rows if row["object"] == "candle"]
         write_csv(root / "split_csv" / f"{name}.csv", listed, VISA_COLUMNS)
     (root / "LICENSE-DATASET").write_text("CC BY 4.0")
-    return Tree(SourceConfig(root), photographs, tuple(name for name in photographs if "Anomaly" in name))
+    return DatasetLayout(SourceConfig(root), images, tuple(name for name in images if "Anomaly" in name))
 
 
-def goods_ad(folder: Path) -> Tree:
+def goods_ad(folder: Path) -> DatasetLayout:
     root = folder / "GoodsAD"
-    photographs = {}
+    images = {}
     for product, condition in (("drink_can", "straw_missing"), ("cigarette_box", "opened")):
         for place, split in (("train/good", "train"), ("test/good", "test"), (f"test/{condition}", "test")):
             for name in ("001_001", "002_001"):
                 image = f"{product}/{place}/{name}.jpg"
                 draw(root / image)
-                photographs[image] = (place.split("/")[1], split)
+                images[image] = (place.split("/")[1], split)
                 if condition in place:
                     draw_mask(root / product / "ground_truth" / condition / f"{name}.png")
-    return Tree(SourceConfig(root), photographs, tuple(p for p, (c, _) in photographs.items() if c != "good"))
+    return DatasetLayout(SourceConfig(root), images, tuple(p for p, (c, _) in images.items() if c != "good"))
 
 
 REAL_IAD_CODES = {"OK": "good", "AK": "pit", "QS": "missing_parts"}
 
 
-def real_iad(folder: Path) -> Tree:
-    """Two products of three samples in three views; in one view of each defective sample the defect does not show."""
+def real_iad(folder: Path) -> DatasetLayout:
+    """Two products of three samples with three views each. In one view of a defective sample, the defect is hidden."""
     root = folder / "Real-IAD" / "realiad_1024"
-    photographs, masked = {}, []
+    images, masked = {}, []
     for product, code in (("audiojack", "AK"), ("toy_brick", "QS")):
         lists: dict[str, list[dict]] = {"train": [], "test": []}
         for number, split, kind in ((1, "train", "OK"), (2, "test", "OK"), (1, "test", code)):
@@ -190,28 +190,28 @@ def real_iad(folder: Path) -> Tree:
                 anomaly = kind if shows else "OK"
                 row = {"category": product, "anomaly_class": anomaly, "image_path": image, "mask_path": mask}
                 lists[split].append(row)
-                photographs[f"{product}/{image}"] = (REAL_IAD_CODES[anomaly], split)
+                images[f"{product}/{image}"] = (REAL_IAD_CODES[anomaly], split)
         meta = {"prefix": f"{product}/", "normal_class": "OK", "pre_transform": None}
         write_json(root.parent / "realiad_jsons" / f"{product}.json", {"meta": meta, **lists})
-    return Tree(SourceConfig(root), photographs, tuple(masked), groups=6)
+    return DatasetLayout(SourceConfig(root), images, tuple(masked), groups=6)
 
 
-def btad(folder: Path) -> Tree:
+def btad(folder: Path) -> DatasetLayout:
     root = folder / "BTech_Dataset_transformed"
-    photographs = {}
+    images = {}
     for product, suffix, mask in (("01", "bmp", "png"), ("02", "png", "png"), ("03", "bmp", "bmp")):
         for place, split in (("train/ok", "train"), ("test/ok", "test"), ("test/ko", "test")):
             image = f"{product}/{place}/0000.{suffix}"
             draw(root / image)
-            photographs[image] = ("good" if "ok" in place else "defective", split)
+            images[image] = ("good" if "ok" in place else "defective", split)
         draw_mask(root / product / "ground_truth" / "ko" / f"0000.{mask}")
     (root / "README.txt").write_text("CC BY-SA")
-    return Tree(SourceConfig(root), photographs, tuple(name for name in photographs if "/ko/" in name))
+    return DatasetLayout(SourceConfig(root), images, tuple(name for name in images if "/ko/" in name))
 
 
-def mpdd(folder: Path) -> Tree:
+def mpdd(folder: Path) -> DatasetLayout:
     root = folder / "MPDD"
-    photographs = {}
+    images = {}
     for product, conditions in (
         ("bracket_brown", {"parts_mismatch": "parts_mismatch", "bend_and_parts_mismatch": "bend+parts_mismatch"}),
         ("metal_plate", {"scratches": "scratches"}),
@@ -219,17 +219,17 @@ def mpdd(folder: Path) -> Tree:
         for place in ("train/good", "test/good", *(f"test/{name}" for name in conditions)):
             split, name = place.split("/")
             draw(root / product / place / "000.png")
-            photographs[f"{product}/{place}/000.png"] = (conditions.get(name, name), split)
+            images[f"{product}/{place}/000.png"] = (conditions.get(name, name), split)
             if name in conditions:
                 draw_mask(root / product / "ground_truth" / name / "000_mask.png")
-    return Tree(SourceConfig(root), photographs, tuple(p for p, (c, _) in photographs.items() if c != "good"))
+    return DatasetLayout(SourceConfig(root), images, tuple(p for p, (c, _) in images.items() if c != "good"))
 
 
-def folder(folder: Path) -> Tree:
-    tree = mvtec_ad(folder)
-    draw(tree.config.root / "cable" / "val" / "good" / "000.png")
-    photographs = {**tree.photographs, "cable/val/good/000.png": ("good", "validation")}
-    return Tree(tree.config, photographs, tree.masked)
+def folder(folder: Path) -> DatasetLayout:
+    layout = mvtec_ad(folder)
+    draw(layout.config.root / "cable" / "val" / "good" / "000.png")
+    images = {**layout.images, "cable/val/good/000.png": ("good", "validation")}
+    return DatasetLayout(layout.config, images, layout.masked)
 
 
 def mmad_row(image: str, mask: str | None, templates: list[str], kind: str = "Anomaly Detection", answer: str = "A"):
@@ -239,8 +239,8 @@ def mmad_row(image: str, mask: str | None, templates: list[str], kind: str = "An
     return {**row, "similar_templates": []}
 
 
-def mmad(folder: Path) -> Tree:
-    """One query of each of MMAD's layouts, and two normals of each product."""
+def mmad(folder: Path) -> DatasetLayout:
+    """One query from each of MMAD's layouts, and two normal images per product."""
     rows = {
         "DS-MVTec/bottle/image/broken_large/000.png": mmad_row(
             "image/broken_large/000.png",
@@ -254,36 +254,36 @@ def mmad(folder: Path) -> Tree:
         "VisA/candle/test/bad/000.JPG": mmad_row("test/bad/000.JPG", "ground_truth/bad/000.png", [], "Object Details"),
         "GoodsAD/drink_can/test/opened/001_002.jpg": mmad_row("test/opened/001_002.jpg", None, []),
     }
-    photographs = {}
+    images = {}
     for key, row in rows.items():
         draw(folder / key)
-        photographs[key] = (key.split("/")[-2], "test")
+        images[key] = (key.split("/")[-2], "test")
         if row["mask_path"]:
             draw_mask(folder / "/".join(key.split("/")[:2]) / row["mask_path"])
     for place in ("MVTec-AD/bottle", "MVTec-LOCO/pushpins", "VisA/candle", "GoodsAD/drink_can"):
         for number in range(2):
             image = f"{place}/train/good/{number:03d}{'.JPG' if 'VisA' in place else '.png'}"
             draw(folder / image)
-            photographs[image] = ("good", "train")
+            images[image] = ("good", "train")
     write_json(folder / "mmad.json", rows)
     masked = tuple(key for key, row in rows.items() if row["mask_path"])
-    return Tree(SourceConfig(folder, folder / "mmad.json"), photographs, masked)
+    return DatasetLayout(SourceConfig(folder, folder / "mmad.json"), images, masked)
 
 
-def magnetic_tile(folder: Path) -> Tree:
-    photographs, masked = {}, []
+def magnetic_tile(folder: Path) -> DatasetLayout:
+    images, masked = {}, []
     for kind, condition, numbers in (("MT_Free", "good", (100, 150, 999)), ("MT_Crack", "crack", (210, 271))):
         for exposure, number in enumerate(numbers, start=1):
             image = f"{kind}/Imgs/exp{exposure}_num_{number}.jpg"
             draw(folder / image)
             draw_mask(folder / image.replace(".jpg", ".png"), value=0 if condition == "good" else 255)
-            photographs[image] = (condition, None)
+            images[image] = (condition, None)
             masked.append(image)
     (folder / "README.md").write_text("cite the paper")
-    return Tree(SourceConfig(folder), photographs, tuple(masked), groups=3)
+    return DatasetLayout(SourceConfig(folder), images, tuple(masked), groups=3)
 
 
-def manifest(folder: Path) -> Tree:
+def manifest(folder: Path) -> DatasetLayout:
     rows = []
     for number, (condition, split) in enumerate((("good", "train"), ("dent", "test"), ("bent+melt", ""))):
         row = {"image": f"photos/{number}.png", "product": "cap", "condition": condition, "split": split, "mask": ""}
@@ -293,15 +293,15 @@ def manifest(folder: Path) -> Tree:
             draw_mask(folder / row["mask"])
         rows.append(row)
     path = write_csv(folder / "parts.csv", rows, list(rows[0]))
-    photographs = {row["image"]: (row["condition"], row["split"] or None) for row in rows}
-    return Tree(SourceConfig(folder, path), photographs, tuple(row["image"] for row in rows if row["mask"]))
+    images = {row["image"]: (row["condition"], row["split"] or None) for row in rows}
+    return DatasetLayout(SourceConfig(folder, path), images, tuple(row["image"] for row in rows if row["mask"]))
 
 
 SQUARE = [4.0, 6.0, 11.0, 6.0, 11.0, 9.0, 4.0, 9.0]
-"""The outline of what `draw_mask` marks by default, as COCO writes it."""
+"""The outline of the default region of `draw_mask`, as COCO stores it."""
 
 
-def coco(folder: Path) -> Tree:
+def coco(folder: Path) -> DatasetLayout:
     names = ["cap/0.jpg", "cap/1.jpg", "ring/2.jpg", "3.jpg"]
     images = [{"id": 10 + i, "file_name": name, "width": SIZE[0], "height": SIZE[1]} for i, name in enumerate(names)]
     for name in names:
@@ -317,11 +317,11 @@ def coco(folder: Path) -> Tree:
     content = {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
     path = write_json(folder / "instances.json", content)
     conditions = dict(zip(names, ("good", "dent", "dent", "crack+dent"), strict=True))
-    return Tree(SourceConfig(folder, path), {n: (c, None) for n, c in conditions.items()}, tuple(names[1:]))
+    return DatasetLayout(SourceConfig(folder, path), {n: (c, None) for n, c in conditions.items()}, tuple(names[1:]))
 
 
 def labelme_file(image: str, shapes: list[tuple[str, str, list]], size: tuple[int, int] = SIZE) -> dict:
-    """What labelme writes: shapes as (label, shape_type, points)."""
+    """Return the content of a labelme file. Shapes are (label, shape_type, points)."""
     rows = [
         {
             "label": label,
@@ -338,7 +338,7 @@ def labelme_file(image: str, shapes: list[tuple[str, str, list]], size: tuple[in
     return {**content, "imageHeight": size[1], "imageWidth": size[0]}
 
 
-def labelme(folder: Path) -> Tree:
+def labelme(folder: Path) -> DatasetLayout:
     square = [[4, 6], [11, 6], [11, 9], [4, 9]]
     files = {
         "cap/0": ("0.png", []),
@@ -350,11 +350,11 @@ def labelme(folder: Path) -> Tree:
         draw(folder / name.split("/")[0] / image.replace("\\", "/"))
         write_json(folder / f"{name}.json", labelme_file(image, shapes))
     (folder / "labels" / "labels.txt").write_text("dent\ncrack\n")
-    photographs = {"cap/0.png": "good", "cap/1.png": "dent", "cap/2.png": "dent", "ring/3.png": "crack+dent"}
-    return Tree(SourceConfig(folder), {n: (c, None) for n, c in photographs.items()}, tuple(photographs)[1:])
+    images = {"cap/0.png": "good", "cap/1.png": "dent", "cap/2.png": "dent", "ring/3.png": "crack+dent"}
+    return DatasetLayout(SourceConfig(folder), {n: (c, None) for n, c in images.items()}, tuple(images)[1:])
 
 
-TREES: dict[str, Callable[[Path], Tree]] = {
+LAYOUTS: dict[str, Callable[[Path], DatasetLayout]] = {
     "btad": btad,
     "folder": folder,
     "goods_ad": goods_ad,
@@ -369,4 +369,4 @@ TREES: dict[str, Callable[[Path], Tree]] = {
     "real_iad": real_iad,
     "visa": visa,
 }
-"""Source, and its format where it reads several, to what draws a tree for it. `synthetic` draws its own."""
+"""Source, with its format if it reads several, to the function that draws its layout. `synthetic` draws its own."""
