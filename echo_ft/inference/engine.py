@@ -212,18 +212,8 @@ class Engine:
 
         `owners` (N,) is the row index of each branch; `cache`, `visible` (B, Lp) and `starts` come from `_prefill`.
         """
-        branches = [
-            torch.from_numpy(row.input_ids[row.segments == number + 1])
-            for row in rows
-            for number in range(len(row.exchange.branches))
-        ]
-        count, length = len(branches), max(len(branch) for branch in branches)
-        tokens = torch.full((count, length), self.row_builder.pad_token_id, device=self.device)
-        real = torch.zeros(count, length, dtype=torch.bool, device=self.device)  # False for padding
-        for index, branch in enumerate(branches):
-            tokens[index, length - len(branch) :] = branch.to(self.device)
-            real[index, length - len(branch) :] = True
-        lengths = real.sum(dim=1)
+        tokens, real = self._pad_branches(rows)
+        (count, length), lengths = tokens.shape, real.sum(dim=1)
         first = torch.tensor(starts, device=self.device)[owners]
         positions = (first[:, None] + real.cumsum(dim=1) - 1).clamp(min=0)
         cache.batch_select_indices(owners)
@@ -260,6 +250,21 @@ class Engine:
             Generation(decode(ids, skip_special_tokens=True).strip(), letters[index])
             for index, ids in enumerate(generated)
         ]
+
+    def _pad_branches(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens (N, Lb) of all branches, left-padded, and a mask (N, Lb) that is False for padding."""
+        branches = [
+            torch.from_numpy(row.input_ids[row.segments == number + 1])
+            for row in rows
+            for number in range(len(row.exchange.branches))
+        ]
+        count, length = len(branches), max(len(branch) for branch in branches)
+        tokens = torch.full((count, length), self.row_builder.pad_token_id, device=self.device)
+        real = torch.zeros(count, length, dtype=torch.bool, device=self.device)
+        for index, branch in enumerate(branches):
+            tokens[index, length - len(branch) :] = branch.to(self.device)
+            real[index, length - len(branch) :] = True
+        return tokens, real
 
     def _step(
         self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
