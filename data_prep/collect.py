@@ -1,4 +1,4 @@
-"""The raw photographs of a build: the config checked, its source read, and what cannot be used told apart."""
+"""Collect the raw images of a build: check the config, read the source, and reject what cannot be used."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from echo_ft.records import GOOD, Inspection, Question, Rejection
 
 
 def check_config(config: BuildConfig) -> None:
-    """Raise EchoError for whatever can be told to be wrong before the photographs are read."""
+    """Raise EchoError for every mistake in the config that can be found before images are read."""
     _source(config.source)
     for key in ("annotations", "knowledge"):
         path = getattr(config, key)
         if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
             raise EchoError(f"{key}: there is no file {path}; check the path")
     check_fractions(config.fractions)
-    for pair, there in {
+    for pair, (first, second) in {
         "folds and fold": (config.folds is not None, config.fold is not None),
         "upstream predicted and traces": (config.upstream == "predicted", bool(config.traces)),
     }.items():
-        if there[0] != there[1]:
+        if first != second:
             raise EchoError(f"{pair} go together; give both or neither")
     if config.source == "synthetic":
         if config.root is not None:
-            raise EchoError("the source synthetic draws its images into the dataset folder; leave root out")
+            raise EchoError("the source synthetic draws its images into the dataset folder; remove root")
         return
     root = _root(config, config.output)
     if not root.is_dir():
@@ -46,21 +46,21 @@ def check_config(config: BuildConfig) -> None:
 
 
 def usable_images(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspection], list[Question], list[Rejection]]:
-    """The root of the config's source, and what is in it as `collect` has it; one that draws, draws into `folder`.
+    """The root of the config's source and its usable records (see `collect`). A source that draws, draws into `folder`.
 
-    Raises EchoError where nothing in it can be used.
+    Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
     inspections, questions, rejections = collect(progress(items, "reading", "records"), root)
     if not inspections:
         where = config.annotations or root
-        why = first_rejection(rejections) or "; it names none: add a row for each photograph, or check the path"
-        raise EchoError(f"the source {config.source} holds no usable photograph in {where}{why}")
+        why = first_rejection(rejections) or "; it lists none: add a row per image, or check the path"
+        raise EchoError(f"the source {config.source} has no usable image in {where}{why}")
     return root, inspections, questions, rejections
 
 
 def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
-    """The root of the config's source, and what the source yields; one that draws, draws into `folder`."""
+    """The root of the config's source and the records that it yields. A source that draws, draws into `folder`."""
     root = _root(config, folder)
     root.mkdir(exist_ok=True)
     source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
@@ -68,72 +68,81 @@ def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items
 
 
 def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
-    """What a source yields, without the photographs that cannot be used; those and their reasons apart.
+    """The usable inspections and questions of a source, and a rejection with a reason for everything else.
 
-    A mask that contradicts its photograph rejects the photograph too, unless the source has questions of its own for
-    it: a benchmark's questions stand without a mask.
+    If a mask contradicts its image, the image is rejected too. It is kept if the source has its own questions about
+    it: the questions of a benchmark are valid without a mask.
     """
-    read = list(items)
-    questions = [item for item in read if isinstance(item, Question)]
-    rejections = [item for item in read if isinstance(item, Rejection)]
-    asked = {question.inspection for question in questions}
-    places = {item.inspection: f" ({item.place})" for item in read if isinstance(item, ItemPlace)}
-    fault_of = cache(image_fault)
+    items = list(items)
+    questions = [item for item in items if isinstance(item, Question)]
+    rejections = [item for item in items if isinstance(item, Rejection)]
+    with_questions = {question.inspection for question in questions}
+    places = {item.inspection: f" ({item.place})" for item in items if isinstance(item, ItemPlace)}
+    cached_image_fault = cache(image_fault)
     inspections: dict[str, Inspection] = {}
-    for item in progress([i for i in read if isinstance(i, Inspection)], "checking", "photographs"):
+    for item in progress([i for i in items if isinstance(i, Inspection)], "checking", "images"):
         inspection = item
-        fault = name_fault(inspection) or fault_of(root / inspection.image) or boxes_fault(inspection, root)
+        fault = name_fault(inspection) or cached_image_fault(root / inspection.image) or boxes_fault(inspection, root)
         if inspection.id in inspections:
-            fault = "the source lists it twice"
+            fault = "the source lists the image twice"
         place = places.get(inspection.id, "")
         if fault:
             rejections.append(Rejection(inspection.image, fault + place))
             continue
         mask = mask_fault(inspection, root)
         if mask:
-            stands = mask.photograph_stands or inspection.id in asked
-            words = "; the photograph is used without it" if stands else ""
-            rejections.append(Rejection(inspection.image, mask.reason + words + place, "mask" if stands else None))
-            if not stands:
+            keep = mask.image_usable or inspection.id in with_questions
+            note = "; the image is used without it" if keep else ""
+            rejections.append(Rejection(inspection.image, mask.reason + note + place, "mask" if keep else None))
+            if not keep:
                 continue
-            boxes = () if inspection.polygons else inspection.boxes  # boxes beside polygons are half of what is marked
+            boxes = () if inspection.polygons else inspection.boxes  # boxes next to polygons mark only some defects
             inspection = dataclasses.replace(inspection, mask=None, masks=(), polygons=(), boxes=boxes)
         inspections[inspection.id] = inspection
-    shown = {inspection.image: inspection for inspection in inspections.values()}
+    by_image = {inspection.image: inspection for inspection in inspections.values()}
     for inspection in list(inspections.values()):
         if inspection.reference is None:
             continue
-        fault = fault_of(root / inspection.reference) or _not_normal(shown.get(inspection.reference), inspection)
+        fault = cached_image_fault(root / inspection.reference) or _reference_fault(
+            by_image.get(inspection.reference), inspection
+        )
         if fault:
             place = places.get(inspection.id, "")
             reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
             rejections.append(Rejection(inspection.reference, reason, "reference"))
             inspections[inspection.id] = dataclasses.replace(inspection, reference=None)
-    kept = []
+    usable_questions = []
     for question in questions:
         if question.inspection in inspections:
-            kept.append(question)
+            usable_questions.append(question)
         else:
-            rejections.append(Rejection(question.id, "its photograph cannot be used"))
-    return list(inspections.values()), kept, rejections
+            rejections.append(Rejection(question.id, "its image cannot be used"))
+    return list(inspections.values()), usable_questions, rejections
 
 
-def _not_normal(named: Inspection | None, inspection: Inspection) -> str | None:
-    """Why a photograph of the list cannot be the reference of another, or None."""
-    if named is inspection:
-        return "it is the photograph itself"
-    return None if named is None or named.condition == GOOD else f"it shows a defect ({named.condition})"
+def _reference_fault(reference: Inspection | None, inspection: Inspection) -> str | None:
+    """Why an image of the source cannot be the reference of `inspection`, or None."""
+    if reference is inspection:
+        return "the image is its own reference"
+    if reference is None or reference.condition == GOOD:
+        return None
+    return f"the reference shows a defect ({reference.condition})"
 
 
 def _source(name: str) -> Any:
-    if name not in sources.NAMES:
-        near = difflib.get_close_matches(name, sources.NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sources.NAMES)}"
-        raise EchoError(f"no source is named {name!r}; {hint}")
+    """The module of a source. Raises EchoError for an unknown name, with the nearest known one."""
+    if name not in sources.SOURCE_NAMES:
+        near = difflib.get_close_matches(name, sources.SOURCE_NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sources.SOURCE_NAMES)}"
+        raise EchoError(f"there is no source {name!r}; {hint}")
     return importlib.import_module(f"data_prep.sources.{name}")
 
 
 def _root(config: BuildConfig, folder: Path) -> Path:
+    """The folder that image paths are relative to. Raises EchoError if the config names none.
+
+    A source that draws uses `folder`.
+    """
     if config.source == "synthetic":
         return folder  # it draws into images/ and masks/ there
     if config.root is not None:

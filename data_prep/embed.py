@@ -1,12 +1,12 @@
-"""Describe the photographs of a source ahead of its build, in several processes or on several GPUs.
+"""Compute the image descriptors of a source ahead of its build, in several processes or on several GPUs.
 
     accelerate launch -m data_prep.embed --config FILE [--key value ...]
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m data_prep.embed --config FILE [--key value ...]
 
-FILE is the config of a build; `cache` says where the features go, from where builds with that cache take them. Each
-process describes its share of the photographs, and writes their features in shards that are whole or absent: killed, it
-goes on with any number of processes and describes nothing again that is in a shard. What is kept is kept by content: a
-photograph that has changed is described anew.
+FILE is the config of a build. The descriptors go into the folder `cache`, and builds with the same cache read them from
+there. Each process takes its share of the images and writes descriptors in shards that are complete or absent. A killed
+command can be resumed with any number of processes and computes no finished shard again. The cache is keyed by file
+content, so the descriptor of a changed image is recomputed.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from echo_ft.config import parse, run_main
 from echo_ft.errors import EchoError
 from echo_ft.processes import join_processes
 from echo_ft.records import Inspection
-from echo_ft.retrieval.descriptor_cache import DescriptorCache, describe_new, hash_files
-from echo_ft.retrieval.descriptors import describer
+from echo_ft.retrieval.descriptor_cache import DescriptorCache, extract_missing, hash_files
+from echo_ft.retrieval.descriptors import load_extractor
 
 
 def main(argv: list[str]) -> None:
-    """Command line: describe this process's share and say what was done."""
+    """Compute this process's share of the descriptors and print a summary."""
     (config,) = parse([BuildConfig], argv)
     embed(config)
 
 
 def embed(config: BuildConfig) -> None:
-    """Describe what the config's cache lacks, this process its share; the first says what all of them did.
+    """Compute this process's share of the descriptors that the cache lacks; the first process prints a summary of all.
 
-    Raises EchoError without a cache, for a source that draws, and for a config that cannot be built.
+    Raises EchoError without a cache, for a source that draws its images, and for a config that cannot be built.
     """
     from accelerate.utils import gather_object
 
     if config.cache is None:
-        raise EchoError("there is nowhere to keep the features; give --cache DIR, and the same to data_prep.build")
+        raise EchoError("no cache folder is given; add --cache DIR here and to data_prep.build")
     if config.source == "synthetic":
-        raise EchoError("the source synthetic draws its photographs when a dataset is built; there are none before")
+        raise EchoError("the source synthetic draws its images during the build; run data_prep.build directly")
     check_config(config)
-    describe = describer(config.descriptor)
+    extractor = load_extractor(config.descriptor)
     state = join_processes()
     root, items = source_items(config, config.output)
     inspections = [item for item in items if isinstance(item, Inspection)]
-    named = {path for one in inspections for path in (one.image, one.reference) if path is not None}
-    share = sorted(named)[state.process_index :: state.num_processes]
+    paths = {path for one in inspections for path in (one.image, one.reference) if path is not None}
+    share = sorted(paths)[state.process_index :: state.num_processes]
     hashes, missing = hash_files(share, root)
-    store = DescriptorCache(describe, config.cache)
+    store = DescriptorCache(extractor, config.cache)
     known = store.known()
-    broken: dict[str, str] = {}
-    for faults in progress(describe_new(hashes, root, describe, store), "describing", "shards"):
-        broken |= faults
-    before = sum(digest in known for digest in hashes.values())
-    unread = len(missing) + sum(digest in broken for digest in hashes.values())
-    counts = gather_object([(len(share), before, unread)])
+    unreadable: dict[str, str] = {}
+    for faults in progress(extract_missing(hashes, root, extractor, store), "computing descriptors", "shards"):
+        unreadable |= faults
+    cached = sum(digest in known for digest in hashes.values())
+    failed = len(missing) + sum(digest in unreadable for digest in hashes.values())
+    counts = gather_object([(len(share), cached, failed)])
     if state.is_main_process:
-        photographs, before, unread = map(sum, zip(*counts, strict=True))
-        print(f"{photographs} photographs, {before} of them described before, in {store.folder}")
-        if unread:
-            print(f"{unread} cannot be read; the build says which and why")
+        images, cached, failed = map(sum, zip(*counts, strict=True))
+        print(f"{images} images, {cached} of them already in the cache {store.folder}")
+        if failed:
+            print(f"unreadable images: {failed}; the build reports which and why")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command goes on where it stopped")
+    run_main(main, "rerun the same command to resume")

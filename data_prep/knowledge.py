@@ -1,13 +1,12 @@
-"""Knowledge that people write: a skeleton of it from a dataset, and a check of it against one.
+"""Write a template for the domain knowledge about a dataset, or check knowledge against the dataset.
 
     python -m data_prep.knowledge --dataset data/parts --output knowledge
     python -m data_prep.knowledge --dataset data/parts --check knowledge
 
-The first writes a YAML file for each product, `<dataset>/<product>.yaml`, with a line for each condition that its
-photographs show. A file that is there keeps every word and only gets the conditions that it lacks. The second says
-what is missing, misspelt or too short, or about a product or dataset that is none, and exits with 1 where something
-is; a condition that nobody has photographed yet may stand there. `knowledge: FOLDER` of a build
-reads the files.
+The first command writes one YAML file per product, `<dataset>/<product>.yaml`, with one line per condition that its
+images show. Existing files are kept and only completed. `--check` reports missing, misspelt or too short descriptions
+and unknown products or datasets, and exits with status 1 if it finds any. Conditions without an image are allowed. To
+use the files in a build, set `knowledge: FOLDER`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ import yaml
 from echo_ft.config import parse, run_main
 from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.data.knowledge import (
-    ALIASES,
+    DATASET_ALIASES,
     clean,
-    described,
     effect,
+    has_description,
     knowledge_files,
+    likely_misspellings,
     load_knowledge,
-    misspelt,
     parse_knowledge,
     products_of,
     read_knowledge,
@@ -41,49 +40,50 @@ from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_text
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 
-FEWEST = 4
-"""Words of the shortest description: fewer are a name."""
+MIN_WORDS = 4
+"""Words of the shortest acceptable description; fewer are just a name."""
 
-HEAD = """\
-# What is known about the product {product} of {dataset}, a description of two or more sentences for each condition.
-# The first sentence says what it looks like: it is an option of the questions on appearance (of a defect: Defect
-# Description; of a normal part: Object Analysis). The last says what follows from it (it may leak, it seals): an option
-# of Defect Analysis. The knowledge guide is shown the whole text.
+FILE_HEADER = """\
+# Knowledge about the product {product} of {dataset}: two or more sentences per condition.
+# The first sentence describes what the condition looks like. It becomes an option of the questions about appearance:
+# Defect Description for a defect, Object Analysis for a normal part. The last sentence describes the consequence (it
+# may leak, it seals). It becomes an option of Defect Analysis. The knowledge guide is shown the whole text.
 """
+"""Comment at the top of a new file."""
 
-Counts = Mapping[tuple[str, str], Mapping[str, int]]
-"""(dataset, product) to the number of photographs of each condition, `good` first and the others by name."""
+ImageCounts = Mapping[tuple[str, str], Mapping[str, int]]
+"""(dataset, product) to the number of images per condition, `good` first and the others by name."""
 
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
     """Options of `python -m data_prep.knowledge`."""
 
-    dataset: Path = field(metadata={"help": "a dataset folder, made by python -m data_prep.build"})
-    output: Path | None = field(default=None, metadata={"help": "folder for the skeleton, or to complete"})
-    check: Path | None = field(default=None, metadata={"help": "a file or folder to compare with the dataset"})
+    dataset: Path = field(metadata={"help": "Dataset folder, made by `python -m data_prep.build`."})
+    output: Path | None = field(default=None, metadata={"help": "Folder to write the template to, or to complete."})
+    check: Path | None = field(default=None, metadata={"help": "File or folder to check against the dataset."})
 
 
 def main(argv: list[str]) -> None:
-    """Command line: write or complete a skeleton, or check what is written."""
+    """Write or complete a template, or check existing knowledge."""
     (config,) = parse([KnowledgeConfig], argv)
     if (config.output is None) == (config.check is None):
-        raise EchoError("give either --output FOLDER, to write what is lacking there, or --check PATH, to look only")
+        raise EchoError("give either --output FOLDER, to write what is missing there, or --check PATH, to only check")
     dataset = load_dataset(config.dataset)
     if config.output is not None:
-        for line in skeleton(dataset, config.output):
+        for line in write_template(dataset, config.output):
             print(line)
         return
     knowledge, files = read_knowledge(config.check)
     counts = count_images(dataset)
     findings = list(check_knowledge(knowledge, files, counts))
-    print("\n".join([*findings, missing_summary(knowledge, counts, len(findings))]))
+    print("\n".join([*findings, coverage_summary(knowledge, counts, len(findings))]))
     if findings:
         sys.exit(1)
 
 
-def count_images(dataset: Dataset) -> Counts:
-    """How many photographs of each product show each condition."""
+def count_images(dataset: Dataset) -> ImageCounts:
+    """The number of images of each product that show each condition."""
     shown = Counter(
         (i.dataset, i.product, i.condition) for i in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)
     )
@@ -93,56 +93,57 @@ def count_images(dataset: Dataset) -> Counts:
     return counts
 
 
-def skeleton(dataset: Dataset, folder: Path) -> list[str]:
-    """Write what a folder of knowledge lacks, with the descriptions that the dataset was built with; says what it did.
+def write_template(dataset: Dataset, folder: Path) -> list[str]:
+    """Complete a folder of knowledge, reusing the descriptions that the dataset was built with; returns a report.
 
-    Raises EchoError, before anything is written, for a file that cannot be read, and for one that cannot be added to
-    without changing what a person wrote there.
+    Raises EchoError before anything is written if a file cannot be read, or cannot be completed without changing what
+    it contains.
     """
     if folder.exists() and not folder.is_dir():
-        raise EchoError(f"{folder} is a file; give a folder, which gets a file for each product")
+        raise EchoError(f"{folder} is a file; give a folder, which gets one file per product")
     known = load_knowledge(dataset.folder / "knowledge.json")
-    there, files = read_knowledge(folder) if folder.is_dir() and knowledge_files(folder) else ({}, {})
+    existing, files = read_knowledge(folder) if folder.is_dir() and knowledge_files(folder) else ({}, {})
     texts: dict[Path, str] = {}
-    said = []
+    report = []
     for (name, product), counts in count_images(dataset).items():
-        new = _descriptions(counts, known.get(name, {}).get(product, {}))
-        under = next((key for key in (name, ALIASES.get(name)) if (key, product) in files), None)
-        if under is None:
-            path = _free(folder / _slug(name), _slug(product), texts)
-            head = HEAD.format(product=product, dataset=name)
-            body = "".join(_entry(condition, text, counts.get(condition, 0), 4) for condition, text in new.items())
-            texts[path] = f"{head}{_key(name)}:\n  {_key(product)}:\n{body}"
-            said.append(f"{path}: written, {len(new)} conditions, {_to_write(new)} to describe")
+        descriptions = _descriptions(counts, known.get(name, {}).get(product, {}))
+        key = next((key for key in (name, DATASET_ALIASES.get(name)) if (key, product) in files), None)
+        if key is None:
+            path = _free_path(folder / _slug(name), _slug(product), texts)
+            header = FILE_HEADER.format(product=product, dataset=name)
+            entries = (_yaml_entry(item, text, counts.get(item, 0), 4) for item, text in descriptions.items())
+            texts[path] = f"{header}{_yaml_key(name)}:\n  {_yaml_key(product)}:\n{''.join(entries)}"
+            report.append(f"{path}: written, {len(descriptions)} conditions, {_count_empty(descriptions)} to describe")
             continue
-        path = files[under, product]
-        meant = misspelt(there[under][product], list(counts))
-        said += [f"{path}: {condition!r} stays; did you mean {near!r}?" for condition, near in meant.items()]
-        named = {*there[under][product], *meant.values()}
-        lacking = {condition: text for condition, text in new.items() if condition not in named}
-        if lacking:
-            written = texts.get(path) or path.read_bytes().decode("utf-8")
-            texts[path] = _added(path, written, (under, product), lacking, counts)
-            said.append(f"{path}: {', '.join(lacking)} added, {_to_write(lacking)} to describe")
+        path = files[key, product]
+        misspelt = likely_misspellings(existing[key][product], list(counts))
+        report += [f"{path}: {condition!r} is kept; did you mean {near!r}?" for condition, near in misspelt.items()]
+        present = {*existing[key][product], *misspelt.values()}
+        missing = {condition: text for condition, text in descriptions.items() if condition not in present}
+        if missing:
+            content = texts.get(path) or path.read_bytes().decode("utf-8")
+            texts[path] = _add_conditions(path, content, (key, product), missing, counts)
+            report.append(f"{path}: {', '.join(missing)} added, {_count_empty(missing)} to describe")
         else:
-            said.append(f"{path}: left as it is")
+            report.append(f"{path}: unchanged")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    return said
+    return report
 
 
 def _descriptions(counts: Mapping[str, int], known: Mapping[str, str]) -> dict[str, str]:
-    """Each condition that is photographed or known, with its description; empty where its name stands in for one."""
+    """Each condition with images or knowledge, and its description; empty if that is only the condition's name."""
     names = sorted({*counts, *known}, key=lambda condition: (condition != GOOD, condition))
-    return {c: text if described(Entry(c, text)) else "" for c in names for text in [clean(known.get(c, ""))]}
+    texts = {name: clean(known.get(name, "")) for name in names}
+    return {name: text if has_description(Entry(name, text)) else "" for name, text in texts.items()}
 
 
-def _shown(count: int) -> str:
-    return f"{count} photograph{'' if count == 1 else 's'}"
+def _format_images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
-def _to_write(texts: Mapping[str, str]) -> int:
+def _count_empty(texts: Mapping[str, str]) -> int:
     return sum(not text for text in texts.values())
 
 
@@ -150,8 +151,8 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name)
 
 
-def _free(folder: Path, stem: str, taken: Mapping[Path, str]) -> Path:
-    """A path for a new file: two products may differ in nothing but a slash, and a file may hold another product."""
+def _free_path(folder: Path, stem: str, taken: Mapping[Path, str]) -> Path:
+    """A path for a new file. Two products may have the same slug, and a file may hold another product."""
     path, number = folder / f"{stem}.yaml", 1
     while path in taken or path.exists():
         number += 1
@@ -159,98 +160,108 @@ def _free(folder: Path, stem: str, taken: Mapping[Path, str]) -> Path:
     return path
 
 
-def _key(name: str) -> str:
-    """A name as a key that YAML reads as this text."""
+def _yaml_key(name: str) -> str:
+    """A name as a YAML key that is read back as this text."""
     return yaml.safe_dump({name: None}, allow_unicode=True, width=sys.maxsize).removesuffix(": null\n")
 
 
-def _entry(condition: str, text: str, count: int, indent: int) -> str:
-    """The lines of a condition: how many photographs show it, and its description or the place for it."""
-    line = yaml.safe_dump({condition: text}, allow_unicode=True, width=100) if text else f"{_key(condition)}:\n"
-    return textwrap.indent(f"# {_shown(count)}\n{line}", " " * indent)
+def _yaml_entry(condition: str, text: str, count: int, indent: int) -> str:
+    """The lines of a condition: a comment with its number of images, and its description or an empty value."""
+    line = yaml.safe_dump({condition: text}, allow_unicode=True, width=100) if text else f"{_yaml_key(condition)}:\n"
+    return textwrap.indent(f"# {_format_images(count)}\n{line}", " " * indent)
 
 
-def _added(
-    path: Path, written: str, place: tuple[str, str], lacking: Mapping[str, str], counts: Mapping[str, int]
+def _add_conditions(
+    path: Path, content: str, product: tuple[str, str], missing: Mapping[str, str], counts: Mapping[str, int]
 ) -> str:
-    """The text of a file with conditions more, after the last one of their product; all else stays, comments too."""
-    wanted = parse_knowledge(path, written)
-    wanted[place[0]][place[1]] |= lacking
+    """The content of a file with more conditions, after the last one of their product; the rest keeps every byte.
+
+    Raises EchoError if that is not possible.
+    """
+    wanted = parse_knowledge(path, content)
+    wanted[product[0]][product[1]] |= missing
     try:
-        text = _inserted(written if written.endswith("\n") else written + "\n", place, lacking, counts)
+        text = _insert_lines(content if content.endswith("\n") else content + "\n", product, missing, counts)
         if path.suffix != ".json" and parse_knowledge(path, text) == wanted:
             return text
-    except (EchoError, StopIteration, IndexError):  # as where it is written in braces
+    except (EchoError, StopIteration, IndexError):  # for example if the mapping is written in braces
         pass
     raise EchoError(
-        f"{path} cannot be added to without changing what stands there; write {', '.join(lacking)} into "
-        f"{'/'.join(place)} yourself, a line each"
+        f"{path} cannot be extended without changing its content; add {', '.join(missing)} to {'/'.join(product)} "
+        "yourself, one line each"
     )
 
 
-def _inserted(written: str, place: tuple[str, str], lacking: Mapping[str, str], counts: Mapping[str, int]) -> str:
-    node: Any = yaml.compose(written, yaml.SafeLoader)
-    for name in place:
+def _insert_lines(content: str, product: tuple[str, str], missing: Mapping[str, str], counts: Mapping[str, int]) -> str:
+    node: Any = yaml.compose(content, yaml.SafeLoader)
+    for name in product:
         node = next(value for key, value in node.value if key.value == name)
     first, last = node.value[0][0], node.value[-1][1]
     end = last.end_mark.line
     if not (isinstance(last, yaml.ScalarNode) and last.style in ("|", ">")):  # these end where the next line begins
         end += 1
-    lines = written.splitlines(keepends=True)
-    new = "".join(_entry(name, text, counts.get(name, 0), first.start_mark.column) for name, text in lacking.items())
+    lines = content.splitlines(keepends=True)
+    column = first.start_mark.column
+    new = "".join(_yaml_entry(name, text, counts.get(name, 0), column) for name, text in missing.items())
     return "".join([*lines[:end], new, *lines[end:]])
 
 
-def check_knowledge(knowledge: Knowledge, files: Mapping[tuple[str, str], Path], counts: Counts) -> Iterator[str]:
-    """What does not fit between the knowledge (see `read_knowledge`) and the photographs, a sentence each."""
-    names = {dataset: dataset if dataset in knowledge else ALIASES.get(dataset, dataset) for dataset, _ in counts}
+def check_knowledge(knowledge: Knowledge, files: Mapping[tuple[str, str], Path], counts: ImageCounts) -> Iterator[str]:
+    """Disagreements between the knowledge (see `read_knowledge`) and the images, one sentence each."""
+    names = {
+        dataset: dataset if dataset in knowledge else DATASET_ALIASES.get(dataset, dataset) for dataset, _ in counts
+    }
     for dataset in knowledge:
         if dataset not in names.values():
             file = next(file for (name, _), file in files.items() if name == dataset)
-            yield f"{file}: no photograph is of the dataset {dataset!r}, but of {', '.join(names)}"
+            yield f"{file}: the dataset {dataset!r} has no image; the images are of {', '.join(names)}"
     for dataset, name in names.items():
         shown = [product for place, product in counts if place == dataset]
         products = products_of(knowledge, dataset)
-        meant = misspelt(dict.fromkeys(products, ""), [p for p in shown if p not in products])
+        misspelt = likely_misspellings(dict.fromkeys(products, ""), [p for p in shown if p not in products])
         for product in products:
             if product not in shown:
-                hint = f"did you mean {meant[product]!r}?" if product in meant else "take it out or correct it"
-                yield f"{files[name, product]}: no photograph is of the product {product!r} of {name}; {hint}"
+                hint = f"did you mean {misspelt[product]!r}?" if product in misspelt else "remove or correct it"
+                yield f"{files[name, product]}: the product {product!r} of {name} has no image; {hint}"
         for product in shown:
             if product in products:
-                yield from _product(f"{files[name, product]}: {product}", products[product], counts[dataset, product])
-            elif product not in meant.values():
-                yield f"{name}/{product}: nothing is written; --output FOLDER writes a skeleton"
+                where = f"{files[name, product]}: {product}"
+                yield from _check_product(where, products[product], counts[dataset, product])
+            elif product not in misspelt.values():
+                yield f"{name}/{product}: there is no knowledge; --output FOLDER writes a template"
 
 
-def _product(where: str, texts: Mapping[str, str], shown: Mapping[str, int]) -> Iterator[str]:
-    meant = misspelt(texts, list(shown))
+def _check_product(where: str, texts: Mapping[str, str], shown: Mapping[str, int]) -> Iterator[str]:
+    misspelt = likely_misspellings(texts, list(shown))
     for condition, count in shown.items():
-        if condition not in texts and condition not in meant.values():
-            yield f"{where}: {condition!r} is missing, on {_shown(count)}"
+        if condition not in texts and condition not in misspelt.values():
+            yield f"{where}: {condition!r} is missing but shown on {_format_images(count)}"
     for condition, text in texts.items():
-        if condition in meant:
-            yield f"{where}: {condition!r} occurs in no photograph; did you mean {meant[condition]!r}?"
+        if condition in misspelt:
+            yield f"{where}: {condition!r} occurs in no image; did you mean {misspelt[condition]!r}?"
         elif not text:
-            yield f"{where}: {condition!r} is empty; write what it looks like and what follows from it"
-        elif len(clean(text).split()) < FEWEST:
-            yield f"{where}: {condition!r} is too short to be a description ({clean(text)!r})"
+            yield f"{where}: {condition!r} is empty; describe what it looks like and what follows from it"
+        elif len(clean(text).split()) < MIN_WORDS:
+            yield f"{where}: {condition!r} is too short for a description ({clean(text)!r})"
 
 
-def missing_summary(knowledge: Knowledge, counts: Counts, findings: int) -> str:
-    """How much is described, and of how many defects not what follows from them."""
+def coverage_summary(knowledge: Knowledge, counts: ImageCounts, findings: int) -> str:
+    """How many conditions are described, and how many descriptions of defects name no consequence."""
     texts = [
         (condition, clean(text))
-        for place, shown in counts.items()
-        for condition, text in products_of(knowledge, place[0]).get(place[1], {}).items()
+        for (dataset, product), shown in counts.items()
+        for condition, text in products_of(knowledge, dataset).get(product, {}).items()
         if condition in shown and text
     ]
     defects = [text for condition, text in texts if condition != GOOD]
-    without = sum(effect(text) is None for text in defects)
-    words = [f"{len(texts)} of {sum(map(len, counts.values()))} conditions are described"]
-    if without:
-        words.append(f"{without} of {len(defects)} defects get no question of Defect Analysis, as no effect is told")
-    return "; ".join([*words, f"{findings} to correct" if findings else "nothing to correct"])
+    without_effect = sum(effect(text) is None for text in defects)
+    parts = [f"{len(texts)} of {sum(map(len, counts.values()))} conditions are described"]
+    if without_effect:
+        parts.append(
+            f"{without_effect} of {len(defects)} defects get no Defect Analysis question, because their description "
+            "names no consequence"
+        )
+    return "; ".join([*parts, f"{findings} to correct" if findings else "nothing to correct"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From what a source yields to the records of a dataset: checked, split, with references, knowledge and questions."""
+"""Turn the records of a source into those of a dataset: splits, references, knowledge and questions."""
 
 from __future__ import annotations
 
@@ -12,44 +12,59 @@ from typing import TypeVar
 
 from data_prep.config import BuildConfig
 from data_prep.progress import progress
-from data_prep.sources import place_name
-from echo_ft.data.dataset import less_held_out, less_synthetic, make_cases
+from data_prep.sources import inferred_dataset_name
+from echo_ft.data.dataset import make_cases, without_held_out, without_synthetic
 from echo_ft.data.knowledge import describe_products, knowledge_warnings, load_knowledge
-from echo_ft.data.questions import write_all_questions
-from echo_ft.data.splits import HOLDS_OUT, LEFT_OUT, leave_out, make_splits, queries, reference_pool, with_synthetic
+from echo_ft.data.questions import write_dataset_questions
+from echo_ft.data.splits import (
+    HELD_OUT_FIELDS,
+    LEFT_OUT,
+    assign_synthetic,
+    leave_out_fold,
+    make_splits,
+    queries,
+    reference_pool,
+)
 from echo_ft.errors import EchoError
-from echo_ft.files import read_jsonl, write_jsonl
+from echo_ft.files import read_jsonl, to_json, write_jsonl
 from echo_ft.records import GOOD, Case, Inspection, Knowledge, Question, Reference, Rejection
 from echo_ft.retrieval.references import find_references, references_in_left_out_fold
 
 _R = TypeVar("_R", Reference, Question)
 
 SYNTHETIC_ELSEWHERE = (
-    "its defect is synthetic, and it is of a kind that is held out, or the photographs of its part are not all in the "
-    "train split: validation and test ask about photographs alone"
+    "its defect is synthetic, and either its defect type is held out or the images of its part are not all in the "
+    "train split; validation and test contain real images only"
 )
 
-REFERENCE_LEFT_OUT = "the named reference is of the fold that is left out, so no training row may show it"
+REFERENCE_LEFT_OUT = "the named reference belongs to the left-out fold, so no training row may show it"
 
-CONTROL_MARK = '"method": "random"'
-"""What marks half the lines of references.jsonl: those that no training row shows."""
+RANDOM_REFERENCE_MARK = to_json({"method": "random"}).strip("{}")
+"""Text of the lines of references.jsonl that no training row shows, as the encoder writes it.
+
+They are half of the lines. JSON escapes quotation marks inside of strings, so no other line contains this text. A line
+that slips through would cost only the time to parse it, because `make_cases` selects references by method.
+"""
 
 TRAINING_SPLITS = ("train", "validation")
-"""The splits that have rows for the roles."""
+"""The splits that have training rows."""
 
 
 @dataclass(frozen=True)
 class WriteSummary:
-    """Records that are in a file: how many of each kind, and the ids of the inspections that have any."""
+    """What was written to a file of records that belong to inspections."""
 
-    kinds: Counter[str]
+    counts: Counter[str]
+    """Records by question type or reference method."""
     inspections: set[str]
+    """Ids of the inspections that have a record."""
 
 
 @dataclass(frozen=True)
 class DatasetDraft:
-    """The records of a dataset. References and questions are in its folder already: of a million photographs there are
-    too many to hold.
+    """The records of a dataset before its rows are written.
+
+    References and questions are on disk already: those of a million images do not fit into memory.
     """
 
     folder: Path
@@ -58,33 +73,34 @@ class DatasetDraft:
     questions: WriteSummary
     knowledge: Knowledge
     rejections: list[Rejection]
-    split_words: str
+    split_summary: str
     held_out: list[str]
     unknown_products: list[str]
-    knowledge_doubts: list[str]
-    """Where the knowledge and the photographs do not fit together, a sentence each."""
+    """Products without knowledge, as `dataset/product`."""
+    knowledge_warnings: list[str]
+    """Disagreements between the knowledge and the images, one sentence each."""
     training_knowledge: Knowledge
-    """The knowledge less the conditions that training must not see."""
+    """The knowledge without the conditions that training must not see."""
 
-    def asked(self, split: str) -> list[Inspection]:
-        """The photographs of one split that have questions."""
+    def queries(self, split: str) -> list[Inspection]:
+        """The inspections of one split that have questions."""
         return [one for one in self.inspections if one.split == split and one.id in self.questions.inspections]
 
     def training_cases(self) -> Iterator[tuple[Inspection, Case]]:
-        """The photographs of TRAINING with questions, each with its case as `echo_ft.data.dataset.load_cases` gives it."""
-        shown = read_jsonl(self.folder / "references.jsonl", Reference, without=CONTROL_MARK)
-        references = by_inspection(self.inspections, shown)
-        questions = by_inspection(self.inspections, read_jsonl(self.folder / "questions.jsonl", Question))
-        for inspection, beside, asked in zip(self.inspections, references, questions, strict=True):
+        """Each inspection of TRAINING_SPLITS with questions, and its case as `load_cases` of the dataset returns it."""
+        path = self.folder / "references.jsonl"
+        references = group_by_inspection(self.inspections, read_jsonl(path, Reference, exclude=RANDOM_REFERENCE_MARK))
+        questions = group_by_inspection(self.inspections, read_jsonl(self.folder / "questions.jsonl", Question))
+        for inspection, own_references, own_questions in zip(self.inspections, references, questions, strict=True):
             if inspection.split in TRAINING_SPLITS:
-                for case in make_cases([inspection], beside, asked, self.training_knowledge):
+                for case in make_cases([inspection], own_references, own_questions, self.training_knowledge):
                     yield inspection, case
 
 
-def by_inspection(inspections: Iterable[Inspection], records: Iterable[_R]) -> Iterator[list[_R]]:
-    """The records of each inspection, which come in the order of the inspections.
+def group_by_inspection(inspections: Iterable[Inspection], records: Iterable[_R]) -> Iterator[list[_R]]:
+    """The records of each inspection. They must come in the order of the inspections.
 
-    Raises ValueError at the end where they do not, or where one belongs to no inspection.
+    Raises ValueError at the end if they do not, or if one belongs to no inspection.
     """
     groups = groupby(records, key=lambda record: record.inspection)
     waiting = next(groups, None)
@@ -98,21 +114,21 @@ def by_inspection(inspections: Iterable[Inspection], records: Iterable[_R]) -> I
         raise ValueError(f"records of {waiting[0]} are not in the order of the inspections")
 
 
-def write_records(path: Path, records: Iterable[_R], kind: Callable[[_R], str]) -> WriteSummary:
-    """Write records of inspections as they are made."""
-    written = WriteSummary(Counter(), set())
+def write_records(path: Path, records: Iterable[_R], category: Callable[[_R], str]) -> WriteSummary:
+    """Write records while they are generated, and count them by `category`."""
+    summary = WriteSummary(Counter(), set())
 
     def counted() -> Iterator[_R]:
         for record in records:
-            written.kinds[kind(record)] += 1
-            written.inspections.add(record.inspection)
+            summary.counts[category(record)] += 1
+            summary.inspections.add(record.inspection)
             yield record
 
     write_jsonl(path, counted())
-    return written
+    return summary
 
 
-def prepare(
+def draft_dataset(
     inspections: list[Inspection],
     questions: list[Question],
     rejections: list[Rejection],
@@ -120,30 +136,35 @@ def prepare(
     folder: Path,
     config: BuildConfig,
 ) -> DatasetDraft:
-    """Splits, references, knowledge and questions for usable photographs, in files of the dataset in `folder`."""
+    """Assign splits and references, describe products and write questions; the records go into files in `folder`.
 
+    `inspections`, `questions` and `rejections` come from `data_prep.collect.collect`; images are relative to `root`.
+    Raises EchoError for a split, reference or knowledge option that cannot be met, and if nothing can be asked.
+    """
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
-    inspections, split_words, held_out = assign_splits_of_config(inspections, root, config)
-    unplaced = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
+    inspections, split_summary, held_out = assign_configured_splits(inspections, root, config)
+    unassigned = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
     inspections = [inspection for inspection in inspections if inspection.split is not None]
     inspections, references, unusable = find_all_references(inspections, root, config)
     known = load_knowledge(config.knowledge) if config.knowledge else {}
     knowledge, unknown = describe_products(inspections, known)
-    training_knowledge = less_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
-    asked = queries(inspections)
-    if not asked:
+    training_knowledge = without_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
+    asked_about = queries(inspections)
+    if not asked_about:
         raise EchoError(
-            "the train split holds normal photographs only and there is no other split, so nothing can be asked; "
-            "add photographs of defects"
+            "the train split has only normal images and there is no other split, so there is nothing to ask; "
+            "add images of defects"
         )
-    left = {inspection.id for inspection in inspections}
-    kept = [question for question in questions if question.inspection in left]
-    lost = [Rejection(q.id, "its photograph cannot be used") for q in questions if q.inspection not in left]
+    remaining = {inspection.id for inspection in inspections}
+    usable = [question for question in questions if question.inspection in remaining]
+    lost = [Rejection(q.id, "its image cannot be used") for q in questions if q.inspection not in remaining]
     write_jsonl(folder / "inspections.jsonl", inspections)
-    tested = less_synthetic(knowledge, inspections)
+    test_knowledge = without_synthetic(knowledge, inspections)
     written = progress(
-        write_all_questions(asked, kept, tested, training_knowledge, root, config.seed), "asking", "questions"
+        write_dataset_questions(asked_about, usable, test_knowledge, training_knowledge, root, config.seed),
+        "writing questions",
+        "questions",
     )
     return DatasetDraft(
         folder,
@@ -151,8 +172,8 @@ def prepare(
         write_records(folder / "references.jsonl", references, lambda reference: reference.method),
         write_records(folder / "questions.jsonl", written, lambda question: question.kind),
         knowledge,
-        [*rejections, *unplaced, *unusable, *lost],
-        split_words,
+        [*rejections, *unassigned, *unusable, *lost],
+        split_summary,
         held_out,
         unknown,
         knowledge_warnings(inspections, known),
@@ -160,32 +181,36 @@ def prepare(
     )
 
 
-def assign_splits_of_config(
+def assign_configured_splits(
     inspections: Sequence[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], str, list[str]]:
-    """The splits that the config asks for, the same for every name of the list or folder that names the dataset.
+    """The inspections with the splits that the config asks for, a summary of how, and what is held out.
 
-    Otherwise renaming parts.csv to parts_v2.csv would deal anew, and train on what was the test. By dataset the names
-    are what is split by, so they count. Synthetic defects change no split: they have none where theirs is not train.
+    A dataset name that comes from the annotations file or the root folder has no influence. Otherwise renaming
+    parts.csv to parts_v2.csv would re-split the data and train on former test images. The split by_dataset is by these
+    names, so there they count. Synthetic defects do not change any split; one that may not be trained on gets none.
     """
-    name = place_name(config.source, root, config.annotations) if config.split != "by_dataset" else None
-    named = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
-    real = [inspection for inspection in named if inspection.synthetic is None]
-    dealt, words, held_out = make_splits(real, config.split, config.seed, config.fractions, config.held_out)
-    done = with_synthetic(named, dealt, held_out if config.split == "by_condition" else ())
+    name = None
+    if config.split != "by_dataset":
+        name = inferred_dataset_name(config.source, root, config.annotations)
+    anonymous = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
+    real = [inspection for inspection in anonymous if inspection.synthetic is None]
+    assigned, summary, held_out = make_splits(real, config.split, config.seed, config.fractions, config.held_out)
+    done = assign_synthetic(anonymous, assigned, held_out if config.split == "by_condition" else ())
     if config.folds is not None and config.fold is not None:
-        done = leave_out(done, config.folds, config.fold, config.seed)
-        words += f"; fold {config.fold} of {config.folds} (0 to {config.folds - 1}) of train is {LEFT_OUT}"
-    return [dataclasses.replace(i, split=d.split) for i, d in zip(inspections, done, strict=True)], words, held_out
+        done = leave_out_fold(done, config.folds, config.fold, config.seed)
+        summary += f"; fold {config.fold} of {config.folds} (0 to {config.folds - 1}) of train is {LEFT_OUT}"
+    splits = (one.split for one in done)
+    return [dataclasses.replace(i, split=s) for i, s in zip(inspections, splits, strict=True)], summary, held_out
 
 
-def remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
-    """What brings photographs of defects, or normal ones, into a train split that has none of them."""
+def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
+    """How to get images of defects, or normal ones, into a train split that has none."""
     if not any((inspection.condition != GOOD) == defects for inspection in inspections):
-        return "add photographs of defects" if defects else f"add normal photographs, with condition {GOOD!r}"
+        return "add images of defects" if defects else f"add normal images, with condition {GOOD!r}"
     if config.split == "given":
         return "set split to seeded"
-    if config.split in HOLDS_OUT:
+    if config.split in HELD_OUT_FIELDS:
         return "hold out less, or set split to seeded"
     return "give train a larger share in fractions"
 
@@ -193,35 +218,43 @@ def remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool
 def find_all_references(
     inspections: list[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], Iterator[Reference], list[Rejection]]:
-    """The photographs that the descriptor could read, and the references of those that are asked about, in one order.
+    """The inspections that the descriptor could read, the references of all queries in their order, and rejections.
 
-    Where a fold is left out, what is trained on shows nothing of it, not even as a reference that the source names;
-    what is left out, and the other splits, have the references that they have without folds. What could not be used is
-    rejected.
+    If a fold is left out, training shows nothing of it, not even as a reference that the source names. The left-out
+    fold and the other splits keep the references that they have without folds.
+
+    Raises EchoError if the train split has no normal image and the source does not name all references.
     """
-
     hidden = references_in_left_out_fold(inspections, root)
     dropped = [Rejection(image, REFERENCE_LEFT_OUT, "reference") for image in hidden.values()]
-    asked = [dataclasses.replace(i, reference=None) if i.id in hidden else i for i in queries(inspections)]
+    asked_about = [dataclasses.replace(i, reference=None) if i.id in hidden else i for i in queries(inspections)]
     pool = reference_pool(inspections)
-    if not pool and any(inspection.reference is None for inspection in asked):
+    if not pool and any(inspection.reference is None for inspection in asked_about):
         raise EchoError(
-            "the train split holds no normal photograph, so there is nothing to compare with; "
-            + remedy(inspections, config, defects=False)
+            "the train split has no normal image, so there is nothing to compare with; "
+            + train_split_remedy(inspections, config, defects=False)
         )
-    searches = [(asked, pool)]
+    searches = [(asked_about, pool)]
     if config.folds is not None:
-        taught, others = ([i for i in asked if (i.split == "train") == side] for side in (True, False))
-        searches = [(taught, [normal for normal in pool if normal.split != LEFT_OUT]), (others, pool)]
+        training, others = ([i for i in asked_about if (i.split == "train") == train] for train in (True, False))
+        searches = [(training, [normal for normal in pool if normal.split != LEFT_OUT]), (others, pool)]
     found: list[Iterator[Reference]] = []
     unreadable: dict[str, Rejection] = {}
-    for searching, normals in searches:
+    for search_queries, normals in searches:
         references, rejected = find_references(
-            searching, normals, root, config.descriptor, config.k, config.scope, config.seed, config.cache, config.index
+            search_queries,
+            normals,
+            root,
+            config.descriptor,
+            config.k,
+            config.scope,
+            config.seed,
+            config.cache,
+            config.index,
         )
         found.append(references)
         unreadable |= {rejection.item: rejection for rejection in rejected}
-    left = [inspection for inspection in inspections if inspection.image not in unreadable]
-    each = zip(*(by_inspection(left, references) for references in found), strict=True)
-    beside = (row for groups in each for group in groups for row in group)
-    return left, beside, [*dropped, *unreadable.values()]
+    readable = [inspection for inspection in inspections if inspection.image not in unreadable]
+    grouped = zip(*(group_by_inspection(readable, references) for references in found), strict=True)
+    in_order = (reference for groups in grouped for group in groups for reference in group)
+    return readable, in_order, [*dropped, *unreadable.values()]

@@ -1,19 +1,25 @@
-"""Make synthetic defects on the normal photographs of a source, for products without photographs of defects.
+"""Add synthetic defects to the normal images of a source, for products without images of defects.
 
-    python -m data_prep.synthesize --config recipes/data/manifest.yaml --annotations parts.csv --output parts_and_made
-    python -m data_prep.build --source manifest --annotations parts_and_made/parts.jsonl \
-        --knowledge parts_and_made/knowledge.yaml --output data/parts
+    python -m data_prep.synthesize --config recipes/data/manifest.yaml --annotations parts.csv --output parts_synthetic
+    python -m data_prep.build --source manifest --annotations parts_synthetic/parts.jsonl \
+        --knowledge parts_synthetic/knowledge.yaml --output data/parts
 
-Takes the config of a build, whose source, root, annotations, knowledge and seed count here. Writes a folder that the
-source `manifest` reads: the source's photographs (hard links where the disk allows it, copies elsewhere), the synthetic
-ones with their masks under synthetic/, a list of all of them, knowledge.yaml with what is known and a description of
-each synthetic condition, rejected.jsonl, and manifest.json with how it was made. The list has the name of the source's
-own list, or of its folder where that names the dataset, so that a build splits the photographs as one of the source
-does; parts.jsonl otherwise. The source is only read; the same input and seed give the same files.
+Takes the config of a build and uses its source, root, annotations, knowledge and seed. Writes a folder for the source
+`manifest` with:
 
-A synthetic photograph belongs to the same part as the normal that it was made from, and to training alone: none is made
-of a photograph that the source gives to validation or test, and a build that deals splits itself leaves out those whose
-part is not in the train split, or whose condition it holds out for the test.
+- the source's images, as hard links if the disk supports them and as copies otherwise;
+- the synthetic images and their masks in synthetic/;
+- a manifest of all images;
+- knowledge.yaml, with the given knowledge and a description of each synthetic condition;
+- rejected.jsonl, and manifest.json with the options and versions.
+
+The manifest of images is named after the source's annotations file, or after its folder if that names the dataset, so
+that a build splits the images as it splits those of the source. Otherwise it is parts.jsonl. The source is only read,
+and the same input and seed give the same files.
+
+A synthetic image belongs to the same part as the normal image that it was made from, and is for training only. No image
+of the source's validation or test split is used. A build that assigns the splits itself rejects a synthetic image if
+its part is not in the train split, or if its condition is held out for the test split.
 """
 
 from __future__ import annotations
@@ -36,52 +42,53 @@ from PIL import Image
 from data_prep.collect import check_config, usable_images
 from data_prep.config import BuildConfig
 from data_prep.progress import progress
-from data_prep.sources import place_name
+from data_prep.sources import inferred_dataset_name
 from data_prep.sources.manifest import COLUMNS
 from data_prep.workspace import workspace
 from echo_ft.config import parse, run_main
 from echo_ft.data.knowledge import load_knowledge, products_of
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl, write_text
-from echo_ft.images.decode import UNREADABLE, decode, fault, image_size
+from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error, image_size
 from echo_ft.images.masks import load_mask
-from echo_ft.images.synthetic_defects import METHODS, SyntheticDefect, make_defect
+from echo_ft.images.synthetic_defects import DEFECT_METHODS, SyntheticDefect, make_defect
 from echo_ft.provenance import commit, versions
 from echo_ft.records import GOOD, Inspection, Knowledge, Question, Rejection
 
 SYNTHETIC_FORMAT = "echo-ft synthetic 1"
 """`format` in manifest.json."""
 
-REJECTED = "rejected.jsonl"
+REJECTED_FILE = "rejected.jsonl"
 
-FOLDER = "synthetic"
-"""Where the synthetic photographs and all masks that the command draws lie in the output."""
+SYNTHETIC_FOLDER = "synthetic"
+"""Folder in the output for the synthetic images and for all masks that the command writes."""
 
 
 @dataclass(frozen=True)
 class SynthesizeConfig:
-    """What `python -m data_prep.synthesize` needs beside the config of a build."""
+    """Options of `python -m data_prep.synthesize` in addition to those of a build."""
 
     methods: list[str] = field(
-        default_factory=lambda: [*METHODS], metadata={"help": "How defects are made.", "choices": [*METHODS]}
+        default_factory=lambda: [*DEFECT_METHODS],
+        metadata={"help": "Methods that make defects.", "choices": [*DEFECT_METHODS]},
     )
     per_normal: int = field(
         default=1,
         metadata={
-            "help": "Synthetic photographs for each normal one, each by a method that the seed draws, or by another "
-            "where that one makes nothing that can be seen."
+            "help": "Synthetic images per normal image. The seed draws the method of each; if that method makes no "
+            "visible defect, another one is used."
         },
     )
 
 
 def main(argv: list[str]) -> None:
-    """Command line: write the folder and say what is in it."""
+    """Write the folder and print what it contains."""
     source, config = parse([BuildConfig, SynthesizeConfig], argv)
     manifest = synthesize(source, config)
-    made = manifest["counts"]["synthetic"]
-    counts = ", ".join(f"{count} by {method}" for method, count in made.items())
-    print(f"{source.output}: {sum(made.values())} synthetic photographs: {counts}")
-    print(f"{manifest['rejected']} rejected" + (" (see rejected.jsonl)" if manifest["rejected"] else ""))
+    methods = manifest["counts"]["synthetic"]
+    counts = ", ".join(f"{count} by {method}" for method, count in methods.items())
+    print(f"{source.output}: {sum(methods.values())} synthetic images: {counts}")
+    print(f"{manifest['rejected']} rejected" + ("; see rejected.jsonl" if manifest["rejected"] else ""))
     print(
         "next: python -m data_prep.build with the same --config and --source manifest "
         f"--root {source.output} --annotations {source.output / manifest['list']} "
@@ -90,41 +97,44 @@ def main(argv: list[str]) -> None:
 
 
 def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
-    """Write the folder `source.output`, whole or not at all; returns its manifest.
+    """Write the folder `source.output`, completely or not at all; returns its manifest.json.
 
-    Raises EchoError where the config of the build is wrong, the output holds something, the source has questions of its
-    own (a list has no place for them) or no normal photograph that training may see, and where no defect can be made.
+    Raises EchoError if the build config is wrong, if the output is not empty, if the source has questions (a manifest
+    has no place for them) or no normal image for training, and if no defect can be made.
     """
     check_config(source)
     if config.per_normal < 1:
         raise EchoError(f"per_normal is {config.per_normal}; it must be 1 or more")
     if source.output.is_dir() and any(source.output.iterdir()):
-        raise EchoError(f"{source.output} holds files already; choose another output, and build the dataset from it")
+        raise EchoError(f"{source.output} is not empty; choose another output, and build the dataset from it")
     known = load_knowledge(source.knowledge) if source.knowledge else {}
     with workspace(source.output, {}, overwrite=False) as folder:
         root, inspections, questions, rejections = usable_images(source, folder)
-        normals = usable(source, inspections, questions)
-        # A build deals a dataset that the list names as one of any name, and others by their own (`prepare.divide`).
-        listed = f"{place_name(source.source, root, source.annotations) or 'parts'}.jsonl"
-        if listed == REJECTED:
-            raise EchoError(f"the list would be called {REJECTED}, as what is rejected is; rename the source's list")
+        normals = normals_for_training(source, inspections, questions)
+        # Splits ignore a dataset name that comes from this file, but not other names (`assign_configured_splits`).
+        listed = f"{inferred_dataset_name(source.source, root, source.annotations) or 'parts'}.jsonl"
+        if listed == REJECTED_FILE:
+            raise EchoError(
+                f"the manifest would be called {REJECTED_FILE}, like the list of rejections; "
+                "rename the annotations of the source"
+            )
         synthetic: list[Inspection] = []
-        for made in draw(normals, root, folder, source.seed, config):
-            if isinstance(made, Inspection):
-                synthetic.append(made)
+        for result in draw_defects(normals, root, folder, source.seed, config):
+            if isinstance(result, Inspection):
+                synthetic.append(result)
             else:
-                rejections.append(made)
+                rejections.append(result)
         if not synthetic:
-            raise EchoError(f"no defect could be made on any of {len(normals)} normal photographs; try other methods")
-        rows = [*(bring(one, root, folder) for one in inspections), *map(row, synthetic)]
-        write_jsonl(folder / REJECTED, rejections)
+            raise EchoError(f"no defect could be made on any of {len(normals)} normal images; try other methods")
+        rows = [*(import_image(one, root, folder) for one in inspections), *map(manifest_row, synthetic)]
+        write_jsonl(folder / REJECTED_FILE, rejections)
         write_text(folder / listed, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
-        text = yaml.safe_dump(describe(known, synthetic), allow_unicode=True, sort_keys=False, width=120)
+        text = yaml.safe_dump(extend_knowledge(known, synthetic), allow_unicode=True, sort_keys=False, width=120)
         write_text(folder / "knowledge.yaml", text)
         manifest = {
             "format": SYNTHETIC_FORMAT,
             "list": listed,
-            "config": source.settings() | dataclasses.asdict(config),
+            "config": source.dataset_options() | dataclasses.asdict(config),
             "counts": {
                 "photographs": len(inspections),
                 "normals": len(normals),
@@ -138,89 +148,98 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
     return manifest
 
 
-def usable(source: BuildConfig, inspections: Sequence[Inspection], questions: Sequence[Question]) -> list[Inspection]:
-    """The normal photographs that training may see; raises EchoError where there is none, or none may be listed."""
+def normals_for_training(
+    source: BuildConfig, inspections: Sequence[Inspection], questions: Sequence[Question]
+) -> list[Inspection]:
+    """The normal images that training may see.
+
+    Raises EchoError if there is none, or if a manifest cannot hold the source.
+    """
     if questions:
         raise EchoError(
-            f"the source {source.source} has questions of its own, which a list cannot hold: it is there to be tested "
-            "on, and needs no defects"
+            f"the source {source.source} has its own questions, which a manifest cannot hold; it is a benchmark and "
+            "needs no synthetic defects"
         )
-    taken = next((one.image for one in inspections if one.image.startswith(f"{FOLDER}/")), None)
+    taken = next((one.image for one in inspections if one.image.startswith(f"{SYNTHETIC_FOLDER}/")), None)
     if taken is not None:
-        raise EchoError(f"the source has {taken}, and the output needs the folder {FOLDER} for itself; rename it")
+        raise EchoError(f"the source has {taken}, but the output needs the folder {SYNTHETIC_FOLDER}; rename it")
     normals = [one for one in inspections if one.condition == GOOD and one.split in (None, "train")]
     if not normals:
         raise EchoError(
-            f"the source {source.source} has no normal photograph outside validation and test, and synthetic defects "
-            "are for training alone; add some"
+            f"the source {source.source} has no normal image outside validation and test, and synthetic defects are "
+            "for training only; add normal images"
         )
     return normals
 
 
-def draw(
+def draw_defects(
     normals: Sequence[Inspection], root: Path, folder: Path, seed: int, config: SynthesizeConfig
 ) -> Iterator[Inspection | Rejection]:
-    """The synthetic photographs of each normal, in files of `folder`, and a rejection for each that failed."""
-    for normal in progress(normals, "making defects", "photographs"):
+    """The synthetic images made from each normal image, saved in `folder`, and a rejection for each that failed."""
+    for normal in progress(normals, "drawing defects", "images"):
         try:
             image = np.asarray(decode(root / normal.image))
-        except UNREADABLE as error:  # which a look at the file's header and checksums does not tell
-            yield Rejection(normal.image, fault(error))
+        except READ_ERRORS as error:  # header and checksums may be valid although the pixels are not
+            yield Rejection(normal.image, describe_read_error(error))
             continue
         for number in range(1, config.per_normal + 1):
-            words = f"{seed}/{normal.image}/{number}"
-            for method in random.Random(words).sample(config.methods, len(config.methods)):
-                anomaly = make_defect(method, image, words)
-                if anomaly is not None:
-                    yield write(anomaly, method, f"{FOLDER}/{normal.image}/{method}-{number}", normal, folder)
+            draw_seed = f"{seed}/{normal.image}/{number}"
+            for method in random.Random(draw_seed).sample(config.methods, len(config.methods)):
+                defect = make_defect(method, image, draw_seed)
+                if defect is not None:
+                    stem = f"{SYNTHETIC_FOLDER}/{normal.image}/{method}-{number}"
+                    yield save_defect(defect, method, stem, normal, folder)
                     break
             else:
-                yield Rejection(
-                    normal.image, f"no defect by {', '.join(config.methods)} can be seen on it (draw {number})"
-                )
+                methods = ", ".join(config.methods)
+                yield Rejection(normal.image, f"no defect by {methods} is visible on the image (draw {number})")
 
 
-def write(anomaly: SyntheticDefect, method: str, stem: str, normal: Inspection, folder: Path) -> Inspection:
-    """The photograph and its mask as files `<stem>.png` and `<stem>_mask.png`, without loss, and their record."""
+def save_defect(defect: SyntheticDefect, method: str, stem: str, normal: Inspection, folder: Path) -> Inspection:
+    """Save the image and its mask losslessly as `<stem>.png` and `<stem>_mask.png` in `folder`.
+
+    Returns their record.
+    """
     image, mask = f"{stem}.png", f"{stem}_mask.png"
     (folder / image).parent.mkdir(parents=True, exist_ok=True)
-    grey = bool((anomaly.image == anomaly.image[..., :1]).all())
-    Image.fromarray(anomaly.image[..., 0] if grey else anomaly.image).save(folder / image)
-    Image.fromarray(anomaly.mask.astype(np.uint8) * 255).save(folder / mask)
-    return replace(normal, id=image, image=image, condition=METHODS[method].condition, mask=mask, synthetic=method)
+    grey = bool((defect.image == defect.image[..., :1]).all())
+    Image.fromarray(defect.image[..., 0] if grey else defect.image).save(folder / image)
+    Image.fromarray(defect.mask.astype(np.uint8) * 255).save(folder / mask)
+    condition = DEFECT_METHODS[method].condition
+    return replace(normal, id=image, image=image, condition=condition, mask=mask, synthetic=method)
 
 
-def bring(inspection: Inspection, root: Path, folder: Path) -> dict[str, Any]:
-    """The row of a photograph of the source, which comes into `folder` with its mask and its reference.
+def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, Any]:
+    """Link or copy an image of the source with its mask and its reference into `folder`; returns its manifest row.
 
-    Several masks, and polygons, become one mask: a list has one column for it.
+    Several masks, and polygons, are merged into one mask, because a manifest has one column for it.
     """
     one = inspection
     if one.masks or one.polygons:
-        mask = f"{FOLDER}/{one.image}/mask.png"
-        marks = load_mask(one, root, image_size(root / one.image))
+        mask = f"{SYNTHETIC_FOLDER}/{one.image}/mask.png"
+        pixels = load_mask(one, root, image_size(root / one.image))
         (folder / mask).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.asarray(marks, np.uint8) * 255).save(folder / mask)
+        Image.fromarray(np.asarray(pixels, np.uint8) * 255).save(folder / mask)
         one = replace(one, mask=mask, masks=(), polygons=(), boxes=())
     for name in (one.image, one.mask, one.reference):
-        # What is there has come with another photograph, was drawn above, or by the source itself.
+        # Existing files came with another image, or were drawn above or by the source itself.
         if name is not None and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link((root / name).resolve(), folder / name)
-            except OSError:  # another disk, or one without links
+            except OSError:  # another disk, or one without hard links
                 shutil.copy2(root / name, folder / name)
-    return row(one)
+    return manifest_row(one)
 
 
-def row(inspection: Inspection) -> dict[str, Any]:
-    """An inspection as the source `manifest` reads it, without the columns that it leaves empty."""
+def manifest_row(inspection: Inspection) -> dict[str, Any]:
+    """An inspection as a row for the source `manifest`, without empty columns."""
     columns = {name: getattr(inspection, name) for name in COLUMNS}
     return {name: value for name, value in columns.items() if value}
 
 
-def describe(known: Knowledge, synthetic: Sequence[Inspection]) -> dict[str, dict[str, dict[str, str]]]:
-    """What is known, with a description of each product's synthetic conditions; what is written already stands."""
+def extend_knowledge(known: Knowledge, synthetic: Sequence[Inspection]) -> dict[str, dict[str, dict[str, str]]]:
+    """The knowledge with a description of each product's synthetic conditions. Existing descriptions are kept."""
 
     def copied(products: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
         return {product: dict(entries) for product, entries in products.items()}
@@ -228,7 +247,8 @@ def describe(known: Knowledge, synthetic: Sequence[Inspection]) -> dict[str, dic
     knowledge = {dataset: copied(products) for dataset, products in known.items()}
     for one in synthetic:
         products = knowledge.setdefault(one.dataset, copied(products_of(known, one.dataset)))
-        products.setdefault(one.product, {}).setdefault(one.condition, METHODS[str(one.synthetic)].description)
+        descriptions = products.setdefault(one.product, {})
+        descriptions.setdefault(one.condition, DEFECT_METHODS[str(one.synthetic)].description)
     return knowledge
 
 

@@ -1,4 +1,4 @@
-"""The rows that the roles are trained on: written case by case, normal and defective parts in balance."""
+"""Write the training rows of each role case by case, and balance normal and defective cases."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from typing import IO
 from data_prep.config import BuildConfig
 from data_prep.prepare import TRAINING_SPLITS, DatasetDraft
 from data_prep.progress import progress
-from data_prep.upstream import UpstreamRun, predicted
-from echo_ft.experts.targets import AT_HAND, gold_upstream, load_compared, training_exchanges
+from data_prep.upstream import UpstreamRun, predicted_upstream
+from echo_ft.experts.targets import CACHED_IMAGES, gold_upstream, load_compared, training_exchanges
 from echo_ft.files import to_json
 from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection
 
-Sides = dict[str, dict[str, int]]
-"""How many `cases` (repeats counted) and `rows` a file of training rows has of `normal` and of `defective` parts.
+SideCounts = dict[str, dict[str, int]]
+"""Number of `cases` (with repeats) and `rows` of the `normal` and the `defective` side in a file of training rows.
 
-Balance is a matter of cases: a defective one is asked more, and has more rows where routes differ.
+Balancing works on cases. A defective case has more questions, and more rows if their routes differ.
 """
+
+MAX_REPEATS = 4
+"""How often balancing uses a case at most. With more repeats a model memorises the image instead of the defect."""
 
 
 class RowBuffer:
-    """The rows of one role, kept in a temporary file until the order is known in which they are written."""
+    """The rows of one role in a temporary file, until the order in which to write them is known."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        """Keep them in `file`, which is empty and open to write and read."""
+        """Keep the rows in `file`, which must be empty and open for reading and writing."""
         self.cases: list[Inspection] = []
-        """The cases in the order in which their rows came."""
+        """The cases in the order in which their rows were added."""
         self._file, self._ends, self._counts = file, array("q", [0]), array("q")
 
     def add(self, case: Inspection, rows: Sequence[Exchange]) -> None:
@@ -45,80 +48,83 @@ class RowBuffer:
         self._ends.append(self._ends[-1] + len(lines))
         self._counts.append(len(rows))
 
-    def write(self, order: Sequence[Inspection], path: Path) -> Sides:
-        """Write the rows of these cases to `path`; returns what is there."""
-        number = {case.id: place for place, case in enumerate(self.cases)}
+    def write(self, order: Sequence[Inspection], path: Path) -> SideCounts:
+        """Write the rows of these cases to `path`; returns their numbers by side."""
+        positions = {case.id: position for position, case in enumerate(self.cases)}
         sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             for case in order:
-                place = number[case.id]
-                start, end = self._ends[place : place + 2]
+                position = positions[case.id]
+                start, end = self._ends[position : position + 2]
                 self._file.seek(start)
                 file.write(self._file.read(end - start))
                 side = sides["normal" if case.condition == GOOD else "defective"]
                 side["cases"] += 1
-                side["rows"] += self._counts[place]
+                side["rows"] += self._counts[position]
         return sides
 
 
-def write_sft(
-    material: DatasetDraft, root: Path, config: BuildConfig, runs: Sequence[UpstreamRun] = ()
-) -> tuple[dict[str, Sides], list[Inspection]]:
-    """Write each role's training and validation rows; see `balanced` for the order and number of the former.
+def write_training_rows(
+    draft: DatasetDraft, root: Path, config: BuildConfig, runs: Sequence[UpstreamRun] = ()
+) -> tuple[dict[str, SideCounts], list[Inspection]]:
+    """Write the train and validation rows of each role; `balance_cases` orders and repeats those of the train split.
 
-    What earlier roles said is taken from `runs`, where there are any, and is what they should say otherwise.
-    Balanced are the cases that the role has rows for: a role that is consulted for defects only has nothing to balance.
-    Returns what each file under sft holds, by `<role>/<split>`, and the photographs that balance leaves out of all.
+    Outputs of earlier roles are taken from `runs`; without runs they are gold. Only cases that have rows for a role are
+    balanced for it, so a role that is consulted about defects only has nothing to balance.
+
+    Returns the counts of each file in sft by `<role>/<split>`, and the inspections that balancing left out of all.
+    Raises EchoError if a run does not fit the dataset (see `predicted_upstream`).
     """
-    sides = {}
-    rowed, trained = dict[str, Inspection](), set[str]()
+    counts = {}
+    with_rows, used = dict[str, Inspection](), set[str]()
     with ExitStack() as stack:
-        spools = {
-            (role, split): RowBuffer(stack.enter_context(TemporaryFile(dir=material.folder)))
+        buffers = {
+            (role, split): RowBuffer(stack.enter_context(TemporaryFile(dir=draft.folder)))
             for role in ROLES
             for split in TRAINING_SPLITS
         }
-        # One role at a time would read each photograph four times.
-        for inspection, case in progress(read_ahead(material.training_cases(), root), "writing", "cases"):
-            said = predicted(case, runs, config.routing) if runs else None
-            gold = gold_upstream(case, root, said)
+        # Writing one role after the other would read every image four times.
+        for inspection, case in progress(prefetch_images(draft.training_cases(), root), "writing rows", "cases"):
+            upstream = predicted_upstream(case, runs, config.routing) if runs else None
+            gold = gold_upstream(case, root, upstream)
             for role in ROLES:
-                rows = training_exchanges(case, role, root, config.routing, said, gold)
+                rows = training_exchanges(case, role, root, config.routing, upstream, gold)
                 if rows:
-                    spools[role, str(inspection.split)].add(inspection, rows)
-        for (role, split), spool in spools.items():
-            order = balanced(spool.cases, config.seed) if split == "train" and config.balance else spool.cases
-            sides[f"{role}/{split}"] = spool.write(order, material.folder / "sft" / role / f"{split}.jsonl")
-            rowed |= {case.id: case for case in spool.cases}
-            trained |= {case.id for case in order}
-    return sides, [case for name, case in rowed.items() if name not in trained]
+                    buffers[role, str(inspection.split)].add(inspection, rows)
+        for (role, split), buffer in buffers.items():
+            balance = split == "train" and config.balance
+            order = balance_cases(buffer.cases, config.seed) if balance else buffer.cases
+            counts[f"{role}/{split}"] = buffer.write(order, draft.folder / "sft" / role / f"{split}.jsonl")
+            with_rows |= {case.id: case for case in buffer.cases}
+            used |= {case.id for case in order}
+    return counts, [case for name, case in with_rows.items() if name not in used]
 
 
-def read_ahead(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
-    """The cases as they come, their images read in threads before it is their turn.
+def prefetch_images(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
+    """The cases in their order. Threads load the images of a chunk of cases before the first of them is yielded.
 
-    Nothing is read while cases are written: that would wait for the interpreter's lock, and make the writing wait.
+    No image is loaded while rows are written: loading and writing would compete for the interpreter lock.
     """
 
-    def read(images: Sequence[str]) -> None:
+    def load(images: Sequence[str]) -> None:
         for image in images:
             load_compared(root, image)
 
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         for chunk, images in _chunks(cases):
-            list(pool.map(read, [images[thread::threads] for thread in range(threads)]))
+            list(pool.map(load, [images[thread::threads] for thread in range(threads)]))
             yield from chunk
 
 
 def _chunks(cases: Iterable[tuple[Inspection, Case]]) -> Iterator[tuple[list[tuple[Inspection, Case]], list[str]]]:
-    """The cases in chunks, each with its images: as many cases as have up to AT_HAND, but one at least."""
+    """Chunks of cases with their images: as many cases as have at most CACHED_IMAGES together, but at least one."""
     chunk: list[tuple[Inspection, Case]] = []
     images: dict[str, None] = {}
     for inspection, case in cases:
         own = dict.fromkeys((case.seen.query, *(reference.image for reference in case.seen.references)))
-        if chunk and len(images | own) > AT_HAND:
+        if chunk and len(images | own) > CACHED_IMAGES:
             yield chunk, list(images)
             chunk, images = [], {}
         chunk.append((inspection, case))
@@ -127,16 +133,12 @@ def _chunks(cases: Iterable[tuple[Inspection, Case]]) -> Iterator[tuple[list[tup
         yield chunk, list(images)
 
 
-MAX_REPEATS = 4
-"""How often balancing repeats a case at most: beyond that a model learns the photograph, not the defect."""
+def balance_cases(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
+    """As many normal as defective cases per product, in a seeded random order in which no case follows itself.
 
-
-def balanced(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
-    """As many normal as defective cases in each product, in a seeded random order in which none follows itself.
-
-    The rarer side is repeated (no photograph is left out), up to `MAX_REPEATS` times; beyond that the other side is
-    sampled down. Per product, as a product with more defects than others would itself become the answer. A product
-    that lacks one side stays as it is.
+    The rarer side is repeated, up to MAX_REPEATS times, and none of its images is left out. If that does not suffice,
+    the other side is subsampled. Balancing is per product, because the product itself would predict the answer if it
+    had more defects than others. A product that has only one side stays as it is.
     """
     rng = random.Random(f"{seed}/balance")
     sides: dict[tuple[str, str], tuple[list[Inspection], list[Inspection]]] = defaultdict(lambda: ([], []))
@@ -144,28 +146,28 @@ def balanced(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
         sides[case.dataset, case.product][case.condition == GOOD].append(case)
     chosen: list[Inspection] = []
     for defective, normal in sides.values():
-        few, many = sorted((defective, normal), key=len)
-        if not few:
-            chosen += many
+        rare, common = sorted((defective, normal), key=len)
+        if not rare:
+            chosen += common
             continue
-        size = min(len(many), len(few) * MAX_REPEATS)
-        whole, rest = divmod(size, len(few))
-        chosen += few * whole + rng.sample(few, rest) + rng.sample(many, size)
+        size = min(len(common), len(rare) * MAX_REPEATS)
+        repeats, rest = divmod(size, len(rare))
+        chosen += rare * repeats + rng.sample(rare, rest) + rng.sample(common, size)
     rng.shuffle(chosen)
-    return _apart(chosen, rng)
+    return _separate_repeats(chosen, rng)
 
 
-def _apart(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
-    """The cases in their order, but those that follow themselves, which go where they do not.
+def _separate_repeats(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
+    """The cases in their order, except that a case that follows itself moves to a place without an equal neighbour.
 
-    Training reads neighbouring rows of one case as one. There is always such a place: a repeated case has at least as
-    many different ones of the other side, each there once, as it has repeats.
+    Training reads neighbouring rows of one case as a single case. A free place always exists: there are at least as
+    many cases of the other side as repeats of a case, and each of them occurs once.
     """
     order: list[Inspection] = []
-    again: list[Inspection] = []
+    displaced: list[Inspection] = []
     for case in cases:
-        (again if order and order[-1].id == case.id else order).append(case)
-    for case in again:
+        (displaced if order and order[-1].id == case.id else order).append(case)
+    for case in displaced:
         free = [i for i in range(len(order) + 1) if all(near.id != case.id for near in order[max(0, i - 1) : i + 1])]
         order.insert(rng.choice(free), case)
     return order

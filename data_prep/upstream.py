@@ -1,7 +1,8 @@
-"""What the earlier roles said about a case in runs of adapters that were not trained on it: `upstream: predicted`.
+"""Predicted upstream outputs for training rows (`upstream: predicted`), from the traces of runs.
 
-A run's traces are gone through as in the run itself: each role's prompt is rendered from what the roles before it said,
-and must be the one that the trace shows, so that the words fit the rows that they get into.
+The adapters of a run must not have been trained on the cases that it covers. Each case is replayed as in the run:
+every role's prompt is rendered from the outputs of the roles before it. It must equal the prompt in the trace, so that
+the outputs fit the training rows that show them.
 """
 
 from __future__ import annotations
@@ -26,154 +27,166 @@ from echo_ft.model.training_overlap import images_trained_on
 from echo_ft.provenance import fingerprint_files
 from echo_ft.records import ROLES, Case, Trace, Upstream
 
-EARLIER = ROLES[:-1]
-"""The roles whose words others are shown."""
+UPSTREAM_ROLES = ROLES[:-1]
+"""The roles whose outputs later roles are shown."""
 
-AS_TRAINED = {
+REQUIRED_OPTIONS = {
     "reference": "retrieved",
     "references": None,
     "knowledge": "guided",
     "reasoning": "on",
     "corruption": None,
 }
-"""What a run must have of the switches that change what roles see."""
+"""Values that a run must have for the options that change what roles are shown."""
 
-REMEDY_FOR_TRACES = (
-    f"data_prep.build --folds N --fold I, training and evaluation.run --split {LEFT_OUT} make one of each fold"
+TRACES_REMEDY = (
+    f"for one run per fold, use data_prep.build --folds N --fold I, training, and evaluation.run --split {LEFT_OUT}"
 )
 
 
 @dataclass(frozen=True)
 class UpstreamRun:
-    """A run of evaluation.run that is complete."""
+    """A complete run of evaluation.run."""
 
     folder: Path
     description: Mapping[str, Any]
-    """Its run.json."""
-    places: Mapping[str, int]
-    """Where the traces of each case begin in traces.jsonl, in bytes; a case's traces stand together."""
+    """The content of its run.json."""
+    trace_offsets: Mapping[str, int]
+    """Case id to the offset in traces.jsonl, in bytes, of the case's first trace. Its traces are contiguous."""
 
 
 def read_runs(folders: Sequence[Path], routing: str) -> list[UpstreamRun]:
-    """The runs, checked to show what a dataset of that routing shows. Raises EchoError where one does not."""
-    return [_read_run(folder, {**AS_TRAINED, "routing": routing}) for folder in folders]
+    """Read the runs.
+
+    Raises EchoError if a run is incomplete, or if its options differ from those of training rows with `routing`.
+    """
+    return [_read_run(folder, {**REQUIRED_OPTIONS, "routing": routing}) for folder in folders]
 
 
-def _read_run(folder: Path, wanted: Mapping[str, Any]) -> UpstreamRun:
+def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
     try:
         run = json.loads((folder / RUN_DESCRIPTION).read_text(encoding="utf-8"))
         if not run["complete"]:
-            raise EchoError(f"the run {folder} is not complete; its command goes on where it stopped")
-        for name, value in wanted.items():
+            raise EchoError(f"the run {folder} is not complete; rerun its command to resume it")
+        for name, value in required.items():
             if run.get(name) != value:
                 raise EchoError(
-                    f"the run {folder} has {name} {run.get(name)}, and training rows have {value}; run it again so"
+                    f"the run {folder} has {name} {run.get(name)}, but training rows have {value}; "
+                    f"rerun it with {name} {value}"
                 )
-        places: dict[str, int] = {}
-        place = 0
+        offsets: dict[str, int] = {}
+        offset = 0
         with open(folder / TRACES, "rb") as file:
             for line in file:
-                places.setdefault(json.loads(line)["case"], place)
-                place += len(line)
+                offsets.setdefault(json.loads(line)["case"], offset)
+                offset += len(line)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EchoError(f"traces: {folder} is not a run of evaluation.run ({error}); check the path") from error
-    return UpstreamRun(folder, run, places)
+    return UpstreamRun(folder, run, offsets)
 
 
-def check_runs(runs: Sequence[UpstreamRun], material: DatasetDraft, root: Path) -> None:
-    """Raise EchoError where a train or validation case is described by no run, or by adapters that were trained on it.
+def check_runs(runs: Sequence[UpstreamRun], draft: DatasetDraft, root: Path) -> None:
+    """Raise EchoError if no run covers a train or validation case, or its adapters were trained on that case.
 
-    The latter is told by the photographs' content, in the train split of the dataset that is named in the adapters'
-    cards; where that is gone or was built anew it cannot be told, which is an error too.
+    Images of the training dataset are compared by content; the adapter cards name that dataset. It is an error too if
+    that dataset is missing or was rebuilt, because then nothing is known about its images.
     """
-    inspections = [*material.asked("train"), *material.asked("validation")]
-    bare = [one for one in inspections if not any(one.id in run.places for run in runs)]
-    if bare:
-        remedy = REMEDY_FOR_TRACES if bare[0].split == "train" else f"evaluation.run --split {bare[0].split} makes it"
+    inspections = [*draft.queries("train"), *draft.queries("validation")]
+    uncovered = [one for one in inspections if not any(one.id in run.trace_offsets for run in runs)]
+    if uncovered:
+        first = uncovered[0]
+        remedy = TRACES_REMEDY if first.split == "train" else f"use evaluation.run --split {first.split}"
         raise EchoError(
-            f"no run in traces describes {bare[0].id}, of the split {bare[0].split} (of {len(inspections)} cases "
-            f"{len(bare)} are not described); give a run over it too: {remedy}; a case that failed in a run is asked "
-            "again by the run's own command"
+            f"no run in traces covers {first.id} of the {first.split} split ({len(uncovered)} of {len(inspections)} "
+            f"cases are not covered); add a run that covers them: {remedy}; to retry cases that failed in a run, rerun "
+            "its command"
         )
     for run in runs:
-        named = {one.image: one.id for one in inspections if one.id in run.places}
-        for (where, fingerprint), who in _training(run).items():
-            known = images_trained_on(where, fingerprint, root, list(named))
+        covered = {one.image: one.id for one in inspections if one.id in run.trace_offsets}
+        for (dataset, fingerprint), weights in _training_sets(run).items():
+            known = images_trained_on(dataset, fingerprint, root, list(covered))
             if known is None:
                 raise EchoError(
-                    f"the run {run.folder} has {who} trained on {where} ({fingerprint}), which is gone or was built "
-                    "anew, so nobody can tell which cases they know; build it again as it was"
+                    f"the run {run.folder} uses {weights} trained on {dataset} ({fingerprint}), which is missing or "
+                    "was rebuilt, so their training images are unknown; rebuild that dataset with its original config"
                 )
             if known:
                 raise EchoError(
-                    f"the run {run.folder} describes {named[known[0]]} by {who} that were trained on it, in "
-                    f"{where} ({len(known)} such cases); give a run of adapters that were not: {REMEDY_FOR_TRACES}"
+                    f"the run {run.folder} covers {covered[known[0]]} with {weights} that were trained on it, in "
+                    f"{dataset} ({len(known)} such cases); use a run with adapters that were not: {TRACES_REMEDY}"
                 )
 
 
-def _training(run: UpstreamRun) -> dict[tuple[str, str], str]:
-    """Dataset and fingerprint of all that a run's earlier roles were trained on, with who was."""
-    who: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for role in EARLIER:
+def _training_sets(run: UpstreamRun) -> dict[tuple[str, str], str]:
+    """(dataset, fingerprint) of all training data behind a run's upstream outputs, with the weights trained on it.
+
+    Raises EchoError if a server answered with models whose training data is unknown.
+    """
+    roles_of: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for role in UPSTREAM_ROLES:
         card = run.description["adapters"].get(role)
         if card is not None:
-            who[card["dataset"], card["dataset_fingerprint"]].append(role)
+            roles_of[card["dataset"], card["dataset_fingerprint"]].append(role)
     served = run.description.get("server_model")
-    if not who and served not in (None, run.description["base_model"]):
+    if not roles_of and served not in (None, run.description["base_model"]):
         raise EchoError(
-            f"the run {run.folder} asked a server for {served} without --adapters, so nobody can tell which cases its "
-            "models were trained on; give evaluation.run their adapters too"
+            f"the run {run.folder} used the server model {served} without --adapters, so the training data of its "
+            "models is unknown; pass their adapters to evaluation.run too"
         )
-    found = {key: f"adapters ({', '.join(roles)})" for key, roles in who.items()}
+    found = {key: f"adapters ({', '.join(roles)})" for key, roles in roles_of.items()}
     base = Path(run.description["base_model"])
-    if (base / ADAPTER_CARD).is_file():  # a whole model that was tuned here
+    if (base / ADAPTER_CARD).is_file():  # a model that was fully fine-tuned here
         card = read_card(base)
         found.setdefault((card.dataset, card.dataset_fingerprint), f"weights ({base})")
     return found
 
 
-def check_photographs(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
-    """Raise EchoError where a run was over other photographs than those of the dataset that is built."""
+def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
+    """Raise EchoError if a run's dataset has other images than the dataset that is built, or was rebuilt since."""
     for run in runs:
-        where = run.description["dataset"]
-        dataset = load_dataset(Path(where))
+        folder = run.description["dataset"]
+        dataset = load_dataset(Path(folder))
         if dataset.fingerprint != run.description["dataset_fingerprint"]:
-            raise EchoError(f"{where} was built anew after the run {run.folder} over it; run it again")
+            raise EchoError(f"{folder} was rebuilt after the run {run.folder} on it; rerun evaluation.run")
         if dataset.manifest["images_fingerprint"] != images_fingerprint:
             raise EchoError(
-                f"the run {run.folder} is over {where}, whose photographs are not those of this dataset; build both "
-                "from the same files with the same config"
+                f"the run {run.folder} is on {folder}, which has other images than this dataset; build both from the "
+                "same files with the same config"
             )
 
 
-def predicted(case: Case, runs: Sequence[UpstreamRun], routing: str) -> Upstream:
-    """What the earlier roles said about a case, in the first of the runs that describes it.
+def predicted_upstream(case: Case, runs: Sequence[UpstreamRun], routing: str) -> Upstream:
+    """The outputs of earlier roles for a case, from the first run that covers it.
 
-    Raises EchoError where they were shown or asked something else than they would be now, and where one is missing.
+    Raises EchoError if a role's output is missing, or if its prompt or images were not those that it would get now.
     """
-    run = next(run for run in runs if case.id in run.places)
-    said = {(trace.role, trace.branch): trace for trace in _traces(run, case.id)}
+    run = next(run for run in runs if case.id in run.trace_offsets)
+    traces = {(trace.role, trace.branch): trace for trace in _read_traces(run, case.id)}
     upstream = Upstream()
-    for role in EARLIER:
-        words: dict[str, str] = {}
+    for role in UPSTREAM_ROLES:
+        outputs: dict[str, str] = {}
         for exchange in render(role, case.id, case.seen, upstream, ROUTINGS[routing]):
             for branch in exchange.branches:
-                trace = said.get((role, branch.id))
+                trace = traces.get((role, branch.id))
                 shown = exchange.images, exchange.context, branch.prompt
                 if trace is None or (trace.images, trace.context, trace.prompt) != shown:
-                    what = "was not asked" if trace is None else "was shown something else than"
-                    raise EchoError(
-                        f"in the run {run.folder}, {role} {what} what it is asked about {case.id} now ({branch.id}); "
-                        "build the dataset of the run and this one with the same config, and run it again"
+                    fault = (
+                        f"has no output of {role}"
+                        if trace is None
+                        else f"gave {role} another prompt or other images than this dataset"
                     )
-                words[branch.id] = trace.text
-        upstream = update_upstream(role, case, upstream, words)
+                    raise EchoError(
+                        f"the run {run.folder} {fault} for {case.id} ({branch.id}); build the run's dataset and this "
+                        "one with the same config, and rerun evaluation.run"
+                    )
+                outputs[branch.id] = trace.text
+        upstream = update_upstream(role, case, upstream, outputs)
     return upstream
 
 
-def _traces(run: UpstreamRun, case: str) -> Iterator[Trace]:
+def _read_traces(run: UpstreamRun, case: str) -> Iterator[Trace]:
     with open(run.folder / TRACES, "rb") as file:
-        file.seek(run.places[case])
+        file.seek(run.trace_offsets[case])
         for line in file:
             row = json.loads(line)
             if row["case"] != case:
@@ -181,8 +194,8 @@ def _traces(run: UpstreamRun, case: str) -> Iterator[Trace]:
             yield from_dict(Trace, row)
 
 
-def described(runs: Sequence[UpstreamRun]) -> list[dict[str, Any]]:
-    """The runs as a manifest has them: what was said, by which adapters, over which dataset."""
+def describe_runs(runs: Sequence[UpstreamRun]) -> list[dict[str, Any]]:
+    """The runs as the manifest lists them: their outputs, adapters and datasets, by fingerprint."""
     return [
         {
             "run": str(run.folder),
@@ -190,7 +203,7 @@ def described(runs: Sequence[UpstreamRun]) -> list[dict[str, Any]]:
             "dataset_fingerprint": run.description["dataset_fingerprint"],
             "base_fingerprint": run.description["base_fingerprint"],
             "adapters": {role: card["fingerprint"] for role, card in run.description["adapters"].items()},
-            "cases": len(run.places),
+            "cases": len(run.trace_offsets),
         }
         for run in runs
     ]

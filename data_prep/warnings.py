@@ -1,126 +1,160 @@
+"""Warnings of a build: what to know before trusting numbers from the dataset."""
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import BuildConfig
-from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, remedy
+from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, train_split_remedy
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
 from echo_ft.data.splits import divided_parts
-from echo_ft.images.decode import depth
+from echo_ft.images.decode import bit_depth
 from echo_ft.records import GOOD, ROLES, Inspection
 
 
-def _warnings(material: DatasetDraft, digests: Mapping[str, str], config: BuildConfig) -> list[str]:
-    """What a user should know before trusting a number that comes from this dataset."""
-    inspections = material.inspections
-    cases = [inspection for inspection in inspections if inspection.id in material.questions.inspections]
-    test = [inspection for inspection in cases if inspection.split == "test"]
-    found = []
+def build_warnings(
+    draft: DatasetDraft,
+    digests: Mapping[str, str],
+    counts: Mapping[str, Any],
+    unused: Sequence[Inspection],
+    root: Path,
+    config: BuildConfig,
+) -> list[str]:
+    """All warnings of a build, one sentence each.
+
+    `digests` is the SHA-256 of each image by path, `counts` the counts of the manifest, and `unused` the inspections
+    that balancing left out of all training rows. Images are relative to `root`.
+    """
+    cases = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
+    return [
+        *_split_warnings(draft.inspections, cases, config),
+        *_training_image_warnings(draft),
+        *draft.knowledge_warnings,
+        *_leakage_warnings(draft, cases, digests),
+        *_one_sided_roles(counts, config.routing),
+        *_balanced_away(draft, unused),
+        *_uneven_depths(draft.inspections, root),
+    ]
+
+
+def _split_warnings(
+    inspections: Sequence[Inspection], cases: Sequence[Inspection], config: BuildConfig
+) -> Iterator[str]:
+    """Splits without cases, and splits or products with only normal or only defective cases."""
     if not any(inspection.split == "train" for inspection in cases):
-        found.append(
-            "the train split holds normal photographs only: they serve as references and the training rows are empty; "
-            f"to train on this data, {remedy(inspections, config, defects=True)}"
+        yield (
+            "the train split has only normal images: they serve as references and the training rows are empty; "
+            f"to train on this data, {train_split_remedy(inspections, config, defects=True)}"
         )
     for split in ("validation", "test"):
         conditions = {inspection.condition == GOOD for inspection in cases if inspection.split == split}
         if not conditions:
-            found.append(f"no case is in the {split} split")
+            yield f"the {split} split has no case"
         elif len(conditions) == 1:
-            side = "normal" if True in conditions else "defective"
-            found.append(
-                f"the {split} split has {side} cases alone: its figures say nothing of the others, and nothing can be "
-                f"calibrated on it; give {split} a larger share in fractions, or add photographs"
+            side, other = ("normal", "defective") if True in conditions else ("defective", "normal")
+            yield (
+                f"the {split} split has only {side} cases: its results do not cover {other} ones, and it cannot be "
+                f"used for calibration; give {split} a larger share in fractions, or add images"
             )
-    alone = sorted({(i.dataset, i.product) for i in cases if i.split == "train"})
-    sides = {(i.dataset, i.product, i.condition == GOOD) for i in cases if i.split == "train"}
-    lacking = ["/".join(place) for place in alone if (*place, True) not in sides or (*place, False) not in sides]
-    if lacking:
-        found.append(f"only normal or only defective training cases, so no balance: {first_names(lacking)}")
-    made = Counter(inspection.synthetic for inspection in inspections if inspection.synthetic)
-    if made:
-        methods = ", ".join(f"{count} by {method}" for method, count in sorted(made.items()))
-        found.append(
-            f"the defects of {made.total()} training photographs are synthetic ({methods}): no camera saw them; "
+    training = [inspection for inspection in cases if inspection.split == "train"]
+    products = sorted({(i.dataset, i.product) for i in training})
+    sides = {(i.dataset, i.product, i.condition == GOOD) for i in training}
+    one_sided = ["/".join(product) for product in products if not {(*product, True), (*product, False)} <= sides]
+    if one_sided:
+        yield (
+            "products with only normal or only defective training cases, which cannot be balanced: "
+            f"{first_names(one_sided)}"
+        )
+
+
+def _training_image_warnings(draft: DatasetDraft) -> Iterator[str]:
+    """Synthetic defects, and named references that training may not show."""
+    synthetic = Counter(inspection.synthetic for inspection in draft.inspections if inspection.synthetic)
+    if synthetic:
+        methods = ", ".join(f"{count} by {method}" for method, count in sorted(synthetic.items()))
+        yield (
+            f"{synthetic.total()} training images have synthetic defects ({methods}), which no camera recorded; "
             "validation and test have none"
         )
-    hidden = sum(rejection.reason == REFERENCE_LEFT_OUT for rejection in material.rejections)
+    hidden = sum(rejection.reason == REFERENCE_LEFT_OUT for rejection in draft.rejections)
     if hidden:
-        found.append(
-            f"the references named for {hidden} training photographs are of the fold that is left out: retrieved ones "
-            "stand in for them"
+        yield (
+            f"the named references of {hidden} training images belong to the left-out fold; retrieved references "
+            "replace them"
         )
-    found += material.knowledge_doubts
-    bare = [inspection.image for inspection in cases if inspection.id not in material.references.inspections]
-    if bare:
-        found.append(f"{len(bare)} cases have no reference: {first_names(bare)}")
-    divided = divided_parts(inspections)
+
+
+def _leakage_warnings(draft: DatasetDraft, cases: Sequence[Inspection], digests: Mapping[str, str]) -> Iterator[str]:
+    """Cases without a reference, parts in several splits, and test images that occur elsewhere."""
+    without_reference = [one.image for one in cases if one.id not in draft.references.inspections]
+    if without_reference:
+        yield f"{len(without_reference)} cases have no reference: {first_names(without_reference)}"
+    divided = divided_parts(draft.inspections)
     if divided:
-        found.append(
-            f"{len(divided)} groups are in more than one split, as the source has it: {first_names([d[2] for d in divided])}"
-        )
-    elsewhere = {digests[inspection.image] for inspection in inspections if inspection.split != "test"}
+        groups = first_names([group for _, _, group in divided])
+        yield f"the source puts {len(divided)} groups into more than one split: {groups}"
+    test = [inspection for inspection in cases if inspection.split == "test"]
+    elsewhere = {digests[inspection.image] for inspection in draft.inspections if inspection.split != "test"}
     copies = [inspection.image for inspection in test if digests[inspection.image] in elsewhere]
     if copies:
-        found.append(f"{len(copies)} test photographs are copies of photographs of other splits: {first_names(copies)}")
-    held_out = {digests[inspection.image] for inspection in test}
-    named = [i.image for i in cases if i.reference is not None and digests[i.reference] in held_out]
+        yield f"{len(copies)} test images are copies of images in other splits: {first_names(copies)}"
+    test_digests = {digests[inspection.image] for inspection in test}
+    named = [i.image for i in cases if i.reference is not None and digests[i.reference] in test_digests]
     if named:
-        found.append(
-            f"the references named for {len(named)} cases are themselves test photographs: {first_names(named)}"
-        )
-    return found
+        yield f"the named references of {len(named)} cases are test images themselves: {first_names(named)}"
 
 
-def _one_sided(counts: Mapping[str, Any], routing: str) -> list[str]:
-    """A warning for each role that is trained on one side alone of training cases that have both."""
+def _one_sided_roles(counts: Mapping[str, Any], routing: str) -> Iterator[str]:
+    """Roles that are trained on one side only although the training cases have both."""
     cases = counts["cases"]["train"]
     if not 0 < cases.get(GOOD, 0) < sum(cases.values()):
-        return []
-    found = []
+        return
     for role in ROLES:
         sides = counts["sft_sides"][f"{role}/train"]
-        (fewer, none), (other, most) = sorted(sides.items(), key=lambda side: side[1]["cases"])
-        if none["cases"] == 0 < most["cases"]:
-            paper = routing == "paper" and fewer == "normal"
-            why = "; the paper's routing consults it for defects only, in a run too" if paper else ""
-            found.append(
-                f"{role} has {most['rows']} training rows of {other} cases and none of {fewer} ones, so no balance{why}"
+        (missing, fewer), (present, more) = sorted(sides.items(), key=lambda side: side[1]["cases"])
+        if fewer["cases"] == 0 < more["cases"]:
+            by_design = routing == "paper" and missing == "normal"
+            reason = "; the paper's routing consults it about defects only, in evaluation too" if by_design else ""
+            yield (
+                f"{role} has {more['rows']} training rows of {present} cases but none of {missing} ones, so they "
+                f"cannot be balanced{reason}"
             )
-    return found
 
 
-def _balanced_away(material: DatasetDraft, unused: Sequence[Inspection]) -> list[str]:
-    """A warning where balance leaves training photographs out of all rows: how many, and of which products."""
+def _balanced_away(draft: DatasetDraft, unused: Sequence[Inspection]) -> Iterator[str]:
+    """Training images that balancing leaves out of all rows, by product."""
     if not unused:
-        return []
-    of = Counter((i.dataset, i.product, i.condition == GOOD) for i in material.asked("train"))
+        return
+    total = Counter((i.dataset, i.product, i.condition == GOOD) for i in draft.queries("train"))
     left = Counter((i.dataset, i.product, i.condition == GOOD) for i in unused)
-    places = [
-        f"{dataset}/{product}: {count} of {of[dataset, product, good]} {'normal' if good else 'defective'}"
+    products = [
+        f"{dataset}/{product}: {count} of {total[dataset, product, good]} {'normal' if good else 'defective'}"
         for (dataset, product, good), count in left.most_common()
     ]
-    return [
-        f"{len(unused)} training photographs are in no row ({first_names(places)}): of each product balance takes at most "
-        f"{MAX_REPEATS} times as many of one side as the other has; add photographs of the rarer side, or set "
+    yield (
+        f"{len(unused)} training images are in no row ({first_names(products)}): balancing uses, per product, at most "
+        f"{MAX_REPEATS} times as many images of one side as the other side has; add images of the rarer side, or set "
         "balance: false to train on all"
-    ]
+    )
 
 
-def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> list[str]:
-    """A warning for each product whose photographs of more than 8 bits are scaled in different ways."""
+def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> Iterator[str]:
+    """Products with images of more than 8 bits that are scaled in different ways."""
     depths: dict[str, Counter[int]] = defaultdict(Counter)
     for inspection in inspections:
-        bits = depth(root / inspection.image)
+        bits = bit_depth(root / inspection.image)
         if bits is not None:
             depths[f"{inspection.dataset}/{inspection.product}"][bits] += 1
-    return [
-        f"the grey values of {product} are scaled to 8 bits from different depths, each the smallest that holds the "
-        f"photograph's brightest pixel ({', '.join(f'{n} from {bits} bits' for bits, n in sorted(found.items()))}): "
-        "exposures no longer compare; if one camera took them, convert them to 8 bits yourself, by one scale"
-        for product, found in sorted(depths.items())
-        if len(found) > 1
-    ]
+    for product, found in sorted(depths.items()):
+        if len(found) > 1:
+            scales = ", ".join(f"{count} from {bits} bits" for bits, count in sorted(found.items()))
+            yield (
+                f"the images of {product} are scaled to 8 bits from different depths, each from the smallest that "
+                f"holds its brightest pixel ({scales}), so "
+                "their exposures are no longer comparable; if one camera took them, convert them to 8 bits yourself, "
+                "all with one scale"
+            )

@@ -1,3 +1,5 @@
+"""The output folder of a build, replaced as a whole or not at all, and only if it holds a dataset of ours."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,7 @@ from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder
 
-CONTENT = frozenset(
+DATASET_ENTRIES = frozenset(
     {
         "audit.html",
         "audit.json",
@@ -27,15 +29,15 @@ CONTENT = frozenset(
         "sft",
     }
 )
-"""What a dataset folder holds at its top; a folder with anything else in it is never removed."""
+"""Files and folders at the top of a dataset folder. A folder that holds anything else is never removed."""
 
 
 @contextmanager
 def workspace(output: Path, config: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
-    """A folder to build in. It takes the place of `output` when the block ends well, and is removed when it does not.
+    """A temporary folder to build in. It replaces `output` if the block succeeds and is removed otherwise.
 
-    Raises EchoError, before anything is built, where `output` is something else than a dataset, or one that was built
-    with another config (`overwrite` allows that).
+    Raises EchoError before anything is built if `output` is not a dataset, or was built with another config. With
+    `overwrite`, the config may differ.
     """
     _check_replaceable(output, config, overwrite)
     with atomic_folder(output) as folder:
@@ -50,10 +52,10 @@ def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool)
     names = {path.name for path in output.iterdir()}
     if not names:
         return
-    manifest = _manifest(output / "manifest.json")
+    manifest = _read_manifest(output / "manifest.json")
     if manifest is None:
         raise EchoError(f"{output} holds files that are not a dataset of this project; choose another output")
-    foreign = sorted(names - CONTENT)
+    foreign = sorted(names - DATASET_ENTRIES)
     if foreign:
         raise EchoError(
             f"{output} also holds {foreign[0]}, which a build would remove; move it or choose another output"
@@ -62,12 +64,13 @@ def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool)
     changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
     if changed and not overwrite:
         raise EchoError(
-            f"{output} holds a dataset of another config (it differs in {', '.join(changed)}); "
+            f"{output} holds a dataset with another config (it differs in {', '.join(changed)}); "
             "choose another output or add --overwrite"
         )
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of one of our datasets, of any version, or None."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

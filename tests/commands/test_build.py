@@ -1,4 +1,4 @@
-"""The build: what a dataset folder holds and promises."""
+"""A build writes a complete dataset folder and keeps what it promises about splits, rows and warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data_prep.build import build
-from data_prep.training_rows import balanced
+from data_prep.training_rows import balance_cases
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.targets import training_exchanges
@@ -49,8 +49,9 @@ def test_the_command_writes_the_whole_dataset_folder(raw, tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["config"]["k"] == 2
     assert sum(manifest["counts"]["photographs"].values()) == 80
-    assert "80 photographs" in done.stdout and "0 rejected" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()].count("out") == 1 and len(list(tmp_path.iterdir())) == 2
+    assert "80 images" in done.stdout
+    assert "0 rejected" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.yaml", "out"]
 
 
 def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
@@ -60,8 +61,8 @@ def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
     assert load_dataset(built).fingerprint == load_dataset(tmp_path / "again").fingerprint
 
 
-def test_training_rows_are_those_of_each_case_in_the_balanced_order(built):
-    """However they are kept until their order is known."""
+def test_training_rows_are_those_of_each_case_in_balanced_order(built):
+    """The buffers that hold the rows until their order is known change nothing."""
     dataset = load_dataset(built)
     inspections = {i.id: i for i in rows(built, "inspections.jsonl", Inspection)}
     for role in ROLES:
@@ -70,13 +71,14 @@ def test_training_rows_are_those_of_each_case_in_the_balanced_order(built):
                 case.id: training_exchanges(case, role, dataset.root, "full") for case in load_cases(dataset, split)
             }
             order = [inspections[name] for name, found in made.items() if found]
-            order = balanced(order, seed=0) if split == "train" else order
+            order = balance_cases(order, seed=0) if split == "train" else order
             lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for case in order for row in made[case.id]]
             text = (built / "sft" / role / f"{split}.jsonl").read_text()
-            assert lines and text == "".join(f"{line}\n" for line in lines)
+            assert lines
+            assert text == "".join(f"{line}\n" for line in lines)
 
 
-def test_references_are_train_normals_of_another_part_and_the_same_product(built):
+def test_references_are_train_normals_of_the_product_but_another_part(built):
     by_image = {i.image: i for i in rows(built, "inspections.jsonl", Inspection)}
     by_id = {i.id: i for i in by_image.values()}
     references = rows(built, "references.jsonl", Reference)
@@ -92,14 +94,14 @@ def test_training_rows_have_every_role_and_are_half_normal(built):
     for role in ROLES:
         found = rows(built, f"sft/{role}/train.jsonl", Exchange)
         normal = len({i for i, row in enumerate(found) if condition[row.case] == "good"})
-        assert found and {row.role for row in found} == {role}
+        assert {row.role for row in found} == {role}
         assert all(branch.completion for row in found for branch in row.branches)
-        if role == "reference_extractor":  # one row a case; the others have one for each route
+        if role == "reference_extractor":  # has one row per case; the other roles have one per route
             assert normal * 2 == len(found)
 
 
-def test_the_manifest_counts_each_roles_rows_by_side_and_warns_of_a_side_that_is_missing(raw, built, tmp_path):
-    """The paper's routing consults two roles for defects only."""
+def test_manifest_counts_rows_by_side_and_warns_of_missing_sides(raw, built, tmp_path):
+    """The paper's routing consults two roles about defects only."""
     paper = build(config(raw, tmp_path / "paper", routing="paper", knowledge=described(tmp_path)))
     full = json.loads((built / "manifest.json").read_text())
     for manifest, folder in ((paper, tmp_path / "paper"), (full, built)):
@@ -113,8 +115,8 @@ def test_the_manifest_counts_each_roles_rows_by_side_and_warns_of_a_side_that_is
                 balanced = sides["normal"]["cases"] == sides["defective"]["cases"]
                 assert balanced or split == "validation" or (manifest is paper and role in ROLES[1:3])
                 assert manifest["counts"]["sft_rows"][f"{role}/{split}"] == len(found)
-    assert not any("no balance" in warning for warning in full["warnings"])
-    warned = [warning for warning in paper["warnings"] if "no balance" in warning]
+    assert not any("cannot be balanced" in warning for warning in full["warnings"])
+    warned = [warning for warning in paper["warnings"] if "cannot be balanced" in warning]
     assert [warning.split()[0] for warning in warned] == ["knowledge_guide", "reasoning_expert"]
     for warning in warned:
         sides = paper["counts"]["sft_sides"][f"{warning.split()[0]}/train"]
@@ -123,8 +125,8 @@ def test_the_manifest_counts_each_roles_rows_by_side_and_warns_of_a_side_that_is
 
 
 @pytest.mark.parametrize("routing", ["full", "paper"])
-def test_rows_of_a_repeated_case_are_apart_in_every_role(small_list, tmp_path, routing):
-    """Also in a role that has no rows for the normal cases that stand between the repeats elsewhere."""
+def test_rows_of_a_repeated_case_are_never_adjacent_in_any_role(small_list, tmp_path, routing):
+    """This includes roles without rows for the normal cases that separate the repeats elsewhere."""
     edit_rows(small_list, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
     edit_rows(
         small_list, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None
@@ -136,31 +138,32 @@ def test_rows_of_a_repeated_case_are_apart_in_every_role(small_list, tmp_path, r
         assert found
         for _, group in groupby(found, key=lambda row: row.case):
             branches = [branch.id for row in group for branch in row.branches]
-            assert len(branches) == len(set(branches)), "neighbouring rows of a case are that case once"
+            assert len(branches) == len(set(branches)), "adjacent rows of a case have distinct branches"
         one_sided = routing == "paper" and role in ("knowledge_guide", "reasoning_expert")
-        assert one_sided == (max(Counter(map(to_json, found)).values()) == 1), "repeated is what balance needs"
+        assert one_sided == (max(Counter(map(to_json, found)).values()) == 1), "only balancing repeats rows"
 
 
-def test_photographs_that_balance_leaves_out_are_counted_and_named(tmp_path):
-    """Four times as many of one side as of the other are trained on, in each product, and no more."""
+def test_images_that_balancing_leaves_out_are_counted_and_named(tmp_path):
+    """In each product, at most four times as many images of one side as of the other are trained on."""
     listed = draw_manifest(tmp_path / "raw", ("cap",), normals=20, defects=1)
     edit_rows(listed, lambda row: row.update(split="test" if row["condition"] == "stain" else "train"))
     manifest = build(config(listed, tmp_path / "balanced", split="given"))
     (warning,) = [one for one in manifest["warnings"] if "are in no row" in one]
-    there = {i.id: i.condition for i in rows(tmp_path / "balanced", "inspections.jsonl", Inspection)}
+    conditions = {i.id: i.condition for i in rows(tmp_path / "balanced", "inspections.jsonl", Inspection)}
     shown = {row.case for row in rows(tmp_path / "balanced", "sft/decision_maker/train.jsonl", Exchange)}
-    dents = sum(condition == "dent" for name, condition in there.items() if name in shown)
-    goods = sum(condition == "good" for name, condition in there.items() if name in shown)
+    dents = sum(condition == "dent" for name, condition in conditions.items() if name in shown)
+    goods = sum(condition == "good" for name, condition in conditions.items() if name in shown)
     assert goods == 4 * dents > 0
     cases = manifest["counts"]["cases"]["train"]
     left = cases["good"] - goods
     assert manifest["counts"]["balanced_away"] == left > 0
-    assert f"{left} training photographs are in no row (parts/cap: {left} of {cases['good']} normal)" in warning
+    assert f"{left} training images are in no row (parts/cap: {left} of {cases['good']} normal)" in warning
     manifest = build(config(listed, tmp_path / "all", split="given", balance=False))
-    assert manifest["counts"]["balanced_away"] == 0 and not any("in no row" in one for one in manifest["warnings"])
+    assert manifest["counts"]["balanced_away"] == 0
+    assert not any("in no row" in one for one in manifest["warnings"])
 
 
-def test_a_name_that_is_not_utf_8_is_rejected_and_the_others_are_built(tmp_path):
+def test_a_file_name_that_is_not_utf_8_is_rejected(tmp_path):
     for place, count in (("train/good", 6), ("test/good", 2), ("test/dent", 4)):
         for number in range(count):
             draw_part(tmp_path / "line" / "cap" / place / f"{number}.png", number, place == "test/dent")
@@ -172,10 +175,11 @@ def test_a_name_that_is_not_utf_8_is_rejected_and_the_others_are_built(tmp_path)
     manifest = build(made)
     assert manifest["rejected"] == 1
     (rejected,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
-    assert rejected["item"] == "cap/test/dent/gr\udcfcn.png" and "is not UTF-8; rename it" in rejected["reason"]
+    assert rejected["item"] == "cap/test/dent/gr\udcfcn.png"
+    assert "is not UTF-8; rename the file" in rejected["reason"]
 
 
-def test_photographs_of_uneven_depths_are_reported(small_list, tmp_path):
+def test_images_of_uneven_bit_depths_are_reported(small_list, tmp_path):
     def deepen(name: str, top: int) -> None:
         path = small_list.parent / name
         values = (np.asarray(Image.open(path)).astype(int) * top // 255).astype(np.uint16)
@@ -188,7 +192,8 @@ def test_photographs_of_uneven_depths_are_reported(small_list, tmp_path):
     deepen("cap/dent-0-1.png", 65535)
     manifest = build(config(small_list, tmp_path / "uneven"))
     (warning,) = [warning for warning in manifest["warnings"] if "depths" in warning]
-    assert "parts/cap" in warning and "6 from 12 bits, 1 from 16 bits" in warning
+    assert "parts/cap" in warning
+    assert "6 from 12 bits, 1 from 16 bits" in warning
 
 
 def test_training_and_validation_rows_show_only_their_own_split(built):
@@ -198,7 +203,8 @@ def test_training_and_validation_rows_show_only_their_own_split(built):
         test = {i.image for i in inspections if i.split == "test"}
         for role in ROLES:
             for row in rows(built, f"sft/{role}/{split}.jsonl", Exchange):
-                assert row.case in allowed and not test & set(row.images)
+                assert row.case in allowed
+                assert not test & set(row.images)
 
 
 def test_records_of_earlier_versions_load(built, tmp_path):
@@ -212,7 +218,7 @@ def test_records_of_earlier_versions_load(built, tmp_path):
         assert load_cases(load_dataset(tmp_path / "old"), split) == load_cases(load_dataset(built), split)
 
 
-def test_cases_keep_the_truth_apart_from_what_the_experts_see(built):
+def test_cases_separate_the_truth_from_what_experts_see(built):
     dataset = load_dataset(built)
     for case in load_cases(dataset, "test"):
         assert all(question.answer is None for question in case.seen.questions)
@@ -230,7 +236,7 @@ def test_cases_take_references_by_method(built):
         load_cases(dataset, "test", "nearest")
 
 
-def test_a_reference_that_the_source_names_stands_unless_the_config_says_otherwise(small_list, tmp_path):
+def test_named_references_are_used_unless_the_config_disables_them(small_list, tmp_path):
     edit_rows(
         small_list, lambda row: row.update(reference="cap/good-0-1.png") if "cap/dent-0" in row["image"] else None
     )
@@ -244,7 +250,7 @@ def test_a_reference_that_the_source_names_stands_unless_the_config_says_otherwi
         assert found and {r.method for case in found for r in case.seen.references} == {method}
 
 
-def test_knowledge_in_the_dataset_is_that_of_its_products(raw, tmp_path):
+def test_dataset_keeps_the_knowledge_of_its_own_products_only(raw, tmp_path):
     text = {"good": "An even ramp.", "dent": "A black square. It can cause leaks.", "burr": "A sharp edge."}
     (tmp_path / "knowledge.yaml").write_text(json.dumps({"parts": {"cap": text, "lid": text}}))
     manifest = build(config(raw, tmp_path / "out", knowledge=tmp_path / "knowledge.yaml"))
@@ -275,18 +281,19 @@ def mmad_tree(root: Path) -> Path:
     return root / "mmad.json"
 
 
-def test_mmad_builds_with_its_own_questions_and_says_that_it_cannot_train(tmp_path):
+def test_mmad_keeps_its_own_questions_and_warns_that_it_cannot_train(tmp_path):
     manifest = build(config(mmad_tree(tmp_path / "raw"), tmp_path / "out", source="mmad"))
     dataset = load_dataset(tmp_path / "out")
     found = load_cases(dataset, "test")
-    assert len(found) == 3 and manifest["counts"]["questions"] == {"Anomaly Detection": 3}
+    assert len(found) == 3
+    assert manifest["counts"]["questions"] == {"Anomaly Detection": 3}
     assert {r.image for case in found for r in case.seen.references} == {"MVTec-AD/bottle/train/good/003.png"}
     assert not load_cases(dataset, "train")
     assert any("split to seeded" in warning for warning in manifest["warnings"])
     assert (tmp_path / "out/sft/decision_maker/train.jsonl").read_text() == ""
 
 
-def test_a_benchmarks_question_stands_without_its_mask(tmp_path):
+def test_a_benchmark_question_is_kept_without_its_mask(tmp_path):
     annotations = mmad_tree(tmp_path / "raw")
     listed = json.loads(annotations.read_text())
     key = "DS-MVTec/bottle/image/crack/001.png"
@@ -300,19 +307,21 @@ def test_a_benchmarks_question_stands_without_its_mask(tmp_path):
     assert len(load_cases(load_dataset(tmp_path / "out"), "test")) == 3
 
 
-def test_copies_of_test_photographs_in_training_are_reported(small_list, tmp_path):
+def test_copies_of_test_images_in_training_are_reported(small_list, tmp_path):
     root = small_list.parent
     shutil.copy(root / "cap/dent-0-1.png", root / "cap/dent-1-1.png")
     given = {"dent-0": "test", "dent-1": "train"}
     edit_rows(small_list, lambda row: row.update(split=given.get(row["group"], "train")))
     edit_rows(small_list, lambda row: row.pop("mask", None))
     manifest = build(config(small_list, tmp_path / "out"))
-    assert any("are copies" in warning and "cap/dent-0-1.png" in warning for warning in manifest["warnings"])
+    assert any("are copies of images" in warning and "cap/dent-0-1.png" in warning for warning in manifest["warnings"])
 
 
-def test_the_preview_needs_nothing_but_itself(built):
+def test_the_preview_page_is_self_contained(built):
     page = (built / "preview.html").read_text()
     assert page.count("<article>") == 48
-    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "url(" not in page and "@import" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "url(" not in page
+    assert "@import" not in page
     assert all(role in page for role in ROLES)
-    assert "normal photographs of the train split serve as references." in page
+    assert "normal images of the train split serve as references." in page

@@ -1,4 +1,4 @@
-"""A build of input that cannot be used, of options that are wrong, and one that is interrupted."""
+"""A build rejects unusable input, refuses wrong options, and leaves no trace when it is interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.build import build, main
-from data_prep.manifest import rejected_words
+from data_prep.manifest import rejection_summary
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Question, Reference, Rejection
@@ -22,7 +22,7 @@ def raw(tmp_path_factory) -> Path:
     return draw_manifest(tmp_path_factory.mktemp("raw"), ("cap", "ring"), normals=12, defects=4)
 
 
-def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small_list, tmp_path):
+def test_broken_images_and_contradicting_masks_are_rejected_by_name(small_list, tmp_path):
     root = small_list.parent
     (root / "cap/good-0-1.png").write_bytes(b"not an image")
     whole = (root / "cap/good-1-1.png").read_bytes()
@@ -37,37 +37,44 @@ def test_broken_photographs_and_contradicting_masks_are_rejected_by_name(small_l
     reasons = {r.item: r.reason for r in rejections}
     lines = {row["image"]: n for n, row in enumerate(map(json.loads, small_list.read_text().splitlines()), start=1)}
     assert all(reason.endswith(f" (parts.jsonl:{lines[image]})") for image, reason in reasons.items())
-    assert manifest["rejected"] == 5 and manifest["dropped"] == {"mask": 1} and len(reasons) == 6
+    assert manifest["rejected"] == 5
+    assert manifest["dropped"] == {"mask": 1}
+    assert len(reasons) == 6
     assert [r.item for r in rejections if r.dropped] == ["cap/dent-1-1.png"]
-    told = "5 rejected; 1 mask dropped, the photographs are used (see rejected.jsonl)"
-    assert rejected_words(manifest) == told and f"{told}." in (tmp_path / "out" / "preview.html").read_text()
-    assert "broken" in reasons["cap/good-0-1.png"] and "broken" in reasons["cap/good-1-1.png"]
+    summary = "5 rejected; 1 mask dropped (the images are still used); see rejected.jsonl"
+    assert rejection_summary(manifest) == summary
+    assert f"{summary}." in (tmp_path / "out" / "preview.html").read_text()
+    assert "broken" in reasons["cap/good-0-1.png"]
+    assert "broken" in reasons["cap/good-1-1.png"]
     assert "20 x 20 pixels but its image has 48 x 40" in reasons["cap/dent-0-1.png"]
-    assert "marks nothing" in reasons["cap/dent-1-1.png"] and "used without it" in reasons["cap/dent-1-1.png"]
+    assert "marks nothing" in reasons["cap/dent-1-1.png"]
+    assert "used without it" in reasons["cap/dent-1-1.png"]
     assert "dent-2-1_mask.png" in reasons["cap/dent-2-1.png"]
     assert "labelled good" in reasons["cap/good-2-1.png"]
     kept = {i.image: i for i in rows(tmp_path / "out", "inspections.jsonl", Inspection)}
-    assert len(kept) == 19 and kept["cap/dent-1-1.png"].mask is None
+    assert len(kept) == 19
+    assert kept["cap/dent-1-1.png"].mask is None
     used = {r.image for r in rows(tmp_path / "out", "references.jsonl", Reference)}
     assert used <= set(kept)
 
 
-def test_a_named_reference_that_is_the_photograph_itself_or_shows_a_defect_is_dropped(small_list, tmp_path):
+def test_a_named_reference_to_itself_or_to_a_defect_is_dropped(small_list, tmp_path):
     named = {"cap/dent-0-1.png": "cap/dent-0-1.png", "cap/dent-1-1.png": "cap/stain-0-1.png"}
     named |= {"cap/dent-2-1.png": "cap/good-0-1.png"}
     edit_rows(small_list, lambda row: row.update(reference=named.get(row["image"])))
     manifest = build(config(small_list, tmp_path / "out"))
-    told = {r.item: r.reason for r in rows(tmp_path / "out", "rejected.jsonl", Rejection) if r.dropped == "reference"}
-    assert set(told) == {"cap/dent-0-1.png", "cap/stain-0-1.png"} and manifest["dropped"] == {"reference": 2}
-    assert "it is the photograph itself; cap/dent-0-1.png gets a retrieved reference" in told["cap/dent-0-1.png"]
-    assert "it shows a defect (stain); cap/dent-1-1.png gets a" in told["cap/stain-0-1.png"]
+    rejected = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    reasons = {r.item: r.reason for r in rejected if r.dropped == "reference"}
+    assert set(reasons) == {"cap/dent-0-1.png", "cap/stain-0-1.png"}
+    assert manifest["dropped"] == {"reference": 2}
+    assert "is its own reference; cap/dent-0-1.png gets a retrieved reference" in reasons["cap/dent-0-1.png"]
+    assert "shows a defect (stain); cap/dent-1-1.png gets a retrieved" in reasons["cap/stain-0-1.png"]
     references = rows(tmp_path / "out", "references.jsonl", Reference)
     given = {r.inspection: r.image for r in references if r.method == "given"}
     assert given == {"cap/dent-2-1.png": "cap/good-0-1.png"}
 
 
-def test_boxes_stand_in_for_a_mask_and_must_lie_in_the_photograph(small_list, tmp_path):
-
+def test_boxes_replace_a_mask_and_must_lie_inside_the_image(small_list, tmp_path):
     def box(row: dict) -> None:
         if row.pop("mask", None):
             row["boxes"] = [[40, 30, 60, 38]] if row["image"] == "cap/dent-0-1.png" else [[4, 4, 12, 12]]
@@ -75,19 +82,20 @@ def test_boxes_stand_in_for_a_mask_and_must_lie_in_the_photograph(small_list, tm
     edit_rows(small_list, box)
     build(config(small_list, tmp_path / "out"))
     (rejection,) = rows(tmp_path / "out", "rejected.jsonl", Rejection)
-    assert rejection.item == "cap/dent-0-1.png" and "48 x 40" in rejection.reason
+    assert rejection.item == "cap/dent-0-1.png"
+    assert "48 x 40" in rejection.reason
     places = {q.options[q.answer] for q in rows(tmp_path / "out", "questions.jsonl", Question) if "Where" in q.text}
     assert places == {"top left"}
 
 
-def test_an_interrupted_build_leaves_the_old_dataset_and_nothing_else(small_list, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_only_the_old_dataset(small_list, tmp_path, monkeypatch):
     build(config(small_list, tmp_path / "out"))
     before = (tmp_path / "out" / "manifest.json").read_bytes()
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.preview.write_preview", stop)
+    monkeypatch.setattr("data_prep.build.write_preview", stop)
     with pytest.raises(KeyboardInterrupt):
         build(config(small_list, tmp_path / "out"))
     with pytest.raises(KeyboardInterrupt):
@@ -108,15 +116,16 @@ def test_only_a_dataset_of_the_same_config_is_replaced(small_list, tmp_path):
     (output / "thesis.txt").write_text("mine")
     with pytest.raises(EchoError, match=r"thesis\.txt"):
         build(config(small_list, output, seed=1))
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
     with pytest.raises(EchoError, match="not a dataset"):
-        build(config(small_list, tmp_path / "photos", overwrite=True))
-    assert (output / "thesis.txt").is_file() and (tmp_path / "photos" / "a.png").is_file()
+        build(config(small_list, tmp_path / "images", overwrite=True))
+    assert (output / "thesis.txt").is_file()
+    assert (tmp_path / "images" / "a.png").is_file()
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"source": "manifets"}, "did you mean 'manifest'"),
         ({"source": "folder", "root": "nowhere"}, "root: there is no folder nowhere"),
@@ -130,33 +139,34 @@ def test_only_a_dataset_of_the_same_config_is_replaced(small_list, tmp_path):
         ({"sede": "1"}, "did you mean 'seed'"),
     ],
 )
-def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, words):
+def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, message):
     options = {"source": "manifest", "output": tmp_path / "out", "descriptor": "skimage"}
     if changes.get("source") != "folder":
         options["annotations"] = raw
-    with pytest.raises(EchoError, match=re.escape(words)) as caught:
+    with pytest.raises(EchoError, match=re.escape(message)) as caught:
         main(arguments(**{**options, **changes}))
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("keep", "words"),
+    ("keep", "message"),
     [
-        (lambda row: False, "no usable photograph in .*; it names none: add a row for each photograph"),
-        (lambda row: row["condition"] != "good", "no normal photograph.* with; add normal photographs, with condition"),
-        (lambda row: row["condition"] == "good" and row.update(split="train") is None, "; add photographs of defects$"),
+        (lambda row: False, "no usable image in .*; it lists none: add a row per image"),
+        (lambda row: row["condition"] != "good", "no normal image.* with; add normal images, with condition"),
+        (lambda row: row["condition"] == "good" and row.update(split="train") is None, "; add images of defects$"),
         (lambda row: not row.update(split="train" if row["condition"] != "good" else "test"), "; set split to seeded$"),
         (
             lambda row: row["condition"] != "good" or not row.update(condition="ok"),
-            r"no normal photograph.*; \d+ rejected, the first: .* 'ok' is written 'good'",
+            r"no normal image.*; \d+ rejected \(first: .* 'ok' must be spelled 'good'",
         ),
     ],
 )
-def test_a_dataset_that_nothing_can_be_made_of_is_an_error_that_says_what_would_help(raw, tmp_path, keep, words):
+def test_data_without_a_usable_case_is_an_error_with_a_remedy(raw, tmp_path, keep, message):
     lines = [row for row in map(json.loads, raw.read_text().splitlines()) if keep(row)]
     source = raw.with_name(f"{tmp_path.name}.jsonl")
     source.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    with pytest.raises(EchoError, match=words):
+    with pytest.raises(EchoError, match=message):
         build(config(source, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
@@ -166,24 +176,26 @@ def test_a_user_mistake_ends_without_a_traceback(tmp_path):
     done = run(*arguments(source="mmad", annotations=tmp_path / "mmad.json", output=tmp_path / "out"))
     assert done.returncode == 2
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: all 1 photographs") and "Traceback" not in done.stderr
-    assert "VisA/candle/test/bad/000.JPG" in error and str(tmp_path) in error
+    assert error.startswith("error: all 1 ")
+    assert "Traceback" not in done.stderr
+    assert "VisA/candle/test/bad/000.JPG" in error
+    assert str(tmp_path) in error
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [(None, "there is no dataset"), ("", "not JSON"), ('{"format": "other"}', "format"), ('{"root": 1}', "format")],
 )
-def test_a_folder_that_is_no_dataset_is_refused_with_the_remedy(tmp_path, content, words):
+def test_a_folder_that_is_not_a_dataset_is_refused_with_a_remedy(tmp_path, content, message):
     folder = tmp_path / "data"
     if content is not None:
         folder.mkdir()
         (folder / "manifest.json").write_text(content)
-    with pytest.raises(EchoError, match=f"{words}.*build"):
+    with pytest.raises(EchoError, match=f"{message}.*build"):
         load_dataset(folder)
 
 
-def test_a_dataset_whose_images_moved_says_where_they_were(small_list, tmp_path):
+def test_an_error_about_moved_images_names_their_old_folder(small_list, tmp_path):
     build(config(small_list, tmp_path / "out"))
     small_list.parent.rename(tmp_path / "moved")
     with pytest.raises(EchoError, match=r"no longer in .*raw"):

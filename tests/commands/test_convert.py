@@ -1,4 +1,4 @@
-"""Rows for other trainers: loaded back by them, they are the tokens, labels and pixels of this project's own rows."""
+"""Other trainers load converted rows as the same tokens, labels and pixels that this project trains on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_prep.convert import convert, main
 from echo_ft.data.dataset import DIGESTS, load_dataset
-from echo_ft.data.export_rows import chats, conversations
+from echo_ft.data.export_rows import message_rows, prompt_completion_rows
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
 from echo_ft.images.decode import load_image
@@ -41,7 +41,7 @@ def parts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(parts, tmp_path_factory) -> Path:
-    """The dataset in all three formats, by the command, in a folder each."""
+    """The dataset in all three formats, one folder per format, written by the command."""
     folder = tmp_path_factory.mktemp("rows")
     for form in FORMATS:
         main(["--dataset", str(parts), "--format", form, "--output", str(folder / form)])
@@ -49,7 +49,7 @@ def written(parts, tmp_path_factory) -> Path:
 
 
 def single_rows(parts: Path, name: str, row_builder: RowBuilder) -> list[Row]:
-    """This project's rows of one file, a branch each."""
+    """This project's rows of one file, one row per branch."""
     dataset = load_dataset(parts)
     return [
         row_builder.load_row(dataclasses.replace(exchange, branches=(branch,)), dataset.root)
@@ -69,9 +69,7 @@ def trl_rows(path: Path, cache: Path) -> Any:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_trl_trains_on_the_tokens_labels_and_pixels_of_this_projects_rows(
-    role, parts, written, row_builder, model, tmp_path
-):
+def test_trl_loads_the_same_tokens_labels_and_pixels(role, parts, written, row_builder, model, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     rows = trl_rows(written / "trl" / role, tmp_path)
@@ -79,7 +77,7 @@ def test_trl_trains_on_the_tokens_labels_and_pixels_of_this_projects_rows(
         output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=None,
         per_device_train_batch_size=1, per_device_eval_batch_size=1, train_sampling_strategy="sequential",
     )  # fmt: skip
-    trainer = SFTTrainer(  # which changes its model's forward for good
+    trainer = SFTTrainer(  # it replaces the forward method of its model permanently
         model=copy.deepcopy(model), args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
         processing_class=row_builder.processor,
     )  # fmt: skip
@@ -95,7 +93,7 @@ def test_trl_trains_on_the_tokens_labels_and_pixels_of_this_projects_rows(
 
 
 def read_as_documented(folder: Path, name: str, form: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file by the fields that LLaMA-Factory's data/README.md and ms-swift's custom datasets name."""
+    """The rows of a file, read with the fields documented in LLaMA-Factory's data/README.md and by ms-swift."""
     path, columns = folder / f"{name}.jsonl", {"messages": "messages", "images": "images"}
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
     if form == "llamafactory":
@@ -104,22 +102,20 @@ def read_as_documented(folder: Path, name: str, form: str) -> Iterator[dict[str,
         path, columns, tags = folder / described["file_name"], described["columns"], described["tags"]
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        asked, answered = row[columns["messages"]]
-        assert [message[tags["role_tag"]] for message in (asked, answered)] == [tags["user_tag"], tags["assistant_tag"]]
-        contents = [message[tags["content_tag"]] for message in (asked, answered)]
+        prompt, answer = row[columns["messages"]]
+        assert [message[tags["role_tag"]] for message in (prompt, answer)] == [tags["user_tag"], tags["assistant_tag"]]
+        contents = [message[tags["content_tag"]] for message in (prompt, answer)]
         yield {"images": row[columns["images"]], "prompt": contents[0], "completion": contents[1]}
 
 
 @pytest.mark.parametrize("form", ["llamafactory", "ms_swift"])
 @pytest.mark.parametrize("name", FILES)
-def test_the_rows_of_llamafactory_and_ms_swift_are_in_their_fields_and_in_this_projects_tokens(
-    form, name, parts, written, row_builder
-):
+def test_llamafactory_and_ms_swift_rows_give_the_same_tokens(form, name, parts, written, row_builder):
     found = list(read_as_documented(written / form, name, form))
     expected = single_rows(parts, name, row_builder)
     assert len(found) == len(expected) > 0
     for row, own in zip(found, expected, strict=True):
-        # Both have Qwen2-VL's template under the name qwen2_vl, and write an image in the place of each <image>.
+        # Both name the template of Qwen2-VL qwen2_vl, and replace each <image> with an image.
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         text = f"{start}{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['completion']}<|im_end|>\n"
         text = text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
@@ -129,17 +125,15 @@ def test_the_rows_of_llamafactory_and_ms_swift_are_in_their_fields_and_in_this_p
 
 
 @pytest.mark.parametrize("form", ["llamafactory", "ms_swift"])
-def test_llamafactory_and_ms_swift_load_the_tokens_labels_and_pixels_of_this_projects_rows(
-    form, parts, written, row_builder, tmp_path
-):
+def test_llamafactory_and_ms_swift_load_the_same_tokens_and_pixels(form, parts, written, row_builder, tmp_path):
     python = os.environ.get(f"ECHO_FT_{form.upper()}")
     if not python:
         pytest.skip(
-            f"no ECHO_FT_{form.upper()}; set it to the Python of an environment with {form} (benchmarks/README.md)"
+            f"ECHO_FT_{form.upper()} is not set; set it to the Python of an environment with {form} (benchmarks/README.md)"
         )
     model = tmp_path / "model"
     shutil.copytree(ECHO_TINY, model)
-    row_builder.processor.save_pretrained(model)  # with the pixel budget of the tests: both take what the model has
+    row_builder.processor.save_pretrained(model)  # with the pixel budget of the tests, which both take from the model
     files = [name.replace("/", "_") if form == "llamafactory" else f"{name}.jsonl" for name in FILES]
     done = subprocess.run(
         [python, "-m", "tests.support.other_trainers", form, model, *(written / form / file for file in files)],
@@ -160,24 +154,24 @@ def test_llamafactory_and_ms_swift_load_the_tokens_labels_and_pixels_of_this_pro
             assert theirs["pixels"] == pytest.approx(values.sum().item(), abs=1e-4 * values.numel())
 
 
-def awkward(folder: Path) -> None:
-    """Replace three images of a dataset by such that libraries read in different ways."""
+def make_ambiguous(folder: Path) -> None:
+    """Replace three images of a dataset with images that libraries read differently."""
     first, second, third = sorted(folder.glob("*.png"))[:3]
     wide = np.asarray(Image.open(first).convert("L")).astype(np.uint16) * 16  # 12 bits
     Image.fromarray(wide).save(first)
-    seen = Image.open(second).convert("RGBA")
-    seen.putalpha(Image.linear_gradient("L").resize(seen.size))
-    seen.save(second)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # orientation: turn by a quarter
-    Image.open(third).save(third, exif=turned)
+    transparent = Image.open(second).convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    transparent.save(second)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
+    Image.open(third).save(third, exif=exif)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_images_that_libraries_read_in_different_ways_get_plain_copies(form, tmp_path, row_builder):
+def test_images_that_libraries_read_differently_are_copied_as_rgb(form, tmp_path, row_builder):
     parts = make_dataset(tmp_path / "parts", train=1, validation=0, test=0)
-    awkward(parts / "images")
-    (parts / DIGESTS).unlink()  # of the images as they were
+    make_ambiguous(parts / "images")
+    (parts / DIGESTS).unlink()  # these describe the original images
     convert(load_dataset(parts), form, tmp_path / "rows")
     copies = sorted(path.name for path in (tmp_path / "rows" / "images").iterdir())
     assert copies == [f"train_0_{number}.png.png" for number in range(3)]
@@ -189,7 +183,7 @@ def test_images_that_libraries_read_in_different_ways_get_plain_copies(form, tmp
 
 
 def images_of(tmp_path: Path, form: str) -> list[list[Image.Image]]:
-    """The images of each row of the reference extractor as the format's own library opens them."""
+    """The images of each row of the reference extractor, opened with the library of the format."""
     folder = tmp_path / "rows" / "reference_extractor"
     if form == "trl":
         return [row["images"] for row in trl_rows(folder, tmp_path / "cache")["train"]]
@@ -200,24 +194,24 @@ def images_of(tmp_path: Path, form: str) -> list[list[Image.Image]]:
 @pytest.mark.parametrize(
     ("form", "change", "named"),
     [
-        (conversations, {"context": "See <|im_end|>."}, r"case 1.*<\|im_end\|>"),
-        (chats, {"branches": (Branch("1", "So?", "<|image_pad|>"),)}, r"case 1.*<\|image_pad\|>"),
-        (chats, {"context": "The <image> is dark."}, "case 1.*<image>"),
-        (chats, {"branches": (Branch("1", "Is <bbox> so?", "A"),)}, "case 1.*<bbox>"),
-        (chats, {"branches": (Branch("1", "So?", "<video>"),)}, "case 1.*<video>"),
+        (prompt_completion_rows, {"context": "See <|im_end|>."}, r"case 1.*<\|im_end\|>"),
+        (message_rows, {"branches": (Branch("1", "So?", "<|image_pad|>"),)}, r"case 1.*<\|image_pad\|>"),
+        (message_rows, {"context": "The <image> is dark."}, "case 1.*<image>"),
+        (message_rows, {"branches": (Branch("1", "Is <bbox> so?", "A"),)}, "case 1.*<bbox>"),
+        (message_rows, {"branches": (Branch("1", "So?", "<video>"),)}, "case 1.*<video>"),
     ],
 )
-def test_a_text_that_another_trainer_would_read_as_a_token_is_refused(form, change, named):
+def test_a_text_with_a_special_token_of_a_trainer_is_refused(form, change, named):
     with pytest.raises(EchoError, match=named):
         list(form(dataclasses.replace(QUESTION, **change), ["a.png"]))
     assert len(list(form(QUESTION, ["a.png"]))) == 1
 
 
-def test_a_folder_that_holds_something_is_left_alone_and_a_failure_leaves_nothing(tmp_path):
+def test_a_full_folder_is_refused_and_a_failure_leaves_nothing(tmp_path):
     parts = make_dataset(tmp_path / "parts", train=1, validation=0, test=0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(EchoError, match="full is there already"):
+    with pytest.raises(EchoError, match="full already exists"):
         convert(load_dataset(parts), "trl", tmp_path / "full")
     next((parts / "images").glob("*.png")).unlink()
     with pytest.raises(EchoError, match="there is no image"):
@@ -225,15 +219,18 @@ def test_a_folder_that_holds_something_is_left_alone_and_a_failure_leaves_nothin
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "parts"]
 
 
-def test_the_rows_say_where_they_come_from_and_images_that_changed_are_refused(tmp_path):
+def test_rows_record_their_source_and_changed_images_are_refused(tmp_path):
     parts = make_dataset(tmp_path / "parts", train=2, validation=1, test=0)
     counts = convert(load_dataset(parts), "ms_swift", tmp_path / "rows")
-    told = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "rows" / "manifest.json").read_text())
     dataset = load_dataset(parts)
-    assert (told["dataset_fingerprint"], told["format"]) == (dataset.fingerprint, "ms_swift")
-    assert told["prompt_version"] == dataset.manifest["prompt_version"] and told["commit"] and told["versions"]
+    assert (manifest["dataset_fingerprint"], manifest["format"]) == (dataset.fingerprint, "ms_swift")
+    assert manifest["prompt_version"] == dataset.manifest["prompt_version"]
+    assert manifest["commit"]
+    assert manifest["versions"]
     lines = {name: (tmp_path / "rows" / f"{name}.jsonl").read_text().count("\n") for name in counts}
-    assert told["rows"] == counts == lines and told["synthetic"] == {}
+    assert manifest["rows"] == counts == lines
+    assert manifest["synthetic"] == {}
     first = next(read_jsonl(parts / "sft" / ROLES[0] / "train.jsonl", Exchange)).images[0]
     Image.new("RGB", (56, 56)).save(parts / "images" / first)
     with pytest.raises(EchoError, match=rf"1 of \d+ images .*such as {first}"):
@@ -241,7 +238,7 @@ def test_the_rows_say_where_they_come_from_and_images_that_changed_are_refused(t
     assert not (tmp_path / "again").exists()
 
 
-def test_files_without_rows_are_left_out_and_named(tmp_path):
+def test_files_without_rows_are_skipped_and_reported(tmp_path):
     parts = make_dataset(tmp_path / "parts", train=1, validation=0, test=0)
     done = subprocess.run(
         [sys.executable, "-m", "data_prep.convert", "--dataset", parts, "--format", "llamafactory", "--output",
@@ -249,7 +246,8 @@ def test_files_without_rows_are_left_out_and_named(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "decision_maker/validation" in done.stdout and "0 rows, so no file" in done.stdout
+    assert "decision_maker/validation" in done.stdout
+    assert "0 rows, so no file" in done.stdout
     described = json.loads((tmp_path / "rows" / "dataset_info.json").read_text())
     assert sorted(described) == sorted(f"{role}_train" for role in ROLES)
     assert not list((tmp_path / "rows").rglob("validation*"))

@@ -1,4 +1,4 @@
-"""Describing photographs ahead of a build: in shards, in several processes, nothing twice."""
+"""Descriptors computed ahead of a build are kept in shards, and several processes compute none of them twice."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SMALL_SHARDS = (
     "from data_prep.embed import main; from echo_ft.config import run_main\n"
     "run_main(main)\n"
 )
-"""`python -m data_prep.embed` with shards of four photographs, as a test has no thousands."""
+"""`python -m data_prep.embed` with shards of four images, because a test has no thousands of them."""
 
 BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory) -> Path:
-    """80 photographs."""
+    """A manifest of 80 images."""
     return draw_manifest(tmp_path_factory.mktemp("raw"), ("cap", "ring"), normals=12, defects=4)
 
 
@@ -43,21 +43,21 @@ def options(listed: Path, cache: Path) -> list[str]:
     return [str(word) for key, value in {**given, "cache": cache}.items() for word in (f"--{key}", value)]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def shards(cache: Path) -> dict[str, tuple[int, list[str]]]:
-    """Time of writing and hashes of each finished shard."""
+    """Modification time and hashes of each finished shard."""
     return {
         path.name: (path.stat().st_mtime_ns, np.load(path)["hashes"].tolist())
         for path in (cache / f"features-{ScikitImage.key}").glob("*.npz")
     }
 
 
-def test_killed_it_repeats_no_finished_shard(listed, tmp_path):
+def test_after_a_kill_no_finished_shard_is_computed_again(listed, tmp_path):
     cache = tmp_path / "cache"
     process = start([sys.executable, "-c", SMALL_SHARDS, *options(listed, cache)])
     while process.poll() is None and len(shards(cache)) < 3:
@@ -65,67 +65,69 @@ def test_killed_it_repeats_no_finished_shard(listed, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = shards(cache)
-    assert 3 <= len(finished) < 20, "it was killed in the middle"
+    assert 3 <= len(finished) < 20, "the process was killed halfway"
     process = start([str(BIN / "accelerate"), "launch", "--quiet", "-m", "data_prep.embed", *options(listed, cache)])
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
     known = sum(len(hashes) for _, hashes in finished.values())
-    assert f"80 photographs, {known} of them described before" in said
+    assert f"80 images, {known} of them already in the cache" in output
     everything = shards(cache)
     assert {name: everything[name] for name in finished} == finished
     counts = Counter(digest for _, hashes in everything.values() for digest in hashes)
-    assert len(counts) == 80 and set(counts.values()) == {1}
+    assert len(counts) == 80
+    assert set(counts.values()) == {1}
 
 
-def test_two_processes_describe_each_photograph_once_as_one_does(listed, tmp_path):
-    alone, two = tmp_path / "alone", tmp_path / "two"
-    embed(config(listed, tmp_path / "parts", cache=alone))
+def test_two_processes_compute_the_same_descriptors_as_one(listed, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    embed(config(listed, tmp_path / "parts", cache=one))
     script = tmp_path / "embed.py"
     script.write_text(SMALL_SHARDS)
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
     process = start([*torchrun, str(script), *options(listed, two)])
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    assert "80 photographs, 0 of them described before" in said
-    store = {name: DescriptorCache(ScikitImage(), cache) for name, cache in (("alone", alone), ("two", two))}
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "80 images, 0 of them already in the cache" in output
+    store = {name: DescriptorCache(ScikitImage(), cache) for name, cache in (("one", one), ("two", two))}
     counts = Counter(digest for _, hashes in shards(two).values() for digest in hashes)
-    assert set(counts) == store["alone"].known() and set(counts.values()) == {1}
+    assert set(counts) == store["one"].known()
+    assert set(counts.values()) == {1}
     rows = {digest: row for row, digest in enumerate(counts)}
-    np.testing.assert_array_equal(store["two"].gather(rows), store["alone"].gather(rows))
+    np.testing.assert_array_equal(store["two"].gather(rows), store["one"].gather(rows))
 
 
-def test_a_build_takes_what_was_described_before_it(listed, tmp_path, monkeypatch):
+def test_a_build_uses_cached_descriptors(listed, tmp_path, monkeypatch):
     plain = build(config(listed, tmp_path / "plain"))
     embed(config(listed, tmp_path / "parts", cache=tmp_path / "cache"))
-    monkeypatch.setattr(ScikitImage, "_describe", None)  # nothing is left to describe
+    monkeypatch.setattr(ScikitImage, "_describe", None)  # nothing is left to compute
     assert build(config(listed, tmp_path / "parts", cache=tmp_path / "cache"))["fingerprint"] == plain["fingerprint"]
 
 
-def test_a_photograph_that_cannot_be_read_is_counted_and_left_to_the_build(tmp_path, capsys):
+def test_an_unreadable_image_is_counted_and_left_to_the_build(tmp_path, capsys):
     listed = draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)
     (listed.parent / "cap" / "good-0-1.png").write_bytes(b"broken")
-    for again in (0, 23):
+    for cached in (0, 23):
         embed(config(listed, tmp_path / "parts", cache=tmp_path / "cache"))
-        said = capsys.readouterr().out
-        assert f"24 photographs, {again} of them described before" in said
-        assert "1 cannot be read; the build says which and why" in said
+        output = capsys.readouterr().out
+        assert f"24 images, {cached} of them already in the cache" in output
+        assert "unreadable images: 1; the build reports which and why" in output
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "nowhere to keep the features; give --cache DIR"),
-        ({"cache": Path("c"), "source": "synthetic", "annotations": None}, "draws its photographs when a dataset is"),
+        ({}, "no cache folder is given; add --cache DIR"),
+        ({"cache": Path("c"), "source": "synthetic", "annotations": None}, "draws its images during the build"),
         ({"cache": Path("c"), "descriptor": "scikit"}, "did you mean skimage"),
     ],
 )
-def test_what_cannot_be_described_ahead_is_refused(listed, tmp_path, changes, message):
+def test_configs_without_descriptors_to_compute_are_refused(listed, tmp_path, changes, message):
     with pytest.raises(EchoError, match=message):
         embed(config(listed, tmp_path / "parts", **changes))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_images_come_in_their_order_however_many_batches_are_decoded_ahead(tmp_path, monkeypatch, ahead):
+def test_images_keep_their_order_whatever_number_is_decoded_ahead(tmp_path, monkeypatch, ahead):
     monkeypatch.setattr(descriptors, "IMAGES_PER_BATCH", 3)
     paths = [tmp_path / f"{number}.png" for number in range(8)]
     for number, path in enumerate(paths):
@@ -138,13 +140,15 @@ def test_images_come_in_their_order_however_many_batches_are_decoded_ahead(tmp_p
     assert sizes == [3, 3, 2]
     for path, (pixels, fault) in zip(paths, found, strict=True):
         if path == paths[4]:
-            assert pixels is None and "broken" in fault
+            assert pixels is None
+            assert "broken" in fault
         else:
-            assert fault is None and (pixels == descriptors.decode.decode(path)).all()
+            assert fault is None
+            assert (pixels == descriptors.decode.decode(path)).all()
 
 
 @pytest.mark.parametrize("describe", [ScikitImage(), OpenClip("ViT-S-32-alt", None)], ids=["skimage", "open_clip"])
-def test_features_in_shards_are_those_of_one_image_at_a_time(tmp_path, monkeypatch, describe):
+def test_descriptors_in_shards_equal_those_of_single_images(tmp_path, monkeypatch, describe):
     monkeypatch.setattr(descriptor_cache, "SHARD_SIZE", 3)
     names = [f"{number}.png" for number in range(7)]
     for number, name in enumerate(names):
@@ -156,11 +160,11 @@ def test_features_in_shards_are_those_of_one_image_at_a_time(tmp_path, monkeypat
         np.testing.assert_allclose(found.of(name), describe.vectors([tmp_path / name])[0][0], atol=1e-5)
 
 
-def test_processes_that_write_the_same_shard_leave_it_whole(tmp_path):
+def test_processes_that_write_the_same_shard_leave_it_complete(tmp_path):
     draw_part(tmp_path / "part.png", 0)
     hashes, _ = hash_files(["part.png"], tmp_path)
     for _ in range(2):
         store = DescriptorCache(ScikitImage(), tmp_path / "cache")
-        store.known = set  # as a process that has looked before the other wrote
+        store.known = set  # like a process that looked before the other one wrote
         assert list(extract_missing(hashes, tmp_path, ScikitImage(), store)) == [{}]
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1 == len(list((tmp_path / "cache").rglob("*.*")))

@@ -1,4 +1,4 @@
-"""The preview page: what is on it, and what it does in a browser that may reach nothing."""
+"""The preview page shows a dataset completely and filters it in a browser without network access."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from skimage.draw import disk, polygon2mask
 from data_prep import preview
 from data_prep.build import build
 from data_prep.config import BuildConfig
-from data_prep.preview import choose, outlines
+from data_prep.preview import outlines, sample_inspections
 from echo_ft.files import read_jsonl
 from echo_ft.records import ROLES, Exchange, Inspection, Question
 from tests.conftest import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 METHOD = "cut&paste"
-"""What stands for the method of synthesis: a word that a page and an address must both escape."""
+"""A made-up method of synthesis. Both HTML and URLs must escape it."""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A dataset of drawn parts, those with a scratch as if they were made synthetically."""
+    """A dataset of drawn parts, with every scratch marked as a synthetic defect."""
     output = tmp_path_factory.mktemp("built") / "parts"
     knowledge = ROOT / "recipes" / "tiny" / "knowledge.yaml"
     write = preview.write_preview
 
-    def marked(folder, root, manifest, material):
+    def marked(folder, root, manifest, draft):
         changed = [
-            dataclasses.replace(i, synthetic=METHOD if i.condition == "scratch" else None) for i in material.inspections
+            dataclasses.replace(i, synthetic=METHOD if i.condition == "scratch" else None) for i in draft.inspections
         ]
-        write(folder, root, manifest, dataclasses.replace(material, inspections=changed))
+        write(folder, root, manifest, dataclasses.replace(draft, inspections=changed))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.build.write_preview", marked)
@@ -59,46 +59,48 @@ def strata(count: int, *places: tuple[str, str, str]) -> list[Inspection]:
     ]
 
 
-def test_every_condition_of_every_product_is_on_the_page_before_any_is_there_twice():
+def test_every_condition_of_every_product_comes_before_repeats():
     many = strata(1000, ("test", "cap", "good"), ("train", "cap", "good"), ("train", "cap", "dent"))
     few = strata(1, *(("test", "nut", f"kind {number}") for number in range(8)))
-    chosen = choose([*many, *few], 4, 100)
-    assert Counter((one.product, one.condition) for one in chosen) == Counter(
+    sampled = sample_inspections([*many, *few], 4, 100)
+    assert Counter((one.product, one.condition) for one in sampled) == Counter(
         [("cap", "good"), ("cap", "dent"), *(("nut", f"kind {number}") for number in range(8))]
     )
-    assert {one.split for one in chosen if one.product == "cap"} == {"train"}
-    chosen = choose([*many, *few], 20, 100)
-    assert sorted(Counter((one.split, one.product, one.condition) for one in chosen).values()) == [1] * 8 + [4] * 3
-    assert [one.split for one in chosen] == ["train"] * 8 + ["test"] * 12
-    assert choose(few, 4, 6) == few[:6]
-    assert choose([], 4, 6) == []
+    assert {one.split for one in sampled if one.product == "cap"} == {"train"}
+    sampled = sample_inspections([*many, *few], 20, 100)
+    assert sorted(Counter((one.split, one.product, one.condition) for one in sampled).values()) == [1] * 8 + [4] * 3
+    assert [one.split for one in sampled] == ["train"] * 8 + ["test"] * 12
+    assert sample_inspections(few, 4, 6) == few[:6]
+    assert sample_inspections([], 4, 6) == []
 
 
-def test_a_sample_is_the_same_in_every_build_and_not_only_neighbours():
+def test_a_sample_is_reproducible_and_not_only_neighbours():
     many = strata(1000, ("train", "cap", "good"))
-    assert choose(many, 10, 10) == choose(many, 10, 10) != many[:10]
-    assert len({one.id for one in choose(many, 10, 10)}) == 10
+    assert sample_inspections(many, 10, 10) == sample_inspections(many, 10, 10) != many[:10]
+    assert len({one.id for one in sample_inspections(many, 10, 10)}) == 10
 
 
-def test_a_page_that_does_not_show_everything_says_so(built, tmp_path, monkeypatch):
-    assert re.search(r"48 of \d+ cases, drawn evenly from .* every condition of every product is among", page(built))
-    for most, limit, told in (
+def test_a_page_states_how_many_cases_it_shows(built, tmp_path, monkeypatch):
+    assert re.search(
+        r"48 of \d+ cases, sampled evenly from .* Every condition of every product is included", page(built)
+    )
+    for typical, limit, statement in (
         (500, 500, r"All \d+ cases\."),
-        (2, 3, r"3 of \d+ cases.* \d+ of the 15 conditions of products"),
+        (2, 3, r"3 of \d+ cases.* \d+ of the 15 pairs of product and condition are missing"),
     ):
-        monkeypatch.setattr(preview, "MAX_CARDS", most)
-        monkeypatch.setattr(preview, "LIMIT", limit)
-        output = tmp_path / str(most)
+        monkeypatch.setattr(preview, "TYPICAL_CARDS", typical)
+        monkeypatch.setattr(preview, "MAX_CARDS", limit)
+        output = tmp_path / str(typical)
         build(BuildConfig("synthetic", output, descriptor="skimage", k=1, parts=10))
-        assert re.search(told, page(output))
+        assert re.search(statement, page(output))
 
 
 def filled(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels whose centres lie inside an SVG path of straight lines, by the even-odd rule."""
+    """A mask of the pixels with centres inside an SVG path of straight lines, by the even-odd rule."""
     inside = np.zeros(shape, dtype=bool)
     for line in path.removeprefix("M").removesuffix("Z").split("ZM"):
         points = np.array([point.split() for point in line.split("L")], dtype=float)
-        inside ^= polygon2mask(shape, points[:, ::-1] - 0.5)  # whose whole numbers are the pixels' centres
+        inside ^= polygon2mask(shape, points[:, ::-1] - 0.5)  # its whole numbers are pixel centres
     return inside
 
 
@@ -114,14 +116,14 @@ def test_outlines_are_the_borders_of_the_mask():
 
 
 class Page(HTMLParser):
-    """The cases of a page, and which of them are shown; the roles whose targets each shows; what filters offer."""
+    """The text of a page, its cases and whether they are shown, the open roles of each, and the values of filters."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.cases: dict[str, bool] = {}
         self.open: dict[str, set[str]] = {}
         self.offered: dict[str, list[str]] = {}
-        self.words: list[str] = []
+        self.text: list[str] = []
         self.in_option = False
         self.feed(text)
 
@@ -136,7 +138,7 @@ class Page(HTMLParser):
         self.in_option = tag == "option"
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.text.append(data)
         if self.in_option and data.strip():
             list(self.offered.values())[-1].append(data)
 
@@ -145,17 +147,18 @@ def page(folder: Path) -> str:
     return (folder / "preview.html").read_text(encoding="utf-8")
 
 
-def test_the_page_shows_each_roles_prompts_and_targets_of_its_cases(built):
-    told = Page(page(built))
-    text = "".join(told.words)
-    assert len(told.cases) == 48
+def test_the_page_shows_prompts_and_targets_of_each_role(built):
+    parsed = Page(page(built))
+    text = "".join(parsed.text)
+    assert len(parsed.cases) == 48
     for role in ROLES:
         for row in read_jsonl(built / "sft" / role / "train.jsonl", Exchange):
-            if row.case in told.cases:
+            if row.case in parsed.cases:
                 for branch in row.branches:
-                    assert branch.prompt in text and branch.completion in text
+                    assert branch.prompt in text
+                    assert branch.completion in text
     for question in read_jsonl(built / "questions.jsonl", Question):
-        if question.inspection in told.cases:
+        if question.inspection in parsed.cases:
             assert f"{question.answer}. {question.options[question.answer]} ✓" in text
     assert page(built).count('class="outline"') > 10
 
@@ -174,9 +177,9 @@ def test_the_charts_count_what_the_manifest_counts(built):
 
 
 def visit(path: Path, tmp_path: Path, fragment: str = "") -> tuple[str, list[str], list[str]]:
-    """A file as a browser has it after its scripts ran, what the console says, and the addresses that it asked for."""
+    """The DOM of a page after its scripts ran, the messages on the console, and the addresses that it requested."""
     if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH; install it to test the page in a browser")
+        pytest.skip("there is no chromium on the PATH; install it to test the page in a browser")
     log = tmp_path / "net.json"
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
@@ -185,33 +188,37 @@ def visit(path: Path, tmp_path: Path, fragment: str = "") -> tuple[str, list[str
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    # The browser asks for its own updates too; what a page asks for is isolated under the page's origin.
-    asked = [event["url"] for event in events if str(event.get("network_isolation_key", "")).startswith("file:")]
-    return done.stdout, said, [address for address in asked if not address.startswith(("file:", "data:"))]
+    # The browser also requests its own updates. Requests of a page carry the page's origin as isolation key.
+    requested = [event["url"] for event in events if str(event.get("network_isolation_key", "")).startswith("file:")]
+    return done.stdout, messages, [address for address in requested if not address.startswith(("file:", "data:"))]
 
 
 def browse(folder: Path, tmp_path: Path, fragment: str = "") -> Page:
-    """The preview in a browser, which must have complained of nothing and asked for nothing."""
-    text, said, asked = visit(folder / "preview.html", tmp_path, fragment)
-    assert (said, asked) == ([], [])
+    """The preview in a browser, checked to print no message and to request nothing."""
+    text, messages, requested = visit(folder / "preview.html", tmp_path, fragment)
+    assert (messages, requested) == ([], [])
     return Page(text)
 
 
-def test_a_request_or_an_error_would_be_noticed_and_the_page_forbids_itself_requests(built, tmp_path):
+def test_requests_and_errors_are_noticed_and_the_page_blocks_requests(built, tmp_path):
     reach = '<img src="http://parts.invalid/x.png"><script>nothing.there()</script></body>'
     open_page, closed_page = tmp_path / "open.html", tmp_path / "closed.html"
     closed_page.write_text(page(built).replace("</body>", reach))
     open_page.write_text(re.sub("<meta http-equiv.*>", "", closed_page.read_text()))
-    _, said, asked = visit(open_page, tmp_path)
-    assert asked == ["http://parts.invalid/x.png"] and len(said) == 1 and "nothing is not defined" in said[0]
-    _, said, asked = visit(closed_page, tmp_path)
-    assert asked == [] and len(said) == 2 and any("Content Security Policy" in line for line in said)
+    _, messages, requested = visit(open_page, tmp_path)
+    assert requested == ["http://parts.invalid/x.png"]
+    assert len(messages) == 1
+    assert "nothing is not defined" in messages[0]
+    _, messages, requested = visit(closed_page, tmp_path)
+    assert requested == []
+    assert len(messages) == 2
+    assert any("Content Security Policy" in line for line in messages)
 
 
-def fitting(folder: Path, wanted: dict[str, str | None]) -> set[str]:
-    """The photographs that have these values, by the records; of `role`, those with rows of it."""
+def matching(folder: Path, wanted: dict[str, str | None]) -> set[str]:
+    """Ids of the inspections with these values according to the records. A `role` selects those with rows for it."""
     wanted = dict(wanted)
     role = wanted.pop("role", None)
     splits = ("train", "validation")
@@ -235,11 +242,11 @@ def fitting(folder: Path, wanted: dict[str, str | None]) -> set[str]:
         ("#product=gasket", {"product": "gasket"}),
     ],
 )
-def test_a_filter_in_the_address_leaves_the_cases_that_fit_it(built, tmp_path, fragment, wanted):
+def test_filters_in_the_address_select_the_matching_cases(built, tmp_path, fragment, wanted):
     seen = browse(built, tmp_path, fragment)
     shown = {case for case, shown in seen.cases.items() if shown}
-    assert shown == set(seen.cases) & fitting(built, wanted)
-    assert f"{len(shown)} of 48 shown" in "".join(seen.words)
+    assert shown == set(seen.cases) & matching(built, wanted)
+    assert f"{len(shown)} of 48 shown" in "".join(seen.text)
     assert bool(shown) == ("gasket" not in fragment)
     if "role" in wanted:
         assert {case: seen.open[case] for case in shown} == {case: {wanted["role"]} for case in shown}
@@ -277,25 +284,27 @@ def test_selects_and_bars_filter_and_change_the_address(built, tmp_path):
     steps.append("document.querySelector('button[type=reset]').click(); note(); form.requestSubmit();")
     driven = tmp_path / "driven.html"
     driven.write_text(page(built).replace("</body>", DRIVE.replace("STEPS", "\n".join(steps))))
-    text, said, asked = visit(driven, tmp_path)
-    assert (said, asked) == ([], [])
+    text, messages, requested = visit(driven, tmp_path)
+    assert (messages, requested) == ([], [])
     record = json.loads(unescape(re.findall(r'<pre id="record">(.*?)</pre>', text)[0]))
     everything, wanted = set(record[-1]["shown"]), {}
     assert len(everything) == 48
     for (name, value), state in zip(chosen, record, strict=False):
         wanted = {key: word for key, word in {**wanted, name: value}.items() if word}
-        assert set(state["shown"]) == everything & fitting(built, wanted)
+        assert set(state["shown"]) == everything & matching(built, wanted)
         assert state["at"] == ("#" + urlencode(wanted) if wanted else "")
         if name == "role":
             assert state["open"] == [value]
     outlines_off, bar, reset = record[len(chosen) :]
-    assert outlines_off["plain"] == "plain" and outlines_off["shown"] == record[len(chosen) - 1]["shown"]
+    assert outlines_off["plain"] == "plain"
+    assert outlines_off["shown"] == record[len(chosen) - 1]["shown"]
     assert bar["at"] == "#condition=missing+bolt"
-    assert set(bar["shown"]) == everything & fitting(built, {"condition": "missing bolt"})
-    assert reset["at"] == reset["plain"] == "" and not any(reset["selected"])
+    assert set(bar["shown"]) == everything & matching(built, {"condition": "missing bolt"})
+    assert reset["at"] == reset["plain"] == ""
+    assert not any(reset["selected"])
 
 
-def test_the_filters_offer_what_is_on_the_page(built, tmp_path):
+def test_filters_offer_the_values_on_the_page(built, tmp_path):
     seen = browse(built, tmp_path)
     shown = [one for one in read_jsonl(built / "inspections.jsonl", Inspection) if one.id in seen.cases]
     first = {"any": 0, "good": 1}

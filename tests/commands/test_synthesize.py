@@ -104,7 +104,7 @@ def test_the_command_lists_every_photograph_and_makes_defects_of_training_normal
         changed = (photograph != original).any(axis=-1)
         assert set(np.unique(mask)) == {0, 255} and not changed[mask == 0].any() and changed.any()
     assert {row["synthetic"] for row in synthetic} == set(DEFECT_METHODS)
-    assert f"{len(synthetic)} synthetic photographs: " in said and "--source manifest" in said
+    assert f"{len(synthetic)} synthetic images: " in said and "--source manifest" in said
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["list"] == "parts.jsonl" and manifest["config"]["per_normal"] == 2
     assert manifest["config"]["seed"] == 3 and manifest["commit"] and manifest["versions"]["scikit-image"]
@@ -158,7 +158,7 @@ def test_a_build_of_it_trains_on_synthetic_defects_and_tests_on_photographs(made
     }
     card = make_card("decision_maker", str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, dataset)
     assert card.synthetic == dataset.manifest["counts"]["synthetic"]
-    assert f"the defects of {len(marked)} training photographs are synthetic (" in said
+    assert f"{len(marked)} training images have synthetic defects (" in said
     by_id = {one.id: one for one in inspections}
     sides = dataset.manifest["counts"]["sft_sides"]
     assert all(sides[f"{role}/train"]["defective"]["cases"] > 0 for role in ROLES)
@@ -274,20 +274,20 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path, made):
     output = ("--output", tmp_path / "out", "--source", "manifest", "--annotations", listed)
     assert "'paint' (choose from" in command("synthesize", *output, "--methods", "paint", fails=True)
     assert "per_normal is 0" in command("synthesize", *output, "--per_normal", 0, fails=True)
-    with pytest.raises(EchoError, match="holds files already; choose another output"):
+    with pytest.raises(EchoError, match="is not empty; choose another output"):
         synthesize(config(listed, made[1]), SynthesizeConfig())
-    with pytest.raises(EchoError, match="the output needs the folder synthetic for itself"):
+    with pytest.raises(EchoError, match="the output needs the folder synthetic; rename it"):
         synthesize(config(made[1] / "parts.jsonl", tmp_path / "again"), SynthesizeConfig())
-    with pytest.raises(EchoError, match=r"the list would be called rejected\.jsonl, as what is rejected is; rename"):
+    with pytest.raises(EchoError, match=r"the manifest would be called rejected\.jsonl, like the list of rejections; rename"):
         copied = listed.with_name("rejected.jsonl")
         copied.write_text(listed.read_text())
         synthesize(config(copied, tmp_path / "out"), SynthesizeConfig())
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
     listed.write_text("".join(json.dumps(row | {"split": "test"}) + "\n" for row in rows))
-    with pytest.raises(EchoError, match="no normal photograph outside validation and test"):
+    with pytest.raises(EchoError, match="no normal image outside validation and test"):
         synthesize(config(listed, tmp_path / "out"), SynthesizeConfig())
     Image.new("RGB", (40, 40), "black").save(tmp_path / "raw/even.png")
     listed.write_text(json.dumps({"image": "even.png", "product": "disc", "condition": "good"}) + "\n")
-    with pytest.raises(EchoError, match="no defect could be made on any of 1 normal photographs"):
+    with pytest.raises(EchoError, match="no defect could be made on any of 1 normal images"):
         synthesize(config(listed, tmp_path / "out"), SynthesizeConfig(["cutpaste"]))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

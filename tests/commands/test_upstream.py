@@ -1,4 +1,4 @@
-"""Rows of `upstream: predicted`: folds, runs of adapters that were not trained on what they describe, and the build."""
+"""Training rows with predicted upstream outputs come from runs whose adapters were not trained on their cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.build import main as build_main
 from echo_ft.data.dataset import load_cases, load_dataset
-from echo_ft.data.splits import LEFT_OUT, leave_out
+from echo_ft.data.splits import LEFT_OUT, leave_out_fold
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import one_line, parse_best
 from echo_ft.files import read_jsonl, write_jsonl
@@ -26,7 +26,7 @@ ROUTING = "full"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Photographs of one product, two of each part."""
+    """Images of one product, two of each part."""
     folder = tmp_path_factory.mktemp("upstream")
     draw_manifest(folder / "raw", ("cap",), normals=6, defects=4)
     described(folder / "raw")
@@ -55,7 +55,7 @@ def folds(place) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def runs(place, folds) -> dict[str, Path]:
-    """A run over what each fold leaves out, one over validation, and one over what fold 0 was trained on."""
+    """A run on each left-out fold, one on the validation split, and one on the training images of fold 0."""
     for fold in folds:
         random_adapters(place / "adapters" / fold.name, fold)
     wanted = [(fold, LEFT_OUT) for fold in folds] + [(folds[0], "validation"), (folds[0], "train")]
@@ -86,7 +86,7 @@ def predict(place: Path, output: Path, runs: list[Path], *more: object) -> None:
     build_main(options(place, output, "--upstream", "predicted", "--traces", *runs, *more))
 
 
-def test_folds_are_the_train_split_dealt_by_part(whole, folds):
+def test_folds_divide_the_train_split_by_part(whole, folds):
     before = {one.id: one for one in rows(whole, "inspections.jsonl", Inspection)}
     train = {name for name, one in before.items() if one.split == "train"}
     left = []
@@ -102,21 +102,22 @@ def test_folds_are_the_train_split_dealt_by_part(whole, folds):
     assert not {before[name].group for name in left[0]} & {before[name].group for name in left[1]}
 
 
-def test_what_is_left_out_is_not_even_a_reference_in_training_and_has_its_own_references(whole, folds):
+def test_left_out_fold_is_never_a_training_reference(whole, folds):
     own = {(r.inspection, r.image, r.rank, r.similarity) for r in rows(whole, "references.jsonl", Reference)}
     for folder in folds:
         split = {one.id: one.split for one in rows(folder, "inspections.jsonl", Inspection)}
         left = {one.image for one in rows(folder, "inspections.jsonl", Inspection) if one.split == LEFT_OUT}
-        taught = [row for role in ROLES for row in exchanges(folder, role, "train")]
-        assert taught and not {image for row in taught for image in row.images} & left
+        training = [row for role in ROLES for row in exchanges(folder, role, "train")]
+        assert training
+        assert not {image for row in training for image in row.images} & left
         others = [r for r in rows(folder, "references.jsonl", Reference) if split[r.inspection] != "train"]
         assert {(r.inspection, r.image, r.rank, r.similarity) for r in others} <= own
         shown = {one.id: one.seen for one in load_cases(load_dataset(whole), "train")}
         assert all(one.seen == shown[one.id] for one in load_cases(load_dataset(folder), LEFT_OUT))
 
 
-def test_what_a_servers_own_models_were_trained_on_nobody_can_tell(place, runs, tmp_path):
-    """Served without --adapters; an untuned base is served under its own name."""
+def test_server_models_with_unknown_training_data_are_refused(place, runs, tmp_path):
+    """Without --adapters, only a base model that is served under its own name is accepted."""
     copies = [Path(shutil.copytree(run, tmp_path / name)) for name, run in runs.items() if not name.endswith(" train")]
 
     def served_as(model: str) -> list[Path]:
@@ -126,13 +127,13 @@ def test_what_a_servers_own_models_were_trained_on_nobody_can_tell(place, runs, 
         return copies
 
     predicted = ["--upstream", "predicted", "--traces"]
-    with pytest.raises(EchoError, match=r"asked a server for \{role\} without --adapters"):
+    with pytest.raises(EchoError, match=r"used the server model \{role\} without --adapters"):
         build_main(options(place, tmp_path / "tuned", *predicted, *served_as("{role}")))
     build_main(options(place, tmp_path / "base", *predicted, *served_as(str(ECHO_TINY))))
 
 
-def test_a_named_reference_of_the_fold_that_is_left_out_is_not_shown_in_training(place, whole, tmp_path):
-    """Whether the list names the photograph itself or a copy of it; elsewhere what is named stands."""
+def test_a_named_reference_in_the_left_out_fold_is_not_shown_in_training(place, whole, tmp_path):
+    """This includes copies of its images. Other named references are kept."""
     shutil.copytree(place / "raw", tmp_path / "raw")
     listed = tmp_path / "raw" / "parts.jsonl"
     given = [json.loads(line) for line in listed.read_text().splitlines()]
@@ -164,37 +165,40 @@ def test_a_named_reference_of_the_fold_that_is_left_out_is_not_shown_in_training
     assert not {original.get(name, name) for name in shown} & left
     manifest = json.loads((tmp_path / "fold" / "manifest.json").read_text())
     assert manifest["dropped"]["reference"] == len(hidden)
-    assert any(f"named for {len(hidden)} training photographs are of the fold" in one for one in manifest["warnings"])
+    assert any(
+        f"references of {len(hidden)} training images belong to the left-out fold" in one
+        for one in manifest["warnings"]
+    )
 
 
-def test_folds_share_out_every_condition_and_do_not_depend_on_the_order():
+def test_folds_share_every_condition_whatever_the_order():
     kinds = ["good"] * 9 + ["dent"] * 4 + ["stain"] * 3
     made = [
         Inspection(f"{number}-{view}", f"{number}-{view}.png", "line", "cap", kind, str(number), "train")
         for number, kind in enumerate(kinds)
         for view in range(2)
     ] + [Inspection("t", "t.png", "line", "cap", "dent", "t", "test")]
-    dealt = [{one.id for one in leave_out(made, 3, fold, seed=0) if one.split == LEFT_OUT} for fold in range(3)]
-    assert Counter(name for fold in dealt for name in fold) == Counter(one.id for one in made if one.split == "train")
+    folds = [{one.id for one in leave_out_fold(made, 3, fold, seed=0) if one.split == LEFT_OUT} for fold in range(3)]
+    assert Counter(name for fold in folds for name in fold) == Counter(one.id for one in made if one.split == "train")
     for kind, least in (("good", 6), ("dent", 2), ("stain", 2)):
-        assert all(sum(one.condition == kind for one in made if one.id in fold) >= least for fold in dealt)
-    assert dealt[1] == {one.id for one in leave_out(made[::-1], 3, 1, seed=0) if one.split == LEFT_OUT}
-    assert dealt[1] != {one.id for one in leave_out(made, 3, 1, seed=1) if one.split == LEFT_OUT}
+        assert all(sum(one.condition == kind for one in made if one.id in fold) >= least for fold in folds)
+    assert folds[1] == {one.id for one in leave_out_fold(made[::-1], 3, 1, seed=0) if one.split == LEFT_OUT}
+    assert folds[1] != {one.id for one in leave_out_fold(made, 3, 1, seed=1) if one.split == LEFT_OUT}
     with pytest.raises(EchoError, match="no fold 3 of 3"):
-        leave_out(made, 3, 3, seed=0)
+        leave_out_fold(made, 3, 3, seed=0)
     with pytest.raises(EchoError, match="there is no defect to train on"):
-        leave_out([one for one in made if one.condition == "good" or one.id[0] == "9"], 2, 0, seed=0)
+        leave_out_fold([one for one in made if one.condition == "good" or one.id[0] == "9"], 2, 0, seed=0)
 
 
-def test_rows_hold_what_was_said_and_completions_stay_the_truth(place, whole, clean):
+def test_rows_show_predicted_outputs_but_completions_stay_true(place, whole, clean):
     output = place / "predicted"
     done = run(*options(place, output, "--upstream", "predicted", "--traces", *clean))
     assert done.returncode == 0, done.stderr
-    said = {
+    outputs = {
         (one.case, one.role, one.branch): one.text for folder in clean for one in rows(folder, "traces.jsonl", Trace)
     }
     seen = {case.id: case.seen for split in ("train", "validation") for case in load_cases(load_dataset(whole), split)}
-    assert all(any(text for (_, who, _), text in said.items() if who == role) for role in ROLES)
+    assert all(any(text for (_, who, _), text in outputs.items() if who == role) for role in ROLES)
     for split in ("train", "validation"):
         for role in ROLES:
             now, gold = exchanges(output, role, split), exchanges(whole, role, split)
@@ -203,23 +207,24 @@ def test_rows_hold_what_was_said_and_completions_stay_the_truth(place, whole, cl
         assert exchanges(output, ROLES[0], split) == exchanges(whole, ROLES[0], split)
         for row in exchanges(output, "decision_maker", split):
             references = seen[row.case].references
-            named = parse_best(said[row.case, "reference_extractor", "best"], len(references))
+            named = parse_best(outputs[row.case, "reference_extractor", "best"], len(references))
             best = references[named] if named is not None else min(references, key=lambda one: one.rank)
             assert row.images[0] == best.image
             for branch in row.branches:
-                reason = one_line(said[row.case, "reasoning_expert", branch.id])
+                reason = one_line(outputs[row.case, "reasoning_expert", branch.id])
                 assert not reason or f"\nReasoning: {reason}\n" in branch.prompt
-                assert "Observe:" not in branch.prompt, "the gold words are not there"
-            guide = one_line(said[row.case, "knowledge_guide", "guide"])
+                assert "Observe:" not in branch.prompt, "gold reasons are not shown"
+            guide = one_line(outputs[row.case, "knowledge_guide", "guide"])
             if guide and "object-classification" not in row.branches[0].id:
                 assert f"Guide: {guide}\n" in row.context
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["upstream"] == "predicted"
     assert json.loads((whole / "manifest.json").read_text())["upstream"] == "gold"
-    for told, folder in zip(manifest["upstream_runs"], clean, strict=True):
+    for listed, folder in zip(manifest["upstream_runs"], clean, strict=True):
         described_by = json.loads((folder / "run.json").read_text())
-        assert told["run"] == str(folder) and told["dataset_fingerprint"] == described_by["dataset_fingerprint"]
-        assert told["adapters"] == {role: described_by["adapters"][role]["fingerprint"] for role in ROLES}
+        assert listed["run"] == str(folder)
+        assert listed["dataset_fingerprint"] == described_by["dataset_fingerprint"]
+        assert listed["adapters"] == {role: described_by["adapters"][role]["fingerprint"] for role in ROLES}
     card = make_card("decision_maker", str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(output))
     assert card.upstream == "predicted"
 
@@ -228,8 +233,8 @@ def completions(made: list[Exchange]) -> list[tuple[str, str | None]]:
     return [(branch.id, branch.completion) for row in made for branch in row.branches]
 
 
-def test_a_case_that_the_adapters_were_trained_on_is_refused(place, runs, clean, tmp_path):
-    """Naming run, case and remedy; whether the photographs are told by their paths or by their content."""
+def test_a_run_on_training_cases_of_its_adapters_is_refused(place, runs, clean, tmp_path):
+    """The error names run, case and remedy. Images are recognised by content, even in another folder."""
     leaking = runs["fold0 train"]
     case = rows(leaking, "traces.jsonl", Trace)[0].case
     with pytest.raises(EchoError) as caught:
@@ -239,30 +244,32 @@ def test_a_case_that_the_adapters_were_trained_on_is_refused(place, runs, clean,
     assert not (tmp_path / "out").exists()
     moved = tmp_path / "moved"
     shutil.copytree(place / "raw", moved / "raw")
-    with pytest.raises(EchoError, match=r"describes \S+ by adapters .* that were trained on it"):
+    with pytest.raises(EchoError, match=r"covers \S+ with adapters .* that were trained on it"):
         predict(moved, tmp_path / "out", [*clean, leaking])
 
 
-def test_adapters_whose_training_cannot_be_told_are_refused(place, clean, tmp_path):
+def test_adapters_with_unknown_training_images_are_refused(place, clean, tmp_path):
     stray = tmp_path / "run"
     shutil.copytree(clean[1], stray)
-    edit(stray / "run.json", lambda told: told["adapters"]["knowledge_guide"].update(dataset=str(tmp_path / "gone")))
-    with pytest.raises(EchoError, match=r"adapters \(knowledge_guide\) trained on .*gone.* nobody can tell"):
+    edit(stray / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset=str(tmp_path / "gone")))
+    with pytest.raises(
+        EchoError, match=r"adapters \(knowledge_guide\) trained on .*gone.* their training images are unknown"
+    ):
         predict(place, tmp_path / "out", [clean[0], stray, clean[2]])
-    edit(stray / "run.json", lambda told: told["adapters"]["knowledge_guide"].update(dataset_fingerprint="0" * 16))
-    with pytest.raises(EchoError, match="nobody can tell"):
+    edit(stray / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset_fingerprint="0" * 16))
+    with pytest.raises(EchoError, match="their training images are unknown"):
         predict(place, tmp_path / "out", [clean[0], stray, clean[2]])
 
 
-def test_a_whole_tuned_model_counts_as_what_it_was_trained_on(place, runs, clean, tmp_path):
+def test_a_fully_tuned_base_model_counts_as_trained_on_its_dataset(place, runs, clean, tmp_path):
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     (tuned / "config.json").write_text("{}")
     write_card(tuned, read_card(place / "adapters" / "fold0" / "decision_maker"))
     stray = tmp_path / "run"
     shutil.copytree(runs["fold0 train"], stray)
-    edit(stray / "run.json", lambda told: told.update(adapters={}, base_model=str(tuned)))
-    with pytest.raises(EchoError, match=r"by weights \(.*tuned\) that were trained on it"):
+    edit(stray / "run.json", lambda run: run.update(adapters={}, base_model=str(tuned)))
+    with pytest.raises(EchoError, match=r"with weights \(.*tuned\) that were trained on it"):
         predict(place, tmp_path / "out", [*clean, stray])
 
 
@@ -272,35 +279,35 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_case_that_no_run_describes_is_named(place, folds, clean, tmp_path):
+def test_a_case_that_no_run_covers_is_named(place, folds, clean, tmp_path):
     with pytest.raises(EchoError) as caught:
         predict(place, tmp_path / "out", [clean[0], clean[2]])
     left = [case.id for case in load_cases(load_dataset(folds[1]), LEFT_OUT)]
-    assert f"no run in traces describes {left[0]}, of the split train" in str(caught.value)
-    assert f"{len(left)} are not described" in str(caught.value)
-    with pytest.raises(EchoError, match="of the split validation"):
+    assert f"no run in traces covers {left[0]} of the train split" in str(caught.value)
+    assert f"({len(left)} of " in str(caught.value)
+    with pytest.raises(EchoError, match="of the validation split"):
         predict(place, tmp_path / "out", clean[:2])
     stray = tmp_path / "run"
     shutil.copytree(clean[2], stray)
     traces = rows(stray, "traces.jsonl", Trace)
     write_jsonl(stray / "traces.jsonl", [trace for trace in traces if trace.role != "knowledge_guide"])
-    with pytest.raises(EchoError, match=r"knowledge_guide was not asked what it is asked about .* now"):
+    with pytest.raises(EchoError, match=r"has no output of knowledge_guide for "):
         predict(place, tmp_path / "out", [*clean[:2], stray])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"complete": False}, "is not complete; its command goes on"),
-        ({"routing": "paper"}, "has routing paper, and training rows have full"),
-        ({"reasoning": "off"}, "has reasoning off, and training rows have on"),
-        ({"corruption": "blur"}, "has corruption blur, and training rows have None"),
+        ({"complete": False}, "is not complete; rerun its command to resume"),
+        ({"routing": "paper"}, "has routing paper, but training rows have full"),
+        ({"reasoning": "off"}, "has reasoning off, but training rows have on"),
+        ({"corruption": "blur"}, "has corruption blur, but training rows have None"),
     ],
 )
-def test_a_run_that_shows_other_things_than_training_rows_is_refused(place, clean, tmp_path, change, message):
+def test_a_run_with_other_options_than_training_rows_is_refused(place, clean, tmp_path, change, message):
     stray = tmp_path / "run"
     shutil.copytree(clean[0], stray)
-    edit(stray / "run.json", lambda told: told.update(change))
+    edit(stray / "run.json", lambda run: run.update(change))
     with pytest.raises(EchoError, match=message):
         predict(place, tmp_path / "out", [stray, *clean[1:]])
     (stray / "run.json").unlink()
@@ -308,25 +315,25 @@ def test_a_run_that_shows_other_things_than_training_rows_is_refused(place, clea
         predict(place, tmp_path / "out", [stray, *clean[1:]])
 
 
-def test_words_about_other_references_or_photographs_are_refused(place, clean, tmp_path, monkeypatch):
-    with pytest.raises(EchoError, match=r"reference_extractor was shown something else .* with the same config"):
+def test_outputs_about_other_references_or_images_are_refused(place, clean, tmp_path, monkeypatch):
+    with pytest.raises(EchoError, match=r"gave reference_extractor another prompt .* with the same config"):
         predict(place, tmp_path / "out", clean, "--k", 1)
     moved = tmp_path / "moved"
     shutil.copytree(place / "raw", moved / "raw")
     test = next(one for one in rows(place / "whole", "inspections.jsonl", Inspection) if one.split == "test")
     shutil.copyfile(moved / "raw" / "cap" / "good-0-1.png", moved / "raw" / test.image)
-    monkeypatch.delattr("data_prep.build.write_sft")  # it is told before hours of rows are written
-    with pytest.raises(EchoError, match="whose photographs are not those of this dataset"):
+    monkeypatch.delattr("data_prep.build.write_sft")  # the error comes before hours of writing rows
+    with pytest.raises(EchoError, match="which has other images than this dataset"):
         predict(moved, tmp_path / "out", clean)
 
 
 @pytest.mark.parametrize("more", [("--folds", 2), ("--fold", 0), ("--upstream", "predicted"), ("--traces", "runs/x")])
-def test_options_that_need_each_other_are_refused_alone(place, tmp_path, more):
+def test_options_that_need_each_other_are_refused_separately(place, tmp_path, more):
     with pytest.raises(EchoError, match="go together; give both or neither"):
         build_main(options(place, tmp_path / "out", *more))
 
 
-def test_what_is_held_out_is_known_to_the_test_split_alone_in_runs_too(place, tmp_path):
+def test_only_the_test_split_knows_a_held_out_condition_in_runs(place, tmp_path):
     build_main(options(place, tmp_path / "out", "--split", "by_condition", "--held_out", "dent"))
     dataset = load_dataset(tmp_path / "out")
     known = {

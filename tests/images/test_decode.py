@@ -1,4 +1,4 @@
-"""Photographs of every depth are decoded to the same eight bits, wherever they are read."""
+"""Images of every bit depth are decoded to the same eight bits, wherever they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (64, 16)
 
 
 def ramp(top: float, dtype: str = "<u2") -> np.ndarray:
-    """(16, 64) values from 0 to `top`, growing from left to right."""
+    """Values (16, 64) that increase from 0 on the left to `top` on the right."""
     return np.tile(np.linspace(0, top, SIZE[0]).astype(dtype), (SIZE[1], 1))
 
 
@@ -32,53 +32,58 @@ def save(path: Path, values: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize(("top", "bits"), [(255, 8), (1023, 10), (4095, 12), (16383, 14), (65535, 16)])
-def test_a_gradient_of_any_depth_is_the_gradient_of_eight_bits(tmp_path, suffix, top, bits):
+def test_gradient_of_any_bit_depth_becomes_the_8_bit_gradient(tmp_path, suffix, top, bits):
     path = save(tmp_path / f"part.{suffix}", ramp(top))
     with Image.open(path) as opened:
         assert opened.mode == "I;16"
-    assert decode.bit_depth(path) == bits and image_fault(path) is None
+    assert decode.bit_depth(path) == bits
+    assert image_fault(path) is None
     expected = np.rint(ramp(top) * (255 / top))
     rgb = np.asarray(decode.load_image(path))
-    assert rgb.shape == (16, 64, 3) and (rgb == expected[..., None]).all()
-    assert rgb.min() == 0 and rgb.max() == 255 and len(np.unique(rgb)) == 64
+    assert rgb.shape == (16, 64, 3)
+    assert (rgb == expected[..., None]).all()
+    assert (rgb.min(), rgb.max()) == (0, 255)
+    assert len(np.unique(rgb)) == 64
 
 
 @pytest.mark.parametrize("dtype", [">u2", "<i4", "<f4"])
-def test_other_ways_to_store_grey_are_scaled_too(tmp_path, dtype):
+def test_other_greyscale_formats_are_scaled_too(tmp_path, dtype):
     path = save(tmp_path / "part.tif", ramp(4095, dtype))
-    assert np.asarray(decode.load_image(path, "L")).max() == 255 and decode.bit_depth(path) == 12
+    assert np.asarray(decode.load_image(path, "L")).max() == 255
+    assert decode.bit_depth(path) == 12
     floats = save(tmp_path / "unit.tif", ramp(1.0, "<f4"))
     np.testing.assert_array_equal(np.asarray(decode.load_image(floats, "L")), np.rint(ramp(1.0, "<f4") * 255))
 
 
-def test_every_reader_of_photographs_scales(tmp_path):
-    """A white picture, as Pillow alone gives it, would have one value."""
+def test_every_reader_of_images_scales_to_8_bits(tmp_path):
+    """Pillow on its own would return a white image with a single value."""
     path, plain = save(tmp_path / "a.png", ramp(65535)), save(tmp_path / "b.png", ramp(255, "u1"))
     shown = Image.open(io.BytesIO(base64.b64decode(str(pages.thumbnail_uri(tmp_path, path.name)).partition(",")[2])))
     assert len(np.unique(np.asarray(shown.convert("L")))) > 32
     np.testing.assert_allclose(masks.load_grey(path, SIZE), masks.load_grey(plain, SIZE), atol=0.005)
     assert len(np.unique(np.asarray(load_scaled(path)))) > 32
     (wide, narrow), faults = descriptors.ScikitImage().vectors([path, plain])
-    assert faults == [None, None] and wide @ narrow > 0.999
+    assert faults == [None, None]
+    assert wide @ narrow > 0.999
 
 
-def test_two_exposures_stay_two_exposures(tmp_path):
+def test_two_exposures_stay_different(tmp_path):
     bright, dark = save(tmp_path / "a.png", ramp(3800)), save(tmp_path / "b.png", ramp(1900))
     light, shade = (np.asarray(decode.load_image(path, "L")).astype(int) for path in (bright, dark))
     assert abs(light - 2 * shade).max() <= 1
 
 
 @pytest.mark.parametrize("values", [ramp(70000, "<i4"), ramp(-5, "<i4"), ramp(70000, "<f4"), ramp(np.nan, "<f4")])
-def test_values_that_no_depth_holds_are_refused_with_the_remedy(tmp_path, values):
+def test_values_beyond_every_bit_depth_are_rejected(tmp_path, values):
     path = save(tmp_path / "part.tif", values)
     assert "the same scale" in str(image_fault(path))
-    assert image_fault(path, photograph=False) is None, "a mask may number its regions as it likes"
+    assert image_fault(path, is_mask=True) is None, "a mask may use any values for its regions"
     with pytest.raises(EchoError, match=r"part\.tif.*grey values range from.*8 to 16 bits"):
         decode.load_image(path)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_transparency_is_dropped_and_the_colours_under_it_stay(tmp_path, mode):
+def test_transparency_is_dropped_and_colours_stay(tmp_path, mode):
     opaque = Image.fromarray(ramp(255, "u1"))
     clear = opaque.convert("P") if mode in ("P", "PA") else opaque.convert(mode)
     if mode == "P":
@@ -95,12 +100,12 @@ def test_transparency_is_dropped_and_the_colours_under_it_stay(tmp_path, mode):
 
 
 @pytest.mark.parametrize("size", [(6, 500), (500, 6), (2, 2)])
-def test_a_narrow_jpeg_is_an_image(tmp_path, size):
+def test_narrow_jpeg_is_accepted(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "narrow.jpg")
     assert image_fault(tmp_path / "narrow.jpg") is None
 
 
-def test_a_missing_and_a_broken_file_are_named_with_the_remedy(tmp_path):
+def test_errors_name_missing_and_broken_files(tmp_path):
     with pytest.raises(EchoError, match=r"there is no image .*gone\.png; restore it"):
         decode.load_image(tmp_path / "gone.png")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")

@@ -102,7 +102,9 @@ def test_paths_are_under_the_root_and_masks_fit_their_images(name, layout):
     for inspection in inspections:
         files = masks.mask_files(inspection)
         for path in filter(None, (inspection.image, *files, inspection.reference)):
-            assert not Path(path).is_absolute() and ".." not in Path(path).parts and "\\" not in path
+            assert not Path(path).is_absolute()
+            assert ".." not in Path(path).parts
+            assert "\\" not in path
             assert (root / path).is_file()
         for name in files:
             with Image.open(root / name) as mask, Image.open(root / inspection.image) as image:
@@ -110,7 +112,8 @@ def test_paths_are_under_the_root_and_masks_fit_their_images(name, layout):
         if masks.is_marked(inspection):
             assert marks(inspection, root).any() == (inspection.condition != GOOD)
     kept, _, rejected = collect([*inspections, *questions, *rejections], root)
-    assert kept == inspections and rejected == []
+    assert kept == inspections
+    assert rejected == []
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -134,7 +137,8 @@ def test_build_does_not_change_the_source(name, layout, tmp_path, tmp_path_facto
         fractions=[1.0, 0.0, 0.0],
     )
     manifest = build(given)
-    assert manifest["rejected"] == 0 and sum(manifest["counts"]["photographs"].values()) == len(layout.images)
+    assert manifest["rejected"] == 0
+    assert sum(manifest["counts"]["photographs"].values()) == len(layout.images)
     assert contents(tmp_path) == before
 
 
@@ -157,9 +161,9 @@ def test_every_unused_file_is_reported(name, layout):
         item = path.relative_to(root).as_posix()
         if item in images:
             continue  # it is next to images and read as one; the build reports that it is broken
-        report = item in named or any(item in reason for reason in named.values())
+        reported = item in named or any(item in reason for reason in named.values())
         places = [place for place in named if Path(item).is_relative_to(place)]
-        assert report or any("ignored" in named[place] for place in places), item
+        assert reported or any("ignored" in named[place] for place in places), item
     masked = {i.image for i in inspections if {root / mask for mask in masks.mask_files(i)} & set(extra_files)}
     assert {r.item for r in broken} == images - {i.image for i in before} | masked
     assert {i.image for i in before} <= images
@@ -168,16 +172,16 @@ def test_every_unused_file_is_reported(name, layout):
 def test_missing_images_and_masks_are_reported(name, layout):
     root = layout.config.root
     inspections, *_ = read(name, layout.config)
-    photograph, *others = inspections
-    (root / photograph.image).unlink()
+    first, *others = inspections
+    (root / first.image).unlink()
     masked = next((i for i in others if i.mask), None)
     if masked:
         (root / str(masked.mask)).unlink()
     after, _, rejections = read(name, layout.config)
     report = "\n".join(f"{rejection.item}: {rejection.reason}" for rejection in rejections)
     if name in (*MANIFEST_SOURCES, "visa", "real_iad", "manifest-labelme"):
-        assert photograph.image in report
-    assert photograph.image not in {i.image for i in after}
+        assert first.image in report
+    assert first.image not in {i.image for i in after}
     if masked:
         assert str(masked.mask) in report or f"the mask of {masked.image} is missing" in report
         assert {i.mask for i in after if i.image == masked.image} <= {None}
@@ -199,14 +203,15 @@ def test_broken_image_is_reported_with_its_place_in_the_manifest(name, layout):
     root = layout.config.root
     module = import_module(f"data_prep.sources.{name.split('-')[0]}")
     broken = next(i for i in read(name, layout.config)[0] if i.condition != GOOD)
-    place = {item.inspection: item.place for item in module.read(layout.config) if isinstance(item, ItemPlace)}[
-        broken.id
-    ]
+    places = [item for item in module.read(layout.config) if isinstance(item, ItemPlace)]
+    place = next(item.place for item in places if item.inspection == broken.id)
     whole = (root / broken.image).read_bytes()
     (root / broken.image).write_bytes(whole[: len(whole) * 2 // 3])
     _, _, (rejection,) = collect(module.read(layout.config), root)
     report = f"{rejection.item}: {rejection.reason}"
-    assert broken.image in report and place in report and place.split(":")[0].endswith((".csv", ".json"))
+    assert broken.image in report
+    assert place in report
+    assert place.split(":")[0].endswith((".csv", ".json"))
 
 
 def test_every_source_has_a_valid_recipe():
@@ -234,19 +239,11 @@ def test_command_in_mmads_recipe_builds_the_downloaded_folder(tmp_path, monkeypa
     comment = (ROOT / "recipes/data/mmad.yaml").read_text().split("source:")[0].replace("\\\n#", "")
     command = comment.split("python -m data_prep.build ")[1].split("  (")[0].replace("FOLDER", str(folder))
     monkeypatch.chdir(ROOT)
-    main(
-        [
-            *command.split(),
-            "--descriptor",
-            "skimage",
-            "--cache",
-            str(tmp_path / "cache"),
-            "--output",
-            str(tmp_path / "out"),
-        ]
-    )
+    folders = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
+    main([*command.split(), "--descriptor", "skimage", *folders])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["rejected"] == 0 and "VisA/candle" not in manifest["products_without_knowledge"]
+    assert manifest["rejected"] == 0
+    assert "VisA/candle" not in manifest["products_without_knowledge"]
 
 
 def test_recipes_build_datasets_with_the_routing_of_their_runs():
@@ -270,9 +267,11 @@ def test_several_masks_of_an_image_count_as_one(tmp_path):
         wanted[6:10, 4 + 8 * index : 8 + 8 * index] = True
     assert np.array_equal(marks(three, root), wanted)
     folder = "breakfast_box/ground_truth/structural_anomalies/000"
-    assert three.mask is None and three.masks == tuple(f"{folder}/{index:03d}.png" for index in range(3))
+    assert three.mask is None
+    assert three.masks == tuple(f"{folder}/{index:03d}.png" for index in range(3))
     one = by_image["breakfast_box/test/logical_anomalies/001.png"]
-    assert one.mask == "breakfast_box/ground_truth/logical_anomalies/001/000.png" and not one.masks
+    assert one.mask == "breakfast_box/ground_truth/logical_anomalies/001/000.png"
+    assert not one.masks
 
 
 def test_every_mask_counts_for_the_dataset_fingerprint(tmp_path):
@@ -298,7 +297,8 @@ def test_unusable_masks_are_reported_and_only_empty_ones_keep_the_image(tmp_path
     change(layout.config.root / "breakfast_box/ground_truth/logical_anomalies/000/001.png")
     kept, _, (rejection,) = collect(read("mvtec_loco", layout.config)[0], layout.config.root)
     assert rejection.item == "breakfast_box/test/logical_anomalies/000.png"
-    assert message in rejection.reason and "logical_anomalies/000/001.png" in rejection.reason
+    assert message in rejection.reason
+    assert "logical_anomalies/000/001.png" in rejection.reason
     assert ("used without it" in rejection.reason) == kept_image
     assert [masks.is_marked(i) for i in kept if i.image == rejection.item] == [False] * kept_image
 
@@ -328,7 +328,8 @@ def test_visa_uses_the_split_file_named_by_annotations(tmp_path):
     root = layout.config.root
     inspections, _, rejections = read("visa", SourceConfig(root, root / "split_csv" / "2cls_fewshot.csv"))
     assert {i.product for i in inspections} == {"candle"}
-    assert [r.item for r in rejections] == ["pcb1"] and "lists nothing in it" in rejections[0].reason
+    assert [r.item for r in rejections] == ["pcb1"]
+    assert "lists nothing in it" in rejections[0].reason
 
 
 def test_visa_without_defect_names_leaves_defects_unnamed(tmp_path):
@@ -360,7 +361,8 @@ def test_visa_rejects_an_unusable_row_by_its_line(tmp_path, change, message):
     write_csv(path, [*rows[:-1], {**rows[-1], **change}], folder_layouts.VISA_COLUMNS)
     inspections, _, rejections = read("visa", layout.config)
     reasons = {r.item: r.reason for r in rejections}
-    assert message in reasons["1cls.csv:11"] and len(inspections) == len(layout.images) - 1
+    assert message in reasons["1cls.csv:11"]
+    assert len(inspections) == len(layout.images) - 1
     left_over = any(item.startswith("pcb1") for item in reasons)
     assert left_over, "the image of the rejected row is then unlisted"
 
