@@ -5,8 +5,8 @@ options in which it differs, and is compared with the cell `baseline`. Every cel
 `output`; cells with equal options share one.
 
 Cells share results. The model and the image features stay in memory from one cell to the next. `output/utterances`
-caches what the roles generate, for all cells with the same prompts. Rerun the same command to resume an interrupted
-ablation. A cell that is added later uses the same cache. To share the cases of every cell among several processes,
+caches what the roles generate, so cells with the same prompts share it. Cells that are added later use the same cache.
+Rerun the same command to resume an interrupted ablation. To share the cases of every cell among several processes,
 start `accelerate launch -m evaluation.ablate ...`.
 
 Writes ablation.json, ablation.md and ablation.html to `output`, and prints the table.
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from echo_ft.model.adapters import Adapter
 
 CACHE_FOLDER = "utterances"
-"""Folder under `output` with the cached generations. It can be deleted at any time and is then computed again."""
+"""Folder under `output` with the cached generations. If you delete it, they are computed again."""
 
 SECONDS = "seconds.json"
 """File under `output`: {name of a run folder: seconds that this command spent on the run until it was finished}."""
@@ -57,14 +57,14 @@ PROMPT_KEYS = (
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Options of `python -m evaluation.ablate` in addition to those of evaluation.run; `output` is its folder."""
+    """Options of `python -m evaluation.ablate` in addition to those of evaluation.run. `output` holds all runs."""
 
     baseline: str = field(metadata={"help": "Cell that all others are compared with."})
     cells: dict[str, Any] = field(
-        metadata={"help": "Name of each cell and the options in which it differs. Only in the YAML file."}
+        metadata={"help": "Name of each cell and the options in which it differs. Set them in the YAML file."}
     )
     features_gib: float = field(
-        default=1.0, metadata={"help": "Memory for image features that are kept between cells, in GiB."}
+        default=1.0, metadata={"help": "Memory for image features kept between cells, besides the model, in GiB."}
     )
 
 

@@ -204,12 +204,13 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     base, header = table["baseline"], table_rows(table)[0]
     kinds = ", ".join(f"{short} {kind}" for kind, short in INITIALS.items() if short in header)
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
+    plural = "" if compared == 1 else "s"
     found = [
         f"Scores are strict and in percent ({kinds}); AUROC of P(defect) ranges from 0 to 1. Differences are paired "
         f"with {base}. Brackets contain 95% intervals over physical parts; there is none for fewer than {MIN_PARTS} "
         f"parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact McNemar test on "
-        f"these, Holm-corrected for {compared} differences. Unparsed and failed answers count as wrong. Seconds: time "
-        "for what no earlier cell had computed; the first cell of a model includes loading it."
+        f"these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count as wrong. "
+        "Seconds: time for what no earlier cell had computed; the first cell of a model includes loading it."
     ]
     sizes = {cell["name"]: (cell["counts"]["questions"], cell["cases"]) for cell in table["cells"]}
     runs = {cell["name"]: cell["run"] for cell in table["cells"]}

@@ -19,8 +19,12 @@ class RunConfig:
     dataset: str = field(metadata={"help": "Dataset folder, created by `python -m data_prep.build`."})
     model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hugging Face Hub."})
     output: str = field(metadata={"help": "Run folder."})
-    min_pixels: int = field(metadata={"help": "Smallest number of pixels of an image; must equal the training value."})
-    max_pixels: int = field(metadata={"help": "Largest number of pixels of an image; must equal the training value."})
+    min_pixels: int = field(
+        metadata={"help": "Smallest number of pixels of an image; with adapters, that of their training."}
+    )
+    max_pixels: int = field(
+        metadata={"help": "Largest number of pixels of an image; with adapters, that of their training."}
+    )
     adapters: str | None = field(
         default=None,
         metadata={
