@@ -36,11 +36,15 @@ HINTS = ("look for this.", "check the part for this.", "this matters here.")
 MARKS = ("a {tone} {size} {shape} mark", "a {size} {tone} {shape} mark")
 SCATTERED_MARKS = ("several {tone} {size} marks", "several {size} {tone} marks")
 OBSERVATIONS = ("{mark} {where}", "{where} {mark}")
-COMPARISONS = ("{beside} looks different there", "{beside} does not show this", "there {beside} looks different")
+COMPARISONS = (
+    "{reference} looks different there",
+    "{reference} does not show this",
+    "there {reference} looks different",
+)
 UNMARKED_OBSERVATIONS = ("the part is not as it should be", "something on the part is not as it should be")
-UNMARKED_COMPARISONS = ("{beside} does not look like this", "{beside} looks different")
+UNMARKED_COMPARISONS = ("{reference} does not look like this", "{reference} looks different")
 NORMAL_OBSERVATIONS = ("no mark stands out", "nothing stands out", "there is no mark on the part")
-NORMAL_COMPARISONS = ("the part looks like {beside}", "the part is as {beside} is")
+NORMAL_COMPARISONS = ("the part looks like {reference}", "the part is as {reference} is")
 DEFECT_CONCLUSIONS = ("yes, there is a defect: {name}", "yes, the part has a defect: {name}")
 NO_DEFECT_CONCLUSIONS = ("no, there is no defect", "no, the part has no defect")
 CONCLUSIONS = ("{subject} is: {answer}", "so {subject} is: {answer}")
@@ -191,7 +195,7 @@ def _mark(mask: masks.Mask | None, query: masks.Grey, reference: masks.Grey | No
 
 def _observe(case: Case, mark: tuple[masks.Region, str] | None, draw: random.Random) -> str:
     """Describe what is visible: a mark and its place, a defect of unknown place, or no mark."""
-    beside = "the reference" if case.seen.references else "a normal part"
+    reference = "the reference" if case.seen.references else "a normal part"
     if case.truth.condition == GOOD:
         observation, comparison = draw.choice(NORMAL_OBSERVATIONS), draw.choice(NORMAL_COMPARISONS)
     elif mark is None:
@@ -202,7 +206,7 @@ def _observe(case: Case, mark: tuple[masks.Region, str] | None, draw: random.Ran
         phrase = draw.choice(forms).format(tone=tone, size=region.size, shape=region.shape)
         observation = draw.choice(OBSERVATIONS).format(mark=phrase, where=masks.location_phrase(region.place))
         comparison = draw.choice(COMPARISONS)
-    return f"Observe: {observation}. Compare: {comparison.format(beside=beside)}."
+    return f"Observe: {observation}. Compare: {comparison.format(reference=reference)}."
 
 
 def _reason(case: Case, question: Question, mark: tuple[masks.Region, str] | None) -> str | None:

@@ -121,7 +121,7 @@ def test_completions_state_the_truth_in_every_phrasing(root: Path) -> None:
     entry = "A thin dark line. The disc breaks under load."
     assert all_completions(root, "crack", "knowledge_guide") == {"guide": {f"crack: {hint} {entry}" for hint in HINTS}}
     marks = ("a dark small elongated mark", "a small dark elongated mark")
-    words = {"where": "at the top left", "beside": "the reference"}
+    words = {"where": "at the top left", "reference": "the reference"}
     seen = [form.format(mark=mark, **words) for form in OBSERVATIONS for mark in marks]
     subjects = {
         "defect-classification": ("the type of the defect", "crack"),
@@ -157,15 +157,15 @@ def test_several_marks_are_described_as_several(root: Path) -> None:
 def test_normal_part_is_described_as_normal(root: Path) -> None:
     assert all_completions(root, "good", "knowledge_guide") == {"guide": {"good: An even grey disc."}}
     completed = all_completions(root, "good", "reasoning_expert", images=("n1.png", "n2.png"))
-    beside = {"beside": "the reference"}
+    shown = {"reference": "the reference"}
     assert completed["anomaly-detection"] == all_phrasings(
-        NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, NO_DEFECT_CONCLUSIONS, **beside
+        NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, NO_DEFECT_CONCLUSIONS, **shown
     )
     for kind, subject, answer in (
         ("object-classification", "the product", "disc"),
         ("object-analysis", "the answer", "An even grey disc"),
     ):
-        words = {"subject": subject, "answer": answer, **beside}
+        words = {"subject": subject, "answer": answer, **shown}
         assert completed[kind] == all_phrasings(NORMAL_OBSERVATIONS, NORMAL_COMPARISONS, CONCLUSIONS, **words)
 
 
@@ -256,7 +256,8 @@ def test_benchmark_counts_wins_of_the_retrieved_reference(root: Path, retrieved,
         write_jsonl(root / f"{name}.jsonl", records)
     (root / "knowledge.json").write_text("{}")
     parts, wins = compare(Dataset(root, root, {"config": {}}), "test")
-    assert parts == ["drawn/disc/g"] and wins.astype(bool).tolist() == [won]
+    assert parts == ["drawn/disc/g"]
+    assert wins.astype(bool).tolist() == [won]
     assert row("all", parts * 2, np.concatenate([wins, 1 - wins])).count("50.0 (") == 4
 
 
@@ -283,7 +284,8 @@ def test_no_place_is_invented_without_a_mask(root: Path) -> None:
     for texts in all_completions(root, "crack", "reasoning_expert", mask=None).values():
         for text in texts:
             observed, _, concluded = text.partition(" Conclude: ")
-            assert concluded and any(f"Observe: {form}. Compare: " in observed for form in UNMARKED_OBSERVATIONS)
+            assert concluded
+            assert any(f"Observe: {form}. Compare: " in observed for form in UNMARKED_OBSERVATIONS)
             assert not re.search(r"\b(top|left|mark)\b", observed)
 
 
@@ -388,7 +390,8 @@ def test_tone_is_relative_to_the_reference_shown(root: Path) -> None:
         (made,) = training_exchanges(case, "reasoning_expert", root, "full", upstream)[:1]
         assert made.images[0] == case.seen.references[upstream.best].image
         words = [branch.completion or "" for branch in made.branches]
-        assert words and all(f" {tone} " in text for text in words)
+        assert words
+        assert all(f" {tone} " in text for text in words)
 
 
 def test_unknown_names_and_broken_images_are_reported(root: Path) -> None:
