@@ -46,7 +46,7 @@ class AdapterCard:
     leaks: dict[str, str] = field(default_factory=dict)
     """Verdicts of data_prep.audit, keyed by the fingerprint of the dataset that the training data overlap."""
     corrupted_share: float = 0.0
-    """Share of the training cases with a degraded query."""
+    """Share of the training cases with a corrupted query."""
     synthetic: dict[str, int] = field(default_factory=dict)
     """Number of training images with a synthetic defect, per method."""
     upstream: str = "gold"
@@ -80,7 +80,7 @@ def make_card(
     corrupted_share: float = 0.0,
     quantization: str = "",
 ) -> AdapterCard:
-    """Make the card of an adapter that is being trained with the current code and packages.
+    """Make the card for an adapter that is being trained with the current code and packages.
 
     Raises EchoError if the base model's weights are not found (`base_fingerprint`).
     """
@@ -106,7 +106,10 @@ def make_card(
 
 
 def write_card(folder: Path, card: AdapterCard) -> None:
-    """Write the card into the adapter's folder, after a README.md with the same facts for readers."""
+    """Write a README.md with the card's facts into the adapter's folder, and then the card.
+
+    The card comes last, because it marks the adapter as complete.
+    """
     write_text(folder / "README.md", _readme(card))  # replaces the template that PEFT or TRL leaves
     write_json(folder / ADAPTER_CARD, asdict(card))
 
@@ -117,9 +120,9 @@ def _readme(card: AdapterCard) -> str:
     verdicts = "".join(f"\n**{verdict}**\n" for verdict in card.leaks.values())
     return (
         f"---\nbase_model: {card.base_model}\n---\n\n# {card.role}\n\nOne of the four experts of echo-ft, fine-tuned "
-        f"from `{card.base_model}` on `{card.dataset}`. It expects the prompt version and the pixel budget in this "
-        "table. `python -m evaluation.run --adapters FOLDER` checks both before a run.\n"
-        f"{verdicts}\n| | |\n|---|---|\n{table}\n"
+        f"from `{card.base_model}` on `{card.dataset}`. It expects the prompt version and the pixel budget in the "
+        "table below. `python -m evaluation.run --adapters FOLDER` checks both before a run.\n"
+        f"{verdicts}\n| field | value |\n|---|---|\n{table}\n"
     )
 
 

@@ -25,7 +25,7 @@ from echo_ft.provenance import code_fingerprint
 from echo_ft.terminal import LOGGER
 
 CORRUPTION_FINGERPRINT = code_fingerprint(Path(corruptions.__file__))
-"""Fingerprint of the corruption code, which determines the features of degraded images."""
+"""Fingerprint of the corruption code, which determines the features of corrupted images."""
 
 
 class TowerFeatureStore:
@@ -54,7 +54,7 @@ class TowerFeatureStore:
         self.full = False
 
     def path(self, view: View) -> Path:
-        """Return the file for a view; a changed or degraded image has a different one."""
+        """Return the file for a view; a changed or corrupted image has a different one."""
         stat = view.path.stat()
         key = f"{view.path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
         if view.corruption is not None:
@@ -130,9 +130,9 @@ def encode_images_once(model: Any, store: TowerFeatureStore | None) -> None:
     """Patch a Qwen2-VL to accept `images=BatchImages(...)` along with the pixels of the images to encode.
 
     A frozen tower runs without a graph. Otherwise, with checkpointing, transformers (5.23) makes the output of the
-    patch embedding require gradients (`enable_input_require_grads`), so the tower would be stored, recomputed and
-    included in the backward pass. Raises EchoError if there is a `store` but the tower is trained, because its features
-    change with every step.
+    patch embedding require gradients (`enable_input_require_grads`), and the backward pass would recompute the tower
+    and run through it. Raises EchoError if there is a `store` but the tower is trained, because its features change
+    with every step.
     """
     core = model.model
     frozen = not any(parameter.requires_grad for parameter in core.visual.parameters())

@@ -48,8 +48,8 @@ def load_training_cases(
     if split == "train" and config.corrupted_share:
         drawn = [draw_corruption(case[0].case, config.corrupted_share, sft.seed) for case in planned.cases()]
         if sft.process_index == 0:
-            degraded = sum(corruption is not None for corruption in drawn)
-            LOGGER.info("%s, %s: %d of %d cases have a degraded query", config.role, split, degraded, len(drawn))
+            corrupted = sum(corruption is not None for corruption in drawn)
+            LOGGER.info("%s, %s: %d of %d cases have a corrupted query", config.role, split, corrupted, len(drawn))
         column = [None if corruption is None else asdict(corruption) for corruption in drawn]
         cases = cases.add_column("corruption", column)
     return cases, planned

@@ -33,7 +33,7 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
     not exist or is incomplete. Raises EchoError if its adapter differs from `card` in role, dataset, base model, prompt
-    version, pixel budget, share of degraded queries or quantization. Raises EchoError if a new run would replace a
+    version, pixel budget, share of corrupted queries or quantization. Raises EchoError if a new run would replace a
     finished adapter or the checkpoints of an earlier run.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))

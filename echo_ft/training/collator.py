@@ -47,7 +47,7 @@ class Collator:
     def batch(self, rows: Sequence[Row], corruptions: Sequence[Corruption | None] = ()) -> dict[str, Any]:
         """Pack `rows` into one row, with the pixels of each distinct image that `store` does not hold.
 
-        `corruptions` has one entry per row, for its query; by default no query is degraded. In addition to the keys of
+        `corruptions` has one entry per row, for its query; by default no query is corrupted. In addition to the keys of
         `batches.pack_rows`, the batch has pixel_values (P, C), image_grid_thw (images, 3), and `image_order`,
         `image_views` and `image_features` as in vision.BatchImages.
         """

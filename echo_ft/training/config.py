@@ -50,7 +50,7 @@ class EchoConfig:
     corrupted_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the training cases with a degraded query, from 0 to 1. The seed selects the cases, the "
+            "help": "Share of the training cases with a corrupted query, from 0 to 1. The seed selects the cases, the "
             "type of corruption and its severity (echo_ft/images/corruptions.py)."
         },
     )

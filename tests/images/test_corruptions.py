@@ -1,4 +1,4 @@
-"""Degraded photographs: the draw, the strengths, and that a run and a training degrade the query alone."""
+"""Corruptions are reproducible, grow with severity, and affect only the query, in training and in runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from train.sft import main as sft_main
 
 
 def pattern(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Stripes and patches of all coarsenesses, neither near black nor near white."""
+    """Coarse and fine stripes and patches without values near black or white."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     bands = [
         0.5 + 0.2 * np.sin(2 * np.pi * f * (x + 0.4 * y)) + 0.15 * np.sin(2 * np.pi * 3 * f * y) for f in (4, 9, 17)
@@ -43,48 +43,51 @@ def pattern(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def change(image: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of the values."""
+    """Return the mean absolute difference of two images."""
     return float(np.abs(np.asarray(image, float) - np.asarray(other, float)).mean())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_size_and_mode_stay_and_every_severity_changes_more_than_the_one_before(kind, mode):
+def test_severities_increase_and_size_and_mode_stay(kind, mode):
     image = pattern(301, 190, mode)
     for seed in range(3):
-        degraded = [corrupt(image, kind, severity, seed) for severity in SEVERITIES]
-        assert {(one.size, one.mode) for one in degraded} == {(image.size, mode)}
-        changes = [change(image, one) for one in degraded]
-        assert changes[0] > 0.3 and changes == sorted(changes) and len(set(changes)) == 5, changes
+        corrupted = [corrupt(image, kind, severity, seed) for severity in SEVERITIES]
+        assert {(one.size, one.mode) for one in corrupted} == {(image.size, mode)}
+        changes = [change(image, one) for one in corrupted]
+        assert changes[0] > 0.3
+        assert changes == sorted(set(changes))
+        assert len(changes) == 5
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_the_same_seed_gives_the_same_picture_and_the_original_stays(kind):
+def test_same_seed_gives_the_same_image_and_keeps_the_original(kind):
     image = pattern(120, 90)
     before = image.tobytes()
     first, again = (corrupt(image, kind, 3, "0/part.png").tobytes() for _ in range(2))
-    assert first == again and image.tobytes() == before
+    assert first == again
+    assert image.tobytes() == before
     drawn = {corrupt(image, kind, 3, f"{seed}/part.png").tobytes() for seed in range(12)}
     assert len(drawn) == {"noise": 12, "motion": 12, "exposure": 2}.get(kind, 1)
 
 
 @pytest.mark.parametrize("kind", ["blur", "low_resolution", "motion", "noise"])
-def test_a_severity_does_the_same_to_a_photograph_of_any_size(kind):
-    """Brought to one size, a photograph and the same at three times its side are as far from what they were."""
+def test_severity_has_the_same_effect_at_any_image_size(kind):
+    """An image and a version with sides three times as long change equally, measured at the same size."""
     small, large = pattern(224, 224), pattern(672, 672)
     found = change(small, corrupt(small, kind, 3, 0))
     shown = change(small, corrupt(large, kind, 3, 0).resize(small.size, Image.Resampling.BOX))
     assert shown == pytest.approx(found, rel=0.35)
 
 
-def test_blur_is_a_gaussian_of_the_stated_deviation():
+def test_blur_is_a_gaussian_of_the_stated_standard_deviation():
     image = pattern(448, 448, "L")
     expected = gaussian_filter(np.asarray(image, float), 2 * 4.0, mode="nearest", truncate=4)
     found = np.asarray(corrupt(image, "blur", 4, 0), float)
-    assert np.abs(found - expected)[40:-40, 40:-40].max() < 3  # Pillow's is three boxes
+    assert np.abs(found - expected)[40:-40, 40:-40].max() < 3  # Pillow approximates it by three box blurs
 
 
-def test_a_point_that_is_shaken_becomes_a_line_through_where_it_was():
+def test_motion_turns_a_point_into_a_line_through_its_position():
     values = np.zeros((225, 225), np.uint8)
     values[112, 112] = 255
     wide = Image.fromarray(np.asarray(Image.fromarray(values).resize((675, 675), Image.Resampling.NEAREST)))
@@ -95,11 +98,12 @@ def test_a_point_that_is_shaken_becomes_a_line_through_where_it_was():
     spread = np.cov(np.stack([x.ravel(), y.ravel()]), aweights=weights.ravel())
     values, vectors = np.linalg.eigh(spread)
     angle = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1])) % 180
-    assert np.abs(centre).max() < 1 and values[1] > 50 * values[0]
+    assert np.abs(centre).max() < 1
+    assert values[1] > 50 * values[0]
     assert min(angle, 180 - angle) <= 45
 
 
-def test_exposure_multiplies_the_light_and_grey_stays_grey():
+def test_exposure_multiplies_the_light_and_keeps_grey():
     grey = Image.new("RGB", (8, 8), (100, 100, 100))
     light = ((100 / 255 + 0.055) / 1.055) ** 2.4
     expected = {
@@ -111,40 +115,45 @@ def test_exposure_multiplies_the_light_and_grey_stays_grey():
     assert (noisy == noisy[:, :, :1]).all()
 
 
-@pytest.mark.parametrize(("kind", "severity", "words"), [("fog", 3, "noise, jpeg"), ("blur", 6, "1, 2, 3, 4, 5")])
-def test_an_unknown_kind_or_severity_is_refused_with_the_known_ones(kind, severity, words):
-    with pytest.raises(EchoError, match=words):
+@pytest.mark.parametrize(("kind", "severity", "message"), [("fog", 3, "noise, jpeg"), ("blur", 6, "1, 2, 3, 4, 5")])
+def test_unknown_kind_or_severity_error_lists_the_known_ones(kind, severity, message):
+    with pytest.raises(EchoError, match=message):
         corrupt(pattern(20, 20), kind, severity, 0)
 
 
-def test_the_query_alone_is_degraded(case, tmp_path):
-    how = Corruption("noise", 5)
+def test_only_the_query_is_corrupted(case, tmp_path):
+    corruption = Corruption("noise", 5)
     for exchange in exchanges_of(case):
-        *references, query = views(exchange, tmp_path, how)
-        assert (query.image, query.corruption) == (case.seen.query, how)
-        assert all(one.corruption is None for one in references) and len(references) == len(exchange.images) - 1
-    clean, degraded = View(tmp_path, case.seen.query).load(), View(tmp_path, case.seen.query, how).load()
-    assert change(clean, degraded) > 20 and clean.size == degraded.size
-    other = View(tmp_path, case.seen.query, dataclasses.replace(how, seed=1)).load()
-    assert change(degraded, other) > 20, "the seed counts"
+        *references, query = views(exchange, tmp_path, corruption)
+        assert (query.image, query.corruption) == (case.seen.query, corruption)
+        assert all(view.corruption is None for view in references)
+        assert len(references) == len(exchange.images) - 1
+    clean = View(tmp_path, case.seen.query).load()
+    corrupted = View(tmp_path, case.seen.query, corruption).load()
+    assert change(clean, corrupted) > 20
+    assert clean.size == corrupted.size
+    other = View(tmp_path, case.seen.query, dataclasses.replace(corruption, seed=1)).load()
+    assert change(corrupted, other) > 20, "the draw depends on the seed"
 
 
-def test_a_run_does_not_mix_a_degraded_query_with_the_reference_of_the_same_name(model, row_builder, tmp_path):
-    """The first case's query is the second's reference: kept features of the one are not shown as the other."""
+def test_run_keeps_a_query_apart_from_the_same_image_as_reference(model, row_builder, tmp_path):
+    """The first case's query is the second's reference. Cached features of one are not used for the other."""
     first, second = make_case(tmp_path), make_case(tmp_path, "line/part/2", seed=9)
-    looks_at_first = [
+    first_as_reference = [
         dataclasses.replace(one, images=(first.seen.query, second.seen.query)) for one in exchanges_of(second)[-1:]
     ]
-    asked = [*exchanges_of(first)[-1:], *looks_at_first]
-    how = Corruption("blur", 5)
-    together = Engine(model, row_builder, tmp_path, max_new_tokens=1, corruption=how).generate("decision_maker", asked)
-    for exchange, said in zip(asked, together, strict=True):
+    exchanges = [*exchanges_of(first)[-1:], *first_as_reference]
+    corruption = Corruption("blur", 5)
+    together = Engine(model, row_builder, tmp_path, max_new_tokens=1, corruption=corruption).generate(
+        "decision_maker", exchanges
+    )
+    for exchange, generations in zip(exchanges, together, strict=True):
         references, query = exchange.images[:-1], exchange.images[-1]
-        View(tmp_path, query, how).load().save(tmp_path / f"degraded_{query}")
-        swapped = dataclasses.replace(exchange, images=(*references, f"degraded_{query}"))
+        View(tmp_path, query, corruption).load().save(tmp_path / f"corrupted_{query}")
+        swapped = dataclasses.replace(exchange, images=(*references, f"corrupted_{query}"))
         (expected,) = Engine(model, row_builder, tmp_path, max_new_tokens=1).generate("decision_maker", [swapped])
         (clean,) = Engine(model, row_builder, tmp_path, max_new_tokens=1).generate("decision_maker", [exchange])
-        for one, other, untouched in zip(said, expected, clean, strict=True):
+        for one, other, untouched in zip(generations, expected, clean, strict=True):
             assert one.letters == pytest.approx(other.letters, abs=1e-5) != untouched.letters
 
 
@@ -153,14 +162,14 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"), train=12, validation=2, test=2)
 
 
-def test_a_run_with_degraded_queries_says_so_and_goes_on_only_as_such(dataset, tmp_path):
+def test_run_records_its_corruption_and_resumes_only_with_the_same(dataset, tmp_path):
     run_evaluation(dataset, tmp_path / "clean", "--max_new_tokens", 1)
     noisy = ("--max_new_tokens", 1, "--corruption", "noise", "--severity", 5)
     run_evaluation(dataset, tmp_path / "noisy", *noisy)
-    run_evaluation(dataset, tmp_path / "noisy", *noisy)  # it goes on
+    run_evaluation(dataset, tmp_path / "noisy", *noisy)  # resume
     rows = [list(read_jsonl(tmp_path / name / "predictions.jsonl", Prediction)) for name in ("clean", "noisy")]
     assert [row.question for row in rows[0]] == [row.question for row in rows[1]]
-    assert [row.image for row in rows[0]] == [row.image for row in rows[1]], "names stay as they are"
+    assert [row.image for row in rows[0]] == [row.image for row in rows[1]], "image names stay the same"
     assert [row.probabilities for row in rows[0]] != [row.probabilities for row in rows[1]]
     described = json.loads((tmp_path / "noisy" / "run.json").read_text())
     assert (described["corruption"], described["severity"]) == ("noise", 5)
@@ -169,7 +178,7 @@ def test_a_run_with_degraded_queries_says_so_and_goes_on_only_as_such(dataset, t
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (("--corruption", "noise"), "corruption is set but severity is not; add --severity"),
         (("--severity", "2"), "severity is set but corruption is not; add --corruption"),
@@ -177,54 +186,57 @@ def test_a_run_with_degraded_queries_says_so_and_goes_on_only_as_such(dataset, t
         (("--corruption", "blur", "--severity", "6"), "6"),
     ],
 )
-def test_half_a_corruption_is_refused(dataset, tmp_path, flags, words):
-    with pytest.raises(EchoError, match=words):
+def test_incomplete_corruption_options_are_rejected(dataset, tmp_path, flags, message):
+    with pytest.raises(EchoError, match=message):
         run_evaluation(dataset, tmp_path / "run", *flags)
 
 
-def test_a_server_is_sent_the_degraded_query_and_good_references(row_builder, case, tmp_path):
-    how, exchange, server = Corruption("motion", 4), exchanges_of(case)[-1], FakeServer()
-    ask_server(server, row_builder, tmp_path, [exchange], corruption=how)
+def test_server_gets_the_corrupted_query_and_clean_references(row_builder, case, tmp_path):
+    corruption, exchange, server = Corruption("motion", 4), exchanges_of(case)[-1], FakeServer()
+    ask_server(server, row_builder, tmp_path, [exchange], corruption=corruption)
     server.close()
     for body in server.requests:
-        for sent, view in zip(shown_images(body), views(exchange, tmp_path, how), strict=True):
+        for sent, view in zip(shown_images(body), views(exchange, tmp_path, corruption), strict=True):
             expected, found = (
                 row_builder.image_processor(images=[image], return_tensors="np") for image in (view.load(), sent)
             )
             np.testing.assert_array_equal(expected["pixel_values"], found["pixel_values"])
 
 
-def test_draws_of_a_training_have_the_share_and_all_kinds_and_are_its_seeds():
+def test_training_draws_follow_the_share_and_the_seed():
     names = [f"line/part/{index}" for index in range(3000)]
     drawn = [draw_corruption(name, 0.3, 7) for name in names]
-    degraded = [one for one in drawn if one is not None]
-    assert 0.26 < len(degraded) / len(names) < 0.34
-    pairs = {(one.kind, one.severity) for one in degraded}
+    corrupted = [one for one in drawn if one is not None]
+    assert 0.26 < len(corrupted) / len(names) < 0.34
+    pairs = {(one.kind, one.severity) for one in corrupted}
     assert pairs == {(kind, severity) for kind in CORRUPTIONS for severity in SEVERITIES}
     assert drawn == [draw_corruption(name, 0.3, 7) for name in names] != [draw_corruption(n, 0.3, 8) for n in names]
     assert all(draw_corruption(name, 0.0, 7) is None for name in names)
     more = [draw_corruption(name, 0.6, 7) for name in names]
-    assert all(one is None or one == other for one, other in zip(drawn, more, strict=True)), "a larger share adds"
+    assert all(one is None or one == other for one, other in zip(drawn, more, strict=True)), (
+        "a larger share keeps all draws of a smaller one"
+    )
 
 
-def test_a_training_batch_has_the_degraded_query_of_its_case(row_builder, case, tmp_path):
+def test_training_batch_contains_the_corrupted_query(row_builder, case, tmp_path):
     exchange = asdict(with_completions(exchanges_of(case)[-1], ["B"] * 7))
-    how = Corruption("jpeg", 3, seed=5)
-    rows = group_by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(how)])
+    corruption = Corruption("jpeg", 3, seed=5)
+    rows = group_by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(corruption)])
     batch = Collator(row_builder, tmp_path)([rows[0]])
-    expected = image_inputs(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, how)])
+    expected = image_inputs(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, corruption)])
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
     assert not torch.equal(
         Collator(row_builder, tmp_path)([{"exchanges": [exchange]}])["pixel_values"], batch["pixel_values"]
     )
 
 
-def test_a_training_says_how_many_queries_are_degraded_and_goes_on_only_with_the_same_share(dataset, tmp_path):
+def test_training_reports_corrupted_queries_and_resumes_only_alike(dataset, tmp_path):
     output = tmp_path / "decision_maker"
     flags = ["--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", 1]
     printed = launch(*tiny_options("decision_maker", dataset, output, *flags, "--corrupted_share", 0.7))
     count = sum(draw_corruption(f"train/{index}", 0.7, 0) is not None for index in range(12))
-    assert 0 < count < 12 and f"decision_maker, train: {count} of 12 cases have a degraded query" in printed
+    assert 0 < count < 12
+    assert f"decision_maker, train: {count} of 12 cases have a corrupted query" in printed
     assert json.loads((output / "echo_ft.json").read_text())["corrupted_share"] == 0.7
     card = read_card(output)
     again = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(output), process_index=0)
@@ -235,7 +247,7 @@ def test_a_training_says_how_many_queries_are_degraded_and_goes_on_only_with_the
         find_checkpoint(again, dataclasses.replace(card, quantization="4bit"))
 
 
-def test_a_share_above_one_is_refused(dataset, tmp_path):
+def test_share_above_one_is_rejected(dataset, tmp_path):
     with pytest.raises(EchoError, match=r"corrupted_share is 1\.5; it is a share of the cases"):
         sft_main(
             [

@@ -148,7 +148,7 @@ def test_loader_workers_find_features_that_are_stored_meanwhile(row_builder, fro
 
 
 def test_a_degraded_query_is_not_confused_with_the_clean_image(row_builder, frozen, tmp_path):
-    """Image 1 is the clean query of the first case and a reference in the second, which has a degraded query."""
+    """Image 1 is the clean query of the first case and a reference in the second, which has a corrupted query."""
     exchanges = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
     corruptions = [None, Corruption("blur", 5), Corruption("blur", 5)]
     prepared, store = copy.deepcopy(frozen), TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
@@ -162,7 +162,7 @@ def test_a_degraded_query_is_not_confused_with_the_clean_image(row_builder, froz
     for _ in range(2):  # computed, then stored
         found = logits_of(prepared, storing, exchanges, corruptions)
         torch.testing.assert_close(found, torch.cat(single, dim=1), rtol=1e-4, atol=1e-4)
-    assert len(list(store.folder.glob("*.safetensors"))) == 5  # 0, 1 and 2 clean, 1 and 2 degraded
+    assert len(list(store.folder.glob("*.safetensors"))) == 5  # 0, 1 and 2 clean, 1 and 2 corrupted
     clean = logits_of(frozen, plain, exchanges[2:], [None])
     assert (clean - single[2]).abs().max() > 0.01
 

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 
 def disc(height: int = 150, width: int = 200, seed: int = 0, grey: bool = False) -> np.ndarray:
-    """A disc with a relief before a nearly black background, both with the noise of a camera."""
+    """A disc with a relief on a nearly black background, (height, width, 3), with camera noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].astype(float)
     part = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (0.4 * height) ** 2
@@ -18,7 +18,7 @@ def disc(height: int = 150, width: int = 200, seed: int = 0, grey: bool = False)
 
 
 def texture(height: int = 128, width: int = 160, seed: int = 0) -> np.ndarray:
-    """A surface that fills the photograph."""
+    """A grey surface that fills the image, (height, width, 3)."""
     rng = np.random.default_rng(seed)
     values = 128 + 40 * ndimage.gaussian_filter(rng.normal(size=(height, width)), 2) * 7
     return np.repeat(values.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
