@@ -81,6 +81,14 @@ def test_documents_name_only_commands_and_files_that_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_the_text_of_documents_exist(document):
+    path = ROOT / document
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|yaml|md|sh))`", prose):
+        assert (ROOT / name).is_file() or (path.parent / name).is_file(), f"{document} names {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_have_a_target(document):
     path = ROOT / document
     for name, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([\w-]+))?\)", path.read_text(encoding="utf-8")):

@@ -203,11 +203,11 @@ def measure(model: Any, tokenizer: Any, rows: list[LessonRow]) -> dict[str, tupl
                 count(f"letter, {lesson.skill}", text == lesson.completion, chance)
             elif expected := CAPTION_PATTERN.fullmatch(lesson.completion):
                 match = CAPTION_PATTERN.fullmatch(text)
-                count("caption, a defect is seen", match is not None)
+                count("caption, defect reported", match is not None)
                 for part in ("place", "extent", "mark", "defect"):
                     count(f"caption, {part}", match is not None and match[part] == expected[part])
             elif lesson.completion.startswith("Nothing"):
-                count("caption, no defect is seen where there is none", text == lesson.completion)
+                count("caption, no defect reported", text == lesson.completion)
     model.train()
     return {
         what: (int(n), 100 * correct / n, 100 * chance / n) for what, (n, correct, chance) in sorted(counts.items())
