@@ -37,7 +37,7 @@ from echo_ft.drawn import parts
 
 IMAGE_WORK = {
     "echo_ft.provenance": ("content_hash",),
-    "echo_ft.images.decode": ("image_size", "load_image", "decode", "depth"),
+    "echo_ft.images.decode": ("image_size", "load_image", "decode", "bit_depth"),
     "echo_ft.images.masks": ("measure", "load_mask", "load_grey", "resize_mask", "misfit", "contrast"),
     "echo_ft.experts.targets": ("load_compared",),
     "data_prep.faults": ("image_fault", "mask_fault", "boxes_fault"),
