@@ -114,7 +114,7 @@ def _fill_bundle(
 
 
 def _make_probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
-    """Make a batch of two random images and a question, which is the same for every export."""
+    """Make a batch of two random images and a question, identical for every export."""
     values = np.random.default_rng(0).integers(0, 255, (2, 96, 128, 3), dtype=np.uint8)
     images = [Image.fromarray(value) for value in values]
     branch = Branch("probe", f"Question: Is there any defect in the object?\nA. Yes.\nB. No.\n{DECIDE_INSTRUCTION}")

@@ -74,7 +74,7 @@ class Engine:
 
         `answer_tokens` limits the decision maker's generations; None means `max_new_tokens`. A single answer token
         needs no decoding step, because it comes from the same logits as the letters' probabilities. `corruption`
-        degrades every query. `features` may be shared with other engines on the same model and pixel budget.
+        corrupts every query. `features` may be shared with other engines on the same model and pixel budget.
 
         `max_batch_tokens` limits the tokens in the key-value cache at the end of decoding. Larger batches are split; an
         exchange that exceeds the limit runs in a batch of its own.

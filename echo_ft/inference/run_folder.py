@@ -223,7 +223,7 @@ class RunFolder:
         return done
 
     def _find_done(self, folders: Iterable[Path], include_failed: bool) -> set[str]:
-        """Return the ids of the cases that have a prediction for every question; failed ones only on request."""
+        """Return the ids of cases with a prediction for every question; failed ones count only if `include_failed`."""
         expected = {case.id: {question.id for question in case.seen.questions} for case in self.cases}
         answered: defaultdict[str, set[str]] = defaultdict(set)
         for row in _rows(folders, PREDICTIONS, Prediction):

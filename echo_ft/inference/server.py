@@ -41,7 +41,7 @@ TOP_LOGPROBS = 20
 """Number of most likely tokens to request at the answer position: the maximum of OpenAI and vLLM."""
 
 FIRST_RETRY_WAIT, LONGEST_RETRY_WAIT = 0.5, 8.0
-"""Shortest and longest wait before a retry, in seconds; the wait doubles with each retry."""
+"""First and longest wait before a retry, in seconds; the wait doubles with each retry."""
 
 IMAGES_PER_REQUEST = 4
 """Number of encoded images to keep per concurrent request, so that the next role of its case can reuse them."""
@@ -89,7 +89,7 @@ class Server:
         self.patience = patience
         self.corruption = corruption
         self.max_images = IMAGES_PER_REQUEST * max_concurrent
-        # The client makes no retries: retries are limited by time here, because a restarting server needs minutes.
+        # `_request` retries instead, for a limited time: a restarting server needs minutes to load its model.
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
         )
@@ -202,7 +202,7 @@ class Server:
         return f"min_pixels {size['shortest_edge']} and max_pixels {size['longest_edge']}"
 
     async def _request(self, request: Mapping[str, Any]) -> Any:
-        """Send a request, and retry it with increasing waits until `patience` is over."""
+        """Send a request, and retry it with increasing waits for up to `patience` seconds."""
         failing_since: float | None = None
         wait = FIRST_RETRY_WAIT
         while True:

@@ -53,7 +53,7 @@ def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
             return _config(**_PUBLISHED[model_name_or_path])
         config = _hub_config(model_name_or_path, revision)
     if not isinstance(config, Qwen2VLConfig):
-        raise EchoError(f"{model_name_or_path} is a {config.model_type} model; echo-ft tunes Qwen2-VL (qwen2_vl)")
+        raise EchoError(f"{model_name_or_path} is a {config.model_type} model; choose a Qwen2-VL model (qwen2_vl)")
     return config
 
 

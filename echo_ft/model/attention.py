@@ -31,10 +31,10 @@ IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """Implementations of `attend`, by their names in transformers."""
 
 FLEX_BLOCK = 128
-"""Tokens per block of flex_attention, torch's default."""
+"""Tokens per block of flex_attention (torch's default)."""
 
 MASK_QUERY_BLOCKS = 8
-"""Query blocks for which `make_block_mask` holds the mask at once."""
+"""Number of query blocks whose mask `make_block_mask` holds in memory at once."""
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ def make_attention_mask(segments: torch.Tensor) -> torch.Tensor:
     """Return the attention mask (B, 1, L, L) bool for segments (B, L).
 
     An entry is True if the query token (row) attends to the key token (column). The mask is causal, and a branch
-    attends only to the prefix and to itself. Padding tokens attend to padding, so that
-    no softmax row is empty.
+    attends only to the prefix and to itself. Padding tokens attend to padding, so that no softmax row is empty.
     """
     import torch
 

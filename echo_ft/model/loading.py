@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parameter_group(name: str) -> str:
-    """Return the PARAMETER_GROUPS entry of the parameter with this name."""
+    """Return the part of the model, one of PARAMETER_GROUPS, to which the parameter `name` belongs."""
     if ".merger." in name:
         return "merger"
     return "vision tower" if ".visual." in name else "language model"
@@ -27,8 +27,8 @@ def parameter_group(name: str) -> str:
 def check_lora_targets(model: Any, names: list[str] | str) -> list[str]:
     """Check that each of `names` matches linear layers of `model`, and return them as a list.
 
-    As in PEFT, a name matches the end of a module's name; but PEFT ignores a name without a match if another one has
-    matches. A string counts as a list of one name, because TRL (1.16) turns `[q_proj]` into `q_proj`, which PEFT reads
+    As in PEFT, a name matches the end of a module's name. PEFT, however, ignores a name without matches if another name
+    has some. A string counts as a list of one name, because TRL (1.16) turns `[q_proj]` into `q_proj`, which PEFT reads
     as a pattern for full names.
 
     Raises EchoError if a name matches no module, with the nearest valid name, or if it also matches a module that is

@@ -29,7 +29,7 @@ IGNORED = -100
 PADDING = -1
 """Segment of padding tokens. The prefix is segment 0; branches count from 1."""
 
-_PLACEHOLDER = "\u241e"  # "symbol for record separator", in place of the context and of the completion
+_PLACEHOLDER = "\u241e"  # takes the place of the context, and then of the completion, in the chat template
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RowBuilder:
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (t, h, w) in patches for an image of this size in pixels, by the processor's resizing rule.
 
-        Raises EchoError if one side is 200 times as long as the other or longer.
+        Raises EchoError if one side is more than 200 times as long as the other.
         """
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -124,7 +124,7 @@ class RowBuilder:
         )
 
     def load_row(self, exchange: Exchange, root: Path) -> Row:
-        """Like `row`, with the image sizes read from the file headers. Raises EchoError if a file is unreadable too."""
+        """Like `row`, with the image sizes read from the file headers. Also raises EchoError for an unreadable file."""
         return self.row(exchange, [image_size(root / image) for image in exchange.images])
 
     def lengths(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Lengths:
@@ -141,7 +141,7 @@ class RowBuilder:
         """Tokenize the texts of several exchanges in one call, which uses all cores."""
         texts: list[str] = []
         for exchange in exchanges:
-            with contextlib.suppress(EchoError):  # `row` raises it for its exchange
+            with contextlib.suppress(EchoError):  # raised again when the row itself is built
                 texts += self._texts(exchange)
         self._encode(texts)
 

@@ -16,7 +16,7 @@ from echo_ft.provenance import content_hash
 from echo_ft.records import Inspection
 
 BASE_MODEL = "the base model"
-"""Takes the place of a role if the whole model was fine-tuned."""
+"""Used in place of a role for a fully fine-tuned base model."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def _overlap_warnings(source: _TrainingData, dataset: Dataset, split: str, count
             else "only identical files were detected; new images of the same parts were not"
         )
         warnings.append(
-            f"the training data of {source.owners} ({source.folder}, {source.fingerprint}) are not the dataset of "
-            f"this run ({dataset.folder}, {dataset.fingerprint}): images of the split {split} may have been trained "
-            f"on; {limit}"
+            f"the training data of {source.owners} ({source.folder}, {source.fingerprint}) differ from this run's "
+            f"dataset ({dataset.folder}, {dataset.fingerprint}): images of the split {split} may have been trained on; "
+            f"{limit}"
         )
     return warnings
 

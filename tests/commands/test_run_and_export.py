@@ -120,7 +120,7 @@ def test_test_images_that_were_trained_on_are_counted_by_content(dataset, tmp_pa
     assert found["photographs_trained_on"] == 1
     assert found["dataset_fingerprint"] == "another"
     assert "WERE TRAINED ON" in warnings[0]
-    assert "are not the dataset of this run" in warnings[1]
+    assert "differ from this run's dataset" in warnings[1]
     (found,), warnings = describe_training_data(adapters_trained_on(other), here, "test", images[1:])
     assert found["photographs_trained_on"] == 0
     assert "may have been trained on" in warnings[0]

@@ -307,7 +307,7 @@ def test_batches_are_fixed_and_done_cases_stay_unchanged(tmp_path, many):
         before = content(tmp_path / "run")
         opened.write(
             many[5],
-            run_cases([many[5]], ScriptedBackend({**ScriptedBackend().says, "decide": "A"}), PipelineConfig())[0],
+            run_cases([many[5]], ScriptedBackend({**ScriptedBackend().texts, "decide": "A"}), PipelineConfig())[0],
         )
         assert content(tmp_path / "run") == before
 
