@@ -38,7 +38,7 @@ def test_build_stores_the_digest_of_every_image_that_a_run_can_show(built: Datas
     inspections = read_jsonl(built.folder / "inspections.jsonl", Inspection)
     references = read_jsonl(built.folder / "references.jsonl", Reference)
     require_unchanged(built, [*(i.image for i in inspections), *(r.image for r in references)])
-    with pytest.raises(EchoError, match=r"1 of 1 images .*such as manifest\.json"):
+    with pytest.raises(EchoError, match=r"1 of 1 images have changed .*first: manifest\.json"):
         require_unchanged(built, ["manifest.json"])
 
 
@@ -96,7 +96,7 @@ def test_run_rejects_changed_images_and_counts_failures_from_missing_ones(
     for changed in (query, reference):
         original = changed.read_bytes()
         changed.write_bytes(original[:-1])
-        with pytest.raises(EchoError, match=f"1 of 6 images that are used .*such as {changed.name}"):
+        with pytest.raises(EchoError, match=f"1 of 6 images have changed .*first: {changed.name}"):
             run(dataset, tmp_path / "run")
         changed.write_bytes(original)
     content = query.read_bytes()
