@@ -147,7 +147,7 @@ def test_loader_workers_find_features_that_are_stored_meanwhile(row_builder, fro
     assert new[0] == 2 and new[-1] == 0
 
 
-def test_a_degraded_query_is_not_confused_with_the_clean_image(row_builder, frozen, tmp_path):
+def test_a_corrupted_query_is_not_confused_with_the_clean_image(row_builder, frozen, tmp_path):
     """Image 1 is the clean query of the first case and a reference in the second, which has a corrupted query."""
     exchanges = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
     corruptions = [None, Corruption("blur", 5), Corruption("blur", 5)]

@@ -1,9 +1,10 @@
+"""A small Qwen2-VL architecture, for tests without weights on disk."""
+
 from transformers import Qwen2VLConfig
 
-# The estimate
 
-
-def small_config():
+def small_config() -> Qwen2VLConfig:
+    """Return the config of a Qwen2-VL with three text and three vision layers."""
     return Qwen2VLConfig(
         text_config={
             "hidden_size": 192,

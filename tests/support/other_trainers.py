@@ -1,7 +1,7 @@
-"""What LLaMA-Factory or ms-swift make of files of rows, each in an environment of its own.
+"""Load exported rows with LLaMA-Factory or ms-swift on a CPU, each in its own environment.
 
-`PYTHON -m tests.support.other_trainers NAME MODEL PATH...`, PYTHON being that environment's, prints as one line of JSON the
-token ids and labels of each row and the sum of its pixels, a list a file. Set is what such a tool needs on a CPU.
+`PYTHON -m tests.support.other_trainers NAME MODEL PATH...` prints one line of JSON. It has one list per file, with the
+token ids, the labels and the sum of the pixels of each row. PYTHON is the interpreter of the tool's environment.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 
 def llamafactory(model: str, path: Path) -> list[dict[str, Any]]:
-    """A dataset of the dataset_info.json in PATH's folder, by its name, through the loader and the collator of SFT."""
-    # LLaMA-Factory (0.9.5) imports torchaudio (2.11), which refuses a torch that was built for another CUDA.
+    """Load a dataset named in dataset_info.json with the loader and collator of SFT; `path` is its folder and name."""
+    # LLaMA-Factory (0.9.5) imports torchaudio (2.11), which rejects a torch built for another CUDA version.
     sys.modules["torchaudio"] = importlib.util.module_from_spec(ModuleSpec("torchaudio", None))
     from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -38,13 +38,13 @@ def llamafactory(model: str, path: Path) -> list[dict[str, Any]]:
 
 
 def ms_swift(model: str, path: Path) -> list[dict[str, Any]]:
-    """A file of JSON lines, through the loader and the template of `swift sft`; its collator wants a model."""
+    """Load a JSON-lines file with the loader and template of `swift sft`, whose collator would need a model."""
     from swift.dataset import load_dataset
     from swift.model import get_processor
     from swift.template import get_template
     from swift.template.templates.qwen import Qwen2VLTemplate
 
-    # ms-swift (4.6) knows Qwen's own number alone; with another one it drops the images without a word.
+    # ms-swift (4.6) knows only Qwen's own image token id; with another one it silently drops the images.
     Qwen2VLTemplate.image_token_id = json.loads((Path(model) / "config.json").read_text())["image_token_id"]
     processor = get_processor(model, model_type="qwen2_vl")
     template = get_template(processor, template_type="qwen2_vl", max_length=None)
@@ -53,8 +53,8 @@ def ms_swift(model: str, path: Path) -> list[dict[str, Any]]:
     return [template.encode(row) for row in rows]
 
 
-def told(batch: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of one row, from its lists or tensors."""
+def summarize(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a row that the test compares, from lists or tensors."""
     import torch
 
     lists = {key: torch.as_tensor(batch[key]).flatten().tolist() for key in ("input_ids", "labels", "image_grid_thw")}
@@ -64,4 +64,4 @@ def told(batch: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     name, given, *files = sys.argv[1:]
     load = {"llamafactory": llamafactory, "ms_swift": ms_swift}[name]
-    print(json.dumps([[told(batch) for batch in load(given, Path(file))] for file in files]))
+    print(json.dumps([[summarize(batch) for batch in load(given, Path(file))] for file in files]))
