@@ -1,4 +1,4 @@
-"""What several test files share: echo-tiny, drawn images, a case to ask about."""
+"""Shared fixtures and helpers: echo-tiny, drawn images, cases and small datasets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from echo_ft.records import Case, Entry, Question, Reference, Seen, Truth
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test workers share the cores
 
 ROOT = Path(__file__).resolve().parent.parent
 ECHO_TINY = Path(os.environ.get("ECHO_TINY", ROOT / "recipes" / "tiny" / "echo-tiny"))
@@ -23,7 +23,7 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 112 * 112
 
 @pytest.fixture(scope="session", autouse=True)
 def _terminal():
-    """What the library reports is on stdout and stderr, as in a command."""
+    """Show the library's log records on stdout and stderr, as in a command."""
     from echo_ft.terminal import log_to_terminal
 
     log_to_terminal()
@@ -45,7 +45,7 @@ def model():
 
 
 def draw(path: Path, size: tuple[int, int], seed: int) -> str:
-    """A noise image of (width, height) at `path`; returns its name."""
+    """Write a noise image of (width, height) to `path` and return the file name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(values).save(path)
@@ -53,7 +53,7 @@ def draw(path: Path, size: tuple[int, int], seed: int) -> str:
 
 
 def make_case(root: Path, name: str = "line/part/1", sizes=((100, 70), (64, 64), (90, 120)), seed: int = 0) -> Case:
-    """A case with two references and seven questions; its images are drawn under `root`."""
+    """Make a case with two references and seven questions, and draw its images under `root`."""
     stem = name.replace("/", "_")
     images = [draw(root / f"{stem}_{index}.png", size, seed + index) for index, size in enumerate(sizes)]
     yes_no, four = {"A": "Yes.", "B": "No."}, {"A": "Scratch.", "B": "Dent.", "C": "Stain.", "D": "Chip."}
@@ -104,7 +104,7 @@ def case(tmp_path) -> Case:
 
 
 def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 3) -> Path:
-    """A dataset folder as data_prep.build writes it, from drawn cases with every role's rows."""
+    """Write a dataset folder like data_prep.build, with drawn cases and training rows for all roles."""
     import hashlib
     import json
 
@@ -114,22 +114,22 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
     from echo_ft.files import write_jsonl
     from echo_ft.records import ROLES, Inspection
 
-    made = {"train": train, "validation": validation, "test": test}
+    counts = {"train": train, "validation": validation, "test": test}
     cases = {
         split: [make_case(folder / "images", f"{split}/{index}", seed=31 * index) for index in range(count)]
-        for split, count in made.items()
+        for split, count in counts.items()
     }
     write_jsonl(
         folder / "inspections.jsonl",
         (Inspection(c.id, c.seen.query, "line", "washer", "stain", c.id, s) for s, cs in cases.items() for c in cs),
     )
-    every = [case for split in cases.values() for case in split]
-    write_jsonl(folder / "references.jsonl", (reference for case in every for reference in case.seen.references))
+    all_cases = [case for split in cases.values() for case in split]
+    write_jsonl(folder / "references.jsonl", (reference for case in all_cases for reference in case.seen.references))
     write_jsonl(
         folder / "questions.jsonl",
-        (dataclasses.replace(q, answer=case.truth.answers[q.id]) for case in every for q in case.seen.questions),
+        (dataclasses.replace(q, answer=case.truth.answers[q.id]) for case in all_cases for q in case.seen.questions),
     )
-    knowledge = {entry.condition: entry.description for entry in every[0].seen.knowledge}
+    knowledge = {entry.condition: entry.description for entry in all_cases[0].seen.knowledge}
     (folder / "knowledge.json").write_text(json.dumps({"line": {"washer": knowledge}}))
     for role in ROLES:
         for split in ("train", "validation"):
@@ -147,7 +147,7 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
 
 
 def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] | None = None) -> Path:
-    """Four adapters of echo-tiny with random weights, as train/sft.py leaves them, on each role's `targets`."""
+    """Write four random adapters of echo-tiny like train/sft.py does. `targets` maps a role to its target modules."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -166,8 +166,8 @@ def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] |
 
 
 @pytest.fixture
-def small_list(tmp_path: Path) -> Path:
-    """A list of 24 photographs of one product, for a test to change."""
+def small_manifest(tmp_path: Path) -> Path:
+    """A manifest of 24 images of one product, for a test to change."""
     from tests.support.drawn_manifest import draw_manifest
 
     return draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)

@@ -72,7 +72,8 @@ def test_audit_reports_leaks_with_images_and_stores_the_verdict(tmp_path):
 
     done = run(train, evaluation, "--output", tmp_path / "report")
     assert done.returncode == 1, done.stderr
-    assert done.stderr.strip().startswith(f"LEAK: training data of {train} is in the test split of {evaluation}: 1 of 6")
+    leak = f"LEAK: training data of {train} is in the test split of {evaluation}: 1 of 6"
+    assert done.stderr.strip().startswith(leak)
     report = json.loads((tmp_path / "report" / "audit.json").read_text())
     assert [(pair["kind"], pair["trained"], pair["asked"]) for pair in report["pairs"]] == [
         ("copy", "train3.png", "leak0.png"),

@@ -1,4 +1,4 @@
-"""Folders of runs as `evaluation.run` leaves them, made without a model."""
+"""Run folders like those of `evaluation.run`, made without a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS
 
 
 def predictions(skill: float, seed: int = 0, images: int = 40) -> list[Prediction]:
-    """One run's answers, right with probability `skill`, two questions an image; the questions do not depend on it."""
+    """Answer two questions per image, correctly with probability `skill`. The questions do not depend on `skill`."""
     luck = random.Random(seed)
     rows = []
     for image in range(images):
@@ -42,6 +42,7 @@ def predictions(skill: float, seed: int = 0, images: int = 40) -> list[Predictio
 
 
 def make_run(folder: Path, rows: list[Prediction], **changes: Any) -> Path:
+    """Write a complete run with these predictions. `changes` override the values in run.json."""
     write_jsonl(folder / "predictions.jsonl", rows)
     run = {
         "dataset": "nowhere",
@@ -62,11 +63,13 @@ def run_command(module: str, *arguments: str | Path) -> subprocess.CompletedProc
 
 
 def require_self_contained(page: str) -> None:
+    """Fail if a page refers to anything outside itself or contains unescaped text."""
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|@import|url\(|<script""", page)
-    assert "<b>Is there a defect?" not in page, "texts of a run are escaped"
+    assert "<b>Is there a defect?" not in page, "the text of a run must be escaped"
 
 
 def run_evaluation(dataset, output, *more) -> None:
+    """Run `evaluation.run` with echo-tiny and short outputs in this process."""
     options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
     run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])
