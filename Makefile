@@ -1,11 +1,11 @@
-# make demo and make test each do everything from a fresh clone; the second of them does not install again.
+# `make demo` and `make test` work in a fresh clone. Both install the environment first if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 THREADS := $(shell nproc)
 ROLES := reference_extractor knowledge_guide reasoning_expert decision_maker
 
-# The smoke size proves that every step runs; its figures mean nothing.
+# The smoke size shows that every step runs. Its figures mean nothing.
 ifdef SMOKE
 DATA := --parts 12
 TRAIN := --max_steps 3 --eval_strategy no
@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m train.export --adapters runs/$(NAME)/adapters --output runs/$(NAME)/bundle
 	$(BIN)/python -m evaluation.compare runs/$(NAME)/base runs/$(NAME)/tuned
 
-# Two workers, a file to each at a time: most of a test's time is the start of a command.
+# Two workers, each with one file at a time. Most of the time goes into starting commands.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -52,7 +52,7 @@ style: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# The pictures in the documentation, from the pages of the last demo. Needs chromium.
+# Take the screenshots for the documentation from the pages of the last demo. Needs chromium.
 CHROMIUM ?= chromium
 SHOOT := $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars
 CROP := $(BIN)/python -c "import sys; from PIL import Image; path, top = sys.argv[1], int(sys.argv[2]); \

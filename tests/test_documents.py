@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import re
+import shlex
+import sys
 
 import pytest
 
@@ -66,6 +69,25 @@ def test_an_unknown_option_in_a_document_is_found(monkeypatch):
     assert (first, second) == ("train.sft", "evaluation.run")
     assert set(given) - options(first, monkeypatch) == {"refrences"}
     assert not set(other) - options(second, monkeypatch)
+
+
+def test_benchmark_commands_have_only_options_that_parse(monkeypatch):
+    parse, found = argparse.ArgumentParser.parse_args, 0
+
+    def parse_and_stop(parser, *given):
+        parse(parser, *given)
+        raise OptionsFoundError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for document in DOCUMENTS:
+        for command in commands((ROOT / document).read_text(encoding="utf-8")):
+            if named := re.search(r"-m (benchmarks[.\w]*)([^#|;]*)", command):
+                module = "benchmarks.training.__main__" if named[1] == "benchmarks.training" else named[1]
+                monkeypatch.setattr(sys, "argv", [module, *shlex.split(named[2])])
+                with pytest.raises(OptionsFoundError):
+                    importlib.import_module(module).main()
+                found += 1
+    assert found >= 10
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
