@@ -74,7 +74,7 @@ def _images(root: Path, dataset: str, product: Path, folder: Path, condition: st
     masks = product / MASK_FOLDER / folder.name
     named = {path.stem: path for path in list_images(masks)}
     images = list(list_images(folder))
-    yield from reject_unused(root, folder, set(images), "images must lie directly in the folder of their condition")
+    yield from reject_unused(root, folder, set(images), "images must be directly in the folder of their condition")
     for path in images:
         image = path.relative_to(root).as_posix()
         found = named.get(f"{path.stem}_mask") or named.get(path.stem)
@@ -87,7 +87,7 @@ def _images(root: Path, dataset: str, product: Path, folder: Path, condition: st
             masks_used.add(several)
             files = list(list_images(several))
             yield from reject_unused(
-                root, several, set(files), f"the masks of {image} must lie directly in their folder"
+                root, several, set(files), f"the masks of {image} must be directly in their folder"
             )
         if not files and masks.is_dir():
             wanted = (masks / f"{path.stem}_mask.png").relative_to(root).as_posix()

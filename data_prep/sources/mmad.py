@@ -136,7 +136,7 @@ def _normals(dataset: str, product: str, root: Path) -> Items:
     folder = root / NORMAL_FOLDERS.get(dataset, dataset) / product / "train" / GOOD
     normals = list(list_images(folder))
     if folder.is_dir():
-        yield from reject_unused(root, folder, set(normals), "normal images must lie directly in it")
+        yield from reject_unused(root, folder, set(normals), "normal images must be directly in it")
     for path in normals:
         image = path.relative_to(root).as_posix()
         yield Inspection(
