@@ -22,7 +22,15 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.targets import training_exchanges
 from echo_ft.files import to_json
 from echo_ft.records import ROLES, Exchange, Inspection, Reference
-from tests.support.drawn_manifest import config, described, draw_manifest, draw_part, edit_rows, rows, run
+from tests.support.drawn_manifest import (
+    draw_manifest,
+    draw_part,
+    edit_rows,
+    make_config,
+    read_rows,
+    run_build,
+    write_part_knowledge,
+)
 
 JSONL = ["inspections.jsonl", "references.jsonl", "questions.jsonl", "rejected.jsonl"]
 SFT = [f"sft/{role}/{split}.jsonl" for role in ROLES for split in ("train", "validation")]
@@ -36,13 +44,13 @@ def raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def built(raw, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("datasets") / "parts"
-    build(config(raw, output))
+    build(make_config(raw, output))
     return output
 
 
 def test_the_command_writes_the_whole_dataset_folder(raw, tmp_path):
     (tmp_path / "data.yaml").write_text(f"source: manifest\nannotations: {raw}\ndescriptor: skimage\nk: 1\n")
-    done = run("--config", tmp_path / "data.yaml", "--output", tmp_path / "out", "--k", 2)
+    done = run_build("--config", tmp_path / "data.yaml", "--output", tmp_path / "out", "--k", 2)
     assert done.returncode == 0, done.stderr
     for name in [*JSONL, *SFT, "manifest.json", "knowledge.json", "preview.html"]:
         assert (tmp_path / "out" / name).is_file(), name
@@ -55,7 +63,7 @@ def test_the_command_writes_the_whole_dataset_folder(raw, tmp_path):
 
 
 def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
-    build(config(raw, tmp_path / "again"))
+    build(make_config(raw, tmp_path / "again"))
     for name in [*JSONL, *SFT, "knowledge.json"]:
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert load_dataset(built).fingerprint == load_dataset(tmp_path / "again").fingerprint
@@ -64,7 +72,7 @@ def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
 def test_training_rows_are_those_of_each_case_in_balanced_order(built):
     """The buffers that hold the rows until their order is known change nothing."""
     dataset = load_dataset(built)
-    inspections = {i.id: i for i in rows(built, "inspections.jsonl", Inspection)}
+    inspections = {i.id: i for i in read_rows(built, "inspections.jsonl", Inspection)}
     for role in ROLES:
         for split in ("train", "validation"):
             made = {
@@ -79,9 +87,9 @@ def test_training_rows_are_those_of_each_case_in_balanced_order(built):
 
 
 def test_references_are_train_normals_of_the_product_but_another_part(built):
-    by_image = {i.image: i for i in rows(built, "inspections.jsonl", Inspection)}
+    by_image = {i.image: i for i in read_rows(built, "inspections.jsonl", Inspection)}
     by_id = {i.id: i for i in by_image.values()}
-    references = rows(built, "references.jsonl", Reference)
+    references = read_rows(built, "references.jsonl", Reference)
     assert Counter(r.method for r in references) == {"retrieved": 160, "random": 160}
     for reference in references:
         query, normal = by_id[reference.inspection], by_image[reference.image]
@@ -90,9 +98,9 @@ def test_references_are_train_normals_of_the_product_but_another_part(built):
 
 
 def test_training_rows_have_every_role_and_are_half_normal(built):
-    condition = {i.id: i.condition for i in rows(built, "inspections.jsonl", Inspection)}
+    condition = {i.id: i.condition for i in read_rows(built, "inspections.jsonl", Inspection)}
     for role in ROLES:
-        found = rows(built, f"sft/{role}/train.jsonl", Exchange)
+        found = read_rows(built, f"sft/{role}/train.jsonl", Exchange)
         normal = len({i for i, row in enumerate(found) if condition[row.case] == "good"})
         assert {row.role for row in found} == {role}
         assert all(branch.completion for row in found for branch in row.branches)
@@ -102,13 +110,13 @@ def test_training_rows_have_every_role_and_are_half_normal(built):
 
 def test_manifest_counts_rows_by_side_and_warns_of_missing_sides(raw, built, tmp_path):
     """The paper's routing consults two roles about defects only."""
-    paper = build(config(raw, tmp_path / "paper", routing="paper", knowledge=described(tmp_path)))
+    paper = build(make_config(raw, tmp_path / "paper", routing="paper", knowledge=write_part_knowledge(tmp_path)))
     full = json.loads((built / "manifest.json").read_text())
     for manifest, folder in ((paper, tmp_path / "paper"), (full, built)):
-        condition = {i.id: i.condition for i in rows(folder, "inspections.jsonl", Inspection)}
+        condition = {i.id: i.condition for i in read_rows(folder, "inspections.jsonl", Inspection)}
         for role in ROLES:
             for split in ("train", "validation"):
-                found = rows(folder, f"sft/{role}/{split}.jsonl", Exchange)
+                found = read_rows(folder, f"sft/{role}/{split}.jsonl", Exchange)
                 normal = [row for row in found if condition[row.case] == "good"]
                 sides = manifest["counts"]["sft_sides"][f"{role}/{split}"]
                 assert (sides["normal"]["rows"], sides["defective"]["rows"]) == (len(normal), len(found) - len(normal))
@@ -125,16 +133,16 @@ def test_manifest_counts_rows_by_side_and_warns_of_missing_sides(raw, built, tmp
 
 
 @pytest.mark.parametrize("routing", ["full", "paper"])
-def test_rows_of_a_repeated_case_are_never_adjacent_in_any_role(small_list, tmp_path, routing):
+def test_rows_of_a_repeated_case_are_never_adjacent_in_any_role(small_manifest, tmp_path, routing):
     """This includes roles without rows for the normal cases that separate the repeats elsewhere."""
-    edit_rows(small_list, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
+    edit_rows(small_manifest, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
     edit_rows(
-        small_list, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None
+        small_manifest, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None
     )
-    settings = {"routing": routing, "fractions": [0.7, 0.0, 0.3], "knowledge": described(tmp_path)}
-    build(config(small_list, tmp_path / "out", **settings))
+    settings = {"routing": routing, "fractions": [0.7, 0.0, 0.3], "knowledge": write_part_knowledge(tmp_path)}
+    build(make_config(small_manifest, tmp_path / "out", **settings))
     for role in ROLES:
-        found = rows(tmp_path / "out", f"sft/{role}/train.jsonl", Exchange)
+        found = read_rows(tmp_path / "out", f"sft/{role}/train.jsonl", Exchange)
         assert found
         for _, group in groupby(found, key=lambda row: row.case):
             branches = [branch.id for row in group for branch in row.branches]
@@ -145,12 +153,12 @@ def test_rows_of_a_repeated_case_are_never_adjacent_in_any_role(small_list, tmp_
 
 def test_images_that_balancing_leaves_out_are_counted_and_named(tmp_path):
     """In each product, at most four times as many images of one side as of the other are trained on."""
-    listed = draw_manifest(tmp_path / "raw", ("cap",), normals=20, defects=1)
-    edit_rows(listed, lambda row: row.update(split="test" if row["condition"] == "stain" else "train"))
-    manifest = build(config(listed, tmp_path / "balanced", split="given"))
+    parts_file = draw_manifest(tmp_path / "raw", ("cap",), normals=20, defects=1)
+    edit_rows(parts_file, lambda row: row.update(split="test" if row["condition"] == "stain" else "train"))
+    manifest = build(make_config(parts_file, tmp_path / "balanced", split="given"))
     (warning,) = [one for one in manifest["warnings"] if "are in no row" in one]
-    conditions = {i.id: i.condition for i in rows(tmp_path / "balanced", "inspections.jsonl", Inspection)}
-    shown = {row.case for row in rows(tmp_path / "balanced", "sft/decision_maker/train.jsonl", Exchange)}
+    conditions = {i.id: i.condition for i in read_rows(tmp_path / "balanced", "inspections.jsonl", Inspection)}
+    shown = {row.case for row in read_rows(tmp_path / "balanced", "sft/decision_maker/train.jsonl", Exchange)}
     dents = sum(condition == "dent" for name, condition in conditions.items() if name in shown)
     goods = sum(condition == "good" for name, condition in conditions.items() if name in shown)
     assert goods == 4 * dents > 0
@@ -158,7 +166,7 @@ def test_images_that_balancing_leaves_out_are_counted_and_named(tmp_path):
     left = cases["good"] - goods
     assert manifest["counts"]["balanced_away"] == left > 0
     assert f"{left} training images are in no row (parts/cap: {left} of {cases['good']} normal)" in warning
-    manifest = build(config(listed, tmp_path / "all", split="given", balance=False))
+    manifest = build(make_config(parts_file, tmp_path / "all", split="given", balance=False))
     assert manifest["counts"]["balanced_away"] == 0
     assert not any("in no row" in one for one in manifest["warnings"])
 
@@ -171,7 +179,9 @@ def test_a_file_name_that_is_not_utf_8_is_rejected(tmp_path):
         path.unlink()
     first = tmp_path / "line" / "cap" / "test" / "dent" / "0.png"
     first.rename(os.fsdecode(os.fsencode(first.with_name("gr")) + b"\xfcn.png"))
-    made = config(tmp_path, tmp_path / "out", source="folder", annotations=None, root=tmp_path / "line", split="seeded")
+    made = make_config(
+        tmp_path, tmp_path / "out", source="folder", annotations=None, root=tmp_path / "line", split="seeded"
+    )
     manifest = build(made)
     assert manifest["rejected"] == 1
     (rejected,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
@@ -179,30 +189,30 @@ def test_a_file_name_that_is_not_utf_8_is_rejected(tmp_path):
     assert "is not UTF-8; rename the file" in rejected["reason"]
 
 
-def test_images_of_uneven_bit_depths_are_reported(small_list, tmp_path):
+def test_images_of_uneven_bit_depths_are_reported(small_manifest, tmp_path):
     def deepen(name: str, top: int) -> None:
-        path = small_list.parent / name
+        path = small_manifest.parent / name
         values = (np.asarray(Image.open(path)).astype(int) * top // 255).astype(np.uint16)
         Image.fromarray(values).save(path)
 
     for number in range(6):
         deepen(f"cap/good-{number}-1.png", 4095)
-    manifest = build(config(small_list, tmp_path / "even"))
+    manifest = build(make_config(small_manifest, tmp_path / "even"))
     assert not any("depths" in warning for warning in manifest["warnings"])
     deepen("cap/dent-0-1.png", 65535)
-    manifest = build(config(small_list, tmp_path / "uneven"))
+    manifest = build(make_config(small_manifest, tmp_path / "uneven"))
     (warning,) = [warning for warning in manifest["warnings"] if "depths" in warning]
     assert "parts/cap" in warning
     assert "6 from 12 bits, 1 from 16 bits" in warning
 
 
 def test_training_and_validation_rows_show_only_their_own_split(built):
-    inspections = rows(built, "inspections.jsonl", Inspection)
+    inspections = read_rows(built, "inspections.jsonl", Inspection)
     for split in ("train", "validation"):
         allowed = {i.id for i in inspections if i.split == split}
         test = {i.image for i in inspections if i.split == "test"}
         for role in ROLES:
-            for row in rows(built, f"sft/{role}/{split}.jsonl", Exchange):
+            for row in read_rows(built, f"sft/{role}/{split}.jsonl", Exchange):
                 assert row.case in allowed
                 assert not test & set(row.images)
 
@@ -236,12 +246,12 @@ def test_cases_take_references_by_method(built):
         load_cases(dataset, "test", "nearest")
 
 
-def test_named_references_are_used_unless_the_config_disables_them(small_list, tmp_path):
+def test_named_references_are_used_unless_the_config_disables_them(small_manifest, tmp_path):
     edit_rows(
-        small_list, lambda row: row.update(reference="cap/good-0-1.png") if "cap/dent-0" in row["image"] else None
+        small_manifest, lambda row: row.update(reference="cap/good-0-1.png") if "cap/dent-0" in row["image"] else None
     )
-    build(config(small_list, tmp_path / "named"))
-    build(config(small_list, tmp_path / "free", named_references=False))
+    build(make_config(small_manifest, tmp_path / "named"))
+    build(make_config(small_manifest, tmp_path / "free", named_references=False))
     for folder, method in (("named", "given"), ("free", "retrieved")):
         dataset = load_dataset(tmp_path / folder)
         found = [
@@ -253,7 +263,7 @@ def test_named_references_are_used_unless_the_config_disables_them(small_list, t
 def test_dataset_keeps_the_knowledge_of_its_own_products_only(raw, tmp_path):
     text = {"good": "An even ramp.", "dent": "A black square. It can cause leaks.", "burr": "A sharp edge."}
     (tmp_path / "knowledge.yaml").write_text(json.dumps({"parts": {"cap": text, "lid": text}}))
-    manifest = build(config(raw, tmp_path / "out", knowledge=tmp_path / "knowledge.yaml"))
+    manifest = build(make_config(raw, tmp_path / "out", knowledge=tmp_path / "knowledge.yaml"))
     knowledge = json.loads((tmp_path / "out" / "knowledge.json").read_text())
     assert set(knowledge["parts"]) == {"cap", "ring"}
     assert knowledge["parts"]["cap"] == {**text, "stain": "stain"}
@@ -261,8 +271,9 @@ def test_dataset_keeps_the_knowledge_of_its_own_products_only(raw, tmp_path):
     assert any("parts/ring" in warning for warning in manifest["warnings"])
 
 
-def mmad_tree(root: Path) -> Path:
-    listed = {}
+def draw_mmad(root: Path) -> Path:
+    """Draw a tiny copy of MMAD with one question per image; returns the path of its mmad.json."""
+    entries = {}
     question = {"Question": "Is there any defect in the object?", "type": "Anomaly Detection", "annotation": True}
     for number in range(4):
         draw_part(root / f"MVTec-AD/bottle/train/good/{number:03d}.png", number)
@@ -271,18 +282,18 @@ def mmad_tree(root: Path) -> Path:
         draw_part(root / key, 50 + number)
         options = {"A": "Yes.", "B": "No."}
         answer = "B" if condition == "good" else "A"
-        listed[key] = {
+        entries[key] = {
             "image_path": f"image/{condition}/{number:03d}.png",
             "mask_path": None,
             "conversation": [{**question, "Options": options, "Answer": answer}],
             "random_templates": ["MVTec-AD/bottle/train/good/003.png"],
         }
-    (root / "mmad.json").write_text(json.dumps(listed))
+    (root / "mmad.json").write_text(json.dumps(entries))
     return root / "mmad.json"
 
 
 def test_mmad_keeps_its_own_questions_and_warns_that_it_cannot_train(tmp_path):
-    manifest = build(config(mmad_tree(tmp_path / "raw"), tmp_path / "out", source="mmad"))
+    manifest = build(make_config(draw_mmad(tmp_path / "raw"), tmp_path / "out", source="mmad"))
     dataset = load_dataset(tmp_path / "out")
     found = load_cases(dataset, "test")
     assert len(found) == 3
@@ -294,26 +305,26 @@ def test_mmad_keeps_its_own_questions_and_warns_that_it_cannot_train(tmp_path):
 
 
 def test_a_benchmark_question_is_kept_without_its_mask(tmp_path):
-    annotations = mmad_tree(tmp_path / "raw")
-    listed = json.loads(annotations.read_text())
+    annotations = draw_mmad(tmp_path / "raw")
+    entries = json.loads(annotations.read_text())
     key = "DS-MVTec/bottle/image/crack/001.png"
-    listed[key]["mask_path"] = "rbg_mask/crack/001.png"
-    annotations.write_text(json.dumps(listed))
+    entries[key]["mask_path"] = "rbg_mask/crack/001.png"
+    annotations.write_text(json.dumps(entries))
     mask = tmp_path / "raw/DS-MVTec/bottle/rbg_mask/crack/001.png"
     mask.parent.mkdir(parents=True)
     Image.new("L", (9, 9), 255).save(mask)
-    manifest = build(config(annotations, tmp_path / "out", source="mmad"))
+    manifest = build(make_config(annotations, tmp_path / "out", source="mmad"))
     assert (manifest["rejected"], manifest["dropped"]) == (0, {"mask": 1})
     assert len(load_cases(load_dataset(tmp_path / "out"), "test")) == 3
 
 
-def test_copies_of_test_images_in_training_are_reported(small_list, tmp_path):
-    root = small_list.parent
+def test_copies_of_test_images_in_training_are_reported(small_manifest, tmp_path):
+    root = small_manifest.parent
     shutil.copy(root / "cap/dent-0-1.png", root / "cap/dent-1-1.png")
     given = {"dent-0": "test", "dent-1": "train"}
-    edit_rows(small_list, lambda row: row.update(split=given.get(row["group"], "train")))
-    edit_rows(small_list, lambda row: row.pop("mask", None))
-    manifest = build(config(small_list, tmp_path / "out"))
+    edit_rows(small_manifest, lambda row: row.update(split=given.get(row["group"], "train")))
+    edit_rows(small_manifest, lambda row: row.pop("mask", None))
+    manifest = build(make_config(small_manifest, tmp_path / "out"))
     assert any("are copies of images" in warning and "cap/dent-0-1.png" in warning for warning in manifest["warnings"])
 
 

@@ -14,7 +14,7 @@ from data_prep.manifest import rejection_summary
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Question, Reference, Rejection
-from tests.support.drawn_manifest import arguments, config, draw_manifest, edit_rows, rows, run
+from tests.support.drawn_manifest import draw_manifest, edit_rows, flags, make_config, read_rows, run_build
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def raw(tmp_path_factory) -> Path:
     return draw_manifest(tmp_path_factory.mktemp("raw"), ("cap", "ring"), normals=12, defects=4)
 
 
-def test_broken_images_and_contradicting_masks_are_rejected_by_name(small_list, tmp_path):
-    root = small_list.parent
+def test_broken_images_and_contradicting_masks_are_rejected_by_name(small_manifest, tmp_path):
+    root = small_manifest.parent
     (root / "cap/good-0-1.png").write_bytes(b"not an image")
     whole = (root / "cap/good-1-1.png").read_bytes()
     (root / "cap/good-1-1.png").write_bytes(whole[: len(whole) // 2])
@@ -31,11 +31,11 @@ def test_broken_images_and_contradicting_masks_are_rejected_by_name(small_list, 
     Image.new("L", (48, 40), 0).save(root / "cap/dent-1-1_mask.png")
     (root / "cap/dent-2-1_mask.png").write_bytes(b"")
     Image.new("L", (48, 40), 255).save(root / "mark.png")
-    edit_rows(small_list, lambda r: r.update(mask="mark.png") if r["image"] == "cap/good-2-1.png" else None)
-    manifest = build(config(small_list, tmp_path / "out"))
-    rejections = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    edit_rows(small_manifest, lambda r: r.update(mask="mark.png") if r["image"] == "cap/good-2-1.png" else None)
+    manifest = build(make_config(small_manifest, tmp_path / "out"))
+    rejections = read_rows(tmp_path / "out", "rejected.jsonl", Rejection)
     reasons = {r.item: r.reason for r in rejections}
-    lines = {row["image"]: n for n, row in enumerate(map(json.loads, small_list.read_text().splitlines()), start=1)}
+    lines = {row["image"]: n for n, row in enumerate(map(json.loads, small_manifest.read_text().splitlines()), start=1)}
     assert all(reason.endswith(f" (parts.jsonl:{lines[image]})") for image, reason in reasons.items())
     assert manifest["rejected"] == 5
     assert manifest["dropped"] == {"mask": 1}
@@ -51,45 +51,47 @@ def test_broken_images_and_contradicting_masks_are_rejected_by_name(small_list, 
     assert "used without it" in reasons["cap/dent-1-1.png"]
     assert "dent-2-1_mask.png" in reasons["cap/dent-2-1.png"]
     assert "labelled good" in reasons["cap/good-2-1.png"]
-    kept = {i.image: i for i in rows(tmp_path / "out", "inspections.jsonl", Inspection)}
+    kept = {i.image: i for i in read_rows(tmp_path / "out", "inspections.jsonl", Inspection)}
     assert len(kept) == 19
     assert kept["cap/dent-1-1.png"].mask is None
-    used = {r.image for r in rows(tmp_path / "out", "references.jsonl", Reference)}
+    used = {r.image for r in read_rows(tmp_path / "out", "references.jsonl", Reference)}
     assert used <= set(kept)
 
 
-def test_a_named_reference_to_itself_or_to_a_defect_is_dropped(small_list, tmp_path):
+def test_a_named_reference_to_itself_or_to_a_defect_is_dropped(small_manifest, tmp_path):
     named = {"cap/dent-0-1.png": "cap/dent-0-1.png", "cap/dent-1-1.png": "cap/stain-0-1.png"}
     named |= {"cap/dent-2-1.png": "cap/good-0-1.png"}
-    edit_rows(small_list, lambda row: row.update(reference=named.get(row["image"])))
-    manifest = build(config(small_list, tmp_path / "out"))
-    rejected = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    edit_rows(small_manifest, lambda row: row.update(reference=named.get(row["image"])))
+    manifest = build(make_config(small_manifest, tmp_path / "out"))
+    rejected = read_rows(tmp_path / "out", "rejected.jsonl", Rejection)
     reasons = {r.item: r.reason for r in rejected if r.dropped == "reference"}
     assert set(reasons) == {"cap/dent-0-1.png", "cap/stain-0-1.png"}
     assert manifest["dropped"] == {"reference": 2}
     assert "is its own reference; cap/dent-0-1.png gets a retrieved reference" in reasons["cap/dent-0-1.png"]
     assert "shows a defect (stain); cap/dent-1-1.png gets a retrieved" in reasons["cap/stain-0-1.png"]
-    references = rows(tmp_path / "out", "references.jsonl", Reference)
+    references = read_rows(tmp_path / "out", "references.jsonl", Reference)
     given = {r.inspection: r.image for r in references if r.method == "given"}
     assert given == {"cap/dent-2-1.png": "cap/good-0-1.png"}
 
 
-def test_boxes_replace_a_mask_and_must_lie_inside_the_image(small_list, tmp_path):
+def test_boxes_replace_a_mask_and_must_lie_inside_the_image(small_manifest, tmp_path):
     def box(row: dict) -> None:
         if row.pop("mask", None):
             row["boxes"] = [[40, 30, 60, 38]] if row["image"] == "cap/dent-0-1.png" else [[4, 4, 12, 12]]
 
-    edit_rows(small_list, box)
-    build(config(small_list, tmp_path / "out"))
-    (rejection,) = rows(tmp_path / "out", "rejected.jsonl", Rejection)
+    edit_rows(small_manifest, box)
+    build(make_config(small_manifest, tmp_path / "out"))
+    (rejection,) = read_rows(tmp_path / "out", "rejected.jsonl", Rejection)
     assert rejection.item == "cap/dent-0-1.png"
     assert "48 x 40" in rejection.reason
-    places = {q.options[q.answer] for q in rows(tmp_path / "out", "questions.jsonl", Question) if "Where" in q.text}
+    places = {
+        q.options[q.answer] for q in read_rows(tmp_path / "out", "questions.jsonl", Question) if "Where" in q.text
+    }
     assert places == {"top left"}
 
 
-def test_an_interrupted_build_leaves_only_the_old_dataset(small_list, tmp_path, monkeypatch):
-    build(config(small_list, tmp_path / "out"))
+def test_an_interrupted_build_leaves_only_the_old_dataset(small_manifest, tmp_path, monkeypatch):
+    build(make_config(small_manifest, tmp_path / "out"))
     before = (tmp_path / "out" / "manifest.json").read_bytes()
 
     def stop(*_: object) -> None:
@@ -97,29 +99,29 @@ def test_an_interrupted_build_leaves_only_the_old_dataset(small_list, tmp_path, 
 
     monkeypatch.setattr("data_prep.build.write_preview", stop)
     with pytest.raises(KeyboardInterrupt):
-        build(config(small_list, tmp_path / "out"))
+        build(make_config(small_manifest, tmp_path / "out"))
     with pytest.raises(KeyboardInterrupt):
-        build(config(small_list, tmp_path / "new"))
+        build(make_config(small_manifest, tmp_path / "new"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
 
 
-def test_only_a_dataset_of_the_same_config_is_replaced(small_list, tmp_path):
+def test_only_a_dataset_of_the_same_config_is_replaced(small_manifest, tmp_path):
     output = tmp_path / "out"
     output.mkdir()  # an empty folder may be used
-    build(config(small_list, output))
-    build(config(small_list, output))
+    build(make_config(small_manifest, output))
+    build(make_config(small_manifest, output))
     with pytest.raises(EchoError, match=r"another config \(it differs in seed\).*--overwrite"):
-        build(config(small_list, output, seed=1))
+        build(make_config(small_manifest, output, seed=1))
     first = load_dataset(output).fingerprint
-    assert build(config(small_list, output, seed=1, overwrite=True))["fingerprint"] != first
+    assert build(make_config(small_manifest, output, seed=1, overwrite=True))["fingerprint"] != first
     (output / "thesis.txt").write_text("mine")
     with pytest.raises(EchoError, match=r"thesis\.txt"):
-        build(config(small_list, output, seed=1))
+        build(make_config(small_manifest, output, seed=1))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
     with pytest.raises(EchoError, match="not a dataset"):
-        build(config(small_list, tmp_path / "images", overwrite=True))
+        build(make_config(small_manifest, tmp_path / "images", overwrite=True))
     assert (output / "thesis.txt").is_file()
     assert (tmp_path / "images" / "a.png").is_file()
 
@@ -144,7 +146,7 @@ def test_a_wrong_option_gets_one_clear_sentence(raw, tmp_path, changes, message)
     if changes.get("source") != "folder":
         options["annotations"] = raw
     with pytest.raises(EchoError, match=re.escape(message)) as caught:
-        main(arguments(**{**options, **changes}))
+        main(flags(**{**options, **changes}))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -167,13 +169,13 @@ def test_data_without_a_usable_case_is_an_error_with_a_remedy(raw, tmp_path, kee
     source = raw.with_name(f"{tmp_path.name}.jsonl")
     source.write_text("".join(json.dumps(row) + "\n" for row in lines))
     with pytest.raises(EchoError, match=message):
-        build(config(source, tmp_path / "out"))
+        build(make_config(source, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_user_mistake_ends_without_a_traceback(tmp_path):
     (tmp_path / "mmad.json").write_text(json.dumps({"VisA/candle/test/bad/000.JPG": {}}))
-    done = run(*arguments(source="mmad", annotations=tmp_path / "mmad.json", output=tmp_path / "out"))
+    done = run_build(*flags(source="mmad", annotations=tmp_path / "mmad.json", output=tmp_path / "out"))
     assert done.returncode == 2
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: all 1 ")
@@ -195,8 +197,8 @@ def test_a_folder_that_is_not_a_dataset_is_refused_with_a_remedy(tmp_path, conte
         load_dataset(folder)
 
 
-def test_an_error_about_moved_images_names_their_old_folder(small_list, tmp_path):
-    build(config(small_list, tmp_path / "out"))
-    small_list.parent.rename(tmp_path / "moved")
+def test_an_error_about_moved_images_names_their_old_folder(small_manifest, tmp_path):
+    build(make_config(small_manifest, tmp_path / "out"))
+    small_manifest.parent.rename(tmp_path / "moved")
     with pytest.raises(EchoError, match=r"no longer in .*raw"):
         load_dataset(tmp_path / "out")

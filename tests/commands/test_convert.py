@@ -129,7 +129,7 @@ def test_llamafactory_and_ms_swift_load_the_same_tokens_and_pixels(form, parts, 
     python = os.environ.get(f"ECHO_FT_{form.upper()}")
     if not python:
         pytest.skip(
-            f"ECHO_FT_{form.upper()} is not set; set it to the Python of an environment with {form} (benchmarks/README.md)"
+            f"ECHO_FT_{form.upper()} is not set; set it to the Python of a {form} environment: benchmarks/README.md"
         )
     model = tmp_path / "model"
     shutil.copytree(ECHO_TINY, model)
@@ -233,7 +233,7 @@ def test_rows_record_their_source_and_changed_images_are_refused(tmp_path):
     assert manifest["synthetic"] == {}
     first = next(read_jsonl(parts / "sft" / ROLES[0] / "train.jsonl", Exchange)).images[0]
     Image.new("RGB", (56, 56)).save(parts / "images" / first)
-    with pytest.raises(EchoError, match=rf"1 of \d+ images .*such as {first}"):
+    with pytest.raises(EchoError, match=rf"1 of \d+ images .*first: {first}"):
         convert(dataset, "ms_swift", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -20,7 +20,7 @@ from echo_ft.retrieval import descriptor_cache, descriptors
 from echo_ft.retrieval.descriptor_cache import DescriptorCache, extract_descriptors, extract_missing, hash_files
 from echo_ft.retrieval.descriptors import OpenClip, ScikitImage
 from tests.conftest import ROOT
-from tests.support.drawn_manifest import config, draw_manifest, draw_part
+from tests.support.drawn_manifest import draw_manifest, draw_part, make_config
 
 SMALL_SHARDS = (
     "import sys; from echo_ft.retrieval import descriptor_cache; descriptor_cache.SHARD_SIZE = 4\n"
@@ -33,14 +33,14 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def listed(tmp_path_factory) -> Path:
+def parts_file(tmp_path_factory) -> Path:
     """A manifest of 80 images."""
     return draw_manifest(tmp_path_factory.mktemp("raw"), ("cap", "ring"), normals=12, defects=4)
 
 
-def options(listed: Path, cache: Path) -> list[str]:
-    given = {"source": "manifest", "annotations": listed, "output": cache.parent / "parts", "descriptor": "skimage"}
-    return [str(word) for key, value in {**given, "cache": cache}.items() for word in (f"--{key}", value)]
+def options(parts_file: Path, cache: Path) -> list[str]:
+    given = {"source": "manifest", "annotations": parts_file, "output": cache.parent / "parts", "descriptor": "skimage"}
+    return [str(text) for key, value in {**given, "cache": cache}.items() for text in (f"--{key}", value)]
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
@@ -57,16 +57,18 @@ def shards(cache: Path) -> dict[str, tuple[int, list[str]]]:
     }
 
 
-def test_after_a_kill_no_finished_shard_is_computed_again(listed, tmp_path):
+def test_after_a_kill_no_finished_shard_is_computed_again(parts_file, tmp_path):
     cache = tmp_path / "cache"
-    process = start([sys.executable, "-c", SMALL_SHARDS, *options(listed, cache)])
+    process = start([sys.executable, "-c", SMALL_SHARDS, *options(parts_file, cache)])
     while process.poll() is None and len(shards(cache)) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = shards(cache)
     assert 3 <= len(finished) < 20, "the process was killed halfway"
-    process = start([str(BIN / "accelerate"), "launch", "--quiet", "-m", "data_prep.embed", *options(listed, cache)])
+    process = start(
+        [str(BIN / "accelerate"), "launch", "--quiet", "-m", "data_prep.embed", *options(parts_file, cache)]
+    )
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     known = sum(len(hashes) for _, hashes in finished.values())
@@ -78,13 +80,13 @@ def test_after_a_kill_no_finished_shard_is_computed_again(listed, tmp_path):
     assert set(counts.values()) == {1}
 
 
-def test_two_processes_compute_the_same_descriptors_as_one(listed, tmp_path):
+def test_two_processes_compute_the_same_descriptors_as_one(parts_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    embed(config(listed, tmp_path / "parts", cache=one))
+    embed(make_config(parts_file, tmp_path / "parts", cache=one))
     script = tmp_path / "embed.py"
     script.write_text(SMALL_SHARDS)
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
-    process = start([*torchrun, str(script), *options(listed, two)])
+    process = start([*torchrun, str(script), *options(parts_file, two)])
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "80 images, 0 of them already in the cache" in output
@@ -96,18 +98,21 @@ def test_two_processes_compute_the_same_descriptors_as_one(listed, tmp_path):
     np.testing.assert_array_equal(store["two"].gather(rows), store["one"].gather(rows))
 
 
-def test_a_build_uses_cached_descriptors(listed, tmp_path, monkeypatch):
-    plain = build(config(listed, tmp_path / "plain"))
-    embed(config(listed, tmp_path / "parts", cache=tmp_path / "cache"))
+def test_a_build_uses_cached_descriptors(parts_file, tmp_path, monkeypatch):
+    plain = build(make_config(parts_file, tmp_path / "plain"))
+    embed(make_config(parts_file, tmp_path / "parts", cache=tmp_path / "cache"))
     monkeypatch.setattr(ScikitImage, "_describe", None)  # nothing is left to compute
-    assert build(config(listed, tmp_path / "parts", cache=tmp_path / "cache"))["fingerprint"] == plain["fingerprint"]
+    assert (
+        build(make_config(parts_file, tmp_path / "parts", cache=tmp_path / "cache"))["fingerprint"]
+        == plain["fingerprint"]
+    )
 
 
 def test_an_unreadable_image_is_counted_and_left_to_the_build(tmp_path, capsys):
-    listed = draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)
-    (listed.parent / "cap" / "good-0-1.png").write_bytes(b"broken")
+    parts_file = draw_manifest(tmp_path / "raw", ("cap",), normals=6, defects=3)
+    (parts_file.parent / "cap" / "good-0-1.png").write_bytes(b"broken")
     for cached in (0, 23):
-        embed(config(listed, tmp_path / "parts", cache=tmp_path / "cache"))
+        embed(make_config(parts_file, tmp_path / "parts", cache=tmp_path / "cache"))
         output = capsys.readouterr().out
         assert f"24 images, {cached} of them already in the cache" in output
         assert "unreadable images: 1; the build reports which and why" in output
@@ -121,9 +126,9 @@ def test_an_unreadable_image_is_counted_and_left_to_the_build(tmp_path, capsys):
         ({"cache": Path("c"), "descriptor": "scikit"}, "did you mean skimage"),
     ],
 )
-def test_configs_without_descriptors_to_compute_are_refused(listed, tmp_path, changes, message):
+def test_configs_without_descriptors_to_compute_are_refused(parts_file, tmp_path, changes, message):
     with pytest.raises(EchoError, match=message):
-        embed(config(listed, tmp_path / "parts", **changes))
+        embed(make_config(parts_file, tmp_path / "parts", **changes))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -147,17 +152,19 @@ def test_images_keep_their_order_whatever_number_is_decoded_ahead(tmp_path, monk
             assert (pixels == descriptors.decode.decode(path)).all()
 
 
-@pytest.mark.parametrize("describe", [ScikitImage(), OpenClip("ViT-S-32-alt", None)], ids=["skimage", "open_clip"])
-def test_descriptors_in_shards_equal_those_of_single_images(tmp_path, monkeypatch, describe):
+@pytest.mark.parametrize("extractor", [ScikitImage(), OpenClip("ViT-S-32-alt", None)], ids=["skimage", "open_clip"])
+def test_descriptors_in_shards_equal_those_of_single_images(tmp_path, monkeypatch, extractor):
     monkeypatch.setattr(descriptor_cache, "SHARD_SIZE", 3)
     names = [f"{number}.png" for number in range(7)]
     for number, name in enumerate(names):
         draw_part(tmp_path / name, number)
     (tmp_path / "copy.png").write_bytes((tmp_path / "5.png").read_bytes())
-    found, rejections = extract_descriptors([*names, "copy.png"], tmp_path, describe, tmp_path / "cache")
-    assert not rejections and len(found.matrix) == 7 and found.rows["copy.png"] == found.rows["5.png"]
+    found, rejections = extract_descriptors([*names, "copy.png"], tmp_path, extractor, tmp_path / "cache")
+    assert not rejections
+    assert len(found.matrix) == 7
+    assert found.rows["copy.png"] == found.rows["5.png"]
     for name in names:
-        np.testing.assert_allclose(found.of(name), describe.vectors([tmp_path / name])[0][0], atol=1e-5)
+        np.testing.assert_allclose(found.vector(name), extractor.vectors([tmp_path / name])[0][0], atol=1e-5)
 
 
 def test_processes_that_write_the_same_shard_leave_it_complete(tmp_path):

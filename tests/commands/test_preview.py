@@ -290,7 +290,7 @@ def test_selects_and_bars_filter_and_change_the_address(built, tmp_path):
     everything, wanted = set(record[-1]["shown"]), {}
     assert len(everything) == 48
     for (name, value), state in zip(chosen, record, strict=False):
-        wanted = {key: word for key, word in {**wanted, name: value}.items() if word}
+        wanted = {key: text for key, text in {**wanted, name: value}.items() if text}
         assert set(state["shown"]) == everything & matching(built, wanted)
         assert state["at"] == ("#" + urlencode(wanted) if wanted else "")
         if name == "role":

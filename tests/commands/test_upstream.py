@@ -14,12 +14,12 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.data.splits import LEFT_OUT, leave_out_fold
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import one_line, parse_best
-from echo_ft.files import read_jsonl, write_jsonl
+from echo_ft.files import write_jsonl
 from echo_ft.model.adapters import make_card, read_card, write_card
 from echo_ft.records import ROLES, Exchange, Inspection, Question, Reference, Trace
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, random_adapters
-from tests.support.drawn_manifest import described, draw_manifest, run
+from tests.support.drawn_manifest import draw_manifest, read_rows, run_build, write_part_knowledge
 
 ROUTING = "full"
 
@@ -29,7 +29,7 @@ def place(tmp_path_factory) -> Path:
     """Images of one product, two of each part."""
     folder = tmp_path_factory.mktemp("upstream")
     draw_manifest(folder / "raw", ("cap",), normals=6, defects=4)
-    described(folder / "raw")
+    write_part_knowledge(folder / "raw")
     return folder
 
 
@@ -74,12 +74,8 @@ def clean(runs) -> list[Path]:
     return [runs[name] for name in (f"fold0 {LEFT_OUT}", f"fold1 {LEFT_OUT}", "fold0 validation")]
 
 
-def rows(folder: Path, name: str, cls: type) -> list:
-    return list(read_jsonl(folder / name, cls))
-
-
 def exchanges(folder: Path, role: str, split: str) -> list[Exchange]:
-    return rows(folder, f"sft/{role}/{split}.jsonl", Exchange)
+    return read_rows(folder, f"sft/{role}/{split}.jsonl", Exchange)
 
 
 def predict(place: Path, output: Path, runs: list[Path], *more: object) -> None:
@@ -87,30 +83,30 @@ def predict(place: Path, output: Path, runs: list[Path], *more: object) -> None:
 
 
 def test_folds_divide_the_train_split_by_part(whole, folds):
-    before = {one.id: one for one in rows(whole, "inspections.jsonl", Inspection)}
+    before = {one.id: one for one in read_rows(whole, "inspections.jsonl", Inspection)}
     train = {name for name, one in before.items() if one.split == "train"}
     left = []
     for folder in folds:
-        now = {one.id: one for one in rows(folder, "inspections.jsonl", Inspection)}
+        now = {one.id: one for one in read_rows(folder, "inspections.jsonl", Inspection)}
         left.append({name for name, one in now.items() if one.split == LEFT_OUT})
         assert {name for name, one in now.items() if one.split == "train"} == train - left[-1]
         assert list(now) == list(before)
         assert all(now[name].split == before[name].split for name in before if name not in train)
-        assert rows(folder, "questions.jsonl", Question) == rows(whole, "questions.jsonl", Question)
+        assert read_rows(folder, "questions.jsonl", Question) == read_rows(whole, "questions.jsonl", Question)
         assert json.loads((folder / "manifest.json").read_text())["counts"]["cases"][LEFT_OUT]
     assert left[0] | left[1] == train and not left[0] & left[1]
     assert not {before[name].group for name in left[0]} & {before[name].group for name in left[1]}
 
 
 def test_left_out_fold_is_never_a_training_reference(whole, folds):
-    own = {(r.inspection, r.image, r.rank, r.similarity) for r in rows(whole, "references.jsonl", Reference)}
+    own = {(r.inspection, r.image, r.rank, r.similarity) for r in read_rows(whole, "references.jsonl", Reference)}
     for folder in folds:
-        split = {one.id: one.split for one in rows(folder, "inspections.jsonl", Inspection)}
-        left = {one.image for one in rows(folder, "inspections.jsonl", Inspection) if one.split == LEFT_OUT}
+        split = {one.id: one.split for one in read_rows(folder, "inspections.jsonl", Inspection)}
+        left = {one.image for one in read_rows(folder, "inspections.jsonl", Inspection) if one.split == LEFT_OUT}
         training = [row for role in ROLES for row in exchanges(folder, role, "train")]
         assert training
         assert not {image for row in training for image in row.images} & left
-        others = [r for r in rows(folder, "references.jsonl", Reference) if split[r.inspection] != "train"]
+        others = [r for r in read_rows(folder, "references.jsonl", Reference) if split[r.inspection] != "train"]
         assert {(r.inspection, r.image, r.rank, r.similarity) for r in others} <= own
         shown = {one.id: one.seen for one in load_cases(load_dataset(whole), "train")}
         assert all(one.seen == shown[one.id] for one in load_cases(load_dataset(folder), LEFT_OUT))
@@ -135,9 +131,9 @@ def test_server_models_with_unknown_training_data_are_refused(place, runs, tmp_p
 def test_a_named_reference_in_the_left_out_fold_is_not_shown_in_training(place, whole, tmp_path):
     """This includes copies of its images. Other named references are kept."""
     shutil.copytree(place / "raw", tmp_path / "raw")
-    listed = tmp_path / "raw" / "parts.jsonl"
-    given = [json.loads(line) for line in listed.read_text().splitlines()]
-    split = {one.image: one.split for one in rows(whole, "inspections.jsonl", Inspection)}
+    parts_file = tmp_path / "raw" / "parts.jsonl"
+    given = [json.loads(line) for line in parts_file.read_text().splitlines()]
+    split = {one.image: one.split for one in read_rows(whole, "inspections.jsonl", Inspection)}
     normals = [row["image"] for row in given if row["condition"] == "good" and split[row["image"]] == "train"]
     original = {}
     for number, row in enumerate(given):
@@ -149,15 +145,15 @@ def test_a_named_reference_in_the_left_out_fold_is_not_shown_in_training(place, 
             shutil.copyfile(tmp_path / "raw" / row["reference"], tmp_path / "raw" / copy)
             original[copy] = row["reference"]
             row["reference"] = copy
-    listed.write_text("".join(json.dumps(row) + "\n" for row in given))
+    parts_file.write_text("".join(json.dumps(row) + "\n" for row in given))
     build_main(options(tmp_path, tmp_path / "fold", "--folds", 2, "--fold", 0))
-    inspections = rows(tmp_path / "fold", "inspections.jsonl", Inspection)
+    inspections = read_rows(tmp_path / "fold", "inspections.jsonl", Inspection)
     left = {one.image for one in inspections if one.split == LEFT_OUT}
     hidden = {
         one.id for one in inspections if one.split == "train" and original.get(one.reference, one.reference) in left
     }
     assert {one.reference in original for one in inspections if one.id in hidden} == {True, False}
-    references = rows(tmp_path / "fold", "references.jsonl", Reference)
+    references = read_rows(tmp_path / "fold", "references.jsonl", Reference)
     stand = {row.inspection for row in references if row.method == "given"}
     assert stand == {one.id for one in inspections} - hidden
     assert hidden <= {row.inspection for row in references if row.method == "retrieved"}
@@ -192,10 +188,12 @@ def test_folds_share_every_condition_whatever_the_order():
 
 def test_rows_show_predicted_outputs_but_completions_stay_true(place, whole, clean):
     output = place / "predicted"
-    done = run(*options(place, output, "--upstream", "predicted", "--traces", *clean))
+    done = run_build(*options(place, output, "--upstream", "predicted", "--traces", *clean))
     assert done.returncode == 0, done.stderr
     outputs = {
-        (one.case, one.role, one.branch): one.text for folder in clean for one in rows(folder, "traces.jsonl", Trace)
+        (one.case, one.role, one.branch): one.text
+        for folder in clean
+        for one in read_rows(folder, "traces.jsonl", Trace)
     }
     seen = {case.id: case.seen for split in ("train", "validation") for case in load_cases(load_dataset(whole), split)}
     assert all(any(text for (_, who, _), text in outputs.items() if who == role) for role in ROLES)
@@ -220,11 +218,11 @@ def test_rows_show_predicted_outputs_but_completions_stay_true(place, whole, cle
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["upstream"] == "predicted"
     assert json.loads((whole / "manifest.json").read_text())["upstream"] == "gold"
-    for listed, folder in zip(manifest["upstream_runs"], clean, strict=True):
+    for entry, folder in zip(manifest["upstream_runs"], clean, strict=True):
         described_by = json.loads((folder / "run.json").read_text())
-        assert listed["run"] == str(folder)
-        assert listed["dataset_fingerprint"] == described_by["dataset_fingerprint"]
-        assert listed["adapters"] == {role: described_by["adapters"][role]["fingerprint"] for role in ROLES}
+        assert entry["run"] == str(folder)
+        assert entry["dataset_fingerprint"] == described_by["dataset_fingerprint"]
+        assert entry["adapters"] == {role: described_by["adapters"][role]["fingerprint"] for role in ROLES}
     card = make_card("decision_maker", str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(output))
     assert card.upstream == "predicted"
 
@@ -236,11 +234,11 @@ def completions(made: list[Exchange]) -> list[tuple[str, str | None]]:
 def test_a_run_on_training_cases_of_its_adapters_is_refused(place, runs, clean, tmp_path):
     """The error names run, case and remedy. Images are recognised by content, even in another folder."""
     leaking = runs["fold0 train"]
-    case = rows(leaking, "traces.jsonl", Trace)[0].case
+    case = read_rows(leaking, "traces.jsonl", Trace)[0].case
     with pytest.raises(EchoError) as caught:
         predict(place, tmp_path / "out", [*clean, leaking])
-    for word in (str(leaking), case, "--folds N --fold I", "--split left_out", "fold0"):
-        assert word in str(caught.value)
+    for text in (str(leaking), case, "--folds N --fold I", "--split left_out", "fold0"):
+        assert text in str(caught.value)
     assert not (tmp_path / "out").exists()
     moved = tmp_path / "moved"
     shutil.copytree(place / "raw", moved / "raw")
@@ -249,16 +247,18 @@ def test_a_run_on_training_cases_of_its_adapters_is_refused(place, runs, clean, 
 
 
 def test_adapters_with_unknown_training_images_are_refused(place, clean, tmp_path):
-    stray = tmp_path / "run"
-    shutil.copytree(clean[1], stray)
-    edit(stray / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset=str(tmp_path / "gone")))
+    changed_run = tmp_path / "run"
+    shutil.copytree(clean[1], changed_run)
+    edit(
+        changed_run / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset=str(tmp_path / "gone"))
+    )
     with pytest.raises(
         EchoError, match=r"adapters \(knowledge_guide\) trained on .*gone.* their training images are unknown"
     ):
-        predict(place, tmp_path / "out", [clean[0], stray, clean[2]])
-    edit(stray / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset_fingerprint="0" * 16))
+        predict(place, tmp_path / "out", [clean[0], changed_run, clean[2]])
+    edit(changed_run / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset_fingerprint="0" * 16))
     with pytest.raises(EchoError, match="their training images are unknown"):
-        predict(place, tmp_path / "out", [clean[0], stray, clean[2]])
+        predict(place, tmp_path / "out", [clean[0], changed_run, clean[2]])
 
 
 def test_a_fully_tuned_base_model_counts_as_trained_on_its_dataset(place, runs, clean, tmp_path):
@@ -266,11 +266,11 @@ def test_a_fully_tuned_base_model_counts_as_trained_on_its_dataset(place, runs, 
     tuned.mkdir()
     (tuned / "config.json").write_text("{}")
     write_card(tuned, read_card(place / "adapters" / "fold0" / "decision_maker"))
-    stray = tmp_path / "run"
-    shutil.copytree(runs["fold0 train"], stray)
-    edit(stray / "run.json", lambda run: run.update(adapters={}, base_model=str(tuned)))
+    changed_run = tmp_path / "run"
+    shutil.copytree(runs["fold0 train"], changed_run)
+    edit(changed_run / "run.json", lambda run: run.update(adapters={}, base_model=str(tuned)))
     with pytest.raises(EchoError, match=r"with weights \(.*tuned\) that were trained on it"):
-        predict(place, tmp_path / "out", [*clean, stray])
+        predict(place, tmp_path / "out", [*clean, changed_run])
 
 
 def edit(path: Path, change) -> None:
@@ -287,12 +287,12 @@ def test_a_case_that_no_run_covers_is_named(place, folds, clean, tmp_path):
     assert f"({len(left)} of " in str(caught.value)
     with pytest.raises(EchoError, match="of the validation split"):
         predict(place, tmp_path / "out", clean[:2])
-    stray = tmp_path / "run"
-    shutil.copytree(clean[2], stray)
-    traces = rows(stray, "traces.jsonl", Trace)
-    write_jsonl(stray / "traces.jsonl", [trace for trace in traces if trace.role != "knowledge_guide"])
+    changed_run = tmp_path / "run"
+    shutil.copytree(clean[2], changed_run)
+    traces = read_rows(changed_run, "traces.jsonl", Trace)
+    write_jsonl(changed_run / "traces.jsonl", [trace for trace in traces if trace.role != "knowledge_guide"])
     with pytest.raises(EchoError, match=r"has no output of knowledge_guide for "):
-        predict(place, tmp_path / "out", [*clean[:2], stray])
+        predict(place, tmp_path / "out", [*clean[:2], changed_run])
 
 
 @pytest.mark.parametrize(
@@ -305,24 +305,24 @@ def test_a_case_that_no_run_covers_is_named(place, folds, clean, tmp_path):
     ],
 )
 def test_a_run_with_other_options_than_training_rows_is_refused(place, clean, tmp_path, change, message):
-    stray = tmp_path / "run"
-    shutil.copytree(clean[0], stray)
-    edit(stray / "run.json", lambda run: run.update(change))
+    changed_run = tmp_path / "run"
+    shutil.copytree(clean[0], changed_run)
+    edit(changed_run / "run.json", lambda run: run.update(change))
     with pytest.raises(EchoError, match=message):
-        predict(place, tmp_path / "out", [stray, *clean[1:]])
-    (stray / "run.json").unlink()
+        predict(place, tmp_path / "out", [changed_run, *clean[1:]])
+    (changed_run / "run.json").unlink()
     with pytest.raises(EchoError, match="is not a run of"):
-        predict(place, tmp_path / "out", [stray, *clean[1:]])
+        predict(place, tmp_path / "out", [changed_run, *clean[1:]])
 
 
-def test_outputs_about_other_references_or_images_are_refused(place, clean, tmp_path, monkeypatch):
+def test_outputs_about_other_references_or_images_are_refused(place, whole, clean, tmp_path, monkeypatch):
     with pytest.raises(EchoError, match=r"gave reference_extractor another prompt .* with the same config"):
         predict(place, tmp_path / "out", clean, "--k", 1)
     moved = tmp_path / "moved"
     shutil.copytree(place / "raw", moved / "raw")
-    test = next(one for one in rows(place / "whole", "inspections.jsonl", Inspection) if one.split == "test")
+    test = next(one for one in read_rows(whole, "inspections.jsonl", Inspection) if one.split == "test")
     shutil.copyfile(moved / "raw" / "cap" / "good-0-1.png", moved / "raw" / test.image)
-    monkeypatch.delattr("data_prep.build.write_sft")  # the error comes before hours of writing rows
+    monkeypatch.delattr("data_prep.build.write_training_rows")  # the error comes before hours of writing rows
     with pytest.raises(EchoError, match="which has other images than this dataset"):
         predict(moved, tmp_path / "out", clean)
 

@@ -1,4 +1,4 @@
-"""Photographs of drawn parts, the list that names them, and builds of it."""
+"""Drawn parts, a manifest that lists them, and helpers to build datasets from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 
 def draw_part(path: Path, seed: int, defect: bool = False, shade: float = 1.0) -> None:
-    """A noisy 48 x 40 part, darker by `shade`, with a black square and its mask `<stem>_mask.png` where defective."""
+    """A noisy 48 x 40 part, darker by `shade`, with a black square and a mask `<stem>_mask.png` if defective."""
     rng = np.random.default_rng(seed)
     pixels = (np.linspace(60, 200, 48)[None, :] * shade + rng.normal(0, 12, (40, 48))).clip(0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def draw_part(path: Path, seed: int, defect: bool = False, shade: float = 1.0) -
 
 
 def draw_manifest(root: Path, products: tuple[str, ...], normals: int, defects: int) -> Path:
-    """Parts, two exposures each, with two kinds of defect, listed in parts.jsonl; returns the list's path."""
+    """Draw parts with two exposures each and two types of defect; returns the path of the manifest parts.jsonl."""
     rows = []
     for product in products:
         for condition, count in (("good", normals), ("dent", defects), ("stain", defects)):
@@ -48,34 +48,37 @@ def draw_manifest(root: Path, products: tuple[str, ...], normals: int, defects: 
     return path
 
 
-def config(listed: Path, output: Path, **changes) -> BuildConfig:
-    values = {"source": "manifest", "annotations": listed, "output": output, "descriptor": "skimage", "k": 2}
+def make_config(manifest: Path, output: Path, **changes) -> BuildConfig:
+    """The config of a build from the manifest with small descriptors, except for `changes`."""
+    values = {"source": "manifest", "annotations": manifest, "output": output, "descriptor": "skimage", "k": 2}
     return BuildConfig(**{**values, **changes})
 
 
-def rows(folder: Path, name: str, cls: type) -> list:
+def read_rows(folder: Path, name: str, cls: type) -> list:
     return list(read_jsonl(folder / name, cls))
 
 
-def edit_rows(source: Path, change) -> None:
-    lines = [json.loads(line) for line in source.read_text().splitlines()]
+def edit_rows(manifest: Path, change) -> None:
+    """Apply `change` to every row of the manifest."""
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     for line in lines:
         change(line)
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def described(folder: Path) -> Path:
-    """Knowledge of both products, so that every kind of question is asked."""
+def write_part_knowledge(folder: Path) -> Path:
+    """Write knowledge about both products, so that every question type is asked; returns its path."""
     text = {"good": "An even ramp.", "dent": "A black square. It causes leaks.", "stain": "A blot. It causes rust."}
     (folder / "knowledge.yaml").write_text(json.dumps({"parts": {"cap": text, "ring": text}}))
     return folder / "knowledge.yaml"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "data_prep.build", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def arguments(**values: object) -> list[str]:
-    return [word for key, value in values.items() for word in (f"--{key}", *str(value).split())]
+def flags(**values: object) -> list[str]:
+    """The options of a command as it gets them from a terminal."""
+    return [text for key, value in values.items() for text in (f"--{key}", *str(value).split())]
