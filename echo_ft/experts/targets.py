@@ -27,7 +27,7 @@ CACHED_IMAGES = 256
 """Number of most recently used images that stay in memory at COMPARED_SIZE."""
 
 COARSE_GRID = 64
-"""Cells per side of the grid on which candidates are compared. It is coarse because no two parts are placed exactly alike."""
+"""Cells per side of the grid on which candidates are compared: coarse, because parts are never placed exactly alike."""
 
 # Phrasings of about equal length. The id of the case or question selects one of them. Each contains place, size, shape,
 # tone, condition and option verbatim, so that metrics can parse them.
