@@ -267,7 +267,7 @@ def _contents(side: Side, images: Sequence[str]) -> dict[bytes, str]:
 
 
 def _products(side: Side) -> set[tuple[str, ...]]:
-    """(dataset, product) of a side's cases. MMAD's names of datasets are replaced by one common name."""
+    """(dataset, product) of a side's cases. Dataset names of MMAD are replaced by one common name."""
     return {(DATASET_ALIASES.get(one.dataset, one.dataset), one.product) for one in side.cases.values()}
 
 

@@ -12,7 +12,7 @@ parts get no other questions. The manifest counts each role's cases and rows by 
 side is missing.
 
 `--folds N --fold I` keeps a part of the train split out of the training rows, for adapters that have not seen it.
-`--upstream predicted --traces RUN RUN ...` shows each role the outputs that earlier roles had in runs of such adapters.
+`--upstream predicted --traces RUN RUN ...` shows each role the outputs of earlier roles from runs with such adapters.
 """
 
 from __future__ import annotations

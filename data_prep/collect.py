@@ -46,9 +46,9 @@ def check_config(config: BuildConfig) -> None:
 
 
 def usable_images(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspection], list[Question], list[Rejection]]:
-    """The root of the config's source and its usable records (see `collect`). A source that draws, draws into `folder`.
+    """The root of the config's source and its usable records (see `collect`).
 
-    Raises EchoError if no image can be used.
+    A source that draws its images writes them into `folder`. Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
     inspections, questions, rejections = collect(progress(items, "reading", "records"), root)
@@ -60,7 +60,10 @@ def usable_images(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspect
 
 
 def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
-    """The root of the config's source and the records that it yields. A source that draws, draws into `folder`."""
+    """The root of the config's source and the records that it yields.
+
+    A source that draws its images writes them into `folder`.
+    """
     root = _root(config, folder)
     root.mkdir(exist_ok=True)
     source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
@@ -141,7 +144,7 @@ def _source(name: str) -> Any:
 def _root(config: BuildConfig, folder: Path) -> Path:
     """The folder that image paths are relative to. Raises EchoError if the config names none.
 
-    A source that draws uses `folder`.
+    A source that draws its images uses `folder`.
     """
     if config.source == "synthetic":
         return folder  # it draws into images/ and masks/ there

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     role = next((name.split("/")[0] for name, count in counts.items() if count), None)
     if role:
         folder = config.output.resolve()
-        print(f"use it: {USAGE[config.format].format(folder=str(folder / role), parent=folder, role=role)}")
+        print(f"usage: {USAGE[config.format].format(folder=str(folder / role), parent=folder, role=role)}")
 
 
 def convert(dataset: Dataset, row_format: str, output: Path) -> dict[str, int]:

@@ -4,9 +4,9 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m data_prep.embed --config FILE [--key value ...]
 
 FILE is the config of a build. The descriptors go into the folder `cache`, and builds with the same cache read them from
-there. Each process takes its share of the images and writes descriptors in shards that are complete or absent. A killed
-command can be resumed with any number of processes and computes no finished shard again. The cache is keyed by file
-content, so the descriptor of a changed image is recomputed.
+there. Each process takes its share of the images and writes descriptors in shards that are complete or absent. If the
+command is killed, rerun it with any number of processes to resume; finished shards are not recomputed. The cache is
+keyed by file content, so the descriptor of a changed image is recomputed.
 """
 
 from __future__ import annotations

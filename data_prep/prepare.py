@@ -139,7 +139,7 @@ def draft_dataset(
     """Assign splits and references, describe products and write questions; the records go into files in `folder`.
 
     `inspections`, `questions` and `rejections` come from `data_prep.collect.collect`; images are relative to `root`.
-    Raises EchoError for a split, reference or knowledge option that cannot be met, and if nothing can be asked.
+    Raises EchoError if a split, reference or knowledge option cannot be satisfied, and if there is nothing to ask.
     """
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
@@ -187,8 +187,9 @@ def assign_configured_splits(
     """The inspections with the splits that the config asks for, a summary of how, and what is held out.
 
     A dataset name that comes from the annotations file or the root folder has no influence. Otherwise renaming
-    parts.csv to parts_v2.csv would re-split the data and train on former test images. The split by_dataset is by these
-    names, so there they count. Synthetic defects do not change any split; one that may not be trained on gets none.
+    parts.csv to parts_v2.csv would re-split the data and train on former test images. With by_dataset these names
+    define the split, so they do count. Synthetic defects do not change any split; one that training may not use gets no
+    split.
     """
     name = None
     if config.split != "by_dataset":
