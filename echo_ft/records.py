@@ -56,7 +56,10 @@ class Inspection:
     product: str
     condition: str
     group: str
-    """Images of the same physical part share one group. Splits and references never separate or mix up groups."""
+    """Images of the same physical part share one group.
+
+    Assigned splits keep a group together, and retrieval never returns an image of the query's own group.
+    """
     split: str | None = None
     mask: str | None = None
     boxes: tuple[tuple[float, float, float, float], ...] = ()

@@ -6,7 +6,10 @@ import logging
 import sys
 
 LOGGER = logging.getLogger("echo_ft")
-"""The logger of the library: progress at level INFO, warnings and errors above."""
+"""The logger of the library: progress at level INFO, warnings and errors above.
+
+Progress is not shown until a program enables it, as `log_to_terminal` does.
+"""
 
 
 class TerminalHandler(logging.Handler):
