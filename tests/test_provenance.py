@@ -66,7 +66,9 @@ def test_images_changed_since_the_build_are_detected_by_content(
     if not count:
         require_unchanged(built, names)
         return
-    message = rf"{count} of 5 images have changed since .* was built \(first: {names[0]}\); restore the files or rebuild"
+    message = (
+        rf"{count} of 5 images have changed since .* was built \(first: {names[0]}\); restore the files or rebuild"
+    )
     with pytest.raises(EchoError, match=message):
         require_unchanged(built, [*names, *names])
 
@@ -138,7 +140,9 @@ def test_runs_with_different_protocols_are_compared_only_on_request(
 ) -> None:
     base, other = (make_run(tmp_path / name, predictions(0.5), **{key: value})
                    for name, value in zip(("base", "other"), values, strict=True))  # fmt: skip
-    message = f"base and other cannot be compared: their {key} differs .{values[0]} and {values[1]}.; .*--compared {key}"
+    message = (
+        f"base and other cannot be compared: their {key} differs .{values[0]} and {values[1]}.; .*--compared {key}"
+    )
     with pytest.raises(EchoError, match=message):
         compare.main([str(base), str(other)])
     compare.main([str(base), str(other), "--compared", key])
