@@ -71,7 +71,7 @@ Measured on held-out rows with greedy decoding. A letter is correct if the answe
 | what | count | correct, % | chance, % |
 |---|---|---|---|
 {table}
-Limits: it knows drawn surfaces, about 850 words and short answers, and little about real photographs. It can at best
+Limits: it knows drawn surfaces, about 850 words and short answers, and little about real images. It can at best
 copy words that its lessons did not contain.
 """
 """The model card. recipes/tiny/echo-tiny/README.md has the same wording, except for its training in two parts."""
