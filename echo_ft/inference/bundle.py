@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 from echo_ft.files import atomic_folder, write_json, write_text
-from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters
+from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, AdapterCard, attach_adapters
 from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
@@ -29,6 +30,9 @@ from echo_ft.records import Branch, Exchange
 ALLOWED_ERROR, MAX_ERROR = 0.02, 0.25
 """Allowed error of a part, relative to the adapter's effect on the logits. Rounding in the weights' data type may raise
 it above ALLOWED_ERROR, but never above MAX_ERROR, so that even a small update cannot get lost (error 1) unnoticed."""
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM (0.32) accepts for --max-lora-rank."""
 
 ALLOWED_EPSILONS = 8
 """Allowed rounding error, in machine epsilons. Logits of a model merged in bfloat16 or float16 differ by about one
@@ -166,19 +170,10 @@ def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], fidelity:
         role: json.loads((folder / "adapters" / role / "adapter_config.json").read_text(encoding="utf-8"))
         for role in adapters
     }
-    rank = max(config["r"] for config in configs.values())
+    rank = vllm_rank([*configs.values()])
     adapts_vision = any(_targets_vision(config["target_modules"]) for config in configs.values())
-    budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
     served = [role for role, config in configs.items() if not config.get("use_dora")]
-    local = Path(card.base_model).is_dir()
-    command = [
-        f"vllm serve {Path(card.base_model).resolve() if local else card.base_model}"
-        + ("" if local else f" --revision {card.base_revision}"),
-        f"--enable-lora --max-lora-rank {rank}" + (" --enable-tower-connector-lora" if adapts_vision else ""),
-        "--lora-modules " + " ".join(f"{role}=adapters/{role}" for role in served),
-        f"--mm-processor-kwargs '{budget}'",
-        f"--limit-mm-per-prompt '{json.dumps({'image': 8})}'",
-    ]
+    command = _vllm_command(card, served, rank, adapts_vision)
     bundle = {
         "base_model": card.base_model,
         "base_revision": card.base_revision,
@@ -219,6 +214,29 @@ def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], fidelity:
     if len(served) < len(configs):
         lines.insert(-1, "vLLM cannot serve DoRA adapters. Export them with `--merge ROLE` and serve `merged/ROLE`.")
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _vllm_command(card: AdapterCard, served: Sequence[str], rank: int, adapts_vision: bool) -> list[str]:
+    """Return the lines of the command that serves the bundle, quoted for a shell."""
+    budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
+    local = Path(card.base_model).is_dir()
+    base = str(Path(card.base_model).resolve()) if local else card.base_model
+    return [
+        f"vllm serve {shlex.quote(base)}" + ("" if local else f" --revision {shlex.quote(str(card.base_revision))}"),
+        # Runs ask for the base by the name in the card. The base's own generation config may set a repetition penalty.
+        f"--served-model-name {shlex.quote(card.base_model)} --generation-config vllm",
+        f"--enable-lora --max-loras {max(1, len(served))} --max-lora-rank {rank}"
+        + (" --enable-tower-connector-lora" if adapts_vision else ""),
+        "--lora-modules " + " ".join(f"{role}=adapters/{role}" for role in served),
+        f"--mm-processor-kwargs {shlex.quote(budget)}",
+        f"--limit-mm-per-prompt {shlex.quote(json.dumps({'image': 8}))}",
+    ]
+
+
+def vllm_rank(configs: Sequence[Mapping[str, Any]]) -> int:
+    """Return the smallest --max-lora-rank that vLLM accepts for all of these adapter configs."""
+    largest = max(max([config["r"], *config.get("rank_pattern", {}).values()]) for config in configs)
+    return next((rank for rank in VLLM_RANKS if rank >= largest), largest)
 
 
 def _targets_vision(targets: str | Sequence[str]) -> bool:

@@ -19,12 +19,17 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from echo_ft.errors import EchoError
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.decode import READER_THREADS
 from echo_ft.images.views import View, views
-from echo_ft.model.batches import image_inputs, pad_rows
+from echo_ft.model.batches import float32_logits, image_inputs, join_caches, pad_rows
 from echo_ft.model.rows import PADDING, Row, RowBuilder
 from echo_ft.records import LETTERS, Exchange, Generation
+from echo_ft.terminal import LOGGER
+
+PREFILL_TOKENS = 16_384
+"""Maximum number of prefix tokens, including padding, that run through the model at once."""
 
 RECENT_IMAGES = 256
 """Number of recently used images with cached features; more than a batch has."""
@@ -115,13 +120,35 @@ class Engine:
         limit = self.answer_tokens if role == "decision_maker" else self.max_new_tokens
         generations: list[Generation] = []
         for start, end in pairwise(self._batch_boundaries(rows, limit)):
-            batch = rows[start:end]
-            features = tuple(feature for own in images[start:end] for feature, _ in own)
-            cache, visible, starts = self._prefill(batch, features)
-            owners = torch.tensor([index for index, row in enumerate(batch) for _ in row.exchange.branches])
-            generations += self._decode(batch, owners.to(self.device), cache, visible, starts, limit)
+            features = [[feature for feature, _ in own] for own in images[start:end]]
+            generations += self._generate_batch(rows[start:end], features, limit)
         remaining = iter(generations)
         return [[next(remaining) for _ in exchange.branches] for exchange in exchanges]
+
+    def _generate_batch(
+        self, rows: Sequence[Row], features: Sequence[Sequence[torch.Tensor]], limit: int
+    ) -> list[Generation]:
+        """Generate for all branches of `rows`. If memory runs out, halve the rows and `max_batch_tokens`."""
+        try:
+            cache, visible, starts = self._prefill_in_groups(rows, features)
+            owners = torch.tensor([index for index, row in enumerate(rows) for _ in row.exchange.branches])
+            return self._decode(rows, owners.to(self.device), cache, visible, starts, limit)
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise EchoError(
+                    "a single case does not fit into memory; lower max_pixels, references or max_new_tokens, or use "
+                    "a GPU with more memory"
+                ) from error
+        # Outside the handler, because the traceback would keep the tensors of the failed attempt alive.
+        torch.cuda.empty_cache()
+        lengths = [np.bincount(row.segments).tolist() for row in rows]
+        branches = [length for _, *own in lengths for length in own]
+        tokens = len(branches) * (max(prefix for prefix, *_ in lengths) + max(branches) + limit)
+        self.max_batch_tokens = tokens // 2
+        LOGGER.warning("out of memory: max_batch_tokens is now %d", self.max_batch_tokens)
+        middle = len(rows) // 2
+        first = self._generate_batch(rows[:middle], features[:middle], limit)
+        return first + self._generate_batch(rows[middle:], features[middle:], limit)
 
     def _batch_boundaries(self, rows: Sequence[Row], limit: int) -> list[int]:
         """Split rows into batches within `max_batch_tokens`; returns the start of each batch and the end of the last.
@@ -175,6 +202,24 @@ class Engine:
             ".visual." in name and role in getattr(module, "lora_A", ()) for name, module in self.model.named_modules()
         )
 
+    def _prefill_in_groups(
+        self, rows: Sequence[Row], features: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[DynamicCache, torch.Tensor, list[int]]:
+        """As `_prefill`, in groups of at most PREFILL_TOKENS, because activations grow with the tokens of a group."""
+        boundaries, longest = [0], 0
+        for index, row in enumerate(rows):
+            longest = max(longest, row.prefix_length)
+            if (index + 1 - boundaries[-1]) * longest > PREFILL_TOKENS and index > boundaries[-1]:
+                boundaries.append(index)
+                longest = row.prefix_length
+        groups = [
+            self._prefill(rows[start:end], tuple(feature for own in features[start:end] for feature in own))
+            for start, end in pairwise([*boundaries, len(rows)])
+        ]
+        length = max(visible.shape[1] for _, visible, _ in groups)
+        visible = torch.cat([torch.nn.functional.pad(one, (0, length - one.shape[1])) for _, one, _ in groups])
+        return join_caches([cache for cache, _, _ in groups]), visible, [start for *_, own in groups for start in own]
+
     def _prefill(
         self, rows: Sequence[Row], features: tuple[torch.Tensor, ...]
     ) -> tuple[DynamicCache, torch.Tensor, list[int]]:
@@ -223,7 +268,7 @@ class Engine:
         mask[:, :, -length:] &= causal
 
         logits = self._step(tokens, positions, mask, cache)
-        scores = torch.log_softmax(logits.float(), dim=-1)
+        scores = torch.log_softmax(logits, dim=-1)
         letters = [
             {letter: float(scores[index, token]) for letter, token in self._letters.items()} for index in range(count)
         ]
@@ -277,7 +322,7 @@ class Engine:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return self.base.lm_head(hidden[:, -1])
+        return float32_logits(self.base.lm_head, hidden[:, -1])
 
 
 def _select_tokens(row: Row, tokens: Any) -> Row:

@@ -207,19 +207,22 @@ def _require_match(path: Path, card: AdapterCard, min_pixels: int, max_pixels: i
 def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
     """Attach one LoRA adapter per role to a single base model, named after the role; `set_adapter(role)` switches.
 
-    Raises EchoError if an adapter's weights do not fit the model exactly.
+    Adapters take the dtype of the base model. PEFT would load them in float32 and widen every activation of a bfloat16
+    model: 5.6 GiB at 7B. Raises EchoError if an adapter's weights do not fit the model exactly.
     """
     from peft import PeftModel
 
     for role, path in adapters.items():
         try:
             if isinstance(model, PeftModel):
-                result = model.load_adapter(str(path), adapter_name=role, low_cpu_mem_usage=True)
+                result = model.load_adapter(
+                    str(path), adapter_name=role, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+                )
                 missing = [key for key in result.missing_keys if f".{role}." in key]
                 if missing or result.unexpected_keys:
                     raise ValueError(f"{len(missing)} weights missing, {len(result.unexpected_keys)} unexpected")
             else:
-                model = PeftModel.from_pretrained(model, str(path), adapter_name=role)
+                model = PeftModel.from_pretrained(model, str(path), adapter_name=role, autocast_adapter_dtype=False)
             _check_weights(model, role, path)
         except (ValueError, RuntimeError, OSError) as error:
             raise EchoError(f"the adapter in {path} does not fit the base model: {error}") from error

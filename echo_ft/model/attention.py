@@ -22,8 +22,6 @@ from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from echo_ft.model.batches import make_attention_mask
-
 ATTENTION_NAME = "prefix_sharing"
 """Name of `attend` in transformers. It computes what `sdpa` computes with a mask for the whole row."""
 
@@ -53,10 +51,21 @@ def make_spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> li
     """Return the spans of a packed row, from its segments (1, T) and the (prefix length, length) of each exchange."""
     found, start = [], 0
     for prefix, length in lengths:
-        mask = make_attention_mask(segments[:, start : start + length])[:, :, prefix:]
-        found.append(Span(start, start + prefix, start + length, mask))
+        segment = segments[0, start : start + length]
+        found.append(Span(start, start + prefix, start + length, _branch_mask(segment, prefix)))
         start += length
     return found
+
+
+def _branch_mask(segment: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Return the rows of `make_attention_mask` for the branches, (1, 1, L - prefix, L), from the segments (L,).
+
+    The whole mask of 32,768 tokens would take 1 GiB, and 5 GiB while it is built.
+    """
+    token = torch.arange(len(segment), device=segment.device)
+    query, key = segment[prefix:, None], segment[None, :]
+    visible = (query == key) | ((key == 0) & (query > 0))
+    return (visible & (token[None, :] <= token[prefix:, None]))[None, None]
 
 
 def make_block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:

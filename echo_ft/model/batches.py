@@ -13,6 +13,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     import torch
+    from transformers import DynamicCache
 from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
 
 
@@ -91,3 +92,34 @@ def make_attention_mask(segments: torch.Tensor) -> torch.Tensor:
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     visible = (query == key) | ((key == 0) & (query > 0))
     return (visible & causal)[:, None]
+
+
+def float32_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits (N, vocabulary) of hidden states (N, hidden) in float32, whatever their precision.
+
+    A bfloat16 product rounds logits near 20 to steps of 0.125. Two options that are closer than that would tie, and
+    the earlier letter would always win.
+    """
+    import torch
+
+    if type(head) is not torch.nn.Linear or hidden.dtype == torch.float32:  # adapted and quantized heads differ
+        return head(hidden).float()
+    wide = hidden.float()
+    # In blocks: a float32 copy of a 7B's whole output layer would take 2 GiB.
+    return torch.cat([wide @ block.float().t() for block in head.weight.split(16_384)], dim=1)
+
+
+def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """Join key-value caches along the batch, right-padded to the longest. This empties all but the first."""
+    import torch
+
+    length = max(cache.get_seq_length() for cache in caches)
+    for index, joined in enumerate(caches[0].layers):
+        layers: list[Any] = [cache.layers[index] for cache in caches]
+        for name in ("keys", "values"):
+            states = [getattr(layer, name) for layer in layers]
+            padded = [torch.nn.functional.pad(one, (0, 0, 0, length - one.shape[-2])) for one in states]
+            for layer in layers:
+                setattr(layer, name, None)
+            setattr(joined, name, torch.cat(padded))
+    return caches[0]

@@ -42,6 +42,19 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
     model.model.register_forward_hook(select, with_kwargs=True)
 
 
+def keep_adapter_input_dtype(model: Any) -> None:
+    """Let LoRA layers take the inputs of bfloat16 autocast without converting them to float32 first.
+
+    PEFT (0.21) converts every input to the dtype of its float32 adapter, and autocast converts it back: 1.2 GiB of a
+    7B's peak memory and three more passes over each input, for the same result up to bfloat16 rounding.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+
+
 def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> Any:
     """Make all parameters of `model` trainable except those of parts with learning rate 0; returns `model`."""
     rates = {"vision tower": vision_learning_rate, "merger": merger_learning_rate}

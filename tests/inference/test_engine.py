@@ -10,19 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.evaluation.speed import Plain, split_by_question
 from data_prep.build import main as build_main
 from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine, ImageFeatureCache
 from echo_ft.model.adapters import attach_adapters
+from echo_ft.model.batches import float32_logits
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.records import ROLES, Prediction
 from evaluation.run import main as run_main
-from tests.conftest import ROOT, make_case
+from tests.conftest import ECHO_TINY, ROOT, make_case, make_dataset, random_adapters
 from tests.support.exchanges import exchanges_of
 
 TILES = Path(os.environ.get("ECHO_FT_DATA", "../shared/data")) / "magnetic_tile"
@@ -226,3 +229,65 @@ def test_magnetic_tile_answers_equal_those_of_one_question_at_a_time(tmp_path):
     if not TILES.is_dir():
         pytest.skip(f"no folder {TILES}; set ECHO_FT_DATA")
     require_equal_answers(tmp_path, "recipes/magnetic_tile", "--root", str(TILES))
+
+
+def test_float32_logits_do_not_tie_as_bfloat16_does():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 40_000, bias=False).to(torch.bfloat16)
+    hidden = 6 * torch.randn(32, 64).to(torch.bfloat16)
+    expected = hidden.double() @ head.weight.double().t()
+    logits = float32_logits(head, hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    letters = logits[:, :5].sort().values
+    assert (letters.diff() > 0).all()
+    rounded = head(hidden)[:, :200].sort().values
+    assert (rounded.diff() == 0).any(), "in bfloat16 there would be ties"
+
+
+@pytest.mark.parametrize("limit", [1, 400, 900])
+def test_prefixes_prefill_in_groups_give_the_same_answers(model, row_builder, exchanges, tmp_path, monkeypatch, limit):
+    engine = Engine(model, row_builder, tmp_path, max_new_tokens=8)
+    together = engine.generate("decision_maker", exchanges)
+    groups = []
+    prefill = Engine._prefill
+    monkeypatch.setattr("echo_ft.inference.engine.PREFILL_TOKENS", limit)
+    monkeypatch.setattr(
+        Engine, "_prefill", lambda self, rows, some: groups.append(len(rows)) or prefill(self, rows, some)
+    )
+    grouped = engine.generate("decision_maker", exchanges)
+    assert len(groups) > 1
+    assert texts(grouped) == texts(together)
+    for one, other in zip(grouped, together, strict=True):
+        for generation, expected in zip(one, other, strict=True):
+            assert generation.letters == pytest.approx(expected.letters, abs=1e-5)
+
+
+def test_out_of_memory_halves_the_budget_and_continues(model, row_builder, exchanges, tmp_path, monkeypatch, capsys):
+    engine = Engine(model, row_builder, tmp_path, max_new_tokens=8)
+    expected = engine.generate("decision_maker", exchanges)
+    prefill = Engine._prefill
+
+    def small_memory(self, rows, features):
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(self, rows, features)
+
+    monkeypatch.setattr(Engine, "_prefill", small_memory)
+    assert texts(engine.generate("decision_maker", exchanges)) == texts(expected)
+    assert engine.max_batch_tokens is not None
+    assert "warning: out of memory: max_batch_tokens is now" in capsys.readouterr().err
+
+    monkeypatch.setattr(Engine, "_prefill", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(EchoError, match="does not fit into memory; lower max_pixels"):
+        engine.generate("decision_maker", exchanges)
+
+
+def test_adapters_take_the_dtype_of_the_base_model(tmp_path):
+    dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=1)
+    adapters = random_adapters(tmp_path / "adapters", dataset)
+    for dtype in ("float32", "bfloat16"):
+        base = load_model(str(ECHO_TINY), dtype=dtype)
+        model = attach_adapters(base, {role: adapters / role for role in ROLES})
+        found = {value.dtype for name, value in model.named_parameters() if "lora_" in name}
+        assert found == {getattr(torch, dtype)}
