@@ -7,7 +7,7 @@ manifest.json, rejected.jsonl and preview.html. The same inputs and config give 
 
 For every role that is consulted about both, half of the training cases of each product are normal and half are
 defective. With `routing: paper`, the knowledge guide and the reasoning expert are consulted about defects only, in
-evaluation as in training. They do not take part in Anomaly Detection or in the two Object question types, and normal
+evaluation as in training. They are not consulted about Anomaly Detection and the two Object question types, and normal
 parts get no other questions. The manifest counts each role's cases and rows by side (`counts.sft_sides`) and warns if a
 side is missing.
 
@@ -62,7 +62,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
     check_config(config)
     runs = read_runs(config.traces, config.routing)
     with workspace(config.output, config.dataset_options(), config.overwrite) as folder:
-        load_extractor(config.descriptor)  # reports a wrong name before any image is read
+        load_extractor(config.descriptor)  # reports an unknown name before any image is read
         root, inspections, questions, rejections = usable_images(config, folder)
         try:
             draft = draft_dataset(inspections, questions, rejections, root, folder, config)

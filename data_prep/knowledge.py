@@ -100,7 +100,7 @@ def write_template(dataset: Dataset, folder: Path) -> list[str]:
     it contains.
     """
     if folder.exists() and not folder.is_dir():
-        raise EchoError(f"{folder} is a file; give a folder, which gets one file per product")
+        raise EchoError(f"{folder} is a file; give a folder, in which one file per product is written")
     known = load_knowledge(dataset.folder / "knowledge.json")
     existing, files = read_knowledge(folder) if folder.is_dir() and knowledge_files(folder) else ({}, {})
     texts: dict[Path, str] = {}

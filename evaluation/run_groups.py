@@ -1,4 +1,4 @@
-"""Groups of runs to compare: parse their names, load them, and refuse runs that cannot be compared."""
+"""Groups of runs to compare: parse their names, load them, and reject runs that cannot be compared."""
 
 from __future__ import annotations
 

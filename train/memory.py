@@ -51,9 +51,10 @@ def main(argv: list[str]) -> None:
     """Parse the options, then print the parameter counts and the memory estimate."""
     from trl import ModelConfig, SFTConfig
 
-    from echo_ft.training.config import EchoConfig, check_options
+    from echo_ft.training.checks import check_options
+    from echo_ft.training.config import EchoConfig
 
-    # Without a GPU, transformers refuses bf16 unless the CPU is requested explicitly.
+    # Without a GPU, transformers rejects bf16 unless the CPU is requested explicitly.
     own, config, sft, base = configs.parse(
         [MemoryConfig, EchoConfig, SFTConfig, ModelConfig], [*argv, "--use_cpu", "true"]
     )

@@ -50,9 +50,10 @@ def main(argv: list[str]) -> None:
     """Parse the options, lock output_dir, then plan or train."""
     from trl import ModelConfig, SFTConfig
 
-    from echo_ft.training.config import EchoConfig, check_options
+    from echo_ft.training.checks import check_options
+    from echo_ft.training.config import EchoConfig
 
-    if "--dry_run" in argv:  # without a GPU, transformers refuses bf16 unless the CPU is requested explicitly
+    if "--dry_run" in argv:  # without a GPU, transformers rejects bf16 unless the CPU is requested explicitly
         argv = [*argv, "--use_cpu", "true"]
     config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
     check_options(sft, base)
@@ -120,10 +121,11 @@ def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Non
 
 def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     """Train, and save the adapter or the full model with its card."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     from echo_ft.model.preparation import freeze_parts
     from echo_ft.training.collator import Collator
+    from echo_ft.training.config import quantization_config
     from echo_ft.training.trainer import PrefixSharingTrainer
 
     assert checked.card is not None
@@ -134,7 +136,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         base.model_revision,
         base.dtype,
         attn_implementation="sdpa",  # for the vision tower; the language model uses echo_ft.model.attention
-        quantization_config=get_quantization_config(base),
+        quantization_config=quantization_config(base),
     )
     lora: Any = get_peft_config(base)  # a LoraConfig, or None for full fine-tuning
     if lora is None:
@@ -144,7 +146,13 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     trainer = PrefixSharingTrainer(
         model=model,
         args=sft,
-        data_collator=Collator(checked.row_builder, checked.dataset.root, store, always_encode=sft.world_size > 1),
+        data_collator=Collator(
+            checked.row_builder,
+            checked.dataset.root,
+            store,
+            always_encode=sft.world_size > 1,
+            pixel_dtype=model.dtype,
+        ),
         train_dataset=checked.cases,
         eval_dataset=checked.validation,
         processing_class=checked.row_builder.processor,
@@ -165,15 +173,14 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
 
 def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) -> Any:
     """The store for features of the frozen vision tower, keyed by everything that they depend on except the image."""
-    from trl import get_quantization_config
-
     from echo_ft.model.vision import TowerFeatureStore
+    from echo_ft.training.config import quantization_config
 
     key = {
         "base": card.base_fingerprint,
         "pixels": [config.min_pixels, config.max_pixels],
         "precision": [base.dtype, sft.bf16, sft.fp16],
-        "quantization": str(get_quantization_config(base)),
+        "quantization": str(quantization_config(base)),
         "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},
     }
     most_bytes = int(config.features_gib * 2**30)

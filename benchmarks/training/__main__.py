@@ -2,7 +2,7 @@
 
 All contenders train the same model on the same cases in the same order, ten questions per step. Each runs in its own
 process, and the contenders take turns. The first steps of each process are not counted. Ratios compare medians over
-runs. LLaMA-Factory and ms-swift take part if you pass the Python of an environment that has them.
+runs. LLaMA-Factory and ms-swift are included if you pass the Python interpreter of an environment that has them.
 
 On a GPU, at the true sizes:
 

@@ -1,6 +1,6 @@
 """Run LLaMA-Factory or ms-swift on the same rows, by its own training function and in its own environment.
 
-`PYTHON -m benchmarks.training.other_trainers NAME FOLDER WORKLOAD computed`, with the Python of that environment.
+`PYTHON -m benchmarks.training.other_trainers NAME FOLDER WORKLOAD computed`, with the interpreter of that environment.
 
 The options make the work equal (LoRA, precision, order of rows, optimizer, pixel budget) or are needed on a CPU. All
 others keep their defaults.
@@ -63,7 +63,7 @@ def common(folder: Path, workload: Workload) -> dict[str, Any]:
 
 def llama_factory(folder: Path, workload: Workload, stored: bool) -> Steps:
     """Run LLaMA-Factory's `run_exp`, which `llamafactory-cli train` calls."""
-    # LLaMA-Factory (0.9.5) imports torchaudio (2.11), which refuses a torch built for another CUDA version. This
+    # LLaMA-Factory (0.9.5) imports torchaudio (2.11), which rejects a torch built for another CUDA version. This
     # benchmark uses no audio, so an empty module replaces it.
     sys.modules["torchaudio"] = importlib.util.module_from_spec(ModuleSpec("torchaudio", None))
     from llamafactory.train.tuner import run_exp

@@ -17,7 +17,7 @@ IMAGE_PLACEHOLDER = "<image>"
 """Stands for an image in LLaMA-Factory and ms-swift."""
 
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
-"""A control token of a chat template. `echo_ft.model.rows` refuses those of its tokenizer; here none is loaded."""
+"""A control token of a chat template. `echo_ft.model.rows` rejects those of its tokenizer; here none is loaded."""
 
 TAGS = re.compile(r"<(?:image|video|audio|bbox|ref-object|cot-process|start-image)>")
 """Tags that LLaMA-Factory (0.9.5) or ms-swift (4.6) replaces."""

@@ -225,7 +225,7 @@ def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 def misfit(query: Grey, reference: Grey, mask: Mask | None) -> float:
     """Return the mean absolute grey difference outside the mask, from 0 to 1.
 
-    Without a mask, or if it covers the whole image, all pixels count. All arrays are (height, width).
+    If there is no mask, or if it covers the whole image, all pixels count. All arrays are (height, width).
     """
     difference = np.abs(query - reference)
     if mask is None or mask.all():

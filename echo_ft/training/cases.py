@@ -64,5 +64,19 @@ def group_by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
     table = exchanges.with_format("arrow")[:]
     first_ids = (branches[0]["id"].as_py() for branches in table["branches"])
     starts = case_starts(zip(table["case"].to_pylist(), first_ids, strict=True))
-    rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), table.to_struct_array().combine_chunks())
+    # The texts of a column may exceed the 2 GiB that the 32-bit offsets of plain strings can address.
+    large = table.cast(pa.schema([field.with_type(_large_strings(field.type)) for field in table.schema]))
+    rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), large.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))
+
+
+def _large_strings(kind: pa.DataType) -> pa.DataType:
+    """The Arrow type with 64-bit offsets for every string in it."""
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind):
+        return pa.list_(_large_strings(kind.value_type))
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return pa.struct([(field.name, _large_strings(field.type)) for field in fields])
+    return kind

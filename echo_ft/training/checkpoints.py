@@ -33,8 +33,9 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
     not exist or is incomplete. Raises EchoError if its adapter differs from `card` in role, dataset, base model, prompt
-    version, pixel budget, share of corrupted queries or quantization. Raises EchoError if a new run would replace a
-    finished adapter or the checkpoints of an earlier run.
+    version, pixel budget, share of corrupted queries or quantization. Raises EchoError if it holds the ZeRO optimizer
+    states of another number of processes. Raises EchoError if a new run would replace a finished adapter or the
+    checkpoints of an earlier run.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     newest = wanted is not None and wanted.lower() == "true"
@@ -58,6 +59,13 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
     if not (Path(wanted) / COMPLETE_MARKER).is_file():
         raise EchoError(f"{wanted} is incomplete; give another checkpoint, or true for the newest complete one")
+    # DeepSpeed (0.19) cannot redistribute the optimizer states of one number of processes to another.
+    shards = len([*Path(wanted).glob("global_step*/*_optim_states.pt")])
+    if shards and shards != sft.world_size:
+        raise EchoError(
+            f"{wanted} holds the ZeRO optimizer states of {shards} processes and cannot be resumed by "
+            f"{sft.world_size}; start {shards} processes, or train with DDP, which resumes with any number"
+        )
     found = read_card(Path(wanted))
     for name in _MUST_MATCH:
         before, now = getattr(found, name), getattr(card, name)

@@ -7,6 +7,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from echo_ft.files import from_dict
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View, views
@@ -21,17 +23,26 @@ class Collator:
     """Collates cases of sft/<role>/*.jsonl into a batch. It reads the images, in the data loader's workers."""
 
     def __init__(
-        self, row_builder: RowBuilder, root: Path, store: TowerFeatureStore | None = None, always_encode: bool = False
+        self,
+        row_builder: RowBuilder,
+        root: Path,
+        store: TowerFeatureStore | None = None,
+        always_encode: bool = False,
+        pixel_dtype: torch.dtype | None = None,
     ) -> None:
         """`root` is the image folder, and `store` holds tower features of earlier epochs, roles and runs.
 
         With `always_encode`, a batch without a new image gets a blank one that no placeholder refers to. If processes
         share the tower's weights or gradients and one process skips the tower, the others wait forever.
+
+        `pixel_dtype` is the dtype of the model's weights, to which the model converts its pixels anyway. 16 bits halve
+        their size in the workers and on the GPU.
         """
         self.row_builder = row_builder
         self.root = root
         self.store = store
         self.always_encode = always_encode
+        self.pixel_dtype = pixel_dtype
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchanges, corruptions = [], []
@@ -63,6 +74,7 @@ class Collator:
         return {
             **pack_rows(rows),
             **image,
+            "pixel_values": image["pixel_values"].to(self.pixel_dtype),
             "work_counts": astuple(text_work(rows) + image_work(image["image_grid_thw"].tolist())),
             "image_order": [number[view] for view in ordered],
             "image_views": new,

@@ -131,8 +131,9 @@ def count_parameters(model: Any) -> list[ParameterCount]:
 def frozen_bytes(model: Any, width: int, bits: int | None = None, nested: bool = False) -> int:
     """Bytes of the frozen weights at `width` bytes each.
 
-    With `bits` 4 or 8, bitsandbytes quantizes all linear layers except the LM head. 4 bits need a scale for every 64
-    weights: 4 bytes, or with `nested` 1 byte and a share of a second scale (QLoRA, arXiv 2305.14314, section 3).
+    With `bits` 4 or 8, bitsandbytes quantizes the linear layers of the language model, except the LM head. 4 bits need
+    a scale for every 64 weights: 4 bytes, or with `nested` 1 byte and a share of a second scale (QLoRA, arXiv
+    2305.14314, section 3).
     """
     import torch
 
@@ -141,7 +142,7 @@ def frozen_bytes(model: Any, width: int, bits: int | None = None, nested: bool =
     linear = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head") and ".visual." not in f".{name}."
     }
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return round(sum(weight.numel() * (quantized if id(weight) in linear else width) for weight in frozen))

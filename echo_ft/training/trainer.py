@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, write_card
 from echo_ft.model.loading import PARAMETER_GROUPS, load_model, parameter_group
-from echo_ft.model.preparation import packed_inputs, prepare_model
+from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.terminal import LOGGER
@@ -71,6 +71,8 @@ class PrefixSharingTrainer(SFTTrainer):
             check_output_layer(tuned)
         core = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
         prepare_model(core, store)
+        if self.args.bf16:
+            keep_adapter_input_dtype(tuned)
         self._costs = unit_costs(core)
         self._peak = None
         if self.args.device.type == "cuda" and (self.args.bf16 or self.args.fp16):

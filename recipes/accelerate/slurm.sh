@@ -16,10 +16,12 @@ recipe=${1:?give the recipe of a role, such as recipes/qwen2_vl_7b/decision_make
 shift
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN
+export PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a machine
 
 # Each machine evaluates its own SLURM_NODEID, hence the single quotes.
 # shellcheck disable=SC2016
-srun bash -c 'accelerate launch --quiet --config_file recipes/accelerate/zero2.yaml \
+# SLURM 22.05 to 23.02 does not pass --cpus-per-task on to srun, which would leave one core to all processes.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --quiet --config_file recipes/accelerate/zero2.yaml \
   --deepspeed_multinode_launcher standard --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
-  --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --main_process_ip "$MAIN" --main_process_port 29500 \
+  --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --main_process_ip "$MAIN" --main_process_port "$PORT" \
   train/sft.py --config "$@"' launch "$recipe" --resume_from_checkpoint true "$@"

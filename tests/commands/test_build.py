@@ -135,9 +135,12 @@ def test_manifest_counts_rows_by_side_and_warns_of_missing_sides(raw, built, tmp
 @pytest.mark.parametrize("routing", ["full", "paper"])
 def test_rows_of_a_repeated_case_are_never_adjacent_in_any_role(small_manifest, tmp_path, routing):
     """This includes roles without rows for the normal cases that separate the repeats elsewhere."""
-    edit_rows(small_manifest, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train"))
     edit_rows(
-        small_manifest, lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None
+        small_manifest, lambda row: row.update(split="test" if row["group"] in ("dent-0", "stain-0") else "train")
+    )
+    edit_rows(
+        small_manifest,
+        lambda row: row.update(split="test") if row["group"] in ("dent-1", "stain-1", "stain-2") else None,
     )
     settings = {"routing": routing, "fractions": [0.7, 0.0, 0.3], "knowledge": write_part_knowledge(tmp_path)}
     build(make_config(small_manifest, tmp_path / "out", **settings))

@@ -1,4 +1,4 @@
-"""A build rejects unusable input, refuses wrong options, and leaves no trace when it is interrupted."""
+"""A build rejects unusable input, rejects wrong options, and leaves no trace when it is interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluation.compare` reports paired differences, averages seeds, and refuses runs that cannot be compared."""
+"""`evaluation.compare` reports paired differences, averages seeds, and rejects runs that cannot be compared."""
 
 from __future__ import annotations
 

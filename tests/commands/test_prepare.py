@@ -191,7 +191,9 @@ def test_boxes_in_fractions_of_the_image_are_refused(small_manifest, tmp_path, b
         ),
     ],
 )
-def test_a_warning_about_a_train_split_without_defects_names_a_remedy(small_manifest, tmp_path, change, settings, remedy):
+def test_a_warning_about_a_train_split_without_defects_names_a_remedy(
+    small_manifest, tmp_path, change, settings, remedy
+):
     edit_rows(small_manifest, change)
     manifest = build(make_config(small_manifest, tmp_path / "out", **settings))
     (warning,) = [warning for warning in manifest["warnings"] if "the training rows are empty" in warning]

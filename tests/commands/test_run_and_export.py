@@ -1,4 +1,4 @@
-"""Adapters run through the pipeline, survive an export, and are refused if they do not fit the run."""
+"""Adapters run through the pipeline, survive an export, and are rejected if they do not fit the run."""
 
 from __future__ import annotations
 

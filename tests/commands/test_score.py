@@ -1,4 +1,4 @@
-"""`evaluation.score` writes reports, calibrates, warns, and refuses bad input in one line."""
+"""`evaluation.score` writes reports, calibrates, warns, and rejects bad input in one line."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_command_line_error_is_one_line_with_exit_status_2(tmp_path: Path) -> No
     assert done.stderr == "error: unknown option --answer; did you mean 'answers'?\n"
     with pytest.raises(EchoError, match="give either the folder of a run, or --answers"):
         score.main([])
-    with pytest.raises(EchoError, match="--answers needs a folder .* --output DIR"):
+    with pytest.raises(EchoError, match=r"--answers needs a folder .* --output DIR"):
         score.main(["--answers", "x.json"])
     with pytest.raises(EchoError, match="two or more runs"):
         compare.main([str(tmp_path)])

@@ -1,4 +1,4 @@
-"""train/sft.py trains every tiny recipe, plans in a dry run, and refuses mistakes with one sentence."""
+"""train/sft.py trains every tiny recipe, plans in a dry run, and reports a mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_every_recipe_passes_the_config_check(recipe):
     from trl import ModelConfig, SFTConfig
 
     from echo_ft.config import parse
-    from echo_ft.training.config import EchoConfig, check_options
+    from echo_ft.training.checks import check_options
+    from echo_ft.training.config import EchoConfig
 
     # transformers checks bf16 against the hardware, and there may be no GPU.
     config, sft, model = parse([EchoConfig, SFTConfig, ModelConfig], ["--config", str(recipe), "--bf16", "false"])

@@ -91,7 +91,7 @@ def test_defects_occur_all_over_the_part(method):
 
 
 def test_invisible_defect_is_not_made():
-    """Pasting an even surface onto itself changes nothing."""
+    """Pasting a uniform surface onto itself changes nothing."""
     even = np.full((64, 64, 3), 3, np.uint8)
     assert make_defect("cutpaste", even, "0") is None
     assert make_defect("perlin", even, "0") is not None, "another texture is visible"

@@ -1,4 +1,4 @@
-"""A prediction table refuses bad predictions, finds P(defect), and resamples whole parts."""
+"""A prediction table rejects bad predictions, finds P(defect), and resamples whole parts."""
 
 from __future__ import annotations
 

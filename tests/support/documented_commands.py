@@ -89,7 +89,7 @@ def read_commands(document: Path, scratch: Path) -> list[Command]:
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, f"{document}: bash refuses\n{block}\n{done.stderr}"
+        assert done.returncode == 0, f"{document}: bash rejects\n{block}\n{done.stderr}"
         assert not done.stderr, f"{document}: bash reports\n{done.stderr}"
         found += [_command(entry.split("\0")[:-1]) for entry in record.read_text().split("\n\0")[:-1]]
     return found

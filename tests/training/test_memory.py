@@ -216,14 +216,15 @@ def test_topologies_shard_what_their_papers_describe():
     assert offload.host == 18_000 + 16_000
 
 
-def test_four_bits_do_not_apply_to_the_embeddings():
+def test_four_bits_do_not_apply_to_embeddings_and_vision_tower():
     model = add_adapter(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
     frozen = [weight.numel() for weight in model.parameters() if not weight.requires_grad]
     assert frozen_bytes(model, 2) == 2 * sum(frozen) == 2 * 2_208_985_600
     embeddings = 2 * 151_936 * 1536
+    tower = sum(weight.numel() for name, weight in model.named_parameters() if ".visual." in name)
     four = frozen_bytes(model, 2, bits=4)
     assert embeddings < frozen_bytes(model, 2, bits=4, nested=True) < four < frozen_bytes(model, 2, bits=8)
-    assert four == pytest.approx(embeddings + 0.5625 * (sum(frozen) - embeddings / 2), rel=0.01)
+    assert four == pytest.approx(embeddings + 2 * tower + 0.5625 * (sum(frozen) - embeddings / 2 - tower), rel=0.01)
 
 
 # The recipes
@@ -231,7 +232,7 @@ def test_four_bits_do_not_apply_to_the_embeddings():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_recipe_passes_its_checks_and_finds_its_targets(folder):
-    from echo_ft.training.config import check_options
+    from echo_ft.training.checks import check_options
 
     model, budgets = None, set()
     for role in ROLES:
@@ -319,11 +320,15 @@ def test_the_slurm_example_starts_one_launcher_per_machine(tmp_path):
     from accelerate.commands.launch import launch_command_parser
 
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'first\\nsecond\\n'\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
+    (tmp_path / "srun").write_text(
+        '#!/bin/sh\n[ "$1" = --cpus-per-task=32 ] || exit 1\nshift\n'
+        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n'
+    )
     (tmp_path / "accelerate").write_text('#!/bin/sh\nshift\nprintf "%s\\n" "$@" "--end--"\n')
     for name in ("scontrol", "srun", "accelerate"):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_ID": "40007"}
     recipe = "recipes/qwen2_vl_7b/decision_maker.yaml"
     done = subprocess.run(
         ["bash", "recipes/accelerate/slurm.sh", recipe, "--seed", "1"],
@@ -337,7 +342,7 @@ def test_the_slurm_example_starts_one_launcher_per_machine(tmp_path):
     for rank, arguments in enumerate(machines):
         found = launch_command_parser().parse_args(arguments)
         assert (found.num_machines, found.machine_rank, found.num_processes) == (2, rank, 8)
-        assert (found.main_process_ip, found.main_process_port) == ("first", 29500)
+        assert (found.main_process_ip, found.main_process_port) == ("first", 20007)
         assert found.training_script == "train/sft.py"
         assert found.training_script_args == ["--config", recipe, "--resume_from_checkpoint", "true", "--seed", "1"]
     assert len(machines) == 2

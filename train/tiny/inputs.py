@@ -66,7 +66,7 @@ def encode_row(row: LessonRow, tokenizer: Any) -> TokenRow:
         add(prompt + completion, position)
         branch.append(np.full(len(prompt) + len(completion), number))
         # In rows of text, prompts are trained too: they repeat the words of options, which teaches copying.
-        # The first token is not trained, because in a row it follows another branch.
+        # No loss is computed on the first token, because in a row it follows another branch.
         trained.append(np.repeat([False, not row.images, True], [1, len(prompt) - 1, len(completion)]))
     return TokenRow(*(np.concatenate(parts, axis=-1) for parts in (ids, positions, branch, trained)))
 

@@ -1,4 +1,4 @@
-"""echo-tiny: its tokenizer, processor and model, all of Qwen2-VL's own classes."""
+"""echo-tiny: its tokenizer, processor and model, built from Qwen2-VL's own classes."""
 
 from __future__ import annotations
 
