@@ -139,9 +139,9 @@ def text_vs_logits(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any
     """Compare answers parsed from the text with the most probable options: {question type or `Average`: scores}.
 
     Only questions that have both are used; without any, the result is empty. `agreement` (0 to 1, with its interval) is
-    the share of `questions` with a text that names the most probable option. Text that cannot be
-    parsed agrees with none of the options. `text` and `logits` are the strict scores in percent of the two ways to answer. Their `Average` is that of the
-    strict table.
+    the share of `questions` with a text that names the most probable option. Text that cannot be parsed agrees with
+    none of the options. `text` and `logits` are the strict scores in percent of the two ways to answer. Their `Average`
+    is that of the strict table.
     """
     both = [one for one in predictions if one.error is None and one.probabilities]
     if not both:
