@@ -87,7 +87,8 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Largest number of tokens in the key-value cache: branches x (prefix + branch + max_new_tokens), "
-            "padded. Larger batches are split. Default: no limit besides batch_size. Affects memory, not answers."
+            "padded. Larger batches are split, which in 16 bits may change a few answers. Default: no limit besides "
+            "batch_size."
         },
     )
     max_new_tokens: int = field(

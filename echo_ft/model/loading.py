@@ -111,6 +111,14 @@ def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
         ) from error
 
 
+def checkpoint_dtype(model_name_or_path: str, revision: str | None = None) -> str:
+    """Return the dtype that a checkpoint's config names, such as `bfloat16`; `float32` if it names none."""
+    from transformers import AutoConfig
+
+    config = _from_hub(AutoConfig, model_name_or_path, revision=revision)
+    return str(config.dtype or "float32").removeprefix("torch.")
+
+
 def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> str:
     """Fingerprint a base model's weights cheaply, by the header and both ends of each safetensors file.
 

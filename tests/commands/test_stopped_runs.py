@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -146,3 +147,17 @@ def test_runs_killed_at_random_moments_end_like_an_uninterrupted_run(tmp_path):
     require_equal_runs(output, tmp_path / "uninterrupted")
     print(f"{kills} kills, {kills_with_answers} of them in runs with answers; {completed + 1} runs completed")
     assert kills_with_answers > 3, "too few kills happened between the first and the last answer"
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("float32", False), ("bfloat16", True)])
+def test_resuming_with_other_batches_warns_in_16_bits(dataset, tmp_path, capsys, dtype, warned):
+    output = tmp_path / "run"
+    arguments = [*options(dataset, output), "--dtype", dtype]
+    run_main(arguments)
+    predictions = (output / PREDICTIONS).read_text(encoding="utf-8").splitlines(keepends=True)
+    (output / PREDICTIONS).write_text("".join(predictions[:-1]), encoding="utf-8")
+    assert json.loads((output / RUN_DESCRIPTION).read_text())["batch_size"] == 2
+    capsys.readouterr()
+    run_main([*arguments, "--batch_size", "3"])
+    message = "warning: the run resumes with batch_size 3 instead of 2; in bfloat16, other batches may change"
+    assert (message in capsys.readouterr().err) == warned
