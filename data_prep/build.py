@@ -57,7 +57,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
     """Build the dataset folder `config.output`, completely or not at all; returns its manifest.
 
     Raises EchoError for an unknown source, a missing root, an output folder that must not be replaced, traces that do
-    not fit, and if no usable image is left.
+    not fit, or if no usable image is left.
     """
     check_config(config)
     runs = read_runs(config.traces, config.routing)

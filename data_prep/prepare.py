@@ -139,7 +139,7 @@ def draft_dataset(
     """Assign splits and references, describe products and write questions; the records go into files in `folder`.
 
     `inspections`, `questions` and `rejections` come from `data_prep.collect.collect`; images are relative to `root`.
-    Raises EchoError if a split, reference or knowledge option cannot be satisfied, and if there is nothing to ask.
+    Raises EchoError if a split, reference or knowledge option cannot be satisfied, or if there is nothing to ask.
     """
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]

@@ -100,7 +100,7 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
     """Write the folder `source.output`, completely or not at all; returns its manifest.json.
 
     Raises EchoError if the build config is wrong, if the output is not empty, if the source has questions (a manifest
-    has no place for them) or no normal image for training, and if no defect can be made.
+    has no place for them) or no normal image for training, or if no defect can be made.
     """
     check_config(source)
     if config.per_normal < 1:

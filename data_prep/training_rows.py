@@ -74,7 +74,7 @@ def write_training_rows(
     balanced for it, so a role that is consulted about defects only has nothing to balance.
 
     Returns the counts of each file in sft by `<role>/<split>`, and the inspections that balancing left out of all.
-    Raises EchoError if a run does not fit the dataset (see `predicted_upstream`).
+    Raises EchoError if a run does not match the dataset (see `predicted_upstream`).
     """
     counts = {}
     with_rows, used = dict[str, Inspection](), set[str]()

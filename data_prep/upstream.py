@@ -142,7 +142,9 @@ def _training_sets(run: UpstreamRun) -> dict[tuple[str, str], str]:
 
 
 def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
-    """Raise EchoError if a run's dataset has other images than the dataset that is built, or was rebuilt since."""
+    """Raise EchoError if the images of a run's dataset differ from those of the dataset being built, or if it has
+    been rebuilt since.
+    """
     for run in runs:
         folder = run.description["dataset"]
         dataset = load_dataset(Path(folder))
@@ -150,8 +152,8 @@ def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
             raise EchoError(f"{folder} was rebuilt after the run {run.folder} on it; rerun evaluation.run")
         if dataset.manifest["images_fingerprint"] != images_fingerprint:
             raise EchoError(
-                f"the run {run.folder} is on {folder}, which has other images than this dataset; build both from the "
-                "same files with the same config"
+                f"the run {run.folder} used {folder}, whose images differ from those of this dataset; build both from "
+                "the same files with the same config"
             )
 
 

@@ -32,7 +32,7 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """Build one instance of each dataclass in `types` from `--config FILE` and `--key value` flags.
 
     Flags override the file. Raises EchoError if the file is missing or not a mapping, if a key is unknown (the message
-    names the nearest known one), if a value has the wrong type, and if a required value is missing.
+    names the nearest known one), if a value has the wrong type, or if a required value is missing.
     """
     file, flags = _split(argv)
     return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)

@@ -47,7 +47,8 @@ def build_table(
     `cells` are (name, options in which the cell differs, run folder); several cells may share a folder. `seconds` maps
     names of run folders to the time spent on them. Each cell of the result has its `figures` with intervals, None if
     they rest on few parts, its `counts`, and its `difference` from the baseline. The difference is None for the
-    baseline and for a cell that shares no question with it. `p_holm` is corrected for all differences of the table.
+    baseline and for a cell that shares no question with it. `p_holm` is corrected for multiple comparisons across all
+    differences in the table.
 
     Raises EchoError if a run cannot be loaded.
     """

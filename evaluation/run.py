@@ -1,7 +1,7 @@
 """Run the four experts over a dataset: `python -m evaluation.run --config FILE [--adapters DIR] [--output DIR]`.
 
 The run folder receives predictions.jsonl, traces.jsonl and run.json, updated after every case. Rerun the same command
-to resume an interrupted run. To share the cases among several processes or GPUs, start it with
+to resume an interrupted run. To split the cases across several processes or GPUs, launch it with
 `accelerate launch -m evaluation.run ...`; each process writes a shard in the run folder.
 
 Without `adapters`, the base model runs the same pipeline with the same prompts and serves as the baseline. With
@@ -126,7 +126,7 @@ def load_inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
 def prepare_run(config: RunConfig) -> PreparedRun:
     """Load and check everything that a run reads.
 
-    Raises EchoError as `load_inputs` does, and if the split has no case.
+    Raises EchoError as `load_inputs` does, or if the split has no case.
     """
     dataset, adapters = load_inputs(config)
     cases = load_cases(dataset, config.split, config.reference, config.references)

@@ -143,7 +143,7 @@ def recorded(base: Any) -> Iterator[list[Event]]:
 
 @torch.inference_mode()
 def replay(base: Any, events: Sequence[Event]) -> float:
-    """Repeat the recorded forward passes; returns the seconds that they take."""
+    """Repeat the recorded forward passes; returns how long they take, in seconds."""
     cache = DynamicCache(config=base.config.get_text_config())
     began = time.perf_counter()
     for name, recorded in events:

@@ -50,7 +50,7 @@ def check_condition(condition: str) -> str:
 def named_condition(text: str) -> str:
     """Return the condition that a manifest or folder names: one defect, several joined ones (`bent + melt`) or `good`.
 
-    Raises RowError as `check_condition` does, and if a defect is joined with `good` or an empty name.
+    Raises RowError as `check_condition` does, or if a defect is joined with `good` or an empty name.
     """
     names = [check_condition(name.strip()) for name in text.split(DEFECT_SEPARATOR)]
     if "" in names or (GOOD in names and len(names) > 1):

@@ -78,7 +78,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
                 else:
                     yield reader.line_num, cells
     except (UnicodeDecodeError, csv.Error) as error:
-        raise EchoError(f"{path} is not a CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
+        raise EchoError(f"{path} is not a UTF-8 CSV file ({error}); save it as CSV UTF-8") from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
@@ -86,7 +86,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]
         # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise EchoError(f"{path} is not a text file in UTF-8 ({error}); save it as UTF-8") from error
+        raise EchoError(f"{path} is not a UTF-8 text file ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -69,7 +69,7 @@ def read(config: SourceConfig) -> Items:
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line number and cells of each row of a CSV file.
 
-    Raises EchoError if the file is missing, cannot be parsed or has other columns.
+    Raises EchoError if the file is missing, cannot be parsed or has unexpected columns.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -188,8 +188,8 @@ def appearance(description: str) -> str:
 def effect(description: str) -> str | None:
     """Return what follows from the condition: the last of at least two sentences, or None.
 
-    Longer texts may end with something else. From three sentences on, the last one must therefore name a consequence
-    (`affects`, `can lead to`, ...).
+    Longer texts may end with something else. If there are three or more sentences, the last one must therefore name a
+    consequence (`affects`, `can lead to`, ...).
     """
     parts = sentences(description)
     if len(parts) < 2 or (len(parts) > 2 and not EFFECT_WORDS.search(parts[-1])):

@@ -264,7 +264,7 @@ def leave_out_fold(inspections: Sequence[Inspection], folds: int, fold: int, see
         for i in inspections
     ]
     if not has_training_defects(done):
-        raise EchoError(f"without fold {fold} of {folds} there is no defect to train on; add images of defects")
+        raise EchoError(f"with fold {fold} of {folds} left out, no defects remain to train on; add images of defects")
     return done
 
 

@@ -154,7 +154,7 @@ def knowledge_lines(seen: Seen) -> str:
 
 @lru_cache(maxsize=1024)  # prompts repeat the texts of their product and question types
 def one_line(text: str) -> str:
-    """Collapse the whitespace of a text, so that data cannot change the layout of a prompt."""
+    """Collapse whitespace, so that data cannot change the layout of a prompt."""
     return " ".join(text.split())
 
 

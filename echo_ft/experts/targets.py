@@ -72,7 +72,7 @@ def training_exchanges(
     `upstream` holds the outputs of the earlier roles, which are gold by default. Pass `gold`, the result of
     `gold_upstream(case, root, upstream)`, to share it between roles, because computing it reads the images. Branches
     without a known completion are left out, and so are exchanges without branches. Raises EchoError for an unknown role
-    or routing, and if the mask or an image cannot be read.
+    or routing, or if the mask or an image cannot be read.
     """
     if routing not in roles.ROUTINGS:
         raise EchoError(f"routing cannot be {routing!r}; choose from {', '.join(roles.ROUTINGS)}")

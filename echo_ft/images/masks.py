@@ -128,7 +128,7 @@ def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
 
     `size` is (width, height) of the image in pixels. The mask is True on all pixels that are not black in a mask file;
     in a JPEG, on all pixels brighter than half. Without mask files, it is True inside any polygon or box. Raises
-    EchoError if a mask cannot be read or differs in size from the image, and if a polygon or box lies outside it.
+    EchoError if a mask cannot be read or differs in size from the image, or if a polygon or box lies outside it.
     """
     files = mask_files(marked)
     if files:

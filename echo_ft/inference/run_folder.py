@@ -66,7 +66,7 @@ class RunFolder:
 
         All `processes` of a run call this, and wait here until the first one has read the folder. `provenance` must be
         equal when a run is resumed. `notes` are also written to run.json but may differ; if a process that writes
-        answers has other notes than the first, they are added to `continued_with`.
+        answers has different notes from the first, they are added to `continued_with`.
 
         Raises EchoError if the provenance differs, another process is writing to the folder, or the folder has other
         content.

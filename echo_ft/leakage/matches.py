@@ -146,10 +146,10 @@ def evidence(detail: _Array, unclipped: _Array, candidates: _Array, products: Se
 
     `similarity` is the mean correlation of small windows with little structure. `excess` measures what a pair shares
     beyond the product. It is the sum of two terms. The first is the partial correlation given all other candidates,
-    which is near 0 for two different parts. The second is half the lead of the similarity, in Fisher's z, over the
-    least similar third of the product's other candidates. It remains high if several candidates show the same part and
-    therefore explain each other. Both scores are relative: if a product has fewer than about ten images, different
-    parts of it may pass for the same part.
+    which is near 0 for two different parts. The second is half the margin, in Fisher's z, by which the similarity
+    exceeds that of the least similar third of the product's other candidates. It remains high if several candidates
+    show the same part and therefore explain each other. Both scores are relative: if a product has fewer than about ten
+    images, different parts of it may pass for the same part.
     """
     similarity = np.array([_agreement(detail, candidate) for candidate in candidates], np.float32)
     weight = unclipped if unclipped.mean() >= MIN_USABLE_SHARE else np.ones_like(unclipped)

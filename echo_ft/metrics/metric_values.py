@@ -41,8 +41,8 @@ def metric_interval(values: np.ndarray, parts: int, metric: str = "", difference
     """Return the 95% interval of a metric with the resampled `values` (R,) from so many `parts`.
 
     `metric` is the name of a column of the strict table or of a detection metric. All other metrics are shares from 0
-    to 1. `difference` marks the difference of two metrics. Return None if all values are nan, or if there are fewer
-    than MIN_PARTS parts, which are too few to resample.
+    to 1. `difference` is true if the value is the difference between two metrics. Return None if all values are nan, or
+    if there are fewer than MIN_PARTS parts, which are too few to resample.
     """
     if parts < MIN_PARTS:
         return None

@@ -135,8 +135,8 @@ def extract_descriptors(
 ) -> tuple[DescriptorTable, list[Rejection]]:
     """Return the descriptors of all readable files, and a rejection for each other file, sorted by path.
 
-    With the folder `cache`, a file with known content is read only for its hash. Raises EchoError if a shard of the
-    cache cannot be read.
+    If the folder `cache` is given, a file with known content is read only for its hash. Raises EchoError if a shard of
+    the cache cannot be read.
     """
     hashes, rejections = hash_files(paths, root)
     descriptors = DescriptorCache(extractor, cache)

@@ -1,4 +1,5 @@
-"""Nearest-neighbour search by cosine in a FAISS index. The search may be approximate, but similarities are exact.
+"""Nearest-neighbour search by cosine similarity in a FAISS index. The search may be approximate, but similarities are
+exact.
 
 There are three index types. `flat` compares a query with every vector. `hnsw` is the graph of the Echo paper's code
 (M = 64). `ivf_pq` searches the lists nearest to the query, using codes of about one byte per eight numbers, and reranks

@@ -42,7 +42,7 @@ class ReferencePool:
     ) -> None:
         """Index the `normals`, which all have descriptors. `key` is that of the extractor; `kind` is an index type.
 
-        With the folder `cache`, an approximate index is stored there. Raises EchoError like `VectorIndex`.
+        If the folder `cache` is given, an approximate index is stored in it. Raises EchoError like `VectorIndex`.
         """
         self.positions: dict[str, int] = {}
         """Position by content hash."""

@@ -182,7 +182,7 @@ def test_folds_share_every_condition_whatever_the_order():
     assert folds[1] != {one.id for one in leave_out_fold(made, 3, 1, seed=1) if one.split == LEFT_OUT}
     with pytest.raises(EchoError, match="no fold 3 of 3"):
         leave_out_fold(made, 3, 3, seed=0)
-    with pytest.raises(EchoError, match="there is no defect to train on"):
+    with pytest.raises(EchoError, match="no defects remain to train on"):
         leave_out_fold([one for one in made if one.condition == "good" or one.id[0] == "9"], 2, 0, seed=0)
 
 
@@ -323,7 +323,7 @@ def test_outputs_about_other_references_or_images_are_refused(place, whole, clea
     test = next(one for one in read_rows(whole, "inspections.jsonl", Inspection) if one.split == "test")
     shutil.copyfile(moved / "raw" / "cap" / "good-0-1.png", moved / "raw" / test.image)
     monkeypatch.delattr("data_prep.build.write_training_rows")  # the error comes before hours of writing rows
-    with pytest.raises(EchoError, match="which has other images than this dataset"):
+    with pytest.raises(EchoError, match="whose images differ from those of this dataset"):
         predict(moved, tmp_path / "out", clean)
 
 
