@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from echo_ft.data.splits import LEFT_OUT, SPLITS
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from echo_ft.model.loading import DTYPES
+from echo_ft.inference.run_folder import RUN_DESCRIPTION
+from echo_ft.model.loading import DTYPES, checkpoint_dtype
+
+BATCH_OPTIONS = ("batch_size", "max_batch_tokens")
+"""Options that change the shapes of batches: answers stay equal in float32, but may round differently in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -187,3 +193,25 @@ def corruption(config: RunConfig) -> Corruption | None:
 def answer_tokens(config: RunConfig) -> int | None:
     """Return the token limit of the decision maker: 1 if probabilities decide, which need only its first token."""
     return 1 if config.answer != "generate" else None
+
+
+def batch_warnings(config: RunConfig) -> list[str]:
+    """Warn if a run resumes with other batches in 16 bits, where the shape of a batch changes how answers round."""
+    path = Path(config.output) / RUN_DESCRIPTION
+    if config.server is not None or not path.is_file():
+        return []
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # RunFolder reports it
+        return []
+    changed = [
+        f"{name} {getattr(config, name)} instead of {earlier[name]}"
+        for name in BATCH_OPTIONS
+        if name in earlier and earlier[name] != getattr(config, name)
+    ]
+    dtype = config.dtype
+    if changed and dtype == "auto":
+        dtype = checkpoint_dtype(config.model_name_or_path, config.model_revision)
+    if not changed or dtype == "float32":
+        return []
+    return [f"the run resumes with {' and '.join(changed)}; in {dtype}, other batches may change a few answers"]

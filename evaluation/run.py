@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -26,10 +25,10 @@ from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, req
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.inference.run_folder import RUN_DESCRIPTION, Processes, RunFolder, failure_reasons
+from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons
 from echo_ft.inference.server import Server
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, tuned_base
-from echo_ft.model.loading import base_fingerprint, checkpoint_dtype, load_model, load_processor
+from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.model.training_overlap import BASE_MODEL, describe_training_data
 from echo_ft.processes import join_processes
@@ -45,9 +44,11 @@ from echo_ft.provenance import (
 from echo_ft.records import Case
 from echo_ft.terminal import LOGGER
 from evaluation.config import (
+    BATCH_OPTIONS,
     RunConfig,
     answer_options,
     answer_tokens,
+    batch_warnings,
     check_config,
     corruption,
     pipeline_config,
@@ -61,10 +62,6 @@ if TYPE_CHECKING:
     from echo_ft.inference.engine import Engine
     from echo_ft.inference.generation_cache import GenerationCache
     from echo_ft.model.rows import RowBuilder
-
-
-BATCH_OPTIONS = ("batch_size", "max_batch_tokens")
-"""Options that change the shapes of batches: answers stay equal in float32, but may round differently in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -163,28 +160,6 @@ def prepare_run(config: RunConfig) -> PreparedRun:
         config.model_name_or_path, config.model_revision, config.min_pixels, config.max_pixels
     )
     return PreparedRun(config, dataset, adapters, cases, row_builder, notes)
-
-
-def batch_warnings(config: RunConfig) -> list[str]:
-    """Warn if a run resumes with other batches in 16 bits, where the shape of a batch changes how answers round."""
-    path = Path(config.output) / RUN_DESCRIPTION
-    if config.server is not None or not path.is_file():
-        return []
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # RunFolder reports it
-        return []
-    changed = [
-        f"{name} {getattr(config, name)} instead of {earlier[name]}"
-        for name in BATCH_OPTIONS
-        if name in earlier and earlier[name] != getattr(config, name)
-    ]
-    dtype = config.dtype
-    if changed and dtype == "auto":
-        dtype = checkpoint_dtype(config.model_name_or_path, config.model_revision)
-    if not changed or dtype == "float32":
-        return []
-    return [f"the run resumes with {' and '.join(changed)}; in {dtype}, other batches may change a few answers"]
 
 
 @cache
