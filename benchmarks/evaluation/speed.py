@@ -3,7 +3,7 @@
 The benchmark runs echo-tiny on drawn parts of 448 x 448 pixels, with three references and five questions per case. The
 methods take turns and must give the same greedy answers:
 
-- `question by question` calls `generate` of transformers and runs all experts again for every question.
+- `question by question` calls `generate` from transformers and runs all experts again for every question.
 - `case by case` also calls `generate`, but runs the experts before the decision only once per case.
 - `engine` is a complete run of this project.
 - `ideal` repeats the engine's forward passes on tensors built in advance.

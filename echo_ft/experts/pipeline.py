@@ -90,7 +90,7 @@ def run_cases(cases: Sequence[Case], generate: Generate, config: PipelineConfig)
 
 
 def run_or_fail(cases: Sequence[Case], generate: Generate, config: PipelineConfig) -> list[Outcome]:
-    """Run cases as `run_cases` does, but let a case with a broken image fail without the others.
+    """Run cases as `run_cases` does, but if a case has a broken image, fail only that case.
 
     The predictions of a failed case carry the error. Raises BackendError if the backend itself fails.
     """

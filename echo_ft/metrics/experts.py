@@ -259,7 +259,7 @@ def concluded_letter(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _split_reasoning(text: str) -> tuple[str, str]:
-    """Split a reasoning into observation and conclusion, both in lower case.
+    """Split reasoning text into its observation and conclusion, both in lower case.
 
     The conclusion follows the last `Conclude:`. Without one, the last sentence is the conclusion, and the whole text is
     the observation.
