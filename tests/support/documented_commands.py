@@ -39,7 +39,7 @@ SMOKE_OPTIONS = {
     "data_prep.build": ["--descriptor", "skimage"],
     "data_prep.embed": ["--descriptor", "skimage"],
     "train.sft": [
-        *TINY_MODEL, *TINY_PIXELS, "--bf16", "false", "--report_to", "none", "--dataloader_num_workers", "0",
+        *TINY_MODEL, *TINY_PIXELS, "--bf16", "false", "--report_to", "none", "--dataloader_num_workers", "1",
         "--max_steps", "1", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
         "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1",
     ],
