@@ -24,6 +24,7 @@ from echo_ft.images.corruptions import Corruption
 from echo_ft.images.decode import READER_THREADS
 from echo_ft.images.views import View, views
 from echo_ft.model.batches import float32_logits, image_inputs, join_caches, pad_rows
+from echo_ft.model.loading import project_patches
 from echo_ft.model.rows import PADDING, Row, RowBuilder
 from echo_ft.records import LETTERS, Exchange, Generation
 from echo_ft.terminal import LOGGER
@@ -93,6 +94,7 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         self.adapted = hasattr(model, "peft_config")
         self.base = model.get_base_model() if self.adapted else model
+        project_patches(self.base)
         self.device = self.base.device
         self._shared = features
         self._recent: OrderedDict[tuple[str, View], ImageFeature] = OrderedDict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from echo_ft.errors import EchoError
@@ -93,6 +94,23 @@ def load_model(model_name_or_path: str, revision: str | None = None, dtype: str 
     return _from_hub(
         AutoModelForImageTextToText, model_name_or_path, revision=revision, dtype=dtype, use_safetensors=True, **options
     )
+
+
+def project_patches(model: Any) -> None:
+    """Replace the convolution of a Qwen2-VL's patch embedding by a matrix product, which differs only in rounding.
+
+    The convolution has a single position, because each patch is a separate input. For this case, torch (2.15) takes
+    five times as long on a CPU: 16% of a training step with one question per case. On GPUs, torch 2.9 was reported to
+    take 10 to 20 times as long in bfloat16 (pytorch #174051). This can go once torch treats it as a matrix product.
+    """
+    convolution = model.model.visual.patch_embed.proj
+    convolution.forward = MethodType(_project, convolution)
+
+
+def _project(convolution: Any, patches: Any) -> Any:
+    from torch.nn.functional import linear
+
+    return linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:

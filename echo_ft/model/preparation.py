@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from echo_ft.model import attention
-from echo_ft.model.loading import parameter_group
-from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_once, project_patches
+from echo_ft.model.loading import parameter_group, project_patches
+from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_once
 
 
 def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dict[str, Any]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -110,20 +109,6 @@ class BatchImages:
     """Images to encode. None is a blank image, encoded because other processes encode images at the same time."""
     known: Sequence[torch.Tensor]
     """Stored features (tokens, hidden) of the other images."""
-
-
-def project_patches(model: Any) -> None:
-    """Replace the convolution of a Qwen2-VL's patch embedding by a matrix product, which differs only in rounding.
-
-    The convolution has a single position, because each patch is a separate input. For this case, torch (2.15) takes
-    five times as long on a CPU: 16% of a training step with one question per case.
-    """
-    convolution = model.model.visual.patch_embed.proj
-    convolution.forward = MethodType(_project, convolution)
-
-
-def _project(convolution: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
 
 
 def encode_images_once(model: Any, store: TowerFeatureStore | None) -> None:

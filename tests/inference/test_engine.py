@@ -74,6 +74,27 @@ def test_a_single_answer_token_needs_no_decoding_step(model, row_builder, exchan
     assert texts(reasons) == texts(full) != texts(answers), "outputs of other roles are not truncated"
 
 
+def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
+    row_builder, exchanges, tmp_path, monkeypatch
+):
+    """In bfloat16, the convolution of the patch embedding may be more than ten times slower than the equal product."""
+    with monkeypatch.context() as patch:
+        patch.setattr("echo_ft.inference.engine.project_patches", lambda model: None)
+        convolved = Engine(load_model(str(ECHO_TINY), dtype="float32"), row_builder, tmp_path, max_new_tokens=8)
+    expected = convolved.generate("decision_maker", exchanges)
+
+    def fail(*_):
+        raise AssertionError("the convolution ran")
+
+    engine = Engine(load_model(str(ECHO_TINY), dtype="float32"), row_builder, tmp_path, max_new_tokens=8)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", fail)
+    found = engine.generate("decision_maker", exchanges)
+    assert texts(found) == texts(expected)
+    for one, other in zip(found, expected, strict=True):
+        for generation, before in zip(one, other, strict=True):
+            assert generation.letters == pytest.approx(before.letters, abs=1e-5)
+
+
 def test_batches_order_and_cached_features_do_not_change_answers(model, row_builder, exchanges, tmp_path, monkeypatch):
     engine = Engine(model, row_builder, tmp_path, max_new_tokens=8)
     together = engine.generate("decision_maker", exchanges)

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 from echo_ft.errors import EchoError
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View
+from echo_ft.model.loading import load_model, project_patches
 from echo_ft.model.preparation import packed_inputs, prepare_model
-from echo_ft.model.vision import TowerFeatureStore, encode_images_once, project_patches
+from echo_ft.model.vision import TowerFeatureStore, encode_images_once
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
-from tests.conftest import draw
+from tests.conftest import ECHO_TINY, draw
 
 GIB = 2**30
 
@@ -42,8 +43,8 @@ def batch_of(collator, exchanges):
     return collator.batch([collator.row_builder.load_row(exchange, collator.root) for exchange in exchanges])
 
 
-def test_the_matrix_product_equals_the_convolution_of_patches(model, row_builder):
-    projected = copy.deepcopy(model)
+def test_the_matrix_product_equals_the_convolution_of_patches(row_builder):
+    model, projected = (load_model(str(ECHO_TINY), dtype="float32") for _ in range(2))
     project_patches(projected)
     patches = torch.randn(24, 3 * 2 * row_builder.image_processor.patch_size**2)
     found, expected = projected.model.visual.patch_embed(patches), model.model.visual.patch_embed(patches)
