@@ -1,6 +1,7 @@
 """Read a manifest of images that a person or an annotation tool wrote.
 
-- CSV with a header, or JSON lines, one row per image. Required columns: `image`, `product` and `condition` (`good` for
+- CSV with a header, or JSON lines, one row per image. A .tsv file has tabs instead of commas, and a first line such as
+  `sep=;` names another separator. Required columns: `image`, `product` and `condition` (`good` for
   a part without a defect; join several defects in any order, such as `bent+melt`). Optional columns: `mask` (an image
   file), `boxes` ([[x0, y0, x1, y1], ...] in pixels, used if there is no mask), `group` (shared by the images of one
   physical part), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
@@ -24,6 +25,7 @@ from typing import Any
 from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
+from data_prep.sources._lists import ListFormat, list_format, not_text
 from data_prep.sources._rows import named_condition, required_text, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
@@ -47,7 +49,8 @@ def read(config: SourceConfig) -> Items:
     if path.suffix.lower() == ".json":
         yield from read_coco(config.root, path)
         return
-    rows = _csv_rows(path) if path.suffix.lower() in (".csv", ".tsv") else _jsonl_rows(path)
+    form = list_format(path)
+    rows = _jsonl_rows(path, form) if form.separator is None else _csv_rows(path, form)
     first_line: dict[str, int] = {}
     for line, row in rows:
         try:
@@ -63,30 +66,32 @@ def read(config: SourceConfig) -> Items:
             yield Rejection(f"{path.name}:{line}", str(error))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
+def _csv_rows(path: Path, form: ListFormat) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
     """Yield the line number of each row and its cells, or the error in it. `_jsonl_rows` does the same."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with open(path, encoding=form.encoding, newline="") as file:
+            for _ in range(form.skipped):
+                file.readline()
+            reader = csv.DictReader(file, delimiter=form.separator or ",")
             _check_columns(path, reader.fieldnames or ())
             for row in reader:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
                 if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
                     reason = "it has more cells than the header has columns; quote cells that contain a comma"
-                    yield reader.line_num, RowError(reason)
+                    yield form.skipped + reader.line_num, RowError(reason)
                 else:
-                    yield reader.line_num, cells
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise EchoError(f"{path} is not a UTF-8 CSV file ({error}); save it as CSV UTF-8") from error
+                    yield form.skipped + reader.line_num, cells
+    except (UnicodeError, csv.Error) as error:
+        raise not_text(path, error) from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
+def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
     try:
         # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise EchoError(f"{path} is not a UTF-8 text file ({error}); save it as UTF-8") from error
+        lines = path.read_text(encoding=form.encoding).split("\n")
+    except UnicodeError as error:
+        raise not_text(path, error) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -121,9 +126,14 @@ def _found(names: Collection[str]) -> str:
     if not names:
         return "the file is empty; its first line must name the columns"
     found = ", ".join(map(repr, names))
-    for separator, plural in ((";", "semicolons"), ("\t", "tabs")):
+    for separator, plural, remedy in (
+        (";", "semicolons", "put the line sep=; before the header"),
+        ("\t", "tabs", "rename it to .tsv"),
+    ):
         if any(separator in name for name in names):
-            return f"found {found}: save the file with commas between the columns, not {plural}"
+            return f"found {found}: save the file with commas between the columns, not {plural}, or {remedy}"
+    if len(names) == 1 and "," in found:
+        return f"found {found}: rename the file to .csv if its columns are separated by commas"
     return f"found {found}"
 
 

@@ -367,7 +367,7 @@ def test_jsonl_rows_may_contain_unicode_line_separators(tmp_path, separator):
         ("parts.csv", "image;product;condition", "with commas between the columns, not semicolons"),
         ("parts.csv", '"image";"product";"condition"', "not semicolons"),
         ("parts.csv", "image\tproduct\tcondition", "not tabs"),
-        ("parts.tsv", "image\tproduct\tcondition", "not tabs"),
+        ("parts.tsv", "image;product;condition", "not semicolons"),
         ("parts.csv", "", "no column 'image'.*the file is empty; its first line must name the columns"),
     ],
 )
