@@ -20,7 +20,7 @@ from echo_ft.files import from_dict, lock_folder
 from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card
 from echo_ft.model.loading import check_lora_targets, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
-from echo_ft.records import Exchange
+from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
 from echo_ft.training.checkpoints import find_checkpoint, resume_wandb_run
 from echo_ft.training.memory import trainable_meta_model
@@ -44,6 +44,8 @@ class CheckedRun:
     card: AdapterCard | None
     """None in a dry run, because a card needs the base model's weights."""
     checkpoint: str | None
+    marks: dict[str, Inspection] | None
+    """The inspections by case that the mask loss learns from, or None without it."""
 
 
 def main(argv: list[str]) -> None:
@@ -77,10 +79,16 @@ def main(argv: list[str]) -> None:
 def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
     from echo_ft.training.cases import load_training_cases
+    from echo_ft.training.mask_loss import load_marks
 
     if not 0 <= config.corrupted_share <= 1:
         raise EchoError(f"corrupted_share is {config.corrupted_share:g}; it is a share of the cases, from 0 to 1")
+    if not 0 <= config.mask_loss <= 1:
+        raise EchoError(f"mask_loss is {config.mask_loss:g}; it is a weight, from 0 (off) to 1")
+    if config.mask_loss and not base.use_peft:
+        raise EchoError("mask_loss trains adapters only; set use_peft: true or remove mask_loss")
     dataset = load_dataset(Path(config.dataset))
+    marks = load_marks(dataset, sft.process_index == 0) if config.mask_loss else None
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     row_builder = RowBuilder(processor)
     if sft.process_index == 0:
@@ -97,13 +105,14 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
             dataset,
             config.corrupted_share,
             "4bit" if base.load_in_4bit else "8bit" if base.load_in_8bit else "",
+            config.mask_loss if marks else 0.0,
         )
         checkpoint = find_checkpoint(sft, card)
     cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
     validation = None
     if sft.eval_strategy != "no":
         validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
-    return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint)
+    return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint, marks or None)
 
 
 def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
@@ -152,6 +161,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
             store,
             always_encode=sft.world_size > 1,
             pixel_dtype=model.dtype,
+            marks=checked.marks,
         ),
         train_dataset=checked.cases,
         eval_dataset=checked.validation,
@@ -162,6 +172,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         largest_batch=checked.plan.largest_batch(sft.per_device_train_batch_size),
         store=store,
         implementation=base.attn_implementation or "sdpa",
+        checkpoint=checked.checkpoint,
     )
     trainer.train(resume_from_checkpoint=checked.checkpoint)
     trainer.save_model(sft.output_dir)

@@ -53,6 +53,8 @@ class AdapterCard:
     """Which outputs of earlier roles the dataset's rows show: `gold` or `predicted`."""
     quantization: str = ""
     """`4bit` or `8bit` if training quantized the base model; runs and exports load it unquantized."""
+    mask_loss: float = 0.0
+    """Weight of the mask loss beside the loss of the completions."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def make_card(
     dataset: Dataset,
     corrupted_share: float = 0.0,
     quantization: str = "",
+    mask_loss: float = 0.0,
 ) -> AdapterCard:
     """Make the card for an adapter that is being trained with the current code and packages.
 
@@ -102,6 +105,7 @@ def make_card(
         synthetic=dataset.manifest.get("counts", {}).get("synthetic", {}),
         upstream=dataset.manifest.get("upstream", "gold"),
         quantization=quantization,
+        mask_loss=mask_loss,
     )
 
 

@@ -24,7 +24,7 @@ WANDB_RUN_FILE = "wandb_run_id.txt"
 
 _MUST_MATCH = (
     "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
-    "quantization",
+    "quantization", "mask_loss",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from echo_ft.images.views import View, views
 from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
-from echo_ft.records import Exchange
+from echo_ft.records import Exchange, Inspection
 from echo_ft.training.flops import image_work, text_work
+from echo_ft.training.mask_loss import mask_inputs
 
 
 class Collator:
@@ -29,6 +31,7 @@ class Collator:
         store: TowerFeatureStore | None = None,
         always_encode: bool = False,
         pixel_dtype: torch.dtype | None = None,
+        marks: Mapping[str, Inspection] | None = None,
     ) -> None:
         """`root` is the image folder, and `store` holds tower features of earlier epochs, roles and runs.
 
@@ -36,13 +39,15 @@ class Collator:
         share the tower's weights or gradients and one process skips the tower, the others wait forever.
 
         `pixel_dtype` is the dtype of the model's weights, to which the model converts its pixels anyway. 16 bits halve
-        their size in the workers and on the GPU.
+        their size in the workers and on the GPU. `marks` has the inspections by case whose masks the mask loss learns
+        from; without it, there is no mask loss.
         """
         self.row_builder = row_builder
         self.root = root
         self.store = store
         self.always_encode = always_encode
         self.pixel_dtype = pixel_dtype
+        self.marks = marks
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchanges, corruptions = [], []
@@ -71,12 +76,25 @@ class Collator:
         if self.always_encode and not new:
             new, image = [None], blank_image_inputs(self.row_builder)
         number = {view: index for index, view in enumerate((*new, *known))}
+        order = [number[view] for view in ordered]
         return {
             **pack_rows(rows),
             **image,
             "pixel_values": image["pixel_values"].to(self.pixel_dtype),
             "work_counts": astuple(text_work(rows) + image_work(image["image_grid_thw"].tolist())),
-            "image_order": [number[view] for view in ordered],
+            "image_order": order,
             "image_views": new,
             "image_features": list(known.values()),
+            **self._mask_inputs(rows, order, image["image_grid_thw"]),
         }
+
+    def _mask_inputs(self, rows: Sequence[Row], order: Sequence[int], grids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `mask_loss.mask_inputs` of a batch whose encoded images have the `grids` (images, 3)."""
+        if self.marks is None:
+            return {}
+        builder = self.row_builder
+        ends = (grids.prod(dim=1) // builder.merge**2).cumsum(0).tolist()
+        starts = [0, *ends, *([0] * len(order))]  # stored features do not pass through the merger
+        last = accumulate(len(row.exchange.images) for row in rows)
+        queries = [starts[order[end - 1]] for end in last]
+        return mask_inputs(rows, queries, self.marks, self.root, builder.image_token_id, builder.merge)

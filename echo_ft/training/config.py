@@ -51,6 +51,13 @@ class EchoConfig:
             "type of corruption and its severity (echo_ft/images/corruptions.py)."
         },
     )
+    mask_loss: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mask loss beside the loss of the completions, from 0 (off) to 1. Light heads learn "
+            "from masks, boxes or polygons which image tokens of the query show the defect."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check everything and print a plan with a memory estimate. Needs no GPU and no weights."},

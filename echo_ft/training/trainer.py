@@ -26,6 +26,7 @@ from echo_ft.training.checkpoints import COMPLETE_MARKER
 from echo_ft.training.checks import check_gradients, check_output_layer, less_memory
 from echo_ft.training.config import EchoConfig
 from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
+from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
 from echo_ft.training.sampler import BalancedSampler
 
 
@@ -44,11 +45,13 @@ class PrefixSharingTrainer(SFTTrainer):
         largest_batch: Sequence[int] = (0,),
         store: TowerFeatureStore | None = None,
         implementation: str = "sdpa",
+        checkpoint: str | None = None,
         **kwargs: Any,
     ) -> None:
         """`largest_batch` lists the cases of the largest batch of a device.
 
-        `implementation` is one of attention.IMPLEMENTATIONS. Raises EchoError if it cannot train on this device, or if
+        `implementation` is one of attention.IMPLEMENTATIONS. `checkpoint` is the one that the run resumes from; it also
+        holds the heads of the mask loss. Raises EchoError if it cannot train on this device, or if
         the weights cannot be trained in their dtype or topology.
         """
         self.config = config
@@ -71,6 +74,7 @@ class PrefixSharingTrainer(SFTTrainer):
             check_output_layer(tuned)
         core = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
         prepare_model(core, store)
+        self.mask_heads = attach_mask_heads(core, checkpoint) if card.mask_loss else None
         if self.args.bf16:
             keep_adapter_input_dtype(tuned)
         self._costs = unit_costs(core)
@@ -92,7 +96,13 @@ class PrefixSharingTrainer(SFTTrainer):
         keep = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
         packed = packed_inputs(inputs, self.implementation) | {"keep": keep, "shift_labels": labels[:, keep + 1]}
         seen = self._total_train_tokens
-        loss = super().compute_loss(model, packed, return_outputs, num_items_in_batch)
+        if self.mask_heads is not None:
+            self.mask_heads.batch = inputs
+        result = super().compute_loss(model, packed, return_outputs, num_items_in_batch)
+        if self.mask_heads is not None:
+            loss, *outputs = result if return_outputs else (result,)
+            loss = loss + self._mask_loss(inputs, num_items_in_batch, model.training)
+            result = (loss, *outputs) if return_outputs else loss
         if model.training:
             operations = self._costs.flops(WorkCounts(*inputs["work_counts"]))
             done = torch.tensor(
@@ -102,7 +112,22 @@ class PrefixSharingTrainer(SFTTrainer):
             self._work_done += totals
             self._total_train_tokens = seen + int(totals[2])  # TRL's count assumes TRL's own rows
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return loss
+        return result
+
+    def _mask_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any, training: bool) -> torch.Tensor | float:
+        """The weighted mask loss of a batch, scaled like TRL's loss. An evaluation logs it and adds nothing."""
+        assert self.mask_heads is not None
+        total = self.mask_heads.loss()
+        self.mask_heads.batch = None
+        counted = inputs["mask_labels"][inputs["mask_rows"].unique()].sum()
+        sums = self.accelerator.gather(torch.stack([total.detach(), counted])[None]).sum(dim=0)
+        self._metrics["train" if training else "eval"]["mask_loss"].append((sums[0] / sums[1].clamp(min=1)).item())
+        if not training:
+            return 0.0
+        if num_items_in_batch is None:
+            return self.config.mask_loss * total / inputs["mask_labels"].sum()
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return self.config.mask_loss * scale * total / num_items_in_batch
 
     def check_largest_batch(self, cases: Sequence[int]) -> None:
         """Run `cases` forward and backward as one batch, without changing gradients, random state or logs.
@@ -134,7 +159,8 @@ class PrefixSharingTrainer(SFTTrainer):
                 raise
             remedy = less_memory(self.args, self.config.max_pixels)
             raise EchoError(f"{summary} does not fit into memory; {remedy}") from error
-        check_gradients(dict(zip(trained, found, strict=True)))
+        # The heads have gradients even if none arrives at the adapter.
+        check_gradients({name: one for name, one in zip(trained, found, strict=True) if "mask_heads." not in name})
         if torch.cuda.is_available():
             summary += f" takes {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
             torch.cuda.empty_cache()
@@ -231,6 +257,8 @@ class PrefixSharingTrainer(SFTTrainer):
             # The card is written last, because it marks a finished adapter.
             (folder / ADAPTER_CARD).unlink(missing_ok=True)
         super()._save(output_dir, state_dict)
+        if self.mask_heads is not None:
+            save_mask_heads(self.mask_heads, folder, self.args.should_save)
         if self.args.should_save:
             write_card(folder, self.card)
 
@@ -251,6 +279,8 @@ class PrefixSharingTrainer(SFTTrainer):
             self._load_full_model(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+        if self.mask_heads is not None:
+            load_mask_heads(self.mask_heads, Path(str(self.state.best_model_checkpoint)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._trains_own_weights:
