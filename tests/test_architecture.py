@@ -186,6 +186,13 @@ def test_command_help_loads_no_heavy_package():
 def test_models_load_from_safetensors_and_never_run_remote_code():
     text = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
     assert not re.search(r"trust_remote_code\s*=\s*True", text)
+    # Without the argument, transformers asks on stdin, and `y` runs the model folder's own code.
+    loads = [node for path in CODE for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    loads = [node for node in loads if isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"]
+    automatic = [node for node in loads if ast.unparse(node.func).lower().startswith("auto")]
+    assert len(automatic) >= 3
+    for node in automatic:
+        assert "trust_remote_code=False" in ast.unparse(node), ast.unparse(node)
     assert not re.search(r"torch\.load\(|pickle\.load", text)
 
 

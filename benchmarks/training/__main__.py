@@ -69,14 +69,14 @@ def random_model(name: str, folder: Path) -> str:
 
     from echo_ft.model.architectures import model_config
 
-    config, tiny = model_config(name), AutoConfig.from_pretrained(MODEL)
+    config, tiny = model_config(name), AutoConfig.from_pretrained(MODEL, trust_remote_code=False)
     for token in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(config, token, getattr(tiny, token))
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(MODEL).save_pretrained(folder)
+    AutoProcessor.from_pretrained(MODEL, trust_remote_code=False).save_pretrained(folder)
     return str(folder)
 
 

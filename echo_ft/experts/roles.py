@@ -183,7 +183,7 @@ def parse_letter(text: str, options: Mapping[str, str]) -> str | None:
     A text may be the letter with the usual punctuation (`B`, `B.`, `(B)`, `B:`), or the letter followed by exactly the
     text of that option (`B. Crack.`).
     """
-    match = re.fullmatch(rf"\s*\(?([{LETTERS}])\)?[.:]?(?:\s+(.*?))?\s*", text, flags=re.DOTALL)
+    match = re.fullmatch(rf"\(?([{LETTERS}])\)?[.:]?(\s.*)?", text.strip(), flags=re.DOTALL)
     if not match or match.group(1) not in options:
         return None
     rest = match.group(2)

@@ -42,12 +42,15 @@ def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig, Qwen2VLConfig
 
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            model_name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         if Path(model_name_or_path).is_dir():
+            reason = str(error).strip().splitlines()[0]
             raise EchoError(
-                f"{model_name_or_path} has no readable config.json; set model_name_or_path to a model folder or a hub "
-                "name"
+                f"{model_name_or_path} has no usable config.json ({reason}); set model_name_or_path to the folder of a "
+                "Qwen2-VL model or to a hub name"
             ) from error
         if model_name_or_path in _PUBLISHED:
             return _config(**_PUBLISHED[model_name_or_path])
@@ -77,7 +80,7 @@ def _hub_config(name: str, revision: str | None) -> Any:
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise EchoError(f"there is no model folder {name}; give a model folder or a hub name such as {known}")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EchoError(

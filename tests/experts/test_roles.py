@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,13 @@ def test_unknown_role_is_reported():
 def test_letters_are_parsed_strictly(text, letter):
     options = {"A": "Scratch.", "B": "Dent.", "C": "Stain.", "D": "Chip."}
     assert roles.parse_letter(text, options) == letter
+
+
+def test_letters_are_parsed_in_linear_time():
+    start = time.process_time()
+    assert roles.parse_letter("A x" + " " * 1_000_000 + "y", {"A": "x z"}) is None
+    assert roles.parse_letter("A" + " " * 1_000_000 + "x", {"A": "x"}) == "A"
+    assert time.process_time() - start < 5  # the square of a million steps takes hours
 
 
 @pytest.mark.parametrize(
