@@ -186,6 +186,8 @@ class Generation:
     text: str
     letters: Mapping[str, float]
     """Log-probability of each option letter as the first token. A server may return only some letters."""
+    cut: bool = False
+    """Whether the text ended at the token limit."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ class Trace:
     context: str
     prompt: str
     text: str
+    cut: bool = False
+    """Whether the text ended at the token limit and is not whole."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, req
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons
+from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons, read_cut_warning
 from echo_ft.inference.server import Server
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, tuned_base
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
@@ -98,6 +98,9 @@ def main(argv: list[str]) -> None:
             LOGGER.warning(
                 f"{len(failed)} predictions failed (first: {failed[0]}); rerun the same command to retry them"
             )
+        cut = read_cut_warning(Path(config.output))
+        if cut:
+            LOGGER.warning(cut)
     state.destroy_process_group()
 
 

@@ -167,7 +167,9 @@ def run_case(
             for branch, generation in zip(exchange.branches, generations, strict=True):
                 generated[branch.id] = generation
                 context = exchange.images, exchange.context
-                traces.append(Trace(exchange.case, role, branch.id, *context, branch.prompt, generation.text))
+                # If probabilities decide, the decision maker generates a single token on purpose.
+                cut = generation.cut and (role != "decision_maker" or config.answer == "generate")
+                traces.append(Trace(exchange.case, role, branch.id, *context, branch.prompt, generation.text, cut))
         upstream = update_upstream(role, case, upstream, {name: one.text for name, one in generated.items()})
     # The last role is the decision maker, so its generations are the answers.
     outcome = Outcome([], traces)

@@ -275,6 +275,7 @@ class Engine:
             {letter: float(scores[index, token]) for letter, token in self._letters.items()} for index in range(count)
         ]
         generated: list[list[int]] = [[] for _ in range(count)]
+        cut: set[int] = set()
         active = torch.arange(count, device=self.device)
         position = first + lengths
         for step in range(limit):
@@ -284,6 +285,7 @@ class Engine:
                 if continues:
                     generated[index].append(value)
             if not unfinished.any() or step + 1 == limit:
+                cut = set(active[unfinished].tolist())
                 break
             if not unfinished.all():
                 kept = unfinished.nonzero()[:, 0]
@@ -294,7 +296,7 @@ class Engine:
             position = position + 1
         decode = self.row_builder.tokenizer.decode
         return [
-            Generation(decode(ids, skip_special_tokens=True).strip(), letters[index])
+            Generation(decode(ids, skip_special_tokens=True).strip(), letters[index], index in cut)
             for index, ids in enumerate(generated)
         ]
 

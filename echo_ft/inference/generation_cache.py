@@ -68,11 +68,11 @@ class GenerationCache:
 
     def _store(self, role: str, exchanges: Sequence[Exchange], results: Sequence[Sequence[Any]]) -> None:
         new = {
-            key: Generation(generation.text, dict(generation.letters))
+            key: replace(generation, letters=dict(generation.letters))
             for exchange, generations in zip(exchanges, results, strict=True)
             for key, generation in zip(self._keys(role, exchange), generations, strict=True)
         }
-        rows = {key: [generation.text, generation.letters] for key, generation in new.items()}
+        rows = {key: [one.text, one.letters, one.cut] for key, one in new.items()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(
                 "\n" + json.dumps(rows, ensure_ascii=False)
@@ -96,5 +96,5 @@ def _read(path: Path) -> Iterator[tuple[str, Generation]]:
                 rows = json.loads(line)
             except ValueError:
                 continue
-            for key, (text, letters) in rows.items():
-                yield key, Generation(text, letters)
+            for key, (text, letters, cut) in rows.items():
+                yield key, Generation(text, letters, cut)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,9 @@ SHARDS = "shards"
 
 CONTINUED_WITH = "continued_with"
 """Key in run.json for notes of later processes that resumed the run with other settings."""
+
+CUT = "cut"
+"""Key in run.json for the number of texts of each role that ended at max_new_tokens."""
 
 RunRecord = TypeVar("RunRecord", Prediction, Trace, PermutedPrediction)
 
@@ -176,6 +179,9 @@ class RunFolder:
         run = {**self._required(), **self._notes}
         if self._continued:
             run[CONTINUED_WITH] = self._continued
+        if complete:
+            traces = read_complete_rows(self.folder / TRACES, Trace)
+            run[CUT] = dict(Counter(trace.role for trace in traces if trace.cut))
         write_json(self.folder / RUN_DESCRIPTION, {**run, "complete": complete})
 
     def _required(self) -> dict[str, Any]:
@@ -192,7 +198,7 @@ class RunFolder:
                 "choose another --output, or delete that folder to start over"
             )
         self._notes = {
-            key: value for key, value in earlier.items() if key not in {*required, "complete", CONTINUED_WITH}
+            key: value for key, value in earlier.items() if key not in {*required, CUT, "complete", CONTINUED_WITH}
         }
         self._continued = list(earlier.get(CONTINUED_WITH, []))
 
@@ -230,6 +236,22 @@ class RunFolder:
             if include_failed or row.error is None:
                 answered[row.case].add(row.question)
         return {case for case, questions in answered.items() if expected.get(case) == questions}
+
+
+def read_cut_warning(folder: Path) -> str | None:
+    """Return `cut_warning` for the run in a folder."""
+    return cut_warning(_read_description(folder / RUN_DESCRIPTION))
+
+
+def cut_warning(run: Mapping[str, Any]) -> str | None:
+    """Return a sentence about the texts that ended at max_new_tokens, or None; `run` is the content of run.json."""
+    counts = ", ".join(f"{count} of the {role}" for role, count in run.get(CUT, {}).items())
+    if not counts:
+        return None
+    return (
+        f"max_new_tokens {run.get('max_new_tokens')} cut texts: {counts}; run again with a larger --max_new_tokens and "
+        "another --output to let them end"
+    )
 
 
 def failure_reasons(folder: Path) -> list[str]:

@@ -136,7 +136,14 @@ class Server:
         async def complete(exchange: Exchange) -> list[Generation]:
             encoded = [await self._encode(view) for view in views(exchange, self.root, self.corruption)]
             replies = await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides)
-            return [Generation((reply.choices[0].message.content or "").strip(), _letters(reply)) for reply in replies]
+            return [
+                Generation(
+                    (reply.choices[0].message.content or "").strip(),
+                    _letters(reply),
+                    reply.choices[0].finish_reason == "length",
+                )
+                for reply in replies
+            ]
 
         return await asyncio.gather(*(complete(exchange) for exchange in exchanges))
 

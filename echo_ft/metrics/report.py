@@ -15,7 +15,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import PermutedPrediction, answer_consistency, position_bias
 from echo_ft.files import read_complete_rows
 from echo_ft.images.masks import mask_files
-from echo_ft.inference.run_folder import PERMUTATIONS, TRACES
+from echo_ft.inference.run_folder import PERMUTATIONS, TRACES, cut_warning
 from echo_ft.metrics import detection, experts, strict
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.intervals import BOOTSTRAP
@@ -163,13 +163,15 @@ def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
 
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:
-    """Warn about rejected rows, missing or small classes, and defective images that MMAD's scorer counts as normal."""
+    """Warn about rejected rows, cut texts, missing or small classes, and misleading paths in the official scores."""
     warnings = []
     if run.rejections:
         first = run.rejections[0]
         warnings.append(
             f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})"
         )
+    cut = cut_warning(run.provenance)
+    warnings += [cut] if cut else []
     warnings += small_class_warnings(table)
     misleading = counted_as_normal(run.predictions)
     if misleading:

@@ -95,6 +95,15 @@ def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
             assert generation.letters == pytest.approx(before.letters, abs=1e-5)
 
 
+def test_a_text_that_ends_at_the_token_limit_is_marked(model, row_builder, exchanges, tmp_path):
+    whole = Engine(model, row_builder, tmp_path, max_new_tokens=200).generate("reasoning_expert", exchanges)
+    short = Engine(model, row_builder, tmp_path, max_new_tokens=4).generate("reasoning_expert", exchanges)
+    pairs = [pair for pair in zip(sum(whole, []), sum(short, []), strict=True) if not pair[0].cut]
+    assert {one.cut for _, one in pairs} == {True, False}
+    for before, one in pairs:
+        assert one.cut == (one.text != before.text)
+
+
 def test_batches_order_and_cached_features_do_not_change_answers(model, row_builder, exchanges, tmp_path, monkeypatch):
     engine = Engine(model, row_builder, tmp_path, max_new_tokens=8)
     together = engine.generate("decision_maker", exchanges)

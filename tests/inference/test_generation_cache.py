@@ -28,7 +28,10 @@ class Backend:
             self.branches += [branch.id for branch in exchange.branches]
             numbers = range(start, len(self.branches))
             results.append(
-                [Generation(f"{role} ☃ {number}", {"A": -1 / 3 - number, "B": -math.inf}) for number in numbers]
+                [
+                    Generation(f"{role} ☃ {number}", {"A": -1 / 3 - number, "B": -math.inf}, cut=number % 2 == 0)
+                    for number in numbers
+                ]
             )
         return results
 

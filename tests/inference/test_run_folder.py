@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -188,6 +189,27 @@ def test_a_partial_run_json_does_not_block_the_folder(tmp_path, cases):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json.partial").write_text("{")
     assert len(run(tmp_path / "run", cases).done) == 4
+
+
+def test_cut_texts_are_counted_per_role_over_resumes_and_processes(tmp_path, many):
+    def cutting(role, exchanges):
+        """Cut the first reason of each of a case's two exchanges, and every text of the decision maker."""
+        return [
+            [replace(one, cut=role == "decision_maker" or (role == "reasoning_expert" and not i)) for i, one in whole]
+            for whole in map(enumerate, ScriptedBackend()(role, exchanges))
+        ]
+
+    run_together(tmp_path / "run", many, 2, stop_after=1, backend=cutting)
+    assert "cut" not in json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text()), "the run is not complete"
+    run_together(tmp_path / "run", many, 3, backend=cutting)
+    described = json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())
+    assert described["cut"] == {"reasoning_expert": 22, "decision_maker": 77}
+    run(tmp_path / "run", many)
+    assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text()) == described
+    (outcome,) = run_cases(many[:1], cutting, PipelineConfig(answer="logits"))
+    assert {trace.role for trace in outcome.traces if trace.cut} == {"reasoning_expert"}, (
+        "the decision maker generates one token on purpose"
+    )
 
 
 class KilledError(Exception):

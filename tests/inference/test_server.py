@@ -101,6 +101,19 @@ def test_a_request_has_the_images_and_then_the_rendered_prompt(fake, row_builder
             assert ("logprobs" in body) == (role == "decision_maker")
 
 
+def test_a_reply_that_ends_at_the_token_limit_is_marked(fake, row_builder, case, tmp_path):
+    def cut(body):
+        reply = completion(body)
+        reply["choices"][0]["finish_reason"] = "length" if "the object in" in text_of(body) else "stop"
+        return reply
+
+    fake.answer = cut
+    exchanges = [exchange for exchange in exchanges_of(case) if exchange.role == "decision_maker"]
+    marks = [one.cut for own in ask_server(fake, row_builder, tmp_path, exchanges) for one in own]
+    assert marks == ["the object in" in branch.prompt for exchange in exchanges for branch in exchange.branches]
+    assert {*marks} == {True, False}
+
+
 @pytest.mark.parametrize("size", [(37, 400), (900, 700), (20, 20), (168, 168)])
 def test_the_server_gets_the_pixels_that_training_used(fake, served_builder, case, tmp_path, size):
     name = draw(tmp_path / "odd.png", size, seed=3)
