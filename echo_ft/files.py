@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -93,6 +94,21 @@ def read_jsonl(path: Path, cls: type[Record], exclude: str = "") -> Iterator[Rec
                 yield from_dict(cls, json.loads(line))
             except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise EchoError(f"{path}:{number} is not a {cls.__name__} row ({error}); rebuild the file") from error
+
+
+RESUME_REMEDY = "free some space and rerun the same command to resume"
+"""Remedy for a full disk if the command resumes."""
+
+
+@contextmanager
+def explain_full_disk(folder: Path, remedy: str, error_class: type[EchoError] = EchoError) -> Iterator[None]:
+    """Raise an `error_class` that names `folder` and `remedy` if a disk or quota is full in the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise error_class(f"no space left in {folder}; {remedy}") from error
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from echo_ft.experts.pipeline import AsyncGenerate, Generate
+from echo_ft.experts.pipeline import AsyncGenerate, BackendError, Generate
+from echo_ft.files import RESUME_REMEDY, explain_full_disk, open_append
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Exchange, Generation
 
@@ -73,7 +74,8 @@ class GenerationCache:
             for key, generation in zip(self._keys(role, exchange), generations, strict=True)
         }
         rows = {key: [one.text, one.letters, one.cut] for key, one in new.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
+        # BackendError stops the run; an EchoError would fail only the case.
+        with explain_full_disk(self._path.parent, RESUME_REMEDY, BackendError), open_append(self._path) as file:
             file.write(
                 "\n" + json.dumps(rows, ensure_ascii=False)
             )  # on a new line, after a partial one that a killed process may have left

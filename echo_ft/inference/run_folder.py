@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -17,7 +18,17 @@ from typing import Any, TextIO, TypeVar
 from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import PermutedPrediction
 from echo_ft.experts.pipeline import Outcome
-from echo_ft.files import LOCK_FILE, lock_folder, open_append, read_complete_rows, to_json, write_json, write_jsonl
+from echo_ft.files import (
+    LOCK_FILE,
+    RESUME_REMEDY,
+    explain_full_disk,
+    lock_folder,
+    open_append,
+    read_complete_rows,
+    to_json,
+    write_json,
+    write_jsonl,
+)
 from echo_ft.records import Case, Prediction, Trace
 
 PREDICTIONS, TRACES, RUN_DESCRIPTION = "predictions.jsonl", "traces.jsonl", "run.json"
@@ -71,8 +82,8 @@ class RunFolder:
         equal when a run is resumed. `notes` are also written to run.json but may differ; if a process that writes
         answers has different notes from the first, they are added to `continued_with`.
 
-        Raises EchoError if the provenance differs, another process is writing to the folder, or the folder has other
-        content.
+        Raises EchoError if the provenance differs, another process is writing to the folder, the folder has other
+        content, or the disk is full.
         """
         self.folder = folder
         self.processes = processes or Processes()
@@ -84,14 +95,15 @@ class RunFolder:
         self._locks: list[TextIO] = []
         self._files: dict[str, TextIO] = {}
         try:
-            self.done = self._open() if self.processes.first else set()
-            self.processes.wait()
-            if not self.processes.first:  # other processes may already be writing to their own shards
-                self.done = self._find_done([folder], include_failed=False)
-            self._shard = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
-            if self._shard != folder:
-                self._shard.mkdir(parents=True, exist_ok=True)
-                self._locks.append(lock_folder(self._shard))
+            with explain_full_disk(folder, RESUME_REMEDY):
+                self.done = self._open() if self.processes.first else set()
+                self.processes.wait()
+                if not self.processes.first:  # other processes may already be writing to their own shards
+                    self.done = self._find_done([folder], include_failed=False)
+                self._shard = folder if self.processes.count == 1 else folder / SHARDS / str(self.processes.index)
+                if self._shard != folder:
+                    self._shard.mkdir(parents=True, exist_ok=True)
+                    self._locks.append(lock_folder(self._shard))
         except BaseException:
             self.close()
             raise
@@ -105,7 +117,8 @@ class RunFolder:
     def close(self) -> None:
         """Close all files and release the folder."""
         for file in (*self._files.values(), *reversed(self._locks)):
-            file.close()
+            with suppress(OSError):  # closing repeats a write that failed, and whose error has been raised
+                file.close()
 
     def batches(self, size: int) -> list[Sequence[Case]]:
         """Return this process's share of the batches that are not done yet.
@@ -121,15 +134,16 @@ class RunFolder:
     def write(self, case: Case, outcome: Outcome) -> None:
         """Write the outcome of one case. The predictions come last, because they mark the case as done.
 
-        A case that is already done is left unchanged.
+        A case that is already done is left unchanged. Raises EchoError if the disk is full.
         """
         if case.id in self.done:
             return
-        if self.processes.first:
-            self._record_notes()
-        self._append(TRACES, outcome.traces)
-        self._append(PERMUTATIONS, outcome.permuted)
-        self._append(PREDICTIONS, outcome.predictions)
+        with explain_full_disk(self.folder, RESUME_REMEDY):
+            if self.processes.first:
+                self._record_notes()
+            self._append(TRACES, outcome.traces)
+            self._append(PERMUTATIONS, outcome.permuted)
+            self._append(PREDICTIONS, outcome.predictions)
         self.done.add(case.id)
 
     def _append(self, name: str, records: Sequence[RunRecord]) -> None:
@@ -140,15 +154,19 @@ class RunFolder:
             self._files[name].flush()
 
     def finish(self) -> None:
-        """Merge the shards, and record in run.json whether the run is complete. All processes call this."""
+        """Merge the shards, and record in run.json whether the run is complete. All processes call this.
+
+        Raises EchoError if the disk is full.
+        """
         if self.processes.count > 1:
             for file in (*self._files.values(), self._locks.pop()):  # of this process's shard
                 file.close()
             self.processes.wait()
-            if self.processes.first:
-                self.done = self._merge_shards(include_failed=True)
         if self.processes.first:
-            self._write_description(complete=len(self.done) == len(self.cases))
+            with explain_full_disk(self.folder, RESUME_REMEDY):
+                if self.processes.count > 1:
+                    self.done = self._merge_shards(include_failed=True)
+                self._write_description(complete=len(self.done) == len(self.cases))
 
     def _open(self) -> set[str]:
         """Claim the folder, reduce its files to cases that are done, and return their ids."""

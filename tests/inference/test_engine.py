@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
 def test_a_text_that_ends_at_the_token_limit_is_marked(model, row_builder, exchanges, tmp_path):
     whole = Engine(model, row_builder, tmp_path, max_new_tokens=200).generate("reasoning_expert", exchanges)
     short = Engine(model, row_builder, tmp_path, max_new_tokens=4).generate("reasoning_expert", exchanges)
-    pairs = [pair for pair in zip(sum(whole, []), sum(short, []), strict=True) if not pair[0].cut]
+    pairs = [pair for pair in zip(chain(*whole), chain(*short), strict=True) if not pair[0].cut]
     assert {one.cut for _, one in pairs} == {True, False}
     for before, one in pairs:
         assert one.cut == (one.text != before.text)

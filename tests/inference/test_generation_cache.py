@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from echo_ft.experts.pipeline import BackendError
 from echo_ft.inference.generation_cache import GenerationCache
 from echo_ft.records import ROLES, Generation
 from tests.support.exchanges import exchanges_of
@@ -46,6 +47,13 @@ def exchanges(case):
 
 def open_cache(folder, identities=IDENTITIES, process=0):
     return GenerationCache(folder, identities, process)
+
+
+def test_a_full_disk_stops_the_run_instead_of_failing_the_case(exchanges, tmp_path):
+    cache = open_cache(tmp_path)
+    (tmp_path / "0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(BackendError, match=r"no space left in .*rerun the same command to resume"):
+        cache.wrap(Backend().generate)("decision_maker", exchanges[:1])
 
 
 def test_only_new_branches_reach_the_backend(exchanges, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import json
 import shutil
 import threading
@@ -13,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from echo_ft import provenance
+from echo_ft import files, provenance
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail
 from echo_ft.files import LOCK_FILE, read_jsonl, write_text
@@ -189,6 +191,56 @@ def test_a_partial_run_json_does_not_block_the_folder(tmp_path, cases):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json.partial").write_text("{")
     assert len(run(tmp_path / "run", cases).done) == 4
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with a few bytes left: it takes what fits and then fails."""
+
+    left = 0
+
+    def write(self, data):
+        if not FullDisk.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(bytes(data)[: FullDisk.left])
+        FullDisk.left -= written
+        return written
+
+
+@pytest.mark.parametrize("left", [0, 100, 9000, 30000])
+def test_a_full_disk_ends_a_run_in_one_sentence_and_the_run_resumes(tmp_path, cases, monkeypatch, left):
+    run(tmp_path / "whole", cases)
+    run(tmp_path / "run", cases, stop_after=1)
+    monkeypatch.setattr(FullDisk, "left", left)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            run_folder, "open_append", lambda path: io.TextIOWrapper(io.BufferedWriter(FullDisk(path, "a")), "utf-8")
+        )
+        with pytest.raises(EchoError, match=r"^no space left in .*run; free some space and rerun the same command to"):
+            run(tmp_path / "run", cases)
+    assert cases[0].id in run(tmp_path / "run", cases, stop_after=0).done
+    run(tmp_path / "run", cases)
+    require_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_when_a_run_starts_or_ends_is_named_too(tmp_path, cases, monkeypatch, code):
+    run(tmp_path / "run", cases)
+
+    def fail(source, target):
+        raise OSError(code, "full")
+
+    with monkeypatch.context() as patch, RunFolder(tmp_path / "run", PROVENANCE, cases) as opened:
+        patch.setattr(files.os, "replace", fail)
+        with pytest.raises(EchoError, match="no space left in"):
+            opened.finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", fail)
+        with pytest.raises(EchoError, match="no space left in"):
+            run(tmp_path / "run", cases)
+        code = errno.EIO
+        with pytest.raises(OSError, match="full"):
+            run(tmp_path / "run", cases)
+    assert len(run(tmp_path / "run", cases, stop_after=0).done) == 4
 
 
 def test_cut_texts_are_counted_per_role_over_resumes_and_processes(tmp_path, many):
