@@ -99,8 +99,7 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
             rejections.append(Rejection(inspection.image, mask.reason + note + place, "mask" if keep else None))
             if not keep:
                 continue
-            boxes = () if inspection.polygons else inspection.boxes  # boxes next to polygons mark only some defects
-            inspection = dataclasses.replace(inspection, mask=None, masks=(), polygons=(), boxes=boxes)
+            inspection = dataclasses.replace(inspection, mask=None, masks=())
         inspections[inspection.id] = inspection
     by_image = {inspection.image: inspection for inspection in inspections.values()}
     for inspection in list(inspections.values()):

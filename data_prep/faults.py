@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image
+import numpy as np
+from PIL import Image
 
 from echo_ft.errors import EchoError
 from echo_ft.images import decode, masks
+from echo_ft.images.mask_reading import is_lossy
 from echo_ft.records import GOOD, Inspection
+
+MAX_SHARE = 0.5
+MAX_BORDER = 0.75
+"""A mask seems inverted if it marks more than these shares of the image and of its border. No mask of the magnetic
+tiles marks more than 0.50 and 0.49."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -67,50 +74,115 @@ class MaskFault:
 
 
 def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
-    """Why the mask or the polygons of a readable image cannot be used; None if they can, or if it has neither."""
+    """Why the mask files of a readable image cannot be used; None if they can, or if it has none."""
     names = masks.mask_files(inspection)
-    if not names and not inspection.polygons:
+    if not names:
         return None
     for name in names:
         fault = image_fault(root / name, is_mask=True)
         if fault:
             return MaskFault(f"mask {name}: {fault}")
+    path, subject = root / inspection.image, f"mask {', '.join(names)}"
+    rotated = _orientation_fault(path, "mask is") if inspection.condition != GOOD else None
+    if rotated:
+        return MaskFault(f"{subject}: {rotated}")
     try:
-        mask = masks.load_mask(inspection, root, decode.image_size(root / inspection.image))
+        mask = masks.load_mask(inspection, root, decode.image_size(path))
     except EchoError as error:
-        return MaskFault(str(error), image_usable=not names)
-    marked = mask is not None and bool(mask.any())
-    subject = f"mask {', '.join(names)} marks" if names else "the polygons mark"
-    if marked and inspection.condition == GOOD:
-        return MaskFault(f"{subject} a defect on an image labelled {GOOD}")
-    if not marked and inspection.condition != GOOD:
-        return MaskFault(f"{subject} nothing although the condition is {inspection.condition}", image_usable=True)
+        return MaskFault(str(error))
+    if mask is None or not mask.any():
+        if inspection.condition == GOOD:
+            return None
+        note = (
+            "; in a lossy format, only pixels brighter than half count"
+            if _any_lossy(root / name for name in names)
+            else ""
+        )
+        reason = f"{subject} marks nothing although the condition is {inspection.condition}{note}"
+        return MaskFault(reason, image_usable=True)
+    if inspection.condition == GOOD:
+        return MaskFault(f"{subject} marks a defect ({mask.mean():.1%} of the image) on an image labelled {GOOD}")
+    fault = _inversion_fault(mask)
+    return MaskFault(f"{subject} {fault}") if fault else None
+
+
+def _inversion_fault(mask: masks.Mask) -> str | None:
+    """Why a mask (height, width) seems to mark the background or everything, or None.
+
+    The border tells an inverted mask from a large defect: a defect that covers most of an image seldom covers all of
+    its border.
+    """
+    share = mask.mean()
+    border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]).mean()
+    if share == 1:
+        return "marks the whole image, so it locates nothing; mark only the defect, or use the image without a mask"
+    if share > MAX_SHARE and border > MAX_BORDER:
+        return (
+            f"marks {share:.1%} of the image and {border:.1%} of its border, so it seems inverted: inverted, it marks "
+            f"{1 - share:.1%}; make the defect white and everything else black, or use the image without a mask"
+        )
     return None
+
+
+def _any_lossy(paths: Iterable[Path]) -> bool:
+    for path in paths:
+        with Image.open(path) as image:
+            if is_lossy(image):
+                return True
+    return False
+
+
+def lossy_masks(inspections: Iterable[Inspection], root: Path) -> list[str]:
+    """The images of usable inspections whose masks are in a lossy format."""
+    return [i.image for i in inspections if _any_lossy(root / name for name in masks.mask_files(i))]
+
+
+def rotated_images(inspections: Iterable[Inspection], root: Path) -> list[str]:
+    """The images of usable inspections that viewers rotate by their EXIF orientation but `decode` does not."""
+    found = []
+    for inspection in inspections:
+        with Image.open(root / inspection.image) as image:
+            if image.format != "TIFF" and decode.orientation(image) != 1:  # Pillow rotates TIFF files itself
+                found.append(inspection.image)
+    return found
 
 
 def boxes_fault(inspection: Inspection, root: Path) -> str | None:
     """Why the boxes or polygons of a readable image cannot be used, or None."""
-    if not inspection.boxes and not inspection.polygons:
+    outlines = [*inspection.boxes, *inspection.polygons]
+    if not outlines:
         return None
-    if inspection.boxes and inspection.condition == GOOD:
-        return f"the image has boxes although it is labelled {GOOD}"
-    with Image.open(root / inspection.image) as image:
-        width, height = image.size
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation not in (0, 1):  # 0 means unknown
-        return (
-            f"viewers rotate the image (EXIF orientation {orientation}), so its boxes or polygons are ambiguous; "
-            "save the image rotated and without the EXIF tag, and annotate that file"
-        )
-    for box in inspection.boxes:
-        x0, y0, x1, y1 = box
+    if inspection.condition == GOOD:
+        return f"the image has {'boxes' if inspection.boxes else 'polygons'} although it is labelled {GOOD}"
+    rotated = _orientation_fault(root / inspection.image, "boxes or polygons are")
+    if rotated:
+        return rotated
+    width, height = decode.image_size(root / inspection.image)
+    for number, outline in enumerate(outlines):
+        is_box = number < len(inspection.boxes)
+        what = f"box {list(outline)}" if is_box else f"the polygon at {outline[0]:g}, {outline[1]:g}"
+        form = "(x0, y0, x1, y1)" if is_box else "x0, y0, x1, y1, ..."
+        xs, ys = outline[::2], outline[1::2]
+        x0, y0, x1, y1 = (xs[0], ys[0], xs[1], ys[1]) if is_box else (min(xs), min(ys), max(xs), max(ys))
         near = min(x0, y0) > -1 and x1 < width + 1 and y1 < height + 1  # less than a pixel outside is rounding
         inside = near and max(0, x0) < min(x1, width) and max(0, y0) < min(y1, height)
-        if not all(map(math.isfinite, box)) or not inside:
-            return f"box {list(box)} is not (x0, y0, x1, y1) inside the {width} x {height} pixels"
+        if not all(map(math.isfinite, outline)) or not inside:
+            return f"{what} is not {form} inside the {width} x {height} pixels"
         if x1 - x0 < 1 and y1 - y0 < 1:
             return (
-                f"box {list(box)} is smaller than a pixel; give boxes in pixels of the {width} x {height} image, "
-                "[[x0, y0, x1, y1], ...], not in fractions of it"
+                f"{what} is smaller than a pixel; give {form} in pixels of the {width} x {height} image, "
+                "not in fractions of it"
             )
     return None
+
+
+def _orientation_fault(path: Path, what: str) -> str | None:
+    """Why the annotations of an image are ambiguous because viewers rotate it, or None. `what` begins the clause."""
+    with Image.open(path) as image:
+        found = decode.orientation(image)
+    if found == 1:
+        return None
+    return (
+        f"viewers rotate the image (EXIF orientation {found}), so its {what} ambiguous; "
+        "save the image rotated and without the EXIF tag, and annotate that file"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import BuildConfig
+from data_prep.faults import lossy_masks, rotated_images
 from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, train_split_remedy
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
@@ -38,6 +39,7 @@ def build_warnings(
         *_one_sided_roles(counts, config.routing),
         *_balanced_away(draft, unused),
         *_uneven_depths(draft.inspections, root),
+        *_readings(draft.inspections, root),
     ]
 
 
@@ -158,3 +160,19 @@ def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> Iterator[st
                 "their exposures are no longer comparable; if one camera took them, convert them to 8 bits yourself, "
                 "all with one scale"
             )
+
+
+def _readings(inspections: Sequence[Inspection], root: Path) -> Iterator[str]:
+    """Images and masks that are read in another way than a viewer shows them."""
+    rotated = rotated_images(inspections, root)
+    if rotated:
+        yield (
+            f"{len(rotated)} images have an EXIF orientation and are read as stored, not as viewers rotate them: "
+            f"{first_names(rotated)}; save them rotated and without the EXIF tag"
+        )
+    lossy = lossy_masks(inspections, root)
+    if lossy:
+        yield (
+            f"the masks of {len(lossy)} images are in a lossy format, so only pixels brighter than half count: "
+            f"{first_names(lossy)}; save masks as PNG"
+        )

@@ -24,6 +24,7 @@ from data_prep.sources import Items, RowError, locate, not_an_image, unused_file
 from data_prep.sources._rows import condition_of, polygon_of, product_of, required_text, size_of
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import READ_ERRORS
+from echo_ft.images.mask_reading import marked_pixels
 from echo_ft.records import Inspection, Rejection
 
 Box = tuple[float, float, float, float]
@@ -82,7 +83,7 @@ def _inspection(root: Path, path: Path) -> Inspection:
         if kind == "polygon":
             polygons.append(polygon_of(points))
         elif kind == "circle" and len(points) == 2:
-            polygons.append(_circle(*points))
+            polygons.append(_circle(points[0], points[1], size))
         elif kind == "rectangle" and len(points) in (2, 4):
             xs, ys = zip(*points, strict=True)
             boxes.append((min(xs), min(ys), max(xs), max(ys)))
@@ -114,15 +115,19 @@ def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
     return points
 
 
-def _circle(centre: tuple[float, float], rim: tuple[float, float]) -> tuple[float, ...]:
-    """Return a circle as a polygon that is accurate to a tenth of a pixel up to a radius of 10,000 pixels."""
+def _circle(centre: tuple[float, float], rim: tuple[float, float], size: tuple[int, int]) -> tuple[float, ...]:
+    """Return a circle as a polygon that is accurate to a tenth of a pixel up to a radius of 10,000 pixels.
+
+    Corners beyond the image of `size` (width, height) are moved to its border. This leaves the part of the circle
+    inside the image unchanged if its centre is inside too.
+    """
     radius = math.dist(centre, rim)
     count = min(720, 8 + math.ceil(math.pi * math.sqrt(5 * radius)))  # a chord's sagitta: r (pi / count)^2 / 2
     angles = [2 * math.pi * index / count for index in range(count)]
-    return polygon_of(
-        (round(centre[0] + radius * math.cos(angle), 2), round(centre[1] + radius * math.sin(angle), 2))
-        for angle in angles
-    )
+    corners = [(centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)) for angle in angles]
+    if 0 <= centre[0] <= size[0] and 0 <= centre[1] <= size[1]:
+        corners = [(min(max(x, 0), size[0]), min(max(y, 0), size[1])) for x, y in corners]
+    return polygon_of((round(x, 2), round(y, 2)) for x, y in corners)
 
 
 def _pixels(shape: Mapping[str, Any], corner: tuple[float, float], size: tuple[int, int]) -> Iterator[Box]:
@@ -132,7 +137,9 @@ def _pixels(shape: Mapping[str, Any], corner: tuple[float, float], size: tuple[i
     """
     try:
         with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask"))))) as image:
-            piece = np.asarray(image.convert("L")) > 0
+            piece = marked_pixels(image, "a shape's mask")
+    except EchoError as error:
+        raise RowError(str(error)) from error
     except (*READ_ERRORS, binascii.Error) as error:
         raise RowError(f"a shape's mask cannot be read ({type(error).__name__})") from error
     left, top = round(corner[0]), round(corner[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from echo_ft.errors import EchoError
 
@@ -83,6 +83,20 @@ def bit_depth(path: Path) -> int | None:
     """
     with Image.open(path) as image:
         return _bits_needed(np.asarray(image)) if image.mode in HIGH_DEPTH_MODES else None
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image, from 1 (upright) to 8; 1 if it has none that viewers know.
+
+    Pillow applies it to TIFF files only, while decoding (`TiffImageFile.load_end`).
+    """
+    try:
+        # PngImageFile.getexif decodes all pixels to find EXIF data behind them (Pillow 13.0.0); the method of the base
+        # class reads only what comes before, as browsers do.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF data raises many kinds of errors, and viewers ignore it
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _bits_needed(values: NDArray[np.generic]) -> int:

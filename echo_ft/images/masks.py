@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import READ_ERRORS, load_image
+from echo_ft.images.decode import load_image
+from echo_ft.images.mask_reading import Mask, read_mask_file
 
-Mask = NDArray[np.bool_]
 Grey = NDArray[np.float32]
 
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
@@ -126,9 +126,9 @@ def is_marked(marked: Marked) -> bool:
 def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
     """Load the mask (height, width) of an inspection or of a case's truth, or None if it marks nothing.
 
-    `size` is (width, height) of the image in pixels. The mask is True on all pixels that are not black in a mask file;
-    in a JPEG, on all pixels brighter than half. Without mask files, it is True inside any polygon or box. Raises
-    EchoError if a mask cannot be read or differs in size from the image, or if a polygon or box lies outside it.
+    `size` is (width, height) of the image in pixels. The mask is the union of the mask files as `mask_reading` reads
+    them. Without mask files, it is True inside any polygon or box. Raises EchoError if a mask cannot be read in one
+    way or differs in size from the image, or if a polygon or box lies outside it.
     """
     files = mask_files(marked)
     if files:
@@ -139,30 +139,15 @@ def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
 
 
 def _read_mask(root: Path, name: str, size: tuple[int, int]) -> Mask:
-    values = _read_marks(root / name, name)
+    marks = read_mask_file(root / name, name)
     width, height = size
-    if values.shape != (height, width):
-        found = f"{values.shape[1]} x {values.shape[0]}"
+    if marks.shape != (height, width):
+        found = f"{marks.shape[1]} x {marks.shape[0]}"
         raise EchoError(
             f"mask {name} has {found} pixels but its image has {width} x {height}; "
             "use the mask that belongs to this image"
         )
-    return values
-
-
-def _read_marks(path: Path, name: str) -> Mask:
-    try:
-        with Image.open(path) as image:
-            # Compare the stored pixels, so that a palette index of 1 or a value of 1 counts as well.
-            values, exact = np.asarray(image), image.format != "JPEG"  # JPEG compression leaves grey artefacts
-            if image.mode in ("RGBA", "LA"):
-                values = values[..., :-1]
-    except READ_ERRORS as error:
-        raise EchoError(
-            f"mask {name} cannot be read ({type(error).__name__}); repair the file or remove its row"
-        ) from error
-    marks: Mask = np.asarray(values != 0 if exact else values > 127)
-    return marks if marks.ndim == 2 else np.asarray(marks.any(axis=-1))
+    return marks
 
 
 def fill_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Mask:

@@ -209,6 +209,31 @@ def test_images_of_uneven_bit_depths_are_reported(small_manifest, tmp_path):
     assert "6 from 12 bits, 1 from 16 bits" in warning
 
 
+def test_images_and_masks_that_are_not_read_as_a_viewer_shows_them_are_counted(small_manifest, tmp_path):
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    root = small_manifest.parent
+    for name in ("cap/good-0-1.png", "cap/good-1-1.png", "cap/good-2-1.png", "cap/dent-2-1.png"):
+        with Image.open(root / name) as image:
+            image.save(root / name, exif=rotated)
+    with Image.open(root / "cap/dent-0-1_mask.png") as mask:
+        mask.resize((48, 40)).save(root / "cap/dent-0-1_mask.jpg", quality=95)
+    edit_rows(
+        small_manifest,
+        lambda row: row.update(mask="cap/dent-0-1_mask.jpg") if row["image"] == "cap/dent-0-1.png" else None,
+    )
+    manifest = build(make_config(small_manifest, tmp_path / "out"))
+    assert manifest["rejected"] == 1, "the mask of a rotated image is ambiguous"
+    (turned,) = [one for one in manifest["warnings"] if "EXIF" in one]
+    assert turned == (
+        "3 images have an EXIF orientation and are read as stored, not as viewers rotate them: cap/good-0-1.png, "
+        "cap/good-1-1.png, cap/good-2-1.png; save them rotated and without the EXIF tag"
+    )
+    (lossy,) = [one for one in manifest["warnings"] if "lossy" in one]
+    assert lossy.startswith("the masks of 1 images are in a lossy format, so only pixels brighter than half")
+    assert "cap/dent-0-1.png; save masks as PNG" in lossy
+
+
 def test_training_and_validation_rows_show_only_their_own_split(built):
     inspections = read_rows(built, "inspections.jsonl", Inspection)
     for split in ("train", "validation"):

@@ -1,0 +1,135 @@
+"""Read a mask file as the picture that a viewer shows: which pixels mark the defect.
+
+Every pixel that is not black marks the defect, whether the file stores grey values, colours, palette entries or bits.
+Label maps and soft edges need no other rule. Two kinds of files differ:
+
+- Lossy files have grey noise around every edge, so only pixels brighter than half count.
+- On a transparent layer, the opaque pixels are the mask, because people paint the defect there in any colour.
+
+A file is refused if its readings disagree, and the message names the share of the image that each one marks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+from echo_ft.errors import EchoError
+from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, orientation
+
+Mask = NDArray[np.bool_]
+
+LOSSY_FORMATS = frozenset({"JPEG", "MPO", "JPEG2000", "AVIF"})
+"""Pillow's names of formats that change pixels. WebP and TIFF do so in some files only."""
+
+SOFT_RATIO = 2.0
+"""A mask is too soft if its widest reading marks more than this many times the area of its narrowest."""
+
+SOFT_SHARE = 0.01
+"""Readings that differ by at most this share of the image are alike. Magnetic tiles differ by 0.0003 at SOFT_RATIO."""
+
+MAX_LABELS = 16
+"""With at most this many grey values, a file is a label map: its values are names of regions, not brightness."""
+
+MAX_HIDDEN = 0.1
+"""Share of the opaque pixels that may be black, as at the edge of a brush stroke."""
+
+
+def read_mask_file(path: Path, name: str) -> Mask:
+    """Return the mask (height, width) of a file that messages call `name`.
+
+    Raises EchoError if the file cannot be read, or for the reasons of `marked_pixels`.
+    """
+    try:
+        with Image.open(path) as image:
+            return marked_pixels(image, f"mask {name}")
+    except READ_ERRORS as error:
+        raise EchoError(
+            f"mask {name} cannot be read ({type(error).__name__}); repair the file or remove its row"
+        ) from error
+
+
+def marked_pixels(image: Image.Image, what: str) -> Mask:
+    """Return the mask (height, width) of an opened image that messages call `what`.
+
+    Raises EchoError if the image has several frames, is rotated by viewers, or can be read in two ways. Raises one of
+    READ_ERRORS if it is broken.
+    """
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise EchoError(f"{what} has {frames} frames, so it is unclear which one counts; save that one as a PNG file")
+    if orientation(image) != 1:
+        raise EchoError(
+            f"{what} has the EXIF orientation {orientation(image)}, so viewers rotate it; save it rotated and without "
+            "the EXIF tag"
+        )
+    lossy = is_lossy(image)
+    values, opaque = _values(image)
+    marks: Mask = values > 127 if lossy else values != 0
+    if image.mode == "P" and not marks.any():
+        indexes = np.asarray(image)
+        if indexes.min() != indexes.max():
+            raise _two_readings(what, "colours", marks, "palette indexes", indexes != 0)
+    if opaque is None or opaque.all():
+        _check_softness(values, lossy, what)
+        return marks
+    hidden = opaque & ~marks
+    says_nothing = marks.all() or not marks.any()  # the colours are the same everywhere
+    if says_nothing or (opaque.any() and hidden.sum() <= MAX_HIDDEN * opaque.sum()):
+        return opaque
+    raise _two_readings(what, "colours", marks, "opaque part", opaque)
+
+
+def is_lossy(image: Image.Image) -> bool:
+    """Return whether the format of an opened image, which is not decoded yet, changes pixels."""
+    if image.format == "TIFF":
+        return "jpeg" in str(image.info.get("compression"))
+    return image.format in LOSSY_FORMATS or (image.format == "WEBP" and not _is_lossless_webp(image))
+
+
+def _is_lossless_webp(image: Image.Image) -> bool:
+    # Pillow 13.0.0 does not report it. The chunk VP8L is the first one, or follows the 30 bytes of a VP8X header.
+    if not isinstance(image, ImageFile.ImageFile) or image.fp is None:
+        return False
+    image.fp.seek(0)
+    return b"VP8L" in image.fp.read(34)
+
+
+def _values(image: Image.Image) -> tuple[NDArray[Any], Mask | None]:
+    """Return grey values, or the brightest channel, and which pixels are not fully transparent; both (height, width).
+
+    The second is None for an image without transparency.
+    """
+    if image.mode in HIGH_DEPTH_MODES:
+        return np.asarray(image), None
+    if image.has_transparency_data:
+        pixels = np.asarray(image.convert("RGBA"))
+        return pixels[..., :3].max(axis=2), pixels[..., 3] > 0
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L")), None
+    return np.asarray(image.convert("RGB")).max(axis=2), None
+
+
+def _check_softness(values: NDArray[Any], lossy: bool, what: str) -> None:
+    """Raise EchoError if it depends on the threshold what a mask marks, as in a heat map."""
+    low, high = (63, 191) if lossy else (0, values.max() / 2)
+    wide, narrow = (float((values > threshold).mean()) for threshold in (low, high))
+    if wide <= SOFT_RATIO * narrow or wide - narrow <= SOFT_SHARE:
+        return
+    if not lossy and len(np.unique(values)) <= MAX_LABELS:
+        return
+    raise EchoError(
+        f"{what} is too soft: {wide:.1%} of the image is brighter than {low} but only {narrow:.1%} is brighter than "
+        f"{high:g}; draw it in black and white only, and save it as PNG"
+    )
+
+
+def _two_readings(what: str, first: str, marks: Mask, second: str, others: Mask) -> EchoError:
+    return EchoError(
+        f"{what} can be read in two ways: its {first} mark {marks.mean():.1%} of the image and its {second} "
+        f"{others.mean():.1%}; save it as white on the defect and black elsewhere, without transparency or palette"
+    )
