@@ -10,6 +10,7 @@ these, `images/` gets 8-bit copies.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,9 +70,16 @@ def main(argv: list[str]) -> None:
 def convert(dataset: Dataset, row_format: str, output: Path) -> dict[str, int]:
     """Write the rows of every role and split into a new folder, completely or not at all.
 
-    Returns the number of rows by `<role>/<split>`. Raises EchoError if the folder is not empty, if an image cannot be
-    read or has changed since the dataset was built, or if a text contains a special token of a trainer.
+    Returns the number of rows by `<role>/<split>`. Raises EchoError if the folder is not empty or its path is a
+    pattern, if an image cannot be read or has changed since the dataset was built, or if a text contains a special
+    token of a trainer.
     """
+    target = str(output.resolve())
+    if glob.escape(target) != target:  # with datasets 5.2, rows[2] loads the rows of rows2
+        raise EchoError(
+            f"the trainers load rows with the library datasets, which reads the path {target} as a pattern and may "
+            "find other rows; choose an output without *, ? and [ in its path"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EchoError(f"{output} already exists; choose another output or remove it")
     counts: dict[str, int] = {}

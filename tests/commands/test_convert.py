@@ -219,6 +219,13 @@ def test_a_full_folder_is_refused_and_a_failure_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "parts"]
 
 
+@pytest.mark.parametrize("name", ["rows[2]", "rows*", "rows?", "rows[2]/deep"])
+def test_a_path_that_is_a_pattern_is_refused(name, parts, tmp_path):
+    with pytest.raises(EchoError, match=r"reads the path .* as a pattern.*choose an output without"):
+        convert(load_dataset(parts), "trl", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_record_their_source_and_changed_images_are_refused(tmp_path):
     parts = make_dataset(tmp_path / "parts", train=2, validation=1, test=0)
     counts = convert(load_dataset(parts), "ms_swift", tmp_path / "rows")
