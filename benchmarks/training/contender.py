@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
 from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
@@ -26,7 +27,7 @@ from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
-from echo_ft.training.cases import group_by_case
+from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.collator import Collator
 from echo_ft.training.config import EchoConfig
 from echo_ft.training.flops import WorkCounts, unit_costs
@@ -81,7 +82,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
     row_builder = RowBuilder(processor_of(workload))
     store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if stored else None
     collator = Collator(row_builder, folder, store)
-    rows = datasets.Dataset.from_list([asdict(exchange) for exchange in make_exchanges(folder, workload)])
+    rows = pa.Table.from_pylist([asdict(exchange) for exchange in make_exchanges(folder, workload)], EXCHANGE_SCHEMA)
     args = arguments(folder, workload.cases_per_step, workload)
     args.remove_unused_columns = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}

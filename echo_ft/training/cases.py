@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from trl import SFTConfig
 
 from echo_ft.data.dataset import Dataset
@@ -18,6 +22,24 @@ from echo_ft.records import Exchange
 from echo_ft.terminal import LOGGER
 from echo_ft.training.config import EchoConfig
 from echo_ft.training.planning import Plan, case_starts, plan
+
+TEXT = pa.large_string()
+"""Text with 64-bit offsets: the texts of a column may exceed the 2 GiB that plain strings can address."""
+
+EXCHANGE_SCHEMA = pa.schema(
+    {
+        "role": TEXT,
+        "case": TEXT,
+        "images": pa.list_(TEXT),
+        "context": TEXT,
+        "branches": pa.list_(pa.struct({"id": TEXT, "prompt": TEXT, "completion": TEXT})),
+        "prompt_version": TEXT,
+    }
+)
+"""Arrow types of the fields of `Exchange`."""
+
+ROWS_PER_BATCH = 1000
+"""Number of rows that are converted to Arrow together."""
 
 
 def load_training_cases(
@@ -42,7 +64,7 @@ def load_training_cases(
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
         remedy = "give the split a larger share in the dataset's `fractions`, or add images if there are too few"
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
-    exchanges = datasets.Dataset.from_json(str(path)).select([row.index for row in planned.rows])
+    exchanges = read_exchanges(path, {row.index for row in planned.rows})
     tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]
     cases = group_by_case(exchanges).add_column(sft.length_column_name, tokens)
     if split == "train" and config.corrupted_share:
@@ -55,28 +77,27 @@ def load_training_cases(
     return cases, planned
 
 
-def group_by_case(exchanges: datasets.Dataset) -> datasets.Dataset:
-    """One row per case, with its adjacent `exchanges` as a list.
+def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
+    """Read the rows with these numbers from a file of valid exchanges.
+
+    datasets (5.2) would read every file whose path matches this one as a pattern, such as `parts2` for `parts[2]`, and
+    keep a copy of all rows in its cache.
+    """
+    batches = []
+    with open(path, encoding="utf-8") as file:
+        rows = (json.loads(line) for index, line in enumerate(file) if index in indices)
+        while chunk := list(islice(rows, ROWS_PER_BATCH)):
+            batches.append(pa.RecordBatch.from_pylist(chunk, EXCHANGE_SCHEMA))
+    return pa.Table.from_batches(batches, EXCHANGE_SCHEMA)
+
+
+def group_by_case(exchanges: pa.Table) -> datasets.Dataset:
+    """One row per case, with its adjacent `exchanges`, which have EXCHANGE_SCHEMA, as a list.
 
     A training step takes whole cases, because the exchanges of a case share their images. TRL (1.16) accepts only this
     class of dataset. The rows stay in Arrow.
     """
-    table = exchanges.with_format("arrow")[:]
-    first_ids = (branches[0]["id"].as_py() for branches in table["branches"])
-    starts = case_starts(zip(table["case"].to_pylist(), first_ids, strict=True))
-    # The texts of a column may exceed the 2 GiB that the 32-bit offsets of plain strings can address.
-    large = table.cast(pa.schema([field.with_type(_large_strings(field.type)) for field in table.schema]))
-    rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), large.to_struct_array().combine_chunks())
+    first_ids = pc.struct_field(pc.list_element(exchanges["branches"], 0), "id").to_pylist()
+    starts = case_starts(zip(exchanges["case"].to_pylist(), first_ids, strict=True))
+    rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), exchanges.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))
-
-
-def _large_strings(kind: pa.DataType) -> pa.DataType:
-    """The Arrow type with 64-bit offsets for every string in it."""
-    if pa.types.is_string(kind):
-        return pa.large_string()
-    if pa.types.is_list(kind):
-        return pa.list_(_large_strings(kind.value_type))
-    if pa.types.is_struct(kind):
-        fields = [kind.field(index) for index in range(kind.num_fields)]
-        return pa.struct([(field.name, _large_strings(field.type)) for field in fields])
-    return kind

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import read_card
 from echo_ft.model.batches import image_inputs
 from echo_ft.records import Prediction
-from echo_ft.training.cases import group_by_case
+from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.checkpoints import find_checkpoint
 from echo_ft.training.collator import Collator
 from tests.conftest import make_case, make_dataset
@@ -221,7 +221,9 @@ def test_training_draws_follow_the_share_and_the_seed():
 def test_training_batch_contains_the_corrupted_query(row_builder, case, tmp_path):
     exchange = asdict(with_completions(exchanges_of(case)[-1], ["B"] * 7))
     corruption = Corruption("jpeg", 3, seed=5)
-    rows = group_by_case(datasets.Dataset.from_list([exchange])).add_column("corruption", [asdict(corruption)])
+    rows = group_by_case(pa.Table.from_pylist([exchange], EXCHANGE_SCHEMA)).add_column(
+        "corruption", [asdict(corruption)]
+    )
     batch = Collator(row_builder, tmp_path)([rows[0]])
     expected = image_inputs(row_builder, [view.load() for view in views(exchanges_of(case)[-1], tmp_path, corruption)])
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])

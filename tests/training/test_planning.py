@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datasets
+import pyarrow as pa
 import pytest
 import torch
 
@@ -11,7 +11,7 @@ from echo_ft.files import read_jsonl
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange
-from echo_ft.training.cases import group_by_case
+from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.checks import check_gradients
 from echo_ft.training.flops import WorkCounts
 from echo_ft.training.planning import Plan, PlannedRow, plan
@@ -44,7 +44,7 @@ def test_the_largest_batch_repeats_a_case_only_after_all_others():
 def test_a_case_that_balancing_repeats_is_a_separate_case():
     rows = [("a", "1"), ("a", "2"), ("a", "1"), ("a", "2"), ("b", "1"), ("a", "1"), ("a", "2")]
     made = [{"case": case, "branches": [{"id": f"{case}{branch}"}]} for case, branch in rows]
-    cases = group_by_case(datasets.Dataset.from_list(made))
+    cases = group_by_case(pa.Table.from_pylist(made, EXCHANGE_SCHEMA))
     found = ["".join(exchange["branches"][0]["id"] for exchange in case["exchanges"]) for case in cases]
     assert found == ["a1a2", "a1a2", "b1", "a1a2"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datasets
 import pyarrow as pa
 import pytest
 import torch
@@ -15,7 +14,7 @@ from echo_ft.model.attention import make_spans
 from echo_ft.model.batches import make_attention_mask, pack_rows
 from echo_ft.model.loading import load_model
 from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
-from echo_ft.training.cases import group_by_case
+from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.checkpoints import COMPLETE_MARKER, find_checkpoint
 from echo_ft.training.checks import check_options
 from echo_ft.training.collator import Collator
@@ -23,19 +22,17 @@ from tests.conftest import ECHO_TINY, make_case
 from tests.support.exchanges import exchanges_of, with_completions
 
 
-def exchange_rows(count: int, text: str) -> datasets.Dataset:
+def exchange_rows(count: int, text: str) -> pa.Table:
     branch = {"id": "q", "prompt": text, "completion": "A"}
-    rows = [
-        {"role": "decision_maker", "case": f"c{index // 2}", "images": ["a.png"], "context": text, "branches": [branch]}
-        for index in range(count)
-    ]
-    return datasets.Dataset.from_list(rows)
+    fixed = {"role": "decision_maker", "images": ["a.png"], "context": text, "prompt_version": "1"}
+    rows = [{**fixed, "case": f"c{index // 2}", "branches": [branch]} for index in range(count)]
+    return pa.Table.from_pylist(rows, EXCHANGE_SCHEMA)
 
 
 def test_rows_of_a_split_hold_strings_with_64_bit_offsets():
     exchanges = exchange_rows(6, "a context")
     cases = group_by_case(exchanges)
-    assert [row for case in cases for row in case["exchanges"]] == list(exchanges)
+    assert [row for case in cases for row in case["exchanges"]] == exchanges.to_pylist()
     kind = cases.data.schema.field("exchanges").type.value_type
     assert kind.field("context").type == pa.large_string()
     assert kind.field("branches").type.value_type.field("prompt").type == pa.large_string()
@@ -44,7 +41,7 @@ def test_rows_of_a_split_hold_strings_with_64_bit_offsets():
 @pytest.mark.slow
 def test_texts_of_a_split_may_exceed_two_gibibytes():
     one = exchange_rows(1, "x" * 2**20)
-    many = datasets.concatenate_datasets([one] * 1100)
+    many = pa.concat_tables([one] * 1100)
     assert len(group_by_case(many)) >= 1
 
 
