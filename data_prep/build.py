@@ -63,11 +63,12 @@ def build(config: BuildConfig) -> dict[str, Any]:
     runs = read_runs(config.traces, config.routing)
     with workspace(config.output, config.dataset_options(), config.overwrite) as folder:
         load_extractor(config.descriptor)  # reports an unknown name before any image is read
-        root, inspections, questions, rejections = usable_images(config, folder)
+        usable = usable_images(config, folder)
+        root = usable.root
         try:
-            draft = draft_dataset(inspections, questions, rejections, root, folder, config)
+            draft = draft_dataset(usable, folder, config)
         except EchoError as error:  # rejected.jsonl is removed with the folder
-            raise EchoError(f"{error}{first_rejection(rejections)}") from error
+            raise EchoError(f"{error}{first_rejection(usable.rejections)}") from error
         if runs:
             check_runs(runs, draft, root)
         digests = image_digests(draft.inspections, root)

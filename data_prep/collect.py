@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from data_prep import sources
 from data_prep.config import BuildConfig
 from data_prep.faults import boxes_fault, image_fault, mask_fault, name_fault
 from data_prep.progress import first_rejection, progress
-from data_prep.sources import Item, ItemPlace
+from data_prep.sources import Item
+from data_prep.truth import SourceRecords, put_together
 from echo_ft.data.splits import check_fractions
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection, Question, Rejection
@@ -45,18 +47,36 @@ def check_config(config: BuildConfig) -> None:
         raise EchoError(f"the images in {root} lie inside the output {config.output}; choose another output")
 
 
-def usable_images(config: BuildConfig, folder: Path) -> tuple[Path, list[Inspection], list[Question], list[Rejection]]:
-    """The root of the config's source and its usable records (see `collect`).
+@dataclass(frozen=True)
+class UsableImages:
+    """What a build can use of a source."""
+
+    root: Path
+    """The folder that the paths of images are relative to."""
+    inspections: list[Inspection]
+    questions: list[Question]
+    rejections: list[Rejection]
+    merged: int
+    """Number of images whose truth was put together from several places of the source."""
+    unannotated: list[str]
+    """Images that are `good` because their annotation file marks and names nothing."""
+
+
+def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
+    """The usable records of the config's source (see `check_records`).
 
     A source that draws its images writes them into `folder`. Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
-    inspections, questions, rejections = collect(progress(items, "reading", "records"), root)
+    records = put_together(progress(items, "reading", "records"))
+    inspections, questions, rejections = check_records(records, root)
     if not inspections:
         where = config.annotations or root
         why = first_rejection(rejections) or "; it lists none: add a row per image, or check the path"
         raise EchoError(f"the source {config.source} has no usable image in {where}{why}")
-    return root, inspections, questions, rejections
+    merged = sum(inspection.id in records.merged for inspection in inspections)
+    unannotated = [inspection.image for inspection in inspections if inspection.id in records.unannotated]
+    return UsableImages(root, inspections, questions, rejections, merged, unannotated)
 
 
 def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
@@ -66,28 +86,29 @@ def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items
     """
     root = _root(config, folder)
     root.mkdir(exist_ok=True)
-    source = sources.SourceConfig(root, config.annotations, config.seed, config.parts)
+    source = sources.SourceConfig(root, config.annotations, config.seed, config.parts, tuple(config.good or ()))
     return root, _source(config.source).read(source)
 
 
 def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
-    """The usable inspections and questions of a source, and a rejection with a reason for everything else.
+    """The usable inspections and questions of a source, and a rejection with a reason for everything else."""
+    return check_records(put_together(items), root)
+
+
+def check_records(records: SourceRecords, root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
+    """The inspections and questions whose files can be used, and a rejection with a reason for everything else.
 
     If a mask contradicts its image, the image is rejected too. It is kept if the source has its own questions about
     it: the questions of a benchmark are valid without a mask.
     """
-    items = list(items)
-    questions = [item for item in items if isinstance(item, Question)]
-    rejections = [item for item in items if isinstance(item, Rejection)]
-    with_questions = {question.inspection for question in questions}
-    places = {item.inspection: f" ({item.place})" for item in items if isinstance(item, ItemPlace)}
+    rejections = [*records.rejections]
+    with_questions = {question.inspection for question in records.questions}
+    places = {name: f" ({place})" for name, place in records.places.items()}
     cached_image_fault = cache(image_fault)
     inspections: dict[str, Inspection] = {}
-    for item in progress([i for i in items if isinstance(i, Inspection)], "checking", "images"):
+    for item in progress(records.inspections, "checking", "images"):
         inspection = item
         fault = name_fault(inspection) or cached_image_fault(root / inspection.image) or boxes_fault(inspection, root)
-        if inspection.id in inspections:
-            fault = "the source lists the image twice"
         place = places.get(inspection.id, "")
         if fault:
             rejections.append(Rejection(inspection.image, fault + place))
@@ -114,7 +135,7 @@ def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Q
             rejections.append(Rejection(inspection.reference, reason, "reference"))
             inspections[inspection.id] = dataclasses.replace(inspection, reference=None)
     usable_questions = []
-    for question in questions:
+    for question in records.questions:
         if question.inspection in inspections:
             usable_questions.append(question)
         else:

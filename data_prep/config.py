@@ -27,6 +27,12 @@ class BuildConfig:
             "help": "File that lists the images: mmad.json, a VisA split, or a manifest as CSV, JSONL or COCO JSON."
         },
     )
+    good: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Words of the manifest, annotations or folders, besides good, that mean a part without a defect."
+        },
+    )
     knowledge: Path | None = field(
         default=None,
         metadata={

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
+from data_prep.collect import UsableImages
 from data_prep.config import BuildConfig
 from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
@@ -81,6 +82,10 @@ class DatasetDraft:
     """Disagreements between the knowledge and the images, one sentence each."""
     training_knowledge: Knowledge
     """The knowledge without the conditions that training must not see."""
+    merged: int
+    """Number of images whose truth was put together from several places of the source."""
+    unannotated: list[str]
+    """Images that are `good` because their annotation file marks and names nothing."""
 
     def queries(self, split: str) -> list[Inspection]:
         """The inspections of one split that have questions."""
@@ -128,19 +133,12 @@ def write_records(path: Path, records: Iterable[_R], category: Callable[[_R], st
     return summary
 
 
-def draft_dataset(
-    inspections: list[Inspection],
-    questions: list[Question],
-    rejections: list[Rejection],
-    root: Path,
-    folder: Path,
-    config: BuildConfig,
-) -> DatasetDraft:
+def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> DatasetDraft:
     """Assign splits and references, describe products and write questions; the records go into files in `folder`.
 
-    `inspections`, `questions` and `rejections` come from `data_prep.collect.collect`; images are relative to `root`.
     Raises EchoError if a split, reference or knowledge option cannot be satisfied, or if there is nothing to ask.
     """
+    inspections, root = usable.inspections, usable.root
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
     inspections, split_summary, held_out = assign_configured_splits(inspections, root, config)
@@ -157,12 +155,12 @@ def draft_dataset(
             "add images of defects"
         )
     remaining = {inspection.id for inspection in inspections}
-    usable = [question for question in questions if question.inspection in remaining]
-    lost = [Rejection(q.id, "its image cannot be used") for q in questions if q.inspection not in remaining]
+    own_questions = [question for question in usable.questions if question.inspection in remaining]
+    lost = [Rejection(q.id, "its image cannot be used") for q in usable.questions if q.inspection not in remaining]
     write_jsonl(folder / "inspections.jsonl", inspections)
     test_knowledge = without_synthetic(knowledge, inspections)
     written = progress(
-        write_dataset_questions(asked_about, usable, test_knowledge, training_knowledge, root, config.seed),
+        write_dataset_questions(asked_about, own_questions, test_knowledge, training_knowledge, root, config.seed),
         "writing questions",
         "questions",
     )
@@ -172,12 +170,14 @@ def draft_dataset(
         write_records(folder / "references.jsonl", references, lambda reference: reference.method),
         write_records(folder / "questions.jsonl", written, lambda question: question.kind),
         knowledge,
-        [*rejections, *unassigned, *unusable, *lost],
+        [*usable.rejections, *unassigned, *unusable, *lost],
         split_summary,
         held_out,
         unknown,
         knowledge_warnings(inspections, known),
         training_knowledge,
+        usable.merged,
+        [image for image in usable.unannotated if image in remaining],
     )
 
 

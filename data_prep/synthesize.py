@@ -109,7 +109,8 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
         raise EchoError(f"{source.output} is not empty; choose another output, and build the dataset from it")
     known = load_knowledge(source.knowledge) if source.knowledge else {}
     with workspace(source.output, {}, overwrite=False) as folder:
-        root, inspections, questions, rejections = usable_images(source, folder)
+        usable = usable_images(source, folder)
+        root, inspections, questions, rejections = usable.root, usable.inspections, usable.questions, usable.rejections
         normals = normals_for_training(source, inspections, questions)
         # Splits ignore a dataset name that comes from this file, but not other names (`assign_configured_splits`).
         listed = f"{inferred_dataset_name(source.source, root, source.annotations) or 'parts'}.jsonl"

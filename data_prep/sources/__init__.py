@@ -5,7 +5,9 @@ Paths in records are relative to `SourceConfig.root`, which sources only read. O
 in the record. If a dataset lacks something, such as a mask or the name of a defect, its records lack it too. Files in
 the dataset that are not used are named in a `Rejection`.
 
-A source that reads a manifest may yield an `ItemPlace` to say where it lists an image.
+A source that reads a manifest yields an `ItemPlace` before what it says about an image, to say where it lists it. It
+may list an image at several places: `data_prep.truth` puts them together. If it rejects one of these places, the image
+is rejected with it.
 
 Modules with a leading underscore are not sources. They contain what several sources share.
 """
@@ -29,10 +31,15 @@ SOURCE_NAMES = tuple(
 
 @dataclass(frozen=True)
 class ItemPlace:
-    """The place of an inspection in its manifest, such as `parts.csv:3`. It is reported if the image is unusable."""
+    """The place of an inspection in its manifest, such as `parts.csv:3`. It is reported if the image is unusable.
+
+    The next `Inspection` with this id, or the next `Rejection` of this place, is what the manifest says there.
+    """
 
     inspection: str
     place: str
+    unannotated: bool = False
+    """Whether no annotation marks or names anything there, so that the image is `good` by convention alone."""
 
 
 Item = Inspection | Question | Rejection | ItemPlace
@@ -57,6 +64,8 @@ class SourceConfig:
     seed: int = 0
     parts: int = 0
     """Number of parts per product that `synthetic` draws."""
+    good: tuple[str, ...] = ()
+    """Words of the dataset, besides `good`, that mean a part without a defect."""
 
 
 Items = Iterator[Item]

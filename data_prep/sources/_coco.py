@@ -1,52 +1,95 @@
 """Read images and defects from COCO JSON, the format of CVAT, Label Studio, Roboflow and others.
 
-An image without annotations is `good`; otherwise the category names form the condition. The outline of an annotation
-counts (`segmentation` as polygons), or its `bbox` if it has none. `product`, `group` and `split` are read from the
-image if it has these fields. By default, the product is the first folder of `file_name`, which is relative to the root.
+By the convention of these tools, an image without annotations is `good`; the build counts such images. Otherwise the
+category names form the condition. If several entries of `images` name one file, their annotations add up. The outline
+of an annotation counts (`segmentation` as polygons), or its `bbox` if it has none. `product`, `group` and `split` are
+read from the image if it has these fields. By default, the product is the first folder of `file_name`, which is
+relative to the root.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources import ItemPlace, Items, RowError, locate
-from data_prep.sources._rows import condition_of, polygon_of, product_of, required_text, size_of, split_of, text_of
+from data_prep.sources._rows import (
+    condition_of,
+    in_order,
+    polygon_of,
+    product_of,
+    required_text,
+    size_of,
+    split_of,
+    text_of,
+)
 from echo_ft.errors import EchoError
-from echo_ft.records import Inspection, Rejection
+from echo_ft.records import GOOD, Inspection, Rejection
+from echo_ft.strict_yaml import read_json
 
 REQUIRED_LISTS = ("images", "annotations", "categories")
 
 
-def read_coco(root: Path, path: Path) -> Items:
-    """Yield the images of a COCO JSON file in its order. Raises EchoError if the file has another format."""
+def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
+    """Yield the images of a COCO JSON file in its order, once per entry.
+
+    `good` are category names, besides `good`, of regions without a defect. Raises EchoError if the file has another
+    format, or if two categories share an id.
+    """
     content = _load(path)
-    categories = {row["id"]: row["name"] for row in content["categories"]}
-    rows_by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    categories = _category_names(path, content["categories"])
+    rows_by_image: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in content["annotations"]:
-        rows_by_image[row.get("image_id")].append(row)
-    known = set()
+        rows_by_image[_key(row.get("image_id"))].append(row)
+    files: dict[str, set[Any]] = defaultdict(set)
+    for image in content["images"]:
+        files[_key(image.get("id"))].add(image.get("file_name"))
+    lost = {identifier: len(rows) for identifier, rows in rows_by_image.items() if identifier not in files}
     for number, image in enumerate(content["images"]):
         place = f"{path.name}:images[{number}]"
+        rows = rows_by_image.get(_key(image.get("id")), [])
         try:
-            if image.get("id") is None or image["id"] in known:
-                raise RowError(f"its id {image.get('id')!r} is missing or already used by another image")
-            known.add(image["id"])
-            yield from _inspection(root, path, image, rows_by_image.get(image["id"], []), categories, place)
+            name = locate(root, required_text(image, "file_name"), "image")
+            yield ItemPlace(name, place, unannotated=not rows)
+            if image.get("id") is None or len(files[_key(image["id"])]) > 1:
+                raise RowError(
+                    f"its id {image.get('id')!r} is missing or already used by another image; give each image its own"
+                )
+            if lost and not rows:
+                raise RowError(
+                    f"it has no annotations, but {sum(lost.values())} annotations of the file belong to no image "
+                    f"(image_id {', '.join(list(lost)[:3])}) and may be its own; correct or remove them"
+                )
+            yield from _inspection(root, path, name, image, rows, categories, good)
         except RowError as error:
             yield Rejection(place, str(error))
-    for identifier, rows in rows_by_image.items():
-        if identifier not in known:
-            reason = f"annotations ignored ({len(rows)}): no image has the id {identifier!r}"
-            yield Rejection(f"{path.name}:annotations", reason)
+    for identifier, count in lost.items():
+        reason = f"annotations ignored ({count}): no image has the id {identifier}"
+        yield Rejection(f"{path.name}:annotations", reason)
+
+
+def _key(identifier: Any) -> str:
+    """Return an id as text: some tools write the same id as a number and as a string."""
+    return str(identifier)
+
+
+def _category_names(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for row in rows:
+        known = names.setdefault(_key(row["id"]), row["name"])
+        if known != row["name"]:
+            raise EchoError(
+                f"{path} has two categories with the id {row['id']!r}, {known!r} and {row['name']!r}; "
+                "give each category its own id, also in the annotations"
+            )
+    return names
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EchoError(f"{path} cannot be read as JSON ({error}); export it again") from error
     valid = isinstance(content, dict) and all(
@@ -63,18 +106,18 @@ def _load(path: Path) -> dict[str, Any]:
 def _inspection(
     root: Path,
     path: Path,
+    name: str,
     image: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    categories: Mapping[Any, str],
-    place: str,
+    categories: Mapping[str, str],
+    good: tuple[str, ...],
 ) -> Items:
-    name = locate(root, required_text(image, "file_name"), "image")
     size_of(root, name, (image.get("width"), image.get("height")))
     labels, polygons, boxes = [], [], []
     for row in rows:
-        if row.get("category_id") not in categories:
+        if _key(row.get("category_id")) not in categories:
             raise RowError(f"{name}: there is no category {row.get('category_id')!r}")
-        labels.append(categories[row["category_id"]])
+        labels.append(categories[_key(row["category_id"])])
         outline = row.get("segmentation")
         if outline and isinstance(outline, list):
             polygons += [_polygon(name, corners) for corners in outline]
@@ -84,17 +127,18 @@ def _inspection(
             yield Rejection(
                 name, f"run-length masks are not supported ({labels[-1]}); its bbox is used instead", "mask"
             )
-    yield ItemPlace(name, place)
+    condition = condition_of(labels, good)
+    defective = condition != GOOD  # regions of good parts mark nothing
     yield Inspection(
         id=name,
         image=name,
         dataset=path.stem,
         product=text_of(image, "product") or product_of(name, path.stem),
-        condition=condition_of(labels),
+        condition=condition,
         group=text_of(image, "group") or name,
         split=split_of(image),
-        boxes=tuple(boxes),
-        polygons=tuple(polygons),
+        boxes=in_order(boxes) if defective else (),
+        polygons=in_order(polygons) if defective else (),
     )
 
 

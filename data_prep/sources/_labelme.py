@@ -1,7 +1,8 @@
 """Read images and defects from labelme, which writes one JSON file per image.
 
-A file without shapes is a `good` part; otherwise the labels form the condition. Records store circles as polygons, and
-rectangles and the pixels of masks as boxes. The product is the first folder of the image's path below the root.
+The labels of the shapes and the flags that are set (`labelme --flags`) form the condition. By convention, a file with
+neither is a `good` part; the build counts such images. Records store circles as polygons, and rectangles and the pixels
+of masks as boxes. The product is the first folder of the image's path below the root.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,20 +20,33 @@ import numpy as np
 from PIL import Image
 
 from data_prep.faults import IMAGE_SUFFIXES
-from data_prep.sources import Items, RowError, locate, not_an_image, unused_files
-from data_prep.sources._rows import condition_of, polygon_of, product_of, required_text, size_of
+from data_prep.sources import ItemPlace, Items, RowError, locate, not_an_image, unused_files
+from data_prep.sources._rows import (
+    condition_of,
+    in_order,
+    join_conditions,
+    means_good,
+    named_condition,
+    polygon_of,
+    product_of,
+    required_text,
+    size_of,
+    sounds_good,
+)
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import READ_ERRORS
 from echo_ft.images.mask_reading import marked_pixels
-from echo_ft.records import Inspection, Rejection
+from echo_ft.records import GOOD, Inspection, Rejection
+from echo_ft.strict_yaml import read_json
 
 Box = tuple[float, float, float, float]
 
 
-def read_labelme(root: Path) -> Items:
+def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     """Yield the images of all labelme files under the root, sorted by path.
 
-    Raises EchoError if there are none.
+    `good` are labels and flags, besides `good`, that mean a part without a defect. Raises EchoError if there is no
+    file.
     """
     files = sorted(path for path in root.rglob("*.json") if not _hidden(path.relative_to(root)))
     used = {path.relative_to(root).as_posix() for path in files}
@@ -42,17 +55,28 @@ def read_labelme(root: Path) -> Items:
             f"there is no labelme file (.json) under {root}; set annotations to a CSV, JSONL or COCO JSON file, "
             "or root to the folder with the images and their labelme files"
         )
+    unusable: dict[str, str] = {}
     for path in files:
         item = path.relative_to(root).as_posix()
+        beside = [path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES)]
+        images = [image.relative_to(root).as_posix() for image in beside if image.is_file()]
         try:
-            inspection = _inspection(root, path)
-            used.add(inspection.image)
-            yield inspection
+            content = _load(path)
+            images = [_image(root, path, content)]
+            inspections = _inspections(root, images[0], content, good)
+            yield ItemPlace(images[0], item, unannotated=not inspections)
+            yield from inspections or [_record(root, images[0], GOOD)]
+            used.add(images[0])
         except RowError as error:
+            for image in images:
+                unusable[image] = item
+                yield ItemPlace(image, item)
             yield Rejection(item, str(error))
     for path in unused_files(root, root, used):
         item = path.relative_to(root).as_posix()
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if item in unusable:
+            yield Rejection(item, f"its labelme file {unusable[item]} cannot be used")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield Rejection(item, "it has no labelme file; for a part without a defect, save one without shapes")
         else:
             yield not_an_image(item)
@@ -62,17 +86,54 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _inspection(root: Path, path: Path) -> Inspection:
+def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RowError(f"the file cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise RowError("the file is not a labelme file: it has no list of shapes")
+    return content
+
+
+def _image(root: Path, path: Path, content: Mapping[str, Any]) -> str:
     # labelme stores the path of the image relative to its own file.
-    image = locate(
-        root, os.path.relpath(path.parent / required_text(content, "imagePath").replace("\\", "/"), root), "image"
+    stated = required_text(content, "imagePath").replace("\\", "/")
+    return locate(root, os.path.relpath(path.parent / stated, root), "image")
+
+
+def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple[str, ...]) -> list[Inspection]:
+    """Return what the shapes say about an image, and what its flags say. Raises RowError if they contradict each other.
+
+    An empty list means that the file has no shapes, and no flag that should be set.
+    """
+    said = [_shapes(root, image, content, good)] if content["shapes"] else []
+    size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+    flags = content.get("flags") or {}
+    if not isinstance(flags, dict) or not all(isinstance(value, bool) for value in flags.values()):
+        raise RowError(f"the flags {str(flags)[:60]} are not {{name: true or false}}")
+    for_good = {name for name in flags if means_good(name, good) or sounds_good(name)}
+    chosen = {name for name, value in flags.items() if value}
+    if not said and not chosen and for_good:
+        raise RowError(f"it has no shapes, and none of its flags ({', '.join(flags)}) is set; set the one that applies")
+    if chosen:
+        # A flag such as `ok` agrees with a file without shapes, so it needs no declaration.
+        condition = join_conditions({GOOD if name in for_good else named_condition(name, good) for name in chosen})
+        if said and (said[0].condition == GOOD) != (condition == GOOD):
+            raise RowError(f"its flags say {condition!r} but its shapes {said[0].condition!r}; correct one of them")
+        said.append(_record(root, image, condition))
+    return said
+
+
+def _record(root: Path, image: str, condition: str, **marks: Any) -> Inspection:
+    dataset = root.resolve().name
+    product = product_of(image, dataset)
+    return Inspection(
+        id=image, image=image, dataset=dataset, product=product, condition=condition, group=image, **marks
     )
+
+
+def _shapes(root: Path, image: str, content: Mapping[str, Any], good: tuple[str, ...]) -> Inspection:
     size = size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
     labels, polygons, boxes = [], [], list[Box]()
     for shape in content["shapes"]:
@@ -93,16 +154,10 @@ def _inspection(root: Path, path: Path) -> Inspection:
             raise RowError(
                 f"a {kind!r} shape with {len(points)} points encloses nothing; draw a polygon, rectangle or circle"
             )
-    return Inspection(
-        id=image,
-        image=image,
-        dataset=root.resolve().name,
-        product=product_of(image, root.resolve().name),
-        condition=condition_of(labels),
-        group=image,
-        boxes=tuple(boxes),
-        polygons=tuple(polygons),
-    )
+    condition = condition_of(labels, good)
+    if condition == GOOD:  # regions of good parts mark nothing
+        return _record(root, image, GOOD)
+    return _record(root, image, condition, boxes=in_order(boxes), polygons=in_order(polygons))
 
 
 def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.sources import RowError
+from data_prep.sources._words import GOOD_WORDS, UNKNOWN_WORDS, plain_word, plain_words
 from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS, join_defects
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD
 
-GOOD_SYNONYMS = frozenset({"ok", "normal", "none", "free", "defect-free", "pass"})
+T = TypeVar("T", bound=tuple[float, ...])
+
+LIST_MARKS = re.compile(r"[+;,|\n；，、｜＋]")
+"""What separates the defects of one image in a cell, a label or the name of a folder."""
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
@@ -40,33 +47,95 @@ def split_of(row: Mapping[str, Any]) -> str | None:
     return split
 
 
-def check_condition(condition: str) -> str:
-    """Return the condition. Raises RowError for a synonym or another spelling of `good`."""
-    if condition != GOOD and (condition.casefold() == GOOD or condition.casefold() in GOOD_SYNONYMS):
-        raise RowError(f"condition {condition!r} must be spelled {GOOD!r} for a part without a defect")
-    return condition
+def means_good(name: str, good: tuple[str, ...]) -> bool:
+    """Return whether a name is `good`, or one of the words `good` that the config declares to mean it."""
+    return name == GOOD or (bool(name) and plain_word(name) in plain_words(good))
 
 
-def named_condition(text: str) -> str:
-    """Return the condition that a manifest or folder names: one defect, several joined ones (`bent + melt`) or `good`.
+def sounds_good(name: str) -> bool:
+    """Return whether a name plainly means a part without a defect, in some language or spelling."""
+    return bool(name) and (plain_word(name) in GOOD_WORDS or not plain_word(name))
+
+
+def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
+    """Return the name of a defect, or `good` for `good` and the words `good` that the config declares.
+
+    Raises RowError for other words that mean `good`, for words that say nothing, and for a name with a slash, which
+    may be one name or two.
+    """
+    if means_good(name, good):
+        return GOOD
+    if sounds_good(name):
+        raise RowError(
+            f"condition {name!r} must be spelled {GOOD!r} for a part without a defect, "
+            f"or be declared with --good {shlex.quote(name)}; if it is a defect, give it another name"
+        )
+    if plain_word(name) in UNKNOWN_WORDS:
+        raise RowError(
+            f"condition {name!r} does not say what the part shows; write {GOOD!r} or the name of the defect, "
+            "or leave the image out"
+        )
+    if "/" in name or "\\" in name:
+        one, several = (re.sub(r"\s*[/\\]+\s*", mark, name) for mark in ("_", DEFECT_SEPARATOR))
+        raise RowError(f"condition {name!r} has a slash; write {several!r} for several defects or {one!r} for one")
+    return name
+
+
+def named_condition(text: str, good: tuple[str, ...] = ()) -> str:
+    """Return the condition that a text names: one defect, several ones (`bent + melt`, `melt;bent`) or `good`.
 
     Raises RowError as `check_condition` does, or if a defect is joined with `good` or an empty name.
     """
-    names = [check_condition(name.strip()) for name in text.split(DEFECT_SEPARATOR)]
+    if means_good(text, good) or sounds_good(text):
+        return check_condition(text, good)
+    names = [check_condition(name.strip(), good) for name in LIST_MARKS.split(text)]
     if "" in names or (GOOD in names and len(names) > 1):
         raise RowError(f"condition {text!r} joins a defect with {GOOD!r} or with nothing; name only the defects")
     return join_defects(names)
 
 
-def condition_of(labels: Iterable[str]) -> str:
-    """Return the condition of an image whose regions have these labels: `good` without labels.
+def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
+    """Return the condition of a row: a text, a JSON list of names, or such a list as the text of a cell.
 
-    Raises RowError if a label is empty, `good` or a synonym of it.
+    Raises RowError as `named_condition` does, or if there is none.
     """
-    names = {check_condition(label.strip()) for label in labels}
-    if GOOD in names or "" in names:
-        raise RowError(f"a region is labelled {GOOD!r} or has no label; label only defects, each with its name")
-    return join_defects(names) if names else GOOD
+    value = row.get("condition")
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())  # pandas writes ['bent', 'melt']
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise RowError(f"condition {value[:60]!r} is not a list of names; write bent+melt") from error
+    if not isinstance(value, list):
+        return named_condition(required_text(row, "condition"), good)
+    if not value or not all(isinstance(name, str) and name.strip() for name in value):
+        raise RowError(
+            f"condition {str(value)[:60]} is not a list of names; write {GOOD!r} or the names of the defects"
+        )
+    return join_conditions({named_condition(name.strip(), good) for name in value})
+
+
+def condition_of(labels: Iterable[str], good: tuple[str, ...] = ()) -> str:
+    """Return the condition of an image whose regions have these labels.
+
+    It is `good` without labels, or if all of them are among the words `good` that the config declares. Raises RowError
+    as `named_condition` does, if a label is empty, or if it is `good` without being declared.
+    """
+    conditions = set()
+    for label in map(str.strip, labels):
+        if not label or (label == GOOD and plain_word(GOOD) not in plain_words(good)):
+            raise RowError(
+                f"a region is labelled {GOOD!r} or has no label; label only defects, each with its name, or pass "
+                f"--good {GOOD} if such regions show parts without a defect"
+            )
+        conditions.add(named_condition(label, good))
+    return join_conditions(conditions) if conditions else GOOD
+
+
+def join_conditions(conditions: Collection[str]) -> str:
+    """Return the condition of an image that has all of these. Raises RowError if `good` is one of several."""
+    if GOOD in conditions and len(conditions) > 1:
+        raise RowError(f"it is {GOOD!r} and {join_defects({*conditions} - {GOOD})!r} at the same time; correct one")
+    return join_defects(name for condition in conditions for name in condition.split(DEFECT_SEPARATOR))
 
 
 def product_of(image: str, otherwise: str) -> str:
@@ -86,6 +155,11 @@ def size_of(root: Path, image: str, stated: tuple[object, object]) -> tuple[int,
             "annotate the unscaled file without its EXIF rotation"
         )
     return size
+
+
+def in_order(outlines: Iterable[T]) -> tuple[T, ...]:
+    """Return each box or polygon once, in an order that does not depend on the source."""
+    return tuple(sorted(set(outlines)))
 
 
 def polygon_of(corners: Iterable[tuple[float, float]]) -> tuple[float, ...]:

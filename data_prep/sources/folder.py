@@ -28,16 +28,21 @@ MASK_FOLDER = "ground_truth"
 
 def read(config: SourceConfig) -> Items:
     """Yield the images of every product folder under the root, with the splits of the folder layout."""
-    yield from read_folder_layout(config.root, config.root.resolve().name)
+    yield from read_folder_layout(config.root, config.root.resolve().name, good=config.good)
 
 
 def read_folder_layout(
-    root: Path, dataset: str, conditions: Mapping[str, str] | None = None, companions: Collection[str] = ()
+    root: Path,
+    dataset: str,
+    conditions: Mapping[str, str] | None = None,
+    companions: Collection[str] = (),
+    good: tuple[str, ...] = (),
 ) -> Items:
     """Yield the images of a dataset with this folder layout, under the name `dataset`.
 
     `conditions` maps folder names to conditions. `companions` are names of other files that belong in a product folder.
-    Raises EchoError if there is no product.
+    `good` are names of condition folders, besides `good`, for parts without a defect. Raises EchoError if there is no
+    product.
     """
     products = [path for path in list_folder(root) if path.is_dir() and _splits(path)]
     if not products:
@@ -58,7 +63,8 @@ def read_folder_layout(
             yield from reject_unused(root, folder, condition_folders, "")
             for condition_folder in condition_folders:
                 try:
-                    condition = (conditions or {}).get(condition_folder.name) or named_condition(condition_folder.name)
+                    name = condition_folder.name
+                    condition = (conditions or {}).get(name) or named_condition(name, good)
                 except RowError as error:
                     yield Rejection(condition_folder.relative_to(root).as_posix(), f"folder ignored: {error}")
                     continue

@@ -1,8 +1,9 @@
 """Read a manifest of images that a person or an annotation tool wrote.
 
-- CSV with a header, or JSON lines, one row per image. A .tsv file has tabs instead of commas, and a first line such as
-  `sep=;` names another separator. Required columns: `image`, `product` and `condition` (`good` for
-  a part without a defect; join several defects in any order, such as `bent+melt`). Optional columns: `mask` (an image
+- CSV with a header, or JSON lines, one row per image, or several that `data_prep.truth` puts together, such as one per
+  box. A .tsv file has tabs instead of commas, and a first line such as `sep=;` names another separator. Required
+  columns: `image`, `product` and `condition` (`good` for a part without a defect; join several defects in any order,
+  such as `bent+melt`, or `melt;bent` as other tools write). Optional columns: `mask` (an image
   file), `boxes` ([[x0, y0, x1, y1], ...] in pixels, used if there is no mask), `group` (shared by the images of one
   physical part), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
   (by default the name of the manifest) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made the
@@ -26,13 +27,17 @@ from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._lists import ListFormat, list_format, not_text
-from data_prep.sources._rows import named_condition, required_text, split_of, text_of
+from data_prep.sources._rows import condition_in, in_order, required_text, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.records import GOOD, Inspection, Rejection
+from echo_ft.strict_yaml import read_json
 
 REQUIRED = ("image", "product", "condition")
 COLUMNS = (*REQUIRED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
+
+Row = tuple[int, Mapping[str, Any], str | None]
+"""The line number of a row, its cells as far as they are readable, and why the row cannot be used or None."""
 
 
 def read(config: SourceConfig) -> Items:
@@ -42,32 +47,30 @@ def read(config: SourceConfig) -> Items:
     """
     path = config.annotations
     if path is None:
-        yield from read_labelme(config.root)
+        yield from read_labelme(config.root, config.good)
         return
     if not path.is_file():
         raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, JSONL or COCO JSON file")
     if path.suffix.lower() == ".json":
-        yield from read_coco(config.root, path)
+        yield from read_coco(config.root, path, config.good)
         return
     form = list_format(path)
     rows = _jsonl_rows(path, form) if form.separator is None else _csv_rows(path, form)
-    first_line: dict[str, int] = {}
-    for line, row in rows:
+    for line, row, fault in rows:
+        place = f"{path.name}:{line}"
         try:
-            if isinstance(row, RowError):
-                raise row
-            inspection = _inspection(row, config.root, path.stem)
-            if inspection.image in first_line:
-                raise RowError(f"image {inspection.image} is already on line {first_line[inspection.image]}")
-            first_line[inspection.image] = line
-            yield ItemPlace(inspection.id, f"{path.name}:{line}")
-            yield inspection
+            image = locate(config.root, required_text(row, "image"), "image")
         except RowError as error:
-            yield Rejection(f"{path.name}:{line}", str(error))
+            yield Rejection(place, fault or str(error))
+            continue
+        yield ItemPlace(image, place)
+        try:
+            yield Rejection(place, fault) if fault else _inspection(row, image, config, path.stem)
+        except RowError as error:
+            yield Rejection(place, str(error))
 
 
-def _csv_rows(path: Path, form: ListFormat) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
-    """Yield the line number of each row and its cells, or the error in it. `_jsonl_rows` does the same."""
+def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
     try:
         with open(path, encoding=form.encoding, newline="") as file:
             for _ in range(form.skipped):
@@ -78,15 +81,15 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[tuple[int, Mapping[str, 
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
                 if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
-                    reason = "it has more cells than the header has columns; quote cells that contain a comma"
-                    yield form.skipped + reader.line_num, RowError(reason)
+                    fault = "it has more cells than the header has columns; quote cells that contain a comma"
+                    yield form.skipped + reader.line_num, cells, fault
                 else:
-                    yield form.skipped + reader.line_num, cells
+                    yield form.skipped + reader.line_num, cells, None
     except (UnicodeError, csv.Error) as error:
         raise not_text(path, error) from error
 
 
-def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
+def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
     try:
         # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
         lines = path.read_text(encoding=form.encoding).split("\n")
@@ -95,16 +98,20 @@ def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[tuple[int, Mapping[str
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        fault = None
         try:
             row = json.loads(line)
+            read_json(line)
         except json.JSONDecodeError as error:
-            yield number, RowError(f"the line is not JSON ({error})")
+            yield number, {}, f"the line is not JSON ({error})"
             continue
+        except ValueError as error:
+            fault = f"the line is ambiguous ({error}); remove one of the two"
         if isinstance(row, dict):
             _check_columns(path, row, complete=False)
-            yield number, row
+            yield number, row, fault
         else:
-            yield number, RowError("the line is not a JSON object")
+            yield number, {}, "the line is not a JSON object"
 
 
 def _check_columns(path: Path, names: Collection[str], complete: bool = True) -> None:
@@ -113,6 +120,10 @@ def _check_columns(path: Path, names: Collection[str], complete: bool = True) ->
         raise EchoError(
             f"{path} has no column {missing[0]!r}; required columns are {', '.join(REQUIRED)}; {_found(names)}"
         )
+    spelled = [str(name).strip().casefold() for name in names]
+    twice = [column for column in COLUMNS if spelled.count(column) > 1]
+    if twice:
+        raise EchoError(f"{path} has several columns {twice[0]!r}; keep the one that is right and rename the others")
     absent = [column for column in COLUMNS if column not in names]
     for name in names:
         # An unnoticed misspelling of `group` or `split` would cause leakage. Other columns are ignored.
@@ -137,14 +148,13 @@ def _found(names: Collection[str]) -> str:
     return f"found {found}"
 
 
-def _inspection(row: Mapping[str, Any], root: Path, dataset: str) -> Inspection:
-    image, product = required_text(row, "image"), required_text(row, "product")
-    condition = named_condition(required_text(row, "condition"))
+def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, dataset: str) -> Inspection:
+    root, product = config.root, required_text(row, "product")
+    condition = condition_in(row, config.good)
     split = split_of(row)
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
         raise RowError(f"it has boxes although its condition is {GOOD!r}")
-    image = locate(root, image, "image")
     mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
     if synthetic and synthetic not in DEFECT_METHODS:
         raise RowError(
@@ -172,6 +182,6 @@ def _boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
         return ()
     try:
         boxes = json.loads(value) if isinstance(value, str) else value
-        return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+        return in_order((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
     except (json.JSONDecodeError, TypeError, ValueError) as error:
         raise RowError(f"boxes {value!r} are not [[x0, y0, x1, y1], ...]") from error

@@ -218,7 +218,8 @@ def test_dataset_with_its_own_name_gets_the_splits_of_its_source(tmp_path):
     (tmp_path / "drawn").mkdir()
     splits = []
     for config in (source, make_config(tmp_path / "made/parts.jsonl", tmp_path / "data", split="seeded")):
-        root, inspections, _, _ = usable_images(config, tmp_path / "drawn")
+        usable = usable_images(config, tmp_path / "drawn")
+        root, inspections = usable.root, usable.inspections
         done, _, _ = assign_configured_splits(inspections, root, config)
         splits.append({one.image: one.split for one in done if one.synthetic is None})
     assert splits[0] == splits[1]

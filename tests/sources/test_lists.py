@@ -15,7 +15,7 @@ from echo_ft.records import Inspection, Rejection
 from tests.support.folder_layouts import draw
 
 HEADER = ["image", "product", "condition", "group"]
-ROWS = [["부품/Dübel 1.png", "Dübel, groß", "good", "7"], ["b.png", "垫圈", "Riss; lang", "8"]]
+ROWS = [["부품/Dübel 1.png", "Dübel, groß; 2", "good", "7"], ["b.png", "垫圈", "Riss", "8"]]
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""Words for a part without a defect, and words that do not say what a part shows, in several languages."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+
+
+def plain_word(text: str) -> str:
+    """Return a text without case, accents, spaces, dots, dashes and underscores: `No_Defect` becomes `nodefect`."""
+    decomposed = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in decomposed if not (c.isspace() or c in IGNORED or unicodedata.category(c) == "Mn"))
+
+
+IGNORED = frozenset("_-\u2010\u2011\u2012\u2013\u2014\u2212.!'\u2019\u00b7")
+"""Characters that do not distinguish two words: underscores, dashes, dots and apostrophes."""
+
+
+@lru_cache(maxsize=64)
+def plain_words(words: tuple[str, ...]) -> frozenset[str]:
+    """Return the plain form of each word."""
+    return frozenset(map(plain_word, words))
+
+
+GOOD_WORDS = plain_words(
+    (
+        # English, and what programs write
+        "good", "ok", "okay", "pass", "passed", "normal", "none", "free", "defect-free", "fault-free", "error-free",
+        "damage-free", "anomaly-free", "no", "no defect", "no defects", "no fault", "no faults", "no damage",
+        "no error", "no errors", "no anomaly", "no anomalies", "no issue", "no issues", "no problem", "nodefect",
+        "non-defect", "non-defective", "non defected", "not defective", "not damaged", "not defect", "non-anomalous",
+        "not anomalous", "without defect", "without defects", "undamaged", "unbroken", "intact", "flawless",
+        "faultless", "perfect", "clean", "healthy", "fine", "sound", "negative", "accept", "accepted", "acceptable",
+        "conforming", "conform", "compliant", "good part", "good parts", "ok part", "false", "0", "0.0", "-", "n/a",
+        "na", "n.a.", "nil", "null", "nan",
+        # German
+        "gut", "gutteil", "in Ordnung", "i.O.", "i.O.-Teil", "i. O.", "einwandfrei", "fehlerfrei", "fehlerlos",
+        "kein Fehler", "keine Fehler", "kein Defekt", "keine Defekte", "ohne Fehler", "ohne Defekt", "ohne Befund",
+        "o.B.", "mangelfrei", "unbeschädigt", "schadenfrei", "bestanden", "nein", "keine",
+        "unauffällig", "unbeschaedigt", "unauffaellig",
+        # French
+        "bon", "bonne", "bon état", "conforme", "sans défaut", "sans défauts", "aucun défaut", "pas de défaut",
+        "normale", "correct", "aucun", "non défectueux", "accepté",
+        # Spanish
+        "bueno", "buena", "bien", "sin defecto", "sin defectos", "ningún defecto", "no defectuoso", "correcto",
+        "aprobado", "sano", "intacto", "ninguno",
+        # Italian
+        "buono", "buona", "va bene", "senza difetto", "senza difetti", "nessun difetto", "non difettoso", "integro",
+        "idoneo", "normali", "nessuno",
+        # Portuguese
+        "bom", "boa", "sem defeito", "sem defeitos", "nenhum defeito", "não defeituoso", "perfeito", "íntegro",
+        "nenhum",
+        # Chinese
+        "合格", "合格品", "良品", "好品", "正品", "正常", "良好", "完好", "好", "良", "无", "無", "无缺陷", "無缺陷",
+        "没有缺陷", "無瑕疵", "无瑕疵", "无异常", "無異常", "无损", "否",
+        # Japanese
+        "良品", "正常", "正常品", "合格", "異常なし", "欠陥なし", "不良なし", "問題なし", "欠陥無し", "異常無し",
+        "無欠陥", "なし",
+        # Korean
+        "정상", "정상품", "양품", "합격", "양호", "결함 없음", "불량 없음", "이상 없음", "무결함", "없음",
+    )
+)  # fmt: skip
+"""Words that plainly mean a part without a defect, as `plain_word` returns them. A text of dashes alone is one."""
+
+UNKNOWN_WORDS = plain_words(
+    (
+        "?", "??", "???", "unknown", "unk", "unlabeled", "unlabelled", "unannotated", "unlabel", "not labeled",
+        "not labelled", "not annotated", "undefined", "unspecified", "undecided", "unclear", "unsure", "uncertain",
+        "not sure", "maybe", "todo", "to do", "to-do", "tbd", "pending", "ignore", "ignored", "skip", "skipped",
+        "unchecked", "not checked", "checked", "verified", "reviewed", "review", "done", "unbekannt", "unklar",
+        "inconnu", "inconnue", "desconocido", "desconocida", "sconosciuto", "sconosciuta", "desconhecido",
+        "desconhecida", "未知", "未标注", "未標註", "待定", "不明", "未定", "未確認", "미정", "알 수 없음",
+    )
+)  # fmt: skip
+"""Words that do not say whether a part has a defect, as `plain_word` returns them."""

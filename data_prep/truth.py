@@ -1,0 +1,173 @@
+"""Put together what a source says about each image.
+
+A source may list an image several times: a row per box, two exports in one COCO file, two labelme files. Everything
+that it says becomes one record, or the image is rejected with all places named. The order does not matter, and neither
+does the number of places over which the truth is spread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.sources import Item, ItemPlace, RowError
+from data_prep.sources._rows import in_order
+from echo_ft.data.splits import DEFECT_SEPARATOR, join_defects
+from echo_ft.images.masks import is_marked, mask_files
+from echo_ft.records import GOOD, Inspection, Question, Rejection
+
+AGREED_FIELDS = ("dataset", "product", "group", "split", "reference", "synthetic")
+"""Fields of an inspection that all places must agree on. A place may leave one out if it is optional."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a source says about an image at one place."""
+
+    place: str
+    inspection: Inspection
+    unannotated: bool = False
+    """Whether the image is `good` there by convention alone (see `ItemPlace`)."""
+
+
+@dataclass(frozen=True)
+class SourceRecords:
+    """All records of a source, with one inspection per image."""
+
+    inspections: list[Inspection]
+    questions: list[Question]
+    rejections: list[Rejection]
+    places: dict[str, str]
+    """The places of an inspection by its id, such as `parts.csv:3, parts.csv:7`, if the source names them."""
+    merged: frozenset[str]
+    """Ids of the inspections that were put together from several places."""
+    unannotated: frozenset[str]
+    """Ids of the inspections that are `good` by convention alone."""
+
+
+def put_together(items: Iterable[Item]) -> SourceRecords:
+    """Return the records of a source with one inspection per image, in the order of their first places.
+
+    An image is rejected if its places contradict each other, or if one of them cannot be used: without it, the truth
+    might be incomplete.
+    """
+    statements: dict[str, list[Statement]] = {}
+    unusable: dict[str, list[str]] = {}
+    questions: list[Question] = []
+    rejections: list[Rejection] = []
+    latest: list[ItemPlace] = []
+    for item in items:
+        if isinstance(item, ItemPlace):
+            latest = [one for one in latest if one.place == item.place] + [item]
+        elif isinstance(item, Inspection):
+            place = next((one for one in latest if one.inspection == item.id), ItemPlace(item.id, ""))
+            statements.setdefault(item.id, []).append(Statement(place.place, item, place.unannotated))
+        elif isinstance(item, Rejection):
+            rejections.append(item)
+            if item.dropped is None:
+                for one in latest:
+                    if one.place == item.item:
+                        unusable.setdefault(one.inspection, []).append(one.place)
+        else:
+            questions.append(item)
+    inspections = []
+    for name, said in statements.items():
+        try:
+            if name in unusable:
+                others = ", ".join(dict.fromkeys(unusable[name]))
+                raise RowError(
+                    f"it is also in {others}, which cannot be used, so its truth may be incomplete; correct that place"
+                )
+            inspection, unmarked = merge(said)
+        except RowError as error:
+            rejections.append(Rejection(said[0].inspection.image, f"{error}{_suffix(said)}"))
+            continue
+        inspections.append(inspection)
+        if unmarked:
+            rejections.append(Rejection(inspection.image, unmarked + _suffix(said), "mask"))
+    kept = {inspection.id for inspection in inspections}
+    return SourceRecords(
+        inspections,
+        questions,
+        rejections,
+        {name: places for name, said in statements.items() if name in kept and (places := _places(said))},
+        frozenset(name for name in kept if len({one.place for one in statements[name]}) > 1),
+        frozenset(name for name in kept if all(one.unannotated for one in statements[name])),
+    )
+
+
+def merge(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:
+    """Return the inspection that the statements about one image amount to.
+
+    Defects, masks, boxes and polygons add up. If a defect has no mark while others have one, all marks are left out:
+    they would present its place as normal. The second value is the reason, or None. Raises RowError if the statements
+    contradict each other.
+    """
+    if len(statements) == 1:
+        return statements[0].inspection, None
+    fields = {field: _agreed(field, statements) for field in AGREED_FIELDS}
+    annotated = [one for one in statements if not one.unannotated] or statements
+    if len({one.inspection.condition == GOOD for one in annotated}) > 1:
+        raise RowError(f"its condition is {_by_place(annotated, 'condition')}; correct the wrong ones")
+    files = [one for one in annotated if mask_files(one.inspection)]
+    outlined = [one for one in annotated if is_marked(one.inspection) and one not in files]
+    if files and outlined:
+        raise RowError(
+            f"a mask marks it in {_places(files)} but boxes or polygons in {_places(outlined)}; "
+            "mark all of its defects in one way"
+        )
+    conditions = {one.inspection.condition for one in annotated}
+    condition = join_defects(name for text in conditions for name in text.split(DEFECT_SEPARATOR))
+    first = dataclasses.replace(statements[0].inspection, **fields, condition=condition)
+    marked = {name for one in (*files, *outlined) for name in one.inspection.condition.split(DEFECT_SEPARATOR)}
+    missing = sorted({*condition.split(DEFECT_SEPARATOR)} - marked) if marked else []
+    if missing:
+        reason = f"{', '.join(missing)} is not marked although {', '.join(sorted(marked))} is"
+        return _with_marks(first, []), f"{reason}; the image is used without its marks"
+    return _with_marks(first, [one.inspection for one in files or outlined]), None
+
+
+def _agreed(field: str, statements: Sequence[Statement]) -> Any:
+    """Return the value of a field that is the same at all places that have one, or None."""
+
+    def value(inspection: Inspection) -> Any:
+        found = getattr(inspection, field)
+        return None if field == "group" and found == inspection.image else found  # the default of a missing group
+
+    given = [one for one in statements if value(one.inspection) is not None]
+    if len({value(one.inspection) for one in given}) > 1:
+        raise RowError(f"its {field} is {_by_place(given, field)}; correct the wrong ones")
+    if given:
+        return value(given[0].inspection)
+    return getattr(statements[0].inspection, field)
+
+
+def _with_marks(inspection: Inspection, marked: Sequence[Inspection]) -> Inspection:
+    """Return the inspection with the masks, boxes and polygons of all `marked`, each once and in one order."""
+    files = sorted({name for one in marked for name in mask_files(one)})
+    return dataclasses.replace(
+        inspection,
+        mask=files[0] if len(files) == 1 else None,
+        masks=tuple(files) if len(files) > 1 else (),
+        boxes=in_order(box for one in marked for box in one.boxes),
+        polygons=in_order(polygon for one in marked for polygon in one.polygons),
+    )
+
+
+def _by_place(statements: Sequence[Statement], field: str) -> str:
+    """Return the values of a field with their places: `'good' in parts.csv:2, 'dent' in parts.csv:5`."""
+    values: dict[Any, list[Statement]] = {}
+    for one in statements:
+        values.setdefault(getattr(one.inspection, field), []).append(one)
+    return ", ".join(f"{value!r} in {_places(said) or 'the source'}" for value, said in values.items())
+
+
+def _places(statements: Sequence[Statement]) -> str:
+    return ", ".join(dict.fromkeys(one.place for one in statements if one.place))
+
+
+def _suffix(statements: Sequence[Statement]) -> str:
+    places = _places(statements)
+    return f" ({places})" if places else ""

@@ -1,0 +1,284 @@
+"""A condition is what the source says: several names in any form, declared words for `good`, never a guess."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.collect import collect
+from data_prep.sources import SourceConfig, folder, manifest
+from echo_ft.errors import EchoError
+from tests.support.folder_layouts import draw, labelme_file, split_items, write_csv, write_json
+
+RECTANGLE = [[1, 1], [9, 9]]
+
+GOOD_WORDS = """
+no defect|no_defect|No-Defects|non-defective|nondefect|N/A|n.a.|-|--|0|negative|undamaged|normal|OK|O.K.|pass|PASSED|
+none|defect free|clean|perfect|Good|good.|False|i.O.|i. O.|in Ordnung|gut|fehlerfrei|o.B.|unbeschaedigt|UNBESCHÄDIGT|
+bon|sans défaut|sans defaut|bueno|sin defectos|buono|nessun difetto|bom|sem defeito|合格|良品|正常|无缺陷|異常なし|
+정상|양품|결함 없음
+""".replace("\n", "")
+
+DEFECT_WORDS = "n.i.O.|NOK|NG|not ok|no solder|negative bump|free end|ko|defective|不良|abnormal|1"
+
+
+def read_cell(root: Path, cell: object, good: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """The condition of an image with this cell in a JSONL manifest, and the reasons of rejections."""
+    draw(root / "a.png")
+    path = root / "parts.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "product": "cap", "condition": cell}))
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(root, path, good=good)))
+    return [one.condition for one in inspections], [one.reason for one in rejections]
+
+
+@pytest.mark.parametrize("mark", ["+", ";", ",", "|", " ; ", "；", "，", "、", "\n"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_several_names_in_a_cell_are_joined(tmp_path, mark, kind):
+    rows = [
+        {"image": f"{number}.png", "product": "cap", "condition": mark.join(names)}
+        for number, names in enumerate((["melt", "bent"], ["bent", "melt", "bent"], ["long melt", "bent"]))
+    ]
+    for row in rows:
+        draw(tmp_path / row["image"])
+    path = tmp_path / f"parts.{kind}"
+    if kind == "csv":
+        write_csv(path, rows, list(rows[0]))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspections, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, path)))
+    assert rejections == []
+    assert [one.condition for one in inspections] == ["bent+melt", "bent+melt", "bent+long melt"]
+
+
+@pytest.mark.parametrize("cell", [["melt", "bent"], ["melt;bent"], "['melt', 'bent']", '["bent", "melt"]'])
+def test_a_list_of_names_is_joined(tmp_path, cell):
+    assert read_cell(tmp_path, cell) == (["bent+melt"], [])
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("dent/crack", "write 'dent+crack' for several defects or 'dent_crack' for one"),
+        ("dent / crack", "write 'dent+crack'"),
+        ("dent\\crack", "write 'dent+crack'"),
+        ("dent;", "or with nothing"),
+        ("dent;good", "joins a defect with 'good'"),
+        ("dent,OK", "must be spelled 'good'"),
+        (["dent", "good"], "'good' and 'dent' at the same time"),
+        ([], "is not a list of names"),
+        (["dent", 3], "is not a list of names"),
+        (["dent", " "], "is not a list of names"),
+        ("[dent, crack]", "is not a list of names"),
+        ({"dent": 1}, "not a string"),
+    ],
+)
+def test_a_cell_that_may_mean_two_things_is_rejected(tmp_path, cell, message):
+    conditions, reasons = read_cell(tmp_path, cell)
+    assert conditions == []
+    assert message in reasons[0]
+
+
+def test_words_that_mean_good_are_rejected_until_they_are_declared(tmp_path):
+    for word in GOOD_WORDS.split("|"):
+        conditions, (reason,) = read_cell(tmp_path, word)
+        assert conditions == [], word
+        assert "must be spelled 'good'" in reason and "--good" in reason
+        assert read_cell(tmp_path, word, good=("fine part", word)) == (["good"], [])
+        joined, reasons = read_cell(tmp_path, f"dent;{word}", good=(word,))
+        assert joined == [] and "joins a defect with 'good'" in reasons[0]
+
+
+def test_a_declared_word_covers_other_spellings_but_no_other_word(tmp_path):
+    for word in ("no_defect", "No-Defect", "NO  DEFECT"):
+        assert read_cell(tmp_path, word, good=("no defect",)) == (["good"], [])
+    assert read_cell(tmp_path, "OK", good=("no defect",))[0] == []
+    assert read_cell(tmp_path, "type A", good=("type A",)) == (["good"], [])
+    assert read_cell(tmp_path, "", good=("-",))[0] == []
+
+
+@pytest.mark.parametrize("word", DEFECT_WORDS.split("|"))
+def test_names_of_defects_are_not_taken_for_good(tmp_path, word):
+    assert read_cell(tmp_path, word) == ([word], [])
+
+
+UNKNOWN = ["unknown", "?", "Un-labeled", "TODO", "not annotated", "unbekannt", "未标注", "reviewed"]
+
+
+@pytest.mark.parametrize("word", UNKNOWN)
+def test_words_that_say_nothing_are_rejected(tmp_path, word):
+    conditions, (reason,) = read_cell(tmp_path, word)
+    assert conditions == []
+    assert "does not say what the part shows" in reason
+
+
+def test_folder_names_follow_the_same_rules(tmp_path):
+    for name in ("good", "no_defect", "unknown", "dent;crack"):
+        draw(tmp_path / "cap" / "train" / name / "0.png")
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
+    assert {one.condition for one in inspections} == {"good", "crack+dent"}
+    assert {one.item for one in rejections} == {"cap/train/no_defect", "cap/train/unknown"}
+    declared, _, rejections = split_items(folder.read(SourceConfig(tmp_path, good=("no defect",))))
+    assert {one.image for one in declared if one.condition == "good"} == {
+        "cap/train/good/0.png",
+        "cap/train/no_defect/0.png",
+    }
+    assert {one.item for one in rejections} == {"cap/train/unknown"}
+
+
+# COCO
+
+
+def read_coco(root: Path, labels: dict[str, list[str]], good: tuple[str, ...] = (), **changes: object):
+    """The usable inspections by image of a COCO file whose images have boxes with these labels."""
+    images, rows, names = [], [], sorted({label for found in labels.values() for label in found})
+    for number, (name, found) in enumerate(labels.items()):
+        draw(root / name)
+        images.append({"id": number, "file_name": name})
+        rows += [{"image_id": number, "category_id": names.index(one), "bbox": [4, 6, 8, 4]} for one in found]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    content = {"images": images, "annotations": rows, "categories": categories, **changes}
+    path = write_json(root / "instances.json", content)
+    inspections, _, rejections = collect(manifest.read(SourceConfig(root, path, good=good)), root)
+    return {one.image: one for one in inspections}, {one.item: one.reason for one in rejections}
+
+
+def test_regions_of_good_parts_need_a_declared_word(tmp_path):
+    labels = {"a.png": ["dent"], "b.png": ["OK", "OK"], "c.png": [], "d.png": ["OK", "dent"]}
+    found, rejections = read_coco(tmp_path, labels)
+    assert {name: one.condition for name, one in found.items()} == {"a.png": "dent", "c.png": "good"}
+    assert "--good OK" in rejections["instances.json:images[1]"]
+    found, rejections = read_coco(tmp_path, labels, good=("ok",))
+    assert {name: one.condition for name, one in found.items()} == {"a.png": "dent", "b.png": "good", "c.png": "good"}
+    assert found["b.png"].boxes == ()
+    assert "'good' and 'dent' at the same time" in rejections["instances.json:images[3]"]
+    assert read_coco(tmp_path, {"a.png": ["good"]}, good=("good",))[0]["a.png"].condition == "good"
+
+
+@pytest.mark.parametrize("word", ["unknown", "todo", "dent/crack"])
+def test_a_region_of_an_unclear_category_rejects_its_image(tmp_path, word):
+    found, rejections = read_coco(tmp_path, {"a.png": [word, "dent"], "b.png": ["dent"]})
+    assert list(found) == ["b.png"]
+    assert repr(word) in rejections["instances.json:images[0]"]
+
+
+def test_ids_match_as_numbers_and_as_text(tmp_path):
+    rows = [{"image_id": "0", "category_id": "0", "bbox": [4, 6, 8, 4]}]
+    found, rejections = read_coco(tmp_path, {"a.png": ["dent"], "b.png": []}, annotations=rows)
+    assert rejections == {}
+    assert {name: one.condition for name, one in found.items()} == {"a.png": "dent", "b.png": "good"}
+
+
+def test_no_image_is_good_while_annotations_of_the_file_belong_to_none(tmp_path):
+    rows = [{"image_id": n, "category_id": 0, "bbox": [4, 6, 8, 4]} for n in (0, 101, 102)]
+    found, rejections = read_coco(tmp_path, {"a.png": ["dent"], "b.png": []}, annotations=rows)
+    assert list(found) == ["a.png"]
+    assert "2 annotations of the file belong to no image (image_id 101, 102)" in rejections["instances.json:images[1]"]
+    assert "no image has the id 10" in rejections["instances.json:annotations"]
+
+
+# labelme
+
+
+def read_flags(root: Path, flags: object, shapes: list | None = None, good: tuple[str, ...] = ()):
+    """The condition of an image with these flags and shapes, or the reason of its rejection."""
+    draw(root / "part.png")
+    write_json(root / "part.json", labelme_file("part.png", shapes or []) | {"flags": flags})
+    kept, _, rejections = collect(manifest.read(SourceConfig(root, good=good)), root)
+    return kept[0].condition if kept else rejections[0].reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "shapes", "expected"),
+    [
+        ({"dent": True}, [], "dent"),
+        ({"dent": True, "crack": True, "melt": False}, [], "crack+dent"),
+        ({"dent": True, "ok": False}, [], "dent"),
+        ({"ok": True, "dent": False}, [], "good"),
+        ({"no_defect": True}, [], "good"),
+        ({"dent": False, "crack": False}, [], "good"),
+        ({}, [], "good"),
+        (None, [], "good"),
+        ({"dent": True}, ["dent"], "dent"),
+        ({"dent": False, "ok": False}, ["dent"], "dent"),
+        ({"crack": True}, ["dent"], "crack+dent"),
+        ({"ok": False, "dent": False}, [], "none of its flags (ok, dent) is set"),
+        ({"ok": True, "dent": True}, [], "'good' and 'dent' at the same time"),
+        ({"ok": True}, ["dent"], "its flags say 'good' but its shapes 'dent'"),
+        ({"todo": True}, [], "'todo' does not say"),
+        ({"reviewed": True}, ["dent"], "'reviewed' does not say"),
+        ({"dent": "yes"}, [], "are not {name: true or false}"),
+        (["dent"], [], "are not {name: true or false}"),
+    ],
+)
+def test_flags_of_a_labelme_file_count(tmp_path, flags, shapes, expected):
+    found = read_flags(tmp_path, flags, [(label, "rectangle", RECTANGLE) for label in shapes])
+    assert found == expected if " " not in expected else expected in found
+
+
+def test_declared_words_count_as_flags_and_labels(tmp_path):
+    shapes = [("Gutteil A", "rectangle", RECTANGLE)]
+    assert read_flags(tmp_path, {"Gutteil A": True}, shapes, good=("gutteil a",)) == "good"
+    assert read_flags(tmp_path, {"Gutteil A": False, "dent": False}, good=("gutteil a",)).startswith("it has no shapes")
+
+
+# what stands twice
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "image,product,condition,split,condition",
+        "image,product,condition,Condition",
+        "image,product,condition, condition ",
+        "image,product,condition,group,group",
+        "image,image,product,condition",
+    ],
+)
+def test_a_column_that_stands_twice_is_an_error(tmp_path, header):
+    path = tmp_path / "parts.csv"
+    path.write_text(f"{header}\n")
+    with pytest.raises(EchoError, match=r"parts\.csv has several columns '(condition|group|image)'"):
+        split_items(manifest.read(SourceConfig(tmp_path, path)))
+
+
+def test_other_columns_may_stand_twice(tmp_path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "parts.csv").write_text("image,product,condition,note,note,,\na.png,cap,good,1,2,,\n")
+    found, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, tmp_path / "parts.csv")))
+    assert ([one.condition for one in found], rejections) == (["good"], [])
+
+
+@pytest.mark.parametrize("key", ['"condition": "good"', '"group": "2"', '"product": "ring"'])
+def test_a_key_that_stands_twice_in_a_line_takes_its_image_along(tmp_path, key):
+    draw(tmp_path / "a.png"), draw(tmp_path / "b.png")
+    row = {"product": "cap", "condition": "dent", "group": "1"}
+    whole = [json.dumps({"image": name, **row}) for name in ("a.png", "b.png")]
+    twice = json.dumps({"image": "a.png", **row})[:-1] + f", {key}}}"
+    path = tmp_path / "parts.jsonl"
+    path.write_text("\n".join([*whole, twice]))
+    found, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
+    assert [one.image for one in found] == ["b.png"]
+    reasons = {one.item: one.reason for one in rejections}
+    assert set(reasons) == {"parts.jsonl:3", "a.png"}
+    assert f"duplicate key '{key.split(chr(34))[1]}'" in reasons["parts.jsonl:3"]
+
+
+@pytest.mark.parametrize("part", ['"bbox": [4, 6, 8, 4]', '"category_id": 0', '"image_id": 0'])
+def test_a_key_that_stands_twice_in_a_coco_file_is_an_error(tmp_path, part):
+    read_coco(tmp_path, {"a.png": ["dent"]})
+    path = tmp_path / "instances.json"
+    text = path.read_text()
+    assert part in text
+    path.write_text(text.replace(part, f"{part}, {part.split(':')[0]}: 1"))
+    with pytest.raises(EchoError, match=r"instances\.json cannot be read as JSON \(duplicate key"):
+        split_items(manifest.read(SourceConfig(tmp_path, path)))
+
+
+def test_two_coco_categories_of_one_id_are_an_error(tmp_path):
+    two = [{"id": 0, "name": "dent"}, {"id": "0", "name": "crack"}]
+    with pytest.raises(EchoError, match=r"two categories with the id '0', 'dent' and 'crack'"):
+        read_coco(tmp_path, {"a.png": ["dent"]}, categories=two)
+    found, _ = read_coco(tmp_path, {"a.png": ["dent"]}, categories=[{"id": 0, "name": "dent"}] * 2)
+    assert found["a.png"].condition == "dent"

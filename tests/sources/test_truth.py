@@ -1,0 +1,255 @@
+"""What a source says about one image at several places is put together, or the whole image is rejected."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.collect import collect
+from data_prep.sources import SourceConfig, manifest
+from echo_ft.records import Inspection, Rejection
+from tests.support.folder_layouts import SIZE, draw, draw_mask, labelme_file, write_json
+
+NAMES = ("a.png", "b.png", "cap/c.png")
+DEFECTS = ("bent", "crack", "dent")
+BOXES = tuple((4.0 * n, 3.0 * n, 4.0 * n + 6, 3.0 * n + 5) for n in range(6))
+
+many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def usable(root: Path, annotations: Path | None = None) -> tuple[dict[str, Inspection], list[Rejection]]:
+    """The usable inspections by image, and the rejections."""
+    inspections, _, rejections = collect(manifest.read(SourceConfig(root, annotations)), root)
+    return {one.image: one for one in inspections}, rejections
+
+
+def write_rows(root: Path, rows: list[dict], kind: str = "jsonl") -> Path:
+    """Write a manifest as JSON lines or CSV."""
+    path = root / f"parts.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    path.write_text(text.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with drawn images, and a mask of each defect."""
+    folder = tmp_path_factory.mktemp("images")
+    for name in NAMES:
+        draw(folder / name)
+    for number, defect in enumerate(DEFECTS):
+        draw_mask(folder / f"{defect}_mask.png", (4 * number, 6, 4 * number + 3, 10))
+    return folder
+
+
+truths = st.dictionaries(
+    st.sampled_from(NAMES), st.sets(st.tuples(st.sampled_from(DEFECTS), st.sampled_from(BOXES))), min_size=1
+)
+"""The defects of each image, each with its box; none for a good part."""
+
+
+def expected(truth: dict) -> dict[str, tuple]:
+    return {
+        name: ("+".join(sorted({label for label, _ in found})) or "good", tuple(sorted({box for _, box in found})))
+        for name, found in truth.items()
+    }
+
+
+def parts_of(data: st.DataObject, found: set) -> list[set]:
+    """The defects divided over any number of places, some of them repeated."""
+    if not found:
+        return [set()] * data.draw(st.integers(1, 2))
+    listed = sorted(found)
+    places = data.draw(st.lists(st.integers(0, 3), min_size=len(listed), max_size=len(listed)))
+    parts = [{one for one, at in zip(listed, places, strict=True) if at == place} for place in sorted(set(places))]
+    return parts + data.draw(st.lists(st.sampled_from(parts), max_size=1))
+
+
+@many
+@given(truth=truths, data=st.data(), kind=st.sampled_from(["csv", "jsonl"]))
+def test_any_division_of_a_truth_into_rows_gives_the_same_records(root, truth, data, kind):
+    rows = []
+    for name, found in truth.items():
+        for number, part in enumerate(parts_of(data, found)):
+            labels = data.draw(st.permutations(sorted({label for label, _ in part})))
+            row = {
+                "image": name,
+                "product": "cap",
+                "condition": data.draw(st.sampled_from("+;|,")).join(labels) or "good",
+            }
+            rows.append(row | {"boxes": [list(box) for _, box in sorted(part)] or "", "group": "7" if number else ""})
+    found, rejections = usable(root, write_rows(root, data.draw(st.permutations(rows)), kind))
+    assert rejections == []
+    assert {name: (one.condition, one.boxes) for name, one in found.items()} == expected(truth)
+    repeated = {row["image"] for row in rows if row["group"]}
+    assert {name for name, one in found.items() if one.group == "7"} == repeated, "one row names the group for all"
+
+
+@many
+@given(truth=truths, data=st.data())
+def test_any_division_of_a_truth_into_coco_entries_gives_the_same_records(root, truth, data):
+    images, annotations = [], []
+    for name, found in truth.items():
+        empty = [set()] if data.draw(st.booleans()) else []
+        for part in [*parts_of(data, found), *empty]:
+            images.append({"id": len(images) + 1, "file_name": name})
+            for label, (x0, y0, x1, y1) in part:
+                box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": DEFECTS.index(label)}
+                annotations.append({"image_id": len(images), **box})
+    categories = [{"id": number, "name": label} for number, label in enumerate(DEFECTS)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    for key in content:
+        content[key] = data.draw(st.permutations(content[key]))
+    found, rejections = usable(root, write_json(root / "instances.json", content))
+    assert rejections == []
+    assert {name: (one.condition, one.boxes) for name, one in found.items()} == expected(truth)
+
+
+@many
+@given(truth=truths, data=st.data())
+def test_any_division_of_a_truth_into_labelme_files_gives_the_same_records(root, tmp_path_factory, truth, data):
+    folder = tmp_path_factory.mktemp("labelme")
+    for name, found in truth.items():
+        draw(folder / name)
+        for number, part in enumerate(data.draw(st.permutations(parts_of(data, found)))):
+            shapes = [(label, "rectangle", [[x0, y0], [x1, y1]]) for label, (x0, y0, x1, y1) in part]
+            content = labelme_file(Path(name).name, shapes)
+            content["flags"] = {label: any(label == one for one, _ in part) for label in DEFECTS}
+            write_json((folder / name).with_name(f"{number}-{Path(name).stem}.json"), content)
+    found, rejections = usable(folder)
+    assert rejections == []
+    assert {name: (one.condition, one.boxes) for name, one in found.items()} == expected(truth)
+
+
+def test_the_masks_of_several_rows_count_as_one(root):
+    row = {"image": "a.png", "product": "cap"}
+    rows = [row | {"condition": label, "mask": f"{label}_mask.png"} for label in ("dent", "bent", "dent")]
+    for order in itertools.permutations(rows):
+        found, rejections = usable(root, write_rows(root, list(order)))
+        assert rejections == []
+        assert (found["a.png"].condition, found["a.png"].mask) == ("bent+dent", None)
+        assert found["a.png"].masks == ("bent_mask.png", "dent_mask.png")
+
+
+BOX = [[1, 2, 9, 9]]
+DENT = {"image": "a.png", "product": "cap", "condition": "dent", "split": "train", "group": "1", "boxes": BOX}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"condition": "good", "boxes": []}, "condition is 'dent' in parts.jsonl:2, 'good' in parts.jsonl:3"),
+        ({"product": "ring"}, "product is 'cap' in parts.jsonl:2, 'ring' in parts.jsonl:3"),
+        ({"split": "test"}, "split is 'train' in parts.jsonl:2, 'test' in parts.jsonl:3"),
+        ({"group": "2"}, "group is '1' in parts.jsonl:2, '2' in parts.jsonl:3"),
+        ({"reference": "cap/c.png"}, "reference is 'b.png' in parts.jsonl:2, 'cap/c.png' in parts.jsonl:3"),
+        ({"mask": "dent_mask.png"}, "a mask marks it in parts.jsonl:3 but boxes or polygons in parts.jsonl:2"),
+        ({"boxes": [[1, 2]]}, "also in parts.jsonl:3, which cannot be used"),
+        ({"split": "training"}, "also in parts.jsonl:3, which cannot be used"),
+        ({"condition": "OK"}, "also in parts.jsonl:3, which cannot be used"),
+        ({"condition": ""}, "also in parts.jsonl:3, which cannot be used"),
+        ({"mask": "gone.png"}, "also in parts.jsonl:3, which cannot be used"),
+    ],
+)
+def test_an_image_whose_rows_contradict_each_other_is_rejected_with_its_places(root, change, message):
+    other = {"image": "b.png", "product": "cap", "condition": "good"}
+    first, second = DENT | {"reference": "b.png"}, DENT | {"boxes": [[12, 2, 20, 9]], "reference": "b.png"} | change
+    found, rejections = usable(root, write_rows(root, [other, first, second]))
+    assert list(found) == ["b.png"]
+    (rejection,) = (one for one in rejections if one.item == "a.png")
+    assert message in rejection.reason
+    assert "parts.jsonl:2" in rejection.reason and "parts.jsonl:3" in rejection.reason
+    turned, _ = usable(root, write_rows(root, [second, other, first]))
+    assert list(turned) == ["b.png"], "the order does not matter"
+
+
+def test_a_row_with_an_unquoted_comma_takes_its_image_along(root):
+    path = root / "parts.csv"
+    path.write_text("image,product,condition\na.png,cap,dent\na.png,cap,dent,crack\nb.png,cap,good\n")
+    found, rejections = usable(root, path)
+    assert list(found) == ["b.png"]
+    assert {one.item for one in rejections} == {"parts.csv:3", "a.png"}
+
+
+def test_marks_of_only_some_defects_are_left_out(root):
+    """The place of the crack would count as a place without a defect."""
+    rows = [DENT, {"image": "a.png", "product": "cap", "condition": "crack"}, DENT | {"image": "b.png"}]
+    found, (rejection,) = usable(root, write_rows(root, rows))
+    assert (found["a.png"].condition, found["a.png"].boxes) == ("crack+dent", ())
+    assert (rejection.item, rejection.dropped) == ("a.png", "mask")
+    assert "crack is not marked although dent is" in rejection.reason
+    assert "(parts.jsonl:1, parts.jsonl:2)" in rejection.reason
+    assert found["b.png"].boxes
+
+
+def test_a_coco_image_is_rejected_with_any_of_its_entries(root):
+    images = [{"id": n, "file_name": name} for n, name in enumerate(["a.png", "a.png", "b.png", "./a.png"])]
+    dent = {"category_id": 1, "bbox": [4, 6, 8, 4]}
+    rows = [{"image_id": 0, **dent}, {"image_id": 3, **dent, "bbox": [4, 6]}, {"image_id": 2, **dent}]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "dent"}]}
+    found, rejections = usable(root, write_json(root / "instances.json", content))
+    assert list(found) == ["b.png"]
+    assert {one.item for one in rejections} == {"instances.json:images[3]", "a.png"}
+
+
+def test_two_coco_images_of_one_id_are_both_rejected(root):
+    """Each of them may own the annotations."""
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}, {"id": 2, "file_name": "cap/c.png"}]
+    rows = [{"image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 4]}]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "dent"}]}
+    found, rejections = usable(root, write_json(root / "instances.json", content))
+    assert list(found) == ["cap/c.png"]
+    assert {one.item for one in rejections} == {"instances.json:images[0]", "instances.json:images[1]"}
+
+
+@pytest.mark.parametrize("broken", ["{", '{"shapes": [], "imagePath": "part.png", "imagePath": "part.png"}', "shapes"])
+def test_a_labelme_image_is_rejected_with_any_of_its_files(tmp_path, broken):
+    draw(tmp_path / "part.png"), draw(tmp_path / "other.png")
+    dent = ("dent", "rectangle", [[1, 1], [5, 5]])
+    write_json(tmp_path / "again.json", labelme_file("part.png", [dent]))
+    write_json(tmp_path / "other.json", labelme_file("other.png", [dent]))
+    if broken == "shapes":
+        write_json(tmp_path / "part.json", labelme_file("part.png", [("crack", "line", [[1, 1], [5, 5]])]))
+    else:
+        (tmp_path / "part.json").write_text(broken)
+    found, rejections = usable(tmp_path)
+    assert list(found) == ["other.png"]
+    assert {one.item for one in rejections} == {"part.json", "part.png"}
+    assert "part.json, which cannot be used" in rejections[-1].reason
+
+
+def test_flags_that_contradict_the_shapes_of_a_labelme_file_reject_it(tmp_path):
+    draw(tmp_path / "part.png")
+    content = labelme_file("part.png", [("dent", "rectangle", [[1, 1], [5, 5]])]) | {"flags": {"ok": True}}
+    write_json(tmp_path / "part.json", content)
+    found, rejections = usable(tmp_path)
+    assert not found
+    assert "its flags say 'good' but its shapes 'dent'" in rejections[0].reason
+
+
+@pytest.mark.parametrize("name", ["100%.png", "a#1.png", "why?.png", "it's.png", "a&b.png", "a<b>.png", "a+b c.png"])
+def test_special_characters_in_names_are_kept(tmp_path, name):
+    draw(tmp_path / name)
+    draw_mask(tmp_path / f"mask of {name}")
+    row = {"image": name, "product": "p & q", "condition": "dent", "mask": f"mask of {name}"}
+    for kind in ("csv", "jsonl"):
+        found, rejections = usable(tmp_path, write_rows(tmp_path, [row], kind))
+        assert rejections == []
+        assert (found[name].mask, found[name].product) == (f"mask of {name}", "p & q")
+    write_json(tmp_path / "part.json", labelme_file(name, [("dent", "rectangle", [[1, 1], [5, 5]])], SIZE))
+    found, _ = usable(tmp_path)
+    assert found[name].condition == "dent"
