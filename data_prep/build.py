@@ -21,7 +21,7 @@ from typing import Any
 
 from data_prep.collect import check_config, usable_images
 from data_prep.config import BuildConfig
-from data_prep.manifest import image_digests, make_manifest, rejection_summary
+from data_prep.manifest import condition_summary, image_digests, make_manifest, rejection_summary
 from data_prep.prepare import draft_dataset
 from data_prep.preview import write_preview
 from data_prep.progress import first_rejection
@@ -31,8 +31,8 @@ from data_prep.workspace import workspace
 from echo_ft.config import parse, run_main
 from echo_ft.data.dataset import images_fingerprint
 from echo_ft.errors import EchoError
-from echo_ft.files import write_json, write_jsonl
-from echo_ft.records import GOOD
+from echo_ft.files import read_jsonl, write_json, write_jsonl
+from echo_ft.records import GOOD, Rejection
 from echo_ft.retrieval.descriptors import load_extractor
 from echo_ft.terminal import LOGGER
 
@@ -46,10 +46,14 @@ def main(argv: list[str]) -> None:
     for split, conditions in counts["cases"].items():
         total, good = sum(conditions.values()), conditions.get(GOOD, 0)
         print(f"  {split:<10} {total:>6} cases: {good} normal, {total - good} defective")
+    print(f"  conditions {condition_summary(manifest)}")
     print(f"  references {counts['reference_pool']:>6} normal images")
     for warning in manifest["warnings"]:
         LOGGER.warning(warning)
     print(rejection_summary(manifest))
+    first = next(read_jsonl(config.output / "rejected.jsonl", Rejection), None)
+    if first:
+        print(f"  first: {first.item}: {first.reason}")
     print(f"preview: {config.output / 'preview.html'}")
 
 

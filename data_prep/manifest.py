@@ -19,7 +19,10 @@ from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import write_json
 from echo_ft.images.masks import mask_files
 from echo_ft.provenance import commit, content_hash, fingerprint_bytes, fingerprint_files, versions
-from echo_ft.records import Inspection
+from echo_ft.records import GOOD, Inspection
+
+MAX_CONDITIONS = 6
+"""Number of defects that a summary names. It counts the rarer ones together."""
 
 
 def make_manifest(
@@ -72,6 +75,18 @@ def rejection_summary(manifest: Mapping[str, Any]) -> str:
     return summary + ("; see rejected.jsonl" if manifest["rejected"] or dropped else "")
 
 
+def condition_summary(manifest: Mapping[str, Any]) -> str:
+    """How many images have each condition, `good` first, the others by number, and how many images were merged."""
+    counts = Counter(manifest["counts"]["conditions"])
+    defects = sorted((name for name in counts if name != GOOD), key=lambda name: (-counts[name], name))
+    shown, others = defects[:MAX_CONDITIONS], defects[MAX_CONDITIONS:]
+    parts = [f"{name} {counts[name]}" for name in (GOOD, *shown)]
+    if others:
+        parts.append(f"{len(others)} others {sum(counts[name] for name in others)}")
+    merged = manifest["counts"]["merged"]
+    return ", ".join(parts) + (f"; {merged} put together from several entries" if merged else "")
+
+
 def _counts(draft: DatasetDraft, side_counts: Mapping[str, SideCounts]) -> dict[str, Any]:
     splits = (*SPLITS, LEFT_OUT) if any(i.split == LEFT_OUT for i in draft.inspections) else SPLITS
     cases: dict[str, Counter[str]] = {split: Counter() for split in splits}
@@ -82,6 +97,9 @@ def _counts(draft: DatasetDraft, side_counts: Mapping[str, SideCounts]) -> dict[
             products[str(inspection.split)][inspection.product] += 1
     return {
         "photographs": _sorted_counts(Counter(str(inspection.split) for inspection in draft.inspections)),
+        "conditions": _sorted_counts(Counter(inspection.condition for inspection in draft.inspections)),
+        "merged": draft.merged,
+        "unannotated": len(draft.unannotated),
         "reference_pool": len(reference_pool(draft.inspections)),
         "cases": {split: _sorted_counts(counts) for split, counts in cases.items()},
         "products": {split: _sorted_counts(counts) for split, counts in products.items()},

@@ -12,8 +12,9 @@ from data_prep.faults import lossy_masks, rotated_images
 from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, train_split_remedy
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
-from echo_ft.data.splits import divided_parts
+from echo_ft.data.splits import divided_parts, part_key
 from echo_ft.images.decode import bit_depth
+from echo_ft.images.masks import mask_files
 from echo_ft.records import GOOD, ROLES, Inspection
 
 
@@ -32,6 +33,7 @@ def build_warnings(
     """
     cases = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
     return [
+        *_truth_warnings(draft, digests),
         *_split_warnings(draft.inspections, cases, config),
         *_training_image_warnings(draft),
         *draft.knowledge_warnings,
@@ -41,6 +43,41 @@ def build_warnings(
         *_uneven_depths(draft.inspections, root),
         *_readings(draft.inspections, root),
     ]
+
+
+def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator[str]:
+    """Images that are good by convention alone, copies with different conditions, and masks of different parts."""
+    if draft.unannotated:
+        yield (
+            f"{len(draft.unannotated)} images without annotations were read as {GOOD}: "
+            f"{first_names(draft.unannotated)}; remove those that nobody has checked"
+        )
+    copies: dict[str, list[Inspection]] = defaultdict(list)
+    parts: dict[str, list[Inspection]] = defaultdict(list)
+    for inspection in draft.inspections:
+        copies[digests[inspection.image]].append(inspection)
+        for mask in mask_files(inspection):
+            parts[mask].append(inspection)
+    contradicting = [
+        " = ".join(f"{one.image} ({one.condition})" for one in found)
+        for found in copies.values()
+        if len({one.condition for one in found}) > 1
+    ]
+    if contradicting:
+        yield (
+            f"the same image has different conditions in different files: {first_names(contradicting)}; "
+            "correct or remove the wrong ones"
+        )
+    shared = [
+        f"{mask} of {' and '.join(one.image for one in found[:2])}"
+        for mask, found in sorted(parts.items())
+        if len({(*part_key(one), one.condition) for one in found}) > 1
+    ]
+    if shared:
+        yield (
+            f"one mask belongs to images of different parts or conditions: {first_names(shared)}; "
+            "correct the manifest if it marks only one of them"
+        )
 
 
 def _split_warnings(
