@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
-    from echo_ft.training.cases import load_training_cases
+    from echo_ft.training.cases import load_training_cases, pad_cases
     from echo_ft.training.mask_loss import load_marks
 
     if not 0 <= config.corrupted_share <= 1:
@@ -112,6 +112,8 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     validation = None
     if sft.eval_strategy != "no":
         validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
+        if sft.world_size > 1:
+            validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size)
     return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint, marks or None)
 
 

@@ -101,3 +101,19 @@ def group_by_case(exchanges: pa.Table) -> datasets.Dataset:
     starts = case_starts(zip(exchanges["case"].to_pylist(), first_ids, strict=True))
     rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), exchanges.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))
+
+
+def pad_cases(cases: datasets.Dataset, multiple: int) -> datasets.Dataset:
+    """`cases` and copies of the first one without completions, up to a multiple of `multiple` cases.
+
+    Processes must take equally many batches. accelerate (1.15) repeats cases for this, which would count twice in an
+    evaluation. A case without completions has no trained tokens and counts nothing.
+    """
+    missing = -len(cases) % multiple
+    if not missing:
+        return cases
+    empty = cases[0]
+    for branch in (branch for exchange in empty["exchanges"] for branch in exchange["branches"]):
+        branch["completion"] = None
+    padding = datasets.Dataset.from_list([empty] * missing, features=cases.features)
+    return datasets.concatenate_datasets([cases, padding])

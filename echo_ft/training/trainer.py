@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from echo_ft.errors import EchoError
@@ -84,6 +85,8 @@ class PrefixSharingTrainer(SFTTrainer):
             self._peak = device_peak_flops(device)
             if self._peak:
                 self._report(f"MFU is relative to {self._peak / 1e12:g} TFLOP/s per GPU: {device}, dense bfloat16")
+        # Per evaluation batch of all processes: the sum of a loss, and its number of labels.
+        self._evaluated: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._work_done = np.zeros(4)  # cases, questions, tokens and operations since the last log
         self._last_log = time.monotonic()
 
@@ -112,6 +115,10 @@ class PrefixSharingTrainer(SFTTrainer):
             self._work_done += totals
             self._total_train_tokens = seen + int(totals[2])  # TRL's count assumes TRL's own rows
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        else:
+            total = (result[0] if return_outputs else result).item() * len(keep)
+            sums = torch.tensor([[total, len(keep)]], device=labels.device, dtype=torch.float64)
+            self._evaluated["loss"].append(self.accelerator.gather(sums).sum(dim=0).cpu())
         return result
 
     def _mask_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any, training: bool) -> torch.Tensor | float:
@@ -121,9 +128,10 @@ class PrefixSharingTrainer(SFTTrainer):
         self.mask_heads.batch = None
         counted = inputs["mask_labels"][inputs["mask_rows"].unique()].sum()
         sums = self.accelerator.gather(torch.stack([total.detach(), counted])[None]).sum(dim=0)
-        self._metrics["train" if training else "eval"]["mask_loss"].append((sums[0] / sums[1].clamp(min=1)).item())
         if not training:
+            self._evaluated["mask_loss"].append(sums.cpu())
             return 0.0
+        self._metrics["train"]["mask_loss"].append((sums[0] / sums[1].clamp(min=1)).item())
         if num_items_in_batch is None:
             return self.config.mask_loss * total / inputs["mask_labels"].sum()
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -179,6 +187,23 @@ class PrefixSharingTrainer(SFTTrainer):
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self._last_log += time.monotonic() - start
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, but take losses, entropy and accuracy as means over the trained tokens.
+
+        transformers (5.23) and TRL (1.16) average over batches, which depends on their size and on the processes.
+        """
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        losses, tokens = torch.stack(self._evaluated["loss"]).unbind(dim=1)
+        loss = {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": (losses.sum() / tokens.sum()).item()}
+        for name in ("entropy", "mean_token_accuracy"):
+            means = torch.tensor(self._metrics["eval"][name], dtype=torch.float64)
+            self._metrics["eval"][name] = [(means @ tokens / tokens.sum()).item()]
+        if self.mask_heads is not None:
+            total, labels = torch.stack(self._evaluated["mask_loss"]).sum(dim=0)
+            self._metrics["eval"]["mask_loss"] = [(total / labels.clamp(min=1)).item()]
+        return output._replace(metrics={**(output.metrics or {}), **loss})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the throughput since the last log."""

@@ -18,19 +18,31 @@ from tests.support.training import BIN, SAME_TRAINING, history, launch, losses, 
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO_RANKS = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+EVALUATED = ["--eval_strategy", "steps", "--eval_steps", 3, "--per_device_eval_batch_size"]
 FULL_TUNING = [*SAME_TRAINING, "--save_strategy", "no", "--use_peft", "false", "--learning_rate", "1e-3"]
+
+
+def keep_one_question(folder, split):
+    """Make the cases of a split differ in length: every other one keeps one question to the reasoning expert."""
+    path = folder / "sft" / "reasoning_expert" / f"{split}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if int(row["case"].split("/")[1]) % 2:
+            row["branches"] = row["branches"][:1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("dataset"))
+    return keep_one_question(make_dataset(tmp_path_factory.mktemp("dataset"), validation=5), "validation")
 
 
 @pytest.fixture(scope="module")
 def one_rank(dataset, tmp_path_factory):
-    """The reasoning expert after three steps of four cases."""
+    """The reasoning expert after three steps of four cases, evaluated one case at a time."""
     output = tmp_path_factory.mktemp("one") / "reasoning_expert"
-    options = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4]
+    options = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4, *EVALUATED, 1]
     launch(*tiny_options("reasoning_expert", dataset, output, *options))
     return output
 
@@ -55,6 +67,13 @@ def launch_deepspeed(recipe: str, *arguments: object) -> str:
     )
 
 
+def evaluation(output):
+    """The means over the trained tokens of the validation cases."""
+    logged = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    (found,) = [entry for entry in logged if "eval_loss" in entry]
+    return [found[name] for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")]
+
+
 def assert_same_adapter(found, expected):
     """Check that two adapters are equal except for the order of sums."""
     weights = load_file(expected / "adapter_model.safetensors")
@@ -63,8 +82,10 @@ def assert_same_adapter(found, expected):
 
 
 def test_two_ranks_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path):
-    launch(*tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS), ranks=2)
+    # Five validation cases fill one batch of two on each process, and then one and a half.
+    launch(*tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS, *EVALUATED, 2), ranks=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
+    assert evaluation(tmp_path / "two") == pytest.approx(evaluation(one_rank), rel=1e-4)
     assert_same_adapter(tmp_path / "two", one_rank)
 
 
@@ -73,11 +94,12 @@ def test_two_ranks_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp
     "recipe", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "zero3_offload"))]
 )
 def test_two_deepspeed_ranks_give_the_losses_and_adapter_of_one(one_rank, dataset, tmp_path, recipe):
-    checkpoint = ["--save_strategy", "steps", "--save_steps", 3]
+    checkpoint = ["--save_strategy", "steps", "--save_steps", 3, *EVALUATED, 8]
     launch_deepspeed(recipe, *tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS, *checkpoint))
     # Each process saved its share of the optimizer states, so DeepSpeed was in use.
     assert len(list((tmp_path / "two" / "checkpoint-3" / "global_step3").glob("*rank_[01]*optim_states.pt"))) == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
+    assert evaluation(tmp_path / "two") == pytest.approx(evaluation(one_rank), rel=1e-4)
     assert_same_adapter(tmp_path / "two", one_rank)
 
 
@@ -132,14 +154,7 @@ def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """A dataset with cases of different lengths: every other case has only one question."""
-    folder = make_dataset(tmp_path_factory.mktemp("uneven"))
-    path = folder / "sft" / "reasoning_expert" / "train.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        if int(row["case"].split("/")[1]) % 2:
-            row["branches"] = row["branches"][:1]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return keep_one_question(make_dataset(tmp_path_factory.mktemp("uneven")), "train")
 
 
 def test_uneven_cases_on_two_ranks_give_the_losses_of_one(uneven, tmp_path):
