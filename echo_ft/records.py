@@ -30,6 +30,9 @@ QUESTION_TYPES = (
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
 """The four expert roles, in the order of the pipeline."""
 
+MAX_NEW_TOKENS = 128
+"""Number of tokens that an expert may generate in a run by default, as in MMAD's own scripts."""
+
 SYNTHETIC_DESCRIPTIONS = {
     "cutpaste": "A rectangular patch of the surface lies where it does not belong, with hard straight edges. "
     "The surface is not continuous there, which can affect how the part works.",

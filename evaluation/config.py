@@ -13,6 +13,7 @@ from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from echo_ft.inference.run_folder import RUN_DESCRIPTION
 from echo_ft.model.loading import DTYPES, checkpoint_dtype
+from echo_ft.records import MAX_NEW_TOKENS
 
 BATCH_OPTIONS = ("batch_size", "max_batch_tokens")
 """Options that change the shapes of batches: answers stay equal in float32, but may round differently in 16 bits."""
@@ -98,7 +99,7 @@ class RunConfig:
         },
     )
     max_new_tokens: int = field(
-        default=128, metadata={"help": "Largest number of tokens an expert may generate. MMAD uses 128."}
+        default=MAX_NEW_TOKENS, metadata={"help": "Largest number of tokens an expert may generate. MMAD uses 128."}
     )
     dtype: str = field(
         default="auto",

@@ -57,6 +57,8 @@ class Lengths:
 
     prefix: int
     branches: tuple[int, ...]
+    completions: tuple[int, ...]
+    """Tokens of each completion up to the one that ends it, as a run must generate them."""
     labels: int
     grids: tuple[tuple[int, int, int], ...]
     """(t, h, w) of each image, in patches."""
@@ -133,9 +135,11 @@ class RowBuilder:
         prefix, *parts = self._encode(self._texts(exchange))
         self._check_placeholders(prefix.count(self.image_token_id), len(grids), exchange)
         tokens = sum(math.prod(grid) for grid in grids) // self.merge**2
+        ends = len(self._encode([self._template(exchange)[2]])[0]) - 1  # what the template adds after the end token
         prompts, completions = list(map(len, parts[::2])), list(map(len, parts[1::2]))
         branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
-        return Lengths(len(prefix) - len(grids) + tokens, branches, sum(completions), tuple(grids))
+        generated = tuple(length - ends for length in completions if length)
+        return Lengths(len(prefix) - len(grids) + tokens, branches, generated, sum(completions), tuple(grids))
 
     def pretokenize(self, exchanges: Sequence[Exchange]) -> None:
         """Tokenize the texts of several exchanges in one call, which uses all cores."""

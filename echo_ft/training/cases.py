@@ -59,6 +59,8 @@ def load_training_cases(
         LOGGER.info("%s, %s: %s", config.role, split, planned.summary())
         for rejection in planned.rejected[:3]:
             LOGGER.info("  rejected: %s: %s", rejection.item, rejection.reason)
+        if warning := planned.long_completions():
+            LOGGER.warning("%s, %s: %s", config.role, split, warning)
     if not planned.rows:
         if planned.rejected:
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.model.rows import RowBuilder, mark_trained
-from echo_ft.records import Exchange, Rejection
+from echo_ft.records import MAX_NEW_TOKENS, Exchange, Rejection
 from echo_ft.training.flops import WorkCounts, image_work, row_work, unit_costs
 from echo_ft.training.memory import BatchShape, memory_report
 
@@ -47,6 +47,8 @@ class Plan:
 
     rows: list[PlannedRow] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+    """Tokens of each completion that a run would cut at its default max_new_tokens."""
 
     @property
     def text(self) -> WorkCounts:
@@ -59,6 +61,16 @@ class Plan:
         return (
             f"{len(self.rows)} rows, {branches} branches, {self.text.tokens} tokens, {self.text.labels} of them "
             f"trained; {len(self.rejected)} rows rejected"
+        )
+
+    def long_completions(self) -> str | None:
+        """A warning of completions that a run would cut, or None."""
+        if not self.too_long:
+            return None
+        return (
+            f"{len(self.too_long)} completions are longer than the {MAX_NEW_TOKENS} tokens that a run generates by "
+            f"default, and the longest has {max(self.too_long)}; raise max_new_tokens to {max(self.too_long)} in the "
+            "run, or shorten the texts"
         )
 
     def cases(self) -> list[list[PlannedRow]]:
@@ -114,6 +126,7 @@ def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max
                 reason = f"{row.tokens} tokens, more than max_tokens {max_tokens}; lower max_pixels or raise max_tokens"
                 planned.rejected.append(Rejection(name, reason))
                 continue
+            planned.too_long.extend(length for length in row.completions if length > MAX_NEW_TOKENS)
             planned.rows.append(
                 PlannedRow(
                     index,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 import torch
 
 from echo_ft.errors import EchoError
-from echo_ft.files import read_jsonl
+from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import RowBuilder
-from echo_ft.records import Exchange
+from echo_ft.records import MAX_NEW_TOKENS, Exchange
 from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.checks import check_gradients
 from echo_ft.training.flops import WorkCounts
 from echo_ft.training.planning import Plan, PlannedRow, plan
+from evaluation.config import RunConfig
 from tests.conftest import ECHO_TINY, draw, make_dataset
+from tests.support.training import run_in_process, tiny_options
 
 
 def test_broken_and_missing_images_are_rejected_by_name(tmp_path):
@@ -31,6 +35,26 @@ def test_broken_and_missing_images_are_rejected_by_name(tmp_path):
     assert "train_1_2.png" in planned.rejected[0].reason
     assert "train_2_2.png" in planned.rejected[1].reason
     assert "more than max_tokens 1000" in planned.rejected[2].reason
+
+
+def test_completions_that_a_run_would_cut_are_reported(tmp_path, row_builder, capsys):
+    folder = make_dataset(tmp_path / "data", train=4)
+    path = folder / "sft" / "knowledge_guide" / "train.jsonl"
+    rows = list(read_jsonl(path, Exchange))
+
+    def with_words(row, count):
+        return replace(row, branches=tuple(replace(branch, completion=" a" * count) for branch in row.branches))
+
+    assert plan(row_builder, rows, folder / "images", 32768).long_completions() is None
+    fits, cut = (len(row_builder.tokenizer(" a" * count)["input_ids"]) for count in (127, 200))
+    changed = [with_words(rows[0], 127), with_words(rows[1], 200), with_words(rows[2], 128), rows[3]]
+    planned = plan(row_builder, changed, folder / "images", 32768)
+    assert (fits, planned.too_long) == (127, [cut + 1, 129])  # a run generates the token that ends the text, too
+    write_jsonl(path, changed)
+    run_in_process(*tiny_options("knowledge_guide", folder, tmp_path / "out", "--eval_strategy", "no", "--dry_run"))
+    warning = "knowledge_guide, train: 2 completions are longer than the 128 tokens that a run generates by default"
+    assert f"{warning}, and the longest has {cut + 1}; raise max_new_tokens to {cut + 1}" in capsys.readouterr().err
+    assert RunConfig("data", "model", "out", 1, 2).max_new_tokens == MAX_NEW_TOKENS
 
 
 def test_the_largest_batch_repeats_a_case_only_after_all_others():
