@@ -50,15 +50,16 @@ class CheckedRun:
 
 def main(argv: list[str]) -> None:
     """Parse the options, lock output_dir, then plan or train."""
-    from trl import ModelConfig, SFTConfig
+    from trl import ModelConfig
 
     from echo_ft.training.checks import check_options
-    from echo_ft.training.config import EchoConfig
+    from echo_ft.training.config import EchoConfig, TrainingConfig, check_early_stopping
 
     if "--dry_run" in argv:  # without a GPU, transformers rejects bf16 unless the CPU is requested explicitly
         argv = [*argv, "--use_cpu", "true"]
-    config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
+    config, sft, base = configs.parse([EchoConfig, TrainingConfig, ModelConfig], argv)
     check_options(sft, base)
+    check_early_stopping(config, sft)
     with ExitStack() as stack:
         if sft.process_index == 0 and not config.dry_run:
             output = Path(sft.output_dir)
@@ -180,7 +181,11 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     trainer.save_model(sft.output_dir)
     trainer.save_state()
     kind = "adapter" if base.use_peft else "full model"
-    trainer.accelerator.print(f"{config.role}: the {kind} is in {sft.output_dir}")
+    best = trainer.card.best_step
+    chosen = f" of step {best}, which evaluated best," if best else ""
+    if sft.load_best_model_at_end and not best and sft.process_index == 0:
+        LOGGER.warning("there is no best checkpoint to load: the %s is that of the last step", kind)
+    trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")
     trainer.end()
 
 

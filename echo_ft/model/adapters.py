@@ -55,6 +55,8 @@ class AdapterCard:
     """`4bit` or `8bit` if training quantized the base model; runs and exports load it unquantized."""
     mask_loss: float = 0.0
     """Weight of the mask loss beside the loss of the completions."""
+    best_step: int = 0
+    """Step of the checkpoint that load_best_model_at_end chose; 0 if these are the weights of the last step."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,23 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
         except (ValueError, RuntimeError, OSError) as error:
             raise EchoError(f"the adapter in {path} does not fit the base model: {error}") from error
     return model.eval()
+
+
+def gather_adapter(model: Any, device: Any) -> dict[str, Any]:
+    """The trained weights of a model that FSDP2 shards, in main memory; empty in all processes but the first.
+
+    Every process must call this. The weights are gathered on `device`, one after the other. torch (2.15) could skip
+    the frozen ones too (`ignore_frozen_params`), but would gather a tied output layer.
+    """
+    import torch.distributed as dist
+
+    gathered = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if weight.requires_grad:
+            whole = weight.detach().to(device).full_tensor()
+            if dist.get_rank() == 0:
+                gathered[name] = whole.cpu()
+    return gathered
 
 
 def _check_weights(model: Any, role: str, path: Path) -> None:

@@ -1,12 +1,13 @@
-"""Prepare a loaded Qwen2-VL for packed rows: patched attention, shared image features, frozen parts."""
+"""Prepare a loaded Qwen2-VL for packed rows: patched attention, shared image features, frozen parts, learning rates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from echo_ft.errors import EchoError
 from echo_ft.model import attention
-from echo_ft.model.loading import parameter_group, project_patches
+from echo_ft.model.loading import PARAMETER_GROUPS, parameter_group, project_patches
 from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_once
 
 
@@ -61,3 +62,34 @@ def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(rates.get(parameter_group(name)) != 0)
     return model
+
+
+def set_part_rates(
+    optimizer: Any, model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None
+) -> None:
+    """Give the vision tower and the merger of `model` their own learning rates in `optimizer`, unless they are None.
+
+    Raises EchoError if a part has a learning rate but no trained weights. In full fine-tuning, a rate of 0 freezes it.
+    """
+    from peft import PeftModel
+
+    rates = {"vision tower": vision_learning_rate, "merger": merger_learning_rate}
+    if all(rate is None for rate in rates.values()):
+        return
+    trained = {weight: parameter_group(name) for name, weight in model.named_parameters() if weight.requires_grad}
+    for name, rate in rates.items():
+        frozen_on_purpose = rate == 0 and not isinstance(model, PeftModel)
+        if rate is not None and name not in trained.values() and not frozen_on_purpose:
+            modules = "attn.qkv, attn.proj" if name == "vision tower" else "merger.mlp.0"
+            raise EchoError(
+                f"{name.split()[0]}_learning_rate is {rate}, but no weights of the {name} are trained; add its modules "
+                f"to lora_target_modules ({modules}, ...) or remove the learning rate"
+            )
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        for name in PARAMETER_GROUPS:
+            members = [weight for weight in group["params"] if trained[weight] == name]
+            rate = rates.get(name)
+            if members:
+                optimizer.add_param_group({**group, "params": members, "lr": group["lr"] if rate is None else rate})

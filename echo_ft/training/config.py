@@ -1,12 +1,17 @@
-"""Options of train/sft.py that TRL does not have, and a check of those that it has."""
+"""Options of train/sft.py that TRL does not have, checks of those that it has, and early stopping."""
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import ModelConfig, get_quantization_config
+from transformers import EarlyStoppingCallback
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
+from echo_ft.errors import EchoError
 from echo_ft.records import ROLES
 
 
@@ -58,10 +63,91 @@ class EchoConfig:
             "from masks, boxes or polygons which image tokens of the query show the defect."
         },
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations without a better metric_for_best_model. Needs "
+            "load_best_model_at_end. Default: train to the end."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much the metric must improve to count as better for early stopping."}
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check everything and print a plan with a memory estimate. Needs no GPU and no weights."},
     )
+
+
+@dataclass
+class TrainingConfig(SFTConfig):
+    """SFTConfig with checks of what transformers reports in its own terms, or only after hours of training."""
+
+    def __post_init__(self) -> None:
+        # accelerate (1.15) passes `use_cpu: true` of its config on in this variable. transformers (5.23) then trains
+        # on the CPU, but its check of bf16 reads only the option.
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        if (self.bf16 or self.bf16_full_eval) and not self.use_cpu and not is_torch_bf16_gpu_available():
+            raise EchoError(
+                "bf16 is set, but there is no GPU that computes in bfloat16; set use_cpu: true or start with "
+                "recipes/accelerate/cpu.yaml to train on the CPU, or set bf16: false"
+            )
+        if self.load_best_model_at_end:
+            self._check_checkpoints()
+        super().__post_init__()
+
+    def _check_checkpoints(self) -> None:
+        """Raise EchoError unless every evaluation that may be the best one has a checkpoint."""
+        evaluates, saves = (getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy))
+        if evaluates == "no":
+            raise EchoError(
+                "load_best_model_at_end is set, but eval_strategy is no, so no checkpoint is the best; set "
+                "eval_strategy and save_strategy to epoch, or remove load_best_model_at_end"
+            )
+        if saves not in (evaluates, "best"):
+            raise EchoError(
+                f"load_best_model_at_end needs a checkpoint for each evaluation, but eval_strategy is {evaluates} and "
+                f"save_strategy is {saves}; set save_strategy: {evaluates}"
+            )
+        steps = self.eval_steps or self.logging_steps  # transformers' default
+        if saves == "steps" and steps != self.save_steps:
+            raise EchoError(
+                f"load_best_model_at_end needs a checkpoint for each evaluation, but eval_steps is {steps:g} and "
+                f"save_steps is {self.save_steps:g}; set both to the same number"
+            )
+
+
+def check_early_stopping(config: EchoConfig, sft: SFTConfig) -> None:
+    """Raise EchoError if the options of early stopping are out of range or contradict the others."""
+    patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
+    if patience is None:
+        if threshold:
+            raise EchoError("early_stopping_threshold has no effect without early_stopping_patience; set both or none")
+        return
+    if patience < 1:
+        raise EchoError(f"early_stopping_patience is {patience}; it is a number of evaluations, 1 or more")
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise EchoError(f"early_stopping_threshold is {threshold}; set it to 0 or more")
+    if not sft.load_best_model_at_end:
+        raise EchoError(
+            "early_stopping_patience is set without load_best_model_at_end, so training would stop late and keep the "
+            "last weights; set load_best_model_at_end: true"
+        )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback, which goes on counting if the run resumes.
+
+    transformers (5.23) restores the count only together with the patience of the earlier run, and forgets that the run
+    had stopped. It also fails to save a checkpoint if the earlier run had no such callback.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def quantization_config(model: ModelConfig) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 
 class BalancedSampler(Sampler[int]):
@@ -57,3 +59,15 @@ class BalancedSampler(Sampler[int]):
                 for rank, share in enumerate(shares):
                     totals[rank] += sum(self.tokens[case] for case in share)
                     yield from share
+
+
+class SamplerEpoch(TrainerCallback):
+    """Sets the epoch of the trainer's balanced sampler. accelerate (1.15) does not pass it on when it skips batches."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))

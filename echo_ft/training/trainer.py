@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from echo_ft.errors import EchoError
-from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, write_card
-from echo_ft.model.loading import PARAMETER_GROUPS, load_model, parameter_group
-from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
+from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, gather_adapter, write_card
+from echo_ft.model.loading import load_model
+from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model, set_part_rates
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.terminal import LOGGER
 from echo_ft.training.checkpoints import COMPLETE_MARKER
 from echo_ft.training.checks import check_gradients, check_output_layer, less_memory
-from echo_ft.training.config import EchoConfig
+from echo_ft.training.config import EarlyStopping, EchoConfig
 from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
 from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
-from echo_ft.training.sampler import BalancedSampler
+from echo_ft.training.sampler import BalancedSampler, SamplerEpoch
 
 
 class PrefixSharingTrainer(SFTTrainer):
@@ -61,6 +62,8 @@ class PrefixSharingTrainer(SFTTrainer):
         self.sampler: BalancedSampler | None = None
         self.add_callback(LargestBatchCheck(self, largest_batch))
         self.add_callback(SamplerEpoch(self))
+        if config.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
         self.implementation = implementation
         if implementation == "flex_attention" and self.args.device.type == "cpu":
             raise EchoError("attn_implementation flex_attention has no backward pass on a CPU (torch 2.15); set sdpa")
@@ -228,52 +231,31 @@ class PrefixSharingTrainer(SFTTrainer):
         Raises EchoError if a part has a learning rate but no trained weights.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = {"vision tower": self.config.vision_learning_rate, "merger": self.config.merger_learning_rate}
-        if all(rate is None for rate in rates.values()):
-            return optimizer
-        group_names = {
-            parameter: parameter_group(name)
-            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters()
-            if parameter.requires_grad
-        }
-        for name, rate in rates.items():
-            full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-            if rate is not None and name not in group_names.values() and not (full and rate == 0):
-                modules = "attn.qkv, attn.proj" if name == "vision tower" else "merger.mlp.0"
-                raise EchoError(
-                    f"{name.split()[0]}_learning_rate is {rate}, but no weights of the {name} are trained; add its "
-                    f"modules to lora_target_modules ({modules}, ...) or remove the learning rate"
-                )
-        groups = list(optimizer.param_groups)
-        optimizer.param_groups.clear()
-        for group in groups:
-            for name in PARAMETER_GROUPS:
-                members = [parameter for parameter in group["params"] if group_names[parameter] == name]
-                rate = rates.get(name)
-                if members:
-                    optimizer.add_param_group({**group, "params": members, "lr": group["lr"] if rate is None else rate})
+        model = self.accelerator.unwrap_model(self.model)
+        set_part_rates(optimizer, model, self.config.vision_learning_rate, self.config.merger_learning_rate)
         return optimizer
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         # A run that resumes from its last step has nothing left to train, but transformers (5.23) would take a step.
-        if self.state.global_step >= self.state.max_steps:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*arguments, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as the Trainer does, except that an adapter under ZeRO-2 is saved from the model in memory.
+        """Save as the Trainer does, except that an adapter under ZeRO-2 or FSDP2 is saved without the frozen weights.
 
-        transformers (5.23) would first copy all weights into the main memory of every process. It leaves out the frozen
-        weights only under ZeRO-3.
+        transformers (5.23) would first copy all weights into main memory: that of every process under ZeRO-2, that of
+        the first one under FSDP2. It leaves out the frozen weights only under ZeRO-3.
         """
-        deepspeed = self.is_deepspeed_enabled
+        deepspeed, sharded = self.is_deepspeed_enabled, self.is_fsdp_enabled
         adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         self.is_deepspeed_enabled = deepspeed and (is_deepspeed_zero3_enabled() or not adapted)
+        self.is_fsdp_enabled = sharded and not (adapted and self.accelerator.is_fsdp2)
         try:
             super().save_model(output_dir, _internal_call)
         finally:
-            self.is_deepspeed_enabled = deepspeed
+            self.is_deepspeed_enabled, self.is_fsdp_enabled = deepspeed, sharded
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Under DeepSpeed and FSDP, every process calls this method.
@@ -281,6 +263,8 @@ class PrefixSharingTrainer(SFTTrainer):
         if self.args.should_save:
             # The card is written last, because it marks a finished adapter.
             (folder / ADAPTER_CARD).unlink(missing_ok=True)
+        if state_dict is None and self.accelerator.is_fsdp2:
+            state_dict = gather_adapter(self.model, self.args.device)
         super()._save(output_dir, state_dict)
         if self.mask_heads is not None:
             save_mask_heads(self.mask_heads, folder, self.args.should_save)
@@ -306,6 +290,8 @@ class PrefixSharingTrainer(SFTTrainer):
             super()._load_best_model()
         if self.mask_heads is not None:
             load_mask_heads(self.mask_heads, Path(str(self.state.best_model_checkpoint)))
+        step = int(Path(str(self.state.best_model_checkpoint)).name.removeprefix("checkpoint-"))
+        self.card = replace(self.card, best_step=step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._trains_own_weights:
@@ -341,18 +327,6 @@ class PrefixSharingTrainer(SFTTrainer):
         if self.args.should_save:
             (folder / COMPLETE_MARKER).touch()
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-
-class SamplerEpoch(TrainerCallback):
-    """Sets the epoch of the balanced sampler. accelerate (1.15) does not pass it on when it skips batches."""
-
-    def __init__(self, trainer: PrefixSharingTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        if self.trainer.sampler is not None:
-            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class LargestBatchCheck(TrainerCallback):
