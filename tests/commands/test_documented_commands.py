@@ -32,7 +32,7 @@ NOT_RUN = {
     "git diff tests/golden": "shows nothing without changed prompts",
     "pip install": "needs a package index",
     "transformers serve": "starts a server that never ends",
-    "zero2.yaml --num_processes 4": "needs four GPUs",
+    "ddp.yaml --num_processes 4": "needs four GPUs",
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",
 }

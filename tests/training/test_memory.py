@@ -343,6 +343,7 @@ def test_the_slurm_example_starts_one_launcher_per_machine(tmp_path):
         found = launch_command_parser().parse_args(arguments)
         assert (found.num_machines, found.machine_rank, found.num_processes) == (2, rank, 8)
         assert (found.main_process_ip, found.main_process_port) == ("first", 20007)
+        assert found.config_file == "recipes/accelerate/ddp.yaml"
         assert found.training_script == "train/sft.py"
         assert found.training_script_args == ["--config", recipe, "--resume_from_checkpoint", "true", "--seed", "1"]
     assert len(machines) == 2
