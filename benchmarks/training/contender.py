@@ -8,7 +8,6 @@ Training uses float32 on a CPU and bfloat16 on a GPU.
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
     processor = processor_of(workload)
     rows = datasets.Dataset.from_list(rows_for(make_exchanges(folder, workload), folder, prompt_completion_rows))
     rows = rows.cast_column("images", datasets.List(datasets.Image()))
-    steps = Steps()
+    steps = Steps(workload.turns)
     trainer = SFTTrainer(
         model=base(workload),
         args=arguments(folder, workload.rows, workload),
@@ -77,6 +76,17 @@ def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
     return steps
 
 
+def trl_at_labels(folder: Path, workload: Workload, stored: bool) -> Steps:
+    """TRL's trainer with logits only at the labels, as it computes them on a GPU.
+
+    On a CPU, TRL (1.16) computes the logits of every token. At true widths, this takes more time than two layers.
+    """
+    from trl.trainer import utils
+
+    utils._use_triton = lambda device: True  # add_fused_lm_head asks only whether to select the labels
+    return trl_stock(folder, workload, stored)
+
+
 def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
     """This project's trainer; `stored` reuses the features of the frozen vision tower across epochs."""
     row_builder = RowBuilder(processor_of(workload))
@@ -86,7 +96,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
     args = arguments(folder, workload.cases_per_step, workload)
     args.remove_unused_columns = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}
-    steps = Steps()
+    steps = Steps(workload.turns)
     trainer = PrefixSharingTrainer(
         model=base(workload),
         args=args,
@@ -142,11 +152,11 @@ def ideal(folder: Path, workload: Workload, stored: bool) -> Steps:
         loss.backward()
         model.zero_grad()
         steps.losses.append(loss.item())  # synchronises with a GPU
-        steps.ends.append(time.perf_counter())
+        steps.end_step()
     steps.work = work(batches[0])
     add_operations(steps, model.get_base_model())
     return steps
 
 
 if __name__ == "__main__":
-    main({"trl": trl_stock, "echo-ft": echo_ft_trainer, "ideal": ideal}, *sys.argv[1:])
+    main({"trl": trl_stock, "trl-labels": trl_at_labels, "echo-ft": echo_ft_trainer, "ideal": ideal}, *sys.argv[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,20 +20,41 @@ from transformers import TrainerCallback, set_seed
 
 from benchmarks.training.workload import Workload
 
+TURN = "a step is done; waiting for the next turn"
+"""Line that a contender prints after every step if contenders take turns. It then reads a line before it continues."""
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "llamafactory", "ms-swift")
 
 
 class Steps(TrainerCallback):
     """Records the end time and loss of each step, and the work of the first batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: bool = False) -> None:
+        """With `turns`, wait for the next turn after every step."""
+        self.turns = turns
         self.ends: list[float] = []
+        self.starts: list[float] = []
+        """When the step after each of `ends` began: at once, or with the next turn."""
         self.losses: list[float] = []
         self.work: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
+        """Called by the Trainer. The Trainer builds the batches of a step after the end of the step before."""
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Record the end of a step, and wait for the next turn if contenders take turns."""
         self.ends.append(time.perf_counter())
+        if self.turns:
+            print(TURN, flush=True)
+            if not sys.stdin.readline():
+                raise SystemExit("the benchmark has ended")
+        self.starts.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """The duration of every step except the first."""
+        return [end - start for start, end in zip(self.starts, self.ends[1:], strict=False)]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer."""
@@ -82,7 +104,7 @@ def main(
     measured = contenders[name](Path(folder), Workload(**json.loads(workload)), features == "stored")
     gpu = torch.cuda.is_available()
     found = {
-        "seconds": [later - earlier for earlier, later in zip(measured.ends, measured.ends[1:], strict=False)],
+        "seconds": measured.seconds,
         "losses": measured.losses,
         "peak_mib": (
             torch.cuda.max_memory_allocated() / 2**20 if gpu

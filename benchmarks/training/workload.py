@@ -32,6 +32,8 @@ class Workload:
     """Questions per step, independent of the number of questions per case."""
     side: int = 448
     """Height and width of an image in pixels."""
+    turns: bool = False
+    """Whether TRL and this project wait for their next turn after every step."""
 
     @property
     def cases_per_step(self) -> int:

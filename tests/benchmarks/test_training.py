@@ -6,21 +6,24 @@ The environments of the other trainers are not needed.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from benchmarks.training import __main__ as benchmark
-from benchmarks.training.measurement import work
+from benchmarks.training.measurement import TURN, Steps, work
 from benchmarks.training.other_trainers import copy_with_budget, write_rows
+from benchmarks.training.turns import take_turns
 from benchmarks.training.workload import Workload, make_exchanges
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import IGNORED, RowBuilder
 from tests.conftest import ROOT
+from tests.support.models import small_config
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -105,16 +108,139 @@ def test_the_table_is_relative_to_the_fastest_other_trainer():
     assert "\n\nNVIDIA H200, bfloat16\n" in text
 
 
+def test_ratios_are_given_with_the_spread_of_runs_in_turn():
+    run = {"losses": [1.0, 0.5], "patches": 1, "tokens": 2, "labels": 3, "peak_mib": 4.0, "versions": {"torch": "2"}}
+    run |= {"operations": 1e12, "device": "CPU", "precision": "float32"}
+    rates = {("trl", "computed"): [0.1, 0.2, 0.1], ("echo-ft", "computed"): [0.5, 0.8, 0.4]}
+    text = benchmark.table({name: [run | {"rate": rate} for rate in each] for name, each in rates.items()}, rows=5)
+    cells = text.splitlines()[3].split(" | ")
+    assert cells[2:4] == ["0.500 (0.400 to 0.800)", "5.00 (4.00 to 5.00)"]
+
+
+COUNTING = """
+import json, sys
+log, name, turn, steps = sys.argv[1:]
+with open(log, "a") as file:
+    for step in range(int(steps)):
+        print("other output")
+        print(name, file=file, flush=True)
+        print(turn, flush=True)
+        sys.stdin.readline()
+print(json.dumps({"seconds": [1.0] + [0.5] * (int(steps) - 2), "name": name}))
+"""
+
+
+def test_contenders_take_turns_after_every_step(tmp_path):
+    log = tmp_path / "log"
+    commands = {(name, "computed"): [sys.executable, "-c", COUNTING, str(log), name, TURN, "4"] for name in "ab"}
+    found = take_turns(commands, steps=4, counted=2, rows=5, folder=tmp_path)
+    assert log.read_text().split() == ["a", "b"] * 4
+    assert {key: [run["name"] for run in runs] for key, runs in found.items()} == {
+        ("a", "computed"): ["a", "a"],
+        ("b", "computed"): ["b", "b"],
+    }
+    assert [run["rate"] for run in found["a", "computed"]] == [10.0, 10.0]
+
+
+def test_a_contender_that_fails_ends_the_benchmark_with_its_output(tmp_path):
+    commands = {("a", "computed"): [sys.executable, "-c", "raise ValueError('no such model')"]}
+    with pytest.raises(SystemExit, match="no such model"):
+        take_turns(commands, steps=2, counted=1, rows=5, folder=tmp_path)
+
+
+def test_waiting_for_a_turn_is_not_part_of_a_step(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    times = iter([1.0, 10.0, 12.0, 20.0])
+    monkeypatch.setattr("benchmarks.training.measurement.time.perf_counter", lambda: next(times))
+    steps = Steps(turns=True)
+    steps.end_step()
+    steps.end_step()
+    assert steps.seconds == [2.0]
+    monkeypatch.setattr("benchmarks.training.measurement.time.perf_counter", lambda: 0.0)
+    with pytest.raises(SystemExit):
+        steps.end_step()  # nobody answers any more
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--widths", "2b", "--gpu"], "--widths compares only TRL and this project on a CPU"),
+        (["--layers", "2"], "--layers 2 needs random weights"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(monkeypatch, capsys, options, named):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", *options])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert named in capsys.readouterr().err
+
+
+def test_true_widths_have_fewer_steps_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", "--widths", "2b", "--layers", "2", "--steps", "3"])
+    options = benchmark.parse_options()
+    assert (options.model, options.layers) == ("Qwen/Qwen2-VL-2B-Instruct", 2)
+    assert (options.cases, options.rows, options.steps) == (2, 5, 3)
+
+
+def small_random_model(folder, layers=None):
+    """A small Qwen2-VL with random weights and echo-tiny's vocabulary."""
+    config = small_config()
+    config.text_config.vocab_size = 4096
+    config.save_pretrained(folder / "config")
+    return benchmark.random_model(str(folder / "config"), folder / "model", layers)
+
+
+def test_a_model_of_fewer_layers_keeps_its_widths(tmp_path):
+    config = AutoConfig.from_pretrained(small_random_model(tmp_path, layers=2))
+    assert (config.text_config.num_hidden_layers, config.vision_config.depth) == (2, 2)
+    assert (config.text_config.hidden_size, config.vision_config.embed_dim) == (192, 128)
+
+
+def test_trl_at_the_labels_gives_the_losses_of_stock_trl(tmp_path, monkeypatch):
+    from trl.trainer import utils
+
+    from benchmarks.training.contender import trl_at_labels, trl_stock
+
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # restored at the end
+    scored = []
+    apply = utils._ChunkedLogProbFunction.apply
+
+    def recorded(hidden, *arguments):
+        scored.append(len(hidden))
+        return apply(hidden, *arguments)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", recorded)
+    workload = Workload(1, 2, 2, model=small_random_model(tmp_path), rows=2, side=56)
+    stock = trl_stock(tmp_path, workload, stored=False)
+    at_labels = trl_at_labels(tmp_path, workload, stored=False)
+    assert at_labels.losses == pytest.approx(stock.losses, rel=1e-4)
+    assert at_labels.work == stock.work
+    # Stock TRL scores every position but the last of its two rows; the other only the labels.
+    assert scored == [stock.work["tokens"] - 2] * 2 + [stock.work["labels"]] * 2
+
+
+@pytest.mark.slow
+def test_the_comparison_at_other_widths_prints_one_table(tmp_path, monkeypatch, capsys):
+    small_random_model(tmp_path)
+    monkeypatch.setitem(benchmark.WIDTHS, "2b", str(tmp_path / "config"))
+    options = ["--widths", "2b", "--layers", "2", "--side", "112", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", *options])
+    monkeypatch.chdir(ROOT)
+    benchmark.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip("| ") for row in rows] == ["trl", "trl-labels", "echo-ft", "echo-ft"]
+    assert len({row[4].split(",")[0] for row in rows}) == 1  # the first loss
+    patches, tokens, labels = zip(*(map(int, row[5].split(", ")) for row in rows), strict=True)
+    assert patches == (640, 640, 128, 0)
+    assert tokens[0] == tokens[1] > 3 * tokens[2] == 3 * tokens[3]
+    assert len(set(labels)) == 1
+
+
 def test_trainer_and_ideal_loop_agree_on_random_weights(tmp_path):
     """The GPU benchmark does the same at the true sizes."""
     from benchmarks.training.contender import echo_ft_trainer, ideal
-    from tests.support.models import small_config
 
-    config = small_config()
-    config.text_config.vocab_size = 4096  # the size of echo-tiny's vocabulary
-    config.save_pretrained(tmp_path / "config")
-    model = benchmark.random_model(str(tmp_path / "config"), tmp_path / "model")
-    workload = Workload(4, 5, 2, model=model, side=56)
+    workload = Workload(4, 5, 2, model=small_random_model(tmp_path), side=56)
     trained = echo_ft_trainer(tmp_path, workload, stored=False)
     loop = ideal(tmp_path, workload, stored=False)
     assert trained.losses[0] == pytest.approx(loop.losses[0], rel=1e-4)
