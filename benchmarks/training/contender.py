@@ -22,6 +22,8 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.training.measurement import Steps, main, work
 from benchmarks.training.workload import TARGETS, Workload, make_exchanges, rows_for
 from echo_ft.data.export_rows import prompt_completion_rows
+from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.model.adapters import AdapterCard
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import RowBuilder
@@ -45,6 +47,15 @@ def processor_of(workload: Workload) -> Any:
 
 def lora() -> LoraConfig:
     return LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(" + "|".join(TARGETS) + ")")
+
+
+def card(folder: Path, workload: Workload) -> AdapterCard:
+    """The card of an adapter that is never saved."""
+    return AdapterCard(
+        role="decision_maker", base_model=workload.model, base_revision="main", base_fingerprint="",
+        prompt_version=PROMPT_VERSION, min_pixels=workload.pixels, max_pixels=workload.pixels, dataset=str(folder),
+        dataset_fingerprint="", routing="full", versions={}, commit="",
+    )  # fmt: skip
 
 
 def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
@@ -105,7 +116,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
         processing_class=row_builder.processor,
         peft_config=lora(),
         config=EchoConfig("decision_maker", str(folder), workload.pixels, workload.pixels),
-        card=None,  # type: ignore[arg-type]  # nothing is saved
+        card=card(folder, workload),
         store=store,
         callbacks=[steps],
     )
