@@ -30,3 +30,18 @@ def log_to_terminal() -> None:
         LOGGER.addHandler(TerminalHandler())
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+
+
+def format_gib(count: int) -> str:
+    """`count` bytes as GiB with one decimal, or `<0.1` if a positive number would round to zero."""
+    return "<0.1" if 0 < count < 0.05 * 2**30 else f"{count / 2**30:.1f}"
+
+
+def align_columns(rows: list[list[str]]) -> str:
+    """Text columns: the first aligned left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = (
+        [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -8,10 +8,17 @@ weights are downloaded, and no GPU is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
-from echo_ft.training.memory import BatchShape, memory_report, trainable_meta_model
+from echo_ft.model.activations import BatchShape
+from echo_ft.training.memory import memory_report, trainable_meta_model
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from echo_ft.training.config import EchoConfig
 
 _EXCHANGE_SIZES = {
     "reference_extractor": (4, 384, 96),
@@ -59,20 +66,26 @@ def main(argv: list[str]) -> None:
         [MemoryConfig, EchoConfig, SFTConfig, ModelConfig], [*argv, "--use_cpu", "true"]
     )
     check_options(sft, base)
-    images, text_tokens, label_tokens = _EXCHANGE_SIZES[config.role]
-    exchanges = _EXCHANGES_PER_CASE.get(config.role, 1) if own.exchanges is None else own.exchanges
-    batch = BatchShape(
-        rows=sft.per_device_train_batch_size * exchanges,
-        images=images if own.images is None else own.images,
-        max_pixels=config.max_pixels,
-        text_tokens=text_tokens if own.text_tokens is None else own.text_tokens,
-        label_tokens=label_tokens if own.label_tokens is None else own.label_tokens,
-    )
     if own.gpus < 1:
         raise EchoError(f"gpus is {own.gpus}; give a number of GPUs of at least 1")
     model = trainable_meta_model(config, base)
     print(f"{base.model_name_or_path}, {config.role}")
-    print(memory_report(model, batch, sft, base, own.gpus))
+    print(memory_report(model, largest_batch(own, config, sft), sft, base, own.gpus))
+
+
+def largest_batch(own: MemoryConfig, config: EchoConfig, sft: SFTConfig) -> BatchShape:
+    """The largest batch of a recipe on one GPU, with exchanges of the sizes in `own` or those of the role."""
+    images, text_tokens, label_tokens = _EXCHANGE_SIZES[config.role]
+    images = images if own.images is None else own.images
+    exchanges = _EXCHANGES_PER_CASE.get(config.role, 1) if own.exchanges is None else own.exchanges
+    return BatchShape(
+        rows=sft.per_device_train_batch_size * exchanges,
+        images=images,
+        max_pixels=config.max_pixels,
+        text_tokens=text_tokens if own.text_tokens is None else own.text_tokens,
+        label_tokens=label_tokens if own.label_tokens is None else own.label_tokens,
+        distinct_images=sft.per_device_train_batch_size * images,
+    )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ Sources: config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct;
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from echo_ft.errors import EchoError
+from echo_ft.model.loading import PARAMETER_GROUPS, check_lora_targets, parameter_group
 
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2-VL-2B-Instruct": {
@@ -31,6 +33,15 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 """Settings that differ between the two sizes; `_config` adds the shared ones."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one part of the model."""
+
+    part: str
+    total: int
+    trainable: int
 
 
 def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
@@ -71,6 +82,47 @@ def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
     config = model_config(model_name_or_path, revision)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
+
+
+def add_adapter(model: Any, peft_config: Any) -> Any:
+    """`model` (on the meta device) with a PEFT adapter. Raises EchoError if `check_lora_targets` does."""
+    from peft import get_peft_model
+
+    peft_config.target_modules = check_lora_targets(model, peft_config.target_modules)
+    return get_peft_model(model, peft_config)
+
+
+def count_parameters(model: Any) -> list[ParameterCount]:
+    """Total and trainable parameters of each part in PARAMETER_GROUPS. Tied weights count once."""
+    parts = [(parameter_group(name), parameter) for name, parameter in model.named_parameters()]
+    return [
+        ParameterCount(
+            group,
+            sum(parameter.numel() for part, parameter in parts if part == group),
+            sum(parameter.numel() for part, parameter in parts if part == group and parameter.requires_grad),
+        )
+        for group in PARAMETER_GROUPS
+    ]
+
+
+def frozen_bytes(model: Any, width: int, bits: int | None = None, nested: bool = False) -> int:
+    """Bytes of the frozen weights at `width` bytes each.
+
+    With `bits` 4 or 8, bitsandbytes quantizes the linear layers of the language model, except the LM head. 4 bits need
+    a scale for every 64 weights: 4 bytes, or with `nested` 1 byte and a share of a second scale (QLoRA, arXiv
+    2305.14314, section 3).
+    """
+    import torch
+
+    scale = (1 + 4 / 256) / 64 if nested else 4 / 64
+    quantized = {None: float(width), 4: 0.5 + scale, 8: 1.0}[bits]
+    linear = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head") and ".visual." not in f".{name}."
+    }
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return round(sum(weight.numel() * (quantized if id(weight) in linear else width) for weight in frozen))
 
 
 def _hub_config(name: str, revision: str | None) -> Any:

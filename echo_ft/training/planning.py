@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
+from echo_ft.model.activations import BatchShape
 from echo_ft.model.rows import RowBuilder, mark_trained
 from echo_ft.records import MAX_NEW_TOKENS, Exchange, Rejection
 from echo_ft.training.flops import WorkCounts, image_work, row_work, unit_costs
-from echo_ft.training.memory import BatchShape, memory_report
+from echo_ft.training.memory import memory_report
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
@@ -190,6 +191,7 @@ def _batch_shape(rows: list[PlannedRow], planned: Plan, row_builder: RowBuilder)
             row.text.tokens - sum(math.prod(grid) for grid in row.images.values()) // merge**2 for row in rows
         ),
         label_tokens=max(row.text.labels for row in rows),
+        distinct_images=len({name for row in rows for name in row.images}),
     )
 
 

@@ -15,18 +15,12 @@ from transformers import AutoModelForImageTextToText
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
 from echo_ft.images.views import View
-from echo_ft.model.architectures import meta_model, model_config
+from echo_ft.model.activations import BatchShape, estimate_activations
+from echo_ft.model.architectures import add_adapter, count_parameters, frozen_bytes, meta_model, model_config
 from echo_ft.model.loading import check_lora_targets
-from echo_ft.model.preparation import packed_inputs, prepare_model
+from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
 from echo_ft.records import ROLES
-from echo_ft.training.memory import (
-    BatchShape,
-    add_adapter,
-    count_parameters,
-    estimate_activations,
-    estimate_topologies,
-    frozen_bytes,
-)
+from echo_ft.training.memory import estimate_topologies, estimate_training, trainable_meta_model
 from tests.conftest import ROOT
 from tests.support.models import small_config
 
@@ -155,7 +149,9 @@ def bytes_saved_by_autograd(model, rows=2, images=2, side=16, text=100):
         core = model.get_base_model() if hasattr(model, "peft_config") else model
         output = core.model(**packed_inputs(batch), use_cache=False)
     assert output.last_hidden_state.requires_grad
-    shape = BatchShape(rows, images, max_pixels=(14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0)
+    shape = BatchShape(
+        rows, images, (14 * side) ** 2, text_tokens=text + 2 * images, label_tokens=0, distinct_images=rows * images
+    )
     return sum(storage.nbytes() for storage in saved.values()), shape
 
 
@@ -163,6 +159,7 @@ def small_model(targets):
     base = AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
     model = get_peft_model(base, LoraConfig(r=8, target_modules=targets)).train()
     prepare_model(model.get_base_model())
+    keep_adapter_input_dtype(model)
     return model
 
 
@@ -194,11 +191,11 @@ def test_checkpointed_inputs_are_within_a_fifth_of_autograd(targets):
 
 def test_larger_batches_take_more_memory_and_checkpointing_takes_less(meta_2b):
     adapted = add_adapter(meta_model(NAME_2B), LoraConfig(r=8, target_modules=LANGUAGE))
-    base = estimate_activations(adapted, BatchShape(1, 2, 501_760, 512, 16), 2)
+    base = estimate_activations(adapted, BatchShape(1, 2, 501_760, 512, 16, 2), 2)
     for larger in (
-        BatchShape(2, 2, 501_760, 512, 16),
-        BatchShape(1, 3, 501_760, 512, 16),
-        BatchShape(1, 2, 1_003_520, 512, 16),
+        BatchShape(2, 2, 501_760, 512, 16, 4),
+        BatchShape(1, 3, 501_760, 512, 16, 3),
+        BatchShape(1, 2, 1_003_520, 512, 16, 2),
     ):
         more = estimate_activations(adapted, larger, 2)
         assert more.total(True) > base.total(True)
@@ -207,13 +204,25 @@ def test_larger_batches_take_more_memory_and_checkpointing_takes_less(meta_2b):
 
 
 def test_topologies_shard_what_their_papers_describe():
-    one, ddp, zero2, zero3, offload = estimate_topologies(16_000, 8_000, 1_000, gpus=4, adapter_width=4)
+    one, ddp, zero2, zero3, offload, cpu = estimate_topologies(16_000, 8_000, 1_000, gpus=4, adapter_width=4)
     assert (one.weights, one.gradients, one.optimizer) == (20_000, 4_000, 8_000)
     assert ddp.states == one.states + 4_000  # the buckets
     assert (zero2.weights, zero2.gradients, zero2.optimizer) == (18_000, 500, 3_000)
     assert (zero3.weights, zero3.gradients, zero3.optimizer) == (4_500, 500, 3_000)
     assert (offload.weights, offload.optimizer) == (0, 0)
     assert offload.host == 18_000 + 16_000
+    assert cpu.states - cpu.context == one.states - one.context
+
+
+def test_pixels_of_all_micro_batches_count_in_the_dtype_of_the_model():
+    totals = {}
+    for steps, dtype in ((8, "bfloat16"), (16, "bfloat16"), (8, "float32")):
+        recipe = RECIPES / "qwen2_vl_7b" / "decision_maker.yaml"
+        config, sft, base = parse_recipe(recipe, "--gradient_accumulation_steps", str(steps), "--dtype", dtype)
+        batch = BatchShape(2, 2, 1_003_520, 1536, 16, distinct_images=2)
+        totals[steps, dtype] = estimate_training(trainable_meta_model(config, base), batch, sft, base, 1).pixels
+    image = 5120 * 1176 * 2  # patches, values of a patch, bytes
+    assert totals == {(8, "bfloat16"): 9 * 2 * image, (16, "bfloat16"): 17 * 2 * image, (8, "float32"): 9 * 4 * image}
 
 
 def test_four_bits_do_not_apply_to_embeddings_and_vision_tower():
@@ -292,7 +301,7 @@ def test_the_command_prints_counts_and_one_line_per_topology(capsys):
     printed = capsys.readouterr().out
     assert "9,232,384 (0.42%)" in printed
     assert "2 x (3 images of 1003520 pixels" in printed
-    for topology in ("one GPU", "DDP x8", "ZeRO-2 x8", "ZeRO-3 x8", "ZeRO-3 offload x8"):
+    for topology in ("one GPU", "DDP x8", "ZeRO-2 x8", "ZeRO-3 x8", "ZeRO-3 offload x8", "CPU"):
         assert f"\n{topology} " in printed
 
 

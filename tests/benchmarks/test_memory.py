@@ -1,0 +1,89 @@
+"""The memory estimates match the peaks that tensors without content reach, operation by operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.memory import LiveBytes, training_peak
+from echo_ft import config as configs
+from echo_ft.model import architectures
+from echo_ft.training.memory import estimate_training, trainable_meta_model
+from tests.conftest import ROOT
+from train.memory import MemoryConfig, largest_batch
+
+GIB = 2**30
+
+
+def training(recipe: str, *flags: str) -> tuple[int, int]:
+    """The peak of a recipe on one GPU and its estimate, both without the CUDA context."""
+    from trl import ModelConfig, SFTConfig
+
+    from echo_ft.training.config import EchoConfig
+
+    argv = ["--config", str(ROOT / "recipes" / recipe), "--use_cpu", "true", *flags]
+    config, sft, base = configs.parse([EchoConfig, SFTConfig, ModelConfig], argv)
+    model, batch = trainable_meta_model(config, base), largest_batch(MemoryConfig(), config, sft)
+    estimate = estimate_training(model, batch, sft, base, gpus=1)
+    one_gpu = estimate.topologies[0]
+    expected = estimate.total(one_gpu, sft.gradient_checkpointing) - one_gpu.context
+    return training_peak(model, batch, sft, getattr(torch, str(base.dtype))), expected
+
+
+@pytest.fixture
+def two_layers(monkeypatch) -> None:
+    """The published models at their true widths, with two layers each in language model and vision tower."""
+    whole = architectures.model_config
+
+    def shallow(*arguments: Any) -> Any:
+        config = whole(*arguments)
+        config.text_config.num_hidden_layers, config.vision_config.depth = 2, 2
+        config.text_config.layer_types = config.text_config.layer_types[:2]
+        return config
+
+    monkeypatch.setattr(architectures, "model_config", shallow)
+
+
+def test_the_peak_is_that_of_the_tensors_alive_at_once():
+    with LiveBytes() as live:
+        first = torch.zeros(1000, device="meta")
+        second = first + 1
+        del second
+        third = first * 2
+        view = third[:500]
+    assert (live.now, live.peak) == (8000, 8000)
+    del first, third
+    assert live.now == 4000  # the view holds its whole storage
+    del view
+    assert (live.now, live.peak) == (0, 8000)
+
+
+FULL = ("--use_peft", "false", "--vision_learning_rate", "0", "--merger_learning_rate", "0", "--dtype", "float32")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("qwen2_vl_7b/decision_maker.yaml", ()),
+        ("qwen2_vl_2b/reference_extractor.yaml", ("--lora_dropout", "0")),
+        ("qwen2_vl_2b/knowledge_guide.yaml", ("--lora_target_modules", "q_proj", "v_proj")),
+        ("qwen2_vl_2b/knowledge_guide.yaml", ("--gradient_checkpointing", "false")),
+        ("qwen2_vl_2b/knowledge_guide.yaml", FULL),
+    ],
+    ids=["7B", "no dropout", "two targets", "no checkpointing", "full tuning in float32"],
+)
+def test_training_takes_what_is_estimated_to_a_twentieth(two_layers, recipe, flags):
+    peak, expected = training(recipe, *flags)
+    assert peak == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "most"), [("qwen2_vl_7b/decision_maker.yaml", 20.5), ("qwen2_vl_2b/reasoning_expert.yaml", 9.0)]
+)
+def test_training_at_the_true_size_takes_what_is_estimated(recipe, most):
+    peak, expected = training(recipe)
+    assert peak == pytest.approx(expected, rel=0.05)
+    assert peak <= most * GIB
