@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.sources import Item, ItemPlace, RowError
-from data_prep.sources._rows import in_order
-from echo_ft.data.splits import DEFECT_SEPARATOR, join_defects
+from data_prep.sources._rows import in_order, join_conditions
+from echo_ft.data.splits import DEFECT_SEPARATOR
 from echo_ft.images.masks import is_marked, mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
@@ -118,8 +118,7 @@ def merge(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:
             f"a mask marks it in {_places(files)} but boxes or polygons in {_places(outlined)}; "
             "mark all of its defects in one way"
         )
-    conditions = {one.inspection.condition for one in annotated}
-    condition = join_defects(name for text in conditions for name in text.split(DEFECT_SEPARATOR))
+    condition = join_conditions({one.inspection.condition for one in annotated})
     first = dataclasses.replace(statements[0].inspection, **fields, condition=condition)
     marked = {name for one in (*files, *outlined) for name in one.inspection.condition.split(DEFECT_SEPARATOR)}
     missing = sorted({*condition.split(DEFECT_SEPARATOR)} - marked) if marked else []

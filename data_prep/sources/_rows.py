@@ -19,7 +19,7 @@ from echo_ft.records import GOOD
 
 T = TypeVar("T", bound=tuple[float, ...])
 
-LIST_MARKS = re.compile(r"[+;,|\n；，、｜＋]")
+LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
 """What separates the defects of one image in a cell, a label or the name of a folder."""
 
 
@@ -75,6 +75,8 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
             f"condition {name!r} does not say what the part shows; write {GOOD!r} or the name of the defect, "
             "or leave the image out"
         )
+    if len(name.splitlines()) > 1:
+        raise RowError(f"condition {name[:60]!r} has a line break; close the quotation marks, and join names with '+'")
     if "/" in name or "\\" in name:
         one, several = (re.sub(r"\s*[/\\]+\s*", mark, name) for mark in ("_", DEFECT_SEPARATOR))
         raise RowError(f"condition {name!r} has a slash; write {several!r} for several defects or {one!r} for one")
@@ -91,7 +93,7 @@ def named_condition(text: str, good: tuple[str, ...] = ()) -> str:
     names = [check_condition(name.strip(), good) for name in LIST_MARKS.split(text)]
     if "" in names or (GOOD in names and len(names) > 1):
         raise RowError(f"condition {text!r} joins a defect with {GOOD!r} or with nothing; name only the defects")
-    return join_defects(names)
+    return join_conditions(names)
 
 
 def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
@@ -105,6 +107,8 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
             value = ast.literal_eval(value.strip())  # pandas writes ['bent', 'melt']
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise RowError(f"condition {value[:60]!r} is not a list of names; write bent+melt") from error
+    if value is True:
+        raise RowError("condition is true, which names no defect; write the name of the defect")
     if not isinstance(value, list):
         return named_condition(required_text(row, "condition"), good)
     if not value or not all(isinstance(name, str) and name.strip() for name in value):
@@ -132,10 +136,18 @@ def condition_of(labels: Iterable[str], good: tuple[str, ...] = ()) -> str:
 
 
 def join_conditions(conditions: Collection[str]) -> str:
-    """Return the condition of an image that has all of these. Raises RowError if `good` is one of several."""
-    if GOOD in conditions and len(conditions) > 1:
-        raise RowError(f"it is {GOOD!r} and {join_defects({*conditions} - {GOOD})!r} at the same time; correct one")
-    return join_defects(name for condition in conditions for name in condition.split(DEFECT_SEPARATOR))
+    """Return the condition of an image that has all of these.
+
+    Raises RowError if `good` is one of several, or if two names differ only in spelling.
+    """
+    names = {name for condition in conditions for name in condition.split(DEFECT_SEPARATOR)}
+    if GOOD in names and len(names) > 1:
+        raise RowError(f"it is {GOOD!r} and {join_defects(names - {GOOD})!r} at the same time; correct one")
+    spellings: dict[str, str] = {}
+    for name in sorted(names):
+        if spellings.setdefault(plain_word(name), name) != name:
+            raise RowError(f"{spellings[plain_word(name)]!r} and {name!r} seem to be one defect; spell it in one way")
+    return join_defects(names)
 
 
 def product_of(image: str, otherwise: str) -> str:

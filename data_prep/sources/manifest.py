@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.records import GOOD, Inspection, Rejection
 from echo_ft.strict_yaml import read_json
+
+IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
+"""The image of a line of JSON, also if the rest of the line is broken."""
+
+LINE_BREAK = re.compile("[\r\n]")
 
 REQUIRED = ("image", "product", "condition")
 COLUMNS = (*REQUIRED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
@@ -80,11 +86,12 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
             for row in reader:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
+                fault = None
                 if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
                     fault = "it has more cells than the header has columns; quote cells that contain a comma"
-                    yield form.skipped + reader.line_num, cells, fault
-                else:
-                    yield form.skipped + reader.line_num, cells, None
+                elif any(LINE_BREAK.search(cells.get(name) or "") for name in COLUMNS):
+                    fault = "a cell has a line break and may hold the next rows; close its quotation mark"
+                yield form.skipped + reader.line_num, cells, fault
     except (UnicodeError, csv.Error) as error:
         raise not_text(path, error) from error
 
@@ -100,13 +107,13 @@ def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
             continue
         fault = None
         try:
-            row = json.loads(line)
-            read_json(line)
+            row = read_json(line)
         except json.JSONDecodeError as error:
-            yield number, {}, f"the line is not JSON ({error})"
+            image = IMAGE_KEY.search(line)  # so that other lines about it are not taken for the whole truth
+            yield number, {"image": json.loads(image[1])} if image else {}, f"the line is not JSON ({error})"
             continue
         except ValueError as error:
-            fault = f"the line is ambiguous ({error}); remove one of the two"
+            row, fault = json.loads(line), f"the line is ambiguous ({error}); remove one of the two"
         if isinstance(row, dict):
             _check_columns(path, row, complete=False)
             yield number, row, fault

@@ -51,10 +51,11 @@ def read(config: SourceConfig) -> Items:
         for split in ("train", "test"):
             for number, row in enumerate(content[split]):
                 place = f"{path.name}:{split}[{number}]"
+                if isinstance(row, Mapping):
+                    yield ItemPlace(f"{prefix}/{row.get('image_path')}", place)
                 try:
                     inspection = _inspection(root, prefix, row, split, content["meta"]["normal_class"])
                     used |= {inspection.image, inspection.mask or inspection.image}
-                    yield ItemPlace(inspection.id, place)
                     yield inspection
                 except RowError as error:
                     yield Rejection(place, str(error))

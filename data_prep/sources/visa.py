@@ -44,13 +44,13 @@ def read(config: SourceConfig) -> Items:
     defect_names = {folder.name: _defect_names(folder / DEFECT_NAMES_FILE) for folder in folders}
     used = {f"{folder.name}/{DEFECT_NAMES_FILE}" for folder in folders}
     for line, row in rows:
+        yield ItemPlace(row["image"], f"{path.name}:{line}")
         try:
             inspection = _inspection(root, row, defect_names.get(row["object"], {}))
         except RowError as error:
             yield Rejection(f"{path.name}:{line}", str(error))
             continue
         used.add(inspection.image)
-        yield ItemPlace(inspection.id, f"{path.name}:{line}")
         if row["mask"]:
             try:
                 inspection = dataclasses.replace(inspection, mask=locate(root, row["mask"], "mask"))
@@ -88,7 +88,10 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
 
 def _defect_names(path: Path) -> dict[str, str]:
     """Return the defect names, or `normal`, of each image; empty if the product has no such file."""
-    return {row["image"]: row["label"] for _, row in _rows(path, ("image", "label", "mask"))} if path.is_file() else {}
+    names: dict[str, str] = {}
+    for _, row in _rows(path, ("image", "label", "mask")) if path.is_file() else ():
+        names[row["image"]] = ",".join(filter(None, (names.get(row["image"]), row["label"])))
+    return names
 
 
 def _inspection(root: Path, row: Mapping[str, str], defect_names: Mapping[str, str]) -> Inspection:
@@ -102,9 +105,10 @@ def _inspection(root: Path, row: Mapping[str, str], defect_names: Mapping[str, s
     if not image.startswith(f"{row['object']}/"):
         raise RowError(f"{image} is not in the folder of its object {row['object']!r}")
     named = defect_names.get(row["image"])
-    if named is not None and (named == "normal") != (row["label"] == "normal"):
+    defects = {name.strip() for name in (named or UNNAMED_DEFECT).split(",")}
+    agrees = defects == {"normal"} if row["label"] == "normal" else "normal" not in defects
+    if named is not None and not agrees:
         raise RowError(f"{image} is {row['label']} here but {named!r} in {row['object']}/{DEFECT_NAMES_FILE}")
-    defects = [name.strip() for name in (named or UNNAMED_DEFECT).split(",")]
     return Inspection(
         id=image,
         image=image,

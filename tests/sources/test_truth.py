@@ -8,13 +8,17 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_prep.collect import collect
-from data_prep.sources import SourceConfig, manifest
+from data_prep.sources import SourceConfig, manifest, visa
+from echo_ft.images.decode import decode
 from echo_ft.records import Inspection, Rejection
+from tests.support import folder_layouts
 from tests.support.folder_layouts import SIZE, draw, draw_mask, labelme_file, write_json
 
 NAMES = ("a.png", "b.png", "cap/c.png")
@@ -253,3 +257,81 @@ def test_special_characters_in_names_are_kept(tmp_path, name):
     write_json(tmp_path / "part.json", labelme_file(name, [("dent", "rectangle", [[1, 1], [5, 5]])], SIZE))
     found, _ = usable(tmp_path)
     assert found[name].condition == "dent"
+
+
+FORMATS = {
+    "grey.png": ("L", {}),
+    "colour.png": ("RGB", {}),
+    "alpha.png": ("RGBA", {}),
+    "palette.png": ("P", {}),
+    "bilevel.png": ("1", {}),
+    "deep.png": ("I;16", {}),
+    "grey.jpg": ("L", {}),
+    "colour.JPEG": ("RGB", {"progressive": True}),
+    "colour.bmp": ("RGB", {}),
+    "grey.tif": ("L", {"compression": "tiff_lzw"}),
+    "deep.tiff": ("I;16", {}),
+    "colour.webp": ("RGB", {"lossless": True}),
+}
+
+
+def test_twelve_formats_of_images_can_be_used(tmp_path):
+    rows = []
+    for name, (mode, options) in FORMATS.items():
+        grey = Image.fromarray((np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0]) * 80).astype(np.uint16))
+        image = grey if mode == "I;16" else grey.point(lambda value: value / 256, "L").convert(mode)
+        image.save(tmp_path / name, **options)
+        rows.append({"image": name, "product": "cap", "condition": "dent", "boxes": [[4, 6, 12, 10]]})
+    found, rejections = usable(tmp_path, write_rows(tmp_path, rows))
+    assert rejections == []
+    assert list(found) == list(FORMATS)
+    assert all(np.asarray(decode(tmp_path / name)).shape == (SIZE[1], SIZE[0], 3) for name in found)
+
+
+def test_names_that_differ_only_in_spelling_are_not_two_defects(root):
+    rows = [DENT, DENT | {"condition": "Dent", "boxes": [[12, 2, 20, 9]]}, DENT | {"image": "b.png"}]
+    found, rejections = usable(root, write_rows(root, rows))
+    assert list(found) == ["b.png"]
+    assert "'Dent' and 'dent' seem to be one defect" in rejections[0].reason
+    assert "(parts.jsonl:1, parts.jsonl:2)" in rejections[0].reason
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"image": "a.png", "condition": "crack"', '{"condition": "crack",, "image" : "a.png"}']
+)
+def test_a_broken_line_takes_its_image_along(root, broken):
+    path = root / "parts.jsonl"
+    path.write_text("\n".join([json.dumps(DENT), broken, json.dumps(DENT | {"image": "b.png"})]))
+    found, rejections = usable(root, path)
+    assert list(found) == ["b.png"]
+    assert {one.item for one in rejections} == {"parts.jsonl:2", "a.png"}
+
+
+@pytest.mark.parametrize("column", ["condition", "group"])
+def test_a_cell_that_swallows_the_next_rows_is_rejected(root, column):
+    """An apostrophe or inch mark at the start of a cell opens a quotation that ends in a later row."""
+    path = root / "parts.csv"
+    cells = {"condition": 'a.png,cap,"dent,1\nb.png,cap,crack,2"', "group": 'a.png,cap,dent,"1\nb.png,cap,crack,2"'}
+    path.write_text(f"image,product,condition,group\n{cells[column]}\ncap/c.png,cap,good,3\n")
+    found, (rejection,) = usable(root, path)
+    assert list(found) == ["cap/c.png"]
+    assert "a cell has a line break" in rejection.reason
+
+
+def test_a_published_list_that_repeats_an_image_is_put_together_or_rejected(tmp_path):
+    layout = folder_layouts.visa(tmp_path)
+    path = layout.config.root / "split_csv" / "1cls.csv"
+    header, *rows = path.read_text().splitlines()
+    other = rows[0].replace("train", "test")
+    path.write_text("\n".join([header, *rows, rows[1], other]))
+    with open(layout.config.root / "candle" / "image_anno.csv", "a", encoding="utf-8") as file:
+        file.write("candle/Data/Images/Anomaly/001.JPG,melt,\ncandle/Data/Images/Normal/0002.JPG,melt,\n")
+    found, _, rejections = collect(visa.read(layout.config), layout.config.root)
+    assert {one.image: one.condition for one in found}["candle/Data/Images/Anomaly/001.JPG"] == "melt+other"
+    assert {*layout.images} - {one.image for one in found} == {
+        "candle/Data/Images/Normal/0000.JPG",
+        "candle/Data/Images/Normal/0002.JPG",
+    }
+    reasons = [one.reason for one in rejections if not one.reason.startswith("images ignored")]
+    assert "normal here but 'normal,melt'" in reasons[0]
+    assert "its split is 'train' in 1cls.csv:2, 'test' in 1cls.csv:13" in reasons[1]
