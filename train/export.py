@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from echo_ft import config as configs
+from echo_ft.errors import EchoError
 from echo_ft.model.adapters import find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
 from echo_ft.records import ROLES
@@ -34,7 +35,10 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Check the adapters, export them, and report how far the reloaded logits deviate."""
+    """Check the adapters, export them, and report how far the reloaded logits deviate.
+
+    Raises EchoError after the export if a merged model is missing.
+    """
     (config,) = configs.parse([ExportConfig], argv)
 
     from echo_ft.inference.bundle import export_bundle
@@ -48,12 +52,19 @@ def main(argv: list[str]) -> None:
         for role, found in find_adapters(folder, base, weights, card.min_pixels, card.max_pixels).items()
     }
     merge = [] if config.merge == ["none"] else config.merge
-    for part, fidelity in export_bundle(adapters, Path(config.output), merge, config.dtype).items():
+    bundle = export_bundle(adapters, Path(config.output), merge, config.dtype)
+    for part, fidelity in bundle.fidelity.items():
         print(
             f"{part}: the reloaded logits are within {fidelity.max_difference:.2g} of those of the trained adapter, "
             f"{fidelity.relative_error:.2%} of its effect"
         )
     print(f"done: {config.output}; its README.md describes how to serve it")
+    if bundle.failed:
+        reasons = "; ".join(f"{role}: {reason}" for role, reason in bundle.failed.items())
+        raise EchoError(
+            f"{config.output} has all adapters but no merged model of {reasons}. The adapters work without it; "
+            "--merge none exports no merged model"
+        )
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
-from echo_ft.files import atomic_folder, write_json, write_text
+from echo_ft.files import atomic_folder, explain_full_disk, write_json, write_text
+from echo_ft.inference.published_form import save_model, save_processor
 from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, AdapterCard, attach_adapters
 from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
@@ -33,6 +35,9 @@ it above ALLOWED_ERROR, but never above MAX_ERROR, so that even a small update c
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM (0.32) accepts for --max-lora-rank."""
+
+VLLM_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Named initializations of an adapter that vLLM (0.32) accepts, because they leave the base model unchanged."""
 
 ALLOWED_EPSILONS = 8
 """Allowed rounding error, in machine epsilons. Logits of a model merged in bfloat16 or float16 differ by about one
@@ -49,27 +54,33 @@ class Fidelity:
     """RMS of the differences, divided by the RMS of the adapter's changes to the base model's logits."""
 
 
-def export_bundle(
-    adapters: Mapping[str, Adapter], output: Path, merge: Sequence[str], dtype: str = "auto"
-) -> dict[str, Fidelity]:
-    """Write the bundle to `output`; returns the fidelity of each part.
+@dataclass(frozen=True)
+class Bundle:
+    """What an export has written."""
+
+    fidelity: dict[str, Fidelity]
+    """The fidelity of each part, by its path in the bundle."""
+    failed: dict[str, str]
+    """Why the merged model of a role is missing, by role."""
+
+
+def export_bundle(adapters: Mapping[str, Adapter], output: Path, merge: Sequence[str], dtype: str = "auto") -> Bundle:
+    """Write the bundle to `output`.
 
     Layout: `adapters/<role>/`, `merged/<role>/` for the roles in `merge`, `processor/`, `bundle.json`, `README.md`.
-    Raises EchoError if `output` exists, a role in `merge` is unknown, or a part does not reproduce the trained
-    adapter's logits. If the export fails, it leaves no files behind.
+    Raises EchoError if `output` exists, a role in `merge` is unknown, or an adapter does not reproduce its trained
+    logits. It leaves no files behind then. A merge that fails costs only the merged model.
     """
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")
     unknown = [role for role in merge if role not in adapters]
     if unknown:
         raise EchoError(f"cannot merge {unknown[0]!r}; the roles are {', '.join(adapters)}")
-    with atomic_folder(output) as folder:
+    with explain_full_disk(output.parent, "free some space and export again"), atomic_folder(output) as folder:
         return _fill_bundle(folder, adapters, merge, dtype)
 
 
-def _fill_bundle(
-    folder: Path, adapters: Mapping[str, Adapter], merge: Sequence[str], dtype: str
-) -> dict[str, Fidelity]:
+def _fill_bundle(folder: Path, adapters: Mapping[str, Adapter], merge: Sequence[str], dtype: str) -> Bundle:
     card = next(iter(adapters.values())).card
     for role, adapter in adapters.items():
         (folder / "adapters" / role).mkdir(parents=True)
@@ -77,7 +88,7 @@ def _fill_bundle(
         for name in (*ADAPTER_FILES, ADAPTER_CARD):
             shutil.copyfile(adapter.path / name, folder / "adapters" / role / name)
     processor = load_processor(card.base_model, card.base_revision, card.min_pixels, card.max_pixels)
-    processor.save_pretrained(folder / "processor")
+    save_processor(processor, folder / "processor")
 
     def load_base() -> Any:
         return load_model(card.base_model, card.base_revision, dtype)
@@ -100,21 +111,28 @@ def _fill_bundle(
         check(f"adapters/{role}", _logits(reloaded, probe, role))
     del reloaded
     gc.collect()
+    failed: dict[str, str] = {}
     for role in merge:
         target = folder / "merged" / role
-        merged = attach_adapters(load_base(), {role: folder / "adapters" / role}).merge_and_unload()
-        merged.save_pretrained(target)
-        processor.save_pretrained(target)
-        # The card lets a run on the merged model check what it was trained on.
-        shutil.copyfile(folder / "adapters" / role / ADAPTER_CARD, target / ADAPTER_CARD)
-        del merged
+        try:
+            _merge(load_base(), folder / "adapters" / role, target, processor)
+            gc.collect()
+            check(f"merged/{role}", _logits(load_model(str(target), dtype=dtype).eval(), probe))
+        except Exception as error:  # whatever it is, it must not cost the adapters
+            failed[role] = str(error) if isinstance(error, EchoError) else f"{type(error).__name__}: {error}"
+            shutil.rmtree(target, ignore_errors=True)
         gc.collect()
-        merged = load_model(str(target), dtype=dtype).eval()
-        check(f"merged/{role}", _logits(merged, probe))
-        del merged
-        gc.collect()
-    _write_descriptions(folder, adapters, fidelity)
-    return fidelity
+    bundle = Bundle(fidelity, failed)
+    _write_descriptions(folder, adapters, bundle)
+    return bundle
+
+
+def _merge(base: Any, adapter: Path, target: Path, processor: Any) -> None:
+    """Write the merged model of a base model and an adapter, with the adapter's card and the processor."""
+    save_model(attach_adapters(base, {adapter.name: adapter}).merge_and_unload(), target)
+    save_processor(processor, target)
+    # The card lets a run on the merged model check what it was trained on.
+    shutil.copyfile(adapter / ADAPTER_CARD, target / ADAPTER_CARD)
 
 
 def _make_probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
@@ -163,18 +181,20 @@ def _rms(logits: torch.Tensor) -> float:
     return float(logits.square().mean().sqrt())
 
 
-def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], fidelity: Mapping[str, Fidelity]) -> None:
+def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], bundle: Bundle) -> None:
     """Write bundle.json for programs and README.md for readers."""
     card = next(iter(adapters.values())).card
-    configs = {
-        role: json.loads((folder / "adapters" / role / "adapter_config.json").read_text(encoding="utf-8"))
-        for role in adapters
-    }
-    rank = vllm_rank([*configs.values()])
-    adapts_vision = any(_targets_vision(config["target_modules"]) for config in configs.values())
-    served = [role for role, config in configs.items() if not config.get("use_dora")]
-    command = _vllm_command(card, served, rank, adapts_vision)
-    bundle = {
+    configs, names = {}, {}
+    for role in adapters:
+        path = folder / "adapters" / role
+        configs[role] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            names[role] = list(file.keys())
+    refusals = {role: vllm_refusal(config, names[role]) for role, config in configs.items()}
+    served = [role for role, refusal in refusals.items() if refusal is None]
+    rank = vllm_rank([configs[role] for role in served or configs])
+    adapts_vision = any(".visual." in name for role in adapters for name in names[role])
+    described = {
         "base_model": card.base_model,
         "base_revision": card.base_revision,
         "base_fingerprint": card.base_fingerprint,
@@ -184,10 +204,11 @@ def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], fidelity:
         "max_lora_rank": rank,
         "tower_is_adapted": adapts_vision,
         "adapters": {role: adapter.fingerprint for role, adapter in adapters.items()},
-        "largest_logit_difference": {part: one.max_difference for part, one in fidelity.items()},
-        "share_of_the_update": {part: one.relative_error for part, one in fidelity.items()},
+        "largest_logit_difference": {part: one.max_difference for part, one in bundle.fidelity.items()},
+        "share_of_the_update": {part: one.relative_error for part, one in bundle.fidelity.items()},
+        "not_merged": bundle.failed,
     }
-    write_json(folder / "bundle.json", bundle)
+    write_json(folder / "bundle.json", described)
     lines = [
         "# Adapters for the four experts",
         "",
@@ -200,45 +221,94 @@ def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], fidelity:
         "",
         "| part | largest difference | relative RMS error |",
         "|---|---|---|",
-        *(f"| {part} | {one.max_difference:.2g} | {one.relative_error:.2%} |" for part, one in fidelity.items()),
+        *(f"| {part} | {one.max_difference:.2g} | {one.relative_error:.2%} |" for part, one in bundle.fidelity.items()),
         "",
+        *(f"`merged/{role}` is missing: {reason}\n" for role, reason in bundle.failed.items()),
         "- echo-ft: pass the folder `adapters` to `python -m evaluation.run --config ... --adapters adapters`.",
         "- PEFT: load an adapter with `PeftModel.from_pretrained(base, 'adapters/decision_maker')`.",
-        "- vLLM: run this command in this folder:",
-        "",
-        "```",
-        " \\\n  ".join(command),
-        "```",
-        "",
     ]
-    if len(served) < len(configs):
-        lines.insert(-1, "vLLM cannot serve DoRA adapters. Export them with `--merge ROLE` and serve `merged/ROLE`.")
+    served_command = _vllm_command(card, served, rank, adapts_vision) if served else []
+    merged = [part.split("/")[1] for part in bundle.fidelity if part.startswith("merged/")]
+    lines += _serving_lines(served_command, {role: why for role, why in refusals.items() if why}, merged, card)
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _serving_lines(
+    command: Sequence[str], refusals: Mapping[str, str], merged: Sequence[str], card: AdapterCard
+) -> list[str]:
+    """Return the lines of the README about serving.
+
+    `command` serves the adapters that vLLM takes, if any; `refusals` says for each other role why vLLM refuses its
+    adapter; `merged` are the roles with a merged model.
+    """
+    lines = []
+    if command:
+        lines += ["- vLLM: run this command in this folder:", "", "```", " \\\n  ".join(command), "```", ""]
+    if merged:
+        example = [f"vllm serve merged/{merged[0]} --served-model-name {merged[0]}", *_vllm_limits(card)]
+        lines += [
+            "- Merged models have the form of the published checkpoints, which transformers 4, transformers 5 and vLLM",
+            "  read. An example for vLLM:",
+            "",
+            "```",
+            " \\\n  ".join(example),
+            "```",
+            "",
+        ]
+    for role, why in refusals.items():
+        remedy = (
+            f"serve `merged/{role}`" if role in merged else f"export with `--merge {role}` and serve `merged/{role}`"
+        )
+        lines += [f"vLLM does not serve the adapter of {role}, because it has {why}; {remedy}.", ""]
+    return lines
 
 
 def _vllm_command(card: AdapterCard, served: Sequence[str], rank: int, adapts_vision: bool) -> list[str]:
     """Return the lines of the command that serves the bundle, quoted for a shell."""
-    budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
     local = Path(card.base_model).is_dir()
     base = str(Path(card.base_model).resolve()) if local else card.base_model
     return [
         f"vllm serve {shlex.quote(base)}" + ("" if local else f" --revision {shlex.quote(str(card.base_revision))}"),
-        # Runs ask for the base by the name in the card. The base's own generation config may set a repetition penalty.
-        f"--served-model-name {shlex.quote(card.base_model)} --generation-config vllm",
-        f"--enable-lora --max-loras {max(1, len(served))} --max-lora-rank {rank}"
+        # Runs ask for the base by the name in the card.
+        f"--served-model-name {shlex.quote(card.base_model)}",
+        f"--enable-lora --max-loras {len(served)} --max-lora-rank {rank}"
         + (" --enable-tower-connector-lora" if adapts_vision else ""),
         "--lora-modules " + " ".join(f"{role}=adapters/{role}" for role in served),
+        *_vllm_limits(card),
+    ]
+
+
+def _vllm_limits(card: AdapterCard) -> list[str]:
+    """Return the lines of a command of vLLM that make it read and generate as a run does."""
+    budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
+    return [
+        "--generation-config vllm",  # the model's own may set a repetition penalty
         f"--mm-processor-kwargs {shlex.quote(budget)}",
         f"--limit-mm-per-prompt {shlex.quote(json.dumps({'image': 8}))}",
     ]
+
+
+def vllm_refusal(config: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return what vLLM (0.32, lora/peft_helper.py) does not serve of an adapter, or None if it serves the adapter.
+
+    `config` is the adapter_config.json, and `names` are the names of the adapter's weights.
+    """
+    if config.get("use_dora"):
+        return "DoRA magnitudes"
+    if config.get("modules_to_save"):
+        return f"fully trained modules ({', '.join(config['modules_to_save'])})"
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        return "trained biases"
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower() not in VLLM_INITIALIZATIONS:
+        return f"the initialization {initial}, which changes the base model"
+    other = next((name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))), None)
+    # Qwen2-VL's class in vLLM has no LoRA for the embedding and the output layer.
+    other = other or next((name for name in names if "embed_tokens" in name or "lm_head" in name), None)
+    return f"the weight {other}" if other else None
 
 
 def vllm_rank(configs: Sequence[Mapping[str, Any]]) -> int:
     """Return the smallest --max-lora-rank that vLLM accepts for all of these adapter configs."""
     largest = max(max([config["r"], *config.get("rank_pattern", {}).values()]) for config in configs)
     return next((rank for rank in VLLM_RANKS if rank >= largest), largest)
-
-
-def _targets_vision(targets: str | Sequence[str]) -> bool:
-    names = [targets] if isinstance(targets, str) else targets
-    return any(part in name for name in names for part in ("visual", "merger", "qkv", "attn.proj", "fc1", "fc2"))
