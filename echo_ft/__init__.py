@@ -11,12 +11,13 @@ from typing import Any
 _EXPORTS = {
     "Case": "echo_ft.records",
     "EchoError": "echo_ft.errors",
+    "Inspector": "echo_ft.inference.inspector",
     "Prediction": "echo_ft.records",
     "load_cases": "echo_ft.data.dataset",
     "load_dataset": "echo_ft.data.dataset",
 }
 
-__all__ = ["Case", "EchoError", "Prediction", "load_cases", "load_dataset"]
+__all__ = ["Case", "EchoError", "Inspector", "Prediction", "load_cases", "load_dataset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ STREETS = {
     "experts": {"images", "data"},
     "model": {"images", "data", "experts"},
     "training": {"images", "data", "model"},
-    "inference": {"images", "experts", "model"},
+    "inference": {"data", "retrieval", "images", "experts", "model"},
     "metrics": {"images", "data", "experts", "inference"},
 }
 """Which street of echo_ft may import which. All may import the files on the ground floor, which import no street."""

@@ -117,6 +117,23 @@ def _make_question(inspection: Inspection, kind: str, right: str, wrong: Sequenc
     return Question(identifier, inspection.id, kind, QUESTION_TEXTS[kind], lettered, answer)
 
 
+def open_questions(identifier: str, conditions: Sequence[str]) -> tuple[Question, ...]:
+    """Return the questions about an image whose condition nobody knows. They have no answer.
+
+    `conditions` are those of its product. Whether there is a defect (A: yes, B: no) always comes first. Which one it is
+    follows if the product has two to `MAX_OPTIONS` known defects.
+    """
+    kinds = {"Anomaly Detection": ["Yes.", "No."]}
+    defects = [readable_name(condition) for condition in conditions if condition != GOOD]
+    if 2 <= len(defects) <= MAX_OPTIONS:
+        kinds["Defect Classification"] = defects
+    lettered = {kind: dict(zip(LETTERS, options, strict=False)) for kind, options in kinds.items()}
+    return tuple(
+        Question(f"{identifier}#{slug(kind)}", identifier, kind, QUESTION_TEXTS[kind], options)
+        for kind, options in lettered.items()
+    )
+
+
 def slug(kind: str) -> str:
     """Return the form of a question type that its question ids contain: `defect-localization`."""
     return kind.lower().replace(" ", "-")

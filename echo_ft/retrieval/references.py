@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from echo_ft.data.splits import LEFT_OUT, PartKey, part_key
 from echo_ft.errors import EchoError
-from echo_ft.provenance import fingerprint_bytes
+from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import GOOD, Inspection, Reference, Rejection
 from echo_ft.retrieval.descriptor_cache import DescriptorTable, extract_descriptors, hash_files
 from echo_ft.retrieval.descriptors import load_extractor
@@ -218,6 +218,56 @@ def _draw_random(count: int, excluded: set[int], k: int, rng: random.Random) -> 
 
 def _rounded(similarity: float) -> float:
     return round(max(-1.0, min(1.0, similarity)), 6)
+
+
+class ReferenceSearch:
+    """Searches normal images for the ones that are most similar to an image that belongs to no dataset."""
+
+    def __init__(self, normals: Sequence[Inspection], root: Path, descriptor: str, k: int) -> None:
+        """Compute the descriptors of `normals`, whose images lie under `root`. A search returns `k` references.
+
+        `descriptor` is as in `find_references`. Raises EchoError if no image of `normals` can be read.
+        """
+        self.k = k
+        self.extractor = load_extractor(descriptor)
+        images = sorted({normal.image for normal in normals})
+        self.descriptors, _ = extract_descriptors(images, root, self.extractor, None)
+        pools: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        for normal in sorted(normals, key=lambda one: one.image):
+            if normal.image in self.descriptors.rows:  # files of equal content are one reference
+                pools[normal.dataset, normal.product].setdefault(self.descriptors.hashes[normal.image], normal.image)
+        if not pools:
+            raise EchoError(f"no normal image under {root} can be read; rebuild the dataset with normal images")
+        self.images = {key: tuple(pool.values()) for key, pool in pools.items()}
+        self.indexes = {
+            key: VectorIndex(self.descriptors.matrix, np.array([self.descriptors.rows[one] for one in pool]), "flat")
+            for key, pool in self.images.items()
+        }
+
+    def find(self, path: Path, keys: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], list[Reference]]:
+        """Return the (dataset, product) among `keys` with the most similar normal image, and its `k` best references.
+
+        The image itself is never its own reference. Raises EchoError if no product among `keys` has a normal image, or
+        if the image cannot be read.
+        """
+        (vector,), (error,) = self.extractor.vectors([path])
+        if vector is None:
+            raise EchoError(f"image {path} cannot be read: {error}; replace it")
+        own = content_hash(path).hex()
+        found: dict[tuple[str, str], list[Reference]] = {}
+        for key in keys:
+            if key not in self.indexes:
+                continue
+            images = self.images[key]
+            (similarities,), (positions,) = self.indexes[key].search(vector[None], min(len(images), self.k + 1))
+            near = [(images[position], float(value)) for position, value in zip(positions, similarities, strict=True)]
+            near = [(image, value) for image, value in near if self.descriptors.hashes[image] != own][: self.k]
+            found[key] = [Reference(str(path), image, value, rank) for rank, (image, value) in enumerate(near, start=1)]
+        if not found:
+            names = ", ".join(sorted({name for _, name in keys}))
+            raise EchoError(f"the dataset has no normal image of {names} to compare with; add some and rebuild it")
+        best = max(found, key=lambda key: max((one.similarity for one in found[key]), default=-1.0))
+        return best, found[best]
 
 
 def references_in_left_out_fold(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:

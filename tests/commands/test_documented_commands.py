@@ -5,6 +5,7 @@ tests/test_documents.py checks that commands, options and links exist.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,9 +139,10 @@ def test_bash_expands_loops_variables_and_environment(tmp_path):
     assert second.arguments[-1] == "2"
 
 
-def test_python_in_the_readme_runs(project, capsys):
-    (block,) = documented.code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), {"python"})
+@pytest.mark.parametrize("document", ["README.md", "docs/inspecting.md"])
+def test_python_in_a_document_runs(document, project, capsys):
+    (block,) = documented.code_blocks((ROOT / document).read_text(encoding="utf-8"), {"python"})
     namespace: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["outcome"].predictions
-    assert capsys.readouterr().out.startswith("[('")
+    exec(compile(block, document, "exec"), namespace)
+    assert namespace["result"].trace
+    assert re.search(r"(True|False) 0\.\d+ ", capsys.readouterr().out)

@@ -44,6 +44,7 @@ SMOKE_OPTIONS = {
         "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1",
     ],
     "evaluation.run": [*TINY_MODEL, *TINY_PIXELS, "--max_new_tokens", "3"],
+    "evaluation.inspect": ["--threshold", "1.1"],  # the status is 1 if an image is flagged
     "evaluation.ablate": [*TINY_PIXELS, "--max_new_tokens", "3"],
 }  # fmt: skip
 """Options that are added per module: echo-tiny, few pixels, one step, short outputs, no weights to download."""

@@ -1,0 +1,152 @@
+"""The inspector answers about any image as the pipeline does, with what the adapters' cards name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import echo_ft
+from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import run_cases
+from echo_ft.files import read_jsonl, write_json, write_jsonl
+from echo_ft.inference.inspector import Calibration, Inspector, load_calibration
+from echo_ft.records import GOOD, Inspection
+from evaluation import inspect
+from tests.conftest import draw, make_dataset, random_adapters
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Five normal washers, three normal caps, and three stained washers as test images."""
+    folder = make_dataset(tmp_path_factory.mktemp("dataset"))
+    rows = list(read_jsonl(folder / "inspections.jsonl", Inspection))
+    normals = [
+        replace(row, condition=GOOD, product="cap" if index > 4 else "washer") if row.split == "train" else row
+        for index, row in enumerate(rows)
+    ]
+    write_jsonl(folder / "inspections.jsonl", normals)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"] |= {"descriptor": "skimage"}
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(dataset, tmp_path_factory):
+    return random_adapters(tmp_path_factory.mktemp("adapters"), dataset)
+
+
+@pytest.fixture(scope="module")
+def inspector(adapters):
+    return Inspector.from_adapters(adapters, max_new_tokens=8)
+
+
+@pytest.fixture
+def image(tmp_path):
+    return tmp_path / draw(tmp_path / "new.png", (90, 70), 99)
+
+
+def test_a_file_an_image_and_an_array_give_the_same_result(inspector, image):
+    with Image.open(image) as opened:
+        pixels = np.asarray(opened)
+        results = [inspector.predict(one, "washer") for one in (image, str(image), opened, pixels)]
+    assert [result.image for result in results] == [str(image), str(image), "", ""]
+    for result in results:
+        assert result.pred_score == results[0].pred_score
+        assert result.reference == results[0].reference
+        assert [answer.text for answer in result.answers] == [answer.text for answer in results[0].answers]
+
+
+def test_batches_do_not_change_results(inspector, tmp_path):
+    images = [tmp_path / draw(tmp_path / f"{index}.png", (60 + 5 * index, 70), index) for index in range(10)]
+    together = inspector.predict(images)
+    assert [result.image for result in together] == [str(path) for path in images]
+    for index in (0, 7, 9):
+        alone = inspector.predict(images[index])
+        assert alone.pred_score == pytest.approx(together[index].pred_score, abs=1e-6)
+        assert alone.reference == together[index].reference
+    assert [one.image for one in inspector.stream(tmp_path)] == [str(tmp_path / f"{index}.png") for index in range(10)]
+
+
+def test_the_experts_see_what_they_see_in_a_run(inspector, dataset):
+    """With the references and questions of a dataset's case, the inspector's prompts are those of a run."""
+    loaded = load_dataset(dataset)
+    case = load_cases(loaded, "test")[0]
+    result = inspector.predict(loaded.root / case.seen.query, "washer")
+    found = inspector._case(loaded.root / case.seen.query, "washer")
+    same = replace(case, seen=replace(case.seen, references=found.seen.references, questions=found.seen.questions))
+    same = replace(same, truth=replace(same.truth, answers=found.truth.answers))
+    (outcome,) = run_cases([same], inspector.generate, inspector.pipeline)
+    assert [trace.prompt for trace in outcome.traces] == [trace.prompt for trace in result.trace]
+    assert [trace.context for trace in outcome.traces] == [trace.context for trace in result.trace]
+    assert outcome.predictions[0].probabilities == result.answers[0].probabilities
+
+
+def test_the_nearest_normal_image_decides_the_product_and_is_never_the_image_itself(inspector, dataset):
+    loaded = load_dataset(dataset)
+    rows = [row for row in read_jsonl(dataset / "inspections.jsonl", Inspection) if row.split == "train"]
+    for row in (rows[0], rows[6]):
+        twin = np.asarray(Image.open(loaded.root / row.image).convert("RGB")).copy()
+        twin[0, 0] ^= 1  # another file, so the normal image itself is its nearest reference
+        result = inspector.predict(twin)
+        assert result.product == row.product
+        found = inspector._case(loaded.root / row.image, row.product).seen.references
+        assert row.image not in [reference.image for reference in found]
+        assert len(found) == 2
+
+
+def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, image, tmp_path):
+    raw = inspector.predict(image).pred_score
+    write_json(
+        tmp_path / "report.json",
+        {"calibration": {"temperature": 2.0, "thresholds": {"f1": {"threshold": 0.4}, "best": {"threshold": 0.1}}}},
+    )
+    found = load_calibration(tmp_path / "report.json")
+    assert found == Calibration(2.0, 0.4)
+    assert found.score(raw) == pytest.approx(1 / (1 + math.exp(-math.log(raw / (1 - raw)) / 2)))
+    assert [found.score(edge) for edge in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(EchoError, match=r"has no calibration; write it with python -m evaluation\.score RUN"):
+        load_calibration(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent.png", "there is no image"),
+        (lambda folder: np.zeros((4, 4), dtype=np.float32), "an array of float32 with shape .* is no image"),
+        (lambda folder: np.zeros((4, 4, 2), dtype=np.uint8), "is no image; pass uint8 values"),
+    ],
+)
+def test_unusable_images_are_named(inspector, tmp_path, make, message):
+    with pytest.raises(EchoError, match=message):
+        inspector.predict(make(tmp_path))
+
+
+def test_an_unknown_product_is_refused_with_the_known_ones(inspector, image):
+    with pytest.raises(EchoError, match=r"product 'bolt' is not in .*; choose from cap, washer"):
+        inspector.predict(image, "bolt")
+
+
+def test_the_command_prints_lines_or_json_and_its_status_tells(adapters, image, tmp_path, capsys):
+    with pytest.raises(SystemExit) as flagged:
+        inspect.main([str(tmp_path), "--adapters", str(adapters), "--threshold", "0", "--json", "true"])
+    assert flagged.value.code == 1
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["image"] == str(image)
+    assert record["pred_label"] is True
+    assert {trace["role"] for trace in record["trace"]} >= {"reference_extractor", "decision_maker"}
+    inspect.main([str(image), "--adapters", str(adapters), "--threshold", "1.1"])
+    printed = capsys.readouterr().out
+    assert f"{image}: ok, P(defect) {record['pred_score']:.3f} (threshold 1.1)" in printed
+    assert "0 of 1 images flagged" in printed
+
+
+def test_the_package_exports_the_inspector():
+    assert echo_ft.Inspector is Inspector
