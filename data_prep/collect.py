@@ -86,7 +86,9 @@ def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items
     """
     root = _root(config, folder)
     root.mkdir(exist_ok=True)
-    source = sources.SourceConfig(root, config.annotations, config.seed, config.parts, tuple(config.good or ()))
+    source = sources.SourceConfig(
+        root, config.annotations, config.seed, config.parts, tuple(config.good or ()), config.split
+    )
     return root, _source(config.source).read(source)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from echo_ft.errors import EchoError
+from echo_ft.files import list_folder
 from echo_ft.images import decode, masks
 from echo_ft.images.mask_reading import is_lossy
 from echo_ft.records import GOOD, Inspection
@@ -26,7 +27,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".
 def list_images(folder: Path) -> Iterator[Path]:
     """The image files directly in `folder`, sorted by name; none if there is no such folder."""
     if folder.is_dir():
-        yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        yield from (path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def name_fault(inspection: Inspection) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.config import BuildConfig
 from data_prep.faults import lossy_masks, rotated_images
 from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, train_split_remedy
+from data_prep.sources import LINK_OUTSIDE
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
 from echo_ft.data.splits import divided_parts, part_key
@@ -42,6 +43,7 @@ def build_warnings(
         *_balanced_away(draft, unused),
         *_uneven_depths(draft.inspections, root),
         *_readings(draft.inspections, root),
+        *_links(draft),
     ]
 
 
@@ -212,4 +214,14 @@ def _readings(inspections: Sequence[Inspection], root: Path) -> Iterator[str]:
         yield (
             f"the masks of {len(lossy)} images are in a lossy format, so only pixels brighter than half count: "
             f"{first_names(lossy)}; save masks as PNG"
+        )
+
+
+def _links(draft: DatasetDraft) -> Iterator[str]:
+    """Linked folders that lead out of the root."""
+    links = [rejection.item for rejection in draft.rejections if rejection.reason.startswith(LINK_OUTSIDE)]
+    if links:
+        yield (
+            f"{len(links)} linked folders lead out of the root and are passed over: {first_names(links)}; set root to "
+            "a folder above both, or copy them"
         )

@@ -1,4 +1,4 @@
-"""JSON lines, atomic files and folders, and folder locks."""
+"""JSON lines, atomic files and folders, folder locks, and one way to walk through folders of users."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from typing import Any, TextIO, TypeVar
 from echo_ft.errors import EchoError
 
 Record = TypeVar("Record")
+
+SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information"})
+"""Files and folders that Windows and macOS add, in lower case. Others are hidden: `.DS_Store`, `._part.png`."""
 
 
 def _fields(record: Any) -> dict[str, Any]:
@@ -210,3 +213,44 @@ def read_complete_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
                 yield from_dict(cls, json.loads(line))
             except (ValueError, TypeError):
                 continue
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return the direct content of a folder, sorted by name, without hidden and system files.
+
+    Raises EchoError if the folder cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise EchoError(
+            f"the folder {folder} cannot be read ({error.strerror or error}); check its permissions, or move it away"
+        ) from error
+    return [path for path in paths if not path.name.startswith(".") and path.name.casefold() not in SYSTEM_NAMES]
+
+
+def leads_outside(path: Path, root: Path) -> bool:
+    """Return whether a path below `root` leads out of it through a link."""
+    return not path.resolve().is_relative_to(root.resolve())
+
+
+def walk(folder: Path, root: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """Return the regular files at any depth in `folder`, and the linked folders that lead out of `root`, both sorted.
+
+    Pipes, devices, and hidden and system files are left out. Every folder is read once, so links may form circles: a
+    linked folder is read only if it lies in `root` (by default `folder`) and no path without a link leads to it.
+    """
+    root, seen = root or folder, set()
+    files, outside, folders, links = [], [], [folder], list[Path]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        if leads_outside(current, root):
+            outside.append(current)
+        elif current.resolve() not in seen:
+            seen.add(current.resolve())
+            for path in list_folder(current):
+                if path.is_dir():
+                    (links if path.is_symlink() else folders).append(path)
+                elif path.is_file():
+                    files.append(path)
+    return sorted(files), sorted(outside)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.faults import IMAGE_SUFFIXES
+from echo_ft.files import leads_outside, list_folder, walk
 from echo_ft.records import Inspection, Question, Rejection
 
 SOURCE_NAMES = tuple(
@@ -50,7 +51,8 @@ UNNAMED_DEFECT = "defective"
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".pdf", "license", "license-dataset", "licence", "readme"})
 """Suffixes and stems of files that accompany a dataset without containing data."""
 
-SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
+LINK_OUTSIDE = "the folder is a link out of the root"
+"""Begins the reason why a linked folder is passed over."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class SourceConfig:
     """Number of parts per product that `synthetic` draws."""
     good: tuple[str, ...] = ()
     """Words of the dataset, besides `good`, that mean a part without a defect."""
+    split: str = "given"
+    """How the build splits the images. With `given`, a folder layout must name the splits."""
 
 
 Items = Iterator[Item]
@@ -96,9 +100,15 @@ def locate(root: Path, text: str, what: str) -> str:
     return path[len(base) :].replace(os.sep, "/")
 
 
-def list_folder(folder: Path) -> list[Path]:
-    """Return the direct content of a folder, sorted by name, without hidden and system files."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in SYSTEM_FILES)
+def subfolders(root: Path, folder: Path) -> list[Path]:
+    """Return the folders directly in `folder`, except links out of the root, which `reject_unused` names."""
+    return [path for path in list_folder(folder) if path.is_dir() and not leads_outside(path, root)]
+
+
+def reject_link(root: Path, folder: Path) -> Rejection:
+    """Return the rejection of a linked folder that leads out of the root."""
+    reason = f"{LINK_OUTSIDE} to {folder.resolve()} and is passed over"
+    return Rejection(folder.relative_to(root).as_posix(), f"{reason}; set root to a folder above both, or copy it")
 
 
 def reject_unused(
@@ -119,22 +129,17 @@ def reject_unused(
             continue
         item = path.relative_to(root).as_posix()
         if path.is_dir():
-            count = sum(file.is_file() for file in path.rglob("*"))
+            files, outside = walk(path, root)
+            yield from (reject_link(root, link) for link in outside)
+            count = len(files)
             if count:
                 yield Rejection(item, f"folder ignored (files: {count}): {folder_reason}")
+        elif not path.is_file():
+            yield Rejection(item, "it is not a file but a pipe, a device or a link to nothing")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield Rejection(item, image_reason)
         elif not allow_text or not is_text(path):
             yield not_an_image(item)
-
-
-def unused_files(root: Path, folder: Path, used: Collection[str]) -> Iterator[Path]:
-    """Yield the files at any depth in `folder` that are not `used`, except text, hidden and system files."""
-    for path in sorted(folder.rglob("*")):
-        place = path.relative_to(root)
-        hidden = any(part.startswith(".") or part in SYSTEM_FILES for part in place.parts)
-        if not hidden and place.as_posix() not in used and path.is_file() and not is_text(path):
-            yield path
 
 
 def reject_unlisted(root: Path, folder: Path, used: Collection[str], reason: str) -> Items:
@@ -142,9 +147,15 @@ def reject_unlisted(root: Path, folder: Path, used: Collection[str], reason: str
 
     One rejection covers all images, as in `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own.
     """
+    files, outside = walk(folder, root)
+    for link in outside:
+        if not any(name.startswith(f"{link.relative_to(root).as_posix()}/") for name in used):
+            yield reject_link(root, link)
     images = []
-    for path in unused_files(root, folder, used):
+    for path in files:
         item = path.relative_to(root).as_posix()
+        if item in used or is_text(path):
+            continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             images.append(item)
         else:

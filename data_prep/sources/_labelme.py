@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.faults import IMAGE_SUFFIXES
-from data_prep.sources import ItemPlace, Items, RowError, locate, not_an_image, unused_files
+from data_prep.sources import ItemPlace, Items, RowError, is_text, locate, not_an_image, reject_link
 from data_prep.sources._rows import (
     condition_of,
     in_order,
@@ -34,6 +34,7 @@ from data_prep.sources._rows import (
     sounds_good,
 )
 from echo_ft.errors import EchoError
+from echo_ft.files import walk
 from echo_ft.images.decode import READ_ERRORS
 from echo_ft.images.mask_reading import marked_pixels
 from echo_ft.records import GOOD, Inspection, Rejection
@@ -48,15 +49,18 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     `good` are labels and flags, besides `good`, that mean a part without a defect. Raises EchoError if there is no
     file.
     """
-    files = sorted(path for path in root.rglob("*.json") if not _hidden(path.relative_to(root)))
-    used = {path.relative_to(root).as_posix() for path in files}
-    if not files:
+    files, outside = walk(root)
+    annotations = [path for path in files if path.suffix.lower() == ".json"]
+    if not annotations:
+        links = f" ({outside[0].name} is a link out of it, which is not followed)" if outside else ""
         raise EchoError(
-            f"there is no labelme file (.json) under {root}; set annotations to a CSV, JSONL or COCO JSON file, "
+            f"there is no labelme file (.json) under {root}{links}; set annotations to a CSV, JSONL or COCO JSON file, "
             "or root to the folder with the images and their labelme files"
         )
+    yield from (reject_link(root, link) for link in outside)
+    used = {path.relative_to(root).as_posix() for path in annotations}
     unusable: dict[str, str] = {}
-    for path in files:
+    for path in annotations:
         item = path.relative_to(root).as_posix()
         beside = [path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES)]
         images = [image.relative_to(root).as_posix() for image in beside if image.is_file()]
@@ -72,18 +76,16 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
                 unusable[image] = item
                 yield ItemPlace(image, item)
             yield Rejection(item, str(error))
-    for path in unused_files(root, root, used):
+    for path in files:
         item = path.relative_to(root).as_posix()
+        if item in used or is_text(path):
+            continue
         if item in unusable:
             yield Rejection(item, f"its labelme file {unusable[item]} cannot be used")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield Rejection(item, "it has no labelme file; for a part without a defect, save one without shapes")
         else:
             yield not_an_image(item)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 Splits are `train`, `validation` (or `val`) and `test`. The condition of normal parts is `good`. The optional mask of a
 defect is `<product>/ground_truth/<condition>/<stem>_mask.png` or `<stem>.png`, in any image format. A folder
-`<stem>` of several masks is also accepted and counts as one mask: their union.
+`<stem>` of several masks is also accepted and counts as one mask: their union. The case of these names does not matter.
+
+If the build makes the splits, a product may also be flat, as in anomalib's `Folder`: `<product>/<condition>/<image>`
+or `<product>/images/<condition>/<image>`. One condition is `good`, and all other folders are defects, except for the
+masks in `ground_truth`, `masks` or `mask`. The root may be a flat product itself.
 
 Everything else in the layout is rejected with a reason, and a whole folder with one. Text files next to the products
 and splits (`license.txt`, `readme.md`) and system files are ignored.
@@ -11,24 +15,48 @@ and splits (`license.txt`, `readme.md`) and system files are ignored.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.faults import list_images
-from data_prep.sources import Items, RowError, SourceConfig, list_folder, reject_unused
-from data_prep.sources._rows import named_condition
+from data_prep.sources import Items, RowError, SourceConfig, reject_unused, subfolders
+from data_prep.sources._rows import means_good, named_condition
 from echo_ft.data.splits import SPLITS
 from echo_ft.errors import EchoError
-from echo_ft.records import Inspection, Rejection
+from echo_ft.files import list_folder, walk
+from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
 """Folder name to split."""
 
 MASK_FOLDER = "ground_truth"
 
+FLAT_MASK_FOLDERS = (MASK_FOLDER, "masks", "mask")
+"""Names of the folder of masks in a flat product."""
+
+IMAGE_FOLDER = "images"
+
+
+@dataclass(frozen=True)
+class _Product:
+    folder: Path
+    containers: tuple[tuple[str | None, Path], ...]
+    """Split and folder of condition folders. A flat product has one, without a split."""
+    masks: Path | None
+    """The folder of its masks."""
+
+    @property
+    def flat(self) -> bool:
+        return self.containers[0][0] is None
+
+    def conditions(self, root: Path, container: Path) -> list[Path]:
+        """The condition folders in one of the containers."""
+        return [folder for folder in subfolders(root, container) if folder != self.masks]
+
 
 def read(config: SourceConfig) -> Items:
     """Yield the images of every product folder under the root, with the splits of the folder layout."""
-    yield from read_folder_layout(config.root, config.root.resolve().name, good=config.good)
+    yield from read_folder_layout(config.root, config.root.resolve().name, good=config.good, split=config.split)
 
 
 def read_folder_layout(
@@ -37,65 +65,187 @@ def read_folder_layout(
     conditions: Mapping[str, str] | None = None,
     companions: Collection[str] = (),
     good: tuple[str, ...] = (),
+    split: str | None = None,
 ) -> Items:
     """Yield the images of a dataset with this folder layout, under the name `dataset`.
 
     `conditions` maps folder names to conditions. `companions` are names of other files that belong in a product folder.
-    `good` are names of condition folders, besides `good`, for parts without a defect. Raises EchoError if there is no
-    product.
+    `good` are names of condition folders, besides `good`, for parts without a defect. `split` says how the build splits
+    the images, or None if the dataset has no flat products. Raises EchoError if there is no product.
     """
-    products = [path for path in list_folder(root) if path.is_dir() and _splits(path)]
+    found = _products(root, split is not None, good)
+    products = [product for product in found if split != "given" or not product.flat]
     if not products:
-        hint = "check root"
-        if _splits(root):
-            hint = f"root looks like the folder of one product: set it to {root.resolve().parent}"
         raise EchoError(
-            f"there is no folder <product>/train/<condition> or <product>/test/<condition> under {root}; {hint}"
+            f"there is no folder <product>/train/<condition> or <product>/test/<condition> under {root}; "
+            + _hint(root, found)
         )
     names = ", ".join(SPLIT_FOLDERS)
-    yield from reject_unused(root, root, products, f"a product folder contains one of {names}", allow_text=True)
+    for product in found:
+        if product not in products:
+            item, count = product.folder.relative_to(root).as_posix(), len(walk(product.folder, root)[0])
+            reason = "it has no train or test folder; set split to seeded to use it"
+            yield Rejection(item, f"folder ignored (files: {count}): {reason}")
+    if products[0].folder != root:
+        reason = f"a product folder contains one of {names}"
+        yield from reject_unused(root, root, [product.folder for product in found], reason, allow_text=True)
+    owners = _owners(root, products)
     for product in products:
-        used = [*_splits(product), product / MASK_FOLDER, *(product / name for name in companions)]
-        yield from reject_unused(root, product, used, f"a split folder is one of {names}", allow_text=True)
+        yield from _reject_unused(root, product, companions, f"a split folder is one of {names}")
         masks: set[Path] = set()
-        for folder in _splits(product):
-            condition_folders = [path for path in list_folder(folder) if path.is_dir()]
-            yield from reject_unused(root, folder, condition_folders, "")
-            for condition_folder in condition_folders:
-                try:
-                    name = condition_folder.name
-                    condition = (conditions or {}).get(name) or named_condition(name, good)
-                except RowError as error:
-                    yield Rejection(condition_folder.relative_to(root).as_posix(), f"folder ignored: {error}")
+        for split_name, container in product.containers:
+            for folder in product.conditions(root, container):
+                item = folder.relative_to(root).as_posix()
+                owner = owners[folder.resolve()]
+                if owner != folder:
+                    reason = f"it leads to {owner.relative_to(root).as_posix()}, which is read there"
+                    yield Rejection(item, f"folder ignored: {reason}")
                     continue
-                yield from _images(root, dataset, product, condition_folder, condition, masks)
-        yield from _unused_masks(root, product / MASK_FOLDER, masks)
+                try:
+                    condition = (conditions or {}).get(folder.name) or _condition(folder.name, good)
+                except RowError as error:
+                    yield Rejection(item, f"folder ignored: {error}")
+                    continue
+                yield from _images(root, dataset, product, folder, condition, split_name, masks)
+        if product.masks is not None:
+            yield from _unused_masks(root, product.masks, masks)
 
 
-def _splits(product: Path) -> list[Path]:
-    return [product / name for name in SPLIT_FOLDERS if (product / name).is_dir()]
+def _condition(name: str, good: tuple[str, ...]) -> str:
+    """Return the condition that a folder names. Raises RowError as `named_condition` does."""
+    return GOOD if name.casefold() == GOOD else named_condition(name, good)
 
 
-def _images(root: Path, dataset: str, product: Path, folder: Path, condition: str, masks_used: set[Path]) -> Items:
-    masks = product / MASK_FOLDER / folder.name
-    named = {path.stem: path for path in list_images(masks)}
+def _products(root: Path, flat: bool, good: tuple[str, ...]) -> list[_Product]:
+    """Return the products directly under the root, or the root itself if it is a flat product."""
+    parts = (*SPLIT_FOLDERS, *FLAT_MASK_FOLDERS, IMAGE_FOLDER)  # of a product that the root itself may be
+    products = [
+        product
+        for folder in subfolders(root, root)
+        if (product := _product(root, folder, flat and folder.name.casefold() not in parts, good))
+    ]
+    if not products and flat:
+        own = _product(root, root, flat, good)
+        return [own] if own is not None and own.flat else []
+    return products
+
+
+def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -> _Product | None:
+    """Return the product in a folder, or None if it holds neither splits nor, with `flat`, a flat product."""
+    inside = subfolders(root, folder)
+    order = list(SPLIT_FOLDERS)
+    splits = [path for path in inside if path.name.casefold() in SPLIT_FOLDERS]
+    if splits:
+        splits.sort(key=lambda path: order.index(path.name.casefold()))
+        containers = tuple((SPLIT_FOLDERS[path.name.casefold()], path) for path in splits)
+        return _Product(folder, containers, _named(inside, (MASK_FOLDER,)))
+    images = _named(inside, (IMAGE_FOLDER,))
+    container = images if images is not None and subfolders(root, images) else folder
+    product = _Product(folder, ((None, container),), _named(inside, FLAT_MASK_FOLDERS))
+    names = [path.name for path in product.conditions(root, container) if flat and any(list_images(path))]
+    return product if any(name.casefold() == GOOD or means_good(name, good) for name in names) else None
+
+
+def _named(folders: Collection[Path], names: Collection[str]) -> Path | None:
+    """Return the first folder with one of the names in any case, or None."""
+    return next((path for path in folders if path.name.casefold() in names), None)
+
+
+def _owners(root: Path, products: Collection[_Product]) -> dict[Path, Path]:
+    """Return the condition folder that reads each real folder: one that no link leads to, if there is one."""
+    every = [
+        folder
+        for product in products
+        for _, container in product.containers
+        for folder in product.conditions(root, container)
+    ]
+    every.sort(key=lambda folder: folder.resolve() != root.resolve() / folder.relative_to(root))
+    owners: dict[Path, Path] = {}
+    for folder in every:
+        owners.setdefault(folder.resolve(), folder)
+    return owners
+
+
+def _reject_unused(root: Path, product: _Product, companions: Collection[str], reason: str) -> Items:
+    """Yield rejections for what lies in a product next to its split, condition and mask folders."""
+    used = [product.folder / name for name in companions]
+    used += [] if product.masks is None else [product.masks]
+    for _, container in product.containers:
+        if container == product.folder:
+            used += product.conditions(root, container)
+        else:
+            used.append(container)
+            yield from reject_unused(root, container, product.conditions(root, container), "")
+    if product.flat:
+        reason = f"the folders of conditions are in {IMAGE_FOLDER}"
+    yield from reject_unused(root, product.folder, used, reason, allow_text=True)
+
+
+def _hint(root: Path, flat: Collection[_Product]) -> str:
+    """Say what the root holds instead of products, and the remedy. `flat` are its products without splits."""
+    manifest = "list the images in a CSV file (source manifest)"
+    for product in flat:
+        conditions = ", ".join(folder.name for folder in product.conditions(root, product.containers[0][1]))
+        return (
+            f"{product.folder} has folders of conditions ({conditions}) but no train or test folder: "
+            f"set split to seeded, or {manifest}"
+        )
+    folders = subfolders(root, root)
+    if _product(root, root, flat=False):
+        return f"root looks like the folder of one product: set it to {root.resolve().parent}"
+    deeper = {
+        folder: [inner.name for inner in subfolders(root, folder) if _product(root, inner, flat=True)]
+        for folder in folders
+    }
+    parents = [folder for folder, products in deeper.items() if products]
+    if len(parents) == 1:
+        return (
+            f"its products ({', '.join(deeper[parents[0]])}) lie one folder deeper: set root to {parents[0].resolve()}"
+        )
+    if parents:
+        names = ", ".join(str(folder.resolve()) for folder in parents)
+        return f"its products lie one folder deeper: build a dataset from each of {names}"
+    for folder in (root, *folders):
+        images = _named(subfolders(root, folder), (IMAGE_FOLDER,))
+        if images is not None and any(list_images(images)):
+            remedy = f"move them to {GOOD} and one folder per defect"
+            return f"the images in {images} have no condition: {remedy}, or {manifest}"
+    links = [path.name for path in list_folder(root) if path.is_dir() and path not in folders]
+    found = [f"the folders {', '.join(path.name for path in folders[:5])}"] if folders else []
+    found += [f"links out of it ({', '.join(links)}), which are not followed"] if links else []
+    count = sum(1 for _ in list_images(root))
+    found += [f"{count} images"] if count else []
+    return f"it holds {' and '.join(found) or 'nothing'}: check root, or {manifest}"
+
+
+def _images(
+    root: Path,
+    dataset: str,
+    product: _Product,
+    folder: Path,
+    condition: str,
+    split: str | None,
+    masks_used: set[Path],
+) -> Items:
+    masks = _mask_folder(root, product, folder.name)
+    named = {path.stem: path for path in list_images(masks)} if masks else {}
     images = list(list_images(folder))
     yield from reject_unused(root, folder, set(images), "images must be directly in the folder of their condition")
     for path in images:
         image = path.relative_to(root).as_posix()
         found = named.get(f"{path.stem}_mask") or named.get(path.stem)
-        several = masks / path.stem
+        several = masks / path.stem if masks else None
         files: list[Path] = []
         if found is not None:
             masks_used.add(found)
             files = [found]
-        elif several.is_dir():
+        elif several is not None and several.is_dir():
             masks_used.add(several)
             files = list(list_images(several))
             yield from reject_unused(
                 root, several, set(files), f"the masks of {image} must be directly in their folder"
             )
-        if not files and masks.is_dir():
+        if not files and masks:
             wanted = (masks / f"{path.stem}_mask.png").relative_to(root).as_posix()
             yield Rejection(wanted, f"the mask of {image} is missing; the image is used without it", "mask")
         names = tuple(file.relative_to(root).as_posix() for file in files)
@@ -103,19 +253,25 @@ def _images(root: Path, dataset: str, product: Path, folder: Path, condition: st
             id=image,
             image=image,
             dataset=dataset,
-            product=product.name,
+            product=(root.resolve() if product.folder == root else product.folder).name,
             condition=condition,
             group=image,
-            split=SPLIT_FOLDERS[folder.parent.name],
+            split=split,
             mask=names[0] if len(names) == 1 else None,
             masks=names if len(names) > 1 else (),
         )
 
 
+def _mask_folder(root: Path, product: _Product, condition: str) -> Path | None:
+    """Return the folder of the masks of a condition folder, or None."""
+    if product.masks is None:
+        return None
+    folders = subfolders(root, product.masks)
+    return _named([path for path in folders if path.name == condition] or folders, (condition.casefold(),))
+
+
 def _unused_masks(root: Path, masks: Path, used: Collection[Path]) -> Items:
-    """Yield rejections for files under `ground_truth` that are not the mask of an image."""
-    if not masks.is_dir():
-        return
+    """Yield rejections for files in the folder of masks that are not the mask of an image."""
     reason = "no image has this name and condition"
     folders = {path.parent for path in used}
     yield from reject_unused(root, masks, folders, reason, reason)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_prep.sources import Items, SourceConfig, list_folder, reject_unused
+from data_prep.sources import Items, SourceConfig, reject_unused, subfolders
 from echo_ft.errors import EchoError
+from echo_ft.files import list_folder
 from echo_ft.records import GOOD, Inspection, Rejection
 
 CONDITIONS = {
@@ -48,13 +49,13 @@ def read(config: SourceConfig) -> Items:
     """Yield the images of all six kinds, grouped by tile and without splits, since there is no official split."""
     root = config.root
     images: list[tuple[int, str, Path]] = []
-    kinds = [root / kind for kind in CONDITIONS]
+    kinds = [folder for folder in subfolders(root, root) if folder.name in CONDITIONS]
     yield from reject_unused(
         root, root, kinds, f"the folders of this dataset are {', '.join(CONDITIONS)}", allow_text=True
     )
     for kind in kinds:
         folder = kind / "Imgs"
-        if not folder.is_dir():
+        if folder not in subfolders(root, kind):
             continue
         yield from reject_unused(root, kind, [folder], "images must be in Imgs", allow_text=True)
         found = [path for path in list_folder(folder) if path.suffix == ".jpg" and path.is_file()]

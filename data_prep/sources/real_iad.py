@@ -20,6 +20,7 @@ from typing import Any
 
 from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate, reject_unlisted, reject_unused
 from echo_ft.errors import EchoError
+from echo_ft.files import list_folder
 from echo_ft.records import GOOD, Inspection, Rejection
 
 CONDITIONS = {
@@ -66,7 +67,8 @@ def read(config: SourceConfig) -> Items:
 
 def _manifests(root: Path) -> list[Path]:
     for folder in (root.parent / "realiad_jsons" / "realiad_jsons", root.parent / "realiad_jsons"):
-        found = sorted(folder.glob("*.json"))
+        content = list_folder(folder) if folder.is_dir() else []
+        found = [path for path in content if path.suffix == ".json" and path.is_file()]
         if found:
             return found
     inner = sorted(path.name for path in root.glob("realiad_*") if path.is_dir() and "jsons" not in path.name)

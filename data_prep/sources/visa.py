@@ -21,13 +21,13 @@ from data_prep.sources import (
     Items,
     RowError,
     SourceConfig,
-    list_folder,
     locate,
     reject_unlisted,
     reject_unused,
 )
 from echo_ft.data.splits import join_defects
 from echo_ft.errors import EchoError
+from echo_ft.files import list_folder
 from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FILES = "split_csv"
@@ -61,7 +61,8 @@ def read(config: SourceConfig) -> Items:
     splits = root / SPLIT_FILES
     yield from reject_unused(root, root, [*folders, splits, path], f"{path.name} lists nothing in it", allow_text=True)
     if splits.is_dir():
-        yield from reject_unused(root, splits, set(splits.glob("*.csv")), "this folder should contain only split files")
+        lists = {path for path in list_folder(splits) if path.suffix == ".csv"}
+        yield from reject_unused(root, splits, lists, "this folder should contain only split files")
     for folder in folders:
         yield from reject_unlisted(root, folder, used, f"no usable row of {path.name} lists them")
 
@@ -71,6 +72,8 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
 
     Raises EchoError if the file is missing, cannot be parsed or has unexpected columns.
     """
+    if not path.is_file():
+        raise EchoError(f"there is no file {path}; set root to VisA's folder, which contains {SPLIT_FILES}")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="more", restval="")
@@ -80,8 +83,6 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
                 )
             for row in reader:
                 yield reader.line_num, row
-    except FileNotFoundError as error:
-        raise EchoError(f"there is no {path}; set root to VisA's folder, which contains {SPLIT_FILES}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise EchoError(f"{path} cannot be read as CSV ({error}); download it again") from error
 

@@ -18,6 +18,7 @@ import yaml
 
 from echo_ft.data.splits import conditions_of, readable_name
 from echo_ft.errors import EchoError
+from echo_ft.files import walk
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 from echo_ft.strict_yaml import read_json, read_yaml
 
@@ -74,9 +75,8 @@ def read_knowledge(path: Path) -> tuple[Knowledge, dict[tuple[str, str], Path]]:
 
 
 def knowledge_files(folder: Path) -> list[Path]:
-    """Return the YAML and JSON files at any depth in a folder, except hidden ones."""
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".yaml", ".yml", ".json")]
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """Return the YAML and JSON files at any depth in a folder, as `walk` finds them."""
+    return [path for path in walk(folder)[0] if path.suffix in (".yaml", ".yml", ".json")]
 
 
 def _read_text(path: Path) -> str:
