@@ -36,6 +36,7 @@ from echo_ft.data.knowledge import (
     products_of,
     read_knowledge,
 )
+from echo_ft.data.text import nfc, word_count
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_text
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
@@ -85,7 +86,8 @@ def main(argv: list[str]) -> None:
 def count_images(dataset: Dataset) -> ImageCounts:
     """The number of images of each product that show each condition."""
     shown = Counter(
-        (i.dataset, i.product, i.condition) for i in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)
+        tuple(map(nfc, (i.dataset, i.product, i.condition)))
+        for i in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)
     )
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for dataset_name, product, condition in sorted(shown, key=lambda key: (*key[:2], key[2] != GOOD, key[2])):
@@ -195,7 +197,7 @@ def _add_conditions(
 def _insert_lines(content: str, product: tuple[str, str], missing: Mapping[str, str], counts: Mapping[str, int]) -> str:
     node: Any = yaml.compose(content, yaml.SafeLoader)
     for name in product:
-        node = next(value for key, value in node.value if key.value == name)
+        node = next(value for key, value in node.value if nfc(key.value) == name)
     first, last = node.value[0][0], node.value[-1][1]
     end = last.end_mark.line
     if not (isinstance(last, yaml.ScalarNode) and last.style in ("|", ">")):  # these end where the next line begins
@@ -241,7 +243,7 @@ def _check_product(where: str, texts: Mapping[str, str], shown: Mapping[str, int
             yield f"{where}: {condition!r} occurs in no image; did you mean {misspelt[condition]!r}?"
         elif not text:
             yield f"{where}: {condition!r} is empty; describe what it looks like and what follows from it"
-        elif len(clean(text).split()) < MIN_WORDS:
+        elif word_count(clean(text)) < MIN_WORDS:
             yield f"{where}: {condition!r} is too short for a description ({clean(text)!r})"
 
 

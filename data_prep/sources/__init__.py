@@ -18,9 +18,11 @@ import os
 import pkgutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from data_prep.faults import IMAGE_SUFFIXES
+from echo_ft.data.text import nfc
 from echo_ft.files import leads_outside, list_folder, walk
 from echo_ft.records import Inspection, Question, Rejection
 
@@ -89,15 +91,37 @@ class RowError(Exception):
 def locate(root: Path, text: str, what: str) -> str:
     """Return the path `text` as records store it: relative to the root, with forward slashes.
 
-    `what` names the file in messages. Raises RowError if the path is outside the root or no file exists.
+    A file whose name differs only in its Unicode form is found too; records store the name on disk. `what` names the
+    file in messages. Raises RowError if the path is outside the root or no file exists.
     """
     base = os.path.join(os.path.abspath(root), "")  # do not resolve links below the root
     path = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
     if not path.startswith(base):
         raise RowError(f"{what} {text} is outside the root; set root to a folder that contains all images")
     if not os.path.isfile(path):
+        path = _on_disk(base, path[len(base) :])
+    if not os.path.isfile(path):
         raise RowError(f"{what} {text} does not exist under the root")
     return path[len(base) :].replace(os.sep, "/")
+
+
+def _on_disk(folder: str, place: str) -> str:
+    """Return the path of `place` below `folder`, with each name as the disk spells it.
+
+    A name can be composed (NFC) in a list and decomposed on disk, as macOS writes it, or the other way around.
+    """
+    path = folder
+    for part in place.split(os.sep):
+        found = os.path.join(path, part)
+        if not part.isascii() and not os.path.exists(found) and os.path.isdir(path):
+            found = os.path.join(path, _names_by_form(path, os.stat(path).st_mtime_ns).get(nfc(part), part))
+        path = found
+    return path
+
+
+@lru_cache  # a folder may lack many files of a list
+def _names_by_form(folder: str, modified: int) -> dict[str, str]:
+    return {nfc(name): name for name in sorted(os.listdir(folder))}
 
 
 def subfolders(root: Path, folder: Path) -> list[Path]:

@@ -10,14 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from echo_ft.data.text import CONTROL_TOKEN
 from echo_ft.errors import EchoError
 from echo_ft.records import Exchange
 
 IMAGE_PLACEHOLDER = "<image>"
 """Stands for an image in LLaMA-Factory and ms-swift."""
-
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
-"""A control token of a chat template. `echo_ft.model.rows` rejects those of its tokenizer; here none is loaded."""
 
 TAGS = re.compile(r"<(?:image|video|audio|bbox|ref-object|cot-process|start-image)>")
 """Tags that LLaMA-Factory (0.9.5) or ms-swift (4.6) replaces."""

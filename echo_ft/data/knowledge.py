@@ -11,12 +11,12 @@ import difflib
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import yaml
 
 from echo_ft.data.splits import conditions_of, readable_name
+from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_stop, word_count
 from echo_ft.errors import EchoError
 from echo_ft.files import walk
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
@@ -30,9 +30,17 @@ MAX_BRIEF_WORDS = 40
 
 EFFECT_WORDS = re.compile(
     r"\b(affect|effect|caus|lead|result|impact|impair|compromis|reduc|weaken|prevent|hinder|interfer|detract|diminish|"
-    r"disrupt|fail|risk|concern|unsafe|unusable|so that|can no longer|cannot|will)",
+    r"disrupt|fail|risk|concern|unsafe|unusable|so that|can no longer|cannot|will)|"
+    # German
+    r"beeinträchtig|beeinfluss|auswirk|wirkt sich|verursach|führ(t|en|te)\b|bewirk|zur folge|infolge|sodass|so dass|"
+    r"schwäch|gefähr|verhinder|behinder|erschwer|verminder|verringer|versag|versagt|ausfall|ausfäll|fällt aus|risiko|"
+    r"unsicher|unbrauchbar|nicht mehr|kann (nicht|kein)|"
+    # Chinese, simplified and traditional
+    r"影响|影響|导致|導致|造成|引起|引发|引發|使得|降低|减弱|減弱|削弱|妨碍|妨礙|阻碍|阻礙|阻止|干扰|干擾|破坏|破壞|"
+    r"失效|故障|失败|失敗|风险|風險|危险|危險|隐患|隱患|无法|無法|不能|不再|将会|將會",
     re.IGNORECASE,
 )
+"""Words of sentences about consequences, in English, German and Chinese."""
 
 
 def load_knowledge(path: Path) -> Knowledge:
@@ -81,17 +89,19 @@ def knowledge_files(folder: Path) -> list[Path]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise EchoError(f"there is no knowledge file {path}; check the path or omit `knowledge`") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise EchoError(f"knowledge file {path} is not a UTF-8 text file ({error}); save it as UTF-8") from error
+    except OSError as error:
         raise EchoError(f"knowledge file {path} cannot be read: {error}") from error
 
 
 def parse_knowledge(path: Path, content: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Parse the content of the file `path`. Missing texts become empty strings.
+    """Parse the content of the file `path`. Names and texts are in NFC, and missing texts become empty strings.
 
-    Raises EchoError, naming file and key, as `load_knowledge` does.
+    Raises EchoError, naming file and key, as `load_knowledge` does, and for a control token in a name or text.
     """
     try:
         parsed = read_json(content) if path.suffix == ".json" else read_yaml(content)
@@ -107,8 +117,18 @@ def parse_knowledge(path: Path, content: str) -> dict[str, dict[str, dict[str, s
                         f"knowledge file {path}: {dataset}/{product}/{condition} is {_kind(text)}; "
                         "describe what the condition looks like, in quotes"
                     )
-                texts[condition] = text if text and clean(text) else ""
+                _check_tokens(path, f"{dataset}/{product}/{condition}", text or "")
+                texts[condition] = nfc(text) if text and clean(text) else ""
     return found
+
+
+def _check_tokens(path: Path, key: str, text: str) -> None:
+    token = control_token(key, text)
+    if token:
+        raise EchoError(
+            f"knowledge file {path}: {key} contains {token}, a control token of the model's chat template; "
+            "remove it or write it in other words"
+        )
 
 
 def _items(path: Path, content: object, key: str, what: str) -> list[tuple[str, object]]:
@@ -123,7 +143,14 @@ def _items(path: Path, content: object, key: str, what: str) -> list[tuple[str, 
             raise EchoError(
                 f"knowledge file {where} has the key {name!r}, which YAML does not read as a string; quote it"
             )
-    return list(content.items())
+    spelled: dict[str, str] = {}
+    for name in content:
+        if nfc(name) in spelled:
+            raise EchoError(
+                f"knowledge file {where} has the key {name!r} twice, in two Unicode forms; keep one of them"
+            )
+        spelled[nfc(name)] = name
+    return [(composed, content[name]) for composed, name in spelled.items()]
 
 
 def _kind(content: object) -> str:
@@ -171,13 +198,7 @@ def clean(text: str) -> str:
 
 def has_description(entry: Entry) -> bool:
     """Return whether the entry says more than the name of its condition."""
-    return entry.description.casefold().rstrip(".") != readable_name(entry.condition).casefold()
-
-
-@lru_cache  # called for every entry of a product, for each of its images
-def sentences(description: str) -> tuple[str, ...]:
-    """Split a description into sentences: each ends in a full stop, question or exclamation mark before a capital."""
-    return tuple(part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", description.strip()) if part)
+    return without_stop(entry.description) != without_stop(readable_name(entry.condition))
 
 
 def appearance(description: str) -> str:
@@ -189,7 +210,7 @@ def effect(description: str) -> str | None:
     """Return what follows from the condition: the last of at least two sentences, or None.
 
     Longer texts may end with something else. If there are three or more sentences, the last one must therefore name a
-    consequence (`affects`, `can lead to`, ...).
+    consequence (`affects`, `can lead to`, ...) with one of EFFECT_WORDS.
     """
     parts = sentences(description)
     if len(parts) < 2 or (len(parts) > 2 and not EFFECT_WORDS.search(parts[-1])):
@@ -199,7 +220,7 @@ def effect(description: str) -> str | None:
 
 def brief(description: str) -> str:
     """Return a description of up to 40 words as it is, and shorten a longer one to its appearance and effect."""
-    if len(description.split()) <= MAX_BRIEF_WORDS:
+    if word_count(description) <= MAX_BRIEF_WORDS:
         return description
     return " ".join(filter(None, (appearance(description), effect(description))))
 
@@ -251,12 +272,25 @@ def knowledge_warnings(inspections: Sequence[Inspection], known: Knowledge) -> l
     return found + near_duplicate_names(inspections)
 
 
+def without_consequence(inspections: Sequence[Inspection], knowledge: Knowledge) -> list[str]:
+    """Return the described defects of the images in whose description no consequence was found."""
+    return [
+        f"{dataset}/{product}/{condition}"
+        for (dataset, product), conditions in conditions_of(inspections).items()
+        for condition in conditions
+        if condition != GOOD
+        and (text := clean(products_of(knowledge, dataset).get(product, {}).get(condition, "")))
+        and has_description(Entry(condition, text))
+        and effect(text) is None
+    ]
+
+
 def near_duplicate_names(inspections: Sequence[Inspection]) -> list[str]:
     """Return a sentence for each name of a product or condition that is also written with other case or punctuation."""
     found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for (dataset, product), conditions in conditions_of(inspections).items():
         for what, name in (("products", product), *(("conditions", condition) for condition in conditions)):
-            found[dataset, what, " ".join(re.findall(r"[^\W_]+", name.casefold()))].add(name)
+            found[dataset, what, spelling_key(name)].add(name)
     return [
         f"{what} of {dataset} that differ only in spelling: {', '.join(sorted(names))}; "
         "if they are the same, spell them alike"

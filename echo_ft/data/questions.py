@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from echo_ft.data.knowledge import appearance, effect, has_description
 from echo_ft.data.splits import MIXED_CONDITIONS, conditions_of, defects_of, queries, readable_name
+from echo_ft.data.text import without_stop
 from echo_ft.images import masks
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD, LETTERS, Entry, Inspection, Knowledge, Question
@@ -105,8 +105,8 @@ def _region(inspection: Inspection, root: Path) -> masks.Region | None:
 def _make_question(inspection: Inspection, kind: str, right: str, wrong: Sequence[str], seed: int) -> Question | None:
     identifier = f"{inspection.id}#{slug(kind)}"
     draw = random.Random(f"{seed}/{identifier}")
-    own = _normalise(right)
-    distinct = {normalised: text for text in wrong if (normalised := _normalise(text)) != own}
+    own = without_stop(right)
+    distinct = {plain: text for text in wrong if (plain := without_stop(text)) != own}
     # Sort first, so that the order in which a source lists conditions does not matter.
     options = [right, *draw.sample(sorted(distinct.values()), min(MAX_OPTIONS - 1, len(distinct)))]
     if len(options) < 2:
@@ -137,11 +137,6 @@ def open_questions(identifier: str, conditions: Sequence[str]) -> tuple[Question
 def slug(kind: str) -> str:
     """Return the form of a question type that its question ids contain: `defect-localization`."""
     return kind.lower().replace(" ", "-")
-
-
-@lru_cache  # all images of a product share its options
-def _normalise(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def write_dataset_questions(

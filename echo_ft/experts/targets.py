@@ -14,6 +14,7 @@ import numpy as np
 from echo_ft.data.knowledge import brief
 from echo_ft.data.questions import QUESTION_TEXTS
 from echo_ft.data.splits import readable_name
+from echo_ft.data.text import SENTENCE_ENDS
 from echo_ft.errors import EchoError
 from echo_ft.experts import roles
 from echo_ft.images import masks
@@ -225,5 +226,5 @@ def _reason(case: Case, question: Question, mark: tuple[masks.Region, str] | Non
     else:
         subject = SUBJECTS.get(question.kind, "the answer")
         conclusion = draw.choice(CONCLUSIONS).format(subject=subject, answer=answer)
-    stop = "" if conclusion.endswith(("!", "?")) else "."
+    stop = "" if conclusion.endswith(tuple(SENTENCE_ENDS)) else "."
     return f"{_observe(case, mark, draw)} Conclude: {conclusion}{stop}"

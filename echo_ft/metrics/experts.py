@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from echo_ft.data.knowledge import sentences
+from echo_ft.data.text import sentences
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import one_line, parse_best
 from echo_ft.experts.targets import defect_mask, gold_upstream

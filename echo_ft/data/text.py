@@ -1,0 +1,106 @@
+"""Text in any language: spellings, sentences, lengths and control tokens."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+"""A control token of a chat template, such as `<|im_end|>`."""
+
+STOPS = "。！？｡．।॥۔؟။។።፧։"
+"""Characters that end a sentence even without a space: those of Chinese, Japanese, Hindi, Urdu, Arabic, Burmese, ..."""
+
+SENTENCE_ENDS = ".!?…" + STOPS
+"""Characters that can end a sentence."""
+
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff"
+)
+"""Ranges of the characters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
+
+UNSPACED_PER_WORD = 2
+"""Number of such characters that count as a word. Chinese words have about 1.5 characters, Thai words about 4."""
+
+_CLOSERS = "\"'”’»›」』）)】》]"
+_OPENERS = "\"'(„“‚‘«‹¿¡「『（[【《"
+_STOP = re.compile(rf"(?P<stop>[{re.escape(SENTENCE_ENDS)}]+)[{re.escape(_CLOSERS)}]*(?P<space>\s*)")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_ABBREVIATION = re.compile(r"\b(?:bzw|ca|evtl|ggf|inkl|max|vgl|approx|[a-zäöü]\.\s?\w)\.$")
+"""The end of a text after which a capital does not begin a sentence: `ca.`, `z. B.`, `e.g.`."""
+_FIRST_LETTER = re.compile(r"\b[a-zäöü]\.$")
+_SECOND_LETTER = re.compile(r"\w\.(?!\w)")
+
+
+def nfc(text: str) -> str:
+    """Return the text in Unicode's composed form (NFC).
+
+    A letter with an accent can be one character or two. macOS stores file names with two; keyboards write one.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+@lru_cache  # called for every entry of a product, for each of its images
+def sentences(description: str) -> tuple[str, ...]:
+    """Split a description into sentences.
+
+    A full stop, question or exclamation mark ends a sentence before a space and a capital, or a letter of a script
+    without capitals. The marks in STOPS end a sentence everywhere. This follows the rules of Unicode's UAX #29, except
+    that a number begins a sentence only in scripts without capitals, and that a few abbreviations end none.
+    """
+    text = description.strip()
+    parts, start = [], 0
+    for match in _STOP.finditer(text):
+        if _ends_sentence(text, match):
+            parts.append(text[start : match.end()].strip())
+            start = match.end()
+    return tuple(part for part in (*parts, text[start:].strip()) if part)
+
+
+def _ends_sentence(text: str, match: re.Match[str]) -> bool:
+    before, after = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
+    if not after:
+        return False
+    if match["stop"][-1] in STOPS:
+        return not after.isdigit() or match["stop"] != "．"  # also the decimal point between full-width digits
+    if not match["space"]:
+        return bool(_UNSPACED.match(before) and _UNSPACED.match(after))
+    if after in _OPENERS:
+        return True
+    if after.isdigit():
+        return _has_no_case(before)
+    return after.isalpha() and not after.islower() and not _abbreviates(text, match)
+
+
+def _has_no_case(letter: str) -> bool:
+    return letter.isalpha() and not letter.islower() and not letter.isupper()
+
+
+def _abbreviates(text: str, match: re.Match[str]) -> bool:
+    head = text[: match.end("stop")]
+    initial = _FIRST_LETTER.search(head) and _SECOND_LETTER.match(text, match.end())  # the `z.` of `z. B.`
+    return bool(initial or _ABBREVIATION.search(head))
+
+
+def spelling_key(name: str) -> str:
+    """Return what is left of a name without case, width and punctuation: names with equal keys look alike."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    # Vowel signs, as in Hindi, are marks (M): Python's \w excludes them.
+    return " ".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in plain).split())
+
+
+def control_token(*texts: str) -> str | None:
+    """Return the first control token in the texts, or None."""
+    return next((found.group() for found in map(CONTROL_TOKEN.search, texts) if found), None)
+
+
+def word_count(text: str) -> int:
+    """Return the number of words. In scripts without spaces, UNSPACED_PER_WORD characters count as one."""
+    characters = len(_UNSPACED.findall(text))
+    return len(_UNSPACED.sub(" ", text).split()) + -(-characters // UNSPACED_PER_WORD)
+
+
+def without_stop(text: str) -> str:
+    """Return a text for comparison: composed, in lower case, with single spaces and without its last full stops."""
+    return " ".join(nfc(text).casefold().split()).rstrip("." + STOPS)
