@@ -18,6 +18,7 @@ from data_prep.progress import first_rejection, progress
 from data_prep.sources import Item
 from data_prep.truth import SourceRecords, put_together
 from echo_ft.data.splits import check_fractions
+from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
@@ -138,10 +139,13 @@ def check_records(records: SourceRecords, root: Path) -> tuple[list[Inspection],
             inspections[inspection.id] = dataclasses.replace(inspection, reference=None)
     usable_questions = []
     for question in records.questions:
-        if question.inspection in inspections:
-            usable_questions.append(question)
-        else:
+        token = control_token(question.text, *question.options.values())
+        if question.inspection not in inspections:
             rejections.append(Rejection(question.id, "its image cannot be used"))
+        elif token:
+            rejections.append(Rejection(question.id, f"it contains {token}, a control token of the chat template"))
+        else:
+            usable_questions.append(question)
     return list(inspections.values()), usable_questions, rejections
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder
 from echo_ft.images import decode, masks
@@ -31,13 +32,29 @@ def list_images(folder: Path) -> Iterator[Path]:
 
 
 def name_fault(inspection: Inspection) -> str | None:
-    """Why the file names of a record cannot be stored, or None. Linux allows names that are not valid UTF-8."""
-    names = (inspection.image, *masks.mask_files(inspection), inspection.reference or "")
-    try:
-        "".join(names).encode()
-    except UnicodeEncodeError:
+    """Why the names of a record cannot be stored or shown to a model, or None.
+
+    Linux allows file names that are not valid UTF-8.
+    """
+    files = (inspection.image, *masks.mask_files(inspection), inspection.reference or "")
+    if not _is_utf8("".join(files)):
         return "the name of the image, its mask or its reference is not UTF-8; rename the file"
+    for field in ("dataset", "product", "condition", "group"):
+        name = getattr(inspection, field)
+        if not _is_utf8(name):
+            return f"its {field} {name!r} is not valid Unicode; correct it"
+        token = control_token(name)
+        if token:
+            return f"its {field} {name!r} contains {token}, a control token of the model's chat template; rename it"
     return None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def image_fault(path: Path, is_mask: bool = False) -> str | None:

@@ -15,7 +15,7 @@ from data_prep.config import BuildConfig
 from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
 from echo_ft.data.dataset import make_cases, without_held_out, without_synthetic
-from echo_ft.data.knowledge import describe_products, knowledge_warnings, load_knowledge
+from echo_ft.data.knowledge import consequence_warnings, describe_products, knowledge_warnings, load_knowledge
 from echo_ft.data.questions import write_dataset_questions
 from echo_ft.data.splits import (
     HELD_OUT_FIELDS,
@@ -156,6 +156,8 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
         )
     remaining = {inspection.id for inspection in inspections}
     own_questions = [question for question in usable.questions if question.inspection in remaining]
+    given = {question.inspection for question in own_questions}
+    self_asked = [inspection for inspection in asked_about if inspection.id not in given]
     lost = [Rejection(q.id, "its image cannot be used") for q in usable.questions if q.inspection not in remaining]
     write_jsonl(folder / "inspections.jsonl", inspections)
     test_knowledge = without_synthetic(knowledge, inspections)
@@ -174,7 +176,7 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
         split_summary,
         held_out,
         unknown,
-        knowledge_warnings(inspections, known),
+        knowledge_warnings(inspections, known) + consequence_warnings(self_asked, knowledge),
         training_knowledge,
         usable.merged,
         [image for image in usable.unannotated if image in remaining],

@@ -15,6 +15,7 @@ from typing import Any
 from data_prep.sources import Item, ItemPlace, RowError
 from data_prep.sources._rows import in_order, join_conditions
 from echo_ft.data.splits import DEFECT_SEPARATOR
+from echo_ft.data.text import nfc
 from echo_ft.images.masks import is_marked, mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
@@ -63,7 +64,9 @@ def put_together(items: Iterable[Item]) -> SourceRecords:
             latest = [one for one in latest if one.place == item.place] + [item]
         elif isinstance(item, Inspection):
             place = next((one for one in latest if one.inspection == item.id), ItemPlace(item.id, ""))
-            statements.setdefault(item.id, []).append(Statement(place.place, item, place.unannotated))
+            statements.setdefault(item.id, []).append(
+                Statement(place.place, with_composed_names(item), place.unannotated)
+            )
         elif isinstance(item, Rejection):
             rejections.append(item)
             if item.dropped is None:
@@ -95,6 +98,18 @@ def put_together(items: Iterable[Item]) -> SourceRecords:
         {name: places for name, said in statements.items() if name in kept and (places := _places(said))},
         frozenset(name for name in kept if len({one.place for one in statements[name]}) > 1),
         frozenset(name for name in kept if all(one.unannotated for one in statements[name])),
+    )
+
+
+def with_composed_names(inspection: Inspection) -> Inspection:
+    """Return the inspection with its names in NFC. Paths keep the form that they have on disk."""
+    return dataclasses.replace(
+        inspection,
+        dataset=nfc(inspection.dataset),
+        product=nfc(inspection.product),
+        condition=nfc(inspection.condition),
+        # By default, the group is the path.
+        group=inspection.group if inspection.group == inspection.image else nfc(inspection.group),
     )
 
 

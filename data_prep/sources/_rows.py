@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from data_prep.sources import RowError
 from data_prep.sources._words import GOOD_WORDS, UNKNOWN_WORDS, plain_word, plain_words
 from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS, join_defects
+from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD
@@ -61,7 +62,7 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
     """Return the name of a defect, or `good` for `good` and the words `good` that the config declares.
 
     Raises RowError for other words that mean `good`, for words that say nothing, and for a name with a slash, which
-    may be one name or two.
+    may be one name or two. The name is returned in NFC.
     """
     if means_good(name, good):
         return GOOD
@@ -80,14 +81,17 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
     if "/" in name or "\\" in name:
         one, several = (re.sub(r"\s*[/\\]+\s*", mark, name) for mark in ("_", DEFECT_SEPARATOR))
         raise RowError(f"condition {name!r} has a slash; write {several!r} for several defects or {one!r} for one")
-    return name
+    return nfc(name)
 
 
 def named_condition(text: str, good: tuple[str, ...] = ()) -> str:
     """Return the condition that a text names: one defect, several ones (`bent + melt`, `melt;bent`) or `good`.
 
-    Raises RowError as `check_condition` does, or if a defect is joined with `good` or an empty name.
+    Raises RowError as `check_condition` does, for a control token, or if a defect is joined with `good` or nothing.
     """
+    token = control_token(text)
+    if token:  # before its bars separate defects
+        raise RowError(f"condition {text!r} contains {token}, a control token of the model's chat template; rename it")
     if means_good(text, good) or sounds_good(text):
         return check_condition(text, good)
     names = [check_condition(name.strip(), good) for name in LIST_MARKS.split(text)]

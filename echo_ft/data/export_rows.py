@@ -12,7 +12,7 @@ from typing import Any
 
 from echo_ft.data.text import CONTROL_TOKEN
 from echo_ft.errors import EchoError
-from echo_ft.records import Exchange
+from echo_ft.records import Branch, Exchange
 
 IMAGE_PLACEHOLDER = "<image>"
 """Stands for an image in LLaMA-Factory and ms-swift."""
@@ -34,7 +34,7 @@ def prompt_completion_rows(exchange: Exchange, images: Sequence[str]) -> Iterato
     `images` are the paths that replace those of the exchange. Raises EchoError if a text contains a control token.
     """
     for branch in exchange.branches:
-        _refuse(CONTROL_TOKEN, exchange, branch.prompt, branch.completion or "")
+        _refuse(CONTROL_TOKEN, "a chat template", "", exchange, branch)
         yield {
             "images": list(images),
             "prompt": [{"role": "user", "content": exchange.context + branch.prompt}],
@@ -48,16 +48,18 @@ def message_rows(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str
     Raises EchoError if a text contains a control token, `<image>` or another tag of these trainers.
     """
     for branch, row in zip(exchange.branches, prompt_completion_rows(exchange, images), strict=True):
-        _refuse(TAGS, exchange, branch.prompt, branch.completion or "")
+        _refuse(TAGS, "LLaMA-Factory or ms-swift", ", or convert to trl", exchange, branch)
         (user,), assistant = row["prompt"], row["completion"]
         user = {**user, "content": IMAGE_PLACEHOLDER * len(images) + user["content"]}
         yield {"images": row["images"], "messages": [user, *assistant]}
 
 
-def _refuse(pattern: re.Pattern[str], exchange: Exchange, prompt: str, completion: str) -> None:
-    found = next(filter(None, map(pattern.search, (exchange.context, prompt, completion))), None)
-    if found:
-        raise EchoError(
-            f"case {exchange.case}: a text contains {found.group()}, which other trainers replace; "
-            "remove it from the source"
-        )
+def _refuse(pattern: re.Pattern[str], trainer: str, remedy: str, exchange: Exchange, branch: Branch) -> None:
+    for text in (exchange.context, branch.prompt, branch.completion or ""):
+        found = pattern.search(text)
+        if found:
+            near = " ".join(text[max(0, found.start() - 30) : found.end() + 30].split())
+            raise EchoError(
+                f"case {exchange.case}: the text {near!r} contains {found.group()}, which {trainer} replaces; "
+                f"write it in other words in the knowledge or the questions and rebuild the dataset{remedy}"
+            )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from echo_ft.data.export_rows import TAGS
 from echo_ft.data.splits import conditions_of, readable_name
 from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_stop, word_count
 from echo_ft.errors import EchoError
@@ -269,19 +270,41 @@ def knowledge_warnings(inspections: Sequence[Inspection], known: Knowledge) -> l
         found.append(
             f"products without knowledge (conditions described only by name): {first_names(places)}{available}"
         )
-    return found + near_duplicate_names(inspections)
+    return found + _tag_warnings(inspections, known) + near_duplicate_names(inspections)
 
 
-def without_consequence(inspections: Sequence[Inspection], knowledge: Knowledge) -> list[str]:
-    """Return the described defects of the images in whose description no consequence was found."""
-    return [
+def consequence_warnings(inspections: Sequence[Inspection], knowledge: Knowledge) -> list[str]:
+    """Return a sentence that names the described defects of the images without a consequence, if there are any."""
+    found = [
         f"{dataset}/{product}/{condition}"
         for (dataset, product), conditions in conditions_of(inspections).items()
         for condition in conditions
-        if condition != GOOD
-        and (text := clean(products_of(knowledge, dataset).get(product, {}).get(condition, "")))
-        and has_description(Entry(condition, text))
-        and effect(text) is None
+        if condition != GOOD and _lacks_consequence(condition, knowledge[dataset][product][condition])
+    ]
+    if not found:
+        return []
+    return [
+        f"descriptions in which no consequence was found, so without a Defect Analysis question: {first_names(found)}; "
+        "write what the defect looks like in the first sentence, and what follows from it in the last"
+    ]
+
+
+def _lacks_consequence(condition: str, description: str) -> bool:
+    return has_description(Entry(condition, description)) and effect(description) is None
+
+
+def _tag_warnings(inspections: Sequence[Inspection], known: Knowledge) -> list[str]:
+    found = [
+        f"{dataset}/{product}/{condition} ({tag.group()})"
+        for dataset, product in conditions_of(inspections)
+        for condition, text in products_of(known, dataset).get(product, {}).items()
+        if (tag := TAGS.search(text))
+    ]
+    if not found:
+        return []
+    return [
+        f"knowledge with tags that LLaMA-Factory and ms-swift replace: {first_names(found)}; they are plain text here, "
+        "but data_prep.convert refuses to write such rows for these trainers"
     ]
 
 

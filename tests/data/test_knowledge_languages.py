@@ -13,13 +13,13 @@ from echo_ft.data.knowledge import (
     EFFECT_WORDS,
     appearance,
     brief,
+    consequence_warnings,
     effect,
     entries_for,
     has_description,
     knowledge_warnings,
     load_knowledge,
     read_knowledge,
-    without_consequence,
 )
 from echo_ft.data.questions import write_questions
 from echo_ft.errors import EchoError
@@ -127,7 +127,9 @@ def test_defects_without_a_consequence_are_named(tmp_path: Path) -> None:
         "rust": "rust",
     }
     images = [inspection(condition) for condition in texts]
-    assert without_consequence(images, {"parts": {"gasket": texts}}) == ["parts/gasket/dent", "parts/gasket/จุด"]
+    (found,) = consequence_warnings(images, {"parts": {"gasket": texts}})
+    assert "without a Defect Analysis question: parts/gasket/dent, parts/gasket/จุด; write what" in found
+    assert consequence_warnings(images[:1] + images[3:], {"parts": {"gasket": texts}}) == []
 
 
 def test_chinese_descriptions_are_not_too_short(tmp_path: Path) -> None:
