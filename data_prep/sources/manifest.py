@@ -37,7 +37,7 @@ from echo_ft.strict_yaml import read_json
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
 """The image of a line of JSON, also if the rest of the line is broken."""
 
-LINE_BREAK = re.compile("[\r\n]")
+LINE_BREAK = re.compile(r"[\r\n]+")
 
 REQUIRED = ("image", "product", "condition")
 COLUMNS = (*REQUIRED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
@@ -81,8 +81,10 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
         with open(path, encoding=form.encoding, newline="") as file:
             for _ in range(form.skipped):
                 file.readline()
-            reader = csv.DictReader(file, delimiter=form.separator or ",")
-            _check_columns(path, reader.fieldnames or ())
+            separator = form.separator or ","
+            reader = csv.DictReader(file, delimiter=separator)
+            header = reader.fieldnames or ()
+            _check_columns(path, header)
             for row in reader:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
@@ -90,10 +92,23 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
                 if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
                     fault = "it has more cells than the header has columns; quote cells that contain a comma"
                 elif any(LINE_BREAK.search(cells.get(name) or "") for name in COLUMNS):
-                    fault = "a cell has a line break and may hold the next rows; close its quotation mark"
-                yield form.skipped + reader.line_num, cells, fault
+                    fault = "a cell has a line break; remove it"
+                line = form.skipped + reader.line_num
+                _check_quotes(f"{path}:{line}", [*cells.values(), *surplus], separator * (len(header) - 1))
+                yield line, cells, fault
     except (UnicodeError, csv.Error) as error:
         raise not_text(path, error) from error
+
+
+def _check_quotes(place: str, cells: Collection[str | None], separators: str) -> None:
+    """Raise EchoError if a cell holds a whole row: a quotation mark that is not closed hides the next rows.
+
+    `separators` are those of a row.
+    """
+    for cell in filter(None, cells):
+        _, *others = LINE_BREAK.split(cell)
+        if any(line.count(separators[0]) >= len(separators) for line in others):
+            raise EchoError(f"{place}: the cell {cell[:20]!r} holds the next rows; close its quotation mark")
 
 
 def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_prep.collect import collect
 from data_prep.sources import SourceConfig, manifest, visa
+from echo_ft.errors import EchoError
 from echo_ft.images.decode import decode
 from echo_ft.records import Inspection, Rejection
 from tests.support import folder_layouts
@@ -307,14 +308,23 @@ def test_a_broken_line_takes_its_image_along(root, broken):
     assert {one.item for one in rejections} == {"parts.jsonl:2", "a.png"}
 
 
-@pytest.mark.parametrize("column", ["condition", "group"])
-def test_a_cell_that_swallows_the_next_rows_is_rejected(root, column):
-    """An apostrophe or inch mark at the start of a cell opens a quotation that ends in a later row."""
+@pytest.mark.parametrize("row", ['cap,"dent,1,', 'cap,dent,"1,', 'cap,dent,1,"3/4 inch'])
+@pytest.mark.parametrize("end", ["", '2"'])
+def test_a_quotation_mark_that_hides_the_next_rows_is_an_error(root, row, end):
     path = root / "parts.csv"
-    cells = {"condition": 'a.png,cap,"dent,1\nb.png,cap,crack,2"', "group": 'a.png,cap,dent,"1\nb.png,cap,crack,2"'}
-    path.write_text(f"image,product,condition,group\n{cells[column]}\ncap/c.png,cap,good,3\n")
+    path.write_text(
+        f"image,product,condition,group,note\na.png,{row}\nb.png,cap,crack,2,\ncap/c.png,cap,good,3,{end}\n"
+    )
+    with pytest.raises(EchoError, match=r"parts\.csv:\d: the cell .* holds the next rows; close its quotation mark"):
+        usable(root, path)
+
+
+def test_a_note_may_have_several_lines_but_a_condition_may_not(root):
+    path = root / "parts.csv"
+    path.write_text('image,product,condition,note\na.png,cap,dent,"long,\nnote"\nb.png,cap,"dent\ncrack",\n')
     found, (rejection,) = usable(root, path)
-    assert list(found) == ["cap/c.png"]
+    assert list(found) == ["a.png"]
+    assert rejection.item == "parts.csv:5"
     assert "a cell has a line break" in rejection.reason
 
 
