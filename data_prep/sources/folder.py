@@ -2,7 +2,8 @@
 
 Splits are `train`, `validation` (or `val`) and `test`. The condition of normal parts is `good`. The optional mask of a
 defect is `<product>/ground_truth/<condition>/<stem>_mask.png` or `<stem>.png`, in any image format. A folder
-`<stem>` of several masks is also accepted and counts as one mask: their union. The case of these names does not matter.
+`<stem>` of several masks is also accepted. All masks of an image count as one: their union. The case of these names
+does not matter.
 
 If the build makes the splits, a product may also be flat, as in anomalib's `Folder`: `<product>/<condition>/<image>`
 or `<product>/images/<condition>/<image>`. One condition is `good`, and all other folders are defects, except for the
@@ -14,6 +15,7 @@ and splits (`license.txt`, `readme.md`) and system files are ignored.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,22 +230,22 @@ def _images(
     masks_used: set[Path],
 ) -> Items:
     masks = _mask_folder(root, product, folder.name)
-    named = {path.stem: path for path in list_images(masks)} if masks else {}
+    named: dict[str, list[Path]] = defaultdict(list)
+    for path in list_images(masks) if masks else ():
+        named[path.stem].append(path)
     images = list(list_images(folder))
     yield from reject_unused(root, folder, set(images), "images must be directly in the folder of their condition")
     for path in images:
         image = path.relative_to(root).as_posix()
-        found = named.get(f"{path.stem}_mask") or named.get(path.stem)
+        files = [*named.get(f"{path.stem}_mask", ()), *named.get(path.stem, ())]
+        masks_used.update(files)
         several = masks / path.stem if masks else None
-        files: list[Path] = []
-        if found is not None:
-            masks_used.add(found)
-            files = [found]
-        elif several is not None and several.is_dir():
+        if several is not None and several.is_dir():
             masks_used.add(several)
-            files = list(list_images(several))
+            inside = list(list_images(several))
+            files += inside
             yield from reject_unused(
-                root, several, set(files), f"the masks of {image} must be directly in their folder"
+                root, several, set(inside), f"the masks of {image} must be directly in their folder"
             )
         if not files and masks:
             wanted = (masks / f"{path.stem}_mask.png").relative_to(root).as_posix()

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.collect import collect
-from data_prep.sources import SourceConfig, manifest, visa
+from data_prep.sources import SourceConfig, folder, manifest, visa
 from echo_ft.errors import EchoError
+from echo_ft.images import masks
 from echo_ft.images.decode import decode
 from echo_ft.records import Inspection, Rejection
 from tests.support import folder_layouts
@@ -345,3 +346,16 @@ def test_a_published_list_that_repeats_an_image_is_put_together_or_rejected(tmp_
     reasons = [one.reason for one in rejections if not one.reason.startswith("images ignored")]
     assert "normal here but 'normal,melt'" in reasons[0]
     assert "its split is 'train' in 1cls.csv:2, 'test' in 1cls.csv:13" in reasons[1]
+
+
+@pytest.mark.parametrize("names", itertools.permutations(["000_mask.png", "000.png", "000.bmp", "000/0.png"], 2))
+def test_all_masks_of_an_image_in_a_folder_layout_count(tmp_path, names):
+    draw(tmp_path / "cap/train/good/000.png"), draw(tmp_path / "cap/test/dent/000.png")
+    for number, name in enumerate(names):
+        draw_mask(tmp_path / "cap/ground_truth/dent" / name, (4 * number, 6, 4 * number + 3, 10))
+    inspections, _, rejections = collect(folder.read(SourceConfig(tmp_path)), tmp_path)
+    assert rejections == []
+    dent = next(one for one in inspections if one.condition == "dent")
+    assert {*dent.masks} == {f"cap/ground_truth/dent/{name}" for name in names}
+    marked = masks.load_mask(dent, tmp_path, SIZE)
+    assert marked is not None and marked.sum() == 2 * 3 * 4
