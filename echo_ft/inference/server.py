@@ -52,6 +52,9 @@ RETRY_STATUSES = (408, 409, 429)
 REJECTED_STATUSES = (400, 413, 422)
 """HTTP status codes of a server that rejects only this request."""
 
+NO_REPETITION_PENALTY = {"repetition_penalty": 1.0}
+"""Field of a request, beyond OpenAI's, by which vLLM ignores the penalty in the model's generation_config.json."""
+
 EncodedImage = tuple[str, tuple[int, int]]
 """An image as a data URL, and its original (width, height) in pixels."""
 
@@ -96,6 +99,7 @@ class Server:
         self._slots = asyncio.Semaphore(max_concurrent)
         self._images: OrderedDict[View, asyncio.Task[EncodedImage]] = OrderedDict()
         self._last_reply = -math.inf
+        self._extra: dict[str, Any] = {}
 
     async def __aenter__(self) -> Server:
         return self
@@ -106,8 +110,9 @@ class Server:
     async def check(self) -> bool:
         """Send each model a request with two blank images: the smallest and the largest of the pixel budget.
 
-        Returns whether all replies have token probabilities. Raises EchoError if the server is unreachable, lacks a
-        model, or counts another number of prompt tokens.
+        Returns whether all replies have token probabilities. If the server takes NO_REPETITION_PENALTY, later requests
+        contain it; `transformers serve` (5.23) rejects unknown fields. Raises EchoError if the server is unreachable,
+        lacks a model, or counts another number of prompt tokens.
         """
         side = (
             math.isqrt(self.row_builder.image_processor.size["longest_edge"])
@@ -118,8 +123,15 @@ class Server:
         branch = Branch("check", DECIDE_INSTRUCTION)
         exchange = Exchange("decision_maker", "check", ("small", "large"), "", (branch,), PROMPT_VERSION)
         has_logprobs = True
+        self._extra = NO_REPETITION_PENALTY
         for model in dict.fromkeys(self.models.values()):
-            (reply,) = await self._complete(model, exchange, encoded, limit=1, logprobs=True)
+            try:
+                (reply,) = await self._complete(model, exchange, encoded, limit=1, logprobs=True)
+            except EchoError as error:
+                if isinstance(error, BackendError) or not self._extra:
+                    raise
+                self._extra = {}  # the server may have rejected this field
+                (reply,) = await self._complete(model, exchange, encoded, limit=1, logprobs=True)
             has_logprobs = has_logprobs and bool(_top_logprobs(reply))
         return has_logprobs
 
@@ -190,8 +202,9 @@ class Server:
         async def complete(branch: Branch, tokens: int) -> Any:
             content = [*images, {"type": "text", "text": exchange.context + branch.prompt}]
             async with self._slots:
+                messages = [{"role": "user", "content": content}]
                 reply = await self._request(
-                    {"model": model, "messages": [{"role": "user", "content": content}], **options}
+                    {"model": model, "messages": messages, **options, "extra_body": self._extra}
                 )
             counted = reply.usage.prompt_tokens if reply.usage else tokens
             if counted != tokens:

@@ -114,6 +114,20 @@ def test_a_reply_that_ends_at_the_token_limit_is_marked(fake, row_builder, case,
     assert {*marks} == {True, False}
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_the_penalty_of_the_models_config_is_switched_off_where_the_server_takes_it(fake, dataset, tmp_path, takes):
+    """vLLM takes the field; `transformers serve` rejects unknown fields, and reads frequency_penalty instead."""
+
+    def strict(body):
+        return completion(body) if takes or "repetition_penalty" not in body else (422, {"detail": "Unexpected fields"})
+
+    fake.answer = strict
+    run(dataset, tmp_path / "run", "--server", fake.url, "--server_patience", 1)
+    sent = [body.get("repetition_penalty") for body in fake.requests]
+    assert sent == [1.0] * len(sent) if takes else sent == [1.0] + [None] * (len(sent) - 1)
+    assert {body["frequency_penalty"] for body in fake.requests} == {0}
+
+
 @pytest.mark.parametrize("size", [(37, 400), (900, 700), (20, 20), (168, 168)])
 def test_the_server_gets_the_pixels_that_training_used(fake, served_builder, case, tmp_path, size):
     name = draw(tmp_path / "odd.png", size, seed=3)
