@@ -74,11 +74,26 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
             for group in groups
             for name, run in zip(group.members, group.runs, strict=True)
             for text in run.warnings
-        ],
+        ]
+        + server_warnings(groups),
         "runs": described,
         "differences": differences,
         "bootstrap": BOOTSTRAP,
     }
+
+
+def server_warnings(groups: Sequence[RunGroup]) -> list[str]:
+    """Warn if only some of the runs come from a server, which may round logits more coarsely."""
+    places: dict[bool, list[str]] = {}
+    for group in groups:
+        for name, run in zip(group.members, group.runs, strict=True):
+            places.setdefault(run.provenance.get("server") is not None, []).append(name)
+    if len(places) < 2:
+        return []
+    return [
+        f"a server answered {', '.join(places[True])} but not {', '.join(places[False])}; a local run reads letters "
+        "from float32 logits, but a server may round them (vLLM to the model's dtype), so answers near a tie may differ"
+    ]
 
 
 def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[str, dict[str, Any]]]:

@@ -36,6 +36,16 @@ def test_compare_ends_with_the_verdict_and_writes_next_to_the_last_run(tmp_path:
     require_self_contained((tmp_path / "compare" / "compare.html").read_text())
 
 
+def test_a_comparison_of_local_and_served_runs_is_warned_about(tmp_path: Path) -> None:
+    for name, server in (("base", None), ("tuned", None), ("served", "http://127.0.0.1:8000/v1")):
+        make_run(tmp_path / name, predictions(0.7), server=server)
+    compare.main([str(tmp_path / "base"), str(tmp_path / "tuned")])
+    assert json.loads((tmp_path / "compare" / "comparison.json").read_text())["warnings"] == []
+    compare.main([str(tmp_path / "base"), str(tmp_path / "served"), "--output", str(tmp_path / "other")])
+    (warning,) = json.loads((tmp_path / "other" / "comparison.json").read_text())["warnings"]
+    assert warning.startswith("a server answered served but not base; a local run reads letters from float32 logits")
+
+
 def test_runs_of_older_versions_without_some_keys_can_be_compared(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", predictions(0.5))
     newer = make_run(tmp_path / "newer", predictions(0.7), server_model=None, answer="generate")
