@@ -68,18 +68,20 @@ def marked_pixels(image: Image.Image, what: str) -> Mask:
             "the EXIF tag"
         )
     lossy = is_lossy(image)
-    values, opaque = _values(image)
+    values, alpha = _values(image)
     marks: Mask = values > 127 if lossy else values != 0
     if image.mode == "P" and not marks.any():
         indexes = np.asarray(image)
         if indexes.min() != indexes.max():
             raise _two_readings(what, "colours", marks, "palette indexes", indexes != 0)
-    if opaque is None or opaque.all():
-        _check_softness(values, lossy, what)
+    if alpha is None or alpha.all():
+        _check_softness(values, (63, 191) if lossy else None, what, "brighter")
         return marks
+    opaque: Mask = alpha > 0
     hidden = opaque & ~marks
     says_nothing = marks.all() or not marks.any()  # the colours are the same everywhere
     if says_nothing or (opaque.any() and hidden.sum() <= MAX_HIDDEN * opaque.sum()):
+        _check_softness(alpha, None, what, "more opaque")
         return opaque
     raise _two_readings(what, "colours", marks, "opaque part", opaque)
 
@@ -99,31 +101,35 @@ def _is_lossless_webp(image: Image.Image) -> bool:
     return b"VP8L" in image.fp.read(34)
 
 
-def _values(image: Image.Image) -> tuple[NDArray[Any], Mask | None]:
-    """Return grey values, or the brightest channel, and which pixels are not fully transparent; both (height, width).
+def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    """Return grey values, or the brightest channel, and the opacity; both (height, width).
 
-    The second is None for an image without transparency.
+    The opacity is None for an image without transparency.
     """
     if image.mode in HIGH_DEPTH_MODES:
         return np.asarray(image), None
     if image.has_transparency_data:
         pixels = np.asarray(image.convert("RGBA"))
-        return pixels[..., :3].max(axis=2), pixels[..., 3] > 0
+        return pixels[..., :3].max(axis=2), pixels[..., 3]
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L")), None
     return np.asarray(image.convert("RGB")).max(axis=2), None
 
 
-def _check_softness(values: NDArray[Any], lossy: bool, what: str) -> None:
-    """Raise EchoError if it depends on the threshold what a mask marks, as in a heat map."""
-    low, high = (63, 191) if lossy else (0, values.max() / 2)
+def _check_softness(values: NDArray[Any], thresholds: tuple[int, int] | None, what: str, word: str) -> None:
+    """Raise EchoError if it depends on the threshold what a mask marks, as in a heat map.
+
+    The default thresholds are zero and half of the highest value; label maps may have any values then. `word` compares
+    values, such as `brighter`.
+    """
+    low, high = thresholds or (0, values.max() / 2)
     wide, narrow = (float((values > threshold).mean()) for threshold in (low, high))
     if wide <= SOFT_RATIO * narrow or wide - narrow <= SOFT_SHARE:
         return
-    if not lossy and len(np.unique(values)) <= MAX_LABELS:
+    if thresholds is None and len(np.unique(values)) <= MAX_LABELS:
         return
     raise EchoError(
-        f"{what} is too soft: {wide:.1%} of the image is brighter than {low} but only {narrow:.1%} is brighter than "
+        f"{what} is too soft: {wide:.1%} of the image is {word} than {low} but only {narrow:.1%} is {word} than "
         f"{high:g}; draw it in black and white only, and save it as PNG"
     )
 

@@ -106,6 +106,8 @@ def test_soft_edges_count_in_full(tmp_path):
     np.testing.assert_array_equal(read_mask_file(tmp_path / "soft.png", "soft.png"), soft > 0)
 
 
+FADING = [value * value // 255 for value in range(256)]
+
 REFUSED = {
     "black stroke on a white layer": (
         lambda: layer(DENT, BLACK, WHITE),
@@ -140,6 +142,10 @@ REFUSED = {
             "RGBA"
         ),
         "draw it in black and white only, and save it as PNG",
+    ),
+    "layer that fades": (
+        lambda: Image.merge("LA", [Image.new("L", SIZE, 255), Image.linear_gradient("L").resize(SIZE).point(FADING)]),
+        "is too soft: 92.5% of the image is more opaque than 0 but only 30.0% is more opaque than 124.5",
     ),
 }
 

@@ -227,10 +227,10 @@ def test_labelme_circles_end_at_the_border_of_the_image(tmp_path, centre):
     assert not found[distance > 9].any()
 
 
-def mask_shape(marked: np.ndarray) -> dict:
-    """Return the labelme shape of a mask with its top left corner at (4, 6)."""
+def mask_shape(marked: np.ndarray, picture: Image.Image | None = None) -> dict:
+    """Return the labelme shape of a mask with its top left corner at (4, 6), saved as `picture` if that is given."""
     buffer = io.BytesIO()
-    Image.fromarray(marked.astype(np.uint8) * 255).save(buffer, "PNG")
+    (picture or Image.fromarray(marked.astype(np.uint8) * 255)).save(buffer, "PNG")
     height, width = marked.shape
     shape = {"label": "dent", "shape_type": "mask", "points": [[4, 6], [3 + width, 5 + height]]}
     return {**shape, "mask": base64.b64encode(buffer.getvalue()).decode()}
@@ -245,6 +245,23 @@ def test_labelme_masks_are_placed_to_the_pixel(tmp_path, share):
     assert not rejections
     assert np.array_equal(marks(found["part.png"], tmp_path), wanted)
     assert share < 1 or found["part.png"].boxes == ((4, 6, 18, 15),), "equal rows form one box"
+
+
+def test_labelme_masks_are_read_as_pictures_too(tmp_path):
+    piece = np.random.default_rng(0).uniform(size=(9, 14)) < 0.5
+    wanted = np.zeros_like(SQUARE)
+    wanted[6:15, 4:18] = piece
+    red_first = Image.fromarray((~piece).astype(np.uint8))
+    red_first.putpalette([255, 0, 0, 0, 0, 0])
+    opaque = Image.fromarray(piece.astype(np.uint8) * 255)
+    layer = Image.merge("LA", [Image.new("L", opaque.size, 255), opaque])
+    for number, picture in enumerate((red_first, layer)):
+        found, rejections = labelled(tmp_path / str(number), [], shapes=[mask_shape(piece, picture)])
+        assert not rejections
+        assert np.array_equal(marks(found["part.png"], tmp_path), wanted)
+    unclear = Image.merge("LA", [Image.fromarray((~piece).astype(np.uint8) * 255), opaque])
+    _, rejections = labelled(tmp_path / "unclear", [], shapes=[mask_shape(piece, unclear)])
+    assert "a shape's mask can be read in two ways" in rejections["part.json"]
 
 
 def test_unusable_labelme_masks_are_reported(tmp_path):
