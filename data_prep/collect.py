@@ -13,13 +13,14 @@ from typing import Any
 
 from data_prep import sources
 from data_prep.config import BuildConfig
-from data_prep.faults import boxes_fault, image_fault, mask_fault, name_fault
+from data_prep.faults import MaskFault, boxes_fault, image_fault, mask_fault, name_fault
 from data_prep.progress import first_rejection, progress
 from data_prep.sources import Item
 from data_prep.truth import SourceRecords, put_together
 from echo_ft.data.splits import check_fractions
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
+from echo_ft.images.masks import mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
 
@@ -116,22 +117,29 @@ def check_records(records: SourceRecords, root: Path) -> tuple[list[Inspection],
         if fault:
             rejections.append(Rejection(inspection.image, fault + place))
             continue
-        mask = mask_fault(inspection, root)
+        merged = inspection.id in records.merged
+        mask = mask_fault(inspection, root) or (
+            _first_mask_fault(inspection, root) if merged and inspection.masks else None
+        )
         if mask:
             keep = mask.image_usable or inspection.id in with_questions
             note = "; the image is used without it" if keep else ""
             rejections.append(Rejection(inspection.image, mask.reason + note + place, "mask" if keep else None))
             if not keep:
                 continue
-            inspection = dataclasses.replace(inspection, mask=None, masks=())
+            boxes = () if merged else inspection.boxes  # of some places only
+            inspection = dataclasses.replace(inspection, mask=None, masks=(), boxes=boxes)
         inspections[inspection.id] = inspection
     by_image = {inspection.image: inspection for inspection in inspections.values()}
+    unusable = {*records.rejected, *(one.image for one in records.inspections)} - {*by_image}
     for inspection in list(inspections.values()):
         if inspection.reference is None:
             continue
         fault = cached_image_fault(root / inspection.reference) or _reference_fault(
             by_image.get(inspection.reference), inspection
         )
+        if inspection.reference in unusable:
+            fault = fault or "the reference was rejected, so it may show a defect"
         if fault:
             place = places.get(inspection.id, "")
             reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
@@ -147,6 +155,12 @@ def check_records(records: SourceRecords, root: Path) -> tuple[list[Inspection],
         else:
             usable_questions.append(question)
     return list(inspections.values()), usable_questions, rejections
+
+
+def _first_mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
+    """The first fault of one of several masks, or None. Each of them comes from a place that names a defect."""
+    single = (dataclasses.replace(inspection, mask=name, masks=()) for name in mask_files(inspection))
+    return next(filter(None, (mask_fault(one, root) for one in single)), None)
 
 
 def _reference_fault(reference: Inspection | None, inspection: Inspection) -> str | None:

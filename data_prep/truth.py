@@ -42,6 +42,8 @@ class SourceRecords:
     rejections: list[Rejection]
     places: dict[str, str]
     """The places of an inspection by its id, such as `parts.csv:3, parts.csv:7`, if the source names them."""
+    rejected: frozenset[str]
+    """Ids of the images whose truth is contradictory or incomplete."""
     merged: frozenset[str]
     """Ids of the inspections that were put together from several places."""
     unannotated: frozenset[str]
@@ -96,6 +98,7 @@ def put_together(items: Iterable[Item]) -> SourceRecords:
         questions,
         rejections,
         {name: places for name, said in statements.items() if name in kept and (places := _places(said))},
+        frozenset({*statements, *unusable} - kept),
         frozenset(name for name in kept if len({one.place for one in statements[name]}) > 1),
         frozenset(name for name in kept if all(one.unannotated for one in statements[name])),
     )

@@ -359,3 +359,27 @@ def test_all_masks_of_an_image_in_a_folder_layout_count(tmp_path, names):
     assert {*dent.masks} == {f"cap/ground_truth/dent/{name}" for name in names}
     marked = masks.load_mask(dent, tmp_path, SIZE)
     assert marked is not None and marked.sum() == 2 * 3 * 4
+
+
+def test_masks_of_several_rows_are_left_out_if_one_of_them_marks_nothing(root):
+    Image.new("L", SIZE).save(root / "empty_mask.png")
+    row = {"image": "a.png", "product": "cap"}
+    rows = [row | {"condition": "dent", "mask": "dent_mask.png"}, row | {"condition": "bent", "mask": "empty_mask.png"}]
+    rows[0]["boxes"] = BOX
+    found, (rejection,) = usable(root, write_rows(root, rows))
+    assert found["a.png"].condition == "bent+dent"
+    assert not masks.is_marked(found["a.png"])
+    assert (rejection.item, rejection.dropped) == ("a.png", "mask")
+    assert "empty_mask.png marks nothing" in rejection.reason
+
+
+@pytest.mark.parametrize(
+    "bad", [[{"condition": "good"}, {"condition": "dent"}], [{"condition": "OK"}], [{"mask": "dent_mask.png"}]]
+)
+def test_a_rejected_image_is_no_reference(root, bad):
+    listed = [{"image": "b.png", "product": "cap", "condition": "good"} | change for change in bad]
+    found, rejections = usable(root, write_rows(root, [DENT | {"reference": "b.png"}, *listed]))
+    assert list(found) == ["a.png"]
+    assert found["a.png"].reference is None
+    assert "the reference was rejected, so it may show a defect" in rejections[-1].reason
+    assert usable(root, write_rows(root, [DENT | {"reference": "b.png"}]))[0]["a.png"].reference == "b.png"
