@@ -22,8 +22,13 @@ from echo_ft.errors import EchoError
 
 Record = TypeVar("Record")
 
-SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information"})
-"""Files and folders that Windows and macOS add, in lower case. Others are hidden: `.DS_Store`, `._part.png`."""
+SYSTEM_NAMES = frozenset(
+    {
+        "$recycle.bin", "#recycle", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
+        "system volume information", "thumbs.db",
+    }
+)  # fmt: skip
+"""Files and folders that systems and network storage add, in lower case. Others are hidden: `.DS_Store`, `._a.png`."""
 
 
 def _fields(record: Any) -> dict[str, Any]:

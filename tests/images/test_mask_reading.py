@@ -16,6 +16,7 @@ from PIL import Image
 from data_prep.collect import collect
 from echo_ft.errors import EchoError
 from echo_ft.images.mask_reading import read_mask_file
+from echo_ft.images.masks import load_mask, measure
 from echo_ft.records import GOOD, Inspection
 
 SIZE = (48, 40)
@@ -86,6 +87,14 @@ def test_every_encoding_marks_the_same_pixels(tmp_path_factory, marks):
     for name, encode in ENCODINGS.items():
         encode(marks).save(folder / name, **({"lossless": True} if name.endswith(".webp") else {}))
         np.testing.assert_array_equal(read_mask_file(folder / name, name), marks, err_msg=name)
+
+
+def test_place_of_a_defect_is_the_same_in_every_encoding(tmp_path):
+    for name, encode in ENCODINGS.items():
+        encode(DENT).save(tmp_path / name, **({"lossless": True} if name.endswith(".webp") else {}))
+        made = Inspection("1", "part.png", "line", "cap", "dent", "1", None, name)
+        region = measure(load_mask(made, tmp_path, SIZE))
+        assert region is not None and region.place == "bottom left", name
 
 
 @pytest.mark.parametrize("name", ["mask.jpg", "mask.webp", "mask.tif", "mask.avif"])

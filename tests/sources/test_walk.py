@@ -26,14 +26,14 @@ def read(name: str, config: SourceConfig):
 
 
 def add_system_files(root: Path) -> None:
-    """Add what macOS and Windows leave behind: a companion of each file, and their own files and folders."""
+    """Add what systems and network storage leave behind: a companion of each file, and their own files and folders."""
     for path in sorted(root.rglob("*")):
         if path.is_file():
             path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7metadata")
     for place in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         for name in (".DS_Store", "Thumbs.db", "THUMBS.DB", "desktop.ini"):
             (place / name).write_bytes(b"content")
-    for name in ("__MACOSX", "$RECYCLE.BIN", ".Trashes"):
+    for name in ("__MACOSX", "$RECYCLE.BIN", ".Trashes", "@eaDir", "#recycle", "lost+found"):
         (root / name / "nut").mkdir(parents=True)
         (root / name / "nut" / "part.png").write_bytes(b"content")
         write_json(root / name / "nut" / "part.json", labelme_file("part.png", []))
@@ -201,6 +201,13 @@ def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(EchoError, match=r"the folder .* cannot be read \(Permission denied\); check its permissions"):
         list_folder(tmp_path / "nut")
+
+
+def test_thumbnails_of_network_storage_are_no_defect_of_a_flat_product(tmp_path):
+    draw(tmp_path / "nut/good/0.png"), draw(tmp_path / "nut/dent/0.png"), draw(tmp_path / "nut/@eaDir/thumb.png")
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path, split="seeded")))
+    assert {i.condition for i in inspections} == {"good", "dent"}
+    assert rejections == []
 
 
 def test_companions_do_not_cost_a_defect_with_several_masks(tmp_path):
