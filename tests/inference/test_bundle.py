@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import subprocess
 import warnings
 
 import pytest
@@ -19,7 +21,8 @@ from echo_ft.inference.published_form import publish_config
 from echo_ft.model.adapters import find_adapters
 from echo_ft.model.loading import base_fingerprint, load_model
 from echo_ft.records import ROLES
-from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset, random_adapters
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset, random_adapters
+from tests.support.old_transformers import answer
 from train.export import main as export_main
 
 LORA_NAMES = ["base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -134,6 +137,24 @@ def test_the_published_form_loads_as_the_same_config_and_tokenizer(exported):
         one("<|im_start|>user\n<|image_pad|>Dent")["input_ids"]
         == other("<|im_start|>user\n<|image_pad|>Dent")["input_ids"]
     )
+
+
+@pytest.mark.parametrize("role", ["decision_maker", "knowledge_guide"])
+def test_transformers_4_gives_the_logits_of_transformers_5(exported, role):
+    python = os.environ.get("ECHO_FT_TRANSFORMERS_4")
+    if not python:
+        pytest.skip("ECHO_FT_TRANSFORMERS_4 is not set; set it to the Python of an environment with transformers 4")
+    model = str(exported / "merged" / role)
+    done = subprocess.run(
+        [python, "-m", "tests.support.old_transformers", model], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs, ours = json.loads(done.stdout.strip().splitlines()[-1]), answer(model)
+    assert theirs["version"].startswith("4.") and ours["version"].startswith("5.")
+    assert theirs["unfit"] == ours["unfit"] == []
+    assert theirs["input_ids"] == ours["input_ids"]
+    assert theirs["pixels"] == pytest.approx(ours["pixels"])
+    assert theirs["logits"] == pytest.approx(ours["logits"], abs=1e-4)
 
 
 def test_other_rotary_embeddings_keep_their_type():
