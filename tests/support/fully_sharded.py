@@ -1,4 +1,6 @@
-"""Under FSDP2 on two processes, gradients equal those of one process, even if one of the two has no image.
+"""Under FSDP2 on two processes, gradients and adapter equal those of one process, and the base is never gathered.
+
+One of the two processes has no image.
 
 torchrun starts this script with a folder for drawn images as its argument. accelerate (1.15) supports FSDP only on
 GPUs. The script therefore calls PyTorch's fully_shard on the blocks that recipes/accelerate/fsdp2.yaml names and on the
@@ -9,18 +11,51 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from echo_ft.model.adapters import gather_adapter
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED, RowBuilder
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
 from tests.conftest import ECHO_TINY, draw
+
+
+class GatheredSizes(TorchDispatchMode):
+    """Records the number of values in each tensor that is gathered from all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation.namespace == "_c10d_functional" and "all_gather" in operation.name():
+            self.sizes.append(result.numel())
+        return result
+
+
+def check_adapter(model: Any, whole: bytes) -> None:
+    """Check that `gather_adapter` gives the first process the adapter file `whole`, and gathers nothing else."""
+    with GatheredSizes() as gathered:
+        weights = gather_adapter(model, "cpu")
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert len(gathered.sizes) == len(trained)
+    # A shard is padded if the processes cannot share the rows of a weight equally.
+    padded = [-(-weight.shape[0] // 2) * 2 * weight[0].numel() for weight in trained]
+    assert sorted(gathered.sizes) == sorted(padded)
+    if dist.get_rank() == 0:
+        assert save(get_peft_model_state_dict(model, weights)) == whole
+    else:
+        assert weights == {}
 
 
 def main(folder: Path) -> None:
@@ -51,10 +86,12 @@ def main(folder: Path) -> None:
     sum(loss(batch) for batch in batches).backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad()
+    whole = save(get_peft_model_state_dict(model))
     core = model.get_base_model().model
     for layer in (*core.visual.blocks, *core.language_model.layers):
         fully_shard(layer)
     fully_shard(model)
+    check_adapter(model, whole)
     loss(batches[dist.get_rank()]).backward()
     scale = max(gradient.abs().max() for gradient in expected.values())
     assert any(gradient.any() for name, gradient in expected.items() if "attn.qkv" in name)

@@ -20,16 +20,21 @@ SAME_TRAINING = [
 
 
 def launch(
-    *arguments: object, ranks: int = 1, fails: bool = False, launcher: Sequence[object] = (), **environment: str
+    *arguments: object,
+    ranks: int = 1,
+    fails: bool = False,
+    launcher: Sequence[object] = (),
+    script: Sequence[str] = ("train/sft.py",),
+    **environment: str,
 ) -> str:
-    """Run train/sft.py with `accelerate launch` and the flags in `launcher`. Returns its output.
+    """Run train/sft.py, or another `script`, with `accelerate launch` and the flags in `launcher`. Returns its output.
 
     Several ranks start with torchrun, because `accelerate launch --cpu --num_processes 2` starts one process
     (accelerate 1.15).
     """
     start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["accelerate", "launch", "--quiet", *launcher]
     done = subprocess.run(
-        [str(BIN / str(start[0])), *map(str, start[1:]), "train/sft.py", *map(str, arguments)],
+        [str(BIN / str(start[0])), *map(str, start[1:]), *script, *map(str, arguments)],
         cwd=ROOT,
         env={
             **os.environ,

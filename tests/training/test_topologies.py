@@ -18,6 +18,7 @@ from tests.support.training import BIN, SAME_TRAINING, history, launch, losses, 
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO_RANKS = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
+BFLOAT16 = ["--dtype", "bfloat16", "--bf16", "true"]
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", 3, "--per_device_eval_batch_size"]
 FULL_TUNING = [*SAME_TRAINING, "--save_strategy", "no", "--use_peft", "false", "--learning_rate", "1e-3"]
 
@@ -50,21 +51,18 @@ def one_rank(dataset, tmp_path_factory):
 def launch_deepspeed(recipe: str, *arguments: object) -> str:
     """Run train/sft.py on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
     # accelerate (1.15) uses DeepSpeed on a CPU only if a backend is named; with ACCELERATE_USE_CPU it would use DDP.
-    return launch(
-        *arguments,
-        "--ddp_backend",
-        "gloo",
-        launcher=[
-            "--config_file",
-            f"recipes/accelerate/{recipe}.yaml",
-            "--num_processes",
-            2,
-            "--mixed_precision",
-            "no",
-        ],
-        ACCELERATE_USE_CPU="false",
-        DS_ACCELERATOR="cpu",
-    )
+    launcher = ["--config_file", f"recipes/accelerate/{recipe}.yaml", "--num_processes", 2, "--mixed_precision", "no"]
+    environment = {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+    return launch(*arguments, "--ddp_backend", "gloo", launcher=launcher, **environment)
+
+
+def launch_bfloat16(recipe: str, *arguments: object) -> str:
+    """Run train/sft.py in bfloat16 on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
+    environment = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false" if "zero" in recipe else "true"}
+    backend = ["--ddp_backend", "gloo"] if "zero" in recipe else []
+    launcher = ["--config_file", f"recipes/accelerate/{recipe}.yaml", "--num_processes", 2]
+    script = ["-m", "tests.support.gpu_only_on_cpu"]
+    return launch(*arguments, *BFLOAT16, *backend, launcher=launcher, script=script, **environment)
 
 
 def evaluation(output):
@@ -101,6 +99,32 @@ def test_two_deepspeed_ranks_give_the_losses_and_adapter_of_one(one_rank, datase
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
     assert evaluation(tmp_path / "two") == pytest.approx(evaluation(one_rank), rel=1e-4)
     assert_same_adapter(tmp_path / "two", one_rank)
+
+
+@pytest.fixture(scope="module")
+def one_rank_bfloat16(dataset, tmp_path_factory):
+    """The reasoning expert after three steps of four cases in bfloat16."""
+    output = tmp_path_factory.mktemp("bfloat16") / "reasoning_expert"
+    options = [*SAME_TRAINING, *BFLOAT16, "--save_strategy", "no", "--per_device_train_batch_size", 4]
+    cpu = ["--config_file", "recipes/accelerate/cpu.yaml"]
+    launch(*tiny_options("reasoning_expert", dataset, output, *options), launcher=cpu, ACCELERATE_USE_CPU="false")
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_two_ranks_in_bfloat16_give_the_losses_of_one(one_rank_bfloat16, dataset, tmp_path, recipe):
+    output = tmp_path / "two"
+    checkpoint = ["--save_strategy", "steps", "--save_steps", 3]
+    launch_bfloat16(recipe, *tiny_options("reasoning_expert", dataset, output, *TWO_RANKS, *checkpoint))
+    # FSDP2 returns losses in bfloat16, which has three digits.
+    assert losses(output) == pytest.approx(losses(one_rank_bfloat16), abs=0.02)
+    weights = load_file(output / "adapter_model.safetensors")
+    expected = load_file(one_rank_bfloat16 / "adapter_model.safetensors")
+    assert {name: weight.shape for name, weight in weights.items()} == {n: w.shape for n, w in expected.items()}
+    assert all(weight.any() for weight in weights.values())
+    saved = load_file(output / "checkpoint-3" / "adapter_model.safetensors")
+    assert all(torch.equal(weight, saved[name]) for name, weight in weights.items())
 
 
 @pytest.fixture(scope="module")
