@@ -76,6 +76,10 @@ class PrefixSharingTrainer(SFTTrainer):
             )
         if self.is_fsdp_enabled:
             check_output_layer(tuned)
+        if self.accelerator.is_fsdp2 and self.args.bf16:
+            # accelerate (1.15) would round the returned loss to bfloat16: three digits, too few to compare checkpoints.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         core = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
         prepare_model(core, store)
         self.mask_heads = attach_mask_heads(core, checkpoint) if card.mask_loss else None
