@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ECHO_TINY, ROOT
 
@@ -17,6 +18,19 @@ SAME_TRAINING = [
     "--eval_strategy", "no", "--lora_dropout", "0", "--per_device_eval_batch_size", "2", "--optim", "adamw_torch",
 ]  # fmt: skip
 """Options for runs of three steps that must end with the same losses."""
+
+BEST_OF_SIX = [
+    *SAME_TRAINING, "--max_steps", "6", "--learning_rate", "1", "--warmup_steps", "2",
+    "--lora_target_modules", "q_proj", "v_proj", "--load_best_model_at_end", "true",
+    "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
+]  # fmt: skip
+"""Options for runs of six steps whose learning rate ruins the model after the first, which therefore is the best."""
+
+
+def logged_state(output: Path) -> dict[str, Any]:
+    """What the Trainer recorded of a run."""
+    state: dict[str, Any] = json.loads((output / "trainer_state.json").read_text())
+    return state
 
 
 def launch(
@@ -60,7 +74,7 @@ def tiny_options(role: str, dataset: Path, output: Path, *more: object) -> list[
 
 def history(output: Path) -> list[float]:
     """The loss of each step."""
-    logged = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    logged = logged_state(output)["log_history"]
     return [entry["loss"] for entry in logged if "loss" in entry]
 
 

@@ -12,22 +12,14 @@ from safetensors.torch import load_file
 from echo_ft.errors import EchoError
 from echo_ft.training.config import TrainingConfig
 from tests.conftest import make_dataset
-from tests.support.training import SAME_TRAINING, run_in_process, tiny_options
+from tests.support.training import BEST_OF_SIX, logged_state, run_in_process, tiny_options
 
-EVERY_STEP = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
-# The learning rate ruins the model at the second step, after the warm-up, so the first checkpoint is the best.
-RUINED = [*SAME_TRAINING, *EVERY_STEP, "--learning_rate", 1, "--warmup_steps", 2, "--max_steps", 6]
-RUINED += ["--lora_target_modules", "q_proj", "v_proj", "--load_best_model_at_end", "true"]
-STOPPING = [*RUINED, "--early_stopping_patience", 2]
+STOPPING = [*BEST_OF_SIX, "--early_stopping_patience", 2]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("dataset"), train=4)
-
-
-def state(output):
-    return json.loads((output / "trainer_state.json").read_text())
 
 
 def same_adapter(first, second):
@@ -45,9 +37,9 @@ def stopped(dataset, tmp_path_factory):
 
 
 def test_training_stops_early_and_keeps_the_best_adapter(stopped):
-    losses = [entry["eval_loss"] for entry in state(stopped)["log_history"] if "eval_loss" in entry]
+    losses = [entry["eval_loss"] for entry in logged_state(stopped)["log_history"] if "eval_loss" in entry]
     best = losses.index(min(losses)) + 1
-    assert len(losses) == state(stopped)["global_step"] == best + 2 < 6
+    assert len(losses) == logged_state(stopped)["global_step"] == best + 2 < 6
     assert json.loads((stopped / "echo_ft.json").read_text())["best_step"] == best
     assert f"| best_step | {best} |" in (stopped / "README.md").read_text()
     assert same_adapter(stopped, stopped / f"checkpoint-{best}")
@@ -67,18 +59,18 @@ def resume(stopped, dataset, output, *options, after=0):
 
 
 def test_a_resumed_run_stops_where_the_uninterrupted_run_did(stopped, dataset, tmp_path):
-    end = state(stopped)["global_step"]
+    end = logged_state(stopped)["global_step"]
     for after in (end, end - 1):
         output = tmp_path / str(after) / "decision_maker"
         resume(stopped, dataset, output, *STOPPING, after=after)
-        assert state(output)["global_step"] == end
+        assert logged_state(output)["global_step"] == end
         assert same_adapter(output, stopped)
         assert (output / "echo_ft.json").read_text() == (stopped / "echo_ft.json").read_text()
 
 
 def test_a_resumed_run_takes_its_own_patience(stopped, dataset, tmp_path):
-    resume(stopped, dataset, tmp_path / "decision_maker", *RUINED, "--early_stopping_patience", 3)
-    assert state(tmp_path / "decision_maker")["global_step"] == state(stopped)["global_step"] + 1
+    resume(stopped, dataset, tmp_path / "decision_maker", *BEST_OF_SIX, "--early_stopping_patience", 3)
+    assert logged_state(tmp_path / "decision_maker")["global_step"] == logged_state(stopped)["global_step"] + 1
 
 
 def test_a_run_that_did_not_count_evaluations_resumes_with_early_stopping(stopped, dataset, tmp_path):
@@ -121,7 +113,7 @@ def test_a_best_checkpoint_needs_a_checkpoint_of_each_evaluation(tmp_path, optio
             "is set without load_best_model_at_end, .* set load_best_model_at_end: true",
         ),
         (["--early_stopping_threshold", 0.1], "early_stopping_threshold has no effect without early_stopping_patience"),
-        ([*RUINED, "--early_stopping_patience", 0], "early_stopping_patience is 0; it is a number of evaluations"),
+        ([*BEST_OF_SIX, "--early_stopping_patience", 0], "early_stopping_patience is 0; it is a number of evaluations"),
         ([*STOPPING, "--early_stopping_threshold", "nan"], "early_stopping_threshold is nan; set it to 0 or more"),
     ],
 )

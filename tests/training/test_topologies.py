@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import RandomSampler
 
 from echo_ft.training.sampler import BalancedSampler
 from tests.conftest import ROOT, make_dataset
-from tests.support.training import BIN, SAME_TRAINING, history, launch, losses, tiny_options
+from tests.support.training import BEST_OF_SIX, BIN, SAME_TRAINING, history, launch, logged_state, losses, tiny_options
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO_RANKS = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
@@ -67,7 +68,7 @@ def launch_bfloat16(recipe: str, *arguments: object) -> str:
 
 def evaluation(output):
     """The means over the trained tokens of the validation cases."""
-    logged = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    logged = logged_state(output)["log_history"]
     (found,) = [entry for entry in logged if "eval_loss" in entry]
     return [found[name] for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")]
 
@@ -117,7 +118,6 @@ def test_two_ranks_in_bfloat16_give_the_losses_of_one(one_rank_bfloat16, dataset
     output = tmp_path / "two"
     checkpoint = ["--save_strategy", "steps", "--save_steps", 3]
     launch_bfloat16(recipe, *tiny_options("reasoning_expert", dataset, output, *TWO_RANKS, *checkpoint))
-    # FSDP2 returns losses in bfloat16, which has three digits.
     assert losses(output) == pytest.approx(losses(one_rank_bfloat16), abs=0.02)
     weights = load_file(output / "adapter_model.safetensors")
     expected = load_file(one_rank_bfloat16 / "adapter_model.safetensors")
@@ -125,6 +125,27 @@ def test_two_ranks_in_bfloat16_give_the_losses_of_one(one_rank_bfloat16, dataset
     assert all(weight.any() for weight in weights.values())
     saved = load_file(output / "checkpoint-3" / "adapter_model.safetensors")
     assert all(torch.equal(weight, saved[name]) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ddp", "zero2", "fsdp2"])
+def test_two_ranks_stop_early_and_keep_the_best_adapter(dataset, tmp_path, recipe):
+    output = tmp_path / "decision_maker"
+    options = [*BEST_OF_SIX, "--early_stopping_patience", 2, "--per_device_train_batch_size", 2]
+    arguments = tiny_options("decision_maker", dataset, output, *options)
+    for _ in ("whole", "resumed"):
+        launch_bfloat16(recipe, *arguments, "--resume_from_checkpoint", "true")
+        evaluated = [entry["eval_loss"] for entry in logged_state(output)["log_history"] if "eval_loss" in entry]
+        best = evaluated.index(min(evaluated)) + 1
+        assert len(evaluated) == logged_state(output)["global_step"] == best + 2 < 6
+        assert json.loads((output / "echo_ft.json").read_text())["best_step"] == best
+        saved = load_file(output / f"checkpoint-{best}" / "adapter_model.safetensors")
+        found = load_file(output / "adapter_model.safetensors")
+        assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
+        # The second run resumes from the evaluation before the last one.
+        shutil.rmtree(output / f"checkpoint-{best + 2}")
+        (output / "adapter_model.safetensors").unlink()
+        (output / "echo_ft.json").unlink()
 
 
 @pytest.fixture(scope="module")
