@@ -175,7 +175,7 @@ def test_boxes_in_fractions_of_the_image_are_refused(small_manifest, tmp_path, b
     assert set(reasons) == (set() if used else {"cap/dent-0-1.png"})
     for reason in reasons.values():
         assert "smaller than a pixel" in reason
-        assert "[[x0, y0, x1, y1], ...]" in reason
+        assert "(x0, y0, x1, y1)" in reason
 
 
 @pytest.mark.parametrize(
