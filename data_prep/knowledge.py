@@ -28,6 +28,7 @@ from echo_ft.data.knowledge import (
     DATASET_ALIASES,
     clean,
     effect,
+    first_names,
     has_description,
     knowledge_files,
     likely_misspellings,
@@ -249,19 +250,19 @@ def _check_product(where: str, texts: Mapping[str, str], shown: Mapping[str, int
 
 def coverage_summary(knowledge: Knowledge, counts: ImageCounts, findings: int) -> str:
     """How many conditions are described, and how many descriptions of defects name no consequence."""
-    texts = [
-        (condition, clean(text))
+    texts = {
+        (dataset, product, condition): clean(text)
         for (dataset, product), shown in counts.items()
         for condition, text in products_of(knowledge, dataset).get(product, {}).items()
         if condition in shown and text
-    ]
-    defects = [text for condition, text in texts if condition != GOOD]
-    without_effect = sum(effect(text) is None for text in defects)
+    }
+    defects = {"/".join(place): text for place, text in texts.items() if place[-1] != GOOD}
+    without_effect = [place for place, text in defects.items() if effect(text) is None]
     parts = [f"{len(texts)} of {sum(map(len, counts.values()))} conditions are described"]
     if without_effect:
         parts.append(
-            f"{without_effect} of {len(defects)} defects get no Defect Analysis question, because their description "
-            "names no consequence"
+            f"{len(without_effect)} of {len(defects)} defects get no Defect Analysis question, because their "
+            f"description names no consequence ({first_names(without_effect)})"
         )
     return "; ".join([*parts, f"{findings} to correct" if findings else "nothing to correct"])
 

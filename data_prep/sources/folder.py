@@ -24,6 +24,7 @@ from data_prep.faults import list_images
 from data_prep.sources import Items, RowError, SourceConfig, reject_unused, subfolders
 from data_prep.sources._rows import means_good, named_condition
 from echo_ft.data.splits import SPLITS
+from echo_ft.data.text import nfc
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder, walk
 from echo_ft.records import GOOD, Inspection, Rejection
@@ -149,8 +150,8 @@ def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -
 
 
 def _named(folders: Collection[Path], names: Collection[str]) -> Path | None:
-    """Return the first folder with one of the names in any case, or None."""
-    return next((path for path in folders if path.name.casefold() in names), None)
+    """Return the first folder with one of the names in any case and Unicode form, or None."""
+    return next((path for path in folders if nfc(path.name).casefold() in names), None)
 
 
 def _owners(root: Path, products: Collection[_Product]) -> dict[Path, Path]:
@@ -232,15 +233,17 @@ def _images(
     masks = _mask_folder(root, product, folder.name)
     named: dict[str, list[Path]] = defaultdict(list)
     for path in list_images(masks) if masks else ():
-        named[path.stem].append(path)
+        named[nfc(path.stem)].append(path)
+    groups = {nfc(path.name): path for path in list_folder(masks) if path.is_dir()} if masks else {}
     images = list(list_images(folder))
     yield from reject_unused(root, folder, set(images), "images must be directly in the folder of their condition")
     for path in images:
         image = path.relative_to(root).as_posix()
-        files = [*named.get(f"{path.stem}_mask", ()), *named.get(path.stem, ())]
+        stem = nfc(path.stem)
+        files = [*named.get(f"{stem}_mask", ()), *named.get(stem, ())]
         masks_used.update(files)
-        several = masks / path.stem if masks else None
-        if several is not None and several.is_dir():
+        several = groups.get(stem)
+        if several is not None:
             masks_used.add(several)
             inside = list(list_images(several))
             files += inside
@@ -269,7 +272,7 @@ def _mask_folder(root: Path, product: _Product, condition: str) -> Path | None:
     if product.masks is None:
         return None
     folders = subfolders(root, product.masks)
-    return _named([path for path in folders if path.name == condition] or folders, (condition.casefold(),))
+    return _named([path for path in folders if path.name == condition] or folders, (nfc(condition).casefold(),))
 
 
 def _unused_masks(root: Path, masks: Path, used: Collection[Path]) -> Items:

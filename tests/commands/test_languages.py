@@ -11,6 +11,7 @@ import pytest
 from data_prep.build import build
 from data_prep.collect import collect
 from data_prep.convert import convert
+from data_prep.sources import SourceConfig, folder
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
@@ -110,6 +111,25 @@ def test_an_image_whose_name_no_model_can_be_shown_is_rejected(
     (rejected,) = read_jsonl(tmp_path / "out" / "rejected.jsonl", Rejection)
     assert rejected.item in ("cap/dent-0-1.png", "parts.jsonl:13")
     assert reason in rejected.reason
+
+
+@pytest.mark.parametrize(("images", "masks"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_folders_and_masks_in_two_forms_belong_together(tmp_path: Path, images: str, masks: str) -> None:
+    product = tmp_path / in_form(images, "Dübel")
+    for number, name in enumerate(("Öse", "größe")):
+        draw_part(product / "test" / in_form(images, "Überhöhung") / in_form(images, f"{name}.png"), number, True)
+        drawn = product / "test" / in_form(images, "Überhöhung") / in_form(images, f"{name}_mask.png")
+        place = "Öse_mask.png" if name == "Öse" else "größe/1.png"
+        moved = product / "ground_truth" / in_form(masks, "Überhöhung") / in_form(masks, place)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        drawn.rename(moved)
+    inspections, _, rejections = collect(folder.read(SourceConfig(tmp_path)), tmp_path)
+    assert rejections == []
+    assert {(i.product, i.condition) for i in inspections} == {("Dübel", "Überhöhung")}
+    assert [i.mask and in_form("NFC", i.mask) for i in sorted(inspections, key=lambda one: in_form("NFC", one.id))] == [
+        "Dübel/ground_truth/Überhöhung/größe/1.png",
+        "Dübel/ground_truth/Überhöhung/Öse_mask.png",
+    ]
 
 
 def test_a_question_of_the_source_with_a_control_token_is_rejected(tmp_path: Path) -> None:

@@ -294,3 +294,9 @@ def test_impossible_splits_are_rejected_with_the_reason(how, held, fractions, me
     inspections = make_products({"cap": {"good": 4, "dent": 2}, "nut": {"good": 4, "crack": 2}})
     with pytest.raises(EchoError, match=re.escape(message)):
         make_splits(inspections, how, 0, fractions, held)
+
+
+def test_a_held_out_name_may_be_written_in_either_unicode_form():
+    images = make_tiles({"good": 4, "Überhöhung": 3, "Riss": 3})
+    expected = make_splits(images, "by_condition", 0, SHARES, ["Überhöhung"])
+    assert make_splits(images, "by_condition", 0, SHARES, ["U\u0308berho\u0308hung"]) == expected
