@@ -101,6 +101,7 @@ def word_count(text: str) -> int:
     return len(_UNSPACED.sub(" ", text).split()) + -(-characters // UNSPACED_PER_WORD)
 
 
+@lru_cache(maxsize=1024)  # all images of a product share its texts
 def without_stop(text: str) -> str:
     """Return a text for comparison: composed, in lower case, with single spaces and without its last full stops."""
     return " ".join(nfc(text).casefold().split()).rstrip("." + STOPS)

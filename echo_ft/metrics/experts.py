@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from echo_ft.data.text import sentences
+from echo_ft.data.text import SENTENCE_ENDS, sentences, without_stop
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import one_line, parse_best
 from echo_ft.experts.targets import defect_mask, gold_upstream
@@ -248,12 +248,12 @@ def concluded_letter(text: str, options: Mapping[str, str]) -> str | None:
     bolt`). An option inside a longer quoted option (`left` in `top left`) does not count.
     """
     conclusion = _split_reasoning(text)[1]
-    folded = {letter: one_line(option).casefold().rstrip(".") for letter, option in options.items()}
+    folded = {letter: without_stop(option) for letter, option in options.items()}
 
     def matches(pattern: str) -> list[str]:
         return [letter for letter, own in folded.items() if re.search(pattern.format(re.escape(own)), conclusion)]
 
-    named = matches(r"^{}(?=[,.;:!?]|$)") or matches(r"(?<!\w){}(?!\w)")
+    named = matches(rf"^{{}}(?=[,;:，；：、{SENTENCE_ENDS}]|$)") or matches(r"(?<!\w){}(?!\w)")
     longest = [one for one in named if not any(folded[one] in folded[other] for other in named if other != one)]
     return longest[0] if len(longest) == 1 else None
 

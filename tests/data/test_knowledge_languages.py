@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import unicodedata
 from pathlib import Path
@@ -23,8 +24,11 @@ from echo_ft.data.knowledge import (
 )
 from echo_ft.data.questions import write_questions
 from echo_ft.errors import EchoError
+from echo_ft.experts.targets import training_exchanges
 from echo_ft.files import to_json
+from echo_ft.metrics.experts import concluded_letter
 from echo_ft.records import Entry, Inspection
+from tests.conftest import make_case
 
 TEXTS = {
     "en": {
@@ -204,3 +208,22 @@ def test_names_that_differ_only_by_a_vowel_sign_are_not_reported_as_one() -> Non
     (found,) = [line for line in knowledge_warnings(images, {}) if "differ only in spelling" in line]
     assert "Paint run, paint_run" in found
     assert "की" not in found
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_a_reasoned_conclusion_names_the_answer_in_every_language(language: str, tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    (question,) = [one for one in case.seen.questions if one.kind == "Defect Analysis"]
+    texts = [parts[1] for parts in TEXTS[language].values()]
+    question = dataclasses.replace(question, options=dict(zip("ABC", texts, strict=True)))
+    seen, truth = (
+        dataclasses.replace(case.seen, questions=(question,)),
+        dataclasses.replace(case.truth, answers={question.id: "B"}),
+    )
+    case = dataclasses.replace(case, seen=seen, truth=truth)
+    (exchange,) = training_exchanges(case, "reasoning_expert", tmp_path, "full")
+    completion = str(exchange.branches[0].completion)
+    assert completion.endswith(texts[1])
+    assert concluded_letter(completion, question.options) == "B"
+    assert concluded_letter(completion[:-1], question.options) == "B"
+    assert concluded_letter(f"Conclude: {texts[2]}", question.options) == "C"
