@@ -98,5 +98,5 @@ def _read(path: Path) -> Iterator[tuple[str, Generation]]:
                 rows = json.loads(line)
             except ValueError:
                 continue
-            for key, (text, letters, cut) in rows.items():
-                yield key, Generation(text, letters, cut)
+            for key, values in rows.items():  # an older version stored no `cut`
+                yield key, Generation(*values)

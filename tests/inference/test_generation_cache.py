@@ -56,6 +56,14 @@ def test_a_full_disk_stops_the_run_instead_of_failing_the_case(exchanges, tmp_pa
         cache.wrap(Backend().generate)("decision_maker", exchanges[:1])
 
 
+def test_a_cache_of_an_older_version_can_be_opened(exchanges, tmp_path):
+    (tmp_path / "0.jsonl").write_text('{"an old key": ["text", {"A": -1.0}]}')
+    backend = Backend()
+    open_cache(tmp_path).wrap(backend.generate)("decision_maker", exchanges[:1])
+    open_cache(tmp_path).wrap(backend.generate)("decision_maker", exchanges[:1])
+    assert backend.branches == [branch.id for branch in exchanges[0].branches]
+
+
 def test_only_new_branches_reach_the_backend(exchanges, tmp_path):
     backend = Backend()
     generate = open_cache(tmp_path).wrap(backend.generate)
