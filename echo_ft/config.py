@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import logging
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -25,6 +29,9 @@ from echo_ft.terminal import LOGGER, log_to_terminal
 
 COMMAND_LINE = "the command line"
 
+_LIST_OR_TEXT = ("lora_target_modules",)
+"""Options that TRL (1.16) declares as a list, and for which PEFT also takes a text (`all-linear` or a pattern)."""
+
 DESCRIPTION = "--config FILE reads these options from a YAML file of key: value lines. Flags override the file."
 
 
@@ -32,7 +39,7 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """Build one instance of each dataclass in `types` from `--config FILE` and `--key value` flags.
 
     Flags override the file. Raises EchoError if the file is missing or not a mapping, if a key is unknown (the message
-    names the nearest known one), if a value has the wrong type, or if a required value is missing.
+    names a known one that is near), if a value has the wrong type, or if a required value is missing.
     """
     file, flags = _split(argv)
     return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)
@@ -60,10 +67,12 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
                 raise EchoError(f"{source}: {name} is empty; set a value or remove the line")
 
     parser: Any = HfArgumentParser(list(types), description=DESCRIPTION)
+    mappings = {name for cls in types for name, kind in get_type_hints(cls).items() if _takes_mapping(kind)}
     # A value in the file satisfies a required flag and is validated like a flag.
     for action in parser._actions:
         if action.dest in config:
             action.required = False
+        action.type = _mapping if action.dest in mappings else _STRICT.get(action.type, action.type)
     parser.error = _error_handler(source)
     parser.set_defaults(**{key: _checked(parser, key, value, source) for key, value in config.items()})
     for action in parser._actions:
@@ -71,8 +80,12 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
             action.help, action.default = f"Same as --{action.dest} false.", argparse.SUPPRESS
     try:
         return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
-    except (ValueError, TypeError) as error:
-        raise EchoError(f"{source}: {error}") from error
+    except EchoError:
+        raise
+    except Exception as error:  # the checks of another library's dataclass may raise anything
+        given = {**config, **{flag.removeprefix("--"): value for flag, value in pairwise(flags)}}
+        given |= {name: _mapping(given[name]) for name in mappings & given.keys() if isinstance(given[name], str)}
+        raise EchoError(f"{source}: {_blamed(error, given)}{error}") from error
 
 
 def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -106,13 +119,20 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     action = next(action for action in parser._actions if action.dest == key)
-    if value is None or isinstance(value, dict):
+    if value is None:
         return value
+    if isinstance(value, dict):
+        if action.type is not _mapping:
+            raise EchoError(f"{source}: {key} takes {'a list' if action.nargs else 'one value'}, not {value!r}")
+        return _with_numbers(value)
+    if isinstance(value, str) and key in _LIST_OR_TEXT:
+        value = [value]
     if isinstance(value, list) != (action.nargs in ("+", "*")):
         raise EchoError(f"{source}: {key} takes {'one value' if isinstance(value, list) else 'a list'}, not {value!r}")
     items = value if isinstance(value, list) else [value]
-    if action.choices is not None and "on" in action.choices:  # YAML 1.1 reads unquoted on and off as booleans
-        items = [{True: "on", False: "off"}[item] if isinstance(item, bool) else item for item in items]
+    for yes, no in (("on", "off"), ("true", "false")):  # YAML 1.1 reads these as booleans, unless they are quoted
+        if action.choices is not None and yes in action.choices:
+            items = [(yes if item else no) if isinstance(item, bool) else item for item in items]
     try:
         # YAML 1.1 reads 2e-4 as a string. The flag's type converts both spellings to a number.
         kind = action.type or (lambda item: item)
@@ -125,12 +145,77 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     return converted if isinstance(value, list) else converted[0]
 
 
+def _whole(item: Any) -> int:
+    """`int`, but it does not cut 2.7 to 2. Raises ArgumentTypeError, also for numbers of more than 64 bits."""
+    try:
+        number = int(item)
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or (isinstance(item, float) and number != item) or abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"invalid int value: {item!r}")
+    return number
+
+
+def _finite(item: Any) -> float:
+    """`float`, but it takes neither NaN nor infinity. Raises ArgumentTypeError."""
+    try:
+        number = float(item)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"invalid float value: {item!r}")
+    return number
+
+
+_STRICT: dict[Any, Callable[[Any], Any]] = {int: _whole, float: _finite}
+
+
+def _takes_mapping(kind: Any) -> bool:
+    return any((get_origin(option) or option) is dict for option in (kind, *get_args(kind)))
+
+
+def _mapping(text: str) -> Any:
+    """Parse a JSON mapping; the name of an existing file stays text. Raises ArgumentTypeError for anything else."""
+    if text.startswith("{"):
+        try:
+            return _with_numbers(json.loads(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    if Path(text).is_file():
+        return text
+    raise argparse.ArgumentTypeError(f'{text!r} is neither a file nor a mapping such as {{"name": 1}}')
+
+
+def _with_numbers(value: Any) -> Any:
+    """`value` with texts such as 1e-6 as numbers. YAML 1.1, which PyYAML (6.0) reads, has no float without a dot."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _blamed(error: Exception, given: Mapping[str, Any]) -> str:
+    """`name: ` for the option that `error` is about, or nothing if the message names an option or none is found."""
+    text = str(error)
+    if any(re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in given):
+        return ""
+    for name, value in given.items():
+        parts = value if isinstance(value, (dict, list)) else [value]
+        if any(repr(str(part)) in text for part in parts):
+            return f"{name}: "
+    return ""
+
+
 def _is_number(item: Any) -> bool:
     return isinstance(item, (int, float)) and not isinstance(item, bool)
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else "; run with --help for the list"
 
 

@@ -113,3 +113,73 @@ def test_wandb_errors_are_one_line_and_other_errors_keep_their_traceback(monkeyp
     assert "error: W&B: No API key configured.; run wandb login" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         run_main(fails(ZeroDivisionError()))
+
+
+@dataclass(frozen=True)
+class Mapped:
+    schedule: dict[str, float] | None = None
+    lora_target_modules: list[str] | None = None
+    rate: float = 1.0
+    steps: int = 3
+
+
+@pytest.mark.parametrize("value", ["1e-6", "{a: 1e-6, b: [2e+3, x1e3]}"])
+def test_numbers_with_an_exponent_are_numbers_in_mappings_too(write, value):
+    if value.startswith("{"):
+        assert parse([Mapped], write(f"schedule: {value}\n"))[0].schedule == {"a": 1e-6, "b": [2e3, "x1e3"]}
+        assert parse([Mapped], ["--schedule", '{"a": "1e-6"}'])[0].schedule == {"a": 1e-6}
+    else:
+        assert parse([Mapped], write(f"rate: {value}\n"))[0].rate == 1e-6
+
+
+def test_a_text_is_a_list_of_one_only_for_options_that_peft_takes_as_text(write):
+    assert parse([Mapped], write("lora_target_modules: all-linear\n"))[0].lora_target_modules == ["all-linear"]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("rate: .nan\n", [], "rate cannot be nan"),
+        ("rate: .inf\n", [], "rate cannot be inf"),
+        ("", ["--rate", "nan"], "argument --rate: invalid float value: 'nan'"),
+        ("steps: 2.5\n", [], r"steps cannot be 2\.5"),
+        ("steps: 1.0e+300\n", [], r"steps cannot be 1e\+300"),
+        ("rate: {a: 1}\n", [], "rate takes one value"),
+        ("lora_target_modules: {a: 1}\n", [], "lora_target_modules takes a list"),
+        ("schedule: linear\n", [], "schedule cannot be 'linear' .*neither a file nor a mapping"),
+        ("", ["--schedule", "{a"], "argument --schedule: '{a' is not valid JSON"),
+    ],
+)
+def test_values_that_no_option_takes_are_named(write, text, flags, message):
+    with pytest.raises(EchoError, match=message):
+        parse([Mapped], [*(write(text) if text else []), *flags])
+    assert parse([Mapped], write("steps: 2.0\n"))[0].steps == 2
+
+
+def test_a_name_that_is_not_near_is_no_hint(write):
+    for far in ("patience", "warmth", "stop"):
+        with pytest.raises(EchoError, match=f"unknown option --{far}; run with --help for the list"):
+            parse([Options], ["--dataset", "d", f"--{far}", "1"])
+
+
+@dataclass
+class Checked:
+    """Checks its values like a class of another library, in its own terms."""
+
+    kind: str = "plain"
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind != "plain":
+            raise KeyError(f"no such thing: {self.kind!r}")
+        if self.share > 1:
+            raise RuntimeError("share must not exceed the whole")
+
+
+def test_errors_of_another_librarys_checks_name_the_option():
+    for flags, message in (
+        (["--kind", "odd"], "the command line: kind: .*'odd'"),
+        (["--share", "2"], ": share must not"),
+    ):
+        with pytest.raises(EchoError, match=message):
+            parse([Checked], flags)

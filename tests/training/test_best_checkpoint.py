@@ -114,7 +114,7 @@ def test_a_best_checkpoint_needs_a_checkpoint_of_each_evaluation(tmp_path, optio
         ),
         (["--early_stopping_threshold", 0.1], "early_stopping_threshold has no effect without early_stopping_patience"),
         ([*BEST_OF_SIX, "--early_stopping_patience", 0], "early_stopping_patience is 0; it is a number of evaluations"),
-        ([*STOPPING, "--early_stopping_threshold", "nan"], "early_stopping_threshold is nan; set it to 0 or more"),
+        ([*STOPPING, "--early_stopping_threshold", "nan"], "early-stopping-threshold: invalid float value: 'nan'"),
     ],
 )
 def test_contradicting_options_of_early_stopping_are_refused(dataset, tmp_path, options, message):
