@@ -113,10 +113,16 @@ def explain_full_disk(folder: Path, remedy: str, error_class: type[EchoError] = 
     """Raise an `error_class` that names `folder` and `remedy` if a disk or quota is full in the block."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors (0.8) raises its own SafetensorError, and torch.save (2.15) a RuntimeError; neither has a code.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(text in str(error) for text in _FULL_DISK):
             raise
         raise error_class(f"no space left in {folder}; {remedy}") from error
+
+
+_FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "iostream error", "unexpected pos")
+"""What errors without a code say if a disk is full. The last two are torch's."""
 
 
 @contextmanager

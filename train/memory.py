@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     own, config, sft, base = configs.parse(
         [MemoryConfig, EchoConfig, SFTConfig, ModelConfig], [*argv, "--use_cpu", "true"]
     )
-    check_options(sft, base)
+    check_options(sft, base, config)
     if own.gpus < 1:
         raise EchoError(f"gpus is {own.gpus}; give a number of GPUs of at least 1")
     model = trainable_meta_model(config, base)

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
-from echo_ft.files import from_dict, lock_folder
+from echo_ft.files import explain_full_disk, from_dict, lock_folder
 from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card
-from echo_ft.model.loading import check_lora_targets, load_model, load_processor
+from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
-from echo_ft.training.checkpoints import find_checkpoint, resume_wandb_run
+from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, resume_wandb_run, training_options
 from echo_ft.training.memory import trainable_meta_model
 from echo_ft.training.planning import Plan, dry_run_report
 
 if TYPE_CHECKING:
     from echo_ft.training.config import EchoConfig
+
+
+_RESUME = "--resume_from_checkpoint true resumes from the last checkpoint, if one was saved"
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,25 @@ class CheckedRun:
     plan: Plan
     card: AdapterCard | None
     """None in a dry run, because a card needs the base model's weights."""
-    checkpoint: str | None
+    checkpoint: Checkpoint | None
     marks: dict[str, Inspection] | None
     """The inspections by case that the mask loss learns from, or None without it."""
+    meta_model: Any
+    """The model on the meta device as it will be trained."""
 
 
 def main(argv: list[str]) -> None:
     """Parse the options, lock output_dir, then plan or train."""
     from trl import ModelConfig
 
-    from echo_ft.training.checks import check_options
+    from echo_ft.training.checks import check_options, check_precision, runs_on_cpu
     from echo_ft.training.config import EchoConfig, TrainingConfig, check_early_stopping
 
     if "--dry_run" in argv:  # without a GPU, transformers rejects bf16 unless the CPU is requested explicitly
         argv = [*argv, "--use_cpu", "true"]
     config, sft, base = configs.parse([EchoConfig, TrainingConfig, ModelConfig], argv)
-    check_options(sft, base)
+    check_options(sft, base, config)
+    check_precision(sft, base, runs_on_cpu(sft, config.dry_run))
     check_early_stopping(config, sft)
     with ExitStack() as stack:
         if sft.process_index == 0 and not config.dry_run:
@@ -80,18 +86,18 @@ def main(argv: list[str]) -> None:
 def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
     from echo_ft.training.cases import load_training_cases, pad_cases
+    from echo_ft.training.checks import check_optimizer, check_trained_parts
     from echo_ft.training.mask_loss import load_marks
 
-    if not 0 <= config.corrupted_share <= 1:
-        raise EchoError(f"corrupted_share is {config.corrupted_share:g}; it is a share of the cases, from 0 to 1")
-    if not 0 <= config.mask_loss <= 1:
-        raise EchoError(f"mask_loss is {config.mask_loss:g}; it is a weight, from 0 (off) to 1")
     if config.mask_loss and not base.use_peft:
         raise EchoError("mask_loss trains adapters only; set use_peft: true or remove mask_loss")
     dataset = load_dataset(Path(config.dataset))
     marks = load_marks(dataset, sft.process_index == 0) if config.mask_loss else None
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     row_builder = RowBuilder(processor)
+    model = trainable_meta_model(config, base)
+    check_trained_parts(model, config)
+    check_optimizer(sft, model)
     if sft.process_index == 0:
         for verdict in audit_leaks(dataset).values():
             LOGGER.warning(verdict)
@@ -107,15 +113,18 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
             config.corrupted_share,
             "4bit" if base.load_in_4bit else "8bit" if base.load_in_8bit else "",
             config.mask_loss if marks else 0.0,
+            training_options(config, sft, base, model.peft_config["default"] if base.use_peft else None),
         )
         checkpoint = find_checkpoint(sft, card)
+        if checkpoint is not None:
+            card = replace(card, resumed=checkpoint.resumed)
     cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
     validation = None
     if sft.eval_strategy != "no":
         validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
         if sft.world_size > 1:
             validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size)
-    return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint, marks or None)
+    return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint, marks or None, model)
 
 
 def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
@@ -127,17 +136,15 @@ def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Non
     names = (name for case in cases for exchange in case["exchanges"] for name in exchange["images"])
     require_unchanged(dataset, names)
     first = from_dict(Exchange, cases[0]["exchanges"][0])
-    model = trainable_meta_model(config, base)
-    print(dry_run_report(checked.plan, first, checked.row_builder, dataset.root, model, sft, base), flush=True)
+    report = dry_run_report(checked.plan, first, checked.row_builder, dataset.root, checked.meta_model, sft, base)
+    print(report, flush=True)
 
 
 def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     """Train, and save the adapter or the full model with its card."""
-    from trl import get_peft_config
-
     from echo_ft.model.preparation import freeze_parts
     from echo_ft.training.collator import Collator
-    from echo_ft.training.config import quantization_config
+    from echo_ft.training.config import lora_config, quantization_config
     from echo_ft.training.trainer import PrefixSharingTrainer
 
     assert checked.card is not None
@@ -150,11 +157,9 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         attn_implementation="sdpa",  # for the vision tower; the language model uses echo_ft.model.attention
         quantization_config=quantization_config(base),
     )
-    lora: Any = get_peft_config(base)  # a LoraConfig, or None for full fine-tuning
+    lora = lora_config(config, base, model)
     if lora is None:
         freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
-    else:
-        lora.target_modules = check_lora_targets(model, lora.target_modules)
     trainer = PrefixSharingTrainer(
         model=model,
         args=sft,
@@ -175,11 +180,12 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         largest_batch=checked.plan.largest_batch(sft.per_device_train_batch_size),
         store=store,
         implementation=base.attn_implementation or "sdpa",
-        checkpoint=checked.checkpoint,
+        checkpoint=checked.checkpoint.path if checked.checkpoint else None,
     )
-    trainer.train(resume_from_checkpoint=checked.checkpoint)
-    trainer.save_model(sft.output_dir)
-    trainer.save_state()
+    with explain_full_disk(Path(sft.output_dir), f"free some space; {_RESUME}"):
+        trainer.train(resume_from_checkpoint=checked.checkpoint.path if checked.checkpoint else None)
+        trainer.save_model(sft.output_dir)
+        trainer.save_state()
     kind = "adapter" if base.use_peft else "full model"
     best = trainer.card.best_step
     chosen = f" of step {best}, which evaluated best," if best else ""
@@ -206,4 +212,4 @@ def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) ->
 
 
 if __name__ == "__main__":
-    configs.run_main(main, "--resume_from_checkpoint true resumes from the last checkpoint, if one was saved")
+    configs.run_main(main, _RESUME)

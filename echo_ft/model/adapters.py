@@ -57,6 +57,10 @@ class AdapterCard:
     """Weight of the mask loss beside the loss of the completions."""
     best_step: int = 0
     """Step of the checkpoint that load_best_model_at_end chose; 0 if these are the weights of the last step."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """The options that decide what is learnt (echo_ft.training.checkpoints); empty in cards of older versions."""
+    resumed: list[str] = field(default_factory=list)
+    """The options that a resume has changed, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,11 @@ def make_card(
     corrupted_share: float = 0.0,
     quantization: str = "",
     mask_loss: float = 0.0,
+    training: Mapping[str, Any] | None = None,
 ) -> AdapterCard:
     """Make the card for an adapter that is being trained with the current code and packages.
+
+    `training` holds JSON values.
 
     Raises EchoError if the base model's weights are not found (`base_fingerprint`).
     """
@@ -108,6 +115,7 @@ def make_card(
         upstream=dataset.manifest.get("upstream", "gold"),
         quantization=quantization,
         mask_loss=mask_loss,
+        training=dict(training or {}),
     )
 
 
@@ -121,7 +129,9 @@ def write_card(folder: Path, card: AdapterCard) -> None:
 
 
 def _readme(card: AdapterCard) -> str:
-    facts = {name: value for name, value in asdict(card).items() if value not in ({}, 0.0, "")}
+    fields = asdict(card)
+    fields |= fields.pop("training")
+    facts = {name: value for name, value in fields.items() if value not in ({}, [], None, 0.0, "")}
     table = "\n".join(f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in facts.items())
     verdicts = "".join(f"\n**{verdict}**\n" for verdict in card.leaks.values())
     return (

@@ -85,11 +85,17 @@ def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:
-    """`model` (on the meta device) with a PEFT adapter. Raises EchoError if `check_lora_targets` does."""
+    """`model` (on the meta device) with a PEFT adapter.
+
+    Raises EchoError if `check_lora_targets` does, or if PEFT refuses its config.
+    """
     from peft import get_peft_model
 
     peft_config.target_modules = check_lora_targets(model, peft_config.target_modules)
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise EchoError(f"PEFT refuses the adapter: {error}; check use_dora, init_lora_weights and lora_*") from error
 
 
 def count_parameters(model: Any) -> list[ParameterCount]:

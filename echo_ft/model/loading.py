@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -25,36 +27,66 @@ def parameter_group(name: str) -> str:
     return "vision tower" if ".visual." in name else "language model"
 
 
-def check_lora_targets(model: Any, names: list[str] | str) -> list[str]:
-    """Check that each of `names` matches linear layers of `model`, and return them as a list.
+def check_lora_targets(model: Any, targets: list[str] | str) -> list[str]:
+    """Check that `targets`, as PEFT takes them, are linear layers of `model`, and return their names.
 
-    As in PEFT, a name matches the end of a module's name. PEFT, however, ignores a name without matches if another name
-    has some. A string counts as a list of one name, because TRL (1.16) turns `[q_proj]` into `q_proj`, which PEFT reads
-    as a pattern for full names.
+    A name in a list matches the end of a module's name. PEFT, however, ignores a name without matches if another name
+    has some. A text is `all-linear` (every linear layer but the output layer, so also the vision tower and the merger)
+    or a regular expression for full names. A text that is a name counts as a list, because TRL (1.16) turns `[q_proj]`
+    into `q_proj`. For `all-linear` and patterns, the result has the shortest names that match the same modules.
 
-    Raises EchoError if a name matches no module, with the nearest valid name, or if it also matches a module that is
-    not linear (Qwen2-VL has a convolution named `proj`).
+    Raises EchoError if a target matches no module, with the nearest valid name, or if it also matches the output layer
+    or a module that is not linear (Qwen2-VL has a convolution named `proj`).
     """
     import torch
 
     modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name.split(".") for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
-    known = {".".join(parts[-size:]) for parts in linear for size in (1, 2, 3)}
-    names = [names] if isinstance(names, str) else list(names)
+    linear = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    output = {name for name in linear if modules[name] is model.get_output_embeddings()}
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return _shortest_names(linear - output, modules)
+    pattern = isinstance(targets, str) and re.search(r"[][()*+?|\\^$]", targets) is not None
+    names = [targets] if isinstance(targets, str) else list(targets)
+    matched: list[str] = []
     for target in names:
-        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        found = _matches(target, modules, pattern)
         if not found:
+            known = {".".join(name.split(".")[-size:]) for name in linear for size in (1, 2, 3)}
             near = difflib.get_close_matches(target, sorted(known), n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "the language model has q_proj, k_proj, v_proj, ..."
             raise EchoError(f"lora_target_modules: the model has no module {target}; {hint}")
-        other = next((name for name in found if not isinstance(modules[name], torch.nn.Linear)), None)
+        other = next((name for name in found if name not in linear - output), None)
         if other is not None:
-            kind = type(modules[other]).__name__
+            # TRL (1.16) computes the loss from the weights of the output layer, so an adapter there would not learn.
+            kind = "the output layer" if other in output else f"a {type(modules[other]).__name__}"
             raise EchoError(
-                f"lora_target_modules: {target} also matches {other}, a {kind}; name only linear layers, "
-                "such as attn.proj"
+                f"lora_target_modules: {target} also matches {other}, {kind}; name only other linear layers, such as "
+                "attn.proj"
             )
-    return names
+        matched += found
+    return _shortest_names(matched, modules) if pattern else names
+
+
+def _matches(target: str, modules: Iterable[str], pattern: bool) -> list[str]:
+    if not pattern:
+        return [name for name in modules if name == target or name.endswith(f".{target}")]
+    try:
+        return [name for name in modules if re.fullmatch(target, name)]
+    except re.error as error:
+        raise EchoError(f"lora_target_modules: {target} is not a regular expression ({error}); mend it") from error
+
+
+def _shortest_names(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The shortest readable endings of names that match all `chosen` modules and none of the others."""
+
+    def endings(name: str) -> list[str]:
+        parts = name.split(".")
+        last = len(parts) - (3 if parts[-1].isdigit() else 1)  # merger.mlp.0 rather than mlp.0
+        return [".".join(parts[start:]) for start in range(last, -1, -1) if not parts[start].isdigit()]
+
+    chosen = set(chosen)
+    others = {ending for name in modules if name not in chosen for ending in endings(name)}
+    return sorted({next((ending for ending in endings(name) if ending not in others), name) for name in chosen})
 
 
 def load_processor(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from echo_ft.errors import EchoError
 from echo_ft.model import attention
 from echo_ft.model.loading import PARAMETER_GROUPS, parameter_group, project_patches
@@ -64,27 +66,34 @@ def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning
     return model
 
 
+def check_part_rates(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> None:
+    """Raise EchoError if a part of `model` has a learning rate but no trained weights.
+
+    In full fine-tuning, a rate of 0 freezes a part.
+    """
+    trained = {parameter_group(name) for name, weight in model.named_parameters() if weight.requires_grad}
+    full = not hasattr(model, "peft_config")
+    for part, rate in (("vision tower", vision_learning_rate), ("merger", merger_learning_rate)):
+        if rate is not None and part not in trained and not (full and rate == 0):
+            modules = "attn.qkv, attn.proj" if part == "vision tower" else "merger.mlp.0"
+            raise EchoError(
+                f"{part.split()[0]}_learning_rate is {rate}, but no weights of the {part} are trained; add its modules "
+                f"to lora_target_modules ({modules}, ...) or remove the learning rate"
+            )
+
+
 def set_part_rates(
     optimizer: Any, model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None
 ) -> None:
     """Give the vision tower and the merger of `model` their own learning rates in `optimizer`, unless they are None.
 
-    Raises EchoError if a part has a learning rate but no trained weights. In full fine-tuning, a rate of 0 freezes it.
+    Raises EchoError if `check_part_rates` does.
     """
-    from peft import PeftModel
-
+    check_part_rates(model, vision_learning_rate, merger_learning_rate)
     rates = {"vision tower": vision_learning_rate, "merger": merger_learning_rate}
     if all(rate is None for rate in rates.values()):
         return
     trained = {weight: parameter_group(name) for name, weight in model.named_parameters() if weight.requires_grad}
-    for name, rate in rates.items():
-        frozen_on_purpose = rate == 0 and not isinstance(model, PeftModel)
-        if rate is not None and name not in trained.values() and not frozen_on_purpose:
-            modules = "attn.qkv, attn.proj" if name == "vision tower" else "merger.mlp.0"
-            raise EchoError(
-                f"{name.split()[0]}_learning_rate is {rate}, but no weights of the {name} are trained; add its modules "
-                f"to lora_target_modules ({modules}, ...) or remove the learning rate"
-            )
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for group in groups:
@@ -93,3 +102,39 @@ def set_part_rates(
             rate = rates.get(name)
             if members:
                 optimizer.add_param_group({**group, "params": members, "lr": group["lr"] if rate is None else rate})
+
+
+def check_output_layer(model: Any) -> None:
+    """Raise EchoError if a trained output layer has its own weights, as in the 7B model. Call this only under FSDP.
+
+    TRL (1.16) reads these weights without FSDP's hooks, so each process would apply the gradients of its own cases.
+    """
+    head = model.get_output_embeddings().weight
+    if head.requires_grad and head is not model.get_input_embeddings().weight:
+        raise EchoError(
+            "full fine-tuning under FSDP gives wrong gradients for a model whose output layer has its own weights, as "
+            "in the 7B model (TRL 1.16); use recipes/accelerate/zero3.yaml"
+        )
+
+
+def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise EchoError unless all `gradients` are finite and every trained part has a nonzero one.
+
+    The keys are parameter names. LoRA's second matrix starts at zero, so the gradient of the first one is zero at step
+    1. The check is therefore per part, not per matrix.
+    """
+    nonzero: dict[str, bool] = {}
+    for name, gradient in gradients.items():
+        if gradient is not None and not torch.isfinite(gradient).all():
+            raise EchoError(
+                f"the first gradient of {name} is not finite; use bf16 or full precision instead of fp16, and do not "
+                "set use_dora if the weights have rows of zeros"
+            )
+        part = parameter_group(name)
+        nonzero[part] = nonzero.get(part, False) or (gradient is not None and bool(gradient.any()))
+    dead = [part for part, has_gradient in nonzero.items() if not has_gradient]
+    if dead:
+        raise EchoError(
+            f"lora_target_modules names the {' and the '.join(dead)}, but no gradient arrives there; set "
+            "gradient_checkpointing: false or remove those modules"
+        )

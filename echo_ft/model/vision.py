@@ -111,6 +111,15 @@ class BatchImages:
     """Stored features (tokens, hidden) of the other images."""
 
 
+def require_frozen_tower(model: Any) -> None:
+    """Raise EchoError if `model` trains weights of the vision tower or the merger, so that features would not stay."""
+    if any(".visual." in f".{name}" and weight.requires_grad for name, weight in model.named_parameters()):
+        raise EchoError(
+            "features cannot be stored because the vision tower is trained; remove `features` from the config, or the "
+            "modules of tower and merger from lora_target_modules (with use_peft: false, set their learning rates to 0)"
+        )
+
+
 def encode_images_once(model: Any, store: TowerFeatureStore | None) -> None:
     """Patch a Qwen2-VL to accept `images=BatchImages(...)` along with the pixels of the images to encode.
 
@@ -121,11 +130,8 @@ def encode_images_once(model: Any, store: TowerFeatureStore | None) -> None:
     """
     core = model.model
     frozen = not any(parameter.requires_grad for parameter in core.visual.parameters())
-    if store is not None and not frozen:
-        raise EchoError(
-            "features cannot be stored because the vision tower is trained; remove `features` from the config, or the "
-            "modules of tower and merger from lora_target_modules (with use_peft: false, set their learning rates to 0)"
-        )
+    if store is not None:
+        require_frozen_tower(model)
     encode = core.get_image_features
 
     def get_image_features(

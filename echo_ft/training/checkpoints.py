@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echo_ft.errors import EchoError
 from echo_ft.files import write_text
@@ -13,7 +15,10 @@ from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, read_card
 from echo_ft.terminal import LOGGER
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
+    from peft import LoraConfig
+    from trl import ModelConfig, SFTConfig
+
+    from echo_ft.training.config import EchoConfig
 
 
 COMPLETE_MARKER = "whole"
@@ -22,20 +27,83 @@ COMPLETE_MARKER = "whole"
 WANDB_RUN_FILE = "wandb_run_id.txt"
 """Name of the file in output_dir that holds the id of the W&B run."""
 
+FIXED = (
+    "cases_per_step", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config",
+    "max_tokens", "mixed_precision", "tf32", "dtype", "optim", "optim_args", "optim_target_modules", "loss_type",
+    "average_tokens_across_devices", "ignore_data_skip", "metric_for_best_model", "greater_is_better", "use_peft",
+    "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
+    "init_lora_weights", "rank_pattern", "alpha_pattern", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+)  # fmt: skip
+"""Options that a checkpoint determines. A resume with other values is refused.
+
+`cases_per_step` is the batch of all processes with accumulation, and `mixed_precision` comes from bf16 and fp16.
+"""
+
+FREE = (
+    "learning_rate", "vision_learning_rate", "merger_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "num_train_epochs", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "lora_dropout", "eval_strategy", "eval_steps", "eval_delay", "load_best_model_at_end",
+    "early_stopping_patience", "early_stopping_threshold",
+)  # fmt: skip
+"""Options that decide what is learnt and that a resume may change. They apply from the resumed step on."""
+
+IRRELEVANT = (
+    # The card has its own fields for the first ones.
+    "role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "model_name_or_path",
+    "model_revision", "load_in_4bit", "load_in_8bit", "features", "features_gib", "dry_run", "attn_implementation",
+    "output_dir", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict", "use_cpu", "use_cache",
+    # What is logged, reported, pushed and saved
+    "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name",
+    "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "save_only_model", "save_strategy",
+    "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token",
+    "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "debug",
+    "skip_memory_metrics", "restore_callback_states_from_checkpoint",
+    # How an evaluation runs
+    "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start", "eval_do_concat_batches",
+    "eval_use_gather_object", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval",
+    # Speed and memory, for the same result up to rounding
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "use_liger_kernel", "liger_kernel_config", "torch_empty_cache_steps", "auto_find_batch_size",
+    "activation_offloading", "full_determinism", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataloader_in_order", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config",
+)  # fmt: skip
+"""Options that do not change what is learnt, or that the checkpoint's other files and card fields cover."""
+
+_PEFT_NAMES = {
+    "r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules", "use_rslora": "use_rslora",
+    "use_dora": "use_dora", "modules_to_save": "lora_modules_to_save", "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}  # fmt: skip
+"""Options that PEFT's adapter_config.json records too, also next to cards of older versions."""
+
 _MUST_MATCH = (
     "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
     "quantization", "mask_loss",
 )  # fmt: skip
 
 
-def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to resume from."""
+
+    path: str
+    resumed: list[str]
+    """The options that resumes have changed, also this one, one sentence each; for the card."""
+
+
+def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
     """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or `true` takes the newest in output_dir.
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
     not exist or is incomplete. Raises EchoError if its adapter differs from `card` in role, dataset, base model, prompt
-    version, pixel budget, share of corrupted queries or quantization. Raises EchoError if it holds the ZeRO optimizer
-    states of another number of processes. Raises EchoError if a new run would replace a finished adapter or the
-    checkpoints of an earlier run.
+    version, pixel budget, share of corrupted queries, quantization or an option in FIXED; options in FREE that differ
+    are logged. Raises EchoError if it has no optimizer state, or the ZeRO optimizer states of another number of
+    processes. Raises EchoError if a new run would replace a finished adapter or the checkpoints of an earlier run.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     newest = wanted is not None and wanted.lower() == "true"
@@ -66,17 +134,145 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> str | None:
             f"{wanted} holds the ZeRO optimizer states of {shards} processes and cannot be resumed by "
             f"{sft.world_size}; start {shards} processes, or train with DDP, which resumes with any number"
         )
+    _require_states(Path(wanted), sft)
     found = read_card(Path(wanted))
     for name in _MUST_MATCH:
-        before, now = getattr(found, name), getattr(card, name)
-        if before != now:
-            raise EchoError(
-                f"{wanted} was trained with {name} {before or 'none'}, not {now or 'none'}; resume with the same "
-                "config, or choose another output_dir to start a new run"
-            )
+        _require_equal(wanted, name, getattr(found, name), getattr(card, name))
+    _require_steps(Path(wanted), sft)
+    changes = _compare_training(Path(wanted), found.training, card.training)
     if sft.process_index == 0:
         LOGGER.info("training resumes from %s", wanted)
-    return str(wanted)
+        for change in changes:
+            LOGGER.warning("the resumed run changes %s", change)
+    return Checkpoint(str(wanted), [*found.resumed, *changes])
+
+
+def _require_equal(checkpoint: Any, name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise EchoError(
+            f"{checkpoint} was trained with {name} {_shown(before)}, not {_shown(now)}; resume with the same config, "
+            "or choose another output_dir to start a new run"
+        )
+
+
+def _shown(value: Any) -> str:
+    if value in (None, "", [], {}):
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _require_states(checkpoint: Path, sft: SFTConfig) -> None:
+    """Raise EchoError unless `checkpoint` has the states of optimizer and schedule, in the form that this run reads.
+
+    transformers (5.23) starts the optimizer over, without a word, if it does not find its state.
+    """
+    sharded = [*checkpoint.glob("global_step*/*_optim_states.pt")]
+    fully_sharded = [*checkpoint.glob("optimizer_[0-9]*"), *checkpoint.glob("optimizer.bin")]
+    whole = (checkpoint / "optimizer.pt").is_file()
+    if not (sharded or fully_sharded or whole) or not (checkpoint / "trainer_state.json").is_file():
+        raise EchoError(
+            f"{checkpoint} has no optimizer state (save_only_model: true), so training cannot resume from it; give "
+            "another checkpoint, or choose another output_dir to start a new run"
+        )
+    zero, fsdp = getattr(sft, "deepspeed_plugin", None), bool(getattr(sft, "fsdp_plugin_args", None))
+    if (zero and not sharded) or (fsdp and not fully_sharded) or not (zero or fsdp or whole):
+        kind = "ZeRO" if sharded else "FSDP" if fully_sharded else "a run without ZeRO or FSDP"
+        raise EchoError(
+            f"{checkpoint} holds the optimizer state of {kind}; resume it with the accelerate config that started it, "
+            "or choose another output_dir to start a new run"
+        )
+
+
+def _require_steps(checkpoint: Path, sft: SFTConfig) -> None:
+    """Raise EchoError if `checkpoint` was trained for longer than this run would be."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    name, done, most = "num_train_epochs", state["epoch"] or 0, sft.num_train_epochs
+    if sft.max_steps > 0:
+        name, done, most = "max_steps", state["global_step"], sft.max_steps
+    if done > most:
+        raise EchoError(
+            f"{checkpoint} was trained for longer ({done:g}) than {name} {most:g}; give an earlier checkpoint, or set "
+            f"a larger {name}"
+        )
+
+
+def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The options in FREE that differ, as sentences. Raises EchoError for one in FIXED, or one that cannot change."""
+    if not before:  # a card of an older version
+        before = _from_peft(checkpoint)
+        LOGGER.warning(
+            "the card of %s does not say how it was trained (an older version wrote it): only LoRA's options are "
+            "compared, so check the others, such as seed and batch size",
+            checkpoint,
+        )
+    for name in FIXED:
+        # A run without a metric has no best value yet that another metric would be compared with.
+        unset = name in ("metric_for_best_model", "greater_is_better") and None in (before.get(name), now.get(name))
+        if name in before and name in now and not unset:
+            _require_equal(checkpoint, name, before[name], now[name])
+    changed = [name for name in FREE if name in before and before[name] != now[name]]
+    adaptive = {"reduce_lr_on_plateau", "greedy"} & {before.get("lr_scheduler_type"), now["lr_scheduler_type"]}
+    for name in changed:
+        # These schedules keep rates in their state. A separate rate of one part needs its own optimizer group.
+        part = name in ("vision_learning_rate", "merger_learning_rate") and None in (before[name], now[name])
+        if part or (adaptive and ("rate" in name or "lr_" in name)):
+            _require_equal(checkpoint, name, before[name], now[name])
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return [f"{name} from {_shown(before[name])} to {_shown(now[name])} after step {step}" for name in changed]
+
+
+def _from_peft(checkpoint: Path) -> dict[str, Any]:
+    """What PEFT's config in `checkpoint` says about the options of `training_options`."""
+    file = checkpoint / "adapter_config.json"
+    if not file.is_file():
+        return {"use_peft": False}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    found = {name: config[peft] for peft, name in _PEFT_NAMES.items() if peft in config}
+    return {"use_peft": True, **found, "lora_target_modules": sorted(config["target_modules"])}
+
+
+def training_options(config: EchoConfig, sft: SFTConfig, base: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:
+    """The options that decide what is learnt, FIXED and FREE, as JSON values for the card.
+
+    `lora` is the adapter's config with the names of its target modules, or None for full fine-tuning.
+    """
+    merged = {**vars(base), **vars(sft), **vars(config)}
+    merged["cases_per_step"] = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * sft.world_size
+    merged["data_seed"] = sft.seed if sft.data_seed is None else sft.data_seed
+    merged["accelerator_config"] = sft.accelerator_config.to_dict()  # type: ignore[union-attr]
+    if lora is None:
+        merged |= {name: None for name in merged if name.startswith("lora_")}
+        merged |= dict.fromkeys(("use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"))
+    else:
+        merged["lora_target_modules"] = sorted(lora.target_modules or ())
+        merged |= {name: merged[name] or {} for name in ("rank_pattern", "alpha_pattern")}
+    if not (base.load_in_4bit or base.load_in_8bit):
+        merged |= dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"))
+    found: dict[str, Any] = json.loads(json.dumps({name: merged[name] for name in (*FIXED, *FREE)}, default=str))
+    return found
+
+
+def optimizer_options(optimizer: Any) -> list[dict[str, Any]]:
+    """The options of each parameter group of `optimizer`, as a new optimizer has them."""
+    names = ("lr", "weight_decay", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in getattr(optimizer, "param_groups", ())]
+
+
+def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
+    """Let a resumed run use `options`, those of a new optimizer, instead of the checkpoint's, from its next step on.
+
+    torch's `load_state_dict` restores the options of optimizer and schedule together with their states. Schedules that
+    are not a function of the step keep what the checkpoint has.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule.base_lrs = [group["lr"] for group in options]
+    for group, new, factor in zip(schedule.optimizer.param_groups, options, schedule.lr_lambdas, strict=True):
+        group.update(new)
+        group["initial_lr"], group["lr"] = new["lr"], new["lr"] * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def newest_checkpoint(folder: Path) -> str | None:

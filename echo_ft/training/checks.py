@@ -1,37 +1,86 @@
-"""Checks before step 1: options, output layer, gradients and memory."""
+"""Checks of the options of train/sft.py, before the dataset is read and the first weight is loaded.
+
+Where transformers, PEFT or torch have a check of their own, it runs here on dummies, so that a dry run refuses what the
+training would fail on.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
+import huggingface_hub
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig
 
 from echo_ft.errors import EchoError
 from echo_ft.model import attention
-from echo_ft.model.loading import parameter_group
+from echo_ft.model.preparation import check_part_rates
+from echo_ft.model.vision import require_frozen_tower
+from echo_ft.training.config import EchoConfig, quantization_config
 
-# Options of SFTConfig that control how TRL turns text into rows. Here, echo_ft.model.rows makes the rows.
-_WITHOUT_EFFECT = (
-    "packing", "eval_packing", "padding_free", "completion_only_loss", "assistant_only_loss", "chat_template_path",
-    "dataset_kwargs", "dataset_text_field", "dataset_num_proc", "eos_token", "pad_token", "pad_to_multiple_of",
-    "shuffle_dataset", "truncation_mode", "model_init_kwargs", "remove_unused_columns",
+WITHOUT_EFFECT = (
+    "packing", "eval_packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss",
+    "chat_template_path", "dataset_kwargs", "dataset_text_field", "dataset_num_proc", "eos_token", "pad_token",
+    "pad_to_multiple_of", "shuffle_dataset", "truncation_mode", "model_init_kwargs", "remove_unused_columns",
+    "label_names", "length_column_name",
 )  # fmt: skip
+"""Options of SFTConfig that control how TRL turns text into rows. Here, echo_ft.model.rows makes the rows."""
+
+UNSUPPORTED = {
+    "label_smoothing_factor": "the loss on packed rows has no smoothing",
+    "router_aux_loss_coef": "Qwen2-VL has no experts in its layers",
+    "include_for_metrics": "an evaluation computes only the metrics of the loss",
+    "batch_eval_metrics": "an evaluation computes only the metrics of the loss",
+    "neftune_noise_alpha": "rows are packed and share prefixes, so the noise would depend on the batch size",
+    "trust_remote_code": "Qwen2-VL is part of transformers",
+    "lora_target_parameters": "Qwen2-VL has linear layers; use lora_target_modules",
+}
+"""Options that must stay unset, and why."""
+
+_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1, "dataloader_prefetch_factor": 1, "torch_empty_cache_steps": 1,
+    "ddp_bucket_cap_mb": 1, "ddp_timeout": 1, "max_tokens": 1, "lora_r": 1, "lora_alpha": 1,
+    "max_steps": -1, "local_rank": -1,
+}  # fmt: skip
+"""Smallest values of numbers that may not be 0 or may be negative. All other numbers start at 0."""
+
+_MOST = {
+    "lora_r": 2**14, "lora_alpha": 2**20, "lora_dropout": 0.999, "adam_beta1": 0.99999, "adam_beta2": 0.99999,
+    "corrupted_share": 1, "seed": 2**32 - 1, "ddp_timeout": 10**9, "max_length": 2**31,
+}  # fmt: skip
+"""Largest values. NumPy takes seeds of 32 bits. PEFT accepts any rank and alpha, also those that give infinities."""
+
+METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation during training measures, without the prefix `eval_`."""
 
 
-def check_options(sft: SFTConfig, model: ModelConfig) -> None:
+def check_options(sft: SFTConfig, model: ModelConfig, config: EchoConfig | None = None) -> None:
     """Set the options of `sft` that packed rows need.
 
-    Raises EchoError for an option that has no effect here, that training does not support, or that is missing.
+    Raises EchoError for an option that has no effect here, that training does not support, that is out of its range,
+    that needs a package that is not installed, or that is missing. The message names the option.
     """
+    for record in (sft, model, *([config] if config else [])):
+        _check_ranges(record)
+        for name, reason in UNSUPPORTED.items():
+            if getattr(record, name, None):
+                raise EchoError(f"{name} is not supported: {reason}; remove it from the config")
     _check_row_options(sft)
     _check_trainer_options(sft)
+    _check_libraries(sft)
+    _check_schedule(sft)
+    _check_best_model(sft, bool(config and config.mask_loss))
     _check_model_options(model)
+    if sft.push_to_hub:
+        _check_hub(sft)
     if sft.ddp_find_unused_parameters is None:  # TRL (1.16) would search for them in every step
         sft.ddp_find_unused_parameters = False  # there are none: Collator has every process enter the tower
     sft.max_length = None
@@ -39,10 +88,19 @@ def check_options(sft: SFTConfig, model: ModelConfig) -> None:
     sft.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
+def _check_ranges(record: Any) -> None:
+    for option in fields(record):
+        value, least, most = getattr(record, option.name), _LEAST.get(option.name, 0), _MOST.get(option.name, 1e18)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not least <= value <= most:
+            raise EchoError(f"{option.name} is {value:g}; set a value from {least} to {most:g}")
+
+
 def _check_row_options(sft: SFTConfig) -> None:
     # Do not create a second SFTConfig for its defaults: that would initialise the process group again.
     defaults = {option.name: option.default for option in fields(SFTConfig)} | {"pad_to_multiple_of": None}
-    for name in _WITHOUT_EFFECT:
+    for name in WITHOUT_EFFECT:
         if getattr(sft, name) != defaults[name]:
             raise EchoError(
                 f"{name} has no effect here, because echo_ft.model.rows makes the rows; remove it from the config"
@@ -60,8 +118,8 @@ def _check_trainer_options(sft: SFTConfig) -> None:
             "one process sees several GPUs; start one process per GPU (accelerate launch --config_file "
             "recipes/accelerate/ddp.yaml ...), or select one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    if sft.label_smoothing_factor:
-        raise EchoError("label_smoothing_factor is not supported by TRL's loss; remove it from the config")
+    if sft.num_train_epochs == 0 and sft.max_steps <= 0:
+        raise EchoError("num_train_epochs is 0, so nothing would be trained; set a larger number, or max_steps")
     if sft.train_sampling_strategy not in ("random", "sequential"):
         raise EchoError(
             f"train_sampling_strategy {sft.train_sampling_strategy} reduces padding, but packed rows have none; choose "
@@ -73,8 +131,125 @@ def _check_trainer_options(sft: SFTConfig) -> None:
             "use_reentrant: true is incompatible with the gradient check before step 1; remove it from "
             "gradient_checkpointing_kwargs (TRL sets it under ZeRO-3)"
         )
-    if sft.trust_remote_code:
-        raise EchoError("trust_remote_code is never used; Qwen2-VL is part of transformers, so remove the option")
+
+
+def _try(option: str, check: Callable[[], Any], remedy: str) -> Any:
+    """Return what a library's own check returns. Raises EchoError for any error of it, with the name of the option."""
+    try:
+        return check()
+    except Exception as error:  # the libraries raise what they like, from ImportError to KeyError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise EchoError(f"{option} cannot be used ({reason}); {remedy}") from error
+
+
+def _check_libraries(sft: SFTConfig) -> None:
+    """Check the packages and arguments of optimizer, reports, kernels, compiler and checkpointing."""
+    for name in sft.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise EchoError(
+                f"report_to cannot be {name!r}; choose from none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise EchoError(f"report_to {name} needs a package that is not installed; install {name}, or set none")
+    if sft.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise EchoError(
+            "use_liger_kernel needs a package that is not installed; pip install liger-kernel, or remove it"
+        )
+    if sft.torch_compile:
+        backends = torch.compiler.list_backends(exclude_tags=None)
+        if sft.torch_compile_backend not in backends:
+            raise EchoError(
+                f"torch_compile_backend cannot be {sft.torch_compile_backend!r}; choose from {', '.join(backends)}"
+            )
+        modes = [*torch._inductor.list_mode_options()]
+        if sft.torch_compile_mode not in (None, *modes):
+            raise EchoError(f"torch_compile_mode cannot be {sft.torch_compile_mode!r}; choose from {', '.join(modes)}")
+    given: Any = sft.gradient_checkpointing_kwargs
+    if given:
+        options = {"use_reentrant": False, **given}
+        for name in ("selective", "every_n_layers"):  # TRL (1.16) and transformers (5.23) take these themselves
+            options.pop(name, None)
+        _try(
+            "gradient_checkpointing_kwargs or activation_checkpointing_kwargs",
+            lambda: torch.utils.checkpoint.checkpoint(torch.neg, torch.ones(1, requires_grad=True), **options),
+            "use the arguments of torch.utils.checkpoint",
+        )
+
+
+def check_optimizer(sft: SFTConfig, model: Any) -> None:
+    """Make the optimizer for a dummy weight. `model` is the model on the meta device, in which some optimizers look.
+
+    Raises EchoError if a package is missing or the optimizer refuses its arguments.
+    """
+    name = f"optim {sft.optim.value if hasattr(sft.optim, 'value') else sft.optim}"
+    if sft.optim_args:
+        name += f" with optim_args {sft.optim_args}"
+
+    def make() -> None:
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(sft, model)
+        if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+            options = {key: value for key, value in options.items() if key not in ("params", "model", "optimizer_dict")}
+            optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+
+    _try(name, make, "choose another, such as adamw_torch")
+
+
+def check_precision(sft: SFTConfig, model: ModelConfig, on_cpu: bool) -> None:
+    """Raises EchoError for an option that the CPU cannot train with. `on_cpu` is False if the device is not known."""
+    if not on_cpu:
+        return
+    for name in ("fp16", "fp16_full_eval"):
+        if getattr(sft, name):
+            raise EchoError(
+                f"{name} needs a GPU, and this run uses the CPU; set {name}: false or {name.replace('fp16', 'bf16')}"
+            )
+    if model.attn_implementation == "flex_attention":
+        raise EchoError("attn_implementation flex_attention has no backward pass on a CPU (torch 2.15); set sdpa")
+
+
+def _check_schedule(sft: SFTConfig) -> None:
+    """Make the schedule for a dummy optimizer, and evaluate its learning rate at the steps where it bends."""
+    name: Any = sft.lr_scheduler_type
+    steps = sft.max_steps if sft.max_steps > 0 else 100
+
+    def evaluate() -> None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=sft.learning_rate)
+        options: Any = sft.lr_scheduler_kwargs
+        schedule: Any = get_scheduler(name, optimizer, sft.get_warmup_steps(steps), steps, options)
+        for factor in getattr(schedule, "lr_lambdas", ()):
+            for step in {0, 1, steps // 2, steps - 1, steps}:
+                if not math.isfinite(factor(step)):
+                    raise ValueError(f"the rate of step {step} is not finite")
+
+    arguments = f" with lr_scheduler_kwargs {sft.lr_scheduler_kwargs}" if sft.lr_scheduler_kwargs else ""
+    remedy = "see the arguments of this schedule in transformers.optimization, and set lr_scheduler_kwargs"
+    _try(f"lr_scheduler_type {getattr(name, 'value', name)}{arguments}", evaluate, remedy)
+
+
+def _check_best_model(sft: SFTConfig, mask_loss: bool) -> None:
+    metric, metrics = sft.metric_for_best_model, [*METRICS, *(["mask_loss"] if mask_loss else [])]
+    if metric is None and sft.save_strategy == "best":
+        raise EchoError("save_strategy best needs metric_for_best_model, such as loss")
+    if metric is not None and sft.eval_strategy != "no" and metric.removeprefix("eval_") not in metrics:
+        raise EchoError(f"metric_for_best_model cannot be {metric!r}; choose from {', '.join(metrics)}")
+
+
+def _check_hub(sft: SFTConfig) -> None:
+    remedy = "remove push_to_hub, and push the adapter's folder with `hf upload` later"
+    if sft.hub_model_id is not None:
+        _try(
+            f"hub_model_id {sft.hub_model_id}",
+            lambda: huggingface_hub.utils.validate_repo_id(str(sft.hub_model_id)),
+            remedy,
+        )
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise EchoError(f"push_to_hub needs a connection, but HF_HUB_OFFLINE is set; unset it, or {remedy}")
+    token = sft.hub_token or huggingface_hub.get_token()
+    if token is None:
+        raise EchoError(f"push_to_hub needs a token of the Hugging Face Hub; run `hf auth login`, or {remedy}")
+    _try(
+        "push_to_hub", lambda: huggingface_hub.HfApi().whoami(token), f"check the connection and the token, or {remedy}"
+    )
 
 
 def _check_model_options(model: ModelConfig) -> None:
@@ -95,46 +270,32 @@ def _check_model_options(model: ModelConfig) -> None:
             f"{quantized} is set with use_peft: false, but the weights of a quantized model cannot be trained; remove "
             "one of the two options"
         )
+    if quantized:
+        storage = f"bnb_4bit_quant_storage {model.bnb_4bit_quant_storage}"
+        _try(storage, lambda: quantization_config(model), "name a type of torch, such as uint8")
     if model.use_peft and not model.lora_target_modules:
         raise EchoError(
-            "lora_target_modules is missing; those of the language model are [q_proj, k_proj, v_proj, o_proj, ...]"
+            "lora_target_modules is missing; those of the language model are [q_proj, k_proj, v_proj, o_proj, ...], "
+            "and all-linear includes the vision tower and the merger"
         )
+    if model.lora_task_type != "CAUSAL_LM":
+        raise EchoError(f"lora_task_type cannot be {model.lora_task_type!r}; Qwen2-VL is trained as CAUSAL_LM")
 
 
-def check_output_layer(model: Any) -> None:
-    """Raise EchoError if a trained output layer has its own weights, as in the 7B model. Call this only under FSDP.
+def runs_on_cpu(sft: SFTConfig, dry_run: bool) -> bool:
+    """Whether this run trains on the CPU. A dry run on a machine without a GPU may be for another machine."""
+    if dry_run:
+        return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return sft.device.type == "cpu"
 
-    TRL (1.16) reads these weights without FSDP's hooks, so each process would apply the gradients of its own cases.
+
+def check_trained_parts(model: Any, config: EchoConfig) -> None:
+    """Raise EchoError if a part without trained weights has a learning rate, or if features of a trained vision tower
+    would be stored. `model` may be on the meta device.
     """
-    head = model.get_output_embeddings().weight
-    if head.requires_grad and head is not model.get_input_embeddings().weight:
-        raise EchoError(
-            "full fine-tuning under FSDP gives wrong gradients for a model whose output layer has its own weights, as "
-            "in the 7B model (TRL 1.16); use recipes/accelerate/zero3.yaml"
-        )
-
-
-def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
-    """Raise EchoError unless all `gradients` are finite and every trained part has a nonzero one.
-
-    The keys are parameter names. LoRA's second matrix starts at zero, so the gradient of the first one is zero at step
-    1. The check is therefore per part, not per matrix.
-    """
-    nonzero: dict[str, bool] = {}
-    for name, gradient in gradients.items():
-        if gradient is not None and not torch.isfinite(gradient).all():
-            raise EchoError(
-                f"the first gradient of {name} is not finite; use bf16 or full precision instead of fp16, and do not "
-                "set use_dora if the weights have rows of zeros"
-            )
-        part = parameter_group(name)
-        nonzero[part] = nonzero.get(part, False) or (gradient is not None and bool(gradient.any()))
-    dead = [part for part, has_gradient in nonzero.items() if not has_gradient]
-    if dead:
-        raise EchoError(
-            f"lora_target_modules names the {' and the '.join(dead)}, but no gradient arrives there; set "
-            "gradient_checkpointing: false or remove those modules"
-        )
+    check_part_rates(model, config.vision_learning_rate, config.merger_learning_rate)
+    if config.features:
+        require_frozen_tower(model)
 
 
 def less_memory(args: TrainingArguments, max_pixels: int) -> str:
@@ -146,3 +307,15 @@ def less_memory(args: TrainingArguments, max_pixels: int) -> str:
         more = args.gradient_accumulation_steps * math.ceil(batch / (batch // 2))
         return f"set per_device_train_batch_size: {batch // 2} and gradient_accumulation_steps: {more}"
     return f"set max_pixels: {max_pixels // 2}, here and in the run, or use recipes/accelerate/zero3.yaml"
+
+
+class LargestBatchCheck(TrainerCallback):
+    """Checks the largest batch before step 1, so that a run does not fail on it hours later."""
+
+    def __init__(self, trainer: Any, cases: Sequence[int]) -> None:
+        self.trainer = trainer
+        self.cases = cases
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        self.trainer.check_largest_batch(self.cases)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from transformers import EarlyStoppingCallback
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ModelConfig, SFTConfig, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from echo_ft.errors import EchoError
+from echo_ft.model.loading import check_lora_targets
 from echo_ft.records import ROLES
 
 
@@ -73,6 +76,22 @@ class EchoConfig:
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "By how much the metric must improve to count as better for early stopping."}
     )
+    init_lora_weights: str = field(
+        default="true",
+        metadata={
+            "help": "PEFT's initialization of the adapter. PEFT's others change the base model, which all roles share, "
+            "or need calibration data.",
+            "choices": ["true", "false", "gaussian", "orthogonal"],
+        },
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "LoRA rank of some modules, by name or pattern, as in PEFT: {down_proj: 4}."},
+    )
+    alpha_pattern: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "LoRA alpha of some modules, by name or pattern, as in PEFT: {down_proj: 8}."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check everything and print a plan with a memory estimate. Needs no GPU and no weights."},
@@ -126,8 +145,6 @@ def check_early_stopping(config: EchoConfig, sft: SFTConfig) -> None:
         return
     if patience < 1:
         raise EchoError(f"early_stopping_patience is {patience}; it is a number of evaluations, 1 or more")
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise EchoError(f"early_stopping_threshold is {threshold}; set it to 0 or more")
     if not sft.load_best_model_at_end:
         raise EchoError(
             "early_stopping_patience is set without load_best_model_at_end, so training would stop late and keep the "
@@ -160,3 +177,37 @@ def quantization_config(model: ModelConfig) -> Any:
     if config is not None:
         config.llm_int8_skip_modules = ["model.visual", "lm_head"]
     return config
+
+
+def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig | None:
+    """PEFT's config for an adapter of `model`, with the names of its target modules; None for full fine-tuning.
+
+    Raises EchoError if `check_lora_targets` does, or if a pattern matches no target module or sets no usable value.
+    """
+    lora: Any = get_peft_config(base)
+    if lora is None:
+        return None
+    names = check_lora_targets(model, lora.target_modules)
+    lora.target_modules = set(names)
+    lora.init_lora_weights = {"true": True, "false": False}.get(config.init_lora_weights, config.init_lora_weights)
+    for saved in lora.modules_to_save or ():
+        if not any(f".{name}".endswith(f".{saved}") for name, _ in model.named_modules()):
+            raise EchoError(
+                f"lora_modules_to_save: the model has no module {saved}; correct the name"
+            )  # PEFT ignores it
+    modules = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{target}") for target in names)]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns: Any = getattr(config, option) or {}
+        if not isinstance(patterns, dict):
+            raise EchoError(f"{option} takes a mapping such as {{down_proj: 4}}, not {patterns!r}")
+        for pattern, value in patterns.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 2**14:
+                raise EchoError(f"{option}: {pattern} is {value!r}; set a whole number from 1 to {2**14}")
+            try:
+                found = any(get_pattern_key([pattern], name) == pattern for name in modules)
+            except re.error as error:
+                raise EchoError(f"{option}: {pattern} is not a regular expression ({error}); mend it") from error
+            if not found:
+                raise EchoError(f"{option}: {pattern} matches no module of lora_target_modules; name one of those")
+        setattr(lora, option, patterns)
+    return lora

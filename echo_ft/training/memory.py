@@ -76,13 +76,13 @@ def trainable_meta_model(config: EchoConfig, base: ModelConfig) -> Any:
 
     Raises EchoError if the model is not a known Qwen2-VL or a LoRA target matches no linear layer.
     """
-    from trl import get_peft_config
-
     from echo_ft.model.preparation import freeze_parts
+    from echo_ft.training.config import lora_config
 
     model = meta_model(str(base.model_name_or_path), base.model_revision)
-    if base.use_peft:
-        return add_adapter(model, get_peft_config(base))
+    lora = lora_config(config, base, model)
+    if lora is not None:
+        return add_adapter(model, lora)
     return freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
 
 

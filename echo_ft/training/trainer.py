@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTTrainer
@@ -20,12 +19,19 @@ from trl import SFTTrainer
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, gather_adapter, write_card
 from echo_ft.model.loading import load_model
-from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model, set_part_rates
+from echo_ft.model.preparation import (
+    check_gradients,
+    check_output_layer,
+    keep_adapter_input_dtype,
+    packed_inputs,
+    prepare_model,
+    set_part_rates,
+)
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.terminal import LOGGER
-from echo_ft.training.checkpoints import COMPLETE_MARKER
-from echo_ft.training.checks import check_gradients, check_output_layer, less_memory
+from echo_ft.training.checkpoints import COMPLETE_MARKER, apply_options, optimizer_options
+from echo_ft.training.checks import LargestBatchCheck, less_memory
 from echo_ft.training.config import EarlyStopping, EchoConfig
 from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
 from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
@@ -65,8 +71,6 @@ class PrefixSharingTrainer(SFTTrainer):
         if config.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
         self.implementation = implementation
-        if implementation == "flex_attention" and self.args.device.type == "cpu":
-            raise EchoError("attn_implementation flex_attention has no backward pass on a CPU (torch 2.15); set sdpa")
         tuned = self.accelerator.unwrap_model(self.model)
         dtypes = {weight.dtype for weight in tuned.parameters() if weight.requires_grad}
         if self._trains_own_weights and dtypes & {torch.bfloat16, torch.float16}:
@@ -230,14 +234,17 @@ class PrefixSharingTrainer(SFTTrainer):
             LOGGER.info(text)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with separate learning rates for vision tower and merger.
-
-        Raises EchoError if a part has a learning rate but no trained weights.
-        """
+        """The Trainer's optimizer, with separate learning rates for vision tower and merger."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         set_part_rates(optimizer, model, self.config.vision_learning_rate, self.config.merger_learning_rate)
+        self._optimizer_options = optimizer_options(optimizer)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            apply_options(self.lr_scheduler, self._optimizer_options)
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         # A run that resumes from its last step has nothing left to train, but transformers (5.23) would take a step.
@@ -331,15 +338,3 @@ class PrefixSharingTrainer(SFTTrainer):
         if self.args.should_save:
             (folder / COMPLETE_MARKER).touch()
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-
-class LargestBatchCheck(TrainerCallback):
-    """Checks the largest batch before step 1, so that a run does not fail on it hours later."""
-
-    def __init__(self, trainer: PrefixSharingTrainer, cases: Sequence[int]) -> None:
-        self.trainer = trainer
-        self.cases = cases
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        self.trainer.check_largest_batch(self.cases)

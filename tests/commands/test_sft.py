@@ -129,7 +129,7 @@ def test_a_typo_in_an_option_is_reported_in_one_sentence(dataset, tmp_path):
     [
         (["--max_length", 512], "max_length 512 would truncate rows"),
         (["--packing", "true"], "packing has no effect here"),
-        (["--trust_remote_code", "true"], "trust_remote_code is never used"),
+        (["--trust_remote_code", "true"], "trust_remote_code is not supported: Qwen2-VL is part of transformers"),
         (["--dataset", "nowhere"], "there is no dataset nowhere"),
         (["--model_name_or_path", "./nowhere"], "there is no model folder nowhere"),
         (["--model_name_or_path", "nobody/nothing"], "nobody/nothing could not be loaded"),

@@ -13,10 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from echo_ft.errors import EchoError
 from echo_ft.files import LOCK_FILE, lock_folder
+from echo_ft.training.checkpoints import COMPLETE_MARKER
+from echo_ft.training.trainer import PrefixSharingTrainer
 from tests.conftest import ROOT, make_dataset
 from tests.support.training import BIN, SAME_TRAINING, launch, run_in_process, tiny_options
 
@@ -79,8 +82,40 @@ def test_a_killed_run_resumes_to_the_adapter_of_an_uninterrupted_run(uninterrupt
         assert torch.equal(weight, uninterrupted[name]), name
 
 
+@pytest.mark.parametrize("save", ["_save_optimizer_and_scheduler", "_save"])
+def test_a_full_disk_costs_nothing_that_was_saved(uninterrupted, dataset, tmp_path, monkeypatch, save):
+    """torch's words for a full disk while it saves the optimizer, and safetensors' while it saves the adapter."""
+    output = tmp_path / "full"
+    options = tiny_options("reference_extractor", dataset, output, *STEPS)
+    errors = {
+        "_save_optimizer_and_scheduler": RuntimeError(
+            "[enforce fail at inline_container.cc:671] . unexpected pos 1 vs 0"
+        ),
+        "_save": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    }
+    plain = getattr(PrefixSharingTrainer, save)
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise errors[save]
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixSharingTrainer, save, full)
+        with pytest.raises(
+            EchoError, match=r"^no space left in .*full; free some space; --resume_from_checkpoint true"
+        ):
+            run_in_process(*options)
+    whole = [path.parent.name for path in sorted(output.glob(f"checkpoint-*/{COMPLETE_MARKER}"))]
+    assert whole == ["checkpoint-2", "checkpoint-3"]
+    assert not (output / "echo_ft.json").exists()
+    run_in_process(*options, "--resume_from_checkpoint", "true")
+    for name, weight in load_file(output / "adapter_model.safetensors").items():
+        assert torch.equal(weight, uninterrupted[name]), name
+
+
 def test_an_incomplete_checkpoint_is_skipped_with_a_warning(tmp_path, capsys):
-    from echo_ft.training.checkpoints import COMPLETE_MARKER, newest_checkpoint
+    from echo_ft.training.checkpoints import newest_checkpoint
 
     for number in (9, 10, 11):
         (tmp_path / f"checkpoint-{number}").mkdir()

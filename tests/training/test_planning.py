@@ -11,10 +11,10 @@ import torch
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.model.loading import load_processor
+from echo_ft.model.preparation import check_gradients
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import MAX_NEW_TOKENS, Exchange
 from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
-from echo_ft.training.checks import check_gradients
 from echo_ft.training.flops import WorkCounts
 from echo_ft.training.planning import Plan, PlannedRow, plan
 from evaluation.config import RunConfig

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from echo_ft.errors import EchoError
-from echo_ft.training.checks import check_output_layer
+from echo_ft.model.preparation import check_output_layer
 from echo_ft.training.trainer import PrefixSharingTrainer
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import SAME_TRAINING, losses, run_in_process, tiny_options
