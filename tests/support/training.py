@@ -65,6 +65,14 @@ def launch(
     return done.stdout + done.stderr
 
 
+def launch_deepspeed(recipe: str, *arguments: object) -> str:
+    """Run train/sft.py on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
+    # accelerate (1.15) uses DeepSpeed on a CPU only if a backend is named; with ACCELERATE_USE_CPU it would use DDP.
+    launcher = ["--config_file", f"recipes/accelerate/{recipe}.yaml", "--num_processes", 2, "--mixed_precision", "no"]
+    environment = {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+    return launch(*arguments, "--ddp_backend", "gloo", launcher=launcher, **environment)
+
+
 def tiny_options(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
     """Options of train/sft.py for the tiny recipe of `role`."""
     recipe = ROOT / "recipes" / "tiny" / f"{role}.yaml"

@@ -23,7 +23,7 @@ from echo_ft.training.collator import Collator
 from echo_ft.training.mask_loss import MASK_HEADS, attach_mask_heads, token_marks, token_weights
 from tests.conftest import ECHO_TINY, MAX_PIXELS, make_case, make_dataset
 from tests.support.exchanges import exchanges_of, with_completions
-from tests.support.training import SAME_TRAINING, launch, losses, run_in_process, tiny_options
+from tests.support.training import SAME_TRAINING, launch, launch_deepspeed, losses, run_in_process, tiny_options
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "v_proj", "down_proj"]
 TOWER = ["--lora_target_modules", "q_proj", "v_proj", "attn.qkv", "merger.mlp.0"]
@@ -229,8 +229,12 @@ def test_a_checkpoint_of_another_weight_is_refused(trained, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_weights_of_one(trained, dataset, tmp_path):
-    options = [*SHORT, *TOWER, "--per_device_train_batch_size", 4]
-    launch(*tiny_options("decision_maker", dataset, tmp_path, *options), ranks=2)
+@pytest.mark.parametrize("topology", ["ddp", "zero2", "zero3"])
+def test_two_ranks_give_the_weights_of_one(trained, dataset, tmp_path, topology):
+    options = tiny_options("decision_maker", dataset, tmp_path, *SHORT, *TOWER, "--per_device_train_batch_size", 4)
+    if topology == "ddp":
+        launch(*options, ranks=2)
+    else:
+        launch_deepspeed(topology, *options)
     assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-4)
     assert_same_weights(tmp_path, trained, rtol=1e-2, atol=1e-3)

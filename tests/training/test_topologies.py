@@ -15,7 +15,17 @@ from torch.utils.data import RandomSampler
 
 from echo_ft.training.sampler import BalancedSampler
 from tests.conftest import ROOT, make_dataset
-from tests.support.training import BEST_OF_SIX, BIN, SAME_TRAINING, history, launch, logged_state, losses, tiny_options
+from tests.support.training import (
+    BEST_OF_SIX,
+    BIN,
+    SAME_TRAINING,
+    history,
+    launch,
+    launch_deepspeed,
+    logged_state,
+    losses,
+    tiny_options,
+)
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO_RANKS = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
@@ -47,14 +57,6 @@ def one_rank(dataset, tmp_path_factory):
     options = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4, *EVALUATED, 1]
     launch(*tiny_options("reasoning_expert", dataset, output, *options))
     return output
-
-
-def launch_deepspeed(recipe: str, *arguments: object) -> str:
-    """Run train/sft.py on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
-    # accelerate (1.15) uses DeepSpeed on a CPU only if a backend is named; with ACCELERATE_USE_CPU it would use DDP.
-    launcher = ["--config_file", f"recipes/accelerate/{recipe}.yaml", "--num_processes", 2, "--mixed_precision", "no"]
-    environment = {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
-    return launch(*arguments, "--ddp_backend", "gloo", launcher=launcher, **environment)
 
 
 def launch_bfloat16(recipe: str, *arguments: object) -> str:
