@@ -174,6 +174,8 @@ def smoke_arguments(command: Command, replacements: Mapping[str, str]) -> list[s
     added = [*SMOKE_OPTIONS.get(command.module or "", [])]
     if "recipes/tiny/data.yaml" in command.arguments:
         added += SMALL_DEMO
+    if "--load_best_model_at_end" in command.arguments:
+        added += ["--eval_strategy", "steps", "--eval_steps", "1"]
     return [*text.split("\0"), *added]
 
 
