@@ -6,6 +6,7 @@ training would fail on.
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -124,6 +125,13 @@ def _check_trainer_options(sft: SFTConfig) -> None:
         raise EchoError(
             f"train_sampling_strategy {sft.train_sampling_strategy} reduces padding, but packed rows have none; choose "
             "random, which balances the tokens of the processes in each step, or sequential"
+        )
+    output = os.path.abspath(str(sft.output_dir))
+    if sft.deepspeed_plugin and glob.escape(output) != output:
+        # transformers 5.23 and DeepSpeed 0.19 search for the files of a checkpoint with its path as a pattern.
+        raise EchoError(
+            f"a run with DeepSpeed could not resume from {output}, which it reads as a pattern; choose an output_dir "
+            "without *, ? and [ in its path"
         )
     checkpointing: Any = sft.gradient_checkpointing_kwargs or {}
     if checkpointing.get("use_reentrant"):

@@ -160,6 +160,15 @@ def test_numbers_in_a_mapping_are_numbers(check):
     assert check(text).lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
+@pytest.mark.parametrize("name", ["runs[2]", "runs*", "run?", "runs[2]/decision_maker"])
+def test_a_run_with_deepspeed_needs_an_output_that_is_no_pattern(check, recipe, tmp_path, name):
+    check({"output_dir": str(tmp_path / name)})
+    _, sft, base = build(TYPES, {**recipe, "output_dir": str(tmp_path / name)}, "recipe.yaml")
+    sft.deepspeed_plugin = object()  # type: ignore[assignment]
+    with pytest.raises(EchoError, match=r"could not resume from .* as a pattern; choose an output_dir without"):
+        check_options(sft, base)
+
+
 def test_a_push_to_the_hub_needs_a_token(check, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
