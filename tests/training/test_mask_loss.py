@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,15 @@ from echo_ft.training.collator import Collator
 from echo_ft.training.mask_loss import MASK_HEADS, attach_mask_heads, token_marks, token_weights
 from tests.conftest import ECHO_TINY, MAX_PIXELS, make_case, make_dataset
 from tests.support.exchanges import exchanges_of, with_completions
-from tests.support.training import SAME_TRAINING, launch, launch_deepspeed, losses, run_in_process, tiny_options
+from tests.support.training import (
+    SAME_TRAINING,
+    launch,
+    launch_deepspeed,
+    logged_state,
+    losses,
+    run_in_process,
+    tiny_options,
+)
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "v_proj", "down_proj"]
 TOWER = ["--lora_target_modules", "q_proj", "v_proj", "attn.qkv", "merger.mlp.0"]
@@ -198,6 +207,24 @@ def test_checkpointing_and_stored_features_change_nothing(dataset, tmp_path):
     for name in ("first", "again"):  # the second run reads all features from the store
         run_in_process(*tiny_options("decision_maker", dataset, tmp_path / name, *plain, *frugal))
         assert_same_weights(tmp_path / name, tmp_path / "plain", rtol=1e-3, atol=1e-5)
+
+
+def test_the_evaluated_mask_loss_does_not_depend_on_the_batch_size(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "dataset")
+    path = tmp_path / "dataset" / "sft" / "decision_maker" / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    short = {**rows[0], "branches": rows[0]["branches"][:1]}  # the first case has fewer labels than the others
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [short, *(r for r in rows if r["case"] != short["case"])])
+    )
+    found = []
+    for batch in (1, 2):
+        once = ["--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", batch]
+        output = tmp_path / str(batch)
+        run_in_process(*tiny_options("decision_maker", tmp_path / "dataset", output, *SHORT, *LANGUAGE, *once))
+        (entry,) = [entry for entry in logged_state(output)["log_history"] if "eval_loss" in entry]
+        found.append([entry["eval_loss"], entry["eval_mask_loss"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_without_marked_defects_the_loss_is_off(tmp_path, capfd):
