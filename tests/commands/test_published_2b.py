@@ -50,7 +50,7 @@ STEPS = [
     "--max_steps", 2, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "no",
     "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--dataloader_num_workers", 1,
     # A merge in bfloat16 is refused if the adapter has hardly any effect, as after two steps at the recipe's rate.
-    "--learning_rate", 1e-2, "--warmup_steps", 0, "--use_cpu", "true",
+    "--learning_rate", 1e-2, "--warmup_steps", 0,
 ]  # fmt: skip
 
 
