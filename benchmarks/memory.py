@@ -1,7 +1,8 @@
-"""Measure the peak memory of training without weights or a GPU: `python -m benchmarks.memory --recipe FILE`.
+"""Measure peak memory without weights or a GPU: `python -m benchmarks.memory --recipe FILE [--run FILE]`.
 
 Training goes through the code of this project, but on tensors without content, so a 7B model takes seconds and no
 memory. The bytes of all live tensors are counted after each operation. The batch is that of `python -m train.memory`.
+With `--run`, the roles of a run with adapters like that of the recipe are measured instead.
 
 The count holds what PyTorch allocates on a GPU. It leaves out the CUDA context, fragmentation and the workspaces inside
 kernels. The frozen vision tower is not run, because it ends before the language model needs its memory. TRL's fused LM
@@ -12,25 +13,37 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, SFTConfig, get_peft_config
 
+from benchmarks.training.workload import MODEL
 from echo_ft import config as configs
+from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.inference.engine import RECENT_IMAGES, Engine
+from echo_ft.inference.memory import RunShape, estimate_run, image_tokens
 from echo_ft.model.activations import BatchShape
+from echo_ft.model.architectures import count_parameters, meta_model
+from echo_ft.model.loading import load_processor
 from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
+from echo_ft.model.rows import Row, RowBuilder
+from echo_ft.records import ROLES, Branch, Exchange
 from echo_ft.training.checks import check_options
 from echo_ft.training.config import EchoConfig
 from echo_ft.training.memory import estimate_training, trainable_meta_model
-from train.memory import MemoryConfig, largest_batch
+from train.memory import MemoryConfig, largest_batch, read_run, run_shapes, run_width
 
 PIXEL_VALUES = 3 * 2 * 14 * 14
 """Values per patch of Qwen2-VL."""
@@ -68,18 +81,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _answer(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Zeros for an operation that reads the content of a tensor without content, else None.
+    """The result of an operation that reads the content of a tensor without content, else None.
 
-    The engine reads tokens, scores and whether a branch is unfinished. Token 0 ends no text, so every branch is decoded
-    up to the limit.
+    Numbers are 0 and conditions are true. The engine then decodes every branch up to the limit.
     """
-    first = args[0] if args else None
+    aten, first = torch.ops.aten, args[0] if args else None
     if not isinstance(first, torch.Tensor) or first.device.type != "meta":
         return None
-    if func is torch.ops.aten._local_scalar_dense.default:
+    if func is aten._local_scalar_dense.default:
         return first.dtype == torch.bool or 0
-    if func is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "cpu":
+    if func is aten._to_copy.default and str(kwargs.get("device")) == "cpu":
         return torch.zeros(first.shape, dtype=first.dtype)
+    if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
+        return torch.empty_like(first)
     return None
 
 
@@ -182,21 +196,73 @@ def _fill(model: Any, frozen: torch.dtype, trained: torch.dtype) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+def run_peak(model: Any, lora: PeftConfig | None, shape: RunShape, dtype: torch.dtype) -> int:
+    """Peak bytes of the first batch of `shape` in a run of `model` on the meta device, which this changes.
+
+    With `lora`, the model has four adapters of that config. The engine's cache of recent images is full.
+    """
+    model = model.to(dtype)
+    # Any token but 0, which `_answer` generates.
+    model.generation_config.eos_token_id = 1
+    if lora is not None:
+        model = get_peft_model(model, lora, adapter_name=ROLES[0], autocast_adapter_dtype=False)
+        for role in ROLES[1:]:
+            model.add_adapter(role, lora, autocast_adapter_dtype=False)
+        model = model.to(dtype)
+    # The engine takes only the padding token and the letters from the processor.
+    processor = load_processor(MODEL, None, shape.max_pixels, shape.max_pixels)
+    engine = Engine(model, RowBuilder(processor), Path(), shape.max_new_tokens)
+    image, hidden = image_tokens(engine.base, shape.max_pixels), engine.base.config.text_config.hidden_size
+    together = shape.together(image)
+    with gpu_operations(), torch.no_grad(), LiveBytes() as live:
+        live.track(list(model.parameters()))
+        recent = [torch.empty(image, hidden, dtype=dtype, device="meta") for _ in range(RECENT_IMAGES)]
+        features = iter(itertools.cycle(recent))
+        shown = [[next(features) for _ in range(shape.images)] for _ in range(together)]
+        engine._generate_batch([_run_row(shape, image)] * together, shown, shape.max_new_tokens)
+    return live.peak
+
+
+def _run_row(shape: RunShape, image: int) -> Row:
+    """An exchange of `shape` as a row, with images of `image` tokens. The values do not matter."""
+    branches = tuple(Branch(str(number), "") for number in range(shape.branches))
+    exchange = Exchange("decision_maker", "case", ("image",) * shape.images, "", branches, PROMPT_VERSION)
+    own = np.repeat(np.arange(1, shape.branches + 1), shape.branch_tokens)
+    segments = np.concatenate([np.zeros(shape.prefix(image), dtype=np.int64), own])
+    none = np.zeros_like(segments)
+    return Row(exchange, none, none, segments, np.stack([none] * 3), np.zeros((shape.images, 3), dtype=np.int64))
+
+
 def main() -> None:
-    """Measure a recipe and print the peak next to the estimate."""
+    """Measure a recipe or a run and print the peaks next to the estimates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, help="Training recipe, for example of the 7B decision maker.")
+    parser.add_argument("--run", help="Config of a run of the same model.")
     options = parser.parse_args()
     config, sft, base = configs.parse(
         [EchoConfig, SFTConfig, ModelConfig], ["--config", options.recipe, "--use_cpu", "true"]
     )
     check_options(sft, base)
-    model, batch = trainable_meta_model(config, base), largest_batch(MemoryConfig(), config, sft)
-    estimate = estimate_training(model, batch, sft, base, gpus=1)
-    one_gpu = estimate.topologies[0]
-    expected = estimate.total(one_gpu, sft.gradient_checkpointing) - one_gpu.context
-    peak = training_peak(model, batch, sft, getattr(torch, str(base.dtype)))
-    print(f"{options.recipe}: {peak / 2**30:.2f} GiB at the peak, {expected / 2**30:.2f} estimated")
+    model = trainable_meta_model(config, base)
+    if options.run is None:
+        batch = largest_batch(MemoryConfig(), config, sft)
+        estimate = estimate_training(model, batch, sft, base, gpus=1)
+        one_gpu = estimate.topologies[0]
+        expected = estimate.total(one_gpu, sft.gradient_checkpointing) - one_gpu.context
+        peak = training_peak(model, batch, sft, getattr(torch, str(base.dtype)))
+        print(f"{options.recipe}: {peak / 2**30:.2f} GiB at the peak, {expected / 2**30:.2f} estimated")
+        return
+    read = read_run(options.run)
+    adapter = sum(count.trainable for count in count_parameters(model))
+    dtype = torch.float32 if run_width(read) == 4 else torch.bfloat16
+    for role, shape in run_shapes(read).items():
+        plain = meta_model(str(base.model_name_or_path), base.model_revision)
+        run = estimate_run(plain, adapter, shape, run_width(read))
+        expected, lora = run.total - run.context, get_peft_config(base)
+        peak = run_peak(plain, lora, shape, dtype)
+        print(
+            f"{options.run}, {role}: {peak / 2**30:.2f} GiB at the peak, {expected / 2**30:.2f} estimated", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -3,21 +3,31 @@
 This command finds every LoRA target in the real architecture, counts the parameters exactly and estimates the memory of
 each topology at the recipe's largest batch. echo_ft/training/memory.py describes the method and what it leaves out. No
 weights are downloaded, and no GPU is needed.
+
+`--run recipes/qwen2_vl_7b/run.yaml` also estimates a run with adapters like that of the recipe. The file may be a
+config of evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
 from echo_ft.model.activations import BatchShape
+from echo_ft.model.architectures import count_parameters, meta_model
+from echo_ft.strict_yaml import read_yaml
 from echo_ft.training.memory import memory_report, trainable_meta_model
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from echo_ft.inference.memory import RunShape
     from echo_ft.training.config import EchoConfig
 
 _EXCHANGE_SIZES = {
@@ -28,6 +38,8 @@ _EXCHANGE_SIZES = {
 }
 """(images, text tokens, label tokens) of a large exchange: three candidates, eight knowledge entries and five
 questions."""
+_BRANCHES = {"reference_extractor": 2, "knowledge_guide": 1, "reasoning_expert": 3, "decision_maker": 3}
+"""Branches of a large exchange in a run. Half of the text tokens are shared by all branches."""
 _EXCHANGES_PER_CASE = {"reasoning_expert": 2, "decision_maker": 2}
 """Exchanges per case of the roles with more than one. In full routing, Object Classification gets no knowledge and has
 its own prefix."""
@@ -48,6 +60,9 @@ class MemoryConfig:
     text_tokens: int | None = field(
         default=None,
         metadata={"help": "Text tokens of the longest exchange with all branches; default: depends on the role."},
+    )
+    run: str | None = field(
+        default=None, metadata={"help": "Config of a run, which is then estimated too, with adapters of the recipe."}
     )
     label_tokens: int | None = field(
         default=None, metadata={"help": "Trained tokens among the text tokens; default: depends on the role."}
@@ -71,6 +86,59 @@ def main(argv: list[str]) -> None:
     model = trainable_meta_model(config, base)
     print(f"{base.model_name_or_path}, {config.role}")
     print(memory_report(model, largest_batch(own, config, sft), sft, base, own.gpus))
+    if own.run is not None:
+        adapter = sum(count.trainable for count in count_parameters(model)) if base.use_peft else 0
+        print(f"\n{own.run}, with four adapters like that of the recipe")
+        print(_run_report(own.run, str(base.model_name_or_path), base.model_revision, adapter))
+
+
+def _run_report(path: str, model_name: str, revision: str | None, adapter_parameters: int) -> str:
+    from echo_ft.inference.memory import run_report
+
+    options = read_run(path)
+    if options.get("model_name_or_path") != model_name:
+        raise EchoError(
+            f"{path} runs {options.get('model_name_or_path')}, but the recipe trains {model_name}; give a recipe and a "
+            "run of the same model"
+        )
+    features = int(options.get("features_gib", 0) * 2**30)
+    model = meta_model(model_name, revision)
+    return run_report(model, adapter_parameters, run_shapes(options), run_width(options), features)
+
+
+def read_run(path: str) -> dict[str, Any]:
+    """Read the config of a run. Raises EchoError if it cannot be read or has no pixel budget."""
+    try:
+        options = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise EchoError(f"{path} cannot be read ({error}); give the YAML file of a run") from error
+    if not isinstance(options, dict) or "max_pixels" not in options:
+        raise EchoError(f"{path} has no max_pixels; give the YAML file of a run")
+    return options
+
+
+def run_width(options: Mapping[str, Any]) -> int:
+    """Bytes per weight of a run. The published weights are in bfloat16."""
+    return 4 if options.get("dtype") == "float32" else 2
+
+
+def run_shapes(options: Mapping[str, Any]) -> dict[str, RunShape]:
+    """The largest batch of each role in a run with the options of its config."""
+    from echo_ft.inference.memory import RunShape
+
+    return {
+        role: RunShape(
+            exchanges=options.get("batch_size", 8) * _EXCHANGES_PER_CASE.get(role, 1),
+            images=images,
+            max_pixels=options["max_pixels"],
+            prefix_text=text // 2,
+            branches=_BRANCHES[role],
+            branch_tokens=text // 2 // _BRANCHES[role],
+            max_new_tokens=options.get("max_new_tokens", 128),
+            max_batch_tokens=options.get("max_batch_tokens"),
+        )
+        for role, (images, text, _) in _EXCHANGE_SIZES.items()
+    }
 
 
 def largest_batch(own: MemoryConfig, config: EchoConfig, sft: SFTConfig) -> BatchShape:

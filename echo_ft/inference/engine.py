@@ -29,10 +29,10 @@ from echo_ft.model.rows import PADDING, Row, RowBuilder
 from echo_ft.records import LETTERS, Exchange, Generation
 from echo_ft.terminal import LOGGER
 
-PREFILL_TOKENS = 16_384
+PREFILL_TOKENS = 8_192
 """Maximum number of prefix tokens, including padding, that run through the model at once."""
 
-RECENT_IMAGES = 256
+RECENT_IMAGES = 128
 """Number of recently used images with cached features; more than a batch has."""
 
 ImageFeature = tuple[torch.Tensor, tuple[int, int]]

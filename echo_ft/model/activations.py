@@ -12,6 +12,9 @@ from typing import Any
 
 from echo_ft.model.loading import PARAMETER_GROUPS, parameter_group
 
+CUDA_CONTEXT = 2**29
+"""Allowance for the CUDA context and the workspaces of cuBLAS, in bytes. It was not measured."""
+
 _FP32 = 4
 _HEAD_TILE = (4096, 32768)
 """(tokens, vocabulary) of one tile of TRL's fused LM head, which never holds all logits."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echo_ft.model.activations import ActivationBytes, BatchShape, estimate_activations
+from echo_ft.model.activations import CUDA_CONTEXT, ActivationBytes, BatchShape, estimate_activations
 from echo_ft.model.architectures import add_adapter, count_parameters, frozen_bytes, meta_model
 from echo_ft.terminal import align_columns, format_gib
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from echo_ft.training.config import EchoConfig
 
 
-CUDA_CONTEXT = 2**29
-"""Allowance for the CUDA context and the workspaces of cuBLAS, in bytes. It was not measured."""
 CPU_LIBRARIES = 2**30
 """Resident memory of Python with torch, transformers and TRL, in bytes. 0.9 GiB was measured before loading a model."""
 

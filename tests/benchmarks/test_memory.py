@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from benchmarks.memory import LiveBytes, training_peak
+from benchmarks.memory import LiveBytes, run_peak, training_peak
 from echo_ft import config as configs
+from echo_ft.inference.memory import RunShape, estimate_run
 from echo_ft.model import architectures
 from echo_ft.training.memory import estimate_training, trainable_meta_model
 from tests.conftest import ROOT
-from train.memory import MemoryConfig, largest_batch
+from train.memory import MemoryConfig, largest_batch, read_run, run_shapes
 
 GIB = 2**30
 
@@ -87,3 +89,43 @@ def test_training_at_the_true_size_takes_what_is_estimated(recipe, most):
     peak, expected = training(recipe)
     assert peak == pytest.approx(expected, rel=0.05)
     assert peak <= most * GIB
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = {"2b": "Qwen/Qwen2-VL-2B-Instruct", "7b": "Qwen/Qwen2-VL-7B-Instruct"}
+
+
+def running(size: str, shape: RunShape, tuned: bool = True) -> tuple[int, int]:
+    """The peak of a run and its estimate, both without the CUDA context."""
+    model = architectures.meta_model(NAMES[size])
+    lora = LoraConfig(r=8, target_modules=TARGETS) if tuned else None
+    adapter = 0
+    if lora is not None:
+        adapted = architectures.add_adapter(architectures.meta_model(NAMES[size]), lora)
+        adapter = adapted.get_nb_trainable_parameters()[0]
+    estimate = estimate_run(model, adapter, shape, width=2)
+    return run_peak(model, lora, shape, torch.bfloat16), estimate.total - estimate.context
+
+
+@pytest.mark.parametrize("tuned", [True, False], ids=["tuned", "base"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        RunShape(16, 2, 1_003_520, 512, 1, 100, 2, max_batch_tokens=32_768),
+        RunShape(2, 2, 1_003_520, 400, 16, 100, 2, max_batch_tokens=None),
+    ],
+    ids=["prefill", "decode"],
+)
+def test_a_run_takes_what_is_estimated_to_a_twentieth(two_layers, shape, tuned):
+    peak, expected = running("7b", shape, tuned)
+    assert peak == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "most"), [("2b", 12), ("7b", 20)])
+def test_a_run_of_the_recipes_fits_with_adapters(size, most):
+    shapes = run_shapes(read_run(str(ROOT / "recipes" / f"qwen2_vl_{size}" / "run.yaml")))
+    for shape in shapes.values():
+        peak, expected = running(size, shape)
+        assert peak == pytest.approx(expected, rel=0.05)
+        assert peak <= most * GIB

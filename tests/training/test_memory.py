@@ -305,6 +305,22 @@ def test_the_command_prints_counts_and_one_line_per_topology(capsys):
         assert f"\n{topology} " in printed
 
 
+def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp_path):
+    from train.memory import main
+
+    recipe, totals = RECIPES / "qwen2_vl_2b" / "decision_maker.yaml", {}
+    for name in ("run", "ablation"):
+        main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_2b" / f"{name}.yaml")])
+        line = next(one for one in capsys.readouterr().out.splitlines() if one.startswith("knowledge_guide "))
+        totals[name] = float(line.split()[-1])
+    assert totals["run"] < 12
+    assert totals["ablation"] == pytest.approx(totals["run"] + 16, abs=0.15)
+    with pytest.raises(EchoError, match="give a recipe and a run of the same model"):
+        main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_7b" / "run.yaml")])
+    with pytest.raises(EchoError, match="has no max_pixels; give the YAML file of a run"):
+        main(["--config", str(recipe), "--run", str(RECIPES / "accelerate" / "ddp.yaml")])
+
+
 def test_the_command_reports_a_wrong_target_in_one_sentence():
     recipe = RECIPES / "qwen2_vl_2b" / "decision_maker.yaml"
     command = [

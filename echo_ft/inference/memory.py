@@ -1,0 +1,131 @@
+"""Memory estimates for runs of the four experts on one GPU, from the architecture and the shape of a batch.
+
+An exchange has one prefix and N branches. Its prefix runs once, in groups of at most PREFILL_TOKENS, and every branch
+continues from a copy of the prefix's key-value cache (echo_ft/inference/engine.py). The peak is either the last group,
+next to the caches of all prefixes, or the end of decoding. A test compares the estimate with the peak that
+`python -m benchmarks.memory` measures on tensors without content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from echo_ft.inference.engine import PREFILL_TOKENS, RECENT_IMAGES
+from echo_ft.model.activations import CUDA_CONTEXT
+from echo_ft.records import ROLES
+from echo_ft.terminal import align_columns, format_gib
+
+_FP32 = 4
+_HEAD_BLOCK = 16_384
+"""Rows of the output layer that `float32_logits` converts at once."""
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """The largest batch of a role in a run. All exchanges of the batch have the same shape."""
+
+    exchanges: int
+    images: int
+    max_pixels: int
+    prefix_text: int
+    """Tokens of the prefix besides the images."""
+    branches: int
+    branch_tokens: int
+    max_new_tokens: int
+    max_batch_tokens: int | None
+
+    def prefix(self, image_tokens: int) -> int:
+        """Tokens of a prefix, if an image has `image_tokens`."""
+        return self.images * image_tokens + self.prefix_text
+
+    def together(self, image_tokens: int) -> int:
+        """Exchanges that run together within max_batch_tokens, at least one."""
+        if self.max_batch_tokens is None:
+            return self.exchanges
+        cached = self.branches * (self.prefix(image_tokens) + self.branch_tokens + self.max_new_tokens)
+        return min(self.exchanges, max(1, self.max_batch_tokens // cached))
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """Bytes that a run takes on one GPU."""
+
+    weights: int
+    adapters: int
+    features: int
+    """Features of recent images, and of the images that an ablation keeps."""
+    prefill: int
+    """The peak while prefixes run, with the caches of all prefixes."""
+    decode: int
+    """The peak while branches are decoded, with their caches."""
+    context: int = CUDA_CONTEXT
+
+    @property
+    def total(self) -> int:
+        """The peak of the run."""
+        return self.weights + self.adapters + self.features + max(self.prefill, self.decode) + self.context
+
+
+def image_tokens(model: Any, max_pixels: int) -> int:
+    """Visual tokens of an image of `max_pixels`."""
+    vision = model.config.vision_config
+    return int(max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
+
+
+def estimate_run(
+    model: Any, adapter_parameters: int, shape: RunShape, width: int, features_bytes: int = 0
+) -> RunEstimate:
+    """Memory of a run of `model`, a Qwen2-VL on the meta device without adapters, at `width` bytes per value.
+
+    `adapter_parameters` counts the parameters of one role's adapter; 0 means no adapters. `features_bytes` is what an
+    ablation keeps of image features. With hidden size h and MLP size f, a prefix token in a layer needs 3f + 5h values
+    for SwiGLU, the residual stream and the norms. With adapters, the sum of base layer and adapter adds f.
+    """
+    text = model.config.text_config
+    hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    image = image_tokens(model, shape.max_pixels)
+    prefix, together = shape.prefix(image), shape.together(image)
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    cache = width * 2 * layers * text.num_key_value_heads * head
+    token = width * ((4 if adapter_parameters else 3) * inner + 5 * hidden)
+    group = prefix * max(1, min(together, PREFILL_TOKENS // prefix))
+    branches = together * shape.branches
+    started = branches * (prefix + shape.branch_tokens)
+    decoded = started + branches * shape.max_new_tokens
+    # A branch's attention has a mask, for which transformers (5.23) repeats keys and values to all heads.
+    repeated = width * 2 * hidden
+    logits = _FP32 * (2 * branches * text.vocab_size + _HEAD_BLOCK * hidden)
+    return RunEstimate(
+        weights=width * sum(weight.numel() for weight in model.parameters()),
+        adapters=width * adapter_parameters * len(ROLES),
+        features=width * RECENT_IMAGES * image * hidden + features_bytes,
+        prefill=group * token + together * prefix * cache,
+        decode=decoded * (cache + cache // layers)
+        + max(started * repeated, branches * shape.branch_tokens * token, logits),
+    )
+
+
+def run_report(
+    model: Any, adapter_parameters: int, shapes: Mapping[str, RunShape], width: int, features_bytes: int = 0
+) -> str:
+    """The estimates for a run with adapters, one line per role, and for the base model, as text for a terminal.
+
+    The arguments are those of `estimate_run`; `shapes` has the largest batch of each role.
+    """
+    parts = ("weights", "adapters", "features", "prefill", "decode", "context", "total")
+    rows = [["GiB on one GPU", *parts]]
+    base = 0
+    for role, shape in shapes.items():
+        tuned = estimate_run(model, adapter_parameters, shape, width, features_bytes)
+        rows.append([role, *(format_gib(getattr(tuned, part)) for part in parts)])
+        base = max(base, estimate_run(model, 0, shape, width, features_bytes).total)
+    return "\n".join(
+        [
+            align_columns(rows),
+            "",
+            f"The base model without adapters needs {format_gib(base)} GiB. Estimated, not measured on a GPU. The",
+            "total has the larger of prefill and decode. features: of recent images and those that an ablation keeps.",
+        ]
+    )
