@@ -45,7 +45,7 @@ HEAVY = {
 }  # fmt: skip
 """Packages that a function may import, so that `--help` and light commands do not load them."""
 
-LIGHT_INSIDE = {"fcntl": "Windows has none"}
+LIGHT_INSIDE = {"fcntl": "Windows has none", "resource": "Windows has none"}
 """Other modules that a function may import, and why."""
 
 RETIRED = (

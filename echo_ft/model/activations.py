@@ -114,7 +114,7 @@ def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int 
     # The fused LM head keeps the hidden states of the labels and holds one tile of logits at a time.
     labels = batch.rows * batch.label_tokens
     logits = width * (labels * hidden + min(labels, _HEAD_TILE[0]) * min(text.vocab_size, _HEAD_TILE[1]))
-    return ActivationBytes(full, inputs, layer, backward, logits, _autocast_copies(model, width))
+    return ActivationBytes(full, inputs, layer, backward, logits, _autocast_copies(model, width, stream))
 
 
 def _backward_bytes(model: Any, width: int, stream: int) -> int:
@@ -168,12 +168,14 @@ def _trained_layer_bytes(model: Any, width: int, stream: int, only: str = "") ->
     return kept
 
 
-def _autocast_copies(model: Any, width: int) -> int:
+def _autocast_copies(model: Any, width: int, stream: int) -> int:
     """Bytes of the copies at `width` that 16-bit autocast makes of trained float32 weights in linear layers.
 
     TRL's fused LM head converts its weights a tile at a time.
     """
     import torch
 
+    if width == _FP32 or (stream < _FP32 and not hasattr(model, "peft_config")):  # PEFT keeps adapters in float32
+        return 0
     linear = [one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"]
-    return sum(width * one.weight.numel() for one in linear if one.weight.requires_grad) if width < _FP32 else 0
+    return sum(width * one.weight.numel() for one in linear if one.weight.requires_grad)

@@ -12,6 +12,8 @@ The estimates leave out fragmentation, kernel workspaces and DoRA's extra activa
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from echo_ft.model.architectures import add_adapter, count_parameters, frozen_by
 from echo_ft.terminal import align_columns, format_gib
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
     from trl import ModelConfig, SFTConfig
 
     from echo_ft.training.config import EchoConfig
@@ -190,3 +194,32 @@ def memory_table(estimate: TrainingEstimate, checkpointing: bool) -> str:
         for one in estimate.topologies
     ]
     return align_columns([head, *rows])
+
+
+def hold_step_memory(
+    args: TrainingArguments, optimizer: Any, trained: Iterable[torch.Tensor], pixels: torch.Tensor
+) -> list[torch.Tensor]:
+    """Allocate what a step has on the device besides its largest batch, so that a check of this batch includes it.
+
+    These are the `pixels` of all other micro-batches, and Adam's two states of the `trained` weights unless a resumed
+    `optimizer` has them already. Release the list after the check.
+    """
+    import torch
+
+    held = [torch.empty_like(pixels) for _ in range(args.gradient_accumulation_steps)]
+    if "adam" in str(args.optim) and not optimizer.state:
+        held += [torch.empty_like(weight) for weight in trained for _ in range(2)]
+    return held
+
+
+def peak_bytes(device: torch.device, held: Sequence[torch.Tensor]) -> int:
+    """The most memory that this process has had: allocated on a GPU, otherwise resident with what `held` will take."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # missing on Windows, which can still score runs from other machines
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    # The pages of `held` are not resident, because nothing was written to them.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + sum(tensor.nbytes for tensor in held)

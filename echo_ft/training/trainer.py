@@ -35,6 +35,7 @@ from echo_ft.training.checks import LargestBatchCheck, less_memory
 from echo_ft.training.config import EarlyStopping, EchoConfig
 from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
 from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
+from echo_ft.training.memory import hold_step_memory, peak_bytes
 from echo_ft.training.sampler import BalancedSampler, SamplerEpoch
 
 
@@ -169,6 +170,8 @@ class PrefixSharingTrainer(SFTTrainer):
             devices = [self.args.device] if self.args.device.type == "cuda" else []
             with torch.random.fork_rng(devices), self.compute_loss_context_manager():
                 inputs = self._prepare_inputs(inputs)
+                own = [] if self.is_deepspeed_enabled else list(trained.values())  # DeepSpeed has its states already
+                held = hold_step_memory(self.args, self.optimizer, own, inputs["pixel_values"])
                 model.train()
                 loss = self.compute_loss(model, inputs)
                 # With loss.backward(), DDP and DeepSpeed would take these gradients for those of step 1.
@@ -180,10 +183,10 @@ class PrefixSharingTrainer(SFTTrainer):
             raise EchoError(f"{summary} does not fit into memory; {remedy}") from error
         # The heads have gradients even if none arrives at the adapter.
         check_gradients({name: one for name, one in zip(trained, found, strict=True) if "mask_heads." not in name})
-        if torch.cuda.is_available():
-            summary += f" takes {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-            torch.cuda.empty_cache()
-        self._report(f"{summary}, forward and backward: fits")
+        peak = peak_bytes(self.args.device, held) / 2**30
+        del held
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        self._report(f"{summary} takes {peak:.1f} GiB with the optimizer's states and the pixels of a step: fits")
         self._total_train_tokens = seen
         self._metrics["train"].clear()
         self._work_done[:], self._last_log = 0, time.monotonic()

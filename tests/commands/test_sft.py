@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from echo_ft.errors import EchoError
 from echo_ft.records import ROLES
+from echo_ft.terminal import LOGGER
 from tests.conftest import ECHO_TINY, ROOT, make_dataset
 from tests.support.training import SAME_TRAINING, launch, losses, run_in_process, tiny_options
 
@@ -214,13 +215,17 @@ def test_tower_and_merger_have_their_own_learning_rates(dataset, tmp_path):
 SHORT = ["--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no", "--lora_target_modules", "q_proj"]
 
 
-def test_the_largest_batch_check_does_not_affect_training(dataset, tmp_path, monkeypatch):
+def test_the_largest_batch_check_tells_its_memory_and_does_not_affect_training(dataset, tmp_path, monkeypatch, caplog):
     from echo_ft.training.trainer import PrefixSharingTrainer
 
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level("INFO")
     for name in ("with", "without"):
         if name == "without":
             monkeypatch.setattr(PrefixSharingTrainer, "check_largest_batch", lambda self, cases: None)
         run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / name, *SHORT, "--lora_dropout", 0.5))
+    told = re.search(r"takes ([\d.]+) GiB with the optimizer's states and the pixels of a step: fits", caplog.text)
+    assert told and float(told[1]) > 0.3  # the libraries alone
     expected = load_file(tmp_path / "without" / "adapter_model.safetensors")
     for name, weight in load_file(tmp_path / "with" / "adapter_model.safetensors").items():
         assert torch.equal(weight, expected[name]), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,13 @@ from echo_ft.model.architectures import add_adapter, count_parameters, frozen_by
 from echo_ft.model.loading import check_lora_targets
 from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
 from echo_ft.records import ROLES
-from echo_ft.training.memory import estimate_topologies, estimate_training, trainable_meta_model
+from echo_ft.training.memory import (
+    estimate_topologies,
+    estimate_training,
+    hold_step_memory,
+    peak_bytes,
+    trainable_meta_model,
+)
 from tests.conftest import ROOT
 from tests.support.models import small_config
 
@@ -234,6 +241,18 @@ def test_four_bits_do_not_apply_to_embeddings_and_vision_tower():
     four = frozen_bytes(model, 2, bits=4)
     assert embeddings < frozen_bytes(model, 2, bits=4, nested=True) < four < frozen_bytes(model, 2, bits=8)
     assert four == pytest.approx(embeddings + 2 * tower + 0.5625 * (sum(frozen) - embeddings / 2 - tower), rel=0.01)
+
+
+def test_the_largest_batch_is_checked_with_adams_states_and_the_pixels_of_a_step():
+    weight, pixels = torch.nn.Parameter(torch.ones(1000)), torch.ones(500, dtype=torch.bfloat16)
+    args = SimpleNamespace(gradient_accumulation_steps=8, optim="adamw_torch_fused")
+    optimizer = torch.optim.AdamW([weight])
+    held = hold_step_memory(args, optimizer, [weight], pixels)
+    assert sum(tensor.nbytes for tensor in held) == 8 * pixels.nbytes + 2 * weight.nbytes
+    assert peak_bytes(torch.device("cpu"), held) - peak_bytes(torch.device("cpu"), []) == 8 * 1000 + 2 * 4000
+    weight.sum().backward()
+    optimizer.step()  # as in a resumed run
+    assert sum(tensor.nbytes for tensor in hold_step_memory(args, optimizer, [weight], pixels)) == 8 * pixels.nbytes
 
 
 # The recipes
