@@ -174,7 +174,8 @@ def _require_states(checkpoint: Path, sft: SFTConfig) -> None:
             f"{checkpoint} has no optimizer state (save_only_model: true), so training cannot resume from it; give "
             "another checkpoint, or choose another output_dir to start a new run"
         )
-    zero, fsdp = getattr(sft, "deepspeed_plugin", None), bool(getattr(sft, "fsdp_plugin_args", None))
+    zero = sft.deepspeed_plugin is not None
+    fsdp = bool(sft.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if (zero and not sharded) or (fsdp and not fully_sharded) or not (zero or fsdp or whole):
         kind = "ZeRO" if sharded else "FSDP" if fully_sharded else "a run without ZeRO or FSDP"
         raise EchoError(
@@ -253,9 +254,9 @@ def training_options(config: EchoConfig, sft: SFTConfig, base: ModelConfig, lora
 
 
 def optimizer_options(optimizer: Any) -> list[dict[str, Any]]:
-    """The options of each parameter group of `optimizer`, as a new optimizer has them."""
-    names = ("lr", "weight_decay", "betas", "eps")
-    return [{name: group[name] for name in names if name in group} for group in getattr(optimizer, "param_groups", ())]
+    """The options of each parameter group of `optimizer` that has weights, as a new optimizer has them."""
+    names, groups = ("lr", "weight_decay", "betas", "eps"), getattr(optimizer, "param_groups", ())
+    return [{name: group[name] for name in names if name in group} for group in groups if group["params"]]
 
 
 def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
@@ -268,11 +269,14 @@ def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
 
     if not isinstance(schedule, LambdaLR):
         return
-    schedule.base_lrs = [group["lr"] for group in options]
-    for group, new, factor in zip(schedule.optimizer.param_groups, options, schedule.lr_lambdas, strict=True):
-        group.update(new)
-        group["initial_lr"], group["lr"] = new["lr"], new["lr"] * factor(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+    # Without weights that are exempt from weight decay, a group is empty. ZeRO (DeepSpeed 0.19) leaves it out.
+    groups = schedule.optimizer.param_groups
+    filled = [index for index, group in enumerate(groups) if group["params"]]
+    for index, new in zip(filled, options, strict=True):
+        groups[index].update(new)
+        groups[index]["initial_lr"] = schedule.base_lrs[index] = new["lr"]
+        groups[index]["lr"] = new["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -18,7 +18,16 @@ from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, make_card, read_card, write_card
 from echo_ft.model.architectures import meta_model
-from echo_ft.training.checkpoints import COMPLETE_MARKER, FIXED, FREE, IRRELEVANT, find_checkpoint, training_options
+from echo_ft.training.checkpoints import (
+    COMPLETE_MARKER,
+    FIXED,
+    FREE,
+    IRRELEVANT,
+    apply_options,
+    find_checkpoint,
+    optimizer_options,
+    training_options,
+)
 from echo_ft.training.checks import UNSUPPORTED, WITHOUT_EFFECT
 from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
 from echo_ft.training.trainer import SamplerEpoch
@@ -203,6 +212,27 @@ def test_a_checkpoint_without_the_optimizer_of_this_topology_is_refused(resume):
 def test_a_checkpoint_of_another_topology_is_refused(resume, file, kind):
     with pytest.raises(EchoError, match=f"holds the optimizer state of {kind}; resume it with the accelerate config"):
         resume({}, files=(file,))
+
+
+def test_fsdp_of_an_accelerate_config_reads_its_own_optimizer_state(resume, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(EchoError, match="holds the optimizer state of a run without ZeRO or FSDP"):
+        resume({})
+    assert resume({}, files=("optimizer_0/part.distcp",)).resumed == []
+
+
+def test_options_apply_although_zero_leaves_out_an_empty_group():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    new = torch.optim.AdamW([{"params": [weight], "weight_decay": 0.5}, {"params": [], "weight_decay": 0.0}], lr=1e-5)
+    old = torch.optim.AdamW([{"params": [weight]}], lr=1e-3)
+    schedule = get_scheduler("linear", old, 0, 10)
+    schedule.last_epoch = 5
+    apply_options(schedule, optimizer_options(new))
+    assert (old.param_groups[0]["lr"], old.param_groups[0]["weight_decay"]) == (0.5e-5, 0.5)
+    assert schedule.get_last_lr() == [0.5e-5]
+    old.step()
+    schedule.step()
+    assert old.param_groups[0]["lr"] == pytest.approx(0.4e-5)
 
 
 def test_a_run_shorter_than_its_checkpoint_is_refused(resume):
