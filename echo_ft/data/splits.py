@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import random
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
-from echo_ft.data.text import nfc
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection
 
@@ -132,7 +132,7 @@ def _by_condition(
 def _choose(names: Collection[str], wanted: Sequence[str], field: str, seed: int, share: float) -> list[str]:
     """Return the sorted names to hold out: the wanted ones, or a share of all names that the seed draws."""
     ordered = sorted(names)
-    wanted = [nfc(name) for name in wanted]
+    wanted = [unicodedata.normalize("NFC", name) for name in wanted]  # not text.nfc: runs load this module
     for name in wanted:
         if name not in names:
             near = difflib.get_close_matches(name, ordered, n=1)
