@@ -43,6 +43,7 @@ from data_prep.collect import check_config, usable_images
 from data_prep.config import BuildConfig
 from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
+from data_prep.sources._rows import condition_cell
 from data_prep.sources.manifest import COLUMNS
 from data_prep.workspace import workspace
 from echo_ft.config import parse, run_main
@@ -236,6 +237,7 @@ def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, 
 def manifest_row(inspection: Inspection) -> dict[str, Any]:
     """An inspection as a row for the source `manifest`, without empty columns."""
     columns = {name: getattr(inspection, name) for name in COLUMNS}
+    columns["condition"] = condition_cell(inspection.condition)
     return {name: value for name, value in columns.items() if value}
 
 

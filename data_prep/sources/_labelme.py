@@ -12,6 +12,7 @@ import binascii
 import io
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from data_prep.sources._rows import (
     size_of,
     sounds_good,
 )
+from data_prep.sources._words import GOOD_FLAGS, REVIEW_FLAGS, UNKNOWN_WORDS, plain_word
 from echo_ft.errors import EchoError
 from echo_ft.files import walk
 from echo_ft.images.decode import READ_ERRORS
@@ -116,15 +118,32 @@ def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple
         raise RowError(f"the flags {str(flags)[:60]} are not {{name: true or false}}")
     for_good = {name for name in flags if means_good(name, good) or sounds_good(name)}
     chosen = {name for name, value in flags.items() if value}
+    reviewed = {name for name in chosen if plain_word(name) in REVIEW_FLAGS and not means_good(name, good)}
+    if said or chosen - reviewed:
+        chosen -= reviewed  # they describe the annotations
     if not said and not chosen and for_good:
         raise RowError(f"it has no shapes, and none of its flags ({', '.join(flags)}) is set; set the one that applies")
     if chosen:
-        # A flag such as `ok` agrees with a file without shapes, so it needs no declaration.
-        condition = join_conditions({GOOD if name in for_good else named_condition(name, good) for name in chosen})
+        condition = join_conditions({_flag(name, good) for name in chosen})
         if said and (said[0].condition == GOOD) != (condition == GOOD):
             raise RowError(f"its flags say {condition!r} but its shapes {said[0].condition!r}; correct one of them")
         said.append(_record(root, image, condition))
     return said
+
+
+def _flag(name: str, good: tuple[str, ...]) -> str:
+    """Return the condition that a flag names. Raises RowError if it may describe the annotations instead."""
+    word = plain_word(name)
+    if not name.strip():
+        raise RowError("a flag that is set has no name; unset or rename it")
+    if word in GOOD_FLAGS or means_good(name, good):  # `ok` agrees with a file without shapes: no need to declare it
+        return GOOD
+    if sounds_good(name) or word in UNKNOWN_WORDS:
+        raise RowError(
+            f"its flag {name!r} does not say what the part shows; unset or rename it, or pass "
+            f"--good {shlex.quote(name)} if it means a part without a defect"
+        )
+    return named_condition(name, good)
 
 
 def _record(root: Path, image: str, condition: str, **marks: Any) -> Inspection:

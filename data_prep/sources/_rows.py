@@ -7,13 +7,14 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.sources import RowError
-from data_prep.sources._words import GOOD_WORDS, UNKNOWN_WORDS, plain_word, plain_words
+from data_prep.sources._words import GOOD_WORDS, UNKNOWN_WORDS, plain_word
 from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS, join_defects
-from echo_ft.data.text import control_token, nfc
+from echo_ft.data.text import control_token, nfc, spelling_key
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD
@@ -21,7 +22,7 @@ from echo_ft.records import GOOD
 T = TypeVar("T", bound=tuple[float, ...])
 
 LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
-"""What separates the defects of one image in a cell, a label or the name of a folder."""
+"""What separates the defects of one image in a cell. A label, a category or a folder is one class: only `+` does."""
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
@@ -48,9 +49,20 @@ def split_of(row: Mapping[str, Any]) -> str | None:
     return split
 
 
+def spelling(name: str) -> str:
+    """Return the spelling key of a name, or the name itself if it is only punctuation."""
+    return spelling_key(name) or name
+
+
+@lru_cache(maxsize=64)
+def spellings(words: tuple[str, ...]) -> frozenset[str]:
+    """Return the spelling of each word."""
+    return frozenset(map(spelling, words))
+
+
 def means_good(name: str, good: tuple[str, ...]) -> bool:
-    """Return whether a name is `good`, or one of the words `good` that the config declares to mean it."""
-    return name == GOOD or (bool(name) and plain_word(name) in plain_words(good))
+    """Return whether a name is `good` in any case, or one of the words `good` that the config declares to mean it."""
+    return name.casefold() == GOOD or (bool(name) and spelling(name) in spellings(good))
 
 
 def sounds_good(name: str) -> bool:
@@ -59,10 +71,9 @@ def sounds_good(name: str) -> bool:
 
 
 def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
-    """Return the name of a defect, or `good` for `good` and the words `good` that the config declares.
+    """Return the name of a defect in NFC, or `good` for `good` and the words `good` that the config declares.
 
-    Raises RowError for other words that mean `good`, for words that say nothing, and for a name with a slash, which
-    may be one name or two. The name is returned in NFC.
+    Raises RowError for other words that mean `good` and for words that say nothing.
     """
     if means_good(name, good):
         return GOOD
@@ -73,28 +84,32 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
         )
     if plain_word(name) in UNKNOWN_WORDS:
         raise RowError(
-            f"condition {name!r} does not say what the part shows; write {GOOD!r} or the name of the defect, "
-            "or leave the image out"
+            f"condition {name!r} does not say what the part shows; write {GOOD!r} or the name of the defect, leave the "
+            f"image out, or declare the word with --good {shlex.quote(name)} if it means a part without a defect"
         )
     if len(name.splitlines()) > 1:
         raise RowError(f"condition {name[:60]!r} has a line break; close the quotation marks, and join names with '+'")
-    if "/" in name or "\\" in name:
-        one, several = (re.sub(r"\s*[/\\]+\s*", mark, name) for mark in ("_", DEFECT_SEPARATOR))
-        raise RowError(f"condition {name!r} has a slash; write {several!r} for several defects or {one!r} for one")
     return nfc(name)
 
 
-def named_condition(text: str, good: tuple[str, ...] = ()) -> str:
-    """Return the condition that a text names: one defect, several ones (`bent + melt`, `melt;bent`) or `good`.
+def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -> str:
+    """Return the condition that a text names: one defect, several ones (`bent + melt`) or `good`.
 
-    Raises RowError as `check_condition` does, for a control token, or if a defect is joined with `good` or nothing.
+    In the `cell` of a manifest, each of LIST_MARKS separates defects (`melt;bent`), and a slash may do so. Raises
+    RowError as `check_condition` does, for a control token, for a slash in a cell, or if a defect is joined with `good`
+    or nothing.
     """
     token = control_token(text)
     if token:  # before its bars separate defects
         raise RowError(f"condition {text!r} contains {token}, a control token of the model's chat template; rename it")
     if means_good(text, good) or sounds_good(text):
         return check_condition(text, good)
-    names = [check_condition(name.strip(), good) for name in LIST_MARKS.split(text)]
+    parts = LIST_MARKS.split(text) if cell else text.split(DEFECT_SEPARATOR)
+    names = [check_condition(name.strip(), good) for name in parts]
+    slashed = next((name for name in names if "/" in name or "\\" in name), None) if cell else None
+    if slashed:
+        one, several = (re.sub(r"\s*[/\\]+\s*", mark, slashed) for mark in ("_", DEFECT_SEPARATOR))
+        raise RowError(f"condition {slashed!r} has a slash; write {several!r} for several defects or {one!r} for one")
     if "" in names or (GOOD in names and len(names) > 1):
         raise RowError(f"condition {text!r} joins a defect with {GOOD!r} or with nothing; name only the defects")
     return join_conditions(names)
@@ -103,7 +118,8 @@ def named_condition(text: str, good: tuple[str, ...] = ()) -> str:
 def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
     """Return the condition of a row: a text, a JSON list of names, or such a list as the text of a cell.
 
-    Raises RowError as `named_condition` does, or if there is none.
+    A name in a list may hold list marks and slashes: `["crack, long"]` is one defect. Raises RowError as
+    `named_condition` does, or if there is none.
     """
     value = row.get("condition")
     if isinstance(value, str) and value.strip().startswith("["):
@@ -114,12 +130,19 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
     if value is True:
         raise RowError("condition is true, which names no defect; write the name of the defect")
     if not isinstance(value, list):
-        return named_condition(required_text(row, "condition"), good)
+        return named_condition(required_text(row, "condition"), good, cell=True)
     if not value or not all(isinstance(name, str) and name.strip() for name in value):
         raise RowError(
             f"condition {str(value)[:60]} is not a list of names; write {GOOD!r} or the names of the defects"
         )
     return join_conditions({named_condition(name.strip(), good) for name in value})
+
+
+def condition_cell(condition: str) -> str | list[str]:
+    """Return a condition as `condition_in` reads it back: a text, or a list if a name may look like several ones."""
+    names = condition.split(DEFECT_SEPARATOR)
+    unclear = any(LIST_MARKS.search(name) or name.startswith("[") or re.search(r"[/\\]", name) for name in names)
+    return names if unclear else condition
 
 
 def condition_of(labels: Iterable[str], good: tuple[str, ...] = ()) -> str:
@@ -130,7 +153,7 @@ def condition_of(labels: Iterable[str], good: tuple[str, ...] = ()) -> str:
     """
     conditions = set()
     for label in map(str.strip, labels):
-        if not label or (label == GOOD and plain_word(GOOD) not in plain_words(good)):
+        if not label or (label.casefold() == GOOD and GOOD not in spellings(good)):
             raise RowError(
                 f"a region is labelled {GOOD!r} or has no label; label only defects, each with its name, or pass "
                 f"--good {GOOD} if such regions show parts without a defect"
@@ -147,10 +170,10 @@ def join_conditions(conditions: Collection[str]) -> str:
     names = {name for condition in conditions for name in condition.split(DEFECT_SEPARATOR)}
     if GOOD in names and len(names) > 1:
         raise RowError(f"it is {GOOD!r} and {join_defects(names - {GOOD})!r} at the same time; correct one")
-    spellings: dict[str, str] = {}
+    known: dict[str, str] = {}
     for name in sorted(names):
-        if spellings.setdefault(plain_word(name), name) != name:
-            raise RowError(f"{spellings[plain_word(name)]!r} and {name!r} seem to be one defect; spell it in one way")
+        if known.setdefault(spelling(name), name) != name:
+            raise RowError(f"{known[spelling(name)]!r} and {name!r} seem to be one defect; spell it in one way")
     return join_defects(names)
 
 

@@ -7,9 +7,16 @@ from functools import lru_cache
 
 
 def plain_word(text: str) -> str:
-    """Return a text without case, accents, spaces, dots, dashes and underscores: `No_Defect` becomes `nodefect`."""
+    """Return a text without case, accents, spaces, dots, dashes and underscores: `No_Defect` becomes `nodefect`.
+
+    Use it only to look a text up in the lists below. It makes different names equal if they differ in an accent.
+    """
     decomposed = unicodedata.normalize("NFKD", text).casefold()
-    return "".join(c for c in decomposed if not (c.isspace() or c in IGNORED or unicodedata.category(c) == "Mn"))
+    return "".join(c for c in decomposed if not (c.isspace() or c in IGNORED or c in ACCENTS))
+
+
+ACCENTS = frozenset(map(chr, range(0x300, 0x370)))
+"""Combining accents of European scripts. The marks of other scripts are letters: they tell `バリ` from `ハリ`."""
 
 
 IGNORED = frozenset("_-\u2010\u2011\u2012\u2013\u2014\u2212.!'\u2019\u00b7")
@@ -25,14 +32,13 @@ def plain_words(words: tuple[str, ...]) -> frozenset[str]:
 GOOD_WORDS = plain_words(
     (
         # English, and what programs write
-        "good", "ok", "okay", "pass", "passed", "normal", "none", "free", "defect-free", "fault-free", "error-free",
+        "good", "ok", "okay", "pass", "passed", "normal", "none", "defect-free", "fault-free", "error-free",
         "damage-free", "anomaly-free", "no", "no defect", "no defects", "no fault", "no faults", "no damage",
         "no error", "no errors", "no anomaly", "no anomalies", "no issue", "no issues", "no problem", "nodefect",
         "non-defect", "non-defective", "non defected", "not defective", "not damaged", "not defect", "non-anomalous",
         "not anomalous", "without defect", "without defects", "undamaged", "unbroken", "intact", "flawless",
-        "faultless", "perfect", "clean", "healthy", "fine", "sound", "negative", "accept", "accepted", "acceptable",
-        "conforming", "conform", "compliant", "good part", "good parts", "ok part", "false", "0", "0.0", "-", "n/a",
-        "na", "n.a.", "nil", "null", "nan",
+        "faultless", "perfect", "clean", "healthy", "negative", "accept", "accepted", "acceptable",
+        "conforming", "conform", "compliant", "good part", "good parts", "ok part", "false", "0", "0.0", "-",
         # German
         "gut", "gutteil", "in Ordnung", "i.O.", "i.O.-Teil", "i. O.", "einwandfrei", "fehlerfrei", "fehlerlos",
         "kein Fehler", "keine Fehler", "kein Defekt", "keine Defekte", "ohne Fehler", "ohne Defekt", "ohne Befund",
@@ -64,12 +70,21 @@ GOOD_WORDS = plain_words(
 
 UNKNOWN_WORDS = plain_words(
     (
-        "?", "??", "???", "unknown", "unk", "unlabeled", "unlabelled", "unannotated", "unlabel", "not labeled",
+        "?", "??", "???", "n/a", "na", "n.a.", "nil", "null", "nan",
+        "unknown", "unk", "unlabeled", "unlabelled", "unannotated", "unlabel", "not labeled",
         "not labelled", "not annotated", "undefined", "unspecified", "undecided", "unclear", "unsure", "uncertain",
-        "not sure", "maybe", "todo", "to do", "to-do", "tbd", "pending", "ignore", "ignored", "skip", "skipped",
+        "not sure", "maybe", "todo", "to do", "to-do", "tbd", "pending", "ignore", "ignored",
         "unchecked", "not checked", "checked", "verified", "reviewed", "review", "done", "unbekannt", "unklar",
         "inconnu", "inconnue", "desconocido", "desconocida", "sconosciuto", "sconosciuta", "desconhecido",
         "desconhecida", "未知", "未标注", "未標註", "待定", "不明", "未定", "未確認", "미정", "알 수 없음",
     )
 )  # fmt: skip
 """Words that do not say whether a part has a defect, as `plain_word` returns them."""
+
+GOOD_FLAGS = plain_words(("good", "ok", "okay", "no defect", "no defects", "defect-free"))
+"""Flags of an image that mean a part without a defect even if they are not declared, as `plain_word` returns them.
+
+Other words may describe the annotation: an image can be `accepted`, and a label `correct`."""
+
+REVIEW_FLAGS = plain_words(("checked", "verified", "reviewed", "done"))
+"""Flags of an image that say that somebody looked at its annotations, as `plain_word` returns them."""

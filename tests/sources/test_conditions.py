@@ -9,19 +9,22 @@ import pytest
 
 from data_prep.collect import collect
 from data_prep.sources import SourceConfig, folder, manifest
+from data_prep.sources._rows import condition_cell, condition_in
 from echo_ft.errors import EchoError
 from tests.support.folder_layouts import draw, labelme_file, split_items, write_csv, write_json
 
 RECTANGLE = [[1, 1], [9, 9]]
 
 GOOD_WORDS = """
-no defect|no_defect|No-Defects|non-defective|nondefect|N/A|n.a.|-|--|0|negative|undamaged|normal|OK|O.K.|pass|PASSED|
-none|defect free|clean|perfect|Good|good.|False|i.O.|i. O.|in Ordnung|gut|fehlerfrei|o.B.|unbeschaedigt|UNBESCHÄDIGT|
+no defect|no_defect|No-Defects|non-defective|nondefect|-|--|0|negative|undamaged|normal|OK|O.K.|pass|PASSED|
+none|defect free|clean|perfect|good.|False|i.O.|i. O.|in Ordnung|gut|fehlerfrei|o.B.|unbeschaedigt|UNBESCHÄDIGT|
 bon|sans défaut|sans defaut|bueno|sin defectos|buono|nessun difetto|bom|sem defeito|合格|良品|正常|无缺陷|異常なし|
 정상|양품|결함 없음
 """.replace("\n", "")
 
-DEFECT_WORDS = "n.i.O.|NOK|NG|not ok|no solder|negative bump|free end|ko|defective|不良|abnormal|1"
+DEFECT_WORDS = (
+    "fine|sound|free|skip|skipped|n.i.O.|NOK|NG|not ok|no solder|negative bump|free end|ko|defective|不良|abnormal|1"
+)
 
 
 def read_cell(root: Path, cell: object, good: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
@@ -52,9 +55,19 @@ def test_several_names_in_a_cell_are_joined(tmp_path, mark, kind):
     assert [one.condition for one in inspections] == ["bent+melt", "bent+melt", "bent+long melt"]
 
 
-@pytest.mark.parametrize("cell", [["melt", "bent"], ["melt;bent"], "['melt', 'bent']", '["bent", "melt"]'])
+@pytest.mark.parametrize("cell", [["melt", "bent"], ["melt+bent"], "['melt', 'bent']", '["bent", "melt"]'])
 def test_a_list_of_names_is_joined(tmp_path, cell):
     assert read_cell(tmp_path, cell) == (["bent+melt"], [])
+
+
+@pytest.mark.parametrize("cell", [["crack, long", "a/b"], "['crack, long', 'a/b']"])
+def test_a_name_in_a_list_is_one_name(tmp_path, cell):
+    assert read_cell(tmp_path, cell) == (["a/b+crack, long"], [])
+
+
+@pytest.mark.parametrize("condition", ["dent", "bent+melt", "Crack, longitudinal", "a/b+c", "[x]", "a|b", "キズ、大"])
+def test_a_written_cell_is_read_back(condition):
+    assert condition_in({"condition": condition_cell(condition)}, ()) == condition
 
 
 @pytest.mark.parametrize(
@@ -100,7 +113,27 @@ def test_a_declared_word_covers_other_spellings_but_no_other_word(tmp_path):
         assert read_cell(tmp_path, word, good=("no defect",)) == (["good"], [])
     assert read_cell(tmp_path, "OK", good=("no defect",))[0] == []
     assert read_cell(tmp_path, "type A", good=("type A",)) == (["good"], [])
-    assert read_cell(tmp_path, "", good=("-",))[0] == []
+    assert read_flags(tmp_path, {"": True}, good=("-",)) == "a flag that is set has no name; unset or rename it"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("キズ", "キス"), ("バリ", "ハリ"), ("เส้น", "เสน"), ("má", "mà"), ("й", "и"), ("★", "☆")]
+)
+def test_marks_of_other_scripts_tell_words_apart(tmp_path, one, other):
+    joined = "+".join(sorted((one, other)))
+    assert read_cell(tmp_path, [one, other]) == ([joined], [])
+    assert read_cell(tmp_path, other, good=(one,)) == ([other], [])
+    assert read_cell(tmp_path, one, good=(one,)) == (["good"], [])
+
+
+def test_good_may_have_any_case(tmp_path):
+    for word in ("Good", "GOOD"):
+        assert read_cell(tmp_path, word) == (["good"], [])
+        assert read_coco(tmp_path, {"a.png": [word]})[0] == {}, "a region labelled good needs a declaration"
+        assert read_flags(tmp_path, {word: True}) == "good"
+        draw(tmp_path / "parts" / "cap" / "train" / word / "0.png")
+    inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path / "parts")))
+    assert ({one.condition for one in inspections}, rejections) == ({"good"}, [])
 
 
 @pytest.mark.parametrize("word", DEFECT_WORDS.split("|"))
@@ -108,7 +141,20 @@ def test_names_of_defects_are_not_taken_for_good(tmp_path, word):
     assert read_cell(tmp_path, word) == ([word], [])
 
 
-UNKNOWN = ["unknown", "?", "Un-labeled", "TODO", "not annotated", "unbekannt", "未标注", "reviewed"]
+UNKNOWN = [
+    "N/A",
+    "n.a.",
+    "NaN",
+    "null",
+    "unknown",
+    "?",
+    "Un-labeled",
+    "TODO",
+    "not annotated",
+    "unbekannt",
+    "未标注",
+    "reviewed",
+]
 
 
 @pytest.mark.parametrize("word", UNKNOWN)
@@ -116,13 +162,15 @@ def test_words_that_say_nothing_are_rejected(tmp_path, word):
     conditions, (reason,) = read_cell(tmp_path, word)
     assert conditions == []
     assert "does not say what the part shows" in reason
+    assert "declare the word with --good" in reason
+    assert read_cell(tmp_path, word, good=(word,)) == (["good"], [])
 
 
 def test_folder_names_follow_the_same_rules(tmp_path):
-    for name in ("good", "no_defect", "unknown", "dent;crack"):
+    for name in ("good", "no_defect", "unknown", "dent+crack", "dent, deep"):
         draw(tmp_path / "cap" / "train" / name / "0.png")
     inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
-    assert {one.condition for one in inspections} == {"good", "crack+dent"}
+    assert {one.condition for one in inspections} == {"good", "crack+dent", "dent, deep"}
     assert {one.item for one in rejections} == {"cap/train/no_defect", "cap/train/unknown"}
     declared, _, rejections = split_items(folder.read(SourceConfig(tmp_path, good=("no defect",))))
     assert {one.image for one in declared if one.condition == "good"} == {
@@ -161,7 +209,19 @@ def test_regions_of_good_parts_need_a_declared_word(tmp_path):
     assert read_coco(tmp_path, {"a.png": ["good"]}, good=("good",))[0]["a.png"].condition == "good"
 
 
-@pytest.mark.parametrize("word", ["unknown", "todo", "dent/crack"])
+@pytest.mark.parametrize("name", ["Crack, longitudinal", "dent;deep", "dent/crack", "a|b", "キズ、大"])
+def test_a_category_or_label_is_one_class(tmp_path, name):
+    found, rejections = read_coco(tmp_path, {"a.png": [name, "melt"], "b.png": [name]})
+    joined = "+".join(sorted((name, "melt")))
+    assert ({image: one.condition for image, one in found.items()}, rejections) == (
+        {"a.png": joined, "b.png": name},
+        {},
+    )
+    assert read_flags(tmp_path / "shape", {}, [(name, "rectangle", RECTANGLE)]) == name
+    assert read_flags(tmp_path / "flag", {name: True}) == name
+
+
+@pytest.mark.parametrize("word", ["unknown", "todo", "NaN"])
 def test_a_region_of_an_unclear_category_rejects_its_image(tmp_path, word):
     found, rejections = read_coco(tmp_path, {"a.png": [word, "dent"], "b.png": ["dent"]})
     assert list(found) == ["b.png"]
@@ -201,6 +261,7 @@ def read_flags(root: Path, flags: object, shapes: list | None = None, good: tupl
         ({"dent": True, "crack": True, "melt": False}, [], "crack+dent"),
         ({"dent": True, "ok": False}, [], "dent"),
         ({"ok": True, "dent": False}, [], "good"),
+        ({"Okay": True}, [], "good"),
         ({"no_defect": True}, [], "good"),
         ({"dent": False, "crack": False}, [], "good"),
         ({}, [], "good"),
@@ -212,7 +273,17 @@ def read_flags(root: Path, flags: object, shapes: list | None = None, good: tupl
         ({"ok": True, "dent": True}, [], "'good' and 'dent' at the same time"),
         ({"ok": True}, ["dent"], "its flags say 'good' but its shapes 'dent'"),
         ({"todo": True}, [], "'todo' does not say"),
-        ({"reviewed": True}, ["dent"], "'reviewed' does not say"),
+        ({"reviewed": True}, [], "unset or rename it"),
+        ({"reviewed": True, "Verified": True}, ["dent"], "dent"),
+        ({"reviewed": True, "dent": True}, [], "dent"),
+        ({"checked": True, "ok": True}, [], "good"),
+        ({"unclear": True}, ["dent"], "its flag 'unclear' does not say what the part shows; unset or rename it"),
+        ({"n/a": True, "ok": False, "dent": False}, [], "its flag 'n/a' does not say what the part shows"),
+        ({"null": True}, [], "pass --good null if it means a part without a defect"),
+        ({"correct": True}, [], "its flag 'correct' does not say"),
+        ({"pass": True}, [], "its flag 'pass' does not say"),
+        ({"accepted": True}, ["dent"], "its flag 'accepted' does not say"),
+        ({" ": True}, [], "a flag that is set has no name"),
         ({"dent": "yes"}, [], "are not {name: true or false}"),
         (["dent"], [], "are not {name: true or false}"),
     ],
@@ -225,10 +296,12 @@ def test_flags_of_a_labelme_file_count(tmp_path, flags, shapes, expected):
 def test_declared_words_count_as_flags_and_labels(tmp_path):
     shapes = [("Gutteil A", "rectangle", RECTANGLE)]
     assert read_flags(tmp_path, {"Gutteil A": True}, shapes, good=("gutteil a",)) == "good"
+    assert read_flags(tmp_path, {"accepted": True}, good=("accepted",)) == "good"
+    assert read_flags(tmp_path, {"reviewed": True}, good=("reviewed",)) == "good"
     assert read_flags(tmp_path, {"Gutteil A": False, "dent": False}, good=("gutteil a",)).startswith("it has no shapes")
 
 
-# what stands twice
+# duplicates
 
 
 @pytest.mark.parametrize(
@@ -241,14 +314,14 @@ def test_declared_words_count_as_flags_and_labels(tmp_path):
         "image,image,product,condition",
     ],
 )
-def test_a_column_that_stands_twice_is_an_error(tmp_path, header):
+def test_a_column_that_occurs_twice_is_an_error(tmp_path, header):
     path = tmp_path / "parts.csv"
     path.write_text(f"{header}\n")
     with pytest.raises(EchoError, match=r"parts\.csv has several columns '(condition|group|image)'"):
         split_items(manifest.read(SourceConfig(tmp_path, path)))
 
 
-def test_other_columns_may_stand_twice(tmp_path):
+def test_other_columns_may_occur_twice(tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "parts.csv").write_text("image,product,condition,note,note,,\na.png,cap,good,1,2,,\n")
     found, _, rejections = split_items(manifest.read(SourceConfig(tmp_path, tmp_path / "parts.csv")))
@@ -256,7 +329,7 @@ def test_other_columns_may_stand_twice(tmp_path):
 
 
 @pytest.mark.parametrize("key", ['"condition": "good"', '"group": "2"', '"product": "ring"'])
-def test_a_key_that_stands_twice_in_a_line_takes_its_image_along(tmp_path, key):
+def test_a_key_that_occurs_twice_in_a_line_rejects_its_image(tmp_path, key):
     draw(tmp_path / "a.png"), draw(tmp_path / "b.png")
     row = {"product": "cap", "condition": "dent", "group": "1"}
     whole = [json.dumps({"image": name, **row}) for name in ("a.png", "b.png")]
@@ -271,7 +344,7 @@ def test_a_key_that_stands_twice_in_a_line_takes_its_image_along(tmp_path, key):
 
 
 @pytest.mark.parametrize("part", ['"bbox": [4, 6, 8, 4]', '"category_id": 0', '"image_id": 0'])
-def test_a_key_that_stands_twice_in_a_coco_file_is_an_error(tmp_path, part):
+def test_a_key_that_occurs_twice_in_a_coco_file_is_an_error(tmp_path, part):
     read_coco(tmp_path, {"a.png": ["dent"]})
     path = tmp_path / "instances.json"
     text = path.read_text()

@@ -183,7 +183,7 @@ def test_an_image_whose_rows_contradict_each_other_is_rejected_with_its_places(r
     assert list(turned) == ["b.png"], "the order does not matter"
 
 
-def test_a_row_with_an_unquoted_comma_takes_its_image_along(root):
+def test_a_row_with_an_unquoted_comma_rejects_its_image(root):
     path = root / "parts.csv"
     path.write_text("image,product,condition\na.png,cap,dent\na.png,cap,dent,crack\nb.png,cap,good\n")
     found, rejections = usable(root, path)
@@ -301,7 +301,7 @@ def test_names_that_differ_only_in_spelling_are_not_two_defects(root):
 @pytest.mark.parametrize(
     "broken", ['{"image": "a.png", "condition": "crack"', '{"condition": "crack",, "image" : "a.png"}']
 )
-def test_a_broken_line_takes_its_image_along(root, broken):
+def test_a_broken_line_rejects_its_image(root, broken):
     path = root / "parts.jsonl"
     path.write_text("\n".join([json.dumps(DENT), broken, json.dumps(DENT | {"image": "b.png"})]))
     found, rejections = usable(root, path)
