@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,15 +13,17 @@ from typing import Any
 
 from data_prep import sources
 from data_prep.config import BuildConfig
-from data_prep.faults import MaskFault, boxes_fault, image_fault, mask_fault, name_fault
+from data_prep.faults import ImageCheck, boxes_fault, check_image, mask_fault, name_fault, orientation_fault
 from data_prep.progress import first_rejection, progress
-from data_prep.sources import Item
 from data_prep.truth import SourceRecords, put_together
 from echo_ft.data.splits import check_fractions
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
 from echo_ft.images.masks import mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
+
+CheckFile = Callable[..., ImageCheck]
+"""`check_image`, which keeps its results."""
 
 
 def check_config(config: BuildConfig) -> None:
@@ -50,6 +52,18 @@ def check_config(config: BuildConfig) -> None:
 
 
 @dataclass(frozen=True)
+class Readings:
+    """How the usable images are read, as far as it may surprise their owner."""
+
+    rotated: list[str]
+    """Images that viewers rotate by their EXIF orientation but `decode` does not."""
+    lossy: list[str]
+    """Images with a mask in a lossy format."""
+    bits: dict[str, int]
+    """The bit depth from which an image is scaled to 8 bits, if it has more."""
+
+
+@dataclass(frozen=True)
 class UsableImages:
     """What a build can use of a source."""
 
@@ -62,6 +76,7 @@ class UsableImages:
     """Number of images whose truth was put together from several places of the source."""
     unannotated: list[str]
     """Images that are `good` because their annotation file marks and names nothing."""
+    readings: Readings
 
 
 def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
@@ -70,15 +85,12 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
     A source that draws its images writes them into `folder`. Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
-    records = put_together(progress(items, "reading", "records"))
-    inspections, questions, rejections = check_records(records, root)
-    if not inspections:
+    usable = check_records(put_together(progress(items, "reading", "records")), root)
+    if not usable.inspections:
         where = config.annotations or root
-        why = first_rejection(rejections) or "; it lists none: add a row per image, or check the path"
+        why = first_rejection(usable.rejections) or "; it lists none: add a row per image, or check the path"
         raise EchoError(f"the source {config.source} has no usable image in {where}{why}")
-    merged = sum(inspection.id in records.merged for inspection in inspections)
-    unannotated = [inspection.image for inspection in inspections if inspection.id in records.unannotated]
-    return UsableImages(root, inspections, questions, rejections, merged, unannotated)
+    return usable
 
 
 def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
@@ -94,73 +106,102 @@ def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items
     return root, _source(config.source).read(source)
 
 
-def collect(items: Iterable[Item], root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
-    """The usable inspections and questions of a source, and a rejection with a reason for everything else."""
-    return check_records(put_together(items), root)
-
-
-def check_records(records: SourceRecords, root: Path) -> tuple[list[Inspection], list[Question], list[Rejection]]:
+def check_records(records: SourceRecords, root: Path) -> UsableImages:
     """The inspections and questions whose files can be used, and a rejection with a reason for everything else.
 
-    If a mask contradicts its image, the image is rejected too. It is kept if the source has its own questions about
-    it: the questions of a benchmark are valid without a mask.
+    If a mask contradicts its image or seems to belong to another one, the image is rejected too. It is kept if the
+    source has its own questions about it: the questions of a benchmark are valid without a mask.
     """
     rejections = [*records.rejections]
     with_questions = {question.inspection for question in records.questions}
-    places = {name: f" ({place})" for name, place in records.places.items()}
-    cached_image_fault = cache(image_fault)
+    check = cache(check_image)
     inspections: dict[str, Inspection] = {}
     for item in progress(records.inspections, "checking", "images"):
-        inspection = item
-        fault = name_fault(inspection) or cached_image_fault(root / inspection.image) or boxes_fault(inspection, root)
-        place = places.get(inspection.id, "")
-        if fault:
-            rejections.append(Rejection(inspection.image, fault + place))
-            continue
-        merged = inspection.id in records.merged
-        mask = mask_fault(inspection, root) or (
-            _first_mask_fault(inspection, root) if merged and inspection.masks else None
-        )
-        if mask:
-            keep = mask.image_usable or inspection.id in with_questions
-            note = "; the image is used without it" if keep else ""
-            rejections.append(Rejection(inspection.image, mask.reason + note + place, "mask" if keep else None))
-            if not keep:
-                continue
-            boxes = () if merged else inspection.boxes  # of some places only
-            inspection = dataclasses.replace(inspection, mask=None, masks=(), boxes=boxes)
-        inspections[inspection.id] = inspection
-    by_image = {inspection.image: inspection for inspection in inspections.values()}
-    unusable = {*records.rejected, *(one.image for one in records.inspections)} - {*by_image}
-    for inspection in list(inspections.values()):
-        if inspection.reference is None:
-            continue
-        fault = cached_image_fault(root / inspection.reference) or _reference_fault(
-            by_image.get(inspection.reference), inspection
-        )
-        if inspection.reference in unusable:
-            fault = fault or "the reference was rejected, so it may show a defect"
-        if fault:
-            place = places.get(inspection.id, "")
-            reason = f"{fault}; {inspection.image} gets a retrieved reference instead{place}"
-            rejections.append(Rejection(inspection.reference, reason, "reference"))
-            inspections[inspection.id] = dataclasses.replace(inspection, reference=None)
-    usable_questions = []
+        inspection, rejection = _checked(item, records, root, check, item.id in with_questions)
+        if inspection is not None:
+            inspections[item.id] = inspection
+        if rejection is not None:
+            rejections.append(_with_place(rejection, item, records))
+    rejections += _drop_references(inspections, records, root, check)
+    questions = []
     for question in records.questions:
         token = control_token(question.text, *question.options.values())
         if question.inspection not in inspections:
             rejections.append(Rejection(question.id, "its image cannot be used"))
         elif token:
-            rejections.append(Rejection(question.id, f"it contains {token}, a control token of the chat template"))
+            reason = f"it contains {token}, a control token of the model's chat template; write it in other words"
+            rejections.append(Rejection(question.id, reason))
         else:
-            usable_questions.append(question)
-    return list(inspections.values()), usable_questions, rejections
+            questions.append(question)
+    kept = list(inspections.values())
+    bits = {one.image: check(root / one.image).bits for one in kept}
+    readings = Readings(
+        [one.image for one in kept if check(root / one.image).rotated],
+        [one.image for one in kept if any(check(root / name, True).lossy for name in mask_files(one))],
+        {image: depth for image, depth in bits.items() if depth is not None},
+    )
+    unannotated = [one.image for one in kept if one.id in records.unannotated]
+    merged = sum(one.id in records.merged for one in kept)
+    return UsableImages(root, kept, questions, rejections, merged, unannotated, readings)
 
 
-def _first_mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
-    """The first fault of one of several masks, or None. Each of them comes from a place that names a defect."""
-    single = (dataclasses.replace(inspection, mask=name, masks=()) for name in mask_files(inspection))
-    return next(filter(None, (mask_fault(one, root) for one in single)), None)
+def _checked(
+    item: Inspection, records: SourceRecords, root: Path, check: CheckFile, has_questions: bool
+) -> tuple[Inspection | None, Rejection | None]:
+    """What can be used of an inspection, or None, and the rejection of it or of its marks."""
+    fault = name_fault(item) or check(root / item.image).fault
+    if fault:
+        return None, Rejection(item.image, fault)
+    image = check(root / item.image)
+    rotated = orientation_fault(item, image)
+    if rotated:
+        unmarked = dataclasses.replace(item, mask=None, masks=(), boxes=(), polygons=())
+        return unmarked, Rejection(item.image, f"{rotated}; the image is used without them", "mask")
+    fault = boxes_fault(item, image.size)
+    if fault:
+        return None, Rejection(item.image, fault)
+    merged, names = item.id in records.merged, mask_files(item)
+    # Each mask of a merged record comes from a place that names a defect, so none of them may be empty.
+    several = [dataclasses.replace(item, mask=name, masks=()) for name in names] if merged and item.masks else []
+    for one in (item, *several):
+        files = [check(root / name, True) for name in mask_files(one)]
+        mask = mask_fault(one, root, image.size, files)
+        if mask is None:
+            continue
+        if not mask.image_usable and not has_questions:
+            return None, Rejection(item.image, mask.reason)
+        # The boxes of a merged record mark the defects of some of its places only.
+        unmasked = dataclasses.replace(item, mask=None, masks=(), boxes=() if merged else item.boxes)
+        return unmasked, Rejection(item.image, f"{mask.reason}; the image is used without it", "mask")
+    return item, None
+
+
+def _with_place(rejection: Rejection, inspection: Inspection, records: SourceRecords) -> Rejection:
+    """The rejection with the places where the source lists the inspection, if it names them."""
+    place = records.places.get(inspection.id)
+    return dataclasses.replace(rejection, reason=f"{rejection.reason} ({place})") if place else rejection
+
+
+def _drop_references(
+    inspections: dict[str, Inspection], records: SourceRecords, root: Path, check: CheckFile
+) -> list[Rejection]:
+    """Remove the references that cannot be used from `inspections`; returns a rejection for each."""
+    by_image = {inspection.image: inspection for inspection in inspections.values()}
+    unusable = {*records.rejected, *(one.image for one in records.inspections)} - {*by_image}
+    rejections = []
+    for inspection in list(inspections.values()):
+        if inspection.reference is None:
+            continue
+        fault = check(root / inspection.reference).fault or _reference_fault(
+            by_image.get(inspection.reference), inspection
+        )
+        if inspection.reference in unusable:
+            fault = fault or "the reference was rejected, so it may show a defect"
+        if fault:
+            reason = f"{fault}; {inspection.image} gets a retrieved reference instead"
+            rejections.append(_with_place(Rejection(inspection.reference, reason, "reference"), inspection, records))
+            inspections[inspection.id] = dataclasses.replace(inspection, reference=None)
+    return rejections
 
 
 def _reference_fault(reference: Inspection | None, inspection: Inspection) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,29 +57,52 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def image_fault(path: Path, is_mask: bool = False) -> str | None:
-    """Why `path` cannot be used as an image, or None. Finds truncated files without decoding them at full size.
+@dataclass(frozen=True)
+class ImageCheck:
+    """What the check of an image or mask file found. Without a fault, everything is known."""
+
+    fault: str | None = None
+    """Why the file cannot be used as an image, or None."""
+    size: tuple[int, int] = (0, 0)
+    """(width, height) in pixels."""
+    orientation: int = 1
+    """The EXIF orientation, from 1 (upright) to 8."""
+    rotated: bool = False
+    """Whether viewers show the image in another orientation than `decode` reads it."""
+    lossy: bool = False
+    """Whether its format changes pixels."""
+    bits: int | None = None
+    """The bit depth from which an image, not a mask, is scaled to 8 bits; None if it has 8."""
+
+
+def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
+    """Check a file that is to be used as an image. Finds truncated files without decoding them at full size.
 
     An image, unlike a mask, must also have grey values that can be scaled to 8 bits.
     """
     if not path.is_file():
-        return "the file is missing"
+        return ImageCheck("the file is missing")
     try:
         with Image.open(path) as image:
-            if min(image.size) < 2:
-                return f"the image is only {image.size[0]} x {image.size[1]} pixels"
-            high_depth = image.mode in decode.HIGH_DEPTH_MODES
+            size = image.size
+            if min(size) < 2:
+                return ImageCheck(f"the image is only {size[0]} x {size[1]} pixels")
+            high_depth, orientation, lossy = (
+                image.mode in decode.HIGH_DEPTH_MODES,
+                decode.orientation(image),
+                is_lossy(image),
+            )
+            rotated = orientation != 1 and image.format != "TIFF"  # Pillow rotates TIFF files itself
             if image.format == "PNG":
                 image.verify()  # reads every chunk and its checksum
             else:
                 eighth = max(1, image.width // 8), max(1, image.height // 8)
                 image.draft("L", eighth)  # a JPEG then decodes at an eighth of its size
                 image.load()
-        if high_depth and not is_mask:
-            decode.bit_depth(path)
+        bits = decode.bit_depth(path) if high_depth and not is_mask else None
     except decode.READ_ERRORS as error:
-        return decode.describe_read_error(error)
-    return None
+        return ImageCheck(decode.describe_read_error(error))
+    return ImageCheck(None, size, orientation, rotated, lossy, bits)
 
 
 @dataclass(frozen=True)
@@ -88,40 +111,40 @@ class MaskFault:
 
     reason: str
     image_usable: bool = False
-    """Whether the image can be used without the mask, for example because the mask of a defect marks nothing."""
+    """Whether the image can be used without the mask, because its condition is not in doubt."""
 
 
-def mask_fault(inspection: Inspection, root: Path) -> MaskFault | None:
-    """Why the mask files of a readable image cannot be used; None if they can, or if it has none."""
+def mask_fault(
+    inspection: Inspection, root: Path, size: tuple[int, int], files: Sequence[ImageCheck]
+) -> MaskFault | None:
+    """Why the mask files of a readable image cannot be used; None if they can, or if it has none.
+
+    `size` is (width, height) of the image, and `files` are the checks of the mask files. A mask that cannot be read in
+    one way, or marks an implausible part of the image, leaves the condition of a defect undisputed. A broken mask or
+    one of another size may belong to another image.
+    """
     names = masks.mask_files(inspection)
     if not names:
         return None
-    for name in names:
-        fault = image_fault(root / name, is_mask=True)
-        if fault:
-            return MaskFault(f"mask {name}: {fault}")
-    path, subject = root / inspection.image, f"mask {', '.join(names)}"
-    rotated = _orientation_fault(path, "mask is") if inspection.condition != GOOD else None
-    if rotated:
-        return MaskFault(f"{subject}: {rotated}")
+    for name, file in zip(names, files, strict=True):
+        if file.fault:
+            return MaskFault(f"mask {name}: {file.fault}")
+    subject, defective = f"mask {', '.join(names)}", inspection.condition != GOOD
     try:
-        mask = masks.load_mask(inspection, root, decode.image_size(path))
+        mask = masks.load_mask(inspection, root, size)
     except EchoError as error:
-        return MaskFault(str(error))
+        return MaskFault(str(error), image_usable=defective and all(file.size == size for file in files))
     if mask is None or not mask.any():
-        if inspection.condition == GOOD:
+        if not defective:
             return None
-        note = (
-            "; in a lossy format, only pixels brighter than half count"
-            if _any_lossy(root / name for name in names)
-            else ""
-        )
+        lossy = any(file.lossy for file in files)
+        note = "; in a lossy format, only pixels brighter than half count" if lossy else ""
         reason = f"{subject} marks nothing although the condition is {inspection.condition}{note}"
         return MaskFault(reason, image_usable=True)
-    if inspection.condition == GOOD:
+    if not defective:
         return MaskFault(f"{subject} marks a defect ({mask.mean():.1%} of the image) on an image labelled {GOOD}")
     fault = _inversion_fault(mask)
-    return MaskFault(f"{subject} {fault}") if fault else None
+    return MaskFault(f"{subject} {fault}", image_usable=True) if fault else None
 
 
 def _inversion_fault(mask: masks.Mask) -> str | None:
@@ -133,49 +156,23 @@ def _inversion_fault(mask: masks.Mask) -> str | None:
     share = mask.mean()
     border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]).mean()
     if share == 1:
-        return "marks the whole image, so it locates nothing; mark only the defect, or use the image without a mask"
+        return "marks the whole image, so it locates nothing; mark only the defect"
     if share > MAX_SHARE and border > MAX_BORDER:
         return (
             f"marks {share:.1%} of the image and {border:.1%} of its border, so it seems inverted: inverted, it marks "
-            f"{1 - share:.1%}; make the defect white and everything else black, or use the image without a mask"
+            f"{1 - share:.1%}; make the defect white and everything else black"
         )
     return None
 
 
-def _any_lossy(paths: Iterable[Path]) -> bool:
-    for path in paths:
-        with Image.open(path) as image:
-            if is_lossy(image):
-                return True
-    return False
-
-
-def lossy_masks(inspections: Iterable[Inspection], root: Path) -> list[str]:
-    """The images of usable inspections whose masks are in a lossy format."""
-    return [i.image for i in inspections if _any_lossy(root / name for name in masks.mask_files(i))]
-
-
-def rotated_images(inspections: Iterable[Inspection], root: Path) -> list[str]:
-    """The images of usable inspections that viewers rotate by their EXIF orientation but `decode` does not."""
-    found = []
-    for inspection in inspections:
-        with Image.open(root / inspection.image) as image:
-            if image.format != "TIFF" and decode.orientation(image) != 1:  # Pillow rotates TIFF files itself
-                found.append(inspection.image)
-    return found
-
-
-def boxes_fault(inspection: Inspection, root: Path) -> str | None:
-    """Why the boxes or polygons of a readable image cannot be used, or None."""
+def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
+    """Why the boxes or polygons of an image of `size` (width, height) cannot be used, or None."""
     outlines = [*inspection.boxes, *inspection.polygons]
     if not outlines:
         return None
     if inspection.condition == GOOD:
         return f"the image has {'boxes' if inspection.boxes else 'polygons'} although it is labelled {GOOD}"
-    rotated = _orientation_fault(root / inspection.image, "boxes or polygons are")
-    if rotated:
-        return rotated
-    width, height = decode.image_size(root / inspection.image)
+    width, height = size
     for number, outline in enumerate(outlines):
         is_box = number < len(inspection.boxes)
         what = f"box {list(outline)}" if is_box else f"the polygon at {outline[0]:g}, {outline[1]:g}"
@@ -194,13 +191,11 @@ def boxes_fault(inspection: Inspection, root: Path) -> str | None:
     return None
 
 
-def _orientation_fault(path: Path, what: str) -> str | None:
-    """Why the annotations of an image are ambiguous because viewers rotate it, or None. `what` begins the clause."""
-    with Image.open(path) as image:
-        found = decode.orientation(image)
-    if found == 1:
+def orientation_fault(inspection: Inspection, image: ImageCheck) -> str | None:
+    """Why the mask, boxes or polygons of a defect are ambiguous because viewers rotate the image, or None."""
+    if image.orientation == 1 or inspection.condition == GOOD or not masks.is_marked(inspection):
         return None
     return (
-        f"viewers rotate the image (EXIF orientation {found}), so its {what} ambiguous; "
-        "save the image rotated and without the EXIF tag, and annotate that file"
+        f"viewers rotate the image (EXIF orientation {image.orientation}), so its marks may mean either orientation; "
+        "save the image rotated and without the EXIF tag, and mark the defect there"
     )

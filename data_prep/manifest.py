@@ -55,7 +55,7 @@ def make_manifest(
         "products_without_knowledge": draft.unknown_products,
         "rejected": sum(rejection.dropped is None for rejection in draft.rejections),
         "dropped": _sorted_counts(Counter(one.dropped for one in draft.rejections if one.dropped)),
-        "warnings": build_warnings(draft, digests, counts, unused, root, config),
+        "warnings": build_warnings(draft, digests, counts, unused, config),
         "fingerprint": fingerprint_bytes(
             fingerprint_files([*record_files, folder / "knowledge.json"], folder).encode(), images.encode()
         ),

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from data_prep.collect import UsableImages
+from data_prep.collect import Readings, UsableImages
 from data_prep.config import BuildConfig
 from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
@@ -86,6 +86,8 @@ class DatasetDraft:
     """Number of images whose truth was put together from several places of the source."""
     unannotated: list[str]
     """Images that are `good` because their annotation file marks and names nothing."""
+    readings: Readings
+    """How the usable images of the source are read. They may include images that the dataset leaves out."""
 
     def queries(self, split: str) -> list[Inspection]:
         """The inspections of one split that have questions."""
@@ -180,6 +182,7 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
         training_knowledge,
         usable.merged,
         [image for image in usable.unannotated if image in remaining],
+        usable.readings,
     )
 
 

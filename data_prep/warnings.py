@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from data_prep.config import BuildConfig
-from data_prep.faults import lossy_masks, rotated_images
 from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, train_split_remedy
 from data_prep.sources import LINK_OUTSIDE
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
 from echo_ft.data.splits import divided_parts, part_key
-from echo_ft.images.decode import bit_depth
 from echo_ft.images.masks import mask_files
 from echo_ft.records import GOOD, ROLES, Inspection
 
@@ -24,13 +21,12 @@ def build_warnings(
     digests: Mapping[str, str],
     counts: Mapping[str, Any],
     unused: Sequence[Inspection],
-    root: Path,
     config: BuildConfig,
 ) -> list[str]:
     """All warnings of a build, one sentence each.
 
     `digests` is the SHA-256 of each image by path, `counts` the counts of the manifest, and `unused` the inspections
-    that balancing left out of all training rows. Images are relative to `root`.
+    that balancing left out of all training rows.
     """
     cases = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
     return [
@@ -41,8 +37,8 @@ def build_warnings(
         *_leakage_warnings(draft, cases, digests),
         *_one_sided_roles(counts, config.routing),
         *_balanced_away(draft, unused),
-        *_uneven_depths(draft.inspections, root),
-        *_readings(draft.inspections, root),
+        *_uneven_depths(draft),
+        *_readings(draft),
         *_links(draft),
     ]
 
@@ -55,11 +51,11 @@ def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator
             f"{first_names(draft.unannotated)}; remove those that nobody has checked"
         )
     copies: dict[str, list[Inspection]] = defaultdict(list)
-    parts: dict[str, list[Inspection]] = defaultdict(list)
+    by_mask: dict[str, list[Inspection]] = defaultdict(list)
     for inspection in draft.inspections:
         copies[digests[inspection.image]].append(inspection)
         for mask in mask_files(inspection):
-            parts[mask].append(inspection)
+            by_mask[mask].append(inspection)
     contradicting = [
         " = ".join(f"{one.image} ({one.condition})" for one in found)
         for found in copies.values()
@@ -72,7 +68,7 @@ def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator
         )
     shared = [
         f"{mask} of {' and '.join(one.image for one in found[:2])}"
-        for mask, found in sorted(parts.items())
+        for mask, found in sorted(by_mask.items())
         if len({(*part_key(one), one.condition) for one in found}) > 1
     ]
     if shared:
@@ -183,11 +179,11 @@ def _balanced_away(draft: DatasetDraft, unused: Sequence[Inspection]) -> Iterato
     )
 
 
-def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> Iterator[str]:
+def _uneven_depths(draft: DatasetDraft) -> Iterator[str]:
     """Products with images of more than 8 bits that are scaled in different ways."""
     depths: dict[str, Counter[int]] = defaultdict(Counter)
-    for inspection in inspections:
-        bits = bit_depth(root / inspection.image)
+    for inspection in draft.inspections:
+        bits = draft.readings.bits.get(inspection.image)
         if bits is not None:
             depths[f"{inspection.dataset}/{inspection.product}"][bits] += 1
     for product, found in sorted(depths.items()):
@@ -201,15 +197,16 @@ def _uneven_depths(inspections: Sequence[Inspection], root: Path) -> Iterator[st
             )
 
 
-def _readings(inspections: Sequence[Inspection], root: Path) -> Iterator[str]:
+def _readings(draft: DatasetDraft) -> Iterator[str]:
     """Images and masks that are read in another way than a viewer shows them."""
-    rotated = rotated_images(inspections, root)
+    used = {inspection.image for inspection in draft.inspections}
+    rotated = [image for image in draft.readings.rotated if image in used]
     if rotated:
         yield (
             f"{len(rotated)} images have an EXIF orientation and are read as stored, not as viewers rotate them: "
             f"{first_names(rotated)}; save them rotated and without the EXIF tag"
         )
-    lossy = lossy_masks(inspections, root)
+    lossy = [image for image in draft.readings.lossy if image in used]
     if lossy:
         yield (
             f"the masks of {len(lossy)} images are in a lossy format, so only pixels brighter than half count: "

@@ -40,7 +40,7 @@ IMAGE_WORK = {
     "echo_ft.images.decode": ("image_size", "load_image", "decode", "bit_depth"),
     "echo_ft.images.masks": ("measure", "load_mask", "load_grey", "resize_mask", "misfit", "contrast"),
     "echo_ft.experts.targets": ("load_compared",),
-    "data_prep.faults": ("image_fault", "mask_fault", "boxes_fault"),
+    "data_prep.faults": ("check_image", "mask_fault", "boxes_fault"),
 }
 """Functions that read files or pixels, by module. A module follows the modules that it imports."""
 

@@ -11,6 +11,7 @@ A file is refused if its readings disagree, and the message names the share of t
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ SOFT_RATIO = 2.0
 """A mask is too soft if its widest reading marks more than this many times the area of its narrowest."""
 
 SOFT_SHARE = 0.01
-"""Readings that differ by at most this share of the image are alike. Magnetic tiles differ by 0.0003 at SOFT_RATIO."""
+"""Readings that differ by at most this share of the image are alike. Among the magnetic tiles, readings that differ by
+the factor SOFT_RATIO differ by at most 0.0003 of the image."""
 
 MAX_LABELS = 16
 """With at most this many grey values, a file is a label map: its values are names of regions, not brightness."""
@@ -70,7 +72,7 @@ def marked_pixels(image: Image.Image, what: str) -> Mask:
     lossy = is_lossy(image)
     values, alpha = _values(image)
     marks: Mask = values > 127 if lossy else values != 0
-    if image.mode == "P" and not marks.any():
+    if image.mode == "P" and (marks.all() or not marks.any()):
         indexes = np.asarray(image)
         if indexes.min() != indexes.max():
             raise _two_readings(what, "colours", marks, "palette indexes", indexes != 0)
@@ -94,11 +96,18 @@ def is_lossy(image: Image.Image) -> bool:
 
 
 def _is_lossless_webp(image: Image.Image) -> bool:
-    # Pillow 13.0.0 does not report it. The chunk VP8L is the first one, or follows the 30 bytes of a VP8X header.
+    # Pillow 13.0.0 does not report it. In the file, a chunk VP8L holds a lossless picture and VP8 a lossy one; others,
+    # such as a colour profile, may come before it (https://developers.google.com/speed/webp/docs/riff_container).
     if not isinstance(image, ImageFile.ImageFile) or image.fp is None:
         return False
-    image.fp.seek(0)
-    return b"VP8L" in image.fp.read(34)
+    image.fp.seek(12)
+    while len(header := image.fp.read(8)) == 8:
+        name, size = header[:4], int.from_bytes(header[4:], "little")
+        if name in (b"VP8L", b"VP8 "):
+            return name == b"VP8L"
+        # A frame of an animation holds chunks of its own behind 16 bytes.
+        image.fp.seek(16 if name == b"ANMF" else size + size % 2, io.SEEK_CUR)
+    return False
 
 
 def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
@@ -119,19 +128,31 @@ def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]
 def _check_softness(values: NDArray[Any], thresholds: tuple[int, int] | None, what: str, word: str) -> None:
     """Raise EchoError if it depends on the threshold what a mask marks, as in a heat map.
 
-    The default thresholds are zero and half of the highest value; label maps may have any values then. `word` compares
-    values, such as `brighter`.
+    The default thresholds are zero and half of the highest value; label maps may have any values then: few of them, or
+    regions that end abruptly. `word` compares values, such as `brighter`.
     """
     low, high = thresholds or (0, values.max() / 2)
     wide, narrow = (float((values > threshold).mean()) for threshold in (low, high))
     if wide <= SOFT_RATIO * narrow or wide - narrow <= SOFT_SHARE:
         return
-    if thresholds is None and len(np.unique(values)) <= MAX_LABELS:
+    if thresholds is None and (len(np.unique(values)) <= MAX_LABELS or _ends_abruptly(values, high)):
         return
     raise EchoError(
         f"{what} is too soft: {wide:.1%} of the image is {word} than {low} but only {narrow:.1%} is {word} than "
         f"{high:g}; draw it in black and white only, and save it as PNG"
     )
+
+
+def _ends_abruptly(values: NDArray[Any], high: float) -> bool:
+    """Return whether most pixels at the edge of those above `high` are zero beyond it.
+
+    The labels of single defects end so. Heat maps fade.
+    """
+    beyond = [
+        np.minimum(one, other)[(one > high) != (other > high)]
+        for one, other in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]))
+    ]
+    return bool((np.concatenate(beyond) == 0).mean() > 0.5)
 
 
 def _two_readings(what: str, first: str, marks: Mask, second: str, others: Mask) -> EchoError:

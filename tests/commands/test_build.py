@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep.build import build
 from data_prep.training_rows import balance_cases
+from data_prep.warnings import build_warnings
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.targets import training_exchanges
@@ -209,7 +210,13 @@ def test_images_of_uneven_bit_depths_are_reported(small_manifest, tmp_path):
     assert "6 from 12 bits, 1 from 16 bits" in warning
 
 
-def test_images_and_masks_that_are_not_read_as_a_viewer_shows_them_are_counted(small_manifest, tmp_path):
+def test_images_and_masks_that_are_not_read_as_a_viewer_shows_them_are_counted(small_manifest, tmp_path, monkeypatch):
+    def warnings_without_images(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} is opened again"))
+            return build_warnings(*arguments)
+
+    monkeypatch.setattr("data_prep.manifest.build_warnings", warnings_without_images)
     rotated = Image.Exif()
     rotated[0x0112] = 6
     root = small_manifest.parent
@@ -223,11 +230,11 @@ def test_images_and_masks_that_are_not_read_as_a_viewer_shows_them_are_counted(s
         lambda row: row.update(mask="cap/dent-0-1_mask.jpg") if row["image"] == "cap/dent-0-1.png" else None,
     )
     manifest = build(make_config(small_manifest, tmp_path / "out"))
-    assert manifest["rejected"] == 1, "the mask of a rotated image is ambiguous"
+    assert manifest["dropped"] == {"mask": 1}, "the mask of a rotated image is ambiguous"
     (turned,) = [one for one in manifest["warnings"] if "EXIF" in one]
     assert turned == (
-        "3 images have an EXIF orientation and are read as stored, not as viewers rotate them: cap/good-0-1.png, "
-        "cap/good-1-1.png, cap/good-2-1.png; save them rotated and without the EXIF tag"
+        "4 images have an EXIF orientation and are read as stored, not as viewers rotate them: cap/good-0-1.png, "
+        "cap/good-1-1.png, cap/good-2-1.png and 1 more; save them rotated and without the EXIF tag"
     )
     (lossy,) = [one for one in manifest["warnings"] if "lossy" in one]
     assert lossy.startswith("the masks of 1 images are in a lossy format, so only pixels brighter than half")

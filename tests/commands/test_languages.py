@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import build
-from data_prep.collect import collect
 from data_prep.convert import convert
 from data_prep.sources import SourceConfig, folder
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
 from echo_ft.records import GOOD, Inspection, Question, Rejection
+from tests.support.collected import collect
 from tests.support.drawn_manifest import draw_part, edit_rows, make_config
 from tests.support.training import run_in_process, tiny_options
 

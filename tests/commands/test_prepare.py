@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_prep.build import build, main
-from data_prep.faults import image_fault
+from data_prep.faults import check_image
 from data_prep.prepare import RANDOM_REFERENCE_MARK, group_by_inspection
 from data_prep.sources import SOURCE_NAMES
 from data_prep.training_rows import MAX_REPEATS, balance_cases, prefetch_images
@@ -29,9 +29,9 @@ def test_a_truncated_file_is_found_in_every_format(tmp_path, suffix):
     path = tmp_path / f"part.{suffix}"
     noise = np.random.default_rng(0).integers(0, 255, (80, 90), dtype=np.uint8)
     Image.fromarray(noise).convert("RGB").save(path)
-    assert image_fault(path) is None
+    assert check_image(path).fault is None
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    assert "broken" in str(image_fault(path))
+    assert "broken" in str(check_image(path).fault)
 
 
 def small_case(name: str, product: str, condition: str) -> Inspection:

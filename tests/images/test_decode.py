@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.faults import image_fault
+from data_prep.faults import check_image
 from data_prep.preview import load_scaled
 from echo_ft.errors import EchoError
 from echo_ft.images import decode, masks
@@ -37,7 +37,7 @@ def test_gradient_of_any_bit_depth_becomes_the_8_bit_gradient(tmp_path, suffix, 
     with Image.open(path) as opened:
         assert opened.mode == "I;16"
     assert decode.bit_depth(path) == bits
-    assert image_fault(path) is None
+    assert check_image(path).fault is None
     expected = np.rint(ramp(top) * (255 / top))
     rgb = np.asarray(decode.load_image(path))
     assert rgb.shape == (16, 64, 3)
@@ -76,8 +76,8 @@ def test_two_exposures_stay_different(tmp_path):
 @pytest.mark.parametrize("values", [ramp(70000, "<i4"), ramp(-5, "<i4"), ramp(70000, "<f4"), ramp(np.nan, "<f4")])
 def test_values_beyond_every_bit_depth_are_rejected(tmp_path, values):
     path = save(tmp_path / "part.tif", values)
-    assert "the same scale" in str(image_fault(path))
-    assert image_fault(path, is_mask=True) is None, "a mask may use any values for its regions"
+    assert "the same scale" in str(check_image(path).fault)
+    assert check_image(path, is_mask=True).fault is None, "a mask may use any values for its regions"
     with pytest.raises(EchoError, match=r"part\.tif.*grey values range from.*8 to 16 bits"):
         decode.load_image(path)
 
@@ -102,7 +102,7 @@ def test_transparency_is_dropped_and_colours_stay(tmp_path, mode):
 @pytest.mark.parametrize("size", [(6, 500), (500, 6), (2, 2)])
 def test_narrow_jpeg_is_accepted(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "narrow.jpg")
-    assert image_fault(tmp_path / "narrow.jpg") is None
+    assert check_image(tmp_path / "narrow.jpg").fault is None
 
 
 def test_errors_name_missing_and_broken_files(tmp_path):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from data_prep.collect import collect
 from echo_ft.errors import EchoError
 from echo_ft.images.mask_reading import read_mask_file
 from echo_ft.images.masks import load_mask, measure
 from echo_ft.records import GOOD, Inspection
+from tests.support.collected import collect
 
 SIZE = (48, 40)
 
@@ -134,6 +134,10 @@ REFUSED = {
         lambda: palette(DENT, (*BLACK, *BLACK), 1),
         "its colours mark 0.0% of the image and its palette indexes 4.2%",
     ),
+    "palette that starts with white": (
+        lambda: palette(DENT, (*WHITE, *RED), 1),
+        "its colours mark 100.0% of the image and its palette indexes 4.2%",
+    ),
     "inverted": (lambda: greys(~DENT), "marks 95.8% of the image and 100.0% of its border, so it seems inverted"),
     "inverted at the border": (
         lambda: greys(np.roll(~DENT, (4, -4), (0, 1))),
@@ -163,15 +167,46 @@ REFUSED = {
 def test_mask_with_two_readings_or_an_implausible_one_is_refused(tmp_path, case):
     make, message = REFUSED[case]
     kept, reason = inspect(tmp_path, make())
-    assert kept is None
+    assert kept is not None and (kept.condition, kept.mask) == ("dent", None), "nobody disputes the dent"
     assert reason.startswith("mask mask.png ")
     assert message in reason
+    assert reason.endswith("; the image is used without it")
+
+
+def test_mask_that_does_not_fit_its_image_rejects_it(tmp_path):
+    """It may be the mask of another image, and its condition too."""
+    for name, mask in {"small.png": greys(DENT[:-1]), "soft.png": REFUSED["heat map"][0]().resize((9, 9))}.items():
+        kept, reason = inspect(tmp_path, mask, name)
+        assert kept is None
+        assert not reason.endswith("the image is used without it")
+    kept, reason = inspect(tmp_path, REFUSED["heat map"][0](), condition=GOOD)
+    assert kept is None and "too soft" in reason, "it may mark a defect"
+
+
+def test_labels_of_single_defects_are_no_heat_map(tmp_path):
+    """Label 200 marks a few pixels, and labels 1 to 16 nearly all others."""
+    labels = np.zeros_like(DENT, dtype=np.uint8)
+    for number in range(16):
+        y, x = divmod(number, 8)
+        labels[1 + 8 * y : 7 + 8 * y, 1 + 6 * x : 5 + 6 * x] = number + 1
+    labels[30:36, 4:24] = 200
+    kept, reason = inspect(tmp_path, Image.fromarray(labels))
+    assert reason == ""
+    assert kept is not None and kept.mask == "mask.png"
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("profile", [b"", b"a colour profile" * 9, b"odd"])
+def test_webp_with_a_colour_profile_is_lossless_if_its_picture_is(tmp_path, lossless, profile):
+    saving = {"lossless": lossless} | ({"icc_profile": profile} if profile else {})
+    greys(DENT, 3).convert("RGB").save(tmp_path / "mask.webp", **saving)
+    assert read_mask_file(tmp_path / "mask.webp", "mask.webp").any() == lossless
 
 
 def test_heat_map_in_a_lossy_file_is_refused(tmp_path):
     ramp = Image.fromarray(np.tile(np.linspace(0, 140, SIZE[0]), (SIZE[1], 1)).astype(np.uint8))
     kept, reason = inspect(tmp_path, ramp, "mask.jpg", quality=95)
-    assert kept is None
+    assert kept is not None and kept.mask is None
     assert re.search(r"too soft: 5\d\.\d% of the image is brighter than 63 but only 0\.0% is brighter than 191", reason)
 
 
@@ -185,7 +220,7 @@ def test_mask_of_several_frames_is_refused(tmp_path):
     kept, reason = inspect(
         tmp_path, greys(DENT), "mask.tif", save_all=True, append_images=[greys(DENT[::-1]), greys(~DENT)]
     )
-    assert kept is None
+    assert kept is not None and kept.mask is None
     assert "mask mask.tif has 3 frames, so it is unclear which one counts; save that one as a PNG file" in reason
 
 
@@ -224,16 +259,16 @@ def test_mask_of_an_image_that_viewers_rotate_is_refused(tmp_path, suffix, mark)
     if mark == 1:
         assert (kept, rejections) == ([made], [])
         return
-    assert kept == []
-    (rejection,) = rejections
-    assert f"viewers rotate the image (EXIF orientation {mark}), so its mask is ambiguous" in rejection.reason
     unmarked = dataclasses.replace(made, mask=None)
+    assert kept == [unmarked]
+    (rejection,) = rejections
+    assert f"viewers rotate the image (EXIF orientation {mark}), so its marks may mean either" in rejection.reason
     assert collect([unmarked], tmp_path) == ([unmarked], [], []), "without annotations, the image can be used"
 
 
 def test_mask_that_viewers_rotate_is_refused(tmp_path):
     kept, reason = inspect(tmp_path, greys(DENT), exif=rotated(3))
-    assert kept is None
+    assert kept is not None and kept.mask is None
     assert "mask mask.png has the EXIF orientation 3, so viewers rotate it" in reason
 
 

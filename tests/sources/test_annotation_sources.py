@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from skimage.draw import disk
 
-from data_prep.collect import collect
 from data_prep.sources import SourceConfig, manifest
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
 from echo_ft.records import Inspection
 from tests.support import folder_layouts
+from tests.support.collected import collect
 from tests.support.folder_layouts import SIZE, draw, labelme_file, split_items, write_json
 
 SQUARE = np.zeros((SIZE[1], SIZE[0]), bool)
@@ -118,7 +118,7 @@ def test_box_rounded_over_the_border_is_kept(tmp_path, box):
 
 
 @pytest.mark.parametrize(("mark", "used"), [(1, True), (3, False), (6, False)])
-def test_outlines_of_a_rotated_image_are_ambiguous_and_rejected(tmp_path, mark, used):
+def test_outlines_of_a_rotated_image_are_ambiguous_and_left_out(tmp_path, mark, used):
     path = folder_layouts.coco(tmp_path).config.annotations
     turned = Image.Exif()
     turned[0x0112] = mark
@@ -126,8 +126,11 @@ def test_outlines_of_a_rotated_image_are_ambiguous_and_rejected(tmp_path, mark, 
         with Image.open(tmp_path / name) as image:
             image.save(tmp_path / name, exif=turned)
     kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
-    assert {i.image for i in kept} == {"cap/0.jpg", "3.jpg"} | ({"cap/1.jpg", "ring/2.jpg"} if used else set())
-    assert {r.item for r in rejections} == (set() if used else {"cap/1.jpg", "ring/2.jpg"})
+    assert {i.image for i in kept} == {"cap/0.jpg", "cap/1.jpg", "ring/2.jpg", "3.jpg"}
+    assert {i.image for i in kept if masks.is_marked(i)} == {"3.jpg"} | ({"cap/1.jpg", "ring/2.jpg"} if used else set())
+    assert {(r.item, r.dropped) for r in rejections} == (
+        set() if used else {("cap/1.jpg", "mask"), ("ring/2.jpg", "mask")}
+    )
     assert all(f"(EXIF orientation {mark})" in r.reason for r in rejections)
 
 

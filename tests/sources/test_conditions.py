@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.collect import collect
 from data_prep.sources import SourceConfig, folder, manifest
 from data_prep.sources._rows import condition_cell, condition_in
 from echo_ft.errors import EchoError
+from tests.support.collected import collect
 from tests.support.folder_layouts import draw, labelme_file, split_items, write_csv, write_json
 
 RECTANGLE = [[1, 1], [9, 9]]

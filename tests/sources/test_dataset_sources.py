@@ -16,7 +16,6 @@ from PIL import Image
 
 from data_prep import sources
 from data_prep.build import build, main
-from data_prep.collect import collect
 from data_prep.config import BuildConfig
 from data_prep.faults import IMAGE_SUFFIXES
 from data_prep.sources import ItemPlace, SourceConfig, real_iad, synthetic, visa
@@ -27,6 +26,7 @@ from echo_ft.images import masks
 from echo_ft.records import GOOD, Inspection
 from tests.conftest import ROOT
 from tests.support import folder_layouts
+from tests.support.collected import collect
 from tests.support.folder_layouts import (
     LAYOUTS,
     SIZE,

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.collect import collect
 from data_prep.sources import SourceConfig, folder, manifest, visa
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
 from echo_ft.images.decode import decode
 from echo_ft.records import Inspection, Rejection
 from tests.support import folder_layouts
+from tests.support.collected import collect
 from tests.support.folder_layouts import SIZE, draw, draw_mask, labelme_file, write_json
 
 NAMES = ("a.png", "b.png", "cap/c.png")
