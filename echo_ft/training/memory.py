@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 CPU_LIBRARIES = 2**30
-"""Resident memory of Python with torch, transformers and TRL, in bytes. 0.9 GiB was measured before loading a model."""
+"""Resident memory of Python with torch, transformers and TRL, in bytes. With the trainer imported, it is 0.94 GiB."""
 
 _FP32 = 4
 _ADAM_STATES = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,7 +126,9 @@ def test_a_run_takes_what_is_estimated_to_a_twentieth(two_layers, shape, tuned):
 @pytest.mark.parametrize(("size", "most"), [("2b", 12), ("7b", 20)])
 def test_a_run_of_the_recipes_fits_with_adapters(size, most):
     shapes = run_shapes(read_run(str(ROOT / "recipes" / f"qwen2_vl_{size}" / "run.yaml")))
-    for shape in shapes.values():
+    for full in shapes.values():
+        # The cache at the end of decoding is what counts. Two steps on longer branches fill it much faster.
+        shape = replace(full, branch_tokens=full.branch_tokens + full.max_new_tokens - 2, max_new_tokens=2)
         peak, expected = running(size, shape)
         assert peak == pytest.approx(expected, rel=0.05)
         assert peak <= most * GIB
