@@ -25,6 +25,9 @@ from echo_ft.records import GOOD, Inspection, Question, Rejection
 CheckFile = Callable[..., ImageCheck]
 """`check_image`, which keeps its results."""
 
+DECLARING_SOURCES = ("folder", "manifest")
+"""The sources whose parts without a defect may have another condition than `good`, declared with `good`."""
+
 
 def check_config(config: BuildConfig) -> None:
     """Raise EchoError for every mistake in the config that can be found before images are read."""
@@ -33,6 +36,11 @@ def check_config(config: BuildConfig) -> None:
         path = getattr(config, key)
         if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
             raise EchoError(f"{key}: there is no file {path}; check the path")
+    if config.good and config.source not in DECLARING_SOURCES:
+        raise EchoError(
+            f"good: the source {config.source} knows which of its images are good; remove good "
+            f"(only {' and '.join(DECLARING_SOURCES)} read it)"
+        )
     check_fractions(config.fractions)
     for pair, (first, second) in {
         "folds and fold": (config.folds is not None, config.fold is not None),

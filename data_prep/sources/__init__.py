@@ -125,8 +125,28 @@ def _names_by_form(folder: str, modified: int) -> dict[str, str]:
 
 
 def subfolders(root: Path, folder: Path) -> list[Path]:
-    """Return the folders directly in `folder`, except links out of the root, which `reject_unused` names."""
-    return [path for path in list_folder(folder) if path.is_dir() and not leads_outside(path, root)]
+    """Return the folders directly in `folder`, except links that are not followed, which `reject_unused` names.
+
+    Links directly in the root are followed, because people keep products on other disks. Deeper ones must stay in the
+    root, or in the linked folder that they lie in.
+    """
+    return [path for path in list_folder(folder) if path.is_dir() and not leads_outside(path, _base(root, path))]
+
+
+def walk_below(root: Path, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return what `walk` does for a folder below the root. It follows the links that `subfolders` follows."""
+    return walk(folder, _base(root, folder))
+
+
+def _base(root: Path, folder: Path) -> Path:
+    """Return the folder that links must not leave: the root, or a linked folder directly in it that holds `folder`.
+
+    A link to a folder around the root would read the root again.
+    """
+    if not leads_outside(folder, root):
+        return root
+    top = root / folder.relative_to(root).parts[0]
+    return root if root.resolve().is_relative_to(top.resolve()) else top
 
 
 def reject_link(root: Path, folder: Path) -> Rejection:
@@ -153,7 +173,7 @@ def reject_unused(
             continue
         item = path.relative_to(root).as_posix()
         if path.is_dir():
-            files, outside = walk(path, root)
+            files, outside = walk_below(root, path)
             yield from (reject_link(root, link) for link in outside)
             count = len(files)
             if count:
@@ -171,7 +191,7 @@ def reject_unlisted(root: Path, folder: Path, used: Collection[str], reason: str
 
     One rejection covers all images, as in `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own.
     """
-    files, outside = walk(folder, root)
+    files, outside = walk_below(root, folder)
     for link in outside:
         if not any(name.startswith(f"{link.relative_to(root).as_posix()}/") for name in used):
             yield reject_link(root, link)

@@ -7,7 +7,10 @@ does not matter.
 
 If the build makes the splits, a product may also be flat, as in anomalib's `Folder`: `<product>/<condition>/<image>`
 or `<product>/images/<condition>/<image>`. One condition is `good`, and all other folders are defects, except for the
-masks in `ground_truth`, `masks` or `mask`. The root may be a flat product itself.
+masks in `ground_truth`, `masks` or `mask`. The root may be a flat product itself. Folders such as `gt` or `labels` are
+rejected, because they seem to hold masks, and so is `<stem>_mask` next to its image.
+
+Product folders may be links to other disks.
 
 Everything else in the layout is rejected with a reason, and a whole folder with one. Text files next to the products
 and splits (`license.txt`, `readme.md`) and system files are ignored.
@@ -15,18 +18,20 @@ and splits (`license.txt`, `readme.md`) and system files are ignored.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.faults import list_images
-from data_prep.sources import Items, RowError, SourceConfig, reject_unused, subfolders
-from data_prep.sources._rows import means_good, named_condition
+from data_prep.sources import Items, RowError, SourceConfig, reject_unused, subfolders, walk_below
+from data_prep.sources._rows import means_good, named_condition, sounds_good
 from echo_ft.data.splits import SPLITS
 from echo_ft.data.text import nfc
 from echo_ft.errors import EchoError
-from echo_ft.files import list_folder, walk
+from echo_ft.files import list_folder
 from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
@@ -38,6 +43,14 @@ FLAT_MASK_FOLDERS = (MASK_FOLDER, "masks", "mask")
 """Names of the folder of masks in a flat product."""
 
 IMAGE_FOLDER = "images"
+
+ANNOTATION_FOLDER = re.compile(
+    r"(gts?|ground[ _-]?truths?|masks?|annotations?|seg|segmentations?)([ _-].*)?|labels?", re.IGNORECASE
+)
+"""Names of folders in a flat product that seem to hold masks or labels. `label_torn` may be a defect."""
+
+MASK_STEM = re.compile(r"(.+)[ _-](masks?|gt|ground[_-]?truth|label|seg)", re.IGNORECASE)
+"""The stem of a mask that lies next to its image, whose stem is the first group."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +94,23 @@ def read_folder_layout(
     if not products:
         raise EchoError(
             f"there is no folder <product>/train/<condition> or <product>/test/<condition> under {root}; "
-            + _hint(root, found)
+            + _hint(root, found, split)
         )
     names = ", ".join(SPLIT_FOLDERS)
-    for product in found:
-        if product not in products:
-            item, count = product.folder.relative_to(root).as_posix(), len(walk(product.folder, root)[0])
-            reason = "it has no train or test folder; set split to seeded to use it"
-            yield Rejection(item, f"folder ignored (files: {count}): {reason}")
+    unused = {
+        product.folder: "it has no train or test folder; set split to seeded to use it"
+        for product in found
+        if product not in products
+    }
     if products[0].folder != root:
+        others = [path for path in subfolders(root, root) if path not in {product.folder for product in found}]
+        unused |= _undeclared(root, others, split)
         reason = f"a product folder contains one of {names}"
-        yield from reject_unused(root, root, [product.folder for product in found], reason, allow_text=True)
+        used = [*unused, *(product.folder for product in products)]
+        yield from reject_unused(root, root, used, reason, allow_text=True)
+    for folder, reason in unused.items():
+        count = len(walk_below(root, folder)[0])
+        yield Rejection(folder.relative_to(root).as_posix(), f"folder ignored (files: {count}): {reason}")
     owners = _owners(root, products)
     for product in products:
         yield from _reject_unused(root, product, companions, f"a split folder is one of {names}")
@@ -105,7 +124,7 @@ def read_folder_layout(
                     yield Rejection(item, f"folder ignored: {reason}")
                     continue
                 try:
-                    condition = (conditions or {}).get(folder.name) or _condition(folder.name, good)
+                    condition = (conditions or {}).get(folder.name) or _condition(folder.name, good, product.flat)
                 except RowError as error:
                     yield Rejection(item, f"folder ignored: {error}")
                     continue
@@ -114,23 +133,35 @@ def read_folder_layout(
             yield from _unused_masks(root, product.masks, masks)
 
 
-def _condition(name: str, good: tuple[str, ...]) -> str:
-    """Return the condition that a folder names. Raises RowError as `named_condition` does."""
-    return GOOD if name.casefold() == GOOD else named_condition(name, good)
+def _condition(name: str, good: tuple[str, ...], flat: bool) -> str:
+    """Return the condition that a folder names.
+
+    Raises RowError as `named_condition` does, and for a name in a flat product that seems to mean masks.
+    """
+    if flat and ANNOTATION_FOLDER.fullmatch(nfc(name)):
+        raise RowError(
+            f"{name} seems to hold masks or labels; rename it to {MASK_FOLDER} if it holds masks, or give the defect "
+            "another name"
+        )
+    return named_condition(name, good)
 
 
 def _products(root: Path, flat: bool, good: tuple[str, ...]) -> list[_Product]:
     """Return the products directly under the root, or the root itself if it is a flat product."""
-    parts = (*SPLIT_FOLDERS, *FLAT_MASK_FOLDERS, IMAGE_FOLDER)  # of a product that the root itself may be
     products = [
         product
         for folder in subfolders(root, root)
-        if (product := _product(root, folder, flat and folder.name.casefold() not in parts, good))
+        if (product := _product(root, folder, flat and not _is_part(folder.name), good))
     ]
     if not products and flat:
         own = _product(root, root, flat, good)
         return [own] if own is not None and own.flat else []
     return products
+
+
+def _is_part(name: str) -> bool:
+    """Return whether a folder with this name is part of a product that the root itself may be."""
+    return name.casefold() in (*SPLIT_FOLDERS, IMAGE_FOLDER) or bool(ANNOTATION_FOLDER.fullmatch(nfc(name)))
 
 
 def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -> _Product | None:
@@ -142,11 +173,32 @@ def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -
         splits.sort(key=lambda path: order.index(path.name.casefold()))
         containers = tuple((SPLIT_FOLDERS[path.name.casefold()], path) for path in splits)
         return _Product(folder, containers, _named(inside, (MASK_FOLDER,)))
+    product = _flat_product(root, folder)
+    return product if flat and any(means_good(name, good) for name in _image_folders(root, product)) else None
+
+
+def _flat_product(root: Path, folder: Path) -> _Product:
+    """Return a folder as a flat product, whether it is one or not."""
+    inside = subfolders(root, folder)
     images = _named(inside, (IMAGE_FOLDER,))
     container = images if images is not None and subfolders(root, images) else folder
-    product = _Product(folder, ((None, container),), _named(inside, FLAT_MASK_FOLDERS))
-    names = [path.name for path in product.conditions(root, container) if flat and any(list_images(path))]
-    return product if any(name.casefold() == GOOD or means_good(name, good) for name in names) else None
+    return _Product(folder, ((None, container),), _named(inside, FLAT_MASK_FOLDERS))
+
+
+def _image_folders(root: Path, product: _Product) -> list[str]:
+    """Return the names of the condition folders of a flat product that hold images."""
+    return [path.name for path in product.conditions(root, product.containers[0][1]) if any(list_images(path))]
+
+
+def _undeclared(root: Path, folders: Collection[Path], split: str | None) -> dict[Path, str]:
+    """Return which folders would be flat products if a word for `good` were declared, and how to declare it."""
+    remedies = {}
+    for folder in folders if split is not None else ():
+        word = next(filter(sounds_good, _image_folders(root, _flat_product(root, folder))), None)
+        if word is not None and (folder == root or not _is_part(folder.name)):
+            seeded = " and set split to seeded" if split == "given" else ""
+            remedies[folder] = f"if {word} holds its parts without a defect, pass --good {shlex.quote(word)}{seeded}"
+    return remedies
 
 
 def _named(folders: Collection[Path], names: Collection[str]) -> Path | None:
@@ -171,6 +223,11 @@ def _owners(root: Path, products: Collection[_Product]) -> dict[Path, Path]:
 
 def _reject_unused(root: Path, product: _Product, companions: Collection[str], reason: str) -> Items:
     """Yield rejections for what lies in a product next to its split, condition and mask folders."""
+    images = "the image is not in <product>/<split>/<condition>"
+    if product.flat:
+        place = product.containers[0][1].relative_to(root).as_posix().removeprefix(".")
+        reason = f"the folders of conditions are in {place or 'the root'}"
+        images = f"the image is not in {place}{'/' if place else ''}<condition>"
     used = [product.folder / name for name in companions]
     used += [] if product.masks is None else [product.masks]
     for _, container in product.containers:
@@ -178,13 +235,11 @@ def _reject_unused(root: Path, product: _Product, companions: Collection[str], r
             used += product.conditions(root, container)
         else:
             used.append(container)
-            yield from reject_unused(root, container, product.conditions(root, container), "")
-    if product.flat:
-        reason = f"the folders of conditions are in {IMAGE_FOLDER}"
-    yield from reject_unused(root, product.folder, used, reason, allow_text=True)
+            yield from reject_unused(root, container, product.conditions(root, container), "", images)
+    yield from reject_unused(root, product.folder, used, reason, images, allow_text=True)
 
 
-def _hint(root: Path, flat: Collection[_Product]) -> str:
+def _hint(root: Path, flat: Collection[_Product], split: str | None) -> str:
     """Say what the root holds instead of products, and the remedy. `flat` are its products without splits."""
     manifest = "list the images in a CSV file (source manifest)"
     for product in flat:
@@ -194,6 +249,8 @@ def _hint(root: Path, flat: Collection[_Product]) -> str:
             f"set split to seeded, or {manifest}"
         )
     folders = subfolders(root, root)
+    for folder, remedy in _undeclared(root, [root, *folders], split).items():
+        return f"{folder} has no folder {GOOD}: {remedy}"
     if _product(root, root, flat=False):
         return f"root looks like the folder of one product: set it to {root.resolve().parent}"
     deeper = {
@@ -237,9 +294,15 @@ def _images(
     groups = {nfc(path.name): path for path in list_folder(masks) if path.is_dir()} if masks else {}
     images = list(list_images(folder))
     yield from reject_unused(root, folder, set(images), "images must be directly in the folder of their condition")
+    by_stem = {nfc(path.stem): path.name for path in images}
     for path in images:
         image = path.relative_to(root).as_posix()
         stem = nfc(path.stem)
+        match = MASK_STEM.fullmatch(stem)
+        if match and match[1] in by_stem:
+            remedy = f"move it to {MASK_FOLDER}, or rename it if it shows a part"
+            yield Rejection(image, f"it seems to be the mask of {by_stem[match[1]]} next to it; {remedy}")
+            continue
         files = [*named.get(f"{stem}_mask", ()), *named.get(stem, ())]
         masks_used.update(files)
         several = groups.get(stem)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_prep.collect import check_config
+from data_prep.config import BuildConfig
 from data_prep.sources import SourceConfig, folder, manifest
 from data_prep.sources._rows import condition_cell, condition_in
 from echo_ft.errors import EchoError
@@ -124,6 +127,17 @@ def test_marks_of_other_scripts_tell_words_apart(tmp_path, one, other):
     assert read_cell(tmp_path, [one, other]) == ([joined], [])
     assert read_cell(tmp_path, other, good=(one,)) == ([other], [])
     assert read_cell(tmp_path, one, good=(one,)) == (["good"], [])
+
+
+@pytest.mark.parametrize("source", ["btad", "magnetic_tile", "mvtec_ad", "real_iad", "synthetic", "visa"])
+def test_a_source_that_ignores_declared_words_refuses_them(tmp_path, source):
+    root = None if source == "synthetic" else tmp_path
+    config = BuildConfig(source, tmp_path / "out", root)
+    check_config(config)
+    with pytest.raises(EchoError, match=rf"good: the source {source} knows .*; remove good \(only folder and manifest"):
+        check_config(replace(config, good=["OK"]))
+    for other in ("folder", "manifest"):
+        check_config(replace(config, source=other, root=tmp_path, good=["OK"]))
 
 
 def test_good_may_have_any_case(tmp_path):

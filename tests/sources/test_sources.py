@@ -267,7 +267,7 @@ BAD_ROWS = [
     ({"product": ""}, "product is missing"),
     ({"condition": ""}, "condition is missing"),
     ({"condition": "OK"}, "'good'"),
-    ({"condition": "Good"}, "'good'"),
+    ({"condition": "O.K."}, "'good'"),
     ({"condition": "bent + OK"}, "'good'"),
     ({"condition": "bent+good"}, "joins a defect with 'good'"),
     ({"condition": "bent+"}, "or with nothing"),

@@ -75,6 +75,60 @@ def test_flat_product_may_have_a_declared_word_for_good(tmp_path):
     assert rejections == []
 
 
+@pytest.mark.parametrize(
+    "name", ["gt", "GT", "Ground-Truth", "groundtruth", "label", "labels", "annotations", "mask_dent", "seg", "masks"]
+)
+@pytest.mark.parametrize("product", ["", "nut/"])
+def test_masks_in_a_folder_of_another_name_are_no_defect(tmp_path, name, product):
+    root = make(tmp_path / "line", *(f"{product}{place}" for place in ("good/0", "dent/0", "ground_truth/dent/0")))
+    draw(root / product / name / "0.png")
+    draw(root / product / name / "good" / "0.png"), draw(root / product / name / "dent" / "0.png")
+    found, rejections = read(root)
+    if name.casefold() not in ("groundtruth", "ground-truth"):
+        assert found[f"{product}dent/0"][3] == f"{product}ground_truth/dent/0.png"
+    assert set(found) == {f"{product}good/0", f"{product}dent/0"}
+    assert "seems to hold masks or labels; rename it to ground_truth" in rejections[f"{product}{name}"]
+
+
+@pytest.mark.parametrize("name", ["label_torn", "segregation", "solder_mask", "gtx"])
+def test_defects_may_have_names_that_begin_like_those_of_masks(tmp_path, name):
+    found, rejections = read(make(tmp_path, "nut/good/0", f"nut/{name}/0"))
+    assert (found[f"nut/{name}/0"][1], rejections) == (name, {})
+
+
+@pytest.mark.parametrize("mask", ["0_mask", "0-Mask", "0_GT", "0_label"])
+@pytest.mark.parametrize("place", ["nut/dent", "nut/test/dent"])
+def test_a_mask_next_to_its_image_is_no_image(tmp_path, place, mask):
+    make(tmp_path, "nut/train/good/0" if "test" in place else "nut/good/0", f"{place}/0", f"{place}/1_mask")
+    draw(tmp_path / place / f"{mask}.bmp")
+    found, rejections = read(tmp_path)
+    assert {one for one in found if one.startswith(place)} == {f"{place}/0", f"{place}/1_mask"}
+    assert list(rejections) == [f"{place}/{mask}.bmp"]
+    assert "seems to be the mask of 0.png next to it; move it to ground_truth" in rejections[f"{place}/{mask}.bmp"]
+
+
+def test_undeclared_word_for_good_next_to_products_is_named(tmp_path):
+    make(tmp_path, "nut/train/good/0", "nut/test/dent/0", "cap/OK/0", "cap/NG/0", "lid/images/i.O./0", "spare/0")
+    _, rejections = read(tmp_path)
+    assert rejections["cap"] == "folder ignored (files: 2): if OK holds its parts without a defect, pass --good OK"
+    assert "pass --good i.O." in rejections["lid"]
+    assert "a product folder contains one of" in rejections["spare"]
+    assert rejections["cap"] + " and set split to seeded" == read(tmp_path, "given")[1]["cap"]
+
+
+def test_flat_folders_name_the_place_that_images_must_be_in(tmp_path):
+    make(tmp_path, "nut/images/good/0", "nut/images/1", "nut/2", "nut/spare/3", "cap/good/0", "cap/1")
+    _, rejections = read(tmp_path)
+    assert rejections == {
+        "nut/images/1.png": "the image is not in nut/images/<condition>",
+        "nut/2.png": "the image is not in nut/images/<condition>",
+        "nut/spare": "folder ignored (files: 1): the folders of conditions are in nut/images",
+        "cap/1.png": "the image is not in cap/<condition>",
+    }
+    _, rejections = read(make(tmp_path / "line", "good/0", "1"))
+    assert rejections == {"1.png": "the image is not in <condition>"}
+
+
 def test_flat_folders_report_what_they_ignore(tmp_path):
     make(tmp_path, "nut/good/0", "nut/dent/0", "nut/dent/cam1/1", "nut/2", "nut/masks/dent/7", "nut/OK/3", "spare/0")
     found, rejections = read(tmp_path)
@@ -146,6 +200,16 @@ REFUSED = {
         ["dent/0", "scratch/0", "1"],
         "seeded",
         "it holds the folders dent, scratch and 1 images: check",
+    ),
+    "another word for good": (
+        ["nut/OK/0", "nut/NG/0"],
+        "seeded",
+        r"ROOT/nut has no folder good: if OK holds its parts without a defect, pass --good OK$",
+    ),
+    "two words for good without splits": (
+        ["no defect/0", "NG/0"],
+        "given",
+        r"ROOT has no folder good: if no defect holds .*, pass --good 'no defect' and set split to seeded$",
     ),
     "nothing": ([], "seeded", "it holds nothing: check root, or list the images in a CSV file"),
 }

@@ -151,8 +151,42 @@ def test_root_with_only_a_link_outside_says_so(tmp_path):
     (tmp_path / "photos/nut").symlink_to("../store/nut")
     with pytest.raises(EchoError, match=r"no labelme file .*photos \(nut is a link out of it, which is not followed\)"):
         list(manifest.read(SourceConfig(tmp_path / "photos")))
+    (tmp_path / "photos/nut").unlink()
+    (tmp_path / "photos/nut").symlink_to("..")
     with pytest.raises(EchoError, match=r"it holds links out of it \(nut\), which are not followed"):
         list(folder.read(SourceConfig(tmp_path / "photos")))
+
+
+@pytest.mark.parametrize("name", ["btad", "folder", "goods_ad", "magnetic_tile", "mpdd", "mvtec_ad", "mvtec_loco"])
+def test_folders_of_a_layout_may_be_links_to_another_disk(tmp_path, name):
+    layout = LAYOUTS[name](tmp_path / "one")
+    root = layout.config.root
+    before = read(name, layout.config)
+    for number, product in enumerate(path for path in list_folder(root) if path.is_dir()):
+        elsewhere = tmp_path / f"disk{number}" / "moved"
+        elsewhere.parent.mkdir()
+        product.rename(elsewhere)
+        product.symlink_to(elsewhere)
+    assert before[0] and read(name, layout.config) == before
+
+
+def test_deeper_links_and_unused_folders_of_a_linked_product_are_named(tmp_path):
+    root, disk = tmp_path / "line", tmp_path / "disk/nut"
+    draw(disk / "train/good/0.png"), draw(disk / "test/dent/0.png"), draw(disk / "spare/0.png")
+    draw_mask(disk / "ground_truth/scratch/0.png")
+    draw(tmp_path / "elsewhere/0.png"), draw(tmp_path / "other/notes/0.png")
+    (disk / "test/scratch").symlink_to("../../../elsewhere")
+    root.mkdir()
+    (root / "nut").symlink_to(disk), (root / "again").symlink_to(disk), (root / "spare").symlink_to("../other")
+    (root / "circle").symlink_to(tmp_path)
+    inspections, _, rejections = split_items(folder.read(SourceConfig(root)))
+    assert [i.image for i in inspections] == ["again/train/good/0.png", "again/test/dent/0.png"]
+    reasons = {r.item: r.reason for r in rejections}
+    assert "folder ignored (files: 1)" in reasons["spare"]
+    assert "folder ignored (files: 1)" in reasons["again/spare"]
+    assert "again/train/good, which is read there" in reasons["nut/train/good"]
+    assert "a link out of the root" in reasons["again/test/scratch"]
+    assert "a link out of the root" in reasons["circle"]
 
 
 def test_folder_layout_may_be_made_of_links(tmp_path):
