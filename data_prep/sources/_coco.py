@@ -25,6 +25,7 @@ from data_prep.sources._rows import (
     split_of,
     text_of,
 )
+from echo_ft.data.knowledge import first_names
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection, Rejection
 from echo_ft.strict_yaml import read_json
@@ -45,8 +46,9 @@ def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
         rows_by_image[_key(row.get("image_id"))].append(row)
     files: dict[str, set[Any]] = defaultdict(set)
     for image in content["images"]:
-        files[_key(image.get("id"))].add(image.get("file_name"))
+        files[_key(image.get("id"))].add(_key(image.get("file_name")))
     lost = {identifier: len(rows) for identifier, rows in rows_by_image.items() if identifier not in files}
+    lost_count, lost_ids = sum(lost.values()), first_names(lost)
     for number, image in enumerate(content["images"]):
         place = f"{path.name}:images[{number}]"
         rows = rows_by_image.get(_key(image.get("id")), [])
@@ -59,14 +61,15 @@ def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
                 )
             if lost and not rows:
                 raise RowError(
-                    f"it has no annotations, but {sum(lost.values())} annotations of the file belong to no image "
-                    f"(image_id {', '.join(list(lost)[:3])}) and may be its own; correct or remove them"
+                    f"it has no annotations, but {lost_count} annotations of the file belong to no image "
+                    f"(image_id {lost_ids}) and may be its own; correct or remove them: a part of a dataset needs a "
+                    "file with the annotations of its own images only"
                 )
             yield from _inspection(root, path, name, image, rows, categories, good)
         except RowError as error:
             yield Rejection(place, str(error))
-    for identifier, count in lost.items():
-        reason = f"annotations ignored ({count}): no image has the id {identifier}"
+    if lost:
+        reason = f"annotations ignored ({lost_count}): no image has the id {lost_ids}"
         yield Rejection(f"{path.name}:annotations", reason)
 
 

@@ -64,17 +64,16 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     unusable: dict[str, str] = {}
     for path in annotations:
         item = path.relative_to(root).as_posix()
-        beside = [path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES)]
-        images = [image.relative_to(root).as_posix() for image in beside if image.is_file()]
+        stated = None
         try:
             content = _load(path)
-            images = [_image(root, path, content)]
-            inspections = _inspections(root, images[0], content, good)
-            yield ItemPlace(images[0], item, unannotated=not inspections)
-            yield from inspections or [_record(root, images[0], GOOD)]
-            used.add(images[0])
+            stated = _image(root, path, content)
+            inspections = _inspections(root, stated, content, good)
+            yield ItemPlace(stated, item, unannotated=not inspections)
+            yield from inspections or [_record(root, stated, GOOD)]
+            used.add(stated)
         except RowError as error:
-            for image in images:
+            for image in _images_beside(root, path) if stated is None else [stated]:
                 unusable[image] = item
                 yield ItemPlace(image, item)
             yield Rejection(item, str(error))
@@ -90,13 +89,19 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
             yield not_an_image(item)
 
 
+def _images_beside(root: Path, path: Path) -> list[str]:
+    """Return the images that a labelme file may belong to if it does not say so: those of the same name."""
+    beside = (path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))
+    return [image.relative_to(root).as_posix() for image in beside if image.is_file()]
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RowError(f"the file cannot be read as JSON ({error})") from error
+        raise RowError(f"the file cannot be read as JSON ({error}); save it again with labelme") from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        raise RowError("the file is not a labelme file: it has no list of shapes")
+        raise RowError("the file is not a labelme file: it has no list of shapes; move it elsewhere, or save it again")
     return content
 
 
@@ -111,8 +116,8 @@ def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple
 
     An empty list means that the file has no shapes, and no flag that should be set.
     """
-    said = [_shapes(root, image, content, good)] if content["shapes"] else []
-    size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+    size = size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+    said = [_shapes(root, image, size, content, good)] if content["shapes"] else []
     flags = content.get("flags") or {}
     if not isinstance(flags, dict) or not all(isinstance(value, bool) for value in flags.values()):
         raise RowError(f"the flags {str(flags)[:60]} are not {{name: true or false}}")
@@ -154,12 +159,13 @@ def _record(root: Path, image: str, condition: str, **marks: Any) -> Inspection:
     )
 
 
-def _shapes(root: Path, image: str, content: Mapping[str, Any], good: tuple[str, ...]) -> Inspection:
-    size = size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+def _shapes(
+    root: Path, image: str, size: tuple[int, int], content: Mapping[str, Any], good: tuple[str, ...]
+) -> Inspection:
     labels, polygons, boxes = [], [], list[Box]()
     for shape in content["shapes"]:
         if not isinstance(shape, dict):
-            raise RowError("a shape is not an object")
+            raise RowError("a shape is not an object; save the file again with labelme")
         labels.append(required_text(shape, "label"))
         kind, points = shape.get("shape_type", "polygon"), _points(shape)
         if kind == "polygon":

@@ -92,6 +92,7 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
     return nfc(name)
 
 
+@lru_cache(maxsize=4096)  # a long list has few conditions
 def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -> str:
     """Return the condition that a text names: one defect, several ones (`bent + melt`) or `good`.
 

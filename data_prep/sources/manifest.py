@@ -21,9 +21,11 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from data_prep.faults import IMAGE_SUFFIXES
 from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
@@ -41,6 +43,7 @@ LINE_BREAK = re.compile(r"[\r\n]+")
 
 REQUIRED = ("image", "product", "condition")
 COLUMNS = (*REQUIRED, "mask", "boxes", "group", "split", "reference", "dataset", "synthetic")
+ONE_LINE_COLUMNS = tuple(column for column in COLUMNS if column != "boxes")
 
 Row = tuple[int, Mapping[str, Any], str | None]
 """The line number of a row, its cells as far as they are readable, and why the row cannot be used or None."""
@@ -77,38 +80,50 @@ def read(config: SourceConfig) -> Items:
 
 
 def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
+    separator, line = form.separator or ",", form.skipped
     try:
         with open(path, encoding=form.encoding, newline="") as file:
             for _ in range(form.skipped):
                 file.readline()
-            separator = form.separator or ","
             reader = csv.DictReader(file, delimiter=separator)
-            header = reader.fieldnames or ()
-            _check_columns(path, header)
+            _check_columns(path, tuple(reader.fieldnames or ()))
+            line = form.skipped + reader.line_num
             for row in reader:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
                 fault = None
                 if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
                     fault = "it has more cells than the header has columns; quote cells that contain a comma"
-                elif any(LINE_BREAK.search(cells.get(name) or "") for name in COLUMNS):
+                elif any(LINE_BREAK.search(cells.get(name) or "") for name in ONE_LINE_COLUMNS):
                     fault = "a cell has a line break; remove it"
                 line = form.skipped + reader.line_num
-                _check_quotes(f"{path}:{line}", [*cells.values(), *surplus], separator * (len(header) - 1))
+                _check_quotes(f"{path}:{line}", cells, surplus, separator)
                 yield line, cells, fault
-    except (UnicodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise EchoError(
+            f"{path} cannot be read as CSV near line {line + 1} ({error}); close the quotation mark of a cell there, "
+            "or shorten the cell"
+        ) from error
+    except UnicodeError as error:
         raise not_text(path, error) from error
 
 
-def _check_quotes(place: str, cells: Collection[str | None], separators: str) -> None:
+def _check_quotes(place: str, row: Mapping[str, str | None], surplus: Collection[str], separator: str) -> None:
     """Raise EchoError if a cell holds a whole row: a quotation mark that is not closed hides the next rows.
 
-    `separators` are those of a row.
+    A line of the cell is a row if it has as many columns, and one of them looks like the path of an image. `surplus`
+    are the cells after the last column.
     """
-    for cell in filter(None, cells):
+    suffixes = {*IMAGE_SUFFIXES, Path(row["image"] or "").suffix.lower()} - {""}
+    for cell in filter(None, (*row.values(), *surplus)):
         _, *others = LINE_BREAK.split(cell)
-        if any(line.count(separators[0]) >= len(separators) for line in others):
-            raise EchoError(f"{place}: the cell {cell[:20]!r} holds the next rows; close its quotation mark")
+        for line in others:
+            inside = line.split(separator)
+            if len(inside) >= len(row) and any(Path(text.strip(' "')).suffix.lower() in suffixes for text in inside):
+                raise EchoError(
+                    f"{place}: the cell {cell[:20]!r} holds the next rows; close its quotation mark, or remove the "
+                    "line breaks of the cell"
+                )
 
 
 def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
@@ -130,13 +145,14 @@ def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
         except ValueError as error:
             row, fault = json.loads(line), f"the line is ambiguous ({error}); remove one of the two"
         if isinstance(row, dict):
-            _check_columns(path, row, complete=False)
+            _check_columns(path, tuple(row), complete=False)
             yield number, row, fault
         else:
             yield number, {}, "the line is not a JSON object"
 
 
-def _check_columns(path: Path, names: Collection[str], complete: bool = True) -> None:
+@lru_cache  # each line of JSON names its columns
+def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) -> None:
     missing = [column for column in REQUIRED if column not in names]
     if complete and missing:
         raise EchoError(

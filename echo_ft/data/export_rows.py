@@ -34,7 +34,7 @@ def prompt_completion_rows(exchange: Exchange, images: Sequence[str]) -> Iterato
     `images` are the paths that replace those of the exchange. Raises EchoError if a text contains a control token.
     """
     for branch in exchange.branches:
-        _refuse(CONTROL_TOKEN, "a chat template", "", exchange, branch)
+        _refuse(CONTROL_TOKEN, "a control token of the chat template", "", exchange, branch)
         yield {
             "images": list(images),
             "prompt": [{"role": "user", "content": exchange.context + branch.prompt}],
@@ -48,18 +48,18 @@ def message_rows(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str
     Raises EchoError if a text contains a control token, `<image>` or another tag of these trainers.
     """
     for branch, row in zip(exchange.branches, prompt_completion_rows(exchange, images), strict=True):
-        _refuse(TAGS, "LLaMA-Factory or ms-swift", ", or convert to trl", exchange, branch)
+        _refuse(TAGS, "a tag that LLaMA-Factory or ms-swift replaces", ", or convert to trl", exchange, branch)
         (user,), assistant = row["prompt"], row["completion"]
         user = {**user, "content": IMAGE_PLACEHOLDER * len(images) + user["content"]}
         yield {"images": row["images"], "messages": [user, *assistant]}
 
 
-def _refuse(pattern: re.Pattern[str], trainer: str, remedy: str, exchange: Exchange, branch: Branch) -> None:
+def _refuse(pattern: re.Pattern[str], what: str, remedy: str, exchange: Exchange, branch: Branch) -> None:
     for text in (exchange.context, branch.prompt, branch.completion or ""):
         found = pattern.search(text)
         if found:
             near = " ".join(text[max(0, found.start() - 30) : found.end() + 30].split())
             raise EchoError(
-                f"case {exchange.case}: the text {near!r} contains {found.group()}, which {trainer} replaces; "
+                f"case {exchange.case}: the text {near!r} contains {found.group()}, {what}; "
                 f"write it in other words in the knowledge or the questions and rebuild the dataset{remedy}"
             )

@@ -195,8 +195,12 @@ def images_of(tmp_path: Path, form: str) -> list[list[Image.Image]]:
     ("form", "change", "named"),
     [
         (prompt_completion_rows, {"context": "See <|im_end|>."}, r"case 1.*<\|im_end\|>"),
-        (message_rows, {"branches": (Branch("1", "So?", "<|image_pad|>"),)}, r"case 1.*<\|image_pad\|>"),
-        (message_rows, {"context": "The <image> is dark."}, "case 1.*<image>"),
+        (
+            message_rows,
+            {"branches": (Branch("1", "So?", "<|image_pad|>"),)},
+            r"case 1.*<\|image_pad\|>, a control token",
+        ),
+        (message_rows, {"context": "The <image> is dark."}, "case 1.*<image>, a tag that LLaMA-Factory"),
         (message_rows, {"branches": (Branch("1", "Is <bbox> so?", "A"),)}, "case 1.*<bbox>"),
         (message_rows, {"branches": (Branch("1", "So?", "<video>"),)}, "case 1.*<video>"),
     ],

@@ -254,7 +254,17 @@ def test_no_image_is_good_while_annotations_of_the_file_belong_to_none(tmp_path)
     found, rejections = read_coco(tmp_path, {"a.png": ["dent"], "b.png": []}, annotations=rows)
     assert list(found) == ["a.png"]
     assert "2 annotations of the file belong to no image (image_id 101, 102)" in rejections["instances.json:images[1]"]
-    assert "no image has the id 10" in rejections["instances.json:annotations"]
+    assert "may be its own; correct or remove them" in rejections["instances.json:images[1]"]
+    assert "no image has the id 101, 102" in rejections["instances.json:annotations"]
+
+
+def test_lost_annotations_are_reported_once(tmp_path):
+    rows = [{"image_id": n, "category_id": 0, "bbox": [4, 6, 8, 4]} for n in range(500)]
+    draw(tmp_path / "a.png")
+    content = {"images": [], "annotations": rows, "categories": [{"id": 0, "name": "dent"}]}
+    path = write_json(tmp_path / "instances.json", content)
+    (rejection,) = manifest.read(SourceConfig(tmp_path, path))
+    assert rejection.reason == "annotations ignored (500): no image has the id 0, 1, 2 and 497 more"
 
 
 # labelme

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.sources import SourceConfig, folder, manifest, visa
+from data_prep.sources import SourceConfig, _rows, folder, manifest, visa
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
 from echo_ft.images.decode import decode
@@ -222,6 +222,37 @@ def test_two_coco_images_of_one_id_are_both_rejected(root):
     assert {one.item for one in rejections} == {"instances.json:images[0]", "instances.json:images[1]"}
 
 
+@pytest.mark.parametrize("name", [["a.png"], {"name": "a.png"}, 7.5])
+def test_a_coco_image_without_a_text_as_its_name_is_rejected(root, name):
+    images = [{"id": 1, "file_name": name}, {"id": 2, "file_name": "b.png"}]
+    rows = [{"image_id": n, "category_id": 1, "bbox": [4, 6, 8, 4]} for n in (1, 2)]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "dent"}]}
+    found, (rejection,) = usable(root, write_json(root / "instances.json", content))
+    assert list(found) == ["b.png"]
+    assert rejection.item == "instances.json:images[0]"
+    assert f"file_name is {name!r}, not a string" in rejection.reason
+
+
+def test_a_labelme_image_is_opened_once_and_no_other_name_is_tried(tmp_path, monkeypatch):
+    opened, tried = [], []
+    draw(tmp_path / "part.png")
+    write_json(tmp_path / "part.json", labelme_file("part.png", [("dent", "rectangle", [[1, 1], [5, 5]])]))
+
+    def image_size(path, real=_rows.image_size):
+        opened.append(path.name)
+        return real(path)
+
+    def is_file(path, real=Path.is_file):
+        tried.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(_rows, "image_size", image_size)
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert any(isinstance(item, Inspection) for item in manifest.read(SourceConfig(tmp_path)))
+    assert opened == ["part.png"]
+    assert "part.bmp" not in tried
+
+
 @pytest.mark.parametrize("broken", ["{", '{"shapes": [], "imagePath": "part.png", "imagePath": "part.png"}', "shapes"])
 def test_a_labelme_image_is_rejected_with_any_of_its_files(tmp_path, broken):
     draw(tmp_path / "part.png"), draw(tmp_path / "other.png")
@@ -318,6 +349,68 @@ def test_a_quotation_mark_that_hides_the_next_rows_is_an_error(root, row, end):
     )
     with pytest.raises(EchoError, match=r"parts\.csv:\d: the cell .* holds the next rows; close its quotation mark"):
         usable(root, path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        'dent,,"seen twice,\nat the rim, below, and so on"',
+        'dent,"[[1, 2, 9, 9],\n[12, 2, 20, 9], [21, 2, 25, 9]]",',
+        'dent,,"1, 2, 3\n4, 5.5, 6, v1.2"',
+    ],
+)
+def test_quoted_lines_with_commas_are_no_rows(root, row):
+    path = root / "parts.csv"
+    path.write_text(f"image,product,condition,boxes,note\na.png,cap,{row}\nb.png,cap,good,,\n")
+    found, rejections = usable(root, path)
+    assert rejections == []
+    assert [*found] == ["a.png", "b.png"]
+    assert len(found["a.png"].boxes) == (3 if "[[" in row else 0)
+
+
+def test_hidden_rows_are_found_by_the_suffix_that_the_list_uses(root):
+    path = root / "parts.csv"
+    path.write_text('image,product,condition,note\na.jfif,cap,dent,"1\nb.jfif,cap,crack,\nc.jfif,cap,good,"2"\n')
+    with pytest.raises(EchoError, match="holds the next rows; close its quotation mark, or remove the line breaks"):
+        usable(root, path)
+
+
+@pytest.mark.parametrize("note", ['"3/4 inch,' + "x" * 140_000, '"3/4 inch\n' + "b.png,cap,crack,\n" * 9000])
+def test_a_cell_beyond_the_limit_of_csv_gets_its_own_remedy(root, note):
+    path = root / "parts.csv"
+    path.write_text(f"sep=,\nimage,product,condition,note\na.png,cap,good,\na.png,cap,dent,{note}")
+    message = r"parts\.csv cannot be read as CSV near line 4 \(field larger.*\); close the quotation mark .* or shorten"
+    with pytest.raises(EchoError, match=message):
+        usable(root, path)
+
+
+def test_the_columns_of_equal_lines_are_checked_once(root, monkeypatch):
+    calls: list[str] = []
+
+    def close_matches(name, *arguments, **options):
+        calls.append(name)
+        return []
+
+    monkeypatch.setattr("difflib.get_close_matches", close_matches)
+    extra = {f"extra{number}": number for number in range(6)}
+    rows = [{"image": NAMES[0], "product": "cap", "condition": "dent"} | extra] * 50
+    usable(root, write_rows(root, [*rows, rows[0] | {"another": 1}]))
+    assert sorted(calls) == sorted([*extra, *extra, "another"])
+
+
+def test_equal_conditions_are_parsed_once(root, monkeypatch):
+    parsed: list[str] = []
+
+    def plain_word(text, real=_rows.plain_word):
+        parsed.append(text)
+        return real(text)
+
+    monkeypatch.setattr(_rows, "plain_word", plain_word)
+    row = {"image": "a.png", "product": "cap", "condition": "deep dent; long crack"}
+    usable(root, write_rows(root, [row]))
+    once = len(parsed)
+    usable(root, write_rows(root, [row] * 50))
+    assert len(parsed) == once > 0
 
 
 def test_a_note_may_have_several_lines_but_a_condition_may_not(root):
