@@ -20,7 +20,7 @@ from data_prep.collect import usable_images
 from data_prep.config import BuildConfig
 from data_prep.prepare import SYNTHETIC_ELSEWHERE, assign_configured_splits
 from data_prep.sources.synthetic import MIN_PARTS
-from data_prep.synthesize import SynthesizeConfig, synthesize
+from data_prep.synthesize import SynthesizeConfig, manifest_row, synthesize
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
@@ -255,6 +255,14 @@ def test_undecodable_image_is_rejected_and_the_others_are_used(tmp_path):
     rejected = {row.item: row.reason for row in read_jsonl(tmp_path / "made/rejected.jsonl", Rejection)}
     assert "the image is broken" in rejected["disc/1-1.png"]
     assert any(row.get("synthetic") for row in manifest_rows(tmp_path / "made"))
+
+
+def test_a_name_with_a_comma_stays_one_defect_in_the_written_manifest(tmp_path):
+    Image.new("L", (32, 24)).save(tmp_path / "a.png")
+    one = Inspection("a.png", "a.png", "parts", "disc", "Crack, long+dent", "a.png")
+    (tmp_path / "parts.jsonl").write_text(json.dumps(manifest_row(one)))
+    found = usable_images(make_config(tmp_path / "parts.jsonl", tmp_path / "out"), tmp_path).inspections
+    assert [i.condition for i in found] == ["Crack, long+dent"]
 
 
 @pytest.mark.parametrize(

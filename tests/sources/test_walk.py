@@ -157,11 +157,15 @@ def test_root_with_only_a_link_outside_says_so(tmp_path):
         list(folder.read(SourceConfig(tmp_path / "photos")))
 
 
-@pytest.mark.parametrize("name", ["btad", "folder", "goods_ad", "magnetic_tile", "mpdd", "mvtec_ad", "mvtec_loco"])
+@pytest.mark.parametrize(
+    "name", ["btad", "folder", "goods_ad", "magnetic_tile", "mpdd", "mvtec_ad", "mvtec_loco", "real_iad", "visa"]
+)
 def test_folders_of_a_layout_may_be_links_to_another_disk(tmp_path, name):
     layout = LAYOUTS[name](tmp_path / "one")
     root = layout.config.root
+    draw(root / next(iter(layout.images)).split("/")[0] / "spare" / "0.png")
     before = read(name, layout.config)
+    assert before[2], "the spare image is named"
     for number, product in enumerate(path for path in list_folder(root) if path.is_dir()):
         elsewhere = tmp_path / f"disk{number}" / "moved"
         elsewhere.parent.mkdir()
