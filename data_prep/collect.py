@@ -15,7 +15,7 @@ from data_prep import sources
 from data_prep.config import BuildConfig
 from data_prep.faults import ImageCheck, boxes_fault, check_image, mask_fault, name_fault, orientation_fault
 from data_prep.progress import first_rejection, progress
-from data_prep.truth import SourceRecords, put_together
+from data_prep.truth import SourceRecords, merge_records
 from echo_ft.data.splits import check_fractions
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
@@ -80,7 +80,7 @@ class UsableImages:
     inspections: list[Inspection]
     questions: list[Question]
     rejections: list[Rejection]
-    merged: int
+    merged_count: int
     """Number of images whose truth was put together from several places of the source."""
     unannotated: list[str]
     """Images that are `good` because their annotation file marks and names nothing."""
@@ -93,7 +93,7 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
     A source that draws its images writes them into `folder`. Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
-    usable = check_records(put_together(progress(items, "reading", "records")), root)
+    usable = check_records(merge_records(progress(items, "reading", "records")), root)
     if not usable.inspections:
         where = config.annotations or root
         why = first_rejection(usable.rejections) or "; it lists none: add a row per image, or check the path"
@@ -149,8 +149,8 @@ def check_records(records: SourceRecords, root: Path) -> UsableImages:
         {image: depth for image, depth in bits.items() if depth is not None},
     )
     unannotated = [one.image for one in kept if one.id in records.unannotated]
-    merged = sum(one.id in records.merged for one in kept)
-    return UsableImages(root, kept, questions, rejections, merged, unannotated, readings)
+    merged_count = sum(one.id in records.merged for one in kept)
+    return UsableImages(root, kept, questions, rejections, merged_count, unannotated, readings)
 
 
 def _checked(

@@ -98,7 +98,7 @@ def _counts(draft: DatasetDraft, side_counts: Mapping[str, SideCounts]) -> dict[
     return {
         "photographs": _sorted_counts(Counter(str(inspection.split) for inspection in draft.inspections)),
         "conditions": _sorted_counts(Counter(inspection.condition for inspection in draft.inspections)),
-        "merged": draft.merged,
+        "merged": draft.merged_count,
         "unannotated": len(draft.unannotated),
         "reference_pool": len(reference_pool(draft.inspections)),
         "cases": {split: _sorted_counts(counts) for split, counts in cases.items()},

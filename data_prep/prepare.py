@@ -82,7 +82,7 @@ class DatasetDraft:
     """Disagreements between the knowledge and the images, one sentence each."""
     training_knowledge: Knowledge
     """The knowledge without the conditions that training must not see."""
-    merged: int
+    merged_count: int
     """Number of images whose truth was put together from several places of the source."""
     unannotated: list[str]
     """Images that are `good` because their annotation file marks and names nothing."""
@@ -180,7 +180,7 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
         unknown,
         knowledge_warnings(inspections, known) + consequence_warnings(self_asked, knowledge),
         training_knowledge,
-        usable.merged,
+        usable.merged_count,
         [image for image in usable.unannotated if image in remaining],
         usable.readings,
     )

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.sources import Item, ItemPlace, RowError
-from data_prep.sources._rows import in_order, join_conditions
+from data_prep.sources import Item, ItemPlace, RowError, in_order, join_conditions
 from echo_ft.data.splits import DEFECT_SEPARATOR
 from echo_ft.data.text import nfc
 from echo_ft.images.masks import is_marked, mask_files
@@ -50,7 +49,7 @@ class SourceRecords:
     """Ids of the inspections that are `good` by convention alone."""
 
 
-def put_together(items: Iterable[Item]) -> SourceRecords:
+def merge_records(items: Iterable[Item]) -> SourceRecords:
     """Return the records of a source with one inspection per image, in the order of their first places.
 
     An image is rejected if its places contradict each other, or if one of them cannot be used: without it, the truth
@@ -85,7 +84,7 @@ def put_together(items: Iterable[Item]) -> SourceRecords:
                 raise RowError(
                     f"it is also in {others}, which cannot be used, so its truth may be incomplete; correct that place"
                 )
-            inspection, unmarked = merge(said)
+            inspection, unmarked = merge_statements(said)
         except RowError as error:
             rejections.append(Rejection(said[0].inspection.image, f"{error}{_suffix(said)}"))
             continue
@@ -116,12 +115,13 @@ def with_composed_names(inspection: Inspection) -> Inspection:
     )
 
 
-def merge(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:
+def merge_statements(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:
     """Return the inspection that the statements about one image amount to.
 
-    Defects, masks, boxes and polygons add up. If a defect has no mark while others have one, all marks are left out:
-    they would present its place as normal. The second value is the reason, or None. Raises RowError if the statements
-    contradict each other.
+    Defects, masks, boxes and polygons add up. If a place names a defect without a mark while another place has one, all
+    marks are left out: they would present the defect as normal, also if both have one name. A labelme file marks in its
+    shapes what its flags name. The second value is the reason, or None. Raises RowError if the statements contradict
+    each other.
     """
     if len(statements) == 1:
         return statements[0].inspection, None
@@ -138,12 +138,23 @@ def merge(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:
         )
     condition = join_conditions({one.inspection.condition for one in annotated})
     first = dataclasses.replace(statements[0].inspection, **fields, condition=condition)
-    marked = {name for one in (*files, *outlined) for name in one.inspection.condition.split(DEFECT_SEPARATOR)}
-    missing = sorted({*condition.split(DEFECT_SEPARATOR)} - marked) if marked else []
-    if missing:
-        reason = f"{', '.join(missing)} is not marked although {', '.join(sorted(marked))} is"
-        return _with_marks(first, []), f"{reason}; the image is used without its marks"
+    marked = [*files, *outlined]
+    marked_names: dict[str, set[str]] = {}
+    for one in marked:
+        marked_names.setdefault(one.place, set()).update(_defects(one))
+    missing = [
+        one for one in annotated if not is_marked(one.inspection) and _defects(one) - marked_names.get(one.place, set())
+    ]
+    if marked and missing and condition != GOOD:
+        unmarked, others = (", ".join(sorted(set().union(*map(_defects, said)))) for said in (missing, marked))
+        reason = f"{unmarked} is not marked in {_places(missing) or 'the source'}, but {others} is in {_places(marked)}"
+        return _with_marks(first, []), f"{reason}; mark every defect; the image is used without its marks"
     return _with_marks(first, [one.inspection for one in files or outlined]), None
+
+
+def _defects(statement: Statement) -> set[str]:
+    """Return the names of the defects at a place."""
+    return {*statement.inspection.condition.split(DEFECT_SEPARATOR)}
 
 
 def _agreed(field: str, statements: Sequence[Statement]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.config import BuildConfig
 from data_prep.prepare import REFERENCE_LEFT_OUT, DatasetDraft, train_split_remedy
-from data_prep.sources import LINK_OUTSIDE
+from data_prep.sources import LinkOutside
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
 from echo_ft.data.splits import divided_parts, part_key
@@ -216,7 +216,7 @@ def _readings(draft: DatasetDraft) -> Iterator[str]:
 
 def _links(draft: DatasetDraft) -> Iterator[str]:
     """Linked folders that lead out of the root."""
-    links = [rejection.item for rejection in draft.rejections if rejection.reason.startswith(LINK_OUTSIDE)]
+    links = [rejection.item for rejection in draft.rejections if isinstance(rejection, LinkOutside)]
     if links:
         yield (
             f"{len(links)} linked folders lead out of the root and are passed over: {first_names(links)}; set root to "

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from data_prep.faults import IMAGE_SUFFIXES
-from echo_ft.data.text import nfc
+from echo_ft.data.splits import DEFECT_SEPARATOR, join_defects
+from echo_ft.data.text import nfc, spelling_key
 from echo_ft.files import leads_outside, list_folder, walk
-from echo_ft.records import Inspection, Question, Rejection
+from echo_ft.records import GOOD, Inspection, Question, Rejection
 
 SOURCE_NAMES = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
@@ -53,9 +55,6 @@ UNNAMED_DEFECT = "defective"
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".pdf", "license", "license-dataset", "licence", "readme"})
 """Suffixes and stems of files that accompany a dataset without containing data."""
 
-LINK_OUTSIDE = "the folder is a link out of the root"
-"""Begins the reason why a linked folder is passed over."""
-
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -76,6 +75,8 @@ class SourceConfig:
 
 Items = Iterator[Item]
 
+T = TypeVar("T", bound=tuple[float, ...])
+
 
 def inferred_dataset_name(source: str, root: Path, annotations: Path | None) -> str | None:
     """Return the dataset name that a source takes from its manifest or root, or None if the source has its own name."""
@@ -86,6 +87,31 @@ def inferred_dataset_name(source: str, root: Path, annotations: Path | None) -> 
 
 class RowError(Exception):
     """Raised with the reason why an image or row cannot be used, which becomes its `Rejection`."""
+
+
+def spelling(name: str) -> str:
+    """Return the spelling key of a name, or the name itself if it is only punctuation."""
+    return spelling_key(name) or name
+
+
+def join_conditions(conditions: Collection[str]) -> str:
+    """Return the condition of an image that has all of these.
+
+    Raises RowError if `good` is one of several, or if two names differ only in spelling.
+    """
+    names = {name for condition in conditions for name in condition.split(DEFECT_SEPARATOR)}
+    if GOOD in names and len(names) > 1:
+        raise RowError(f"it is {GOOD!r} and {join_defects(names - {GOOD})!r} at the same time; correct one")
+    known: dict[str, str] = {}
+    for name in sorted(names):
+        if known.setdefault(spelling(name), name) != name:
+            raise RowError(f"{known[spelling(name)]!r} and {name!r} seem to be one defect; spell it in one way")
+    return join_defects(names)
+
+
+def in_order(outlines: Iterable[T]) -> tuple[T, ...]:
+    """Return each box or polygon once, in an order that does not depend on the source."""
+    return tuple(sorted(set(outlines)))
 
 
 def locate(root: Path, text: str, what: str) -> str:
@@ -149,10 +175,14 @@ def _base(root: Path, folder: Path) -> Path:
     return root if root.resolve().is_relative_to(top.resolve()) else top
 
 
-def reject_link(root: Path, folder: Path) -> Rejection:
+class LinkOutside(Rejection):
+    """The rejection of a linked folder that leads out of the root."""
+
+
+def reject_link(root: Path, folder: Path) -> LinkOutside:
     """Return the rejection of a linked folder that leads out of the root."""
-    reason = f"{LINK_OUTSIDE} to {folder.resolve()} and is passed over"
-    return Rejection(folder.relative_to(root).as_posix(), f"{reason}; set root to a folder above both, or copy it")
+    reason = f"the folder is a link out of the root to {folder.resolve()} and is passed over"
+    return LinkOutside(folder.relative_to(root).as_posix(), f"{reason}; set root to a folder above both, or copy it")
 
 
 def reject_unused(

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import ItemPlace, Items, RowError, locate
+from data_prep.sources import ItemPlace, Items, RowError, in_order, locate
 from data_prep.sources._rows import (
     condition_of,
-    in_order,
     polygon_of,
     product_of,
     required_text,

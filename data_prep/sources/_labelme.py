@@ -21,11 +21,19 @@ import numpy as np
 from PIL import Image
 
 from data_prep.faults import IMAGE_SUFFIXES
-from data_prep.sources import ItemPlace, Items, RowError, is_text, locate, not_an_image, reject_link
+from data_prep.sources import (
+    ItemPlace,
+    Items,
+    RowError,
+    in_order,
+    is_text,
+    join_conditions,
+    locate,
+    not_an_image,
+    reject_link,
+)
 from data_prep.sources._rows import (
     condition_of,
-    in_order,
-    join_conditions,
     means_good,
     named_condition,
     polygon_of,

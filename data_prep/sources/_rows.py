@@ -6,20 +6,18 @@ import ast
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from data_prep.sources import RowError
+from data_prep.sources import RowError, join_conditions, spelling
 from data_prep.sources._words import GOOD_WORDS, UNKNOWN_WORDS, plain_word
-from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS, join_defects
-from echo_ft.data.text import control_token, nfc, spelling_key
+from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
+from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD
-
-T = TypeVar("T", bound=tuple[float, ...])
 
 LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
 """What separates the defects of one image in a cell. A label, a category or a folder is one class: only `+` does."""
@@ -47,11 +45,6 @@ def split_of(row: Mapping[str, Any]) -> str | None:
     if split is not None and split not in SPLITS:
         raise RowError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     return split
-
-
-def spelling(name: str) -> str:
-    """Return the spelling key of a name, or the name itself if it is only punctuation."""
-    return spelling_key(name) or name
 
 
 @lru_cache(maxsize=64)
@@ -163,21 +156,6 @@ def condition_of(labels: Iterable[str], good: tuple[str, ...] = ()) -> str:
     return join_conditions(conditions) if conditions else GOOD
 
 
-def join_conditions(conditions: Collection[str]) -> str:
-    """Return the condition of an image that has all of these.
-
-    Raises RowError if `good` is one of several, or if two names differ only in spelling.
-    """
-    names = {name for condition in conditions for name in condition.split(DEFECT_SEPARATOR)}
-    if GOOD in names and len(names) > 1:
-        raise RowError(f"it is {GOOD!r} and {join_defects(names - {GOOD})!r} at the same time; correct one")
-    known: dict[str, str] = {}
-    for name in sorted(names):
-        if known.setdefault(spelling(name), name) != name:
-            raise RowError(f"{known[spelling(name)]!r} and {name!r} seem to be one defect; spell it in one way")
-    return join_defects(names)
-
-
 def product_of(image: str, otherwise: str) -> str:
     """Return the default product of an image: the first folder of its path below the root, or `otherwise`."""
     return image.split("/")[0] if "/" in image else otherwise
@@ -195,11 +173,6 @@ def size_of(root: Path, image: str, stated: tuple[object, object]) -> tuple[int,
             "annotate the unscaled file without its EXIF rotation"
         )
     return size
-
-
-def in_order(outlines: Iterable[T]) -> tuple[T, ...]:
-    """Return each box or polygon once, in an order that does not depend on the source."""
-    return tuple(sorted(set(outlines)))
 
 
 def polygon_of(corners: Iterable[tuple[float, float]]) -> tuple[float, ...]:

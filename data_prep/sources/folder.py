@@ -72,7 +72,8 @@ class _Product:
 
 def read(config: SourceConfig) -> Items:
     """Yield the images of every product folder under the root, with the splits of the folder layout."""
-    yield from read_folder_layout(config.root, config.root.resolve().name, good=config.good, split=config.split)
+    dataset, splits_made = config.root.resolve().name, config.split != "given"
+    yield from read_folder_layout(config.root, dataset, good=config.good, flat=True, splits_made=splits_made)
 
 
 def read_folder_layout(
@@ -81,20 +82,21 @@ def read_folder_layout(
     conditions: Mapping[str, str] | None = None,
     companions: Collection[str] = (),
     good: tuple[str, ...] = (),
-    split: str | None = None,
+    flat: bool = False,
+    splits_made: bool = False,
 ) -> Items:
     """Yield the images of a dataset with this folder layout, under the name `dataset`.
 
     `conditions` maps folder names to conditions. `companions` are names of other files that belong in a product folder.
-    `good` are names of condition folders, besides `good`, for parts without a defect. `split` says how the build splits
-    the images, or None if the dataset has no flat products. Raises EchoError if there is no product.
+    `good` are names of condition folders, besides `good`, for parts without a defect. `flat` says whether products may
+    be flat; they are used only if the build makes the splits (`splits_made`). Raises EchoError if there is no product.
     """
-    found = _products(root, split is not None, good)
-    products = [product for product in found if split != "given" or not product.flat]
+    found = _products(root, flat, good)
+    products = [product for product in found if splits_made or not product.flat]
     if not products:
         raise EchoError(
             f"there is no folder <product>/train/<condition> or <product>/test/<condition> under {root}; "
-            + _hint(root, found, split)
+            + _hint(root, found, flat, splits_made)
         )
     names = ", ".join(SPLIT_FOLDERS)
     unused = {
@@ -104,7 +106,7 @@ def read_folder_layout(
     }
     if products[0].folder != root:
         others = [path for path in subfolders(root, root) if path not in {product.folder for product in found}]
-        unused |= _undeclared(root, others, split)
+        unused |= _undeclared(root, others, splits_made) if flat else {}
         reason = f"a product folder contains one of {names}"
         used = [*unused, *(product.folder for product in products)]
         yield from reject_unused(root, root, used, reason, allow_text=True)
@@ -115,7 +117,7 @@ def read_folder_layout(
     for product in products:
         yield from _reject_unused(root, product, companions, f"a split folder is one of {names}")
         masks: set[Path] = set()
-        for split_name, container in product.containers:
+        for split, container in product.containers:
             for folder in product.conditions(root, container):
                 item = folder.relative_to(root).as_posix()
                 owner = owners[folder.resolve()]
@@ -128,7 +130,7 @@ def read_folder_layout(
                 except RowError as error:
                     yield Rejection(item, f"folder ignored: {error}")
                     continue
-                yield from _images(root, dataset, product, folder, condition, split_name, masks)
+                yield from _images(root, dataset, product, folder, condition, split, masks)
         if product.masks is not None:
             yield from _unused_masks(root, product.masks, masks)
 
@@ -190,13 +192,13 @@ def _image_folders(root: Path, product: _Product) -> list[str]:
     return [path.name for path in product.conditions(root, product.containers[0][1]) if any(list_images(path))]
 
 
-def _undeclared(root: Path, folders: Collection[Path], split: str | None) -> dict[Path, str]:
+def _undeclared(root: Path, folders: Collection[Path], splits_made: bool) -> dict[Path, str]:
     """Return which folders would be flat products if a word for `good` were declared, and how to declare it."""
     remedies = {}
-    for folder in folders if split is not None else ():
+    for folder in folders:
         word = next(filter(sounds_good, _image_folders(root, _flat_product(root, folder))), None)
         if word is not None and (folder == root or not _is_part(folder.name)):
-            seeded = " and set split to seeded" if split == "given" else ""
+            seeded = "" if splits_made else " and set split to seeded"
             remedies[folder] = f"if {word} holds its parts without a defect, pass --good {shlex.quote(word)}{seeded}"
     return remedies
 
@@ -239,17 +241,17 @@ def _reject_unused(root: Path, product: _Product, companions: Collection[str], r
     yield from reject_unused(root, product.folder, used, reason, images, allow_text=True)
 
 
-def _hint(root: Path, flat: Collection[_Product], split: str | None) -> str:
-    """Say what the root holds instead of products, and the remedy. `flat` are its products without splits."""
+def _hint(root: Path, flat_products: Collection[_Product], flat: bool, splits_made: bool) -> str:
+    """Say what the root holds instead of products, and the remedy. `flat_products` are its products without splits."""
     manifest = "list the images in a CSV file (source manifest)"
-    for product in flat:
+    for product in flat_products:
         conditions = ", ".join(folder.name for folder in product.conditions(root, product.containers[0][1]))
         return (
             f"{product.folder} has folders of conditions ({conditions}) but no train or test folder: "
             f"set split to seeded, or {manifest}"
         )
     folders = subfolders(root, root)
-    for folder, remedy in _undeclared(root, [root, *folders], split).items():
+    for folder, remedy in (_undeclared(root, [root, *folders], splits_made) if flat else {}).items():
         return f"{folder} has no folder {GOOD}: {remedy}"
     if _product(root, root, flat=False):
         return f"root looks like the folder of one product: set it to {root.resolve().parent}"

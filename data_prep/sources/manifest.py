@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import IMAGE_SUFFIXES
-from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
+from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, in_order, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._lists import ListFormat, list_format, not_text
-from data_prep.sources._rows import condition_in, in_order, required_text, split_of, text_of
+from data_prep.sources._rows import condition_in, required_text, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.records import GOOD, Inspection, Rejection

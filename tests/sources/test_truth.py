@@ -197,9 +197,39 @@ def test_marks_of_only_some_defects_are_left_out(root):
     found, (rejection,) = usable(root, write_rows(root, rows))
     assert (found["a.png"].condition, found["a.png"].boxes) == ("crack+dent", ())
     assert (rejection.item, rejection.dropped) == ("a.png", "mask")
-    assert "crack is not marked although dent is" in rejection.reason
+    assert "crack is not marked in parts.jsonl:2, but dent is in parts.jsonl:1; mark every defect" in rejection.reason
     assert "(parts.jsonl:1, parts.jsonl:2)" in rejection.reason
     assert found["b.png"].boxes
+
+
+def test_an_unmarked_place_of_a_marked_defect_counts(root):
+    """The second dent lies elsewhere. A repeated row, and a row of a good part, say nothing else."""
+    unmarked = {"image": "a.png", "product": "cap", "condition": "dent"}
+    for rows in itertools.permutations([DENT, DENT, unmarked]):
+        found, (rejection,) = usable(root, write_rows(root, list(rows)))
+        assert (found["a.png"].condition, found["a.png"].boxes) == ("dent", ())
+        assert "dent is not marked in parts.jsonl:" in rejection.reason
+    found, rejections = usable(root, write_rows(root, [DENT, DENT]))
+    assert rejections == []
+    assert len(found["a.png"].boxes) == 1
+    Image.new("L", SIZE).save(root / "black_mask.png")
+    rows = [unmarked | {"condition": "good"}, unmarked | {"condition": "good", "mask": "black_mask.png"}]
+    found, rejections = usable(root, write_rows(root, rows))
+    assert rejections == []
+    assert found["a.png"].condition == "good"
+
+
+def test_a_flag_needs_no_mark_in_its_own_file_but_in_another(tmp_path):
+    draw(tmp_path / "part.png")
+    shapes = labelme_file("part.png", [("dent", "rectangle", [[1, 1], [5, 5]])])
+    write_json(tmp_path / "part.json", shapes | {"flags": {"dent": True}})
+    found, rejections = usable(tmp_path)
+    assert rejections == []
+    assert len(found["part.png"].boxes) == 1
+    write_json(tmp_path / "again.json", labelme_file("part.png", []) | {"flags": {"dent": True}})
+    found, (rejection,) = usable(tmp_path)
+    assert found["part.png"].boxes == ()
+    assert "dent is not marked in again.json, but dent is in part.json" in rejection.reason
 
 
 def test_a_coco_image_is_rejected_with_any_of_its_entries(root):
