@@ -150,20 +150,19 @@ def _condition(name: str, good: tuple[str, ...], flat: bool) -> str:
 
 def _products(root: Path, flat: bool, good: tuple[str, ...]) -> list[_Product]:
     """Return the products directly under the root, or the root itself if it is a flat product."""
+    own = _product(root, root, flat, good)
     products = [
         product
         for folder in subfolders(root, root)
-        if (product := _product(root, folder, flat and not _is_part(folder.name), good))
+        if (product := _product(root, folder, flat and not _is_part(folder.name, own is not None), good))
     ]
-    if not products and flat:
-        own = _product(root, root, flat, good)
-        return [own] if own is not None and own.flat else []
-    return products
+    return [own] if not products and own is not None and own.flat else products
 
 
-def _is_part(name: str) -> bool:
-    """Return whether a folder with this name is part of a product that the root itself may be."""
-    return name.casefold() in (*SPLIT_FOLDERS, IMAGE_FOLDER) or bool(ANNOTATION_FOLDER.fullmatch(nfc(name)))
+def _is_part(name: str, own: bool) -> bool:
+    """Return whether a folder in the root is no product. `label` may be one, unless the root is a product (`own`)."""
+    parts = (*SPLIT_FOLDERS, *FLAT_MASK_FOLDERS, IMAGE_FOLDER)
+    return name.casefold() in parts or (own and bool(ANNOTATION_FOLDER.fullmatch(nfc(name))))
 
 
 def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -> _Product | None:
@@ -197,7 +196,7 @@ def _undeclared(root: Path, folders: Collection[Path], splits_made: bool) -> dic
     remedies = {}
     for folder in folders:
         word = next(filter(sounds_good, _image_folders(root, _flat_product(root, folder))), None)
-        if word is not None and (folder == root or not _is_part(folder.name)):
+        if word is not None and (folder == root or not _is_part(folder.name, own=True)):
             seeded = "" if splits_made else " and set split to seeded"
             remedies[folder] = f"if {word} holds its parts without a defect, pass --good {shlex.quote(word)}{seeded}"
     return remedies
@@ -251,10 +250,10 @@ def _hint(root: Path, flat_products: Collection[_Product], flat: bool, splits_ma
             f"set split to seeded, or {manifest}"
         )
     folders = subfolders(root, root)
-    for folder, remedy in (_undeclared(root, [root, *folders], splits_made) if flat else {}).items():
-        return f"{folder} has no folder {GOOD}: {remedy}"
     if _product(root, root, flat=False):
         return f"root looks like the folder of one product: set it to {root.resolve().parent}"
+    for folder, remedy in (_undeclared(root, [root, *folders], splits_made) if flat else {}).items():
+        return f"{folder} has no folder {GOOD}: {remedy}"
     deeper = {
         folder: [inner.name for inner in subfolders(root, folder) if _product(root, inner, flat=True)]
         for folder in folders

@@ -96,6 +96,13 @@ def test_defects_may_have_names_that_begin_like_those_of_masks(tmp_path, name):
     assert (found[f"nut/{name}/0"][1], rejections) == (name, {})
 
 
+def test_labels_may_be_a_product_but_not_next_to_their_images(tmp_path):
+    found, rejections = read(make(tmp_path / "line", "label/good/0", "label/torn/0", "nut/good/0"))
+    assert (set(found), rejections) == ({"label/good/0", "label/torn/0", "nut/good/0"}, {})
+    with pytest.raises(EchoError, match="the folder of one product"):
+        read(make(tmp_path / "nut", "train/good/0", "test/dent/0", "gt/good/0", "gt/dent/0"))
+
+
 @pytest.mark.parametrize("mask", ["0_mask", "0-Mask", "0_GT", "0_label"])
 @pytest.mark.parametrize("place", ["nut/dent", "nut/test/dent"])
 def test_a_mask_next_to_its_image_is_no_image(tmp_path, place, mask):
