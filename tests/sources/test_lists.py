@@ -74,14 +74,14 @@ def workbook(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["parts.xlsx", "parts.XLSM", "parts.ods", "renamed.csv", "renamed.txt"])
-def test_a_spreadsheet_is_to_be_exported(root: Path, name: str) -> None:
+def test_a_spreadsheet_needs_an_export(root: Path, name: str) -> None:
     workbook(root / name)
     with pytest.raises(EchoError, match=rf"{name} is a spreadsheet.*File > Save As > CSV UTF-8.*set annotations"):
         read(root, root / name)
 
 
 @pytest.mark.parametrize("name", ["parts.xls", "renamed.csv"])
-def test_an_old_spreadsheet_is_to_be_exported(root: Path, name: str) -> None:
+def test_an_old_spreadsheet_needs_an_export(root: Path, name: str) -> None:
     (root / name).write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504))
     with pytest.raises(EchoError, match=r"is a spreadsheet.*CSV UTF-8"):
         read(root, root / name)

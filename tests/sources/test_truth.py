@@ -384,9 +384,9 @@ def test_a_quotation_mark_that_hides_the_next_rows_is_an_error(root, row, end):
 @pytest.mark.parametrize(
     "row",
     [
-        'dent,,"seen twice,\nat the rim, below, and so on"',
+        'dent,,"seen twice,\nat the rim, below, beside, above, and so on"',
         'dent,"[[1, 2, 9, 9],\n[12, 2, 20, 9], [21, 2, 25, 9]]",',
-        'dent,,"1, 2, 3\n4, 5.5, 6, v1.2"',
+        'dent,,"1, 2, 3\n4, 5.5, 6, v1.2, 7.png.old"',
     ],
 )
 def test_quoted_lines_with_commas_are_no_rows(root, row):
