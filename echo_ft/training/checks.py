@@ -55,7 +55,7 @@ _LEAST = {
 
 _MOST = {
     "lora_r": 2**14, "lora_alpha": 2**20, "lora_dropout": 0.999, "adam_beta1": 0.99999, "adam_beta2": 0.99999,
-    "corrupted_share": 1, "seed": 2**32 - 1, "ddp_timeout": 10**9, "max_length": 2**31,
+    "corrupted_share": 1, "mask_loss": 1, "seed": 2**32 - 1, "ddp_timeout": 10**9, "max_length": 2**31,
 }  # fmt: skip
 """Largest values. NumPy takes seeds of 32 bits. PEFT accepts any rank and alpha, also those that give infinities."""
 

@@ -239,8 +239,8 @@ def test_without_marked_defects_the_loss_is_off(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mask_loss", 1.5], "mask_loss is 1.5; it is a weight, from 0 .off. to 1"),
-        (["--mask_loss", "nan"], "mask_loss is nan"),
+        (["--mask_loss", 1.5], "mask_loss is 1.5; set a value from 0 to 1"),
+        (["--mask_loss", "nan"], "mask-loss: invalid float value: 'nan'"),
         (["--mask_loss", 1, "--use_peft", "false"], "mask_loss trains adapters only; set use_peft: true"),
     ],
 )
