@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -231,8 +232,9 @@ def _error_handler(source: str) -> Callable[[str], None]:
 def run_main(main: Callable[[list[str]], None], resume_hint: str = "rerun the command to start again") -> None:
     """Run a command's `main(argv)` and turn errors into one line on stderr and an exit status.
 
-    The status is 2 for an EchoError or a W&B error, 130 for Ctrl-C and 1 for a closed pipe. After Ctrl-C, the line
-    ends with `resume_hint`.
+    The status is 2 for an error, 130 for Ctrl-C and 141 for a closed pipe, as in a shell. It is never 1, which
+    `evaluation.inspect` exits with if an image is flagged. After Ctrl-C, the line ends with `resume_hint`. Only an
+    unexpected error shows its traceback.
     """
     # When peft imports bitsandbytes (0.50), it warns that it falls back from a kernel of the Hugging Face Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -249,11 +251,12 @@ def run_main(main: Callable[[list[str]], None], resume_hint: str = "rerun the co
         sys.exit(130)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(141)
     except Exception as error:
-        if type(error).__module__.partition(".")[0] != "wandb":
-            raise
-        LOGGER.error("W&B: %s; run wandb login, set WANDB_MODE=offline, or remove report_to", error)
+        if type(error).__module__.partition(".")[0] == "wandb":
+            LOGGER.error("W&B: %s; run wandb login, set WANDB_MODE=offline, or remove report_to", error)
+        else:
+            traceback.print_exc()
         sys.exit(2)
 
 

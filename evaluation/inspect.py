@@ -13,6 +13,7 @@ from pathlib import Path
 
 from echo_ft import config as configs
 from echo_ft.config import named_first
+from echo_ft.errors import EchoError
 from echo_ft.inference.inspector import Inspector, Result, list_images
 
 
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
     (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
     path = Path(config.images)
     images = list_images(path) if path.is_dir() else [path]
+    if not images[0].is_file():
+        raise EchoError(f"there is no image or folder {path}; check the path")
     inspector = Inspector.from_adapters(
         config.adapters, dataset=config.dataset, calibration=config.calibration, threshold=config.threshold
     )

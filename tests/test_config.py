@@ -111,8 +111,10 @@ def test_wandb_errors_are_one_line_and_other_errors_keep_their_traceback(monkeyp
         run_main(fails(UsageError("No API key configured.")))
     assert ended.value.code == 2
     assert "error: W&B: No API key configured.; run wandb login" in capsys.readouterr().err
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as ended:
         run_main(fails(ZeroDivisionError()))
+    assert ended.value.code == 2, "1 means that an image was flagged"
+    assert "Traceback" in capsys.readouterr().err
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from echo_ft.data.dataset import Dataset, candidate_order, load_dataset
@@ -20,7 +22,8 @@ from echo_ft.data.splits import conditions_of, reference_pool
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
-from echo_ft.images.decode import image_size
+from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
+from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.model.adapters import attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
@@ -33,7 +36,7 @@ BATCH_SIZE = 8
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of the files that count as images in a folder."""
 
-Input = str | Path | Image.Image | np.ndarray[Any, Any]
+Input = str | Path | Image.Image | NDArray[Any]
 """An image file, a Pillow image, or an array (height, width, 3) or (height, width) of uint8."""
 
 
@@ -57,35 +60,6 @@ class Result:
     """What the reasoning expert says about the defect, or the knowledge guide if the routing has no reasoning."""
     answers: tuple[Prediction, ...]
     trace: tuple[Trace, ...]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A temperature and a threshold of P(defect), as `evaluation.score --calibration` fits them."""
-
-    temperature: float = 1.0
-    threshold: float = 0.5
-
-    def score(self, probability: float) -> float:
-        """Return the calibrated probability."""
-        if probability in (0.0, 1.0):
-            return probability
-        return 1 / (1 + math.exp(math.log((1 - probability) / probability) / self.temperature))
-
-
-def load_calibration(report: Path) -> Calibration:
-    """Read the calibration in a report.json: the threshold that keeps the share of false alarms, else the best F1.
-
-    Raises EchoError if the report has no calibration.
-    """
-    try:
-        found = json.loads(report.read_text(encoding="utf-8"))["calibration"]
-        thresholds = found["thresholds"]
-        return Calibration(found["temperature"], thresholds.get("false_alarms", thresholds["f1"])["threshold"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EchoError(
-            f"{report} has no calibration; write it with python -m evaluation.score RUN --calibration VALIDATION_RUN"
-        ) from error
 
 
 class Inspector:
@@ -123,12 +97,14 @@ class Inspector:
         threshold: float | None = None,
         dtype: str = "auto",
         max_new_tokens: int = 128,
+        max_batch_tokens: int = 32_768,
     ) -> Inspector:
         """Load the four adapters in `folder` with the base model, pixel budget, routing and dataset of their cards.
 
         `dataset` replaces the dataset folder of the cards, for example for other references. `calibration` is a
         report.json with a calibration, and `threshold` replaces its threshold; without both, the threshold is 0.5.
-        Raises EchoError if a part is missing or does not fit the others.
+        `max_batch_tokens` limits the key-value cache, as in `evaluation.run`. Raises EchoError if a part is missing or
+        does not fit the others.
         """
         import torch
 
@@ -146,7 +122,7 @@ class Inspector:
         model = load_model(base, revision, dtype, device_map=device)
         model = attach_adapters(model, {role: adapter.path for role, adapter in adapters.items()})
         builder = RowBuilder(load_processor(base, revision, card.min_pixels, card.max_pixels))
-        engine = Engine(model, builder, loaded.root, max_new_tokens)
+        engine = Engine(model, builder, loaded.root, max_new_tokens, max_batch_tokens=max_batch_tokens)
         return cls(engine.generate, loaded, PipelineConfig(routing=card.routing), found)
 
     @overload
@@ -169,24 +145,23 @@ class Inspector:
         with TemporaryDirectory(prefix="echo-ft-") as scratch:
             for start in range(0, len(images), BATCH_SIZE):
                 batch = images[start : start + BATCH_SIZE]
-                paths = [_as_file(image, Path(scratch) / f"{index}.png") for index, image in enumerate(batch)]
-                cases = [self._case(path, product) for path in paths]
+                cases = [self._case(_snapshot(image, Path(scratch)), product) for image in batch]
                 outcomes = run_cases(cases, self.generate, self.pipeline)
                 for image, case, outcome in zip(batch, cases, outcomes, strict=True):
                     yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
 
     def _case(self, path: Path, product: str | None) -> Case:
-        image_size(path)  # an unreadable image must fail by name, before its descriptor is computed
+        """Return the case of an image file that `_snapshot` made. Only its content decides the order of candidates."""
         keys = [key for key in self.conditions if product in (None, key[1])]
         if not keys:
             known = ", ".join(sorted({name for _, name in self.conditions}))
             raise EchoError(f"product {product!r} is not in {self.dataset.folder}; choose from {known}")
         key, references = self._references.find(path, keys)
         entries = self.knowledge.get(key[0], {}).get(key[1], {})
-        identifier = str(path)
+        identifier = path.stem
         questions = open_questions(identifier, self.conditions[key])
         seen = Seen(
-            query=identifier,
+            query=str(path),
             references=candidate_order(identifier, references),
             knowledge=tuple(Entry(condition, text) for condition, text in entries.items()),
             questions=questions,
@@ -216,23 +191,48 @@ class Inspector:
             condition=named[0].options[str(named[0].parsed)] if flagged and named else None,
             reference=str(self.dataset.root / shown[0]) if len(shown) > 1 else None,
             explanation=texts["reasoning_expert"] or texts["knowledge_guide"],
-            answers=tuple(outcome.predictions),
-            trace=tuple(outcome.traces),
+            answers=tuple(replace(one, image=image) for one in outcome.predictions),
+            trace=tuple(replace(one, images=(*one.images[:-1], image)) for one in outcome.traces),  # the query is last
         )
 
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files directly in a folder, by name. Raises EchoError if there are none."""
+    if not folder.is_dir():
+        raise EchoError(f"there is no folder {folder}; give a folder of images")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise EchoError(f"{folder} has no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 
-def _as_file(image: Input, scratch: Path) -> Path:
-    """Return the absolute path of an image; one in memory is first written to `scratch`."""
+def _snapshot(image: Input, folder: Path) -> Path:
+    """Copy an image into `folder`, under the hash of its content.
+
+    The engine remembers images by path, and a camera may write its next image to the same file. Raises EchoError if the
+    image cannot be read.
+    """
     if isinstance(image, str | Path):
-        return Path(image).resolve()
+        try:
+            content = Path(image).read_bytes()
+        except OSError as error:
+            raise EchoError(f"image {image} cannot be opened ({error.strerror}); check the path") from error
+    else:
+        content = _png(image)
+    path = (
+        folder
+        / f"{hashlib.sha256(content).hexdigest()}{Path(image).suffix if isinstance(image, str | Path) else '.png'}"
+    )
+    path.write_bytes(content)
+    try:
+        decode(path)
+    except READ_ERRORS as error:
+        raise EchoError(f"image {image} cannot be read: {describe_read_error(error)}; replace it") from error
+    return path
+
+
+def _png(image: Image.Image | NDArray[Any]) -> bytes:
+    """Return an image in memory as a PNG file. Raises EchoError if an array is not an image of uint8."""
     if not isinstance(image, Image.Image):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise EchoError(
@@ -240,5 +240,6 @@ def _as_file(image: Input, scratch: Path) -> Path:
                 "width, 3) in RGB, or (height, width)"
             )
         image = Image.fromarray(image)
-    image.convert("RGB").save(scratch)
-    return scratch
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "png")
+    return file.getvalue()

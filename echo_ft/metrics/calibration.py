@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import expit, logit
+from scipy.special import expit
 
 from echo_ft.errors import EchoError
+from echo_ft.inference.decision import log_odds, temper
 from echo_ft.metrics import intervals
 from echo_ft.metrics.detection import detection_part_counts
 from echo_ft.metrics.metric_values import json_number, metric_interval
@@ -55,7 +56,7 @@ def fit_calibration(table: PredictionTable, validation: PredictionTable, false_a
             "the run has no P(defect) for any image; rerun it with a backend that returns token probabilities"
         )
     temperature = fit_temperature(fitted_logits, fitted_truth)
-    fitted, scores = expit(fitted_logits / temperature), expit(logits / temperature)
+    fitted, scores = temper(fitted_logits, temperature), temper(logits, temperature)
     thresholds = {
         "false_alarms": false_alarm_threshold(fitted[~fitted_truth], false_alarms),
         "f1": best_f1_threshold(fitted, fitted_truth),
@@ -77,8 +78,8 @@ def fit_calibration(table: PredictionTable, validation: PredictionTable, false_a
 
 def _logits_and_truth(table: PredictionTable) -> tuple[np.ndarray, np.ndarray]:
     """Return the log odds of P(defect), clipped to finite values, and the truth of the images that have one."""
-    scored, epsilon = ~np.isnan(table.defect_scores), np.finfo(float).eps
-    return logit(np.clip(table.defect_scores[scored], epsilon, 1 - epsilon)), table.defective[scored]
+    scored = ~np.isnan(table.defect_scores)
+    return log_odds(table.defect_scores[scored]), table.defective[scored]
 
 
 def _class_counts(truth: np.ndarray) -> dict[str, int]:

@@ -15,7 +15,9 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import run_cases
 from echo_ft.files import read_jsonl, write_json, write_jsonl
-from echo_ft.inference.inspector import Calibration, Inspector, load_calibration
+from echo_ft.inference.decision import Calibration, load_calibration
+from echo_ft.inference.inspector import Inspector
+from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS
 from echo_ft.records import GOOD, Inspection
 from evaluation import inspect
 from tests.conftest import draw, make_dataset, random_adapters
@@ -61,6 +63,23 @@ def test_a_file_an_image_and_an_array_give_the_same_result(inspector, image):
         assert result.pred_score == results[0].pred_score
         assert result.reference == results[0].reference
         assert [answer.text for answer in result.answers] == [answer.text for answer in results[0].answers]
+        assert [one.prompt for one in result.trace] == [one.prompt for one in results[0].trace]
+        assert [one.images[:-1] for one in result.trace] == [one.images[:-1] for one in results[0].trace]
+    assert all(trace.images[-1] == str(image) for trace in results[0].trace)
+
+
+def test_images_in_memory_and_overwritten_files_are_seen_afresh(inspector, tmp_path):
+    """The engine remembers features by path, so no image may take the path of another one."""
+    images = [np.random.default_rng(index).integers(0, 255, (60, 60, 3), dtype=np.uint8) for index in range(10)]
+    results = inspector.predict(images, "washer")
+    for index in (0, 8, 9):
+        alone = inspector.predict(images[index], "washer")
+        assert alone.pred_score == pytest.approx(results[index].pred_score, abs=1e-6)
+    assert len({round(result.pred_score, 9) for result in results}) == 10
+    for index in (0, 1):
+        Image.fromarray(images[index]).save(tmp_path / "current.png")
+        current = inspector.predict(tmp_path / "current.png", "washer")
+        assert current.pred_score == pytest.approx(results[index].pred_score, abs=1e-6)
 
 
 def test_batches_do_not_change_results(inspector, tmp_path):
@@ -79,7 +98,7 @@ def test_the_experts_see_what_they_see_in_a_run(inspector, dataset):
     loaded = load_dataset(dataset)
     case = load_cases(loaded, "test")[0]
     result = inspector.predict(loaded.root / case.seen.query, "washer")
-    found = inspector._case(loaded.root / case.seen.query, "washer")
+    found = inspector._case(loaded.root / case.seen.query, "washer")  # its candidates have the order of another id
     same = replace(case, seen=replace(case.seen, references=found.seen.references, questions=found.seen.questions))
     same = replace(same, truth=replace(same.truth, answers=found.truth.answers))
     (outcome,) = run_cases([same], inspector.generate, inspector.pipeline)
@@ -110,7 +129,10 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
     found = load_calibration(tmp_path / "report.json")
     assert found == Calibration(2.0, 0.4)
     assert found.score(raw) == pytest.approx(1 / (1 + math.exp(-math.log(raw / (1 - raw)) / 2)))
-    assert [found.score(edge) for edge in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+    for temperature in TEMPERATURE_BOUNDS:
+        scores = [Calibration(temperature).score(value) for value in (0.0, 1e-4, 0.5, 1 - 1e-4, 1.0)]
+        assert scores == sorted(scores)
+        assert scores[2] == 0.5
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(EchoError, match=r"has no calibration; write it with python -m evaluation\.score RUN"):
         load_calibration(tmp_path / "report.json")
@@ -119,14 +141,25 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "absent.png", "there is no image"),
+        (
+            lambda folder: folder / "absent.png",
+            "absent.png cannot be opened .No such file or directory.; check the path",
+        ),
+        (lambda folder: folder / "inspector.txt", "inspector.txt cannot be read: .*; replace it"),
         (lambda folder: np.zeros((4, 4), dtype=np.float32), "an array of float32 with shape .* is no image"),
         (lambda folder: np.zeros((4, 4, 2), dtype=np.uint8), "is no image; pass uint8 values"),
     ],
 )
 def test_unusable_images_are_named(inspector, tmp_path, make, message):
+    (tmp_path / "inspector.txt").write_text("no image")
     with pytest.raises(EchoError, match=message):
         inspector.predict(make(tmp_path))
+
+
+def test_unusable_folders_are_named_before_the_model_loads(tmp_path, adapters):
+    for path, message in ((tmp_path / "absent", "there is no image or folder"), (tmp_path, "has no image file")):
+        with pytest.raises(EchoError, match=message):
+            inspect.main([str(path), "--adapters", "nowhere"])
 
 
 def test_an_unknown_product_is_refused_with_the_known_ones(inspector, image):
