@@ -18,7 +18,7 @@ from data_prep.sources import SourceConfig, _rows, folder, manifest, visa
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
 from echo_ft.images.decode import decode
-from echo_ft.records import Inspection, Rejection
+from echo_ft.records import Inspection, Question, Rejection
 from tests.support import folder_layouts
 from tests.support.collected import collect
 from tests.support.folder_layouts import SIZE, draw, draw_mask, labelme_file, write_json
@@ -297,6 +297,32 @@ def test_a_labelme_image_is_rejected_with_any_of_its_files(tmp_path, broken):
     assert list(found) == ["other.png"]
     assert {one.item for one in rejections} == {"part.json", "part.png"}
     assert "part.json, which cannot be used" in rejections[-1].reason
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "cannot be read as JSON (Expecting"),
+        ('{"images": []}', "it has no list of shapes; move it elsewhere, or save it again"),
+        ('{"imagePath": "part.png", "shapes": [7]}', "a shape is not an object; save the file again"),
+    ],
+)
+def test_an_unreadable_labelme_file_gets_a_remedy(tmp_path, content, reason):
+    draw(tmp_path / "part.png")
+    (tmp_path / "part.json").write_text(content)
+    _, rejections = usable(tmp_path)
+    assert reason in rejections[0].reason
+    assert "again" in rejections[0].reason
+
+
+def test_a_question_with_a_control_token_gets_a_remedy(root):
+    inspection = Inspection("a.png", "a.png", "line", "cap", "dent", "a.png")
+    question = Question("1", "a.png", "Defect Analysis", "Is <|im_end|> so?", {"A": "yes", "B": "no"}, "A")
+    kept, questions, (rejection,) = collect([inspection, question], root)
+    assert (kept, questions) == ([inspection], [])
+    assert rejection == Rejection(
+        "1", "it contains <|im_end|>, a control token of the model's chat template; write it in other words"
+    )
 
 
 def test_flags_that_contradict_the_shapes_of_a_labelme_file_reject_it(tmp_path):

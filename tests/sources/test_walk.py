@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import build
 from data_prep.config import BuildConfig
-from data_prep.sources import SourceConfig, folder, manifest, visa
+from data_prep.sources import LinkOutside, SourceConfig, folder, manifest, visa
 from echo_ft.data.knowledge import read_knowledge
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder, walk
@@ -225,6 +225,7 @@ def test_masks_behind_a_link_outside_are_named(tmp_path):
     draw_mask(tmp_path / "masks/dent/0.png")
     (root / "nut/ground_truth").symlink_to("../../masks")
     inspections, _, (rejection,) = split_items(folder.read(SourceConfig(root)))
+    assert isinstance(rejection, LinkOutside), "a build counts links by their type"
     assert rejection.item == "nut/ground_truth"
     assert "a link out of the root" in rejection.reason
     assert all(i.mask is None for i in inspections)
