@@ -13,6 +13,7 @@ import io
 import math
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,30 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
         )
     yield from (reject_link(root, link) for link in outside)
     used = {path.relative_to(root).as_posix() for path in annotations}
+    images: defaultdict[Path, list[str]] = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            images[path.with_suffix("")].append(path.relative_to(root).as_posix())
     unusable: dict[str, str] = {}
     for path in annotations:
         item = path.relative_to(root).as_posix()
-        stated = None
+        claimed = beside = images[path.with_suffix("")]  # as long as the file does not say which it is
         try:
             content = _load(path)
             stated = _image(root, path, content)
+            claimed = [stated]
+            if beside and stated not in beside:  # a copy of another file has its imagePath
+                claimed = [*beside, stated]
+                raise RowError(
+                    f"it lies beside {beside[0]}, but its imagePath names {stated}; correct its imagePath, or give the "
+                    "file the name of the image that it annotates"
+                )
             inspections = _inspections(root, stated, content, good)
             yield ItemPlace(stated, item, unannotated=not inspections)
             yield from inspections or [_record(root, stated, GOOD)]
             used.add(stated)
         except RowError as error:
-            for image in _images_beside(root, path) if stated is None else [stated]:
+            for image in claimed:
                 unusable[image] = item
                 yield ItemPlace(image, item)
             yield Rejection(item, str(error))
@@ -95,12 +107,6 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
             yield Rejection(item, "it has no labelme file; for a part without a defect, save one without shapes")
         else:
             yield not_an_image(item)
-
-
-def _images_beside(root: Path, path: Path) -> list[str]:
-    """Return the images that a labelme file may belong to if it does not say so: those of the same name."""
-    beside = (path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))
-    return [image.relative_to(root).as_posix() for image in beside if image.is_file()]
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -39,6 +39,9 @@ from echo_ft.strict_yaml import read_json
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
 """The image of a line of JSON, also if the rest of the line is broken."""
 
+UNREAD_MARKS = re.compile(r"(bbox_?|box_?)?[xy][ _]?(\d|min|max)|bbox(es)?|box|polygons?|segmentations?", re.IGNORECASE)
+"""Names of columns that seem to mark defects but are not read."""
+
 LINE_BREAK = re.compile(r"[\r\n]+")
 
 REQUIRED = ("image", "product", "condition")
@@ -162,6 +165,12 @@ def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) ->
     twice = [column for column in COLUMNS if spelled.count(column) > 1]
     if twice:
         raise EchoError(f"{path} has several columns {twice[0]!r}; keep the one that is right and rename the others")
+    unread = [str(name) for name in names if UNREAD_MARKS.fullmatch(str(name).strip())]
+    if unread and "boxes" not in names:
+        raise EchoError(
+            f"{path} has {', '.join(map(repr, unread))}, which would not be read; write the marks as a column 'boxes' "
+            "with [[x0, y0, x1, y1], ...] in pixels, use COCO JSON, or rename what marks no defect"
+        )
     absent = [column for column in COLUMNS if column not in names]
     for name in names:
         # An unnoticed misspelling of `group` or `split` would cause leakage. Other columns are ignored.

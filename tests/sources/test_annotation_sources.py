@@ -306,6 +306,21 @@ def test_image_without_a_labelme_file_is_not_assumed_good(tmp_path):
     assert "no labelme file" in rejections["other.png"]
 
 
+@pytest.mark.parametrize("own_file", [False, True])
+def test_a_labelme_file_beside_one_image_that_names_another_rejects_both(tmp_path, own_file):
+    square = [("dent", "rectangle", [[4, 6], [12, 10]])]
+    draw(tmp_path / "a.png"), draw(tmp_path / "b.PNG"), draw(tmp_path / "c.png")
+    write_json(tmp_path / "b.json", labelme_file("a.png", square))  # a copy whose imagePath was not changed
+    write_json(tmp_path / "c.json", labelme_file("c.png", []))
+    if own_file:
+        write_json(tmp_path / "a.json", labelme_file("a.png", square))
+    kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path)), tmp_path)
+    reasons = {one.item: one.reason for one in rejections}
+    assert [one.image for one in kept] == ["c.png"]
+    assert set(reasons) == {"a.png", "b.PNG", "b.json"}
+    assert "it lies beside b.PNG, but its imagePath names a.png; correct its imagePath" in reasons["b.json"]
+
+
 def test_manifest_without_any_annotations_is_an_error(tmp_path):
     draw(tmp_path / "part.png")
     with pytest.raises(EchoError, match="no labelme file"):

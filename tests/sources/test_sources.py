@@ -321,6 +321,29 @@ def test_manifest_ignores_other_columns(tmp_path, kind):
     assert [i.image for i in inspections] == ["a.png"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    "columns",
+    ["xmin,ymin,xmax,ymax", "X_min", "x1,y1,x2,y2", "bbox", "BBoxes", "Box", "polygon", "polygons", "Segmentation"],
+)
+def test_marks_in_columns_that_are_not_read_are_refused(tmp_path, kind, columns):
+    draw(tmp_path / "a.png")
+    row = {"image": "a.png", "product": "cap", "condition": "dent"} | dict.fromkeys(columns.split(","), "1")
+    path = tmp_path / f"parts.{kind}"
+
+    def read():
+        path.write_text(json.dumps(row)) if kind == "jsonl" else write_csv(path, [row], list(row))
+        return split_items(manifest.read(SourceConfig(tmp_path, path)))
+
+    with pytest.raises(EchoError, match=r"write the marks as a column 'boxes' with \[\[x0, y0, x1, y1\]") as raised:
+        read()
+    assert all(repr(column) in str(raised.value) for column in columns.split(","))
+    row["boxes"] = "[[1, 1, 4, 4]]"
+    manifest._check_columns.cache_clear()
+    ((found,), _, rejections) = read()
+    assert (found.boxes, rejections) == (((1, 1, 4, 4),), [])
+
+
 def test_manifest_rejects_a_row_with_more_cells_than_columns(tmp_path):
     """An unquoted comma shifts all later cells to the next column. Trailing empty cells are harmless."""
     for name in "abc":
