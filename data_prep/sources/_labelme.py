@@ -43,7 +43,7 @@ from data_prep.sources._rows import (
     size_of,
     sounds_good,
 )
-from data_prep.sources._words import GOOD_FLAGS, REVIEW_FLAGS, UNKNOWN_WORDS, plain_word
+from data_prep.sources._words import GOOD_FLAGS, REVIEW_FLAGS, is_doubtful, plain_word
 from echo_ft.errors import EchoError
 from echo_ft.files import walk
 from echo_ft.images.decode import READ_ERRORS
@@ -157,7 +157,7 @@ def _flag(name: str, good: tuple[str, ...]) -> str:
         raise RowError("a flag that is set has no name; unset or rename it")
     if word in GOOD_FLAGS or means_good(name, good):  # `ok` agrees with a file without shapes: no need to declare it
         return GOOD
-    if sounds_good(name) or word in UNKNOWN_WORDS:
+    if sounds_good(name) or is_doubtful(name):
         raise RowError(
             f"its flag {name!r} does not say what the part shows; unset or rename it, or pass "
             f"--good {shlex.quote(name)} if it means a part without a defect"

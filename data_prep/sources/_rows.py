@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import RowError, join_conditions, spelling
-from data_prep.sources._words import GOOD_WORDS, UNKNOWN_WORDS, plain_word
+from data_prep.sources._words import GOOD_PHRASE, GOOD_WORDS, is_doubtful, plain_word
 from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
 from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
@@ -55,12 +55,14 @@ def spellings(words: tuple[str, ...]) -> frozenset[str]:
 
 def means_good(name: str, good: tuple[str, ...]) -> bool:
     """Return whether a name is `good` in any case, or one of the words `good` that the config declares to mean it."""
-    return name.casefold() == GOOD or (bool(name) and spelling(name) in spellings(good))
+    alike = tuple(word for word in good if is_doubtful(word) == is_doubtful(name))  # `ok` does not declare `ok?`
+    return name.casefold() == GOOD or (bool(name) and spelling(name) in spellings(alike))
 
 
 def sounds_good(name: str) -> bool:
     """Return whether a name plainly means a part without a defect, in some language or spelling."""
-    return bool(name) and (plain_word(name) in GOOD_WORDS or not plain_word(name))
+    word = plain_word(name)
+    return bool(name) and (not word or word in GOOD_WORDS or GOOD_PHRASE.fullmatch(word) is not None)
 
 
 def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
@@ -75,7 +77,7 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
             f"condition {name!r} must be spelled {GOOD!r} for a part without a defect, "
             f"or be declared with --good {shlex.quote(name)}; if it is a defect, give it another name"
         )
-    if plain_word(name) in UNKNOWN_WORDS:
+    if is_doubtful(name):
         raise RowError(
             f"condition {name!r} does not say what the part shows; write {GOOD!r} or the name of the defect, leave the "
             f"image out, or declare the word with --good {shlex.quote(name)} if it means a part without a defect"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from functools import lru_cache
+
+from echo_ft.data.text import visible
 
 
 def plain_word(text: str) -> str:
     """Return a text without case, accents, spaces, dots, dashes and underscores: `No_Defect` becomes `nodefect`.
 
-    Use it only to look a text up in the lists below. It makes different names equal if they differ in an accent.
+    Characters that nobody sees, such as a soft hyphen, are left out too. Use it only to look a text up in the lists
+    below. It makes different names equal if they differ in an accent.
     """
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
+    decomposed = unicodedata.normalize("NFKD", visible(text)).casefold()
     return "".join(c for c in decomposed if not (c.isspace() or c in IGNORED or c in ACCENTS))
 
 
@@ -68,6 +72,15 @@ GOOD_WORDS = plain_words(
 )  # fmt: skip
 """Words that plainly mean a part without a defect, as `plain_word` returns them. A text of dashes alone is one."""
 
+GOOD_PHRASE = re.compile(
+    r"(no|non|not|without)(any|visible|apparent|obvious|surface)*"
+    r"(anomal|crack|damage|defect|fault|finding|flaw|scratch)(s|es|d|ed|y|ies)?(found|detected|visible)?"
+    r"|(good|ok|okay)(back|bottom|front|left|part|piece|rear|right|sample|side|top|unit|\d+)+"
+)
+"""Several words that mean a part without a defect, as `plain_word` returns them: `no visible crack`, `ok_front`.
+
+Only these words count: `no solder` is a defect."""
+
 UNKNOWN_WORDS = plain_words(
     (
         "?", "??", "???", "n/a", "na", "n.a.", "nil", "null", "nan",
@@ -80,6 +93,13 @@ UNKNOWN_WORDS = plain_words(
     )
 )  # fmt: skip
 """Words that do not say whether a part has a defect, as `plain_word` returns them."""
+
+
+def is_doubtful(text: str) -> bool:
+    """Return whether a text does not say whether a part has a defect: one of UNKNOWN_WORDS, or `good?`."""
+    word = plain_word(text)
+    return word in UNKNOWN_WORDS or word.endswith("?")
+
 
 GOOD_FLAGS = plain_words(("good", "ok", "okay", "no defect", "no defects", "defect-free"))
 """Flags of an image that mean a part without a defect even if they are not declared, as `plain_word` returns them.

@@ -83,9 +83,14 @@ def _abbreviates(text: str, match: re.Match[str]) -> bool:
     return bool(initial or _ABBREVIATION.search(head))
 
 
+def visible(text: str) -> str:
+    """Return the text without format characters (Unicode's category Cf), such as soft hyphens and zero-width spaces."""
+    return "".join(one for one in text if unicodedata.category(one) != "Cf")
+
+
 def spelling_key(name: str) -> str:
     """Return what is left of a name without case, width and punctuation: names with equal keys look alike."""
-    plain = unicodedata.normalize("NFKC", name).casefold()
+    plain = unicodedata.normalize("NFKC", visible(name)).casefold()
     # Vowel signs, as in Hindi, are marks (M): Python's \w excludes them.
     return " ".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in plain).split())
 

@@ -22,11 +22,13 @@ GOOD_WORDS = """
 no defect|no_defect|No-Defects|non-defective|nondefect|-|--|0|negative|undamaged|normal|OK|O.K.|pass|PASSED|
 none|defect free|clean|perfect|good.|False|i.O.|i. O.|in Ordnung|gut|fehlerfrei|o.B.|unbeschaedigt|UNBESCHÄDIGT|
 bon|sans défaut|sans defaut|bueno|sin defectos|buono|nessun difetto|bom|sem defeito|合格|良品|正常|无缺陷|異常なし|
-정상|양품|결함 없음
+정상|양품|결함 없음|no crack|No Cracks|non-crack|no visible defect|no finding|no findings|without scratches|
+no anomaly found|not cracked|ok_front|OK-2|good top side|go\u200bod|\ufeffOK|no de\u00adfect
 """.replace("\n", "")
 
 DEFECT_WORDS = (
-    "fine|sound|free|skip|skipped|n.i.O.|NOK|NG|not ok|no solder|negative bump|free end|ko|defective|不良|abnormal|1"
+    "fine|sound|free|skip|skipped|n.i.O.|NOK|NG|not ok|no solder|negative bump|free end|ko|defective|不良|abnormal|1|"
+    "no crack stop|no label|nonconformity|not flat|good_side_bent|okular"
 )
 
 
@@ -93,6 +95,7 @@ def test_a_written_cell_is_read_back(condition):
         ("dent\ncrack", "has a line break"),
         ("dent;Dent", "seem to be one defect"),
         ("long dent;long_dent", "seem to be one defect"),
+        ("dent;de\u00adnt", "seem to be one defect"),
     ],
 )
 def test_a_cell_that_may_mean_two_things_is_rejected(tmp_path, cell, message):
@@ -115,6 +118,8 @@ def test_a_declared_word_covers_other_spellings_but_no_other_word(tmp_path):
     for word in ("no_defect", "No-Defect", "NO  DEFECT"):
         assert read_cell(tmp_path, word, good=("no defect",)) == (["good"], [])
     assert read_cell(tmp_path, "OK", good=("no defect",))[0] == []
+    assert read_cell(tmp_path, "ok?", good=("ok",))[0] == []
+    assert read_cell(tmp_path, "no solder", good=("no crack",)) == (["no solder"], [])
     assert read_cell(tmp_path, "type A", good=("type A",)) == (["good"], [])
     assert read_flags(tmp_path, {"": True}, good=("-",)) == "a flag that is set has no name; unset or rename it"
 
@@ -168,6 +173,10 @@ UNKNOWN = [
     "unbekannt",
     "未标注",
     "reviewed",
+    "good?",
+    "OK ?",
+    "crack？",
+    "un\u200bknown",
 ]
 
 
