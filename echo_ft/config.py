@@ -42,7 +42,7 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     Flags override the file. Raises EchoError if the file is missing or not a mapping, if a key is unknown (the message
     names a known one that is near), if a value has the wrong type, or if a required value is missing.
     """
-    file, flags = _split(argv)
+    file, flags = _split([_with_home(flag) for flag in argv])
     return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)
 
 
@@ -131,6 +131,7 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     if isinstance(value, list) != (action.nargs in ("+", "*")):
         raise EchoError(f"{source}: {key} takes {'one value' if isinstance(value, list) else 'a list'}, not {value!r}")
     items = value if isinstance(value, list) else [value]
+    items = [_with_home(item) if isinstance(item, str) else item for item in items]
     for yes, no in (("on", "off"), ("true", "false")):  # YAML 1.1 reads these as booleans, unless they are quoted
         if action.choices is not None and yes in action.choices:
             items = [(yes if item else no) if isinstance(item, bool) else item for item in items]
@@ -209,6 +210,14 @@ def _blamed(error: Exception, given: Mapping[str, Any]) -> str:
         if any(repr(str(part)) in text for part in parts):
             return f"{name}: "
     return ""
+
+
+def _with_home(text: str) -> str:
+    """Return a path, or `--option=path`, with the home folder instead of `~`. Shells expand it only after a space.
+
+    No option takes another text that starts with `~/`.
+    """
+    return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda found: (found[1] or "") + os.path.expanduser("~"), text)
 
 
 def _is_number(item: Any) -> bool:

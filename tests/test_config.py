@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from data_prep.config import BuildConfig
 from echo_ft.config import parse, run_main
 from echo_ft.errors import EchoError
 
@@ -34,6 +35,17 @@ def test_values_have_their_types_and_flags_win(write):
     argv = write("dataset: d\nlearning_rate: 2e-4\nkinds: [x, y]\nbalance: false\nreasoning: off\nlimit: null\n")
     (options,) = parse([Options], [*argv, "--steps", "7", "--dataset", "e"])
     assert options == Options("e", 2e-4, 7, ["x", "y"], False, "off", None)
+
+
+def test_the_home_folder_is_expanded_in_files_and_flags(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = f"source: synthetic\noutput: ~/x/cap\nroot: ~/drawn\nannotations: {tmp_path}/~/a~/b.csv\n"
+    (built,) = parse([BuildConfig], [*write(text), "--cache=~/c"])
+    assert (built.output, built.root) == (tmp_path / "x" / "cap", tmp_path / "drawn")
+    assert (built.annotations, built.cache) == (tmp_path / "~" / "a~" / "b.csv", tmp_path / "c")
+    write("dataset: ~/d\nkinds: [~/k, x~/y]\n")
+    (options,) = parse([Options], ["--config=~/run.yaml"])
+    assert (options.dataset, options.kinds) == (f"{tmp_path}/d", [f"{tmp_path}/k", "x~/y"])
 
 
 @pytest.mark.parametrize(
