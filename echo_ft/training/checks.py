@@ -126,6 +126,7 @@ def _check_trainer_options(sft: SFTConfig) -> None:
             f"train_sampling_strategy {sft.train_sampling_strategy} reduces padding, but packed rows have none; choose "
             "random, which balances the tokens of the processes in each step, or sequential"
         )
+    _check_parallel_options(sft)
     output = os.path.abspath(str(sft.output_dir))
     if sft.deepspeed_plugin and glob.escape(output) != output:
         # transformers 5.23 and DeepSpeed 0.19 search for the files of a checkpoint with its path as a pattern.
@@ -138,6 +139,22 @@ def _check_trainer_options(sft: SFTConfig) -> None:
         raise EchoError(
             "use_reentrant: true is incompatible with the gradient check before step 1; remove it from "
             "gradient_checkpointing_kwargs (TRL sets it under ZeRO-3)"
+        )
+
+
+def _check_parallel_options(sft: SFTConfig) -> None:
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(sft, name) and not sft.dataloader_num_workers:
+            raise EchoError(f"{name} needs workers; set dataloader_num_workers to 1 or more, or remove {name}")
+    accelerator: Any = sft.accelerator_config
+    if accelerator.dispatch_batches:
+        raise EchoError(
+            "accelerator_config: dispatch_batches needs batches of one shape, but packed rows differ; remove it"
+        )
+    if sft.fsdp and sft.world_size == 1:
+        raise EchoError(
+            "fsdp needs several processes; remove it, and use accelerate launch --config_file "
+            "recipes/accelerate/fsdp2.yaml ..."
         )
 
 
