@@ -299,6 +299,9 @@ def vllm_refusal(config: Mapping[str, Any], names: Sequence[str]) -> str | None:
         return f"fully trained modules ({', '.join(config['modules_to_save'])})"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "trained biases"
+    rank = _largest_rank(config)
+    if rank > VLLM_RANKS[-1]:
+        return f"rank {rank}, above {VLLM_RANKS[-1]}"
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower() not in VLLM_INITIALIZATIONS:
         return f"the initialization {initial}, which changes the base model"
@@ -309,6 +312,13 @@ def vllm_refusal(config: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def vllm_rank(configs: Sequence[Mapping[str, Any]]) -> int:
-    """Return the smallest --max-lora-rank that vLLM accepts for all of these adapter configs."""
-    largest = max(max([config["r"], *config.get("rank_pattern", {}).values()]) for config in configs)
+    """Return the smallest --max-lora-rank that vLLM accepts for all of these adapter configs.
+
+    If a rank is too large for vLLM, return the largest rank; `vllm_refusal` names that adapter.
+    """
+    largest = max(map(_largest_rank, configs))
     return next((rank for rank in VLLM_RANKS if rank >= largest), largest)
+
+
+def _largest_rank(config: Mapping[str, Any]) -> int:
+    return max([config["r"], *config.get("rank_pattern", {}).values()])
