@@ -17,7 +17,7 @@ import yaml
 
 from echo_ft.data.export_rows import TAGS
 from echo_ft.data.splits import conditions_of, readable_name
-from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_stop, word_count
+from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_list_marks, without_stop, word_count
 from echo_ft.errors import EchoError
 from echo_ft.files import walk
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
@@ -191,10 +191,13 @@ def likely_misspellings(known: Mapping[str, str], conditions: Sequence[str]) -> 
 
 
 def clean(text: str) -> str:
-    """Return a description as plain text on one line, without the `<Title>` and `Description:` that MMAD puts first."""
+    """Return a description as plain text on one line, without the `<Title>` and `Description:` that MMAD puts first.
+
+    The items of a list become sentences.
+    """
     text = re.sub(r"^\s*<[^<>]*>\s*", "", text)
     text = re.sub(r"^\s*Description:\s*", "", text)
-    return " ".join(text.split())
+    return " ".join(without_list_marks(text).split())
 
 
 def has_description(entry: Entry) -> bool:

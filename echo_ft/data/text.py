@@ -32,6 +32,11 @@ _ABBREVIATION = re.compile(r"\b(?:bzw|ca|evtl|ggf|inkl|max|vgl|approx|[a-zäöü
 _FIRST_LETTER = re.compile(r"\b[a-zäöü]\.$")
 _SECOND_LETTER = re.compile(r"\w\.(?!\w)")
 
+_LIST_MARK = re.compile(
+    rf"(?:^|(?<=[\s:：;；{STOPS}]))(?:(?P<number>\d{{1,2}})[.)、）．](?:\s+|(?=[{UNSPACED}])(?!\d))"
+    r"|(?P<bullet>[-*+–—])\s+|(?P<dot>[•‣▪·])\s*)"
+)
+
 
 def nfc(text: str) -> str:
     """Return the text in Unicode's composed form (NFC).
@@ -56,6 +61,41 @@ def sentences(description: str) -> tuple[str, ...]:
             parts.append(text[start : match.end()].strip())
             start = match.end()
     return tuple(part for part in (*parts, text[start:].strip()) if part)
+
+
+def without_list_marks(text: str) -> str:
+    """Return a text with the items of its lists as sentences: `1. dark spot 2. oil leaks` is `Dark spot. Oil leaks.`
+
+    A list begins with `1.`, `1)` or a bullet at the start of the text or a line, or after a colon. Its other items may
+    follow on the same line: the next number, or the same bullet before a capital.
+    """
+    items, start, count, bullet = list[str](), 0, 0, ""
+    for match in _LIST_MARK.finditer(text):
+        before, gap = text[start : match.start()].rstrip(" \t"), match["bullet"] or match["dot"]
+        begins = not before.strip() or before[-1] in "\r\n:："
+        if match["number"]:
+            if int(match["number"]) != count + 1 or not (begins or count):
+                continue
+            count += 1
+        elif not begins and (gap != bullet or text[match.end() : match.end() + 1].islower()):
+            continue
+        bullet = gap or bullet
+        items.append(before)
+        start = match.end()
+    if not items:
+        return text
+    lead, *listed = [*items, text[start:]]
+    return " ".join(filter(None, (_as_sentence(lead), *(_as_sentence(item, True) for item in listed))))
+
+
+def _as_sentence(item: str, capital: bool = False) -> str:
+    """Return an item with a mark at its end. Colons stay: what follows them belongs to the same sentence."""
+    item = item.strip().rstrip(",;，；、").rstrip()
+    if not item:
+        return ""
+    if item.rstrip(_CLOSERS)[-1:] not in {*SENTENCE_ENDS, *":："}:
+        item += "。" if re.match("[\u3000-\u30ff\u3400-\u9fff]", item[-1]) else "."
+    return item[0].upper() + item[1:] if capital else item
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:

@@ -7,7 +7,8 @@ import unicodedata
 
 import pytest
 
-from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_stop, word_count
+from echo_ft.data.knowledge import clean
+from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_list_marks, without_stop, word_count
 
 SENTENCES = {
     "English": ("A thin dark line.", "The disc breaks!", '"Snap" is heard?', "(It is loud.)"),
@@ -54,6 +55,45 @@ def test_sentences_end_where_a_reader_ends_them(language: str, form: str) -> Non
 )
 def test_other_stops_end_no_sentence(text: str) -> None:
     assert sentences(text) == ((text,) if text else ())
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("1. A dark spot. 2. Oil leaks.", ("A dark spot.", "Oil leaks.")),
+        ("1. A spot of 2.5 mm 2. Oil leaks 3. It fails", ("A spot of 2.5 mm.", "Oil leaks.", "It fails.")),
+        ("1) a dark spot;\n 2) oil leaks;\n", ("A dark spot.", "Oil leaks.")),
+        ("Look for: 1. a spot, 2. a leak.", ("Look for: A spot.", "A leak.")),
+        ("- a dark spot\n- oil leaks", ("A dark spot.", "Oil leaks.")),
+        (
+            "The ring is damaged\n• a spot - or line\n• oil leaks!",
+            ("The ring is damaged.", "A spot - or line.", "Oil leaks!"),
+        ),
+        ("- A dark spot - or line - Oil leaks", ("A dark spot - or line.", "Oil leaks.")),
+        ("1.圆环上有黑点；2.会漏气", ("圆环上有黑点。", "会漏气。")),
+        ("1、圆环上有黑点。\n2、会漏气。", ("圆环上有黑点。", "会漏气。")),
+    ],
+)
+def test_items_of_a_list_are_sentences_without_their_marks(text: str, items: tuple[str, ...]) -> None:
+    assert sentences(without_list_marks(text)) == items
+    assert without_list_marks(" ".join(items)) == " ".join(items)
+    assert clean(f"Description: {text}") == " ".join(items)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It lies on ring 1. Oil leaks at ring 2. It fails.",
+        "A dark spot - or line - on the ring - leaks. 3 holes",
+        "1.5 mm wide, at 20 - 30 mm",
+        "１．５毫米",
+        "2. Ring",
+        "-5 mm",
+        "",
+    ],
+)
+def test_other_numbers_and_dashes_are_no_list(text: str) -> None:
+    assert without_list_marks(text) == text
 
 
 def test_sentences_of_any_two_languages_follow_each_other() -> None:
