@@ -87,12 +87,14 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
     from echo_ft.training.cases import load_training_cases, pad_cases
     from echo_ft.training.checks import check_optimizer, check_trained_parts
-    from echo_ft.training.mask_loss import load_marks
+    from echo_ft.training.mask_loss import check_mask_metric, load_marks
 
     if config.mask_loss and not base.use_peft:
         raise EchoError("mask_loss trains adapters only; set use_peft: true or remove mask_loss")
     dataset = load_dataset(Path(config.dataset))
     marks = load_marks(dataset, sft.process_index == 0) if config.mask_loss else None
+    if marks is not None and sft.eval_strategy != "no":
+        check_mask_metric(sft.metric_for_best_model, marks)
     processor = load_processor(base.model_name_or_path, base.model_revision, config.min_pixels, config.max_pixels)
     row_builder = RowBuilder(processor)
     model = trainable_meta_model(config, base)

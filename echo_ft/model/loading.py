@@ -73,7 +73,7 @@ def _matches(target: str, modules: Iterable[str], pattern: bool) -> list[str]:
     try:
         return [name for name in modules if re.fullmatch(target, name)]
     except re.error as error:
-        raise EchoError(f"lora_target_modules: {target} is not a regular expression ({error}); mend it") from error
+        raise EchoError(f"lora_target_modules: {target} is not a regular expression ({error}); correct it") from error
 
 
 def _shortest_names(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:

@@ -29,8 +29,8 @@ WANDB_RUN_FILE = "wandb_run_id.txt"
 
 FIXED = (
     "cases_per_step", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config",
-    "max_tokens", "mixed_precision", "tf32", "dtype", "optim", "optim_args", "optim_target_modules", "loss_type",
-    "average_tokens_across_devices", "ignore_data_skip", "metric_for_best_model", "greater_is_better", "use_peft",
+    "mixed_precision", "tf32", "dtype", "optim", "optim_args", "optim_target_modules", "loss_type",
+    "average_tokens_across_devices", "metric_for_best_model", "greater_is_better", "use_peft",
     "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
     "init_lora_weights", "rank_pattern", "alpha_pattern", "bnb_4bit_quant_type", "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
@@ -44,7 +44,7 @@ FREE = (
     "learning_rate", "vision_learning_rate", "merger_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "num_train_epochs", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "lora_dropout", "eval_strategy", "eval_steps", "eval_delay", "load_best_model_at_end",
-    "early_stopping_patience", "early_stopping_threshold",
+    "early_stopping_patience", "early_stopping_threshold", "max_tokens", "ignore_data_skip",
 )  # fmt: skip
 """Options that decide what is learnt and that a resume may change. They apply from the resumed step on."""
 
@@ -73,6 +73,9 @@ IRRELEVANT = (
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config",
 )  # fmt: skip
 """Options that do not change what is learnt, or that the checkpoint's other files and card fields cover."""
+
+_ORDER = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+"""Keys of accelerator_config that decide which cases a step takes. The others decide speed."""
 
 _PEFT_NAMES = {
     "r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules", "use_rslora": "use_rslora",
@@ -132,7 +135,8 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
     if shards and shards != sft.world_size:
         raise EchoError(
             f"{wanted} holds the ZeRO optimizer states of {shards} processes and cannot be resumed by "
-            f"{sft.world_size}; start {shards} processes, or train with DDP, which resumes with any number"
+            f"{sft.world_size}; start {shards} processes, or train with DDP, which resumes with any number "
+            "if the cases per step stay the same"
         )
     _require_states(Path(wanted), sft)
     found = read_card(Path(wanted))
@@ -209,6 +213,16 @@ def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, A
     for name in FIXED:
         # A run without a metric has no best value yet that another metric would be compared with.
         unset = name in ("metric_for_best_model", "greater_is_better") and None in (before.get(name), now.get(name))
+        if name == "accelerator_config" and name in before:
+            before, now = (
+                {**options, name: {key: options[name].get(key) for key in _ORDER}} for options in (before, now)
+            )
+        if name == "cases_per_step" and before.get(name, now[name]) != now[name]:
+            raise EchoError(
+                f"{checkpoint} was trained with {before[name]} cases per step, not {now[name]}; set "
+                "gradient_accumulation_steps so that per_device_train_batch_size x processes x accumulation is "
+                f"{before[name]}, or choose another output_dir to start a new run"
+            )
         if name in before and name in now and not unset:
             _require_equal(checkpoint, name, before[name], now[name])
     changed = [name for name in FREE if name in before and before[name] != now[name]]
@@ -263,20 +277,24 @@ def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
     """Let a resumed run use `options`, those of a new optimizer, instead of the checkpoint's, from its next step on.
 
     torch's `load_state_dict` restores the options of optimizer and schedule together with their states. Schedules that
-    are not a function of the step keep what the checkpoint has.
+    are not a function of the step keep the checkpoint's learning rates.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
-    if not isinstance(schedule, LambdaLR):
+    optimizer = getattr(schedule, "optimizer", None)
+    if optimizer is None:
         return
     # Without weights that are exempt from weight decay, a group is empty. ZeRO (DeepSpeed 0.19) leaves it out.
-    groups = schedule.optimizer.param_groups
+    groups = optimizer.param_groups
     filled = [index for index, group in enumerate(groups) if group["params"]]
     for index, new in zip(filled, options, strict=True):
-        groups[index].update(new)
+        groups[index].update({name: value for name, value in new.items() if name != "lr"})
+        if not isinstance(schedule, LambdaLR):
+            continue
         groups[index]["initial_lr"] = schedule.base_lrs[index] = new["lr"]
         groups[index]["lr"] = new["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in groups]
+    if isinstance(schedule, LambdaLR):
+        schedule._last_lr = [group["lr"] for group in groups]
 
 
 def newest_checkpoint(folder: Path) -> str | None:

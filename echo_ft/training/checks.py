@@ -59,8 +59,8 @@ _MOST = {
 }  # fmt: skip
 """Largest values. NumPy takes seeds of 32 bits. PEFT accepts any rank and alpha, also those that give infinities."""
 
-METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation during training measures, without the prefix `eval_`."""
+METRICS = ("loss", "mean_token_accuracy")
+"""What an evaluation may choose the best checkpoint by, without the prefix `eval_`."""
 
 
 def check_options(sft: SFTConfig, model: ModelConfig, config: EchoConfig | None = None) -> None:
@@ -81,7 +81,7 @@ def check_options(sft: SFTConfig, model: ModelConfig, config: EchoConfig | None 
     _check_best_model(sft, bool(config and config.mask_loss))
     _check_model_options(model)
     if sft.push_to_hub:
-        _check_hub(sft)
+        _check_hub(sft, bool(config and config.dry_run))
     if sft.ddp_find_unused_parameters is None:  # TRL (1.16) would search for them in every step
         sft.ddp_find_unused_parameters = False  # there are none: Collator has every process enter the tower
     sft.max_length = None
@@ -253,13 +253,15 @@ def _check_schedule(sft: SFTConfig) -> None:
 
 def _check_best_model(sft: SFTConfig, mask_loss: bool) -> None:
     metric, metrics = sft.metric_for_best_model, [*METRICS, *(["mask_loss"] if mask_loss else [])]
+    metrics += ["entropy"] if sft.greater_is_better is False else []
     if metric is None and sft.save_strategy == "best":
         raise EchoError("save_strategy best needs metric_for_best_model, such as loss")
     if metric is not None and sft.eval_strategy != "no" and metric.removeprefix("eval_") not in metrics:
-        raise EchoError(f"metric_for_best_model cannot be {metric!r}; choose from {', '.join(metrics)}")
+        more = ", or set greater_is_better: false" if "entropy" in metric else ""
+        raise EchoError(f"metric_for_best_model cannot be {metric!r}; choose from {', '.join(metrics)}{more}")
 
 
-def _check_hub(sft: SFTConfig) -> None:
+def _check_hub(sft: SFTConfig, dry_run: bool) -> None:
     remedy = "remove push_to_hub, and push the adapter's folder with `hf upload` later"
     if sft.hub_model_id is not None:
         _try(
@@ -267,6 +269,8 @@ def _check_hub(sft: SFTConfig) -> None:
             lambda: huggingface_hub.utils.validate_repo_id(str(sft.hub_model_id)),
             remedy,
         )
+    if dry_run or sft.process_index != 0:
+        return
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise EchoError(f"push_to_hub needs a connection, but HF_HUB_OFFLINE is set; unset it, or {remedy}")
     token = sft.hub_token or huggingface_hub.get_token()

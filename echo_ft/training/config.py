@@ -206,7 +206,7 @@ def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig
             try:
                 found = any(get_pattern_key([pattern], name) == pattern for name in modules)
             except re.error as error:
-                raise EchoError(f"{option}: {pattern} is not a regular expression ({error}); mend it") from error
+                raise EchoError(f"{option}: {pattern} is not a regular expression ({error}); correct it") from error
             if not found:
                 raise EchoError(f"{option}: {pattern} matches no module of lora_target_modules; name one of those")
         setattr(lora, option, patterns)

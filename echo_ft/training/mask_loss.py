@@ -153,6 +153,15 @@ def load_marks(dataset: Dataset, report: bool) -> dict[str, Inspection]:
     return known
 
 
+def check_mask_metric(metric: str | None, marks: Mapping[str, Inspection]) -> None:
+    """Raise EchoError if the mask loss chooses the best checkpoint, but `marks` do not give it."""
+    if metric is None or metric.removeprefix("eval_") != "mask_loss":
+        return
+    if not any(inspection.split == "validation" for inspection in marks.values()):
+        reason = "the validation split has no known mask" if marks else "no defect of the training images is marked"
+        raise EchoError(f"metric_for_best_model cannot be {metric!r}, because {reason}; mark defects, or choose loss")
+
+
 def token_marks(mask: Mask, grid: tuple[int, int]) -> NDArray[np.bool_]:
     """Return which tokens of an image show the defect of its mask (height, width), row by row.
 

@@ -202,13 +202,16 @@ def hold_step_memory(
     """Allocate what a step has on the device besides its largest batch, so that a check of this batch includes it.
 
     These are the `pixels` of all other micro-batches, and Adam's two states of the `trained` weights unless a resumed
-    `optimizer` has them already. Release the list after the check.
+    `optimizer` has them already. Paged states are in main memory. Release the list after the check.
     """
     import torch
+    from transformers.training_args import OptimizerNames
 
     held = [torch.empty_like(pixels) for _ in range(args.gradient_accumulation_steps)]
-    if "adam" in str(args.optim) and not optimizer.state:
-        held += [torch.empty_like(weight) for weight in trained for _ in range(2)]
+    name = OptimizerNames(args.optim).value
+    if "adam" in name and "paged" not in name and not optimizer.state:
+        dtype = torch.uint8 if "8bit" in name else None
+        held += [torch.empty_like(weight, dtype=dtype) for weight in trained for _ in range(2)]
     return held
 
 

@@ -2,7 +2,7 @@
 # Several machines under SLURM: one launcher per machine, which starts one process per GPU.
 #   sbatch recipes/accelerate/slurm.sh recipes/qwen2_vl_7b/decision_maker.yaml [--key value ...]
 # The batch grows with the number of processes. To keep the recipe's batch size, divide gradient_accumulation_steps by
-# that number.
+# that number. A job resumes only with the batch size of its first run.
 #SBATCH --job-name=echo-ft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

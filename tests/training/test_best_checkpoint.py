@@ -65,9 +65,11 @@ def test_a_resumed_run_stops_where_the_uninterrupted_run_did(stopped, dataset, t
         resume(stopped, dataset, output, *STOPPING, after=after)
         assert logged_state(output)["global_step"] == end
         assert same_adapter(output, stopped)
-        assert (output / "echo_ft.json").read_text() == (stopped / "echo_ft.json").read_text()
+        found, expected = (json.loads((folder / "echo_ft.json").read_text()) for folder in (output, stopped))
+        assert {**found, "commit": ""} == {**expected, "commit": ""}  # a commit may fall between the runs
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_its_own_patience(stopped, dataset, tmp_path):
     resume(stopped, dataset, tmp_path / "decision_maker", *BEST_OF_SIX, "--early_stopping_patience", 3)
     assert logged_state(tmp_path / "decision_maker")["global_step"] == logged_state(stopped)["global_step"] + 1

@@ -236,6 +236,24 @@ def test_without_marked_defects_the_loss_is_off(tmp_path, capfd):
     assert json.loads((tmp_path / "run" / "echo_ft.json").read_text())["mask_loss"] == 0
 
 
+def test_a_best_mask_loss_needs_marks_of_training_and_validation(dataset, tmp_path):
+    unmarked = make_dataset(tmp_path / "data", train=4)
+    shutil.copytree(dataset, tmp_path / "marked")
+    path = tmp_path / "marked" / "inspections.jsonl"
+    rows = [
+        replace(row, condition="stain", boxes=()) if row.split == "validation" else row
+        for row in read_jsonl(path, Inspection)
+    ]
+    write_jsonl(path, rows)
+    best = ["--metric_for_best_model", "mask_loss", "--eval_strategy", "epoch", "--mask_loss", 0.5, "--dry_run"]
+    for folder, reason in (
+        (unmarked, "no defect of the training images"),
+        (path.parent, "the validation split has no"),
+    ):
+        with pytest.raises(EchoError, match=f"metric_for_best_model cannot be 'mask_loss', because {reason}"):
+            run_in_process(*tiny_options("decision_maker", folder, tmp_path / "out", *best))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from echo_ft.model.architectures import add_adapter, count_parameters, frozen_by
 from echo_ft.model.loading import check_lora_targets
 from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
 from echo_ft.records import ROLES
+from echo_ft.training.config import TrainingConfig
 from echo_ft.training.memory import (
     estimate_topologies,
     estimate_training,
@@ -243,13 +243,18 @@ def test_four_bits_do_not_apply_to_embeddings_and_vision_tower():
     assert four == pytest.approx(embeddings + 2 * tower + 0.5625 * (sum(frozen) - embeddings / 2 - tower), rel=0.01)
 
 
-def test_the_largest_batch_is_checked_with_adams_states_and_the_pixels_of_a_step():
+@pytest.mark.parametrize(
+    ("optim", "width"),
+    [("adamw_torch_fused", 4), ("adamw_torch", 4), ("adamw_bnb_8bit", 1), ("paged_adamw_8bit", 0), ("sgd", 0)],
+)
+def test_the_largest_batch_is_checked_with_adams_states_and_the_pixels_of_a_step(tmp_path, optim, width):
     weight, pixels = torch.nn.Parameter(torch.ones(1000)), torch.ones(500, dtype=torch.bfloat16)
-    args = SimpleNamespace(gradient_accumulation_steps=8, optim="adamw_torch_fused")
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    args = TrainingConfig(**settings, gradient_accumulation_steps=8, optim=optim)
     optimizer = torch.optim.AdamW([weight])
     held = hold_step_memory(args, optimizer, [weight], pixels)
-    assert sum(tensor.nbytes for tensor in held) == 8 * pixels.nbytes + 2 * weight.nbytes
-    assert peak_bytes(torch.device("cpu"), held) - peak_bytes(torch.device("cpu"), []) == 8 * 1000 + 2 * 4000
+    assert sum(tensor.nbytes for tensor in held) == 8 * pixels.nbytes + 2 * 1000 * width
+    assert peak_bytes(torch.device("cpu"), held) - peak_bytes(torch.device("cpu"), []) == 8 * 1000 + 2 * 1000 * width
     weight.sum().backward()
     optimizer.step()  # as in a resumed run
     assert sum(tensor.nbytes for tensor in hold_step_memory(args, optimizer, [weight], pixels)) == 8 * pixels.nbytes

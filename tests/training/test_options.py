@@ -131,6 +131,12 @@ def test_a_broken_value_is_refused_with_the_name_of_the_option(check, name, hint
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1}}, "lr_scheduler_type polynomial"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, "reduce_lr_on_plateau requires"),
         ({"load_best_model_at_end": True, "save_strategy": "epoch", "metric_for_best_model": "f1"}, "'f1'; choose fr"),
+        *(
+            ({"metric_for_best_model": name}, f"metric_for_best_model cannot be '{name}'; choose from loss, mean_token")
+            for name in ("runtime", "samples_per_second", "eval_steps_per_second", "num_tokens")
+        ),
+        ({"metric_for_best_model": "entropy"}, "'entropy'; choose from .*, or set greater_is_better: false"),
+        ({"metric_for_best_model": "entropy", "greater_is_better": True}, "or set greater_is_better: false"),
         ({"save_strategy": "best"}, "save_strategy best needs metric_for_best_model"),
         ({"fp16": True}, "fp16 needs a GPU.*set fp16: false or bf16"),
         ({"attn_implementation": "flex_attention"}, "flex_attention has no backward pass on a CPU"),
@@ -178,6 +184,17 @@ def test_a_push_to_the_hub_needs_a_token(check, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(EchoError, match="push_to_hub needs a token of the Hugging Face Hub; run `hf auth login`"):
         check({"push_to_hub": True})
+
+
+def test_only_the_first_process_of_a_training_asks_the_hub(check, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    check({"push_to_hub": True, "dry_run": True})
+    monkeypatch.setattr(TrainingConfig, "process_index", 1)
+    check({"push_to_hub": True})
+
+
+def test_entropy_may_choose_the_best_checkpoint_if_less_is_better(check):
+    check({"metric_for_best_model": "entropy", "greater_is_better": False})
 
 
 def test_peft_refuses_an_odd_rank_for_an_orthogonal_start(recipe):
