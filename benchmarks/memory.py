@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from trl import ModelConfig, SFTConfig, get_peft_config
+from trl import ModelConfig, SFTConfig
 
 from benchmarks.training.workload import MODEL
 from echo_ft import config as configs
@@ -41,7 +41,7 @@ from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, p
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.records import ROLES, Branch, Exchange
 from echo_ft.training.checks import check_options
-from echo_ft.training.config import EchoConfig
+from echo_ft.training.config import EchoConfig, lora_config
 from echo_ft.training.memory import estimate_training, trainable_meta_model
 from train.memory import MemoryConfig, largest_batch, read_run, run_shapes, run_width
 
@@ -258,7 +258,7 @@ def main() -> None:
     for role, shape in run_shapes(read).items():
         plain = meta_model(str(base.model_name_or_path), base.model_revision)
         run = estimate_run(plain, adapter, shape, run_width(read))
-        expected, lora = run.total - run.context, get_peft_config(base)
+        expected, lora = run.total - run.context, lora_config(config, base, plain)
         peak = run_peak(plain, lora, shape, dtype)
         print(
             f"{options.run}, {role}: {peak / 2**30:.2f} GiB at the peak, {expected / 2**30:.2f} estimated", flush=True

@@ -42,6 +42,7 @@ def test_recall_is_relative_to_exact_search(kind):
     assert found.peak_gib > 0
 
 
+@pytest.mark.slow
 def test_ivf_pq_finds_the_nearest_image_within_one_product():
     """Within one product, no clusters guide the search."""
     found = index._measure("ivf_pq", 12_000, products=1, queries=512, seed=0)

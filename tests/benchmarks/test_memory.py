@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import benchmarks.memory
 from benchmarks.memory import LiveBytes, run_peak, training_peak
 from echo_ft import config as configs
 from echo_ft.inference.memory import RunShape, estimate_run
@@ -47,6 +48,18 @@ def two_layers(monkeypatch) -> None:
         return config
 
     monkeypatch.setattr(architectures, "model_config", shallow)
+
+
+def test_a_run_is_measured_with_the_adapter_that_the_recipe_trains(two_layers, monkeypatch, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes" / "qwen2_vl_2b" / "decision_maker.yaml").read_text()
+    recipe.write_text(text + "rank_pattern: {down_proj: 4}\n")
+    measured = []
+    monkeypatch.setattr("benchmarks.memory.run_peak", lambda model, lora, shape, dtype: measured.append(lora) or 0)
+    run = str(ROOT / "recipes" / "qwen2_vl_2b" / "run.yaml")
+    monkeypatch.setattr("sys.argv", ["benchmarks.memory", "--recipe", str(recipe), "--run", run])
+    benchmarks.memory.main()
+    assert [lora.rank_pattern for lora in measured] == [{"down_proj": 4}] * 4
 
 
 def test_the_peak_is_that_of_the_tensors_alive_at_once():
