@@ -307,6 +307,17 @@ def newest_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def moved_best_checkpoint(state: Any, output: Path) -> str | None:
+    """The best checkpoint of a resumed run's `state`, also if `output` was moved since; None if there is none.
+
+    transformers (5.23) forgets a best checkpoint whose recorded path does not exist, but not its step.
+    """
+    moved = output / f"checkpoint-{state.best_global_step}"
+    if state.best_model_checkpoint is None and (moved / COMPLETE_MARKER).is_file():
+        return str(moved)
+    return state.best_model_checkpoint  # type: ignore[no-any-return]
+
+
 def resume_wandb_run(sft: SFTConfig) -> None:
     """Let a resumed training run continue its W&B run.
 

@@ -30,7 +30,7 @@ from echo_ft.model.preparation import (
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.terminal import LOGGER
-from echo_ft.training.checkpoints import COMPLETE_MARKER, apply_options, optimizer_options
+from echo_ft.training.checkpoints import COMPLETE_MARKER, apply_options, moved_best_checkpoint, optimizer_options
 from echo_ft.training.checks import LargestBatchCheck, less_memory
 from echo_ft.training.config import EarlyStopping, EchoConfig
 from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
@@ -248,6 +248,10 @@ class PrefixSharingTrainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             apply_options(self.lr_scheduler, self._optimizer_options)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self.state.best_model_checkpoint = moved_best_checkpoint(self.state, Path(str(self.args.output_dir)))
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         # A run that resumes from its last step has nothing left to train, but transformers (5.23) would take a step.

@@ -69,6 +69,16 @@ def test_a_resumed_run_stops_where_the_uninterrupted_run_did(stopped, dataset, t
         assert {**found, "commit": ""} == {**expected, "commit": ""}  # a commit may fall between the runs
 
 
+def test_the_best_checkpoint_is_found_in_a_moved_folder(stopped, dataset, tmp_path):
+    shutil.copytree(stopped, tmp_path / "first")
+    for path in (tmp_path / "first").glob("**/trainer_state.json"):
+        path.write_text(path.read_text().replace(str(stopped), str(tmp_path / "gone")))
+    resume(tmp_path / "first", dataset, tmp_path / "moved" / "decision_maker", *STOPPING)
+    assert same_adapter(tmp_path / "moved" / "decision_maker", stopped)
+    card = json.loads((tmp_path / "moved" / "decision_maker" / "echo_ft.json").read_text())
+    assert card["best_step"] == json.loads((stopped / "echo_ft.json").read_text())["best_step"] > 0
+
+
 @pytest.mark.slow
 def test_a_resumed_run_takes_its_own_patience(stopped, dataset, tmp_path):
     resume(stopped, dataset, tmp_path / "decision_maker", *BEST_OF_SIX, "--early_stopping_patience", 3)
