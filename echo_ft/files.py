@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import traceback
 import types
 import typing
 import uuid
@@ -116,13 +117,23 @@ def explain_full_disk(folder: Path, remedy: str, error_class: type[EchoError] = 
     except Exception as error:
         # safetensors (0.8) raises its own SafetensorError, and torch.save (2.15) a RuntimeError; neither has a code.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(text in str(error) for text in _FULL_DISK):
+        texts = _FULL_DISK + (_TORCH_FULL_DISK if _was_saving(error) else ())
+        if not full and not any(text in str(error) for text in texts):
             raise
         raise error_class(f"no space left in {folder}; {remedy}") from error
 
 
-_FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "iostream error", "unexpected pos")
-"""What errors without a code say if a disk is full. The last two are torch's."""
+_FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+"""What errors without a code say if a disk is full."""
+
+_TORCH_FULL_DISK = ("iostream error", "unexpected pos")
+"""What torch says if a disk is full while it saves. A broken file that it loads may give the same words."""
+
+
+def _was_saving(error: Exception) -> bool:
+    """Return whether a function that saves raised the error, or called the one that did."""
+    names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.lstrip("_").startswith("save") for name in names)
 
 
 @contextmanager

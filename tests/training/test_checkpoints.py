@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from echo_ft.errors import EchoError
-from echo_ft.files import LOCK_FILE, lock_folder
+from echo_ft.files import LOCK_FILE, explain_full_disk, lock_folder
 from echo_ft.training.checkpoints import COMPLETE_MARKER
 from echo_ft.training.trainer import PrefixSharingTrainer
 from tests.conftest import ROOT, make_dataset
@@ -112,6 +112,19 @@ def test_a_full_disk_costs_nothing_that_was_saved(uninterrupted, dataset, tmp_pa
     run_in_process(*options, "--resume_from_checkpoint", "true")
     for name, weight in load_file(output / "adapter_model.safetensors").items():
         assert torch.equal(weight, uninterrupted[name]), name
+
+
+def test_a_broken_file_that_is_loaded_is_no_full_disk(tmp_path):
+    def load():
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    def save():
+        load()
+
+    with pytest.raises(RuntimeError, match="iostream"), explain_full_disk(tmp_path, "free some space"):
+        load()
+    with pytest.raises(EchoError, match="no space left in"), explain_full_disk(tmp_path, "free some space"):
+        save()
 
 
 def test_an_incomplete_checkpoint_is_skipped_with_a_warning(tmp_path, capsys):
