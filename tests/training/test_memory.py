@@ -75,7 +75,7 @@ def test_an_unknown_model_is_refused_with_the_known_names(monkeypatch, tmp_path)
         model_config("nobody/nothing")
     with pytest.raises(EchoError, match="no model folder"):
         model_config("./missing")
-    with pytest.raises(EchoError, match=r"no readable config\.json"):
+    with pytest.raises(EchoError, match=r"has no usable config\.json"):
         model_config(str(tmp_path))
 
 
