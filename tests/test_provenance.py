@@ -106,8 +106,9 @@ def test_run_rejects_changed_images_and_counts_failures_from_missing_ones(
     run(dataset, tmp_path / "run")
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith(f"done: {tmp_path / 'run'}; score it with")
-    warning = printed.err.splitlines()[-1]
-    assert warning.startswith("warning: 7 predictions failed (first: ")
+    (warning,) = [
+        line for line in printed.err.splitlines() if line.startswith("warning: 7 predictions failed (first: ")
+    ]
     assert query.name in warning
     assert warning.endswith("rerun the same command to retry them")
     query.write_bytes(content)

@@ -78,9 +78,11 @@ def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
     """
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.modeling_utils import set_zero3_state
 
     config = model_config(model_name_or_path, revision)
-    with torch.device("meta"):
+    # set_zero3_state: under ZeRO-3, transformers (5.23) would distribute and initialise weights that meta tensors lack.
+    with torch.device("meta"), set_zero3_state():
         return AutoModelForImageTextToText.from_config(config)
 
 

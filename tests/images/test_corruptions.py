@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from trl import SFTConfig
 
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
@@ -241,8 +241,8 @@ def test_training_reports_corrupted_queries_and_resumes_only_alike(dataset, tmp_
     assert f"decision_maker, train: {count} of 12 cases have a corrupted query" in printed
     assert json.loads((output / "echo_ft.json").read_text())["corrupted_share"] == 0.7
     card = read_card(output)
-    again = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(output), process_index=0)
-    assert find_checkpoint(again, card) == str(output / "checkpoint-1")
+    again = SFTConfig(output_dir=str(output), resume_from_checkpoint="true", max_steps=1, use_cpu=True, bf16=False)
+    assert find_checkpoint(again, card).path == str(output / "checkpoint-1")
     with pytest.raises(EchoError, match=r"trained with corrupted_share 0\.7, not 0\.2"):
         find_checkpoint(again, dataclasses.replace(card, corrupted_share=0.2))
     with pytest.raises(EchoError, match="trained with quantization none, not 4bit"):
@@ -250,7 +250,7 @@ def test_training_reports_corrupted_queries_and_resumes_only_alike(dataset, tmp_
 
 
 def test_share_above_one_is_rejected(dataset, tmp_path):
-    with pytest.raises(EchoError, match=r"corrupted_share is 1\.5; it is a share of the cases"):
+    with pytest.raises(EchoError, match=r"corrupted_share is 1\.5; set a value from 0 to 1"):
         sft_main(
             [
                 str(one)

@@ -124,8 +124,8 @@ def check_launcher(command: Command) -> None:
         get_args_parser().parse_args(command.words[1:])
 
 
-class ConfigParsedError(Exception):
-    """Stops a command after it has parsed its config."""
+class ConfigParsedError(BaseException):
+    """Stops a command after it has parsed its config. It is no Exception, which the parser turns into an EchoError."""
 
 
 def check_config(command: Command, arguments: list[str]) -> None:
