@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 import pytest
-import yaml
 from trl import ModelConfig
 
 from echo_ft.config import build
@@ -15,7 +14,7 @@ from echo_ft.model.architectures import meta_model
 from echo_ft.training.checks import check_optimizer, check_options, check_precision, check_trained_parts
 from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
 from echo_ft.training.memory import trainable_meta_model
-from tests.conftest import ECHO_TINY, ROOT, make_dataset
+from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import run_in_process, tiny_options
 
 TYPES: list[Any] = [EchoConfig, TrainingConfig, ModelConfig]
@@ -43,17 +42,6 @@ FREE_TEXT = {
 
 NO_MAPPING_CHECK = {"liger_kernel_config": "read with use_liger_kernel", "fsdp_config": "read with fsdp"}
 """Mappings that nothing reads in a plain run."""
-
-
-@pytest.fixture(scope="module")
-def recipe() -> dict[str, Any]:
-    options: dict[str, Any] = yaml.safe_load((ROOT / "recipes/tiny/decision_maker.yaml").read_text())
-    return {**options, "model_name_or_path": str(ECHO_TINY), "use_cpu": True}
-
-
-@pytest.fixture(scope="module")
-def architecture():
-    return meta_model(str(ECHO_TINY))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import get_scheduler
 from trl import ModelConfig
@@ -17,7 +16,6 @@ from echo_ft.config import build
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, make_card, read_card, write_card
-from echo_ft.model.architectures import meta_model
 from echo_ft.training.checkpoints import (
     COMPLETE_MARKER,
     FIXED,
@@ -31,7 +29,7 @@ from echo_ft.training.checkpoints import (
 from echo_ft.training.checks import UNSUPPORTED, WITHOUT_EFFECT
 from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
 from echo_ft.training.trainer import SamplerEpoch
-from tests.conftest import ECHO_TINY, ROOT, make_dataset
+from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import run_in_process, tiny_options
 
 TYPES = [EchoConfig, TrainingConfig, ModelConfig]
@@ -98,17 +96,6 @@ SET_ONLY = {"tf32": "needs a GPU", "bnb_4bit_quant_type": "", "use_bnb_nested_qu
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-@pytest.fixture(scope="module")
-def recipe() -> dict[str, Any]:
-    options: dict[str, Any] = yaml.safe_load((ROOT / "recipes/tiny/decision_maker.yaml").read_text())
-    return {**options, "model_name_or_path": str(ECHO_TINY), "use_cpu": True}
-
-
-@pytest.fixture(scope="module")
-def architecture():
-    return meta_model(str(ECHO_TINY))
 
 
 @pytest.fixture(scope="module")
