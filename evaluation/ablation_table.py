@@ -35,6 +35,9 @@ from evaluation.pages import render
 INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in QUESTION_TYPES}
 """Column headings of the question types."""
 
+ALARM_COLUMNS = {"false alarms, %": "False alarms, parts", "escapes, %": "Escapes, parts"}
+"""Column headings of false alarms and escapes, and their names in a comparison."""
+
 QuestionKey = tuple[Any, ...]
 """Everything that identifies a question and the image that it is about."""
 
@@ -164,8 +167,8 @@ def table_rows(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
     kinds = [
         kind for kind in QUESTION_TYPES if any(cell["figures"][kind]["value"] is not None for cell in table["cells"])
     ]
-    header = ("cell", "average, %", "difference", "won, lost", "p", "AUROC", *(INITIALS[kind] for kind in kinds))
-    rows = [(*header, f"{UNPARSED_LABEL}, %", "questions", "cases", "seconds")]
+    header = ("cell", "average, %", "difference", "won, lost", "p", "AUROC", *ALARM_COLUMNS)
+    rows = [(*header, *(INITIALS[kind] for kind in kinds), f"{UNPARSED_LABEL}, %", "questions", "cases", "seconds")]
     for cell in table["cells"]:
         scores, counts = cell["figures"], cell["counts"]
         rows.append(
@@ -174,6 +177,7 @@ def table_rows(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 _score_text(AVERAGE, scores[AVERAGE]),
                 *_difference_cells(cell["difference"]),
                 _score_text("AUROC", scores["AUROC"]),
+                *(_score_text(name, scores[name]) for name in ALARM_COLUMNS.values()),
                 *(percent(scores[kind]["value"]) for kind in kinds),
                 unparsed_or_failed(counts),
                 str(counts["questions"]),
@@ -207,8 +211,9 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
     plural = "" if compared == 1 else "s"
     found = [
-        f"Scores are strict and in percent ({kinds}); AUROC of P(defect) ranges from 0 to 1. Differences are paired "
-        f"with {base}. Brackets contain 95% intervals over physical parts; there is none for fewer than {MIN_PARTS} "
+        f"Scores are strict and in percent ({kinds}); AUROC of P(defect) ranges from 0 to 1. False alarms are good "
+        "parts that an answer flags, and escapes are defective parts that no answer flags. Differences are paired with "
+        f"{base}. Brackets contain 95% intervals over physical parts; there is none for fewer than {MIN_PARTS} "
         f"parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact McNemar test on "
         f"these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count as wrong. "
         "Seconds: time for what no earlier cell had computed; the first cell of a model includes loading it."

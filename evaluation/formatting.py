@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from echo_ft.metrics.detection import FLAGGED_FROM
+
 DETECTION_METRICS = ("AUROC", "recall", "specificity")
 """Metrics shown from 0 to 1. All others are shown in percent."""
 
@@ -16,6 +18,9 @@ DETECTION_LABELS = {
     "balanced_accuracy": "balanced accuracy",
 }
 """Labels of the keys of `report.detection` that have an interval."""
+
+ALARM_LABELS = {"answers": "the answers", "p_defect": f"P(defect) from {FLAGGED_FROM:g}"}
+"""Labels of the ways to decide in `report.alarms`."""
 
 EXPERT_LABELS = {
     "best_reference": "reference extractor: best reference",
@@ -66,6 +71,11 @@ def metric_text(name: str, value: float | None) -> str:
 def interval_text(name: str, value: Sequence[float] | None) -> str:
     """Format the interval of a metric, as in `71.7 to 90.0`; a dash stands for a missing interval."""
     return "–" if value is None else f"{metric_text(name, value[0])} to {metric_text(name, value[1])}"
+
+
+def share_interval_text(value: Sequence[float] | None) -> str:
+    """Format the interval of a share from 0 to 1 in percent; a dash stands for a missing interval."""
+    return "–" if value is None else f"{share_percent(value[0])} to {share_percent(value[1])}"
 
 
 def p_text(value: float) -> str:

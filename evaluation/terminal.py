@@ -8,6 +8,7 @@ from typing import Any
 from echo_ft.metrics.comparison import ALL_QUESTIONS
 from echo_ft.records import QUESTION_TYPES
 from evaluation.formatting import (
+    ALARM_LABELS,
     DETECTION_LABELS,
     DETECTION_METRICS,
     EXPERT_LABELS,
@@ -17,6 +18,7 @@ from evaluation.formatting import (
     metric_text,
     p_text,
     percent,
+    share_interval_text,
     share_percent,
     share_text,
     signed,
@@ -47,6 +49,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         print("\n" + text_table(rows))
     if "All" in report["detection"]:
         print_detection(report["detection"]["All"])
+        print_alarms(report["alarms"]["All"])
     if report["calibration"]:
         print_calibration(report["calibration"])
     if report["two_ways"]:
@@ -76,6 +79,29 @@ def print_detection(scores: Mapping[str, Any]) -> None:
     ]
     rows.append(("average precision", share_text(scores["average_precision"]), ""))
     print(f"\n{text_table(rows)}\nP(defect) is known for {scores['scored']} of {scores['images']} images")
+
+
+def print_alarms(alarms: Mapping[str, Any]) -> None:
+    """Print the false alarms and the escapes of images and of parts."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "false alarms and escapes, %",
+            "false alarms",
+            "95% interval",
+            "of good",
+            "escapes",
+            "95% interval",
+            "of defective",
+        )
+    ]
+    for way, label in ALARM_LABELS.items():
+        for by, found in alarms.get(way, {}).items():
+            cells = []
+            for rate, total in (("false_alarms", "good"), ("escapes", "defective")):
+                interval = share_interval_text(found["intervals"][rate])
+                cells += [share_percent(found[rate]), interval, f"{found[total]} {by}"]
+            rows.append((f"{by}, by {label}", *cells))
+    print(f"\n{text_table(rows)}\na part is flagged if any of its images is; an unparsed answer counts against the run")
 
 
 def print_calibration(fit: Mapping[str, Any]) -> None:
@@ -160,8 +186,9 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     print(text_table(rows))
     for difference in comparison["differences"]:
         print("\n" + text_table(_difference_rows(difference, comparison["baseline"], keys)))
-    print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. won, lost: questions")
-    print("that only one of the two runs answered correctly. p: exact McNemar test on these, Holm-corrected\n")
+    print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. Fewer false alarms and")
+    print("escapes are better. won, lost: questions that only one of the two runs answered correctly. p: exact McNemar")
+    print("test on these, Holm-corrected\n")
     for difference in comparison["differences"]:
         print(difference["verdict"])
 

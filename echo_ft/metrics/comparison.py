@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 
 from echo_ft.metrics import intervals, strict
-from echo_ft.metrics.detection import detection_images, detection_metrics, detection_part_counts
+from echo_ft.metrics.detection import (
+    alarm_metrics,
+    alarm_part_counts,
+    detection_images,
+    detection_metrics,
+    detection_part_counts,
+)
 from echo_ft.metrics.intervals import BOOTSTRAP
 from echo_ft.metrics.loading import Run
-from echo_ft.metrics.metric_values import AVERAGE, MIN_PARTS, json_number, metric_interval
+from echo_ft.metrics.metric_values import ALARM_METRICS, AVERAGE, MIN_PARTS, json_number, metric_interval
 from echo_ft.metrics.prediction_table import PredictionTable
 from echo_ft.records import QUESTION_TYPES
 
@@ -201,19 +207,22 @@ def describe_difference(name: str, baseline: str, average: Mapping[str, Any], qu
 
 
 def compared_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the compared metrics (R,): the `Average` row in percent, and detection on all images from 0 to 1."""
-    return _in_order(strict.strict_array(table, weights)[:, -1].T, detection_metrics(table, weights))
+    """Return the compared metrics (R,): the `Average` row and ALARM_METRICS in percent, and detection from 0 to 1."""
+    row = strict.strict_array(table, weights)[:, -1].T
+    return _in_order(row, detection_metrics(table, weights), alarm_metrics(table, weights))
 
 
 def compared_part_counts(table: PredictionTable) -> dict[str, int]:
     """Count the parts behind each of `compared_metrics`."""
-    counts = strict.strict_part_counts(table)[-1].tolist()
-    return _in_order(counts, detection_part_counts(table, detection_images(table)))
+    counts, images = strict.strict_part_counts(table)[-1].tolist(), detection_images(table)
+    alarms = alarm_part_counts(table, images)
+    by_name = {name: alarms[rate] for name, (_, _, rate) in ALARM_METRICS.items()}
+    return _in_order(counts, detection_part_counts(table, images), by_name)
 
 
-def _in_order(row: Iterable[Any], detection: Mapping[str, Any]) -> dict[str, Any]:
-    """Combine a row of the strict table with detection values, the average first."""
+def _in_order(row: Iterable[Any], detection: Mapping[str, Any], alarms: Mapping[str, Any]) -> dict[str, Any]:
+    """Combine a row of the strict table with detection values and ALARM_METRICS, the average first."""
     columns = dict(zip([*QUESTION_TYPES, AVERAGE], row, strict=True))
     chosen = {"AUROC": detection["auroc"], "recall": detection["recall"], "specificity": detection["specificity"]}
     first = {name: columns.pop(name) for name in (AVERAGE, "Anomaly Detection")}
-    return {**first, **chosen, **columns}
+    return {**first, **chosen, **alarms, **columns}

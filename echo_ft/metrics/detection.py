@@ -1,22 +1,41 @@
-"""Image-level detection of defects: AUROC, recall, specificity and average precision, from 0 to 1.
+"""Detection of defects: AUROC, recall, specificity and average precision, and false alarms and escapes, from 0 to 1.
 
-The answers to Anomaly Detection questions are the decisions, and P(defect) is the score.
+The answers to Anomaly Detection questions are the decisions, and P(defect) is the score. A false alarm is a good image
+or part that is flagged, and an escape is a defective one that is not. A part is flagged if any of its images is, and it
+is defective if any of its images shows a defect.
 
-Shapes: R resamples, N images. Weights (R, N) are the number of times that each image is drawn.
+Shapes: R resamples, N images, M units (images or parts). Weights (R, N) are the number of times that each image is
+drawn.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from echo_ft.metrics import intervals
-from echo_ft.metrics.metric_values import DETECTION_INDEX, json_number, metric_interval
+from echo_ft.metrics.metric_values import ALARM_METRICS, DETECTION_INDEX, json_number, metric_interval
 from echo_ft.metrics.prediction_table import PredictionTable
 
 ALL_IMAGES = "All"
-"""Name of the row of all images in `score_detection`."""
+"""Name of the row of all images in `score_detection` and `score_alarms`."""
+
+FLAGGED_FROM = 0.5
+"""P(defect) from which an image counts as flagged in `score_alarms`."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Images or parts, whether each is defective, and how certain its defect is."""
+
+    image: np.ndarray
+    """(M,): one image of each unit. Its weight is that of the unit, because images of a part are drawn together."""
+    defective: np.ndarray
+    """(M,) bool"""
+    scores: np.ndarray
+    """(M,): the unit is flagged at every threshold up to this score."""
 
 
 def auroc(weights: np.ndarray, scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -129,3 +148,91 @@ def roc_points(table: PredictionTable) -> list[tuple[float, float]]:
 
     false_positive, true_positive, _ = roc_curve(truth, table.defect_scores[scored])
     return list(zip(false_positive.tolist(), true_positive.tolist(), strict=True))
+
+
+def answer_scores(table: PredictionTable) -> np.ndarray:
+    """Return (N,) 1 if an answer says that the image shows a defect, 0 if none does, nan if no answer is parsed."""
+    scores = np.full(len(table.images), np.nan)
+    for image, kind, prediction in zip(table.image_index, table.type_index, table.predictions, strict=True):
+        if kind == DETECTION_INDEX and prediction.error is None and prediction.parsed is not None:
+            flagged = (prediction.parsed == prediction.answer) == table.defective[image]
+            scores[image] = np.fmax(scores[image], float(flagged))
+    return scores
+
+
+def detection_units(table: PredictionTable, scores: np.ndarray, members: np.ndarray, by: str) -> Units:
+    """Return the images (`by="images"`) or the parts (`by="parts"`) among the images `members`, (N,) bool.
+
+    `scores` (N,) are the scores of the images, and a part has the highest score of its images. An image with the score
+    nan counts against the run: it flags a good part, and does not flag a defective one.
+    """
+    chosen = np.flatnonzero(members)
+    keys = table.part_index[chosen] if by == "parts" else chosen
+    _, first, unit = np.unique(keys, return_index=True, return_inverse=True)
+    defective, highest = np.zeros(len(first), dtype=bool), np.full(len(first), -np.inf)
+    np.logical_or.at(defective, unit, table.defective[chosen])
+    missing = np.where(defective[unit], -np.inf, np.inf)
+    np.maximum.at(highest, unit, np.where(np.isnan(scores[chosen]), missing, scores[chosen]))
+    return Units(chosen[first], defective, highest)
+
+
+def alarm_rates(units: Units, weights: np.ndarray, threshold: float = FLAGGED_FROM) -> dict[str, np.ndarray]:
+    """Return `false_alarms`, the share of good units that are flagged, and `escapes`, of defective ones that are not.
+
+    Both are (R,). Units are flagged if their score reaches the threshold.
+    """
+    drawn, wrong = weights[:, units.image], (units.scores >= threshold) != units.defective
+    return {
+        name: intervals.ratio(drawn[:, of_class & wrong].sum(axis=1), drawn[:, of_class].sum(axis=1))
+        for name, of_class in (("false_alarms", ~units.defective), ("escapes", units.defective))
+    }
+
+
+def alarm_units(table: PredictionTable, members: np.ndarray) -> dict[tuple[str, str], Units]:
+    """Return {(`answers` or `p_defect`, `images` or `parts`): units}; no `p_defect` if no image has a P(defect)."""
+    ways = {"answers": answer_scores(table), "p_defect": table.defect_scores}
+    return {
+        (way, by): detection_units(table, scores, members, by)
+        for way, scores in ways.items()
+        for by in ("images", "parts")
+        if way == "answers" or not np.isnan(scores[members]).all()
+    }
+
+
+def alarm_part_counts(table: PredictionTable, members: np.ndarray) -> dict[str, int]:
+    """Count the parts behind `false_alarms` and behind `escapes`."""
+    of_class = {"false_alarms": ~table.defective, "escapes": table.defective}
+    return {name: table.smaller_class_parts(members & chosen) for name, chosen in of_class.items()}
+
+
+def alarm_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each of ALARM_METRICS of all images in percent, (R,); nan without a P(defect) or a class."""
+    units = alarm_units(table, detection_images(table))
+    rates = {key: alarm_rates(one, weights) for key, one in units.items()}
+    missing = np.full(len(weights), np.nan)
+    return {
+        name: 100 * rates[way, by][rate] if (way, by) in rates else missing
+        for name, (way, by, rate) in ALARM_METRICS.items()
+    }
+
+
+def score_alarms(table: PredictionTable) -> dict[str, dict[str, Any]]:
+    """Return {row: {`answers` or `p_defect`: {`images` or `parts`: counts, shares and intervals}}}.
+
+    The rows are those of `score_detection`. `p_defect` flags an image if its P(defect) is at least FLAGGED_FROM; it is
+    missing if no image has one.
+    """
+    weights, plain = table.weights(), table.unit_weights()
+    rows: dict[str, dict[str, Any]] = {}
+    for name, members in detection_subsets(table).items():
+        parts = alarm_part_counts(table, members)
+        rows[name] = {}
+        for (way, by), units in alarm_units(table, members).items():
+            shares, resampled = alarm_rates(units, plain), alarm_rates(units, weights)
+            rows[name].setdefault(way, {})[by] = {
+                "good": int((~units.defective).sum()),
+                "defective": int(units.defective.sum()),
+                **{key: json_number(value[0]) for key, value in shares.items()},
+                "intervals": {key: metric_interval(value, parts[key]) for key, value in resampled.items()},
+            }
+    return rows

@@ -18,6 +18,18 @@ AVERAGE = "Average"
 DETECTION_INDEX = QUESTION_TYPES.index("Anomaly Detection")
 """Index of Anomaly Detection in QUESTION_TYPES."""
 
+ALARM_METRICS = {
+    "False alarms, images": ("answers", "images", "false_alarms"),
+    "Escapes, images": ("answers", "images", "escapes"),
+    "False alarms, parts": ("answers", "parts", "false_alarms"),
+    "Escapes, parts": ("answers", "parts", "escapes"),
+    "False alarms by P(defect), images": ("p_defect", "images", "false_alarms"),
+    "Escapes by P(defect), images": ("p_defect", "images", "escapes"),
+    "False alarms by P(defect), parts": ("p_defect", "parts", "false_alarms"),
+    "Escapes by P(defect), parts": ("p_defect", "parts", "escapes"),
+}
+"""Names of false alarms and escapes in comparisons, and the place of each in `detection.score_alarms`."""
+
 MIN_PARTS = 5
 """Smallest number of parts for which a metric gets an interval."""
 
@@ -40,13 +52,13 @@ def json_interval(low: float | None, high: float | None) -> list[float] | None:
 def metric_interval(values: np.ndarray, parts: int, metric: str = "", difference: bool = False) -> list[float] | None:
     """Return the 95% interval of a metric with the resampled `values` (R,) from so many `parts`.
 
-    `metric` is the name of a column of the strict table or of a detection metric. All other metrics are shares from 0
-    to 1. `difference` is true if the value is the difference between two metrics. Return None if all values are nan, or
-    if there are fewer than MIN_PARTS parts, which are too few to resample.
+    `metric` is the name of a column of the strict table, of one of ALARM_METRICS or of a detection metric. All other
+    metrics are shares from 0 to 1. `difference` is true if the value is the difference between two metrics. Return None
+    if all values are nan, or if there are fewer than MIN_PARTS parts, which are too few to resample.
     """
     if parts < MIN_PARTS:
         return None
-    top = 100.0 if metric in (*QUESTION_TYPES, AVERAGE) else 1.0
+    top = 100.0 if metric in (*QUESTION_TYPES, AVERAGE, *ALARM_METRICS) else 1.0
     bounds = (-top if difference else 0.0, top)
     interval = intervals.percentile_interval(values, parts, bounds, classes=class_count(metric))
     return json_interval(*map(json_number, interval))

@@ -113,6 +113,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Ma
             for product, rows in by_product.items()
         },
         "detection": detection.score_detection(table),
+        "alarms": detection.score_alarms(table),
         "calibration": calibration,
         # If probabilities decide, no text is generated that could be compared with them.
         "two_ways": strict.text_vs_logits(run.predictions) if generated else {},

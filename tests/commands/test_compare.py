@@ -67,6 +67,10 @@ def test_compare_and_score_give_the_same_scores(tmp_path: Path) -> None:
         assert run["figures"]["Average"]["value"] == report["tables"]["strict"]["Average"]["Average"]
         assert run["figures"]["Average"]["interval"] == report["intervals"]["strict"]["Average"]["Average"]
         assert run["figures"]["AUROC"]["interval"] == report["detection"]["All"]["intervals"]["auroc"]
+        parts = report["alarms"]["All"]["answers"]["parts"]
+        escapes = run["figures"]["Escapes, parts"]
+        assert escapes["value"] == pytest.approx(100 * parts["escapes"])
+        assert escapes["interval"] == pytest.approx([100 * bound for bound in parts["intervals"]["escapes"]])
 
 
 def test_runs_of_several_seeds_are_shown_as_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

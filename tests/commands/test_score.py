@@ -48,6 +48,23 @@ def test_score_writes_the_report_and_prints_the_table(tmp_path: Path) -> None:
     assert answers[2]["gpt_answer"] == ""
 
 
+def test_report_shows_false_alarms_and_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [dataclasses.replace(row, group=f"part {int(row.group.split()[1]) // 4}") for row in predictions(0.8)]
+    folder = make_run(tmp_path / "base", rows)
+    score.main([str(folder)])
+    found = json.loads((folder / "report.json").read_text())["alarms"]
+    assert set(found) == {"All", "tiles"}
+    images, parts = found["All"]["p_defect"]["images"], found["All"]["p_defect"]["parts"]
+    assert (images["good"], images["defective"]) == (20, 20)
+    assert parts["escapes"] < images["escapes"], "a part with several images is found more often"
+    low, high = images["intervals"]["false_alarms"]
+    shown = f"{100 * images['false_alarms']:.1f} +{100 * low:.1f} to {100 * high:.1f} +20 images"
+    assert re.search(rf"images, by P\(defect\) from 0.5 +{shown}", capsys.readouterr().out)
+    page = (folder / "report.html").read_text()
+    assert "A false alarm is a good image or part that is flagged" in page
+    assert f"<td>{100 * parts['escapes']:.1f}</td>" in page
+
+
 def test_report_compares_text_and_probabilities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = predictions(1.0)  # text and probabilities agree and are correct
     swapped = {"A": 0.2, "B": 0.8} if rows[0].answer == "A" else {"A": 0.8, "B": 0.2}

@@ -1,4 +1,4 @@
-"""Detection metrics equal those of scikit-learn, in a resample too."""
+"""Detection metrics equal those of scikit-learn, in a resample too; false alarms and escapes equal counts by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from echo_ft.metrics import intervals
-from echo_ft.metrics.detection import auroc, score_detection
+from echo_ft.metrics.detection import alarm_metrics, auroc, detection_metrics, score_alarms, score_detection
+from echo_ft.metrics.metric_values import ALARM_METRICS
 from echo_ft.metrics.prediction_table import make_prediction_table
-from echo_ft.records import GOOD
+from echo_ft.records import GOOD, Prediction
 from tests.support.predictions import DETECTION, make_prediction, mixed_predictions
 
 
@@ -52,3 +53,73 @@ def test_detection_without_probabilities_scores_the_decisions() -> None:
     assert found["average_precision"] is None
     assert found["scored"] == 0
     assert found["balanced_accuracy"] == pytest.approx((found["recall"] + found["specificity"]) / 2)
+
+
+def six_parts() -> list[Prediction]:
+    """Three good and three defective parts. The last one also has a good image, which is the only one flagged."""
+    images = [
+        ("good, one image flagged", GOOD, True, 0.2),
+        ("good, one image flagged", GOOD, False, 0.7),
+        ("good", GOOD, True, 0.1),
+        ("good", GOOD, True, 0.3),
+        ("good, unparsed", GOOD, None, None),
+        ("one image found", "crack", True, 0.5),
+        ("one image found", "crack", False, 0.4),
+        ("missed", "crack", False, 0.6),
+        ("flagged for its good image", GOOD, False, 0.2),
+        ("flagged for its good image", "crack", False, None),
+    ]
+    rows = []
+    for place, (group, condition, correct, score) in enumerate(images):
+        row = make_prediction(place, DETECTION, bool(correct), condition, group=group)
+        known = None if score is None else {"A": score, "B": 1 - score}
+        rows.append(dataclasses.replace(row, probabilities=known, parsed=None if correct is None else row.parsed))
+    return rows
+
+
+def test_false_alarms_and_escapes_are_counted_by_image_and_by_part() -> None:
+    found = score_alarms(make_prediction_table(six_parts()))
+    assert set(found) == {"All", "D"}
+    shares = {
+        (way, by): (one["good"], one["false_alarms"], one["defective"], one["escapes"])
+        for way, units in found["All"].items()
+        for by, one in units.items()
+    }
+    assert shares == {
+        ("answers", "images"): (6, 3 / 6, 4, 3 / 4),
+        ("answers", "parts"): (3, 2 / 3, 3, 1 / 3),
+        # Flagged from P(defect) 0.5. The part whose defective image has none is not flagged.
+        ("p_defect", "images"): (6, 2 / 6, 4, 2 / 4),
+        ("p_defect", "parts"): (3, 2 / 3, 3, 1 / 3),
+    }
+    assert found["All"]["answers"]["parts"]["intervals"] == {"false_alarms": None, "escapes": None}, "too few parts"
+
+
+def test_a_resample_draws_all_images_of_a_part() -> None:
+    """One part has all false alarms, and it is drawn twice."""
+    table = make_prediction_table(six_parts()[:4])
+    assert table.part_index.tolist() == [1, 1, 0, 0]
+    found = alarm_metrics(table, np.array([[2.0, 2.0, 1.0, 1.0]]))
+    assert found["False alarms, images"] == pytest.approx(100 * 2 / 6)
+    assert found["False alarms, parts"] == pytest.approx(100 * 2 / 3)
+    assert np.isnan(found["Escapes, parts"])
+
+
+def test_alarms_of_images_are_the_complements_of_recall_and_specificity() -> None:
+    table = make_prediction_table(mixed_predictions(images=80))
+    weights = table.weights()
+    alarms, detection = alarm_metrics(table, weights), detection_metrics(table, weights)
+    np.testing.assert_allclose(alarms["False alarms, images"], 100 * (1 - detection["specificity"]))
+    np.testing.assert_allclose(alarms["Escapes, images"], 100 * (1 - detection["recall"]))
+    found = score_alarms(table)["All"]
+    low, high = found["answers"]["parts"]["intervals"]["escapes"]
+    assert 0 < low < found["answers"]["parts"]["escapes"] < high < 1
+
+
+def test_runs_without_probabilities_have_no_alarms_by_p_defect() -> None:
+    rows = [dataclasses.replace(row, probabilities=None) for row in six_parts()]
+    table = make_prediction_table(rows)
+    assert set(score_alarms(table)["All"]) == {"answers"}
+    found = alarm_metrics(table, table.unit_weights())
+    assert set(found) == set(ALARM_METRICS)
+    assert [name for name, value in found.items() if np.isnan(value[0])] == [n for n in found if "P(defect)" in n]
