@@ -59,7 +59,7 @@ class Card:
     inspection: Inspection
     query: Picture
     references: tuple[tuple[int, Picture, Reference], ...]
-    """Candidate number, image and record of each reference, best rank first."""
+    """Candidate number, image and record of each reference: the best rank first, then the others by number."""
     targets: Mapping[str, Sequence[Exchange]]
     """Role to its training rows."""
 
@@ -107,7 +107,6 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], draft: 
         Path(__file__).parent / "preview.html.jinja",
         name=folder.name,
         manifest=manifest,
-        config=json.dumps(manifest["config"], indent=2, ensure_ascii=False),
         charts=_charts(manifest["counts"]),
         filters=_filters(cards),
         held_out_references=manifest["counts"]["photographs"].get(REFERENCE_SPLIT, 0),
@@ -176,7 +175,9 @@ def _cards(sampled: Sequence[Inspection], folder: Path, root: Path) -> list[Card
     questions = list(_rows(folder / "questions.jsonl", Question, ids))
     cards = []
     for inspection, case in zip(sampled, make_cases(list(sampled), references, questions, {}), strict=True):
-        ranked = sorted(enumerate(case.seen.references, start=1), key=lambda item: item[1].rank)
+        candidates = list(enumerate(case.seen.references, start=1))
+        best = min((row.rank for _, row in candidates), default=0)
+        ranked = sorted(candidates, key=lambda item: (item[1].rank != best, item[0]))
         pictures = [
             (number, _picture(load_scaled(root / row.image, LARGE_SIDE if place == 0 else SMALL_SIDE)), row)
             for place, (number, row) in enumerate(ranked)
@@ -216,20 +217,8 @@ def _query_picture(case: Case, root: Path) -> Picture:
     if mask is None or not mask.any():
         return _picture(image)
     if mask.shape[0] < image.height:
-        return _picture(image, outlines(np.asarray(Image.fromarray(mask).resize(image.size))))
-    return _picture(image, outlines(masks.resize_mask(mask, image.size)))
-
-
-def outlines(mask: masks.Mask) -> str:
-    """The borders of a mask (height, width) as an SVG path in pixels, one closed line per region or hole."""
-    from skimage.measure import approximate_polygon, find_contours
-
-    lines = []
-    for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):  # padded, to close lines at the image border
-        # Contours run through pixel centres; whole numbers in the SVG path are pixel corners.
-        points = approximate_polygon(contour, 0.4)[:-1] - 0.5
-        lines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points) + "Z")
-    return "".join(lines)
+        return _picture(image, masks.outline_path(np.asarray(Image.fromarray(mask).resize(image.size))))
+    return _picture(image, masks.outline_path(masks.resize_mask(mask, image.size)))
 
 
 def load_scaled(path: Path, side: int = LARGE_SIDE) -> Image.Image:

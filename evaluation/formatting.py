@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,11 +85,6 @@ def p_text(value: float) -> str:
 def unparsed_or_failed(counts: Mapping[str, Any]) -> str:
     """Format the percentage of answers that are unparsed or failed; both count as wrong."""
     return percent(100 * (counts["unparsed"] + counts["failed"]) / counts["questions"])
-
-
-def compact(value: Any) -> str:
-    """Format a provenance value on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def axis_limit(bounds: Iterable[float]) -> int:

@@ -38,7 +38,6 @@ def render(template: str, **values: Any) -> str:
         "signed": formatting.signed,
         "p": formatting.p_text,
         "unparsed_or_failed": formatting.unparsed_or_failed,
-        "compact": formatting.compact,
     }
     return render_page(Path(__file__).parent / template, filters, **values)
 

@@ -207,6 +207,18 @@ def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
     return small
 
 
+def outline_path(mask: Mask) -> str:
+    """Return the borders of a mask (height, width) as an SVG path in pixels, one closed line per region or hole."""
+    from skimage.measure import approximate_polygon, find_contours
+
+    lines = []
+    for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):  # padded, to close lines at the image border
+        # Contours run through pixel centres; whole numbers in the SVG path are pixel corners.
+        points = approximate_polygon(contour, 0.4)[:-1] - 0.5
+        lines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points) + "Z")
+    return "".join(lines)
+
+
 def misfit(query: Grey, reference: Grey, mask: Mask | None) -> float:
     """Return the mean absolute grey difference outside the mask, from 0 to 1.
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 from collections import Counter
-from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlencode
@@ -20,12 +17,13 @@ from skimage.draw import disk, polygon2mask
 from data_prep import preview
 from data_prep.build import build
 from data_prep.config import BuildConfig
-from data_prep.preview import outlines, sample_inspections
+from data_prep.preview import sample_inspections
 from echo_ft.files import read_jsonl
+from echo_ft.images.masks import outline_path
 from echo_ft.records import ROLES, Exchange, Inspection, Question
 from tests.conftest import ROOT
+from tests.support.browser import Browser, start_browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 METHOD = "cut&paste"
 """A made-up method of synthesis. Both HTML and URLs must escape it."""
 
@@ -110,7 +108,7 @@ def test_outlines_are_the_borders_of_the_mask():
     mask[disk((35, 30), 20)] = True
     mask[disk((35, 30), 8)] = False  # a hole
     mask[50, 60] = True
-    path = outlines(mask)
+    path = outline_path(mask)
     assert path.count("M") == path.count("Z") == 4
     assert (filled(path, mask.shape) ^ mask).sum() <= 0.01 * mask.sum()
 
@@ -176,45 +174,32 @@ def test_the_charts_count_what_the_manifest_counts(built):
         assert sum(numbers[2:]) == counts["sft_rows"][f"{role}/validation"]
 
 
-def visit(path: Path, tmp_path: Path, fragment: str = "") -> tuple[str, list[str], list[str]]:
-    """The DOM of a page after its scripts ran, the messages on the console, and the addresses that it requested."""
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on the PATH; install it to test the page in a browser")
-    log = tmp_path / "net.json"
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-         "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", f"--log-net-log={log}",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri() + fragment],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    # The browser also requests its own updates. Requests of a page carry the page's origin as isolation key.
-    requested = [event["url"] for event in events if str(event.get("network_isolation_key", "")).startswith("file:")]
-    return done.stdout, messages, [address for address in requested if not address.startswith(("file:", "data:"))]
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with start_browser(tmp_path_factory.mktemp("browser")) as started:
+        yield started
 
 
-def browse(folder: Path, tmp_path: Path, fragment: str = "") -> Page:
+def browse(browser: Browser, folder: Path, fragment: str = "") -> Page:
     """The preview in a browser, checked to print no message and to request nothing."""
-    text, messages, requested = visit(folder / "preview.html", tmp_path, fragment)
-    assert (messages, requested) == ([], [])
-    return Page(text)
+    browser.open(folder / "preview.html", fragment)
+    assert (browser.messages, browser.foreign_requests()) == ([], [])
+    return Page(browser.run("document.documentElement.outerHTML"))
 
 
-def test_requests_and_errors_are_noticed_and_the_page_blocks_requests(built, tmp_path):
+def test_requests_and_errors_are_noticed_and_the_page_blocks_both(browser, built, tmp_path):
     reach = '<img src="http://parts.invalid/x.png"><script>nothing.there()</script></body>'
     open_page, closed_page = tmp_path / "open.html", tmp_path / "closed.html"
     closed_page.write_text(page(built).replace("</body>", reach))
     open_page.write_text(re.sub("<meta http-equiv.*>", "", closed_page.read_text()))
-    _, messages, requested = visit(open_page, tmp_path)
-    assert requested == ["http://parts.invalid/x.png"]
-    assert len(messages) == 1
-    assert "nothing is not defined" in messages[0]
-    _, messages, requested = visit(closed_page, tmp_path)
-    assert requested == []
-    assert len(messages) == 2
-    assert any("Content Security Policy" in line for line in messages)
+    browser.open(open_page)
+    assert browser.foreign_requests() == ["http://parts.invalid/x.png"]
+    assert any("nothing is not defined" in message for message in browser.messages)
+    browser.open(closed_page)
+    blocked = [message for message in browser.messages if "Content Security Policy" in message]
+    assert len(blocked) == len(browser.messages) == 2
+    assert "parts.invalid" in "".join(blocked)
+    assert "inline script" in "".join(blocked)
 
 
 def matching(folder: Path, wanted: dict[str, str | None]) -> set[str]:
@@ -242,8 +227,8 @@ def matching(folder: Path, wanted: dict[str, str | None]) -> set[str]:
         ("#product=gasket", {"product": "gasket"}),
     ],
 )
-def test_filters_in_the_address_select_the_matching_cases(built, tmp_path, fragment, wanted):
-    seen = browse(built, tmp_path, fragment)
+def test_filters_in_the_address_select_the_matching_cases(browser, built, fragment, wanted):
+    seen = browse(browser, built, fragment)
     shown = {case for case, shown in seen.cases.items() if shown}
     assert shown == set(seen.cases) & matching(built, wanted)
     assert f"{len(shown)} of 48 shown" in "".join(seen.text)
@@ -252,7 +237,7 @@ def test_filters_in_the_address_select_the_matching_cases(built, tmp_path, fragm
         assert {case: seen.open[case] for case in shown} == {case: {wanted["role"]} for case in shown}
 
 
-DRIVE = """<pre id="record"></pre><script>
+DRIVE = """
 const record = [];
 function note() {
   const shown = cases.filter(item => !item.hidden);
@@ -267,11 +252,10 @@ function choose(name, value) {
   note();
 }
 STEPS
-document.getElementById("record").textContent = JSON.stringify(record);
-</script></body>"""
+return record;"""
 
 
-def test_selects_and_bars_filter_and_change_the_address(built, tmp_path):
+def test_selects_and_bars_filter_and_change_the_address(browser, built):
     chosen = [
         ("condition", "chip"),
         ("split", "test"),
@@ -282,11 +266,9 @@ def test_selects_and_bars_filter_and_change_the_address(built, tmp_path):
     steps = [f"choose({name!r}, {value!r});" for name, value in [*chosen, ("outlines", "")]]
     steps.append("document.querySelector('button[data-value=\"missing bolt\"]').click(); note();")
     steps.append("document.querySelector('button[type=reset]').click(); note(); form.requestSubmit();")
-    driven = tmp_path / "driven.html"
-    driven.write_text(page(built).replace("</body>", DRIVE.replace("STEPS", "\n".join(steps))))
-    text, messages, requested = visit(driven, tmp_path)
-    assert (messages, requested) == ([], [])
-    record = json.loads(unescape(re.findall(r'<pre id="record">(.*?)</pre>', text)[0]))
+    browser.open(built / "preview.html")
+    record = browser.run(f"(() => {{{DRIVE.replace('STEPS', chr(10).join(steps))}}})()")
+    assert (browser.messages, browser.foreign_requests()) == ([], [])
     everything, wanted = set(record[-1]["shown"]), {}
     assert len(everything) == 48
     for (name, value), state in zip(chosen, record, strict=False):
@@ -304,8 +286,8 @@ def test_selects_and_bars_filter_and_change_the_address(built, tmp_path):
     assert not any(reset["selected"])
 
 
-def test_filters_offer_the_values_on_the_page(built, tmp_path):
-    seen = browse(built, tmp_path)
+def test_filters_offer_the_values_on_the_page(browser, built):
+    seen = browse(browser, built)
     shown = [one for one in read_jsonl(built / "inspections.jsonl", Inspection) if one.id in seen.cases]
     first = {"any": 0, "good": 1}
     for name in ("product", "condition"):

@@ -181,7 +181,7 @@ def test_p_defect_is_calibrated_on_a_validation_run(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     require_self_contained(page)
     assert "Calibration of P(defect)" in page
-    assert page.count('<svg class="roc"') == 2
+    assert page.count('<svg class="curve"') == 2
     score.main([str(folder)])
     assert "Calibration of P(defect)" not in (folder / "report.html").read_text()
 
