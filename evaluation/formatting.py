@@ -87,6 +87,11 @@ def unparsed_or_failed(counts: Mapping[str, Any]) -> str:
     return percent(100 * (counts["unparsed"] + counts["failed"]) / counts["questions"])
 
 
+def mmad_counts(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Add up the counts of MMAD's seven question types."""
+    return {key: sum(kind[key] for kind in kinds.values()) for key in ("questions", "unparsed", "failed")}
+
+
 def axis_limit(bounds: Iterable[float]) -> int:
     """Return the limit, in points to each side of zero, of a plot of differences with these absolute `bounds`."""
     largest = max(bounds, default=0)

@@ -16,7 +16,7 @@ from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import PredictionTable, is_correct, make_prediction_table
 from echo_ft.records import QUESTION_TYPES, Prediction
 from evaluation import formatting
-from evaluation.formatting import DETECTION_METRICS, axis_limit
+from evaluation.formatting import DETECTION_METRICS, axis_limit, mmad_counts
 
 SAMPLE_CASES = 24
 """Number of cases on a report page."""
@@ -48,6 +48,7 @@ def report_page(report: Mapping[str, Any], run: Run) -> str:
         "report.html.jinja",
         report=report,
         question_types=QUESTION_TYPES,
+        mmad_counts=mmad_counts(report["kinds"]),
         detection_labels=formatting.DETECTION_LABELS,
         alarm_labels=formatting.ALARM_LABELS,
         expert_labels=formatting.EXPERT_LABELS,

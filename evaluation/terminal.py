@@ -16,6 +16,7 @@ from evaluation.formatting import (
     UNPARSED_LABEL,
     interval_text,
     metric_text,
+    mmad_counts,
     p_text,
     percent,
     share_interval_text,
@@ -33,20 +34,23 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(f"{report['name']}: {summary(counts)}\n")
     rows: list[tuple[str, ...]] = [("percent", "strict", "95% interval", "official", "questions", "unparsed", "failed")]
     for kind in (*QUESTION_TYPES, "Average"):
-        own = counts if kind == "Average" else report["kinds"][kind]
+        own = report["kinds"].get(kind) or mmad_counts(report["kinds"])
         if own["questions"]:
             strict, official = tables["strict"]["Average"][kind], tables["official"]["Average"][kind]
             scores = percent(strict), interval_text(kind, intervals["Average"][kind]), percent(official)
             rows.append((kind, *scores, *(str(own[key]) for key in ("questions", "unparsed", "failed"))))
-    print(text_table(rows))
+    if len(rows) > 1:
+        print(text_table(rows))
     datasets = [name for name in tables["strict"] if name != "Average"]
-    if len(datasets) > 1:
+    if len(datasets) > 1 and len(rows) > 1:
         rows = [("average by dataset", "strict", "95% interval", "official")]
         for name in datasets:
-            strict, official = tables["strict"][name]["Average"], tables["official"][name]["Average"]
+            strict, official = tables["strict"][name]["Average"], tables["official"].get(name, {}).get("Average")
             interval = interval_text("Average", intervals[name]["Average"])
             rows.append((name, percent(strict), interval, percent(official)))
         print("\n" + text_table(rows))
+    if report["other_types"]:
+        print_other_types(report["other_types"])
     if "All" in report["detection"]:
         print_detection(report["detection"]["All"])
         print_alarms(report["alarms"]["All"])
@@ -58,6 +62,16 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_option_order(report["option_order"])
     if report["experts"]:
         print_experts(report["experts"])
+
+
+def print_other_types(other_types: Mapping[str, Any]) -> None:
+    """Print the strict scores of the question types that are not MMAD's."""
+    rows: list[tuple[str, ...]]
+    rows = [("other types, percent", "strict", "95% interval", "questions", "unparsed", "failed")]
+    for kind, own in other_types.items():
+        counts = (str(own[key]) for key in ("questions", "unparsed", "failed"))
+        rows.append((kind, percent(own["strict"]), interval_text(kind, own["interval"]), *counts))
+    print("\n" + text_table(rows))
 
 
 def summary(counts: Mapping[str, Any]) -> str:
@@ -185,7 +199,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     rows.append((UNPARSED_LABEL, *unparsed))
     print(text_table(rows))
     for difference in comparison["differences"]:
-        print("\n" + text_table(_difference_rows(difference, comparison["baseline"], keys)))
+        print("\n" + text_table(_difference_rows(difference, comparison["baseline"], comparison["headline"], keys)))
     print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. Fewer false alarms and")
     print("escapes are better. won, lost: questions that only one of the two runs answered correctly. p: exact McNemar")
     print("test on these, Holm-corrected\n")
@@ -198,13 +212,15 @@ def _run_cells(run: Mapping[str, Any], value: str, deviation: str, interval: str
     return [value, deviation, interval] if len(run["members"]) > 1 else [value, interval]
 
 
-def _difference_rows(difference: Mapping[str, Any], baseline: str, keys: list[str]) -> list[tuple[str, ...]]:
+def _difference_rows(
+    difference: Mapping[str, Any], baseline: str, headline: str, keys: list[str]
+) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (f"{difference['run']} - {baseline}", "difference", "95% interval", "won", "lost", "p")
     ]
     for key in keys:
         score = difference["figures"][key]
-        test = difference["mcnemar"].get(ALL_QUESTIONS if key == "Average" else key)
+        test = difference["mcnemar"].get(ALL_QUESTIONS if key == headline else key)
         if score["difference"] is not None:
             counts = (str(test["only_run"]), str(test["only_baseline"]), p_text(test["p_holm"])) if test else ("",) * 3
             digits = 3 if key in DETECTION_METRICS else 1

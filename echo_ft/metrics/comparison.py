@@ -21,12 +21,19 @@ from echo_ft.metrics.detection import (
 )
 from echo_ft.metrics.intervals import BOOTSTRAP
 from echo_ft.metrics.loading import Run
-from echo_ft.metrics.metric_values import ALARM_METRICS, AVERAGE, MIN_PARTS, json_number, metric_interval
+from echo_ft.metrics.metric_values import (
+    ALARM_METRICS,
+    AVERAGE,
+    MIN_PARTS,
+    OTHER_AVERAGE,
+    json_number,
+    metric_interval,
+)
 from echo_ft.metrics.prediction_table import PredictionTable
 from echo_ft.records import QUESTION_TYPES
 
 ALL_QUESTIONS = "All questions"
-"""Name of the McNemar test over all question types."""
+"""Name of the McNemar test over all questions behind the headline."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
     intervals then include the variation between seeds, as far as a few runs can show it.
     """
     base, first = groups[0], groups[0].tables[0]
+    key_figure = headline(first)
     weights = first.weights()
     part_counts = [compared_part_counts(group.tables[0]) for group in groups]
     resampled = [_resampled_metrics(group, weights, seed) for seed, group in enumerate(groups, start=1)]
@@ -66,12 +74,13 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
             change, parts = resampled[place][key] - resampled[0][key], min(count, part_counts[place][key])
             rows[key] = {
                 "difference": None if after is None or before is None else after - before,
-                "interval": metric_interval(change, parts, key, difference=True),
+                "interval": metric_interval(change, parts, key, difference=True, percent=_in_percent(first, key)),
             }
-        sentence = describe_difference(group.title, base.title, rows[AVERAGE], questions, cases)
+        sentence = describe_difference(group.title, base.title, rows[key_figure], questions, cases)
         differences.append({"run": group.name, "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
     return {
         "baseline": base.name,
+        "headline": key_figure,
         "questions": questions,
         "images": len(first.images),
         "cases": cases,
@@ -103,9 +112,12 @@ def server_warnings(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[str, dict[str, Any]]]:
-    """Test each group against the baseline. Tests over all questions and tests per type are two Holm families."""
+    """Test each group against the baseline.
+
+    The tests over all questions, per type of MMAD's and per other type are three Holm families.
+    """
     tests = [mcnemar_tests(base, group) for group in others]
-    for family in ([ALL_QUESTIONS], list(QUESTION_TYPES)):
+    for family in ([ALL_QUESTIONS], list(QUESTION_TYPES), base.tables[0].other_types):
         found = [test[row] for test in tests for row in family if row in test]
         for test, adjusted in zip(found, intervals.holm([test["p"] for test in found]), strict=True):
             test["p_holm"] = adjusted
@@ -137,7 +149,7 @@ def _describe_group(
         "members": group.members,
         "figures": {
             key: _mean_over_runs([json_number(metrics[key][0]) for metrics in values])
-            | {"interval": metric_interval(resampled[key], parts, key)}
+            | {"interval": metric_interval(resampled[key], parts, key, percent=_in_percent(group.tables[0], key))}
             for key, parts in part_counts.items()
         },
         "counts": strict.answer_counts([one for run in group.runs for one in run.predictions]),
@@ -175,8 +187,10 @@ def mcnemar_tests(first: RunGroup, second: RunGroup) -> dict[str, dict[str, Any]
         return {}
     base, other = first.tables[0], second.tables[0]
     tests = {}
-    for row in (ALL_QUESTIONS, *QUESTION_TYPES):
-        chosen = base.type_index >= 0 if row == ALL_QUESTIONS else base.type_index == QUESTION_TYPES.index(row)
+    rows = {kind: base.type_index == place for place, kind in enumerate(QUESTION_TYPES)}
+    rows |= {kind: base.other_type_index == place for place, kind in enumerate(base.other_types)}
+    rows[ALL_QUESTIONS] = base.type_index >= 0 if headline(base) == AVERAGE else base.other_type_index >= 0
+    for row, chosen in rows.items():
         if chosen.any():
             lost = int((base.correct & ~other.correct & chosen).sum())
             won = int((other.correct & ~base.correct & chosen).sum())
@@ -207,9 +221,13 @@ def describe_difference(name: str, baseline: str, average: Mapping[str, Any], qu
 
 
 def compared_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the compared metrics (R,): the `Average` row and ALARM_METRICS in percent, and detection from 0 to 1."""
+    """Return the compared metrics (R,): the `Average` row and ALARM_METRICS in percent, and detection from 0 to 1.
+
+    Question types that are not MMAD's follow, in percent. If the table has no other, their mean comes first.
+    """
     row = strict.strict_array(table, weights)[:, -1].T
-    return _in_order(row, detection_metrics(table, weights), alarm_metrics(table, weights))
+    ours = _in_order(row, detection_metrics(table, weights), alarm_metrics(table, weights))
+    return _with_other_types(table, ours, strict.other_type_array(table, weights).T)
 
 
 def compared_part_counts(table: PredictionTable) -> dict[str, int]:
@@ -217,7 +235,23 @@ def compared_part_counts(table: PredictionTable) -> dict[str, int]:
     counts, images = strict.strict_part_counts(table)[-1].tolist(), detection_images(table)
     alarms = alarm_part_counts(table, images)
     by_name = {name: alarms[rate] for name, (_, _, rate) in ALARM_METRICS.items()}
-    return _in_order(counts, detection_part_counts(table, images), by_name)
+    ours = _in_order(counts, detection_part_counts(table, images), by_name)
+    return _with_other_types(table, ours, strict.other_type_part_counts(table))
+
+
+def headline(table: PredictionTable) -> str:
+    """Return the figure that sums up a run: MMAD's average, or that of the other types if it has none of MMAD's."""
+    return AVERAGE if (table.type_index >= 0).any() else OTHER_AVERAGE
+
+
+def _in_percent(table: PredictionTable, key: str) -> bool:
+    return key in (*table.other_types, OTHER_AVERAGE)
+
+
+def _with_other_types(table: PredictionTable, ours: Mapping[str, Any], row: Iterable[Any]) -> dict[str, Any]:
+    others = dict(zip((*table.other_types, OTHER_AVERAGE), row, strict=True))
+    average = {OTHER_AVERAGE: others.pop(OTHER_AVERAGE)}
+    return {**ours, **others} if headline(table) == AVERAGE else {**average, **ours, **others}
 
 
 def _in_order(row: Iterable[Any], detection: Mapping[str, Any], alarms: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,9 @@ A cell without a question is None."""
 AVERAGE = "Average"
 """Name of the row and of the column of averages."""
 
+OTHER_AVERAGE = "Average of other types"
+"""Name of the unweighted mean over the question types that are not MMAD's."""
+
 DETECTION_INDEX = QUESTION_TYPES.index("Anomaly Detection")
 """Index of Anomaly Detection in QUESTION_TYPES."""
 
@@ -49,16 +52,19 @@ def json_interval(low: float | None, high: float | None) -> list[float] | None:
     return None if low is None or high is None else [low, high]
 
 
-def metric_interval(values: np.ndarray, parts: int, metric: str = "", difference: bool = False) -> list[float] | None:
+def metric_interval(
+    values: np.ndarray, parts: int, metric: str = "", difference: bool = False, percent: bool = False
+) -> list[float] | None:
     """Return the 95% interval of a metric with the resampled `values` (R,) from so many `parts`.
 
     `metric` is the name of a column of the strict table, of one of ALARM_METRICS or of a detection metric. All other
-    metrics are shares from 0 to 1. `difference` is true if the value is the difference between two metrics. Return None
-    if all values are nan, or if there are fewer than MIN_PARTS parts, which are too few to resample.
+    metrics are shares from 0 to 1, or percentages with `percent`. `difference` is true if the value is the difference
+    between two metrics. Return None if all values are nan, or if there are fewer than MIN_PARTS parts: too few to
+    resample.
     """
     if parts < MIN_PARTS:
         return None
-    top = 100.0 if metric in (*QUESTION_TYPES, AVERAGE, *ALARM_METRICS) else 1.0
+    top = 100.0 if percent or metric in (*QUESTION_TYPES, AVERAGE, *ALARM_METRICS) else 1.0
     bounds = (-top if difference else 0.0, top)
     interval = intervals.percentile_interval(values, parts, bounds, classes=class_count(metric))
     return json_interval(*map(json_number, interval))

@@ -58,6 +58,8 @@ def official_table(answers: Sequence[Answer]) -> ScoreTable:
     - A class (normal or defective) without an Anomaly Detection question also scores 0.
     - An image counts as normal if `good` occurs anywhere in its path.
     """
+    if not answers:
+        return {AVERAGE: {**_all_columns({}), AVERAGE: None}}
     datasets = list(dict.fromkeys(answer.image.split("/")[0] for answer in answers))
     columns = [kind for kind in QUESTION_TYPES if any(_column(answer) == kind for answer in answers)]
     correct: dict[tuple[str, str], int] = {}
@@ -187,6 +189,8 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
 def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
     """Convert predictions to the answers that MMAD's own scripts would have written, with the letters of their parser.
 
+    Questions of other types than MMAD's are left out.
+
     MMAD's scorer derives dataset and condition only from the path. Paths that do not start with the dataset, and paths
     of normal images without `good`, therefore get the prefix `dataset/product/condition/`. With it, the scorer counts
     all normal images as normal. It does not count all defective images as defective, because it looks for `good`
@@ -203,6 +207,7 @@ def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
             options=prediction.options,
         )
         for prediction in predictions
+        if prediction.kind in QUESTION_TYPES
     ]
 
 

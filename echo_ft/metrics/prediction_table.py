@@ -5,16 +5,20 @@ Shapes: Q predictions, N images, R bootstrap resamples.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from echo_ft.errors import EchoError
 from echo_ft.metrics import intervals
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
+
+MISSPELT = 0.9
+"""difflib's similarity from which a question type counts as a misspelling of another. MMAD's own reach 0.76."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,20 @@ class PredictionTable:
 
     @cached_property
     def type_index(self) -> np.ndarray:
-        """(Q,): index into QUESTION_TYPES of each prediction."""
-        return np.array([QUESTION_TYPES.index(prediction.kind) for prediction in self.predictions])
+        """(Q,): index into QUESTION_TYPES of each prediction; -1 for a type that is not one of MMAD's."""
+        index = {kind: place for place, kind in enumerate(QUESTION_TYPES)}
+        return np.array([index.get(prediction.kind, -1) for prediction in self.predictions])
+
+    @cached_property
+    def other_types(self) -> tuple[str, ...]:
+        """The question types that are not MMAD's, sorted. They are scored apart and enter none of MMAD's tables."""
+        return tuple(sorted({prediction.kind for prediction in self.predictions} - {*QUESTION_TYPES}))
+
+    @cached_property
+    def other_type_index(self) -> np.ndarray:
+        """(Q,): index into `other_types` of each prediction; -1 for MMAD's types."""
+        index = {kind: place for place, kind in enumerate(self.other_types)}
+        return np.array([index.get(prediction.kind, -1) for prediction in self.predictions])
 
     @cached_property
     def defect_scores(self) -> np.ndarray:
@@ -100,17 +116,16 @@ class PredictionTable:
 def make_prediction_table(predictions: Sequence[Prediction]) -> PredictionTable:
     """Sort predictions into a table that does not depend on the order in which they were made.
 
-    Raises EchoError if there are no predictions, if a question type is unknown, if a true answer is not one of the
-    options, or if a question is answered twice.
+    Raises EchoError if there are no predictions, if one of MMAD's question types is misspelt, if a true answer is not
+    one of the options, or if a question is answered twice.
     """
     if not predictions:
         raise EchoError("there are no predictions to score; run the evaluation first")
     for prediction in predictions:
         where = f"question {prediction.question} of case {prediction.case}"
-        if prediction.kind not in QUESTION_TYPES:
-            raise EchoError(
-                f"{where} has the unknown type {prediction.kind!r}; the types are {', '.join(QUESTION_TYPES)}"
-            )
+        meant = misspelt_type(prediction.kind)
+        if meant:
+            raise EchoError(f"{where} has the type {prediction.kind!r}; did you mean {meant!r}?")
         if prediction.answer not in prediction.options:
             raise EchoError(
                 f"{where}: the true answer {prediction.answer!r} is not one of its options; correct the dataset"
@@ -124,6 +139,14 @@ def make_prediction_table(predictions: Sequence[Prediction]) -> PredictionTable:
     return PredictionTable(
         tuple(ordered), tuple(images), np.array([place[image_key(prediction)] for prediction in ordered])
     )
+
+
+@lru_cache  # a run has few question types, and many questions
+def misspelt_type(kind: str) -> str | None:
+    """Return the type of MMAD's that a question type seems to mean but does not spell; None for all other types."""
+    folded = {known.casefold(): known for known in QUESTION_TYPES}
+    near = difflib.get_close_matches(kind.casefold(), folded, n=1, cutoff=MISSPELT)
+    return folded[near[0]] if near and kind not in QUESTION_TYPES else None
 
 
 def image_key(prediction: Prediction) -> tuple[str, str, str, str]:

@@ -104,6 +104,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Ma
         "kinds": {
             kind: strict.answer_counts([one for one in run.predictions if one.kind == kind]) for kind in QUESTION_TYPES
         },
+        "other_types": strict.other_type_report(table),
         "products": {
             product: {
                 "strict": product_table[product],

@@ -5,6 +5,8 @@ and on defective images. Question types that a dataset does not have are left ou
 resampling physical parts with all their images and questions (`echo_ft.metrics.intervals`). The resamples are
 stratified by dataset and by the classes that a part shows, so no resample lacks a class (`PredictionTable.weights`).
 
+Question types that are not MMAD's have scores of their own (`other_type_report`) and enter none of its tables.
+
 Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 question types. Weights (R, N) are the number of
 times that each image is drawn. One row of ones gives the scores themselves, so scores and intervals share their code.
 """
@@ -27,6 +29,7 @@ from echo_ft.metrics.metric_values import (
     class_count,
     json_interval,
     json_number,
+    metric_interval,
     share_with_interval,
 )
 from echo_ft.metrics.prediction_table import PredictionTable, image_key, make_prediction_table
@@ -41,11 +44,12 @@ def strict_array(table: PredictionTable, weights: np.ndarray, by: str = "dataset
     """
     names, row_index = table.group_images(by)
     shape = (len(names), 2, len(QUESTION_TYPES))
-    image = table.image_index
-    cells = np.ravel_multi_index((row_index[image], table.defective[image] * 1, table.type_index), shape)
+    ours = table.type_index >= 0
+    image = table.image_index[ours]
+    cells = np.ravel_multi_index((row_index[image], table.defective[image] * 1, table.type_index[ours]), shape)
     used, column = np.unique(cells, return_inverse=True)
     sums = np.zeros((2, len(weights), int(np.prod(shape))))
-    for which, amount in enumerate((np.ones(len(cells)), table.correct.astype(float))):
+    for which, amount in enumerate((np.ones(len(cells)), table.correct[ours].astype(float))):
         per_image = np.zeros((len(table.images), len(used)))
         np.add.at(per_image, (image, column), amount)
         sums[which][:, used] = weights @ per_image
@@ -67,8 +71,9 @@ def strict_part_counts(table: PredictionTable, by: str = "dataset") -> np.ndarra
     """
     names, row_index = table.group_images(by)
     shown = np.zeros((table.part_index.max() + 1, len(names), 2, len(QUESTION_TYPES)), dtype=bool)
-    image = table.image_index
-    shown[table.part_index[image], row_index[image], table.defective[image] * 1, table.type_index] = True
+    ours = table.type_index >= 0
+    image = table.image_index[ours]
+    shown[table.part_index[image], row_index[image], table.defective[image] * 1, table.type_index[ours]] = True
     by_class = shown[..., DETECTION_INDEX].sum(axis=0)
     counts = np.zeros((len(names) + 1, len(QUESTION_TYPES) + 1), dtype=int)
     counts[:-1, :-1] = shown.any(axis=2).sum(axis=0)
@@ -119,6 +124,42 @@ def single_class_rows(table: PredictionTable, by: str = "dataset") -> dict[str, 
     return found
 
 
+def other_type_array(table: PredictionTable, weights: np.ndarray) -> np.ndarray:
+    """Return the percentage of correct answers to each of `table.other_types` in each resample, (R, T + 1).
+
+    There are T types. The last column is their unweighted mean, which is nan without types.
+    """
+    scores = np.full((len(weights), len(table.other_types) + 1), np.nan)
+    for place in range(len(table.other_types)):
+        chosen = table.other_type_index == place
+        image, images = table.image_index[chosen], len(table.images)
+        total, correct = np.bincount(image, minlength=images), np.bincount(image, table.correct[chosen], images)
+        scores[:, place] = intervals.ratio(weights @ correct, weights @ total.astype(float))
+    scores[:, -1] = intervals.mean_of_present(scores[:, :-1], axis=1)
+    return 100 * scores
+
+
+def other_type_part_counts(table: PredictionTable) -> list[int]:
+    """Count the parts behind each score of `other_type_array`. The mean has the count of the rarest type."""
+    parts = table.part_index[table.image_index]
+    counts = [len(np.unique(parts[table.other_type_index == place])) for place in range(len(table.other_types))]
+    return [*counts, min(counts, default=0)]
+
+
+def other_type_report(table: PredictionTable) -> dict[str, dict[str, Any]]:
+    """Return {type: strict score in percent, its interval, and its `answer_counts`} for types that are not MMAD's."""
+    scores = other_type_array(table, table.unit_weights())[0]
+    resampled, parts = other_type_array(table, table.weights()), other_type_part_counts(table)
+    return {
+        kind: {
+            "strict": json_number(scores[place]),
+            "interval": metric_interval(resampled[:, place], parts[place], percent=True),
+            **answer_counts([one for one in table.predictions if one.kind == kind]),
+        }
+        for place, kind in enumerate(table.other_types)
+    }
+
+
 def answer_counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Count questions, images, and answers that are `unparsed` (no option letter) or `failed` (no answer at all)."""
     images = {image_key(prediction) for prediction in predictions}
@@ -138,12 +179,12 @@ def answer_counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def text_vs_logits(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
     """Compare answers parsed from the text with the most probable options: {question type or `Average`: scores}.
 
-    Only questions that have both are used; without any, the result is empty. `agreement` (0 to 1, with its interval) is
-    the share of `questions` with a text that names the most probable option. Text that cannot be parsed agrees with
-    none of the options. `text` and `logits` are the strict scores in percent of the two ways to answer. Their `Average`
-    is that of the strict table.
+    Only questions of MMAD's types that have both are used; without any, the result is empty. `agreement` (0 to 1, with
+    its interval) is the share of `questions` with a text that names the most probable option. Text that cannot be
+    parsed agrees with none of the options. `text` and `logits` are the strict scores in percent of the two ways to
+    answer. Their `Average` is that of the strict table.
     """
-    both = [one for one in predictions if one.error is None and one.probabilities]
+    both = [one for one in predictions if one.error is None and one.probabilities and one.kind in QUESTION_TYPES]
     if not both:
         return {}
     text = make_prediction_table(both)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from echo_ft.errors import EchoError
-from echo_ft.records import ROLES, Prediction
+from echo_ft.records import QUESTION_TYPES, ROLES, Prediction
 from evaluation import compare, run_groups, score
 from tests.support.runs import make_run, predictions, require_self_contained, run_command
 
@@ -206,3 +206,36 @@ def test_compare_logs_its_table_to_an_offline_wandb(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WANDB_SILENT", "true")
     compare.main([*map(str, folders), "--report_to", "wandb"])
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_runs_without_mmads_types_are_compared_by_the_mean_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = dict(zip(QUESTION_TYPES[:2], ("Puzzle", "Riddle"), strict=True))
+    folders = [
+        make_run(
+            tmp_path / name, [dataclasses.replace(row, kind=kinds[row.kind]) for row in predictions(skill, images=60)]
+        )
+        for name, skill in (("weak", 0.2), ("strong", 0.9))
+    ]
+    compare.main([str(folder) for folder in folders])
+    comparison = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    assert comparison["headline"] == "Average of other types"
+    _, strong = (run["figures"] for run in comparison["runs"])
+    assert strong["Average"]["value"] is None
+    mean = statistics.mean(strong[kind]["value"] for kind in kinds.values())
+    assert strong["Average of other types"]["value"] == pytest.approx(mean)
+    (difference,) = comparison["differences"]
+    low, high = difference["figures"]["Riddle"]["interval"]
+    assert 20 < low < difference["figures"]["Riddle"]["difference"] < high <= 100
+    assert set(difference["mcnemar"]) == {"All questions", *kinds.values()}
+    assert difference["mcnemar"]["All questions"]["only_run"] > 50
+    assert "strong is better than weak by" in capsys.readouterr().out
+    page = (tmp_path / "compare" / "compare.html").read_text()
+    assert re.search(r'<tr class="total"><th scope="row">Average of other types', page)
+    score.main([str(folders[1])])
+    printed, page = capsys.readouterr().out, (folders[1] / "report.html").read_text()
+    assert re.search(r"Riddle +\d+\.\d +\d+\.\d to \d+\.\d +60 +0 +0", printed)
+    assert "Other question types" in page
+    assert "By question type" not in page, "there is no question of MMAD's types"
+    assert json.loads((folders[1] / "answers.json").read_text()) == []

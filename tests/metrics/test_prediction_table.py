@@ -17,8 +17,8 @@ def test_bad_predictions_are_refused_by_name() -> None:
     row = make_prediction(0, DETECTION, True)
     with pytest.raises(EchoError, match="no predictions"):
         make_prediction_table([])
-    with pytest.raises(EchoError, match=r"D-0.*unknown type 'Guess'"):
-        make_prediction_table([dataclasses.replace(row, kind="Guess")])
+    with pytest.raises(EchoError, match=r"D-0.*type 'Anomaly detecton'; did you mean 'Anomaly Detection'"):
+        make_prediction_table([dataclasses.replace(row, kind="Anomaly detecton")])
     with pytest.raises(EchoError, match="answered twice"):
         make_prediction_table([row, row])
     with pytest.raises(EchoError, match="true answer 'E'"):

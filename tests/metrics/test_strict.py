@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from echo_ft.metrics import comparison, detection, strict
+from echo_ft.metrics.metric_values import AVERAGE
+from echo_ft.metrics.mmad import from_predictions, official_table
 from echo_ft.metrics.prediction_table import make_prediction_table
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 from tests.support.predictions import CLASSIFICATION, DETECTION, make_prediction, mixed_predictions
@@ -139,3 +141,32 @@ def test_both_classes_of_a_part_widen_the_detection_interval() -> None:
     low, high = strict.strict_intervals(make_prediction_table(rows))["D"][DETECTION] or (0, 0)
     separate_low, separate_high = strict.strict_intervals(make_prediction_table(separate))["D"][DETECTION] or (0, 0)
     assert high - low > 1.2 * (separate_high - separate_low), "the classes of a part are correlated"
+
+
+def test_other_question_types_are_scored_apart_and_leave_mmads_tables_alone() -> None:
+    ours = mixed_predictions()
+    riddles = [make_prediction(image, "Riddle", image < 30, dataset="D") for image in range(40)]
+    puzzles = [make_prediction(image, "Puzzle", image % 2 == 0, dataset="D") for image in range(20)]
+    alone, mixed = make_prediction_table(ours), make_prediction_table([*ours, *riddles, *puzzles])
+    assert strict.strict_table(mixed) == strict.strict_table(alone)
+    assert official_table(from_predictions(mixed.predictions)) == official_table(from_predictions(alone.predictions))
+    assert strict.other_type_report(alone) == {}
+    found = strict.other_type_report(mixed)
+    assert [(kind, one["strict"], one["questions"]) for kind, one in found.items()] == [
+        ("Puzzle", 50.0, 20),
+        ("Riddle", 75.0, 40),
+    ]
+    low, high = found["Riddle"]["interval"]
+    assert 55 < low < 75 < high < 95
+    assert strict.other_type_array(mixed, mixed.unit_weights())[0].tolist() == [50.0, 75.0, 62.5]
+
+
+def test_run_without_mmads_types_has_no_average_of_theirs() -> None:
+    table = make_prediction_table([make_prediction(image, "Riddle", True) for image in range(8)])
+    assert strict.strict_table(table)["Average"]["Average"] is None
+    assert set(strict.strict_intervals(table)["Average"].values()) == {None}
+    official = official_table(from_predictions(table.predictions))
+    assert official == {AVERAGE: dict.fromkeys([*QUESTION_TYPES, AVERAGE])}
+    low, high = strict.other_type_report(table)["Riddle"]["interval"]
+    assert low == pytest.approx(100 * 0.025 ** (1 / 8)), "all eight parts are right: the exact bound"
+    assert high == 100
