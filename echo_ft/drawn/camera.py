@@ -12,16 +12,19 @@ from PIL import Image
 _Array = NDArray[np.float32]
 
 
-def part_coordinates(size: tuple[int, int], rng: np.random.Generator, surface: bool) -> tuple[_Array, _Array, float]:
+def part_coordinates(
+    size: tuple[int, int], rng: np.random.Generator, surface: bool, play: float = 1.0
+) -> tuple[_Array, _Array, float]:
     """Return the part coordinates u and v of every pixel, (height, width) each, and the width of a pixel.
 
-    The camera adds a small shift, rotation and zoom. A `surface` fills the image and gets less zoom.
+    The camera adds a small shift, rotation and zoom, all in proportion to `play`. A play of 1 moves a pixel of an image
+    of 168 x 168 by about 3 pixels, and by up to 10 in a corner. A `surface` fills the image and gets less zoom.
     """
     height, width = size
     x = np.linspace(-1 + 1 / width, 1 - 1 / width, width, dtype=np.float32)[None, :]
     y = np.linspace(-1 + 1 / height, 1 - 1 / height, height, dtype=np.float32)[:, None]
-    shift, angle = rng.uniform(-0.04, 0.04, 2), rng.uniform(-0.05, 0.05)
-    zoom = rng.uniform(0.97, 1.03) * (1.0 if surface else 1.06)
+    shift, angle = rng.uniform(-0.04 * play, 0.04 * play, 2), rng.uniform(-0.05 * play, 0.05 * play)
+    zoom = rng.uniform(1 - 0.03 * play, 1 + 0.03 * play) * (1.0 if surface else 1.06)
     cos, sin = np.float32(zoom * np.cos(angle)), np.float32(zoom * np.sin(angle))
     x, y = x - np.float32(shift[0]), y - np.float32(shift[1])
     return x * cos + y * sin, y * cos - x * sin, 2 * zoom / min(size)
@@ -34,7 +37,7 @@ def smooth_noise(rng: np.random.Generator, size: tuple[int, int], cells: tuple[i
 
 
 _GRAIN: _Array = np.random.default_rng(0).standard_normal((4, 512, 512), np.float32)
-_COLOUR_GRAIN: _Array = _GRAIN[0] + 0.5 * _GRAIN[1:]
+COLOUR_GRAIN: _Array = _GRAIN[0] + 0.5 * _GRAIN[1:]
 
 
 def white_noise(rng: np.random.Generator, size: tuple[int, int], table: _Array = _GRAIN[0]) -> _Array:
@@ -45,7 +48,7 @@ def white_noise(rng: np.random.Generator, size: tuple[int, int], table: _Array =
 
 def sensor_noise(size: tuple[int, int], rng: np.random.Generator) -> _Array:
     """Return sensor noise (3, height, width), which is mostly the same for all colours."""
-    return rng.uniform(0.008, 0.03) * white_noise(rng, size, _COLOUR_GRAIN)
+    return rng.uniform(0.008, 0.03) * white_noise(rng, size, COLOUR_GRAIN)
 
 
 def light_factor(size: tuple[int, int], rng: np.random.Generator) -> _Array:

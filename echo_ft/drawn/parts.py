@@ -15,56 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_ft.drawn.camera import light_factor, part_coordinates, sensor_noise, smooth_noise, white_noise
-from echo_ft.drawn.shapes import COMPONENTS, FORMS, PART_SHAPES, SHAPES, SURFACES, pixel_coverage
+from echo_ft.drawn.assemblies import part_layers
+from echo_ft.drawn.camera import light_factor, part_coordinates, sensor_noise, smooth_noise
+from echo_ft.drawn.painting import COLOURS, Defect, Rgb, Style, paint_defect, paint_part
+from echo_ft.drawn.shapes import COMPONENTS, SHAPES, SURFACES
 from echo_ft.images.masks import PLACES
 
 _Array = NDArray[np.float32]
-Rgb = tuple[float, float, float]
-
 IMAGE_SIZE = (168, 168)
 """(height, width) in pixels. Qwen2-VL does not resize multiples of 28, so an image has exactly 36 tokens."""
-
-COLOURS: Mapping[str, Rgb] = {
-    "grey": (0.55, 0.55, 0.56),
-    "white": (0.88, 0.88, 0.86),
-    "red": (0.75, 0.20, 0.18),
-    "green": (0.22, 0.58, 0.28),
-    "blue": (0.20, 0.34, 0.74),
-    "yellow": (0.85, 0.74, 0.22),
-    "brown": (0.48, 0.32, 0.20),
-    "purple": (0.50, 0.26, 0.60),
-}
-
-
-@dataclass(frozen=True)
-class Defect:
-    """A defect, or a printed mark that belongs to a product, at (u, v) in part coordinates."""
-
-    name: str
-    u: float
-    v: float
-    size: float
-    """Radius in part coordinates."""
-    angle: float
-    tone: str = ""
-    """`dark`, `bright`, a key of COLOURS, or empty if the defect has no tone of its own."""
-    seed: int = 0
-    component: int = -1
-
-
-@dataclass(frozen=True)
-class Style:
-    """The appearance that all parts of one product share."""
-
-    kind: str
-    colour: str
-    rgb: Rgb
-    background: Rgb
-    proportions: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5)
-    """Proportions from 0 to 1. Their meaning depends on the kind."""
-    marks: tuple[Defect, ...] = ()
-    """Marks that belong to the product and are therefore no defects."""
 
 
 @dataclass(frozen=True)
@@ -92,29 +51,13 @@ def render_part(part: Part, camera: int, size: tuple[int, int] = IMAGE_SIZE) -> 
     camera_rng, grain_rng = np.random.default_rng((camera, 1)), np.random.default_rng((part.seed, 2))
     u, v, pixel = part_coordinates(size, camera_rng, surface=style.kind in SURFACES)
 
-    cover = np.zeros(size, np.float32)
-    shade = np.ones(size, np.float32)
-    missing = np.zeros(size, np.float32)
-    for layer in PART_SHAPES[style.kind](u, v, style.proportions):
-        alpha = pixel_coverage(layer.distance, pixel)
-        if defect and defect.component >= 0 and layer.component == defect.component:
-            missing = np.maximum(missing, alpha)
-        elif layer.shade is None:
-            cover *= 1 - alpha
-        else:
-            cover = np.maximum(cover, alpha)
-            shade += alpha * (layer.shade - shade)
-    shade *= _texture(style, size, grain_rng)
-
-    # Colour planes come first, (3, height, width), because numpy is slow if the last axis has only three entries.
+    layers = part_layers(style, u, v)
+    hidden = defect.component if defect else -1
     backdrop = 1 + 0.05 * smooth_noise(camera_rng, size, (5, 5))
-    canvas = _planes(style.background) * (backdrop * (1 - cover))
-    canvas += _planes(style.rgb) * (shade * cover)
-    for mark in style.marks:
-        _paint(canvas, cover, _planes(style.background), mark, u, v, pixel)
+    canvas, cover, missing = paint_part(style, layers, backdrop, u, v, pixel, grain_rng, hidden)
     painted = missing
     if defect and defect.component < 0:
-        painted = _paint(canvas, cover, _planes(style.background), defect, u, v, pixel)
+        painted = paint_defect(canvas, cover, style.background, defect, u, v, pixel)
 
     canvas *= 255 * light_factor(size, camera_rng)
     canvas += 255 * sensor_noise(size, camera_rng)
@@ -166,7 +109,7 @@ def random_defect(rng: np.random.Generator, style: Style, name: str | None = Non
     else:
         tone = str(rng.choice(PRETRAINING_DEFECTS[name]))
     low, high = _SIZES[name]
-    return _place_defect(rng, style, name, float(low * (high / low) ** rng.random()), tone)
+    return place_defect(rng, style, name, float(low * (high / low) ** rng.random()), tone)
 
 
 def _rgb(values: NDArray[np.floating]) -> Rgb:
@@ -184,18 +127,18 @@ def demo_part(product: str, condition: str, seed: int) -> Part:
         component = int(rng.integers(COMPONENTS[style.kind]))
         return Part(style, seed, Defect(condition, 0, 0, 0, 0, component=component))
     low, high = _SIZES[condition]
-    return Part(style, seed, _place_defect(rng, style, condition, float(rng.uniform(low, high)), _TONES[condition]))
+    return Part(style, seed, place_defect(rng, style, condition, float(rng.uniform(low, high)), _TONES[condition]))
 
 
-def _place_defect(rng: np.random.Generator, style: Style, name: str, size: float, tone: str) -> Defect:
+def place_defect(rng: np.random.Generator, style: Style, name: str, size: float, tone: str) -> Defect:
     edge = np.linspace(-0.92, 0.92, 24, dtype=np.float32)
     u, v = np.meshgrid(edge, edge)
     solid = np.zeros(u.shape, np.bool_)
-    for layer in PART_SHAPES[style.kind](u, v, style.proportions):
+    for layer in part_layers(style, u, v):
         solid = solid & (layer.distance > 0.04) if layer.shade is None else solid | (layer.distance < -0.05)
     angle = rng.uniform(0, np.pi)
     if name in ("cut", "chip"):  # they cut into the part from outside, so they start on its outline and face outwards
-        outline = PART_SHAPES[style.kind](u, v, style.proportions)[0].distance
+        outline = part_layers(style, u, v)[0].distance
         solid = np.abs(outline) < 0.06
     cell = int(rng.choice(np.flatnonzero(solid)))
     x, y = u.flat[cell], v.flat[cell]
@@ -203,35 +146,6 @@ def _place_defect(rng: np.random.Generator, style: Style, name: str, size: float
         angle = np.arctan2(y, x)
     jitter = rng.uniform(-0.03, 0.03, 2)
     return Defect(name, float(x + jitter[0]), float(y + jitter[1]), size, float(angle), tone, int(rng.integers(2**31)))
-
-
-def _planes(colour: Rgb) -> _Array:
-    return np.asarray(colour, np.float32)[:, None, None]
-
-
-def _texture(style: Style, size: tuple[int, int], rng: np.random.Generator) -> _Array:
-    """Return a factor (height, width) on the part's colour. The style sets the kind of pattern, `rng` its details."""
-    height, width = size
-    if style.kind not in SURFACES:
-        return 1 + 0.03 * smooth_noise(rng, size, (7, 7)) + 0.015 * white_noise(rng, size)
-    depth = 0.05 + 0.09 * style.proportions[1]
-    texture = 1 + 0.08 * smooth_noise(rng, size, (4, 4)) + 0.05 * white_noise(rng, size)
-    if style.kind == "brushed sheet":  # parallel streaks, some of them strong
-        cells = (3, width // 2) if style.proportions[0] < 0.75 else (height // 2, 3)
-        streaks = smooth_noise(rng, size, cells)
-        texture += depth * (0.7 * streaks + 0.15 * streaks**3)
-    elif style.kind == "mottled sheet":
-        texture += depth * (smooth_noise(rng, size, (16, 16)) + 0.6 * smooth_noise(rng, size, (34, 34)))
-    elif style.kind == "woven sheet":
-        x = np.arange(width, dtype=np.float32)[None, :] * np.float32(0.5 + style.proportions[2])
-        y = np.arange(height, dtype=np.float32)[:, None] * np.float32(0.5 + style.proportions[2])
-        texture += depth * 1.5 * np.sin(x) * np.sin(y)
-    else:
-        texture += 1.3 * depth * white_noise(rng, size)
-    if style.proportions[3] > 0.5:  # darker towards the sides, like a curved surface
-        x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
-        texture *= 1 - np.float32(0.9 * (style.proportions[3] - 0.5)) * np.abs(x) ** 3
-    return texture
 
 
 PRETRAINING_KINDS = (*SHAPES, *SURFACES)
@@ -266,53 +180,3 @@ _SIZES = {
     "scratch": (0.25, 0.45), "stain": (0.16, 0.3), "chip": (0.16, 0.28),
 }  # fmt: skip
 _TONES = {"scratch": "bright", "stain": "brown", "chip": ""}
-
-
-def _paint(
-    canvas: _Array,
-    cover: _Array,
-    backdrop: _Array,
-    defect: Defect,
-    u: _Array,
-    v: _Array,
-    pixel: float,
-) -> _Array:
-    """Paint a defect onto `canvas` (3, height, width) where the part covers it.
-
-    Returns the share of each pixel that the defect covers, (height, width).
-    """
-    reach = 1.5 * defect.size + 2 * pixel
-    near = (np.abs(u - np.float32(defect.u)) < reach) & (np.abs(v - np.float32(defect.v)) < reach)
-    painted = np.zeros(u.shape, np.float32)
-    rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
-    if not len(rows):
-        return painted
-    crop = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    x, y = u[crop] - np.float32(defect.u), v[crop] - np.float32(defect.v)
-    cos, sin = np.float32(np.cos(defect.angle)), np.float32(np.sin(defect.angle))
-    p, q = x * cos + y * sin, y * cos - x * sin
-    rng = np.random.default_rng((defect.seed, 4))
-    planes = slice(None), *crop
-    below = canvas[planes]
-    alpha = FORMS[defect.name](p, q, defect.size, pixel, rng) * cover[crop]
-    strength = rng.uniform(0.6, 0.95)
-    target: _Array
-    if defect.name in ("cut", "chip"):
-        target = backdrop
-    elif defect.name in ("dent", "hole"):
-        # The light comes from the top left, so the near wall is in shadow and the far wall is bright.
-        slope = (x + y) / np.float32(defect.size)
-        relief = 1 + np.float32(0.45) * slope if defect.name == "dent" else np.where(slope > 0.75, 1.2, 0.25)
-        target = below * relief.astype(np.float32)
-    elif defect.name == "patch":
-        target = below * np.float32(rng.uniform(0.6, 0.8) if defect.tone == "dark" else rng.uniform(1.25, 1.45))
-    elif defect.tone == "dark":
-        target = below * np.float32(1 - 0.85 * strength)
-    elif defect.tone == "bright":
-        room = np.clip(1 - below, 0, None).astype(np.float32)
-        target = below + np.float32(0.8 * strength) * room
-    else:
-        target = below + np.float32(strength) * (_planes(COLOURS[defect.tone]) - below)
-    canvas[planes] = below + alpha * (target - below)
-    painted[crop] = alpha
-    return painted

@@ -225,6 +225,13 @@ def _cut(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generat
     return pixel_coverage(np.maximum(np.abs(q), -p) - np.float32(0.75 * size), pixel)
 
 
+def _streak(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
+    """An arc that is thin at both ends."""
+    path = np.float32(rng.uniform(-0.3, 0.3) / size) * (p * p - np.float32(size * size / 2))
+    taper = np.clip(1 - (p / np.float32(size)) ** 2, 0, 1)
+    return pixel_coverage(np.abs(q - path) - np.float32(rng.uniform(0.6, 1.3) * pixel) * taper, pixel) * (taper > 0)
+
+
 def _scratch(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
     gaps = rng.uniform(2.2, 4, int(rng.integers(1, 4))).cumsum() * pixel
     lines = [
@@ -248,5 +255,7 @@ def _chip(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Genera
 
 FORMS: Mapping[str, Form] = {
     "spot": _spot, "crack": _crack, "fibre": _fibre, "patch": _patch, "hole": _hole, "dent": _dent, "smear": _smear,
-    "speckles": _speckles, "cut": _cut, "scratch": _scratch, "stain": _stain, "chip": _chip,
+    "speckles": _speckles, "cut": _cut,
+    "streak": _streak, "tint": _patch, "roughness": _patch,
+    "scratch": _scratch, "stain": _stain, "chip": _chip,
 }  # fmt: skip

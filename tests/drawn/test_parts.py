@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.sources import SourceConfig, synthetic
 from echo_ft.drawn import parts
-from echo_ft.drawn.shapes import PART_SHAPES
+from echo_ft.drawn.shapes import FORMS, PART_SHAPES
 from echo_ft.errors import EchoError
 from echo_ft.records import GOOD, Inspection
 
@@ -29,8 +29,8 @@ def test_pretraining_and_demo_share_no_product_and_no_defect() -> None:
     assert not set(parts.PRETRAINING_DEFECTS) & demo_defects
     shapes = [PART_SHAPES[kind] for kind in parts.PRETRAINING_KINDS]
     assert not any(PART_SHAPES[style.kind] in shapes for style in parts.DEMO_PRODUCTS.values())
-    forms = [parts.FORMS[name] for name in parts.PRETRAINING_DEFECTS]
-    assert not any(parts.FORMS[name] in forms for name in demo_defects if not name.startswith("missing"))
+    forms = [FORMS[name] for name in parts.PRETRAINING_DEFECTS]
+    assert not any(FORMS[name] in forms for name in demo_defects if not name.startswith("missing"))
 
 
 def test_random_styles_and_defects_stay_in_the_pretraining_set() -> None:
