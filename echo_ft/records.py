@@ -27,6 +27,12 @@ QUESTION_TYPES = (
 )
 """MMAD's seven question types, in the order of its tables."""
 
+GROUNDING = "Defect Grounding"
+"""Asks for the boxes of the defects (`images.boxes`). It has no options and is scored apart from MMAD's types."""
+
+BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
+"""Qwen2-VL's tokens around a box (arXiv 2409.12191). They are special tokens, so decoding drops them."""
+
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
 """The four expert roles, in the order of the pipeline."""
 
@@ -94,9 +100,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question about an inspection. `kind` is its question type.
+    """A question about an inspection. `kind` is one of QUESTION_TYPES, with options, or GROUNDING, without any.
 
-    `answer` is None in questions that the experts see.
+    `answer` is a letter, or the text of boxes for GROUNDING. It is None in questions that the experts see.
     """
 
     id: str
@@ -143,7 +149,7 @@ class Truth:
     mask: str | None
     boxes: tuple[tuple[float, float, float, float], ...]
     answers: dict[str, str]
-    """The correct letter by question id."""
+    """The correct letter, or the text of the boxes, by question id."""
     masks: tuple[str, ...] = ()
     polygons: tuple[tuple[float, ...], ...] = ()
 
@@ -210,9 +216,9 @@ class Prediction:
     answer: str
     text: str
     parsed: str | None
-    """The option letter, or None if the text is unparsed. Unparsed answers count as wrong and are never guessed."""
+    """The letter or the text of the boxes; None if the text is unparsed, which counts as wrong. Never guessed."""
     probabilities: dict[str, float] | None = None
-    """P(letter) at the answer position, normalised over the question's options."""
+    """P(letter) at the answer position, normalised over the question's options; None for GROUNDING."""
     error: str | None = None
 
 
