@@ -178,7 +178,7 @@ def run_cell(prepared: PreparedRun, state: PartialState, engines: EngineFactory,
             **shared,
             "server": config.server,
             "adapter": prepared.adapters[role].fingerprint if role in prepared.adapters else None,
-            "answer_tokens": answer_tokens(config) if role == "decision_maker" else None,
+            "answer_tokens": answer_tokens(config, prepared.cases) if role == "decision_maker" else None,
         }
         for role in ROLES
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from echo_ft.inference.run_folder import RUN_DESCRIPTION
 from echo_ft.model.loading import DTYPES, checkpoint_dtype
-from echo_ft.records import MAX_NEW_TOKENS
+from echo_ft.records import GROUNDING, MAX_NEW_TOKENS, Case
 
 BATCH_OPTIONS = ("batch_size", "max_batch_tokens")
 """Options that change the shapes of batches: answers stay equal in float32, but may round differently in 16 bits."""
@@ -191,9 +192,13 @@ def corruption(config: RunConfig) -> Corruption | None:
     return Corruption(config.corruption, config.severity)
 
 
-def answer_tokens(config: RunConfig) -> int | None:
-    """Return the token limit of the decision maker: 1 if probabilities decide, which need only its first token."""
-    return 1 if config.answer != "generate" else None
+def answer_tokens(config: RunConfig, cases: Sequence[Case]) -> int | None:
+    """Return the token limit of the decision maker, or None for that of all roles.
+
+    If probabilities decide, they need only its first token, so the limit is 1. Boxes are always read from the text.
+    """
+    boxed = any(question.kind == GROUNDING for case in cases for question in case.seen.questions)
+    return 1 if config.answer != "generate" and not boxed else None
 
 
 def batch_warnings(config: RunConfig) -> list[str]:

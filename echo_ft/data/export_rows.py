@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from echo_ft.data.text import CONTROL_TOKEN
+from echo_ft.data.text import CONTROL_TOKEN, without_box_tokens
 from echo_ft.errors import EchoError
 from echo_ft.records import Branch, Exchange
 
@@ -34,7 +35,8 @@ def prompt_completion_rows(exchange: Exchange, images: Sequence[str]) -> Iterato
     `images` are the paths that replace those of the exchange. Raises EchoError if a text contains a control token.
     """
     for branch in exchange.branches:
-        _refuse(CONTROL_TOKEN, "a control token of the chat template", "", exchange, branch)
+        checked = replace(branch, completion=without_box_tokens(branch.completion or ""))
+        _refuse(CONTROL_TOKEN, "a control token of the chat template", "", exchange, checked)
         yield {
             "images": list(images),
             "prompt": [{"role": "user", "content": exchange.context + branch.prompt}],

@@ -14,9 +14,9 @@ from pathlib import Path
 from echo_ft.data.knowledge import appearance, effect, has_description
 from echo_ft.data.splits import MIXED_CONDITIONS, conditions_of, defects_of, queries, readable_name
 from echo_ft.data.text import without_stop
-from echo_ft.images import masks
+from echo_ft.images import boxes, masks
 from echo_ft.images.decode import image_size
-from echo_ft.records import GOOD, LETTERS, Entry, Inspection, Knowledge, Question
+from echo_ft.records import GOOD, GROUNDING, LETTERS, Entry, Inspection, Knowledge, Question
 
 DEFECT_PREAMBLE = "There is a defect in the object. "
 
@@ -30,6 +30,8 @@ QUESTION_TEXTS = {
     "Object Analysis": "Which description fits the object in the image?",
 }
 """The text of each question type. All but the last are MMAD's most frequent wording."""
+
+GROUNDING_TEXT = "Where are the defects in the object, if there are any?"
 
 MAX_OPTIONS = 4
 """Largest number of options per question."""
@@ -117,6 +119,22 @@ def _make_question(inspection: Inspection, kind: str, right: str, wrong: Sequenc
     return Question(identifier, inspection.id, kind, QUESTION_TEXTS[kind], lettered, answer)
 
 
+def write_box_question(inspection: Inspection, root: Path) -> Question | None:
+    """Return the question about the boxes of an image's defects, or None if a defect is not marked.
+
+    The answer is the text of `boxes.target_boxes` in thousandths, or `none` for a normal part. Raises EchoError if the
+    mask cannot be used.
+    """
+    found: tuple[boxes.Box, ...] = ()
+    if inspection.condition != GOOD:
+        size = image_size(root / inspection.image)
+        found = tuple(boxes.to_thousandths(box, size) for box in boxes.target_boxes(inspection, root, size))
+        if not found:
+            return None
+    identifier = f"{inspection.id}#{slug(GROUNDING)}"
+    return Question(identifier, inspection.id, GROUNDING, GROUNDING_TEXT, {}, boxes.format_boxes(found))
+
+
 def open_questions(identifier: str, conditions: Sequence[str]) -> tuple[Question, ...]:
     """Return the questions about an image whose condition nobody knows. They have no answer.
 
@@ -146,8 +164,11 @@ def write_dataset_questions(
     training_knowledge: Knowledge,
     root: Path,
     seed: int,
+    grounding: bool = False,
 ) -> Iterator[Question]:
     """Yield the source's questions about each image if it has any, and written questions otherwise.
+
+    With `grounding`, the question of `write_box_question` follows them.
 
     Questions of the test split are written from `knowledge` and name all products. The others are written from
     `training_knowledge` and name only the products outside the test split.
@@ -163,11 +184,13 @@ def write_dataset_questions(
     for inspection in inspections:
         if inspection.id in given:
             yield from given[inspection.id]
-            continue
-        test = inspection.split == "test"
-        known = knowledge if test else training_knowledge
-        texts = known[inspection.dataset][inspection.product]
-        shown = (tested if test else conditions)[inspection.dataset, inspection.product]
-        shown = [name for name in shown if name in texts]
-        entries = tuple(Entry(*item) for item in texts.items())
-        yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
+        else:
+            test = inspection.split == "test"
+            known = knowledge if test else training_knowledge
+            texts = known[inspection.dataset][inspection.product]
+            shown = (tested if test else conditions)[inspection.dataset, inspection.product]
+            shown = [name for name in shown if name in texts]
+            entries = tuple(Entry(*item) for item in texts.items())
+            yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
+        if grounding and (about_boxes := write_box_question(inspection, root)):
+            yield about_boxes

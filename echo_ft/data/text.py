@@ -6,6 +6,8 @@ import re
 import unicodedata
 from functools import lru_cache
 
+from echo_ft.records import BOX_END, BOX_START
+
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 """A control token of a chat template, such as `<|im_end|>`."""
 
@@ -133,6 +135,11 @@ def spelling_key(name: str) -> str:
     plain = unicodedata.normalize("NFKC", visible(name)).casefold()
     # Vowel signs, as in Hindi, are marks (M): Python's \w excludes them.
     return " ".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in plain).split())
+
+
+def without_box_tokens(text: str) -> str:
+    """Return a completion without the tokens around boxes, the only control tokens that it may contain."""
+    return text.replace(BOX_START, "").replace(BOX_END, "")
 
 
 def control_token(*texts: str) -> str | None:

@@ -22,7 +22,8 @@ from echo_ft.experts.option_order import (
     rotate_options,
 )
 from echo_ft.experts.roles import ROUTINGS, Route
-from echo_ft.records import LETTERS, Case, Exchange, Generation, Prediction, Question, Seen, Trace, Upstream
+from echo_ft.images.boxes import format_boxes, parse_boxes
+from echo_ft.records import GROUNDING, LETTERS, Case, Exchange, Generation, Prediction, Question, Seen, Trace, Upstream
 
 Generate = Callable[[str, Sequence[Exchange]], Sequence[Sequence[Generation]]]
 AsyncGenerate = Callable[[str, Sequence[Exchange]], Awaitable[Sequence[Sequence[Generation]]]]
@@ -44,7 +45,7 @@ class PipelineConfig:
     reasoning: str = "on"
     answer: str = "generate"
     """What decides: `generate` parses the text strictly, `logits` takes the most probable option, and `averaged` takes
-    the most probable option on average over the option orders."""
+    the most probable option on average over the option orders. Boxes are always parsed from the text."""
     option_order: str = "given"
     """`given`, or `cyclic` to ask the decision maker in every cyclic order of the options."""
 
@@ -157,6 +158,7 @@ def run_case(
     upstream = Upstream()
     traces: list[Trace] = []
     generated: dict[str, Generation] = {}
+    boxed = {question.id for question in case.seen.questions if question.kind == GROUNDING}
     for role in roles.ROLES:
         seen = case.seen
         if role == "decision_maker" and config.option_order == "cyclic":
@@ -167,13 +169,17 @@ def run_case(
             for branch, generation in zip(exchange.branches, generations, strict=True):
                 generated[branch.id] = generation
                 context = exchange.images, exchange.context
-                # If probabilities decide, the decision maker generates a single token on purpose.
-                cut = generation.cut and (role != "decision_maker" or config.answer == "generate")
+                # If probabilities decide, the text of a letter is not used, and may be a single token on purpose.
+                used = role != "decision_maker" or config.answer == "generate" or branch.id in boxed
+                cut = generation.cut and used
                 traces.append(Trace(exchange.case, role, branch.id, *context, branch.prompt, generation.text, cut))
         upstream = update_upstream(role, case, upstream, {name: one.text for name, one in generated.items()})
     # The last role is the decision maker, so its generations are the answers.
     outcome = Outcome([], traces)
     for question in case.seen.questions:
+        if question.id in boxed:
+            outcome.predictions.append(_predict_boxes(case, question, generated[question.id]))
+            continue
         shifts = range(len(question.options) if config.option_order == "cyclic" else 1)
         orders = [
             _predict(case, question, generated[rotate_options(question, shift).id], config, shift) for shift in shifts
@@ -189,7 +195,7 @@ def _in_every_order(seen: Seen, upstream: Upstream) -> tuple[Seen, Upstream]:
     orders = [
         (rotate_options(question, shift), upstream.reasons.get(question.id, ""))
         for question in seen.questions
-        for shift in range(len(question.options))
+        for shift in range(max(len(question.options), 1))  # a question without options has one order
     ]
     reasons = {question.id: reason for question, reason in orders}
     return replace(seen, questions=tuple(question for question, _ in orders)), replace(upstream, reasons=reasons)
@@ -230,6 +236,12 @@ def _predict(case: Case, question: Question, generation: Generation, config: Pip
     if parsed is not None:
         parsed = original_letter(parsed, shown, shift)
     return _prediction(case, question, generation.text, parsed=parsed, probabilities=probabilities)
+
+
+def _predict_boxes(case: Case, question: Question, generation: Generation) -> Prediction:
+    """Return the boxes that the text names. A text that ended at the token limit may lack some, so it is unparsed."""
+    found = None if generation.cut else parse_boxes(generation.text)
+    return _prediction(case, question, generation.text, parsed=None if found is None else format_boxes(found))
 
 
 def _averaged(case: Case, question: Question, orders: Sequence[Prediction]) -> Prediction:

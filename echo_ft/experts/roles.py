@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from echo_ft.errors import EchoError
-from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, ROLES, Branch, Exchange, Question, Seen, Upstream
+from echo_ft.records import GOOD, GROUNDING, LETTERS, QUESTION_TYPES, ROLES, Branch, Exchange, Question, Seen, Upstream
 
 PROMPT_VERSION = "2"
 
@@ -32,8 +32,9 @@ class Route:
 ROUTINGS: Mapping[str, Mapping[str, Route]] = {
     # A product's knowledge names the product, which is the answer to Object Classification. The description of a
     # normal part is knowledge too: in training rows it is the `good` entry, word for word.
-    "full": {kind: Route(knowledge=kind != "Object Classification") for kind in QUESTION_TYPES},
+    "full": {kind: Route(knowledge=kind != "Object Classification") for kind in (*QUESTION_TYPES, GROUNDING)},
     # As in the published code of Echo. It does not support the two Object types, which get only the reference here.
+    # Echo has no Defect Grounding, which gets the reference as Anomaly Detection does.
     "paper": {
         "Anomaly Detection": Route(True, False, False),
         "Defect Classification": Route(True, True, False),
@@ -42,6 +43,7 @@ ROUTINGS: Mapping[str, Mapping[str, Route]] = {
         "Defect Analysis": Route(True, False, True),
         "Object Classification": Route(True, False, False),
         "Object Analysis": Route(True, False, False),
+        GROUNDING: Route(True, False, False),
     },
 }
 
@@ -50,6 +52,10 @@ NORMAL_PROMPT = "What does a normal part look like here?"
 GUIDE_PROMPT = "Which of these conditions matters here, and what should be looked for?"
 REASON_INSTRUCTION = "Observe, compare with what is normal, then conclude, in a few short sentences."
 DECIDE_INSTRUCTION = "Answer with the letter of the correct option only."
+GROUND_INSTRUCTION = (
+    "Answer only with a box (x0,y0),(x1,y1) for each defect, in thousandths of the width and height of the last image, "
+    "or with the word none."
+)
 
 
 def group_by_route(
@@ -141,10 +147,11 @@ def _reasoning(question: Question, upstream: Upstream, route: Route) -> str:
 
 
 def _decision(question: Question, upstream: Upstream, route: Route) -> str:
-    options = "\n".join(f"{letter}. {one_line(text)}" for letter, text in question.options.items())
+    options = "".join(f"{letter}. {one_line(text)}\n" for letter, text in question.options.items())
     reason = upstream.reasons.get(question.id, "") if route.reasoning else ""
     reasoning = f"Reasoning: {one_line(reason)}\n" if reason else ""
-    return f"Question: {one_line(question.text)}\n{options}\n{reasoning}{DECIDE_INSTRUCTION}"
+    instruction = GROUND_INSTRUCTION if question.kind == GROUNDING else DECIDE_INSTRUCTION
+    return f"Question: {one_line(question.text)}\n{options}{reasoning}{instruction}"
 
 
 def knowledge_lines(seen: Seen) -> str:

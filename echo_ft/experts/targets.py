@@ -18,8 +18,9 @@ from echo_ft.data.text import SENTENCE_ENDS
 from echo_ft.errors import EchoError
 from echo_ft.experts import roles
 from echo_ft.images import masks
+from echo_ft.images.boxes import NO_BOXES
 from echo_ft.images.decode import image_size
-from echo_ft.records import GOOD, Branch, Case, Exchange, Question, Upstream
+from echo_ft.records import GOOD, GROUNDING, Branch, Case, Exchange, Question, Upstream
 
 COMPARED_SIZE = (256, 256)
 """(width, height) at which a query and its references are compared."""
@@ -137,13 +138,20 @@ def _completions(case: Case, role: str, gold: Upstream) -> dict[str, str]:
     return {
         question.id: case.truth.answers[question.id]
         for question in case.seen.questions
-        if _right_option(case, question)
+        if _right_answer(case, question)
     }
 
 
-def _right_option(case: Case, question: Question) -> str | None:
-    """Return the text of the right option, or None if the truth names none of the question's options."""
-    return question.options.get(case.truth.answers.get(question.id, ""))
+def _right_answer(case: Case, question: Question) -> str | None:
+    """Return the text of the right option or of the boxes.
+
+    None if the truth names none of the question's options, or if the boxes are unknown or contradict the condition.
+    """
+    answer = case.truth.answers.get(question.id, "")
+    if question.kind != GROUNDING:
+        return question.options.get(answer)
+    agrees = (answer == NO_BOXES) == (case.truth.condition == GOOD)
+    return answer if answer and agrees else None
 
 
 class ComparedImage(NamedTuple):
@@ -211,15 +219,16 @@ def _observe(case: Case, mark: tuple[masks.Region, str] | None, draw: random.Ran
 
 
 def _reason(case: Case, question: Question, mark: tuple[masks.Region, str] | None) -> str | None:
-    right = _right_option(case, question)
+    right = _right_answer(case, question)
     normal = case.truth.condition == GOOD
-    if right is None or (normal and question.kind.startswith("Defect")):
+    if right is None or (normal and question.kind.startswith("Defect") and question.kind != GROUNDING):
         return None
     answer = right.strip().rstrip(".")
     draw = _phrase_rng(question.id)
-    if question.text == QUESTION_TEXTS["Anomaly Detection"]:
-        if answer.casefold() != ("no" if normal else "yes"):
+    if question.kind == GROUNDING or question.text == QUESTION_TEXTS["Anomaly Detection"]:
+        if question.kind != GROUNDING and answer.casefold() != ("no" if normal else "yes"):
             return None  # the answer contradicts the condition
+        # Reasoning about boxes concludes whether there is a defect. It names the place in words.
         conclusion = draw.choice(NO_DEFECT_CONCLUSIONS if normal else DEFECT_CONCLUSIONS).format(
             name=readable_name(case.truth.condition)
         )

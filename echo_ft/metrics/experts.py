@@ -191,7 +191,7 @@ def judge_texts(
         judgements.append(Judgement(NAMED_CONDITION, case.id, correct, named is not None, chance))
     for question in case.seen.questions:
         reasoning = outputs.get(("reasoning_expert", question.id))
-        if reasoning is not None and (case.id, question.id) in decisions:
+        if reasoning is not None and question.options and (case.id, question.id) in decisions:
             letter = concluded_letter(reasoning.text, question.options)
             agrees = letter is not None and letter == decisions[case.id, question.id]
             judgements.append(Judgement(CONCLUSION, case.id, agrees, letter is not None))

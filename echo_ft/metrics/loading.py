@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from echo_ft.files import from_dict
 from echo_ft.inference.run_folder import CONTINUED_WITH
 from echo_ft.metrics.mmad import Answer, read_answers, to_predictions
 from echo_ft.provenance import fingerprint_bytes
-from echo_ft.records import Prediction, Rejection
+from echo_ft.records import GROUNDING, Prediction, Rejection
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,13 @@ class Run:
     folder: Path
     """Path of the folder or file."""
     predictions: list[Prediction]
+    """The answers to MMAD's question types."""
     provenance: dict[str, Any]
     """run.json with the fingerprint of predictions.jsonl, or path and fingerprint of the answer file."""
     warnings: list[str]
     rejections: list[Rejection]
+    grounding: list[Prediction] = field(default_factory=list)
+    """The answers to questions of the type GROUNDING."""
 
 
 def load_run(folder: Path) -> Run:
@@ -49,7 +52,9 @@ def load_run(folder: Path) -> Run:
         raise EchoError(f"{rows} is empty; rerun the same evaluation.run command to resume")
     warnings = [*_incomplete_warnings(provenance, predictions), *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
-    return Run(folder, predictions, provenance, warnings, rejections)
+    grounding = [one for one in predictions if one.kind == GROUNDING]
+    others = [one for one in predictions if one.kind != GROUNDING]
+    return Run(folder, others, provenance, warnings, rejections, grounding)
 
 
 def load_answers(path: Path) -> tuple[Run, list[Answer]]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from echo_ft.data.text import without_box_tokens
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import image_size
-from echo_ft.records import Exchange
+from echo_ft.records import Branch, Exchange
 
 IGNORED = -100
 """Label of tokens that are not trained on."""
@@ -159,7 +160,7 @@ class RowBuilder:
 
     def _template(self, exchange: Exchange) -> tuple[str, str, str]:
         """Return the template's text before the context, between prompt and completion, and after the completion."""
-        for text in (exchange.context, *(branch.prompt + (branch.completion or "") for branch in exchange.branches)):
+        for text in (exchange.context, *map(_checked_text, exchange.branches)):
             token = next((token for token in self._control if token in text), None) if "<|" in text else None
             if token is not None:
                 raise EchoError(
@@ -218,6 +219,11 @@ class RowBuilder:
                 position += end - start
             start = end
         return positions
+
+
+def _checked_text(branch: Branch) -> str:
+    """Return the texts of a branch in which no control token is allowed."""
+    return branch.prompt + without_box_tokens(branch.completion or "")
 
 
 def mark_trained(row: Row, row_builder: RowBuilder, start: str = "[[", end: str = "]]") -> str:
