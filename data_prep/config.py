@@ -75,6 +75,9 @@ class BuildConfig:
     routing: Literal["full", "paper"] = field(
         default="full", metadata={"help": "Which experts are consulted for each question type."}
     )
+    grounding: bool = field(
+        default=False, metadata={"help": "Also ask for the boxes of the defects (question type Defect Grounding)."}
+    )
     folds: int | None = field(
         default=None,
         metadata={"help": "Divide the train split into this many folds, to train without one of them (with fold)."},

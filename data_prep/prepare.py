@@ -164,7 +164,9 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
     write_jsonl(folder / "inspections.jsonl", inspections)
     test_knowledge = without_synthetic(knowledge, inspections)
     written = progress(
-        write_dataset_questions(asked_about, own_questions, test_knowledge, training_knowledge, root, config.seed),
+        write_dataset_questions(
+            asked_about, own_questions, test_knowledge, training_knowledge, root, config.seed, config.grounding
+        ),
         "writing questions",
         "questions",
     )
