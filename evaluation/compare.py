@@ -21,6 +21,7 @@ from echo_ft.config import named_first
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_text
 from echo_ft.metrics.comparison import build_comparison
+from echo_ft.metrics.grounding.comparison import compare_boxes
 from echo_ft.terminal import LOGGER
 from evaluation.pages import compare_page
 from evaluation.run_groups import PROTOCOL, read_groups
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     if len(config.runs) < 2:
         raise EchoError("give two or more runs, the baseline first: python -m evaluation.compare BASE_DIR TUNED_DIR")
     groups = read_groups(config.runs, config.compared)
-    comparison = build_comparison(groups)
+    comparison = build_comparison(groups) | {"boxes": compare_boxes(groups)}
     output = Path(config.output) if config.output else groups[-1].runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "comparison.json", comparison)

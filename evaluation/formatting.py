@@ -38,6 +38,17 @@ THRESHOLD_LABELS = {
 }
 """Labels of the keys of `report.calibration.thresholds`, which say how each threshold was chosen."""
 
+BOX_LABELS = {
+    "mean_iou": "mean IoU, %",
+    "matched_iou": "mean IoU of matched boxes, %",
+    "found_0.1": "found at IoU 0.1, %",
+    "found_0.3": "found at IoU 0.3, %",
+    "found_0.5": "found at IoU 0.5, %",
+    "none_on_good": "good images answered none, %",
+    "boxes_per_good_image": "boxes per good image",
+}
+"""Labels of the keys of `report.boxes.figures`, with their unit."""
+
 UNPARSED_LABEL = "unparsed + failed"
 """Label of the share of answers that are unparsed or failed; see `unparsed_or_failed`."""
 
@@ -65,6 +76,19 @@ def signed(value: float | None, digits: int = 1) -> str:
 def metric_text(name: str, value: float | None) -> str:
     """Format a metric in its own unit: detection from 0 to 1, all others in percent."""
     return share_text(value) if name in DETECTION_METRICS else percent(value)
+
+
+def box_text(name: str, value: float | None, plus: bool = False) -> str:
+    """Format a metric of boxes in its unit, with its sign if it is a difference."""
+    if value is None:
+        return "–"
+    share = BOX_LABELS[name].endswith("%")
+    return f"{100 * value if share else value:{'+' if plus else ''}.{1 if share else 2}f}"
+
+
+def box_interval_text(name: str, value: Sequence[float] | None, plus: bool = False) -> str:
+    """Format the interval of a metric of boxes; a dash stands for a missing interval."""
+    return "–" if value is None else " to ".join(box_text(name, bound, plus) for bound in value)
 
 
 def interval_text(name: str, value: Sequence[float] | None) -> str:

@@ -79,7 +79,7 @@ def require_same_setup(group: RunGroup) -> None:
 
 def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Sequence[PredictionTable]) -> None:
     """Raise EchoError if a run has another dataset, split or set of questions than the first run."""
-    first = {(one.case, one.question): one for one in tables[0].predictions}
+    first = {(one.case, one.question): one for one in (*tables[0].predictions, *runs[0].grounding)}
     compared_fields = ("dataset", "product", "image", "condition", "kind", "question_text", "options", "answer")
     for name, run, table in zip(names[1:], runs[1:], tables[1:], strict=True):
         cannot = f"{names[0]} and {name} cannot be compared: "
@@ -87,7 +87,7 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Se
             ours, theirs = runs[0].provenance.get(key), run.provenance.get(key)
             if ours != theirs:
                 raise EchoError(f"{cannot}their {key} differs ({ours} and {theirs}); run both on the same dataset")
-        other = {(one.case, one.question): one for one in table.predictions}
+        other = {(one.case, one.question): one for one in (*table.predictions, *run.grounding)}
         missing, surplus = sorted(first.keys() - other.keys()), sorted(other.keys() - first.keys())
         if missing or surplus:
             example = (missing or surplus)[0]

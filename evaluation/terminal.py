@@ -9,11 +9,14 @@ from echo_ft.metrics.comparison import ALL_QUESTIONS
 from echo_ft.records import QUESTION_TYPES
 from evaluation.formatting import (
     ALARM_LABELS,
+    BOX_LABELS,
     DETECTION_LABELS,
     DETECTION_METRICS,
     EXPERT_LABELS,
     THRESHOLD_LABELS,
     UNPARSED_LABEL,
+    box_interval_text,
+    box_text,
     interval_text,
     metric_text,
     mmad_counts,
@@ -54,6 +57,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     if "All" in report["detection"]:
         print_detection(report["detection"]["All"])
         print_alarms(report["alarms"]["All"])
+    if report["boxes"]:
+        print_boxes(report["boxes"])
     if report["calibration"]:
         print_calibration(report["calibration"])
     if report["two_ways"]:
@@ -116,6 +121,19 @@ def print_alarms(alarms: Mapping[str, Any]) -> None:
                 cells += [share_percent(found[rate]), interval, f"{found[total]} {by}"]
             rows.append((f"{by}, by {label}", *cells))
     print(f"\n{text_table(rows)}\na part is flagged if any of its images is; an unparsed answer counts against the run")
+
+
+def print_boxes(boxes: Mapping[str, Any]) -> None:
+    """Print how well the boxes of the answers overlap with those of the truth."""
+    rows = [("boxes", "value", "95% interval")]
+    for name, label in BOX_LABELS.items():
+        figure = boxes["figures"][name]
+        if figure["value"] is not None:
+            rows.append((label, box_text(name, figure["value"]), box_interval_text(name, figure["interval"])))
+    print(
+        f"\n{text_table(rows)}\n{boxes['true_boxes']} true boxes and {boxes['named_boxes']} predicted ones in "
+        f"{boxes['images']} images; {boxes['unparsed']} unparsed answers, {boxes['failed']} failed"
+    )
 
 
 def print_calibration(fit: Mapping[str, Any]) -> None:
@@ -200,11 +218,39 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     print(text_table(rows))
     for difference in comparison["differences"]:
         print("\n" + text_table(_difference_rows(difference, comparison["baseline"], comparison["headline"], keys)))
+    if comparison["boxes"]:
+        print_compared_boxes(comparison["boxes"])
     print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. Fewer false alarms and")
     print("escapes are better. won, lost: questions that only one of the two runs answered correctly. p: exact McNemar")
     print("test on these, Holm-corrected\n")
     for difference in comparison["differences"]:
         print(difference["verdict"])
+
+
+def print_compared_boxes(boxes: Mapping[str, Any]) -> None:
+    """Print the metrics of boxes of all runs, and their differences from the baseline."""
+    runs = boxes["runs"]
+    header = (cell for run in runs for cell in _run_cells(run, run["title"], "sd over runs", "95% interval"))
+    rows: list[tuple[str, ...]] = [("boxes", *header)]
+    for name, label in BOX_LABELS.items():
+        if all(run["figures"][name]["value"] is None for run in runs):
+            continue
+        row = [label]
+        for run in runs:
+            score = run["figures"][name]
+            value, deviation = (box_text(name, score[key]) for key in ("value", "standard_deviation"))
+            row += _run_cells(run, value, deviation, box_interval_text(name, score["interval"]))
+        rows.append(tuple(row))
+    print("\n" + text_table(rows))
+    for difference in boxes["differences"]:
+        rows = [(f"{difference['run']} - {boxes['baseline']}", "difference", "95% interval")]
+        for name, label in BOX_LABELS.items():
+            score = difference["figures"][name]
+            if score["difference"] is None:
+                continue
+            change = box_text(name, score["difference"], plus=True)
+            rows.append((label, change, box_interval_text(name, score["interval"], plus=True)))
+        print("\n" + text_table(rows))
 
 
 def _run_cells(run: Mapping[str, Any], value: str, deviation: str, interval: str) -> list[str]:

@@ -62,7 +62,10 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
     key_figure = headline(first)
     weights = first.weights()
     part_counts = [compared_part_counts(group.tables[0]) for group in groups]
-    resampled = [_resampled_metrics(group, weights, seed) for seed, group in enumerate(groups, start=1)]
+    resampled = [
+        resample_runs([compared_metrics(table, weights) for table in group.tables], seed)
+        for seed, group in enumerate(groups, start=1)
+    ]
     described = [_describe_group(*one) for one in zip(groups, resampled, part_counts, strict=True)]
     tests = _corrected_tests(base, groups[1:])
     questions, cases = len(first.predictions), len({one.case for one in first.predictions})
@@ -124,16 +127,17 @@ def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[st
     return tests
 
 
-def _resampled_metrics(group: RunGroup, weights: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Return the mean of each metric over the group's runs, (R,), with resampled parts and, if there are several, runs.
+def resample_runs(resampled: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, np.ndarray]:
+    """Return the mean of each metric over the runs of a group, (R,). If there are several, runs are resampled too.
 
-    A resample draws one run less than the group has, so the variance of its mean is unbiased (Rao and Wu, 1988).
+    `resampled` holds the metrics of each run in the same resamples of the parts. A resample draws one run less than the
+    group has, so the variance of its mean is unbiased (Rao and Wu, 1988).
     """
-    resampled = [compared_metrics(table, weights) for table in group.tables]
     count = len(resampled)
     if count == 1:
         return resampled[0]
-    draws = np.random.default_rng(seed).multinomial(count - 1, np.full(count, 1 / count), size=len(weights))
+    resamples = len(next(iter(resampled[0].values())))
+    draws = np.random.default_rng(seed).multinomial(count - 1, np.full(count, 1 / count), size=resamples)
     shares = draws.T / (count - 1)
     return {key: (shares * np.array([metrics[key] for metrics in resampled])).sum(axis=0) for key in resampled[0]}
 
@@ -148,7 +152,7 @@ def _describe_group(
         "title": group.title,
         "members": group.members,
         "figures": {
-            key: _mean_over_runs([json_number(metrics[key][0]) for metrics in values])
+            key: mean_over_runs([json_number(metrics[key][0]) for metrics in values])
             | {"interval": metric_interval(resampled[key], parts, key, percent=_in_percent(group.tables[0], key))}
             for key, parts in part_counts.items()
         },
@@ -157,7 +161,7 @@ def _describe_group(
     }
 
 
-def _mean_over_runs(values: Sequence[float | None]) -> dict[str, Any]:
+def mean_over_runs(values: Sequence[float | None]) -> dict[str, Any]:
     """Return the mean, the standard deviation (None for one run), the number of runs, and the value of each run."""
     known = [value for value in values if value is not None]
     complete = len(known) == len(values)

@@ -130,6 +130,11 @@ def make_prediction_table(predictions: Sequence[Prediction]) -> PredictionTable:
             raise EchoError(
                 f"{where}: the true answer {prediction.answer!r} is not one of its options; correct the dataset"
             )
+    return arrange_predictions(predictions)
+
+
+def arrange_predictions(predictions: Sequence[Prediction]) -> PredictionTable:
+    """Sort predictions of any question type into a table. Raises EchoError if a question is answered twice."""
     ordered = sorted(predictions, key=lambda one: (image_key(one), one.case, one.question))
     for one, other in itertools.pairwise(ordered):
         if (one.case, one.question) == (other.case, other.question):

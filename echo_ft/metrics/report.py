@@ -18,6 +18,7 @@ from echo_ft.images.masks import mask_files
 from echo_ft.inference.run_folder import PERMUTATIONS, TRACES, cut_warning
 from echo_ft.metrics import detection, experts, strict
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
+from echo_ft.metrics.grounding.scores import score_boxes
 from echo_ft.metrics.intervals import BOOTSTRAP
 from echo_ft.metrics.loading import Run, load_run
 from echo_ft.metrics.metric_values import MIN_PARTS
@@ -115,6 +116,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Ma
         },
         "detection": detection.score_detection(table),
         "alarms": detection.score_alarms(table),
+        "boxes": score_boxes(run.grounding),
         "calibration": calibration,
         # If probabilities decide, no text is generated that could be compared with them.
         "two_ways": strict.text_vs_logits(run.predictions) if generated else {},

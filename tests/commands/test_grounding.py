@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_prep.build import build
+from echo_ft.errors import EchoError
 from echo_ft.images.boxes import format_boxes, parse_boxes, target_boxes, to_thousandths
 from echo_ft.images.decode import image_size
-from echo_ft.records import GOOD, GROUNDING, Exchange, Inspection, Question
+from echo_ft.records import GOOD, GROUNDING, Exchange, Inspection, Prediction, Question
+from evaluation import compare, score
 from tests.support.drawn_manifest import draw_manifest, make_config, read_rows, write_part_knowledge
+from tests.support.predictions import box_prediction
+from tests.support.runs import make_run, predictions
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +56,53 @@ def test_decision_makers_train_on_boxes_of_normal_and_defective_parts(built: Pat
     assert "none" in targets
     assert any(target != "none" for target in targets)
     assert all(parse_boxes(str(target)) is not None for target in targets)
+
+
+def box_rows(shift: int) -> list[Prediction]:
+    """Answers about boxes in the images of `predictions`, off by `shift` thousandths."""
+    rows = []
+    for row in predictions(0.8)[::2]:
+        true = () if row.condition == GOOD else ((100, 100, 300, 300),)
+        named = () if row.condition == GOOD else ((100 + shift, 100, 300 + shift, 300),)
+        asked = {name: getattr(row, name) for name in ("case", "dataset", "product", "group", "image", "condition")}
+        rows.append(replace(box_prediction(0, true, named), question=f"{row.case}/boxes", **asked))
+    return rows
+
+
+def test_reports_and_comparisons_show_boxes_and_leave_all_other_scores_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = make_run(tmp_path / "plain", predictions(0.8))
+    base = make_run(tmp_path / "base", [*box_rows(100), *predictions(0.8)])
+    tuned = make_run(tmp_path / "tuned", [*predictions(0.8), *box_rows(0)])
+    reports = []
+    for folder in (plain, base):
+        score.main([str(folder)])
+        reports.append(json.loads((folder / "report.json").read_text()))
+    printed = capsys.readouterr().out
+    assert re.search(r"mean IoU, % +33\.3", printed)
+    assert "20 true boxes and 20 predicted ones in 40 images; 0 unparsed answers, 0 failed" in printed
+    without, with_boxes = reports
+    assert without["boxes"] == {}
+    assert with_boxes["boxes"]["figures"]["found_0.3"]["value"] == 1
+    assert with_boxes["boxes"]["figures"]["found_0.5"]["value"] == 0
+    changed = {key for key in without if without[key] != with_boxes[key]}
+    assert changed == {"name", "boxes", "provenance"}
+    assert (plain / "answers.json").read_bytes() == (base / "answers.json").read_bytes()
+    compare.main([str(base), str(tuned), "--output", str(tmp_path / "out")])
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    (difference,) = comparison["boxes"]["differences"]
+    assert difference["figures"]["mean_iou"]["difference"] == pytest.approx(2 / 3)
+    assert comparison["differences"][0]["figures"]["Average"]["difference"] == 0
+    assert re.search(r"mean IoU, % +\+66\.7", capsys.readouterr().out)
+
+
+def test_runs_with_other_boxes_in_their_questions_are_not_compared(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "base", [*predictions(0.8), *box_rows(0)])
+    fewer = make_run(tmp_path / "fewer", [*predictions(0.8), *box_rows(0)[1:]])
+    moved = [replace(row, answer="<|box_start|>(1,2),(3,4)<|box_end|>") for row in box_rows(0)]
+    other = make_run(tmp_path / "other", [*predictions(0.8), *moved])
+    with pytest.raises(EchoError, match="1 questions are only in the first run"):
+        compare.main([str(base), str(fewer)])
+    with pytest.raises(EchoError, match="the answer of question tile-0/boxes"):
+        compare.main([str(base), str(other)])

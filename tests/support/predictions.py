@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import expit
 
+from echo_ft.images.boxes import Box, format_boxes
 from echo_ft.metrics.mmad import Answer
-from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
+from echo_ft.records import GOOD, GROUNDING, QUESTION_TYPES, Prediction
 
 DETECTION, CLASSIFICATION = QUESTION_TYPES[0], QUESTION_TYPES[1]
 
@@ -79,3 +81,25 @@ def make_answer(
 ) -> Answer:
     """Answer a question about one image in MMAD's format."""
     return Answer(image, kind, true, given)
+
+
+def box_prediction(
+    image: int, true: Sequence[Box], named: Sequence[Box] | None, part: str = "", dataset: str = "D"
+) -> Prediction:
+    """Answer a question about boxes; None stands for an unparsed answer. An image without true boxes is good."""
+    text = "I see it." if named is None else format_boxes(named)
+    return Prediction(
+        case=f"{dataset}-{image}",
+        question=f"{dataset}-{image}/boxes",
+        dataset=dataset,
+        product="p",
+        group=part or f"{image}.png",
+        image=f"{image}.png",
+        condition="crack" if true else GOOD,
+        kind=GROUNDING,
+        question_text="Where?",
+        options={},
+        answer=format_boxes(true),
+        text=text,
+        parsed=None if named is None else text,
+    )
