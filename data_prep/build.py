@@ -35,6 +35,7 @@ from echo_ft.files import read_jsonl, write_json, write_jsonl
 from echo_ft.records import GOOD, Rejection
 from echo_ft.retrieval.descriptors import load_extractor
 from echo_ft.terminal import LOGGER
+from echo_ft.tracking import dataset_artifact, log_run, numbers_by_path
 
 
 def main(argv: list[str]) -> None:
@@ -55,6 +56,16 @@ def main(argv: list[str]) -> None:
     if first:
         print(f"  first: {first.item}: {first.reason}")
     print(f"preview: {config.output / 'preview.html'}")
+    if config.report_to == "wandb":
+        log_build(config, manifest)
+
+
+def log_build(config: BuildConfig, manifest: dict[str, Any]) -> None:
+    """Log the dataset to Weights & Biases, with the counts of its images."""
+    name = config.output.resolve().name
+    with log_run("build", name, name, config.dataset_options()) as run:
+        run.log(numbers_by_path({"counts": manifest["counts"], "rejected": manifest["rejected"]}))
+        run.log_artifact(dataset_artifact(config.output, manifest))
 
 
 def build(config: BuildConfig) -> dict[str, Any]:

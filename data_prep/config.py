@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.sources import SOURCE_NAMES
+from echo_ft.tracking import REPORT_TO
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ class BuildConfig:
     overwrite: bool = field(
         default=False, metadata={"help": "Replace a dataset in output that was built with another config."}
     )
+    report_to: str = field(default="none", metadata=REPORT_TO)
 
     def dataset_options(self) -> dict[str, Any]:
         """The options that determine the dataset, in types that JSON can hold."""
         values = dataclasses.asdict(self)
-        for key in ("output", "overwrite", "cache"):
+        for key in ("output", "overwrite", "cache", "report_to"):
             del values[key]
         values["traces"] = [str(folder) for folder in self.traces]
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

@@ -10,11 +10,8 @@ one with intervals, and one sentence per difference.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from echo_ft import config as configs
 from echo_ft.config import named_first
@@ -23,9 +20,11 @@ from echo_ft.files import write_json, write_text
 from echo_ft.metrics.comparison import build_comparison
 from echo_ft.metrics.grounding.comparison import compare_boxes
 from echo_ft.terminal import LOGGER
+from echo_ft.tracking import REPORT_TO
 from evaluation.pages import compare_page
 from evaluation.run_groups import PROTOCOL, read_groups
 from evaluation.terminal import print_comparison
+from evaluation.wandb_log import log_comparison
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,9 @@ class CompareConfig:
 
     runs: list[str] = field(
         metadata={
-            "help": "Run folders, the baseline first. --runs itself is optional. Commas join runs to a group, which "
-            "may have a name: tuned=SEED_0_DIR,SEED_1_DIR."
+            "help": "Run folders, or W&B runs that evaluation.score has logged (entity/project/id), the baseline "
+            "first. --runs itself is optional. Commas join runs to a group, which may have a name: "
+            "tuned=SEED_0_DIR,SEED_1_DIR."
         }
     )
     compared: list[str] = field(
@@ -45,13 +45,7 @@ class CompareConfig:
     output: str | None = field(
         default=None, metadata={"help": "Output folder. Default: `compare` next to the last run."}
     )
-    report_to: str = field(
-        default="none",
-        metadata={
-            "help": "Where to log the table as well; WANDB_PROJECT sets the W&B project.",
-            "choices": ["none", "wandb"],
-        },
-    )
+    report_to: str = field(default="none", metadata=REPORT_TO)
 
 
 def main(argv: list[str]) -> None:
@@ -70,24 +64,7 @@ def main(argv: list[str]) -> None:
         LOGGER.warning(warning)
     print_comparison(comparison)
     if config.report_to == "wandb":
-        log_to_wandb(comparison)
-
-
-def log_to_wandb(comparison: Mapping[str, Any]) -> None:
-    """Log the scores of all runs as one W&B table, and the differences as summary values."""
-    import wandb
-
-    with wandb.init(project=os.environ.get("WANDB_PROJECT", "echo-ft"), job_type="compare") as run:
-        columns: list[str | int] = ["run", "figure", "value", "low", "high", "runs", "standard_deviation"]
-        table = wandb.Table(columns=columns)
-        for one in comparison["runs"]:
-            for key, score in one["figures"].items():
-                spread = score["runs"], score["standard_deviation"]
-                table.add_data(one["name"], key, score["value"], *(score["interval"] or (None, None)), *spread)
-        run.log({"comparison": table})
-        for difference in comparison["differences"]:
-            for key, score in difference["figures"].items():
-                run.summary[f"{difference['run']}/{key}/difference"] = score["difference"]
+        log_comparison(comparison, groups, output, config)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from echo_ft.metrics.comparison import RunGroup
 from echo_ft.metrics.loading import Run, load_run
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
 from echo_ft.metrics.report import SAME_MODEL_KEYS
+from echo_ft.tracking import local_run
 
 PROTOCOL = ("answer", "option_order", "max_new_tokens", "min_pixels", "max_pixels", "prompt_version")
 """Provenance keys that say how questions are asked and answers are read.
@@ -41,11 +42,14 @@ def read_groups(specs: Sequence[str], compared: Sequence[str] = ()) -> list[RunG
 
 
 def _parse_spec(spec: str) -> tuple[str, list[Path]]:
-    """Return the name, or "" if none is given, and the folders. Paths of existing folders may contain `=` and `,`."""
+    """Return the name, or "" if none is given, and the folders. Paths of existing folders may contain `=` and `,`.
+
+    W&B runs are downloaded.
+    """
     label, sign, rest = spec.partition("=")
     if not sign or "/" in label or Path(spec).is_dir():
         label, rest = "", spec
-    return label, [Path(rest)] if Path(rest).is_dir() else [Path(folder) for folder in rest.split(",")]
+    return label, [Path(rest)] if Path(rest).is_dir() else [local_run(run) for run in rest.split(",")]
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -22,8 +22,10 @@ from echo_ft.metrics.loading import load_answers, load_run
 from echo_ft.metrics.mmad import from_predictions, write_answers
 from echo_ft.metrics.report import build_report, calibrate_run
 from echo_ft.terminal import LOGGER
+from echo_ft.tracking import REPORT_TO
 from evaluation.pages import report_page
 from evaluation.terminal import print_report
+from evaluation.wandb_log import log_evaluation
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ScoreConfig:
         default=0.05,
         metadata={"help": "Largest share of false alarms on normal images at the calibrated threshold."},
     )
+    report_to: str = field(default="none", metadata=REPORT_TO)
 
 
 def main(argv: list[str]) -> None:
@@ -76,6 +79,8 @@ def main(argv: list[str]) -> None:
     print_report(report)
     for warning in report["warnings"]:
         LOGGER.warning(warning)
+    if config.report_to == "wandb":
+        log_evaluation(report, run, output, config)
     print(f"\nwrote report.json, report.html{', answers.json' if config.run is not None else ''} to {output}")
 
 

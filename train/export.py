@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
-from echo_ft.model.adapters import find_adapters, read_card
+from echo_ft.model.adapters import Adapter, find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
 from echo_ft.records import ROLES
+from echo_ft.tracking import (
+    REPORT_TO,
+    adapter_artifact,
+    bundle_artifact,
+    evaluation_artifact,
+    experiment_name,
+    link_bundle,
+    log_run,
+    use_artifact,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,21 @@ class ExportConfig:
         default="auto",
         metadata={"help": "Data type of the exported weights; auto: that of the checkpoint.", "choices": list(DTYPES)},
     )
+    report_to: str = field(default="none", metadata=REPORT_TO)
+    scored: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Scored run folders that W&B shows as inputs of the bundle; needs report_to wandb."},
+    )
+    registry: str | None = field(
+        default=None,
+        metadata={
+            "help": "Collection of the W&B registry to link the bundle to, such as wandb-registry-model/inspection; "
+            "needs report_to wandb."
+        },
+    )
+    aliases: list[str] = field(
+        default_factory=list, metadata={"help": "Aliases of the bundle in the registry, such as staging."}
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +67,7 @@ def main(argv: list[str]) -> None:
     Raises EchoError after the export if a merged model is missing.
     """
     (config,) = configs.parse([ExportConfig], argv)
+    check_tracking(config)
 
     from echo_ft.inference.bundle import export_bundle
 
@@ -59,12 +87,40 @@ def main(argv: list[str]) -> None:
             f"{fidelity.relative_error:.2%} of its effect"
         )
     print(f"done: {config.output}; its README.md describes how to serve it")
+    if config.report_to == "wandb":
+        log_export(config, find_adapters(folder, base, weights, card.min_pixels, card.max_pixels))
     if bundle.failed:
         reasons = "; ".join(f"{role}: {reason}" for role, reason in bundle.failed.items())
         raise EchoError(
             f"{config.output} has all adapters but no merged model of {reasons}. The adapters work without it; "
             "--merge none exports no merged model"
         )
+
+
+def check_tracking(config: ExportConfig) -> None:
+    """Raise EchoError for options of W&B that have no effect, and for a scored run that does not exist."""
+    for name in ("scored", "registry"):
+        if getattr(config, name) and config.report_to != "wandb":
+            raise EchoError(f"{name} needs W&B; add --report_to wandb or remove {name}")
+    if config.aliases and config.registry is None:
+        raise EchoError("aliases need a collection of the registry; add --registry or remove aliases")
+    for run in config.scored:
+        if not (Path(run) / "report.json").is_file():
+            raise EchoError(f"scored: {run} has no report.json; score the run with python -m evaluation.score {run}")
+
+
+def log_export(config: ExportConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Log the bundle to Weights & Biases, with its adapters and the scored runs as inputs."""
+    output = Path(config.output)
+    with log_run("export", output.resolve().name, experiment_name(output), asdict(config)) as run:
+        for adapter in adapters.values():
+            use_artifact(run, adapter_artifact(adapter.path, asdict(adapter.card)))
+        for scored in config.scored:
+            use_artifact(run, evaluation_artifact(Path(scored)))
+        bundle = bundle_artifact(output, json.loads((output / "bundle.json").read_text(encoding="utf-8")))
+        run.log_artifact(bundle)
+        if config.registry is not None:
+            link_bundle(run, bundle, config.registry, config.aliases)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ weights are trained and `output_dir` holds a full model. Pass that folder to eva
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.files import explain_full_disk, from_dict, lock_folder
-from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card
+from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card, read_card
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
+from echo_ft.tracking import adapter_artifact, dataset_artifact, experiment_name, log_run, use_artifact
 from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, resume_wandb_run, training_options
 from echo_ft.training.memory import trainable_meta_model
 from echo_ft.training.planning import Plan, dry_run_report
@@ -80,7 +82,8 @@ def main(argv: list[str]) -> None:
         if config.dry_run:
             dry_run(checked, config, sft, base)
         else:
-            fit(checked, config, sft, base)
+            with log_training(checked, config, sft):
+                fit(checked, config, sft, base)
 
 
 def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
@@ -150,7 +153,6 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     from echo_ft.training.trainer import PrefixSharingTrainer
 
     assert checked.card is not None
-    resume_wandb_run(sft)
     store = feature_store(checked.card, config, sft, base) if config.features else None
     model = load_model(
         base.model_name_or_path,
@@ -195,6 +197,25 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         LOGGER.warning("there is no best checkpoint to load: the %s is that of the last step", kind)
     trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")
     trainer.end()
+
+
+@contextmanager
+def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[None]:
+    """Log the training in the block to Weights & Biases if `report_to` says so, with dataset, card and adapter.
+
+    transformers' callback logs its curves and options into the run that it finds.
+    """
+    if "wandb" not in (sft.report_to or ()) or sft.process_index != 0:
+        yield
+        return
+    assert checked.card is not None
+    resume_wandb_run(sft)
+    output = Path(sft.output_dir)
+    name, options = sft.run_name or output.resolve().name, {**asdict(config), "card": asdict(checked.card)}
+    with log_run("train", name, experiment_name(output), options) as run:
+        use_artifact(run, dataset_artifact(checked.dataset.folder, checked.dataset.manifest))
+        yield
+        run.log_artifact(adapter_artifact(output, asdict(read_card(output))))
 
 
 def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) -> Any:

@@ -1,0 +1,116 @@
+"""The cases of a run as people review them: what each expert saw and said, beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo_ft.data.dataset import Dataset, load_dataset
+from echo_ft.errors import EchoError
+from echo_ft.experts.option_order import most_probable
+from echo_ft.files import read_complete_rows, read_jsonl
+from echo_ft.inference.run_folder import TRACES
+from echo_ft.metrics.experts import concluded_letter
+from echo_ft.metrics.loading import Run
+from echo_ft.metrics.prediction_table import is_correct, p_defect
+from echo_ft.records import ROLES, Inspection, Prediction, Trace
+
+TAGS = ("wrong", "disagreement", "unparsed", "failed")
+"""What may deserve a look. `disagreement`: the reasoning expert concludes another option than the decision, or the
+text names another option than the most probable one."""
+
+
+@dataclass(frozen=True)
+class ReviewQuestion:
+    """A question of a case, with the words of the experts that answered it."""
+
+    prediction: Prediction
+    reasoning: str
+    tags: tuple[str, ...]
+    """Those of TAGS that apply."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is correct."""
+        return is_correct(self.prediction)
+
+
+@dataclass(frozen=True)
+class ReviewCase:
+    """An inspected image with the run's answers about it."""
+
+    inspection: Inspection
+    """The image and its truth, as the dataset has them."""
+    references: tuple[str, ...]
+    """The normal images that the decision maker saw."""
+    extractor: str
+    """The words of the reference extractor; empty if it was not consulted, as for the guide."""
+    guide: str
+    p_defect: float | None
+    questions: tuple[ReviewQuestion, ...]
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Those of TAGS that apply to any question."""
+        found = {tag for question in self.questions for tag in question.tags}
+        return tuple(tag for tag in TAGS if tag in found)
+
+
+def run_dataset(run: Run) -> Dataset:
+    """Load the dataset of a run. Raises EchoError if it is missing or was rebuilt since the run."""
+    if "dataset" not in run.provenance:
+        raise EchoError(f"{run.folder} is not the folder of a run; give one written by python -m evaluation.run")
+    dataset = load_dataset(Path(str(run.provenance["dataset"])))
+    if dataset.fingerprint != run.provenance.get("dataset_fingerprint"):
+        raise EchoError(f"{dataset.folder} has been rebuilt since the run {run.folder}; restore the dataset of the run")
+    return dataset
+
+
+def review_cases(run: Run, dataset: Dataset) -> list[ReviewCase]:
+    """Return the cases of a run in the order of its predictions. Raises EchoError if the dataset lacks one of them."""
+    inspections = {one.id: one for one in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)}
+    traces: dict[str, dict[tuple[str, str], Trace]] = {}
+    for trace in read_complete_rows(run.folder / TRACES, Trace):
+        traces.setdefault(trace.case, {})[trace.role, trace.branch] = trace
+    predictions: dict[str, list[Prediction]] = {}
+    for prediction in run.predictions:
+        predictions.setdefault(prediction.case, []).append(prediction)
+    missing = [case for case in predictions if case not in inspections]
+    if missing:
+        raise EchoError(f"{dataset.folder} has no image {missing[0]} of {run.folder}; restore the dataset of the run")
+    return [_review_case(inspections[case], rows, traces.get(case, {})) for case, rows in predictions.items()]
+
+
+def _review_case(
+    inspection: Inspection, rows: Sequence[Prediction], traces: dict[tuple[str, str], Trace]
+) -> ReviewCase:
+    def said(role: str, *branches: str) -> str:
+        return "\n".join(traces[role, branch].text for branch in branches if (role, branch) in traces)
+
+    extractor, guide, reasoner, decider = ROLES
+    # Only some question types may show the reference. The last image is the query.
+    shown = max((trace.images[:-1] for (role, _), trace in traces.items() if role == decider), key=len, default=())
+    scores = [score for row in rows if (score := p_defect(row)) is not None]
+    questions = [(row, said(reasoner, row.question)) for row in rows]
+    return ReviewCase(
+        inspection,
+        shown,
+        said(extractor, "best", "normal"),
+        said(guide, "guide"),
+        sum(scores) / len(scores) if scores else None,
+        tuple(ReviewQuestion(row, reasoning, _tags(row, reasoning)) for row, reasoning in questions),
+    )
+
+
+def _tags(row: Prediction, reasoning: str) -> tuple[str, ...]:
+    concluded = concluded_letter(reasoning, row.options) if reasoning else None
+    probable = most_probable(row.probabilities) if row.probabilities else None
+    others = {letter for letter in (concluded, probable) if letter is not None} - {row.parsed}
+    applies = {
+        "wrong": not is_correct(row),
+        "disagreement": row.parsed is not None and bool(others),
+        "unparsed": row.parsed is None and row.error is None,
+        "failed": row.error is not None,
+    }
+    return tuple(tag for tag in TAGS if applies[tag])
