@@ -32,6 +32,7 @@ NOT_RUN = {
     "UPDATE_GOLDEN=1 python -m pytest": "rewrites the golden prompts",
     "git diff tests/golden": "shows nothing without changed prompts",
     "pip install": "needs a package index",
+    "wandb sweep": "needs a W&B account",
     "transformers serve": "starts a server that never ends",
     "ddp.yaml --num_processes 4": "needs four GPUs",
     "recipes/magnetic_tile/": "needs the magnetic tiles",
@@ -72,11 +73,16 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(demo, tmp_path, monkeypatch) -> Path:
-    """A copy of the demo's folder, which is the working directory; data/mmad is another copy of the demo's dataset."""
+    """A copy of the demo's folder, which is the working directory; data/mmad is another copy of the demo's dataset.
+
+    W&B is offline and keeps its files there.
+    """
     folder = tmp_path / "project"
     shutil.copytree(demo, folder, symlinks=True)
     shutil.copytree(folder / "data" / "demo", folder / "data" / "mmad")
     monkeypatch.chdir(folder)
+    for name, value in {"MODE": "offline", "DIR": folder, "DATA_DIR": folder / "wandb data"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
     return folder
 
 
