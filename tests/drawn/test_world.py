@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from echo_ft.drawn import parts, shapes, world
-from echo_ft.drawn.assemblies import ASSEMBLY, STRUCTURAL_DEFECTS, plan_assembly, structural_defect, structural_names
+from echo_ft.drawn.assemblies import (
+    ASSEMBLY,
+    STRUCTURAL_DEFECTS,
+    fills_image,
+    plan_assembly,
+    structural_defect,
+    structural_names,
+)
 from echo_ft.drawn.stations import random_station, station_coordinates
 from train.tiny.pool import draw_product
 
@@ -96,7 +103,8 @@ def test_the_mask_holds_the_pixels_that_the_defect_changes(name: str) -> None:
 def test_a_structural_defect_lies_at_its_component(name: str) -> None:
     for seed in range(12):
         product, defect = product_with(name, seed)
-        u, v, _ = station_coordinates(product.station, parts.IMAGE_SIZE, np.random.default_rng((9, 12)), False)
+        rng, surface = np.random.default_rng((9, 12)), fills_image(product.style)
+        u, v, _ = station_coordinates(product.station, parts.IMAGE_SIZE, rng, surface)
         product = replace(product, style=replace(product.style, marks=()))
         mask = world.render_product(product, 5, 9, defect).mask
         if mask.sum() >= world.MIN_VISIBLE_PIXELS:
