@@ -17,8 +17,9 @@ def part_coordinates(
 ) -> tuple[_Array, _Array, float]:
     """Return the part coordinates u and v of every pixel, (height, width) each, and the width of a pixel.
 
-    The camera adds a small shift, rotation and zoom, all in proportion to `play`. A play of 1 moves a pixel of an image
-    of 168 x 168 by about 3 pixels, and by up to 10 in a corner. A `surface` fills the image and gets less zoom.
+    The camera adds a small shift, rotation and zoom, all in proportion to `play`. A play of 1 moves the centre of an
+    image of 168 x 168 by up to 3 pixels along each axis, and a corner by up to 12. A `surface` fills the image and gets
+    less zoom.
     """
     height, width = size
     x = np.linspace(-1 + 1 / width, 1 - 1 / width, width, dtype=np.float32)[None, :]
@@ -38,6 +39,7 @@ def smooth_noise(rng: np.random.Generator, size: tuple[int, int], cells: tuple[i
 
 _GRAIN: _Array = np.random.default_rng(0).standard_normal((4, 512, 512), np.float32)
 COLOUR_GRAIN: _Array = _GRAIN[0] + 0.5 * _GRAIN[1:]
+"""A table of noise (3, 512, 512) that is mostly the same for all colours, for `white_noise`."""
 
 
 def white_noise(rng: np.random.Generator, size: tuple[int, int], table: _Array = _GRAIN[0]) -> _Array:

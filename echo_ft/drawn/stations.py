@@ -52,7 +52,7 @@ class Station:
 
 def random_station(rng: np.random.Generator) -> Station:
     """Draw a station for images in colour or grey."""
-    fixture = rng.random() < 0.5  # a fixture holds the part, so that images differ by about a pixel
+    fixture = rng.random() < 0.5  # a fixture holds the part within about a pixel
     return Station(
         seed=int(rng.integers(2**31)),
         mode="grey" if rng.random() < 0.25 else "colour",
@@ -104,7 +104,7 @@ def light_canvases(station: Station, canvases: Sequence[_Array], rng: np.random.
 def visible_change(station: Station, before: _Array, after: _Array) -> NDArray[np.bool_]:
     """Return the pixels (height, width) that a person tells apart in images of two canvases in the same light.
 
-    That is a change of 6% of the range and the noise, in a colour or, without colour, in grey.
+    A change counts from 6% of the range plus the noise of a medium grey. Without colour, only a change in grey counts.
     """
     if station.mode == "binary":
         return (_grey(before) > station.threshold) != (_grey(after) > station.threshold)

@@ -73,9 +73,14 @@ def test_a_pool_of_another_edition_is_refused(folder: Path, tmp_path: Path) -> N
     np.save(tmp_path / "labels.npy", np.zeros((160, 5), np.int16))
     with pytest.raises(EchoError, match="another edition"):
         pool.open_pool(tmp_path)
-    (tmp_path / "labels.npy").write_bytes((folder / "labels.npy").read_bytes()[:90])
-    with pytest.raises(EchoError, match="no pool of drawn images"):
+    np.save(tmp_path / "labels.npy", opened.labels)
+    np.save(tmp_path / "shares.npy", np.zeros((160, 12, 12), np.uint8))
+    with pytest.raises(EchoError, match="another edition"):
         pool.open_pool(tmp_path)
+    for length in (90, 0):
+        (tmp_path / "labels.npy").write_bytes((folder / "labels.npy").read_bytes()[:length])
+        with pytest.raises(EchoError, match="no pool of drawn images"):
+            pool.open_pool(tmp_path)
 
 
 def test_a_product_has_two_normal_images_and_two_with_defects(folder: Path) -> None:

@@ -58,7 +58,7 @@ class Pool:
 def draw_pool(folder: Path, products: int, first: int) -> None:
     """Draw products number `first` to `first + products - 1` into a folder, which appears once it is complete.
 
-    Raises EchoError if the parent folder is not writable.
+    It replaces a folder of the same name. Raises EchoError if the parent folder is not writable.
     """
     count, grid = IMAGES_PER_PRODUCT * products, [side // PATCH for side in IMAGE_SIZE]
     with atomic_folder(folder) as partial:
@@ -113,8 +113,11 @@ def open_pool(folder: Path) -> Pool:
         images, shares, labels = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "shares", "labels")
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise EchoError(f"{folder} holds no pool of drawn images ({error}); draw it again with draw_pool") from error
-    if labels.dtype != LABELS or not len(images) == len(shares) == len(labels):
+    shapes = (*IMAGE_SIZE, 3), tuple(side // PATCH for side in IMAGE_SIZE), ()
+    count = len(images) if images.ndim else 0
+    arrays = zip((images, shares, labels), (np.uint8, np.uint8, LABELS), shapes, strict=True)
+    if not all((array.dtype, array.shape) == (dtype, (count, *shape)) for array, dtype, shape in arrays):
         raise EchoError(f"{folder} holds a pool of another edition; draw it again with draw_pool")
     return Pool(images, shares, labels)
