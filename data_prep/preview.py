@@ -21,8 +21,9 @@ from echo_ft.data.splits import LEFT_OUT, REFERENCE_SPLIT, SPLITS, stratum_of
 from echo_ft.files import from_dict, to_json
 from echo_ft.html import jpeg_uri, render_page
 from echo_ft.images import masks
+from echo_ft.images.boxes import Box, parse_boxes
 from echo_ft.images.decode import image_size, load_image
-from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection, Question, Reference
+from echo_ft.records import BOX_END, BOX_START, GOOD, GROUNDING, ROLES, Case, Exchange, Inspection, Question, Reference
 
 _R = TypeVar("_R")
 
@@ -49,6 +50,8 @@ class Picture:
     height: int
     outlines: str = ""
     """Outlines of the marked regions, as an SVG path in pixels."""
+    boxes: tuple[Box, ...] = ()
+    """The boxes that a question asks for, in thousandths of the width and height."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], draft: 
         good=GOOD,
         rejections=rejection_summary(manifest),
         is_marked=masks.is_marked,
+        box_tokens=(BOX_START, BOX_END),
         roles=ROLES,
         cards=cards,
         total=len(inspections),
@@ -210,15 +214,17 @@ def sample_inspections(inspections: Sequence[Inspection], typical: int, limit: i
 
 
 def _query_picture(case: Case, root: Path) -> Picture:
-    """The query image with the outlines of its defect."""
+    """The query image with the outlines of its defect and the boxes that a question asks for."""
     path = root / case.seen.query
     image = load_scaled(path)
+    asked = [case.truth.answers[question.id] for question in case.seen.questions if question.kind == GROUNDING]
+    boxes = tuple(box for answer in asked for box in parse_boxes(answer) or ())
     mask = masks.load_mask(case.truth, root, image_size(path))
     if mask is None or not mask.any():
-        return _picture(image)
+        return _picture(image, boxes=boxes)
     if mask.shape[0] < image.height:
-        return _picture(image, masks.outline_path(np.asarray(Image.fromarray(mask).resize(image.size))))
-    return _picture(image, masks.outline_path(masks.resize_mask(mask, image.size)))
+        return _picture(image, masks.outline_path(np.asarray(Image.fromarray(mask).resize(image.size))), boxes)
+    return _picture(image, masks.outline_path(masks.resize_mask(mask, image.size)), boxes)
 
 
 def load_scaled(path: Path, side: int = LARGE_SIDE) -> Image.Image:
@@ -232,5 +238,5 @@ def load_scaled(path: Path, side: int = LARGE_SIDE) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _picture(image: Image.Image, outline_path: str = "") -> Picture:
-    return Picture(jpeg_uri(image), *image.size, outline_path)
+def _picture(image: Image.Image, outline_path: str = "", boxes: tuple[Box, ...] = ()) -> Picture:
+    return Picture(jpeg_uri(image), *image.size, outline_path, boxes)

@@ -78,7 +78,7 @@ def metric_text(name: str, value: float | None) -> str:
     return share_text(value) if name in DETECTION_METRICS else percent(value)
 
 
-def box_text(name: str, value: float | None, plus: bool = False) -> str:
+def box_text(value: float | None, name: str, plus: bool = False) -> str:
     """Format a metric of boxes in its unit, with its sign if it is a difference."""
     if value is None:
         return "–"
@@ -86,9 +86,9 @@ def box_text(name: str, value: float | None, plus: bool = False) -> str:
     return f"{100 * value if share else value:{'+' if plus else ''}.{1 if share else 2}f}"
 
 
-def box_interval_text(name: str, value: Sequence[float] | None, plus: bool = False) -> str:
+def box_interval_text(value: Sequence[float] | None, name: str, plus: bool = False) -> str:
     """Format the interval of a metric of boxes; a dash stands for a missing interval."""
-    return "–" if value is None else " to ".join(box_text(name, bound, plus) for bound in value)
+    return "–" if value is None else " to ".join(box_text(bound, name, plus) for bound in value)
 
 
 def interval_text(name: str, value: Sequence[float] | None) -> str:

@@ -36,6 +36,8 @@ def render(template: str, **values: Any) -> str:
         "share": formatting.share_text,
         "share_interval": formatting.share_interval_text,
         "signed": formatting.signed,
+        "box": formatting.box_text,
+        "box_interval": formatting.box_interval_text,
         "p": formatting.p_text,
         "unparsed_or_failed": formatting.unparsed_or_failed,
     }
@@ -51,6 +53,7 @@ def report_page(report: Mapping[str, Any], run: Run) -> str:
         mmad_counts=mmad_counts(report["kinds"]),
         detection_labels=formatting.DETECTION_LABELS,
         alarm_labels=formatting.ALARM_LABELS,
+        box_labels=formatting.BOX_LABELS,
         expert_labels=formatting.EXPERT_LABELS,
         threshold_labels=formatting.THRESHOLD_LABELS,
         roc=roc_points(make_prediction_table(run.predictions)),
@@ -80,6 +83,7 @@ def compare_page(comparison: Mapping[str, Any], groups: Sequence[RunGroup]) -> s
         detection_metrics=DETECTION_METRICS,
         all_questions=ALL_QUESTIONS,
         unparsed_label=formatting.UNPARSED_LABEL,
+        box_labels=formatting.BOX_LABELS,
         limit=_difference_limit(comparison["differences"]),
         changed={
             "Newly right": sample_changes(before, after, root, improved=True),

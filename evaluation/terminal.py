@@ -129,7 +129,7 @@ def print_boxes(boxes: Mapping[str, Any]) -> None:
     for name, label in BOX_LABELS.items():
         figure = boxes["figures"][name]
         if figure["value"] is not None:
-            rows.append((label, box_text(name, figure["value"]), box_interval_text(name, figure["interval"])))
+            rows.append((label, box_text(figure["value"], name), box_interval_text(figure["interval"], name)))
     print(
         f"\n{text_table(rows)}\n{boxes['true_boxes']} true boxes and {boxes['named_boxes']} predicted ones in "
         f"{boxes['images']} images; {boxes['unparsed']} unparsed answers, {boxes['failed']} failed"
@@ -238,8 +238,8 @@ def print_compared_boxes(boxes: Mapping[str, Any]) -> None:
         row = [label]
         for run in runs:
             score = run["figures"][name]
-            value, deviation = (box_text(name, score[key]) for key in ("value", "standard_deviation"))
-            row += _run_cells(run, value, deviation, box_interval_text(name, score["interval"]))
+            value, deviation = (box_text(score[key], name) for key in ("value", "standard_deviation"))
+            row += _run_cells(run, value, deviation, box_interval_text(score["interval"], name))
         rows.append(tuple(row))
     print("\n" + text_table(rows))
     for difference in boxes["differences"]:
@@ -248,8 +248,8 @@ def print_compared_boxes(boxes: Mapping[str, Any]) -> None:
             score = difference["figures"][name]
             if score["difference"] is None:
                 continue
-            change = box_text(name, score["difference"], plus=True)
-            rows.append((label, change, box_interval_text(name, score["interval"], plus=True)))
+            change = box_text(score["difference"], name, plus=True)
+            rows.append((label, change, box_interval_text(score["interval"], name, plus=True)))
         print("\n" + text_table(rows))
 
 

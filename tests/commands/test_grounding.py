@@ -58,6 +58,28 @@ def test_decision_makers_train_on_boxes_of_normal_and_defective_parts(built: Pat
     assert all(parse_boxes(str(target)) is not None for target in targets)
 
 
+def test_the_preview_draws_the_boxes_and_shows_the_answers(built: Path) -> None:
+    page = (built / "preview.html").read_text()
+    cards = page.split('<li class="case"')[1:]
+    questions = {one.inspection: one for one in read_rows(built, "questions.jsonl", Question) if one.kind == GROUNDING}
+    assert cards
+    for card in cards:
+        name = re.search('data-case="([^"]*)"', card)[1]  # type: ignore[index]
+        boxes = parse_boxes(str(questions[name].answer))
+        width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', card).groups())  # type: ignore[union-attr]
+        drawn = [
+            tuple(map(float, found))
+            for found in re.findall('<rect class="box" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', card)
+        ]
+        expected = [(x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height) for x0, y0, x1, y1 in boxes or ()]
+        assert len(drawn) == len(expected)
+        for one, other in zip(drawn, expected, strict=True):
+            assert one == pytest.approx([value / 1000 for value in other], abs=0.051)
+        said = re.search(r"Defect Grounding</small>.*?right\">(.*?)</span>", card, re.DOTALL)[1].split()  # type: ignore[index]
+        assert said == ([f"({x0},{y0}),({x1},{y1})" for x0, y0, x1, y1 in boxes or ()] or ["none"])
+        assert ("boxes dashed" in card) == bool(boxes)
+
+
 def box_rows(shift: int) -> list[Prediction]:
     """Answers about boxes in the images of `predictions`, off by `shift` thousandths."""
     rows = []
@@ -94,6 +116,12 @@ def test_reports_and_comparisons_show_boxes_and_leave_all_other_scores_alone(
     (difference,) = comparison["boxes"]["differences"]
     assert difference["figures"]["mean_iou"]["difference"] == pytest.approx(2 / 3)
     assert comparison["differences"][0]["figures"]["Average"]["difference"] == 0
+    pages = [base / "report.html", plain / "report.html", tmp_path / "out" / "compare.html"]
+    reported, unasked, compared = (re.sub(r"\s+", " ", page.read_text()) for page in pages)
+    assert "<h2>Boxes</h2>" not in unasked
+    assert '<th scope="row">mean IoU, %</th><td>33.3</td>' in reported
+    assert '<th scope="row">boxes per good image</th><td>0.00</td>' in reported
+    assert re.search(r'<th scope="row">mean IoU, %</th> <td>33\.3.*?<td>100\.0.*?<td>\+66\.7', compared)
     assert re.search(r"mean IoU, % +\+66\.7", capsys.readouterr().out)
 
 
