@@ -64,7 +64,7 @@ class Readings:
     """How the usable images are read, as far as it may surprise their owner."""
 
     rotated: list[str]
-    """Images that viewers rotate by their EXIF orientation but `decode` does not."""
+    """Images that are turned upright by their EXIF orientation."""
     lossy: list[str]
     """Images with a mask in a lossy format."""
     bits: dict[str, int]
@@ -144,7 +144,7 @@ def check_records(records: SourceRecords, root: Path) -> UsableImages:
     kept = list(inspections.values())
     bits = {one.image: check(root / one.image).bits for one in kept}
     readings = Readings(
-        [one.image for one in kept if check(root / one.image).rotated],
+        [one.image for one in kept if check(root / one.image).orientation != 1],
         [one.image for one in kept if any(check(root / name, True).lossy for name in mask_files(one))],
         {image: depth for image, depth in bits.items() if depth is not None},
     )
@@ -163,7 +163,7 @@ def _checked(
     image = check(root / item.image)
     rotated = orientation_fault(item, image)
     if rotated:
-        unmarked = dataclasses.replace(item, mask=None, masks=(), boxes=(), polygons=())
+        unmarked = dataclasses.replace(item, boxes=(), polygons=())
         return unmarked, Rejection(item.image, f"{rotated}; the image is used without them", "mask")
     fault = boxes_fault(item, image.size)
     if fault:
@@ -173,7 +173,7 @@ def _checked(
     several = [dataclasses.replace(item, mask=name, masks=()) for name in names] if merged and item.masks else []
     for one in (item, *several):
         files = [check(root / name, True) for name in mask_files(one)]
-        mask = mask_fault(one, root, image.size, files)
+        mask = mask_fault(one, root, image, files)
         if mask is None:
             continue
         if not mask.image_usable and not has_questions:

@@ -18,15 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import ExifTags, Image
-
 from data_prep.progress import progress
 from echo_ft.config import parse, run_main
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.data.export_rows import SHAREGPT, message_rows, prompt_completion_rows
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder, read_jsonl, write_json
-from echo_ft.images.decode import READ_ERRORS, load_image
+from echo_ft.images.decode import READ_ERRORS, load_image, open_image, orientation
 from echo_ft.provenance import commit, versions
 from echo_ft.records import ROLES, Exchange
 
@@ -128,8 +126,8 @@ def is_portable(path: Path) -> bool:
     EXIF orientation but leaves its mask unchanged.
     """
     try:
-        with Image.open(path) as image:
-            return image.mode in PORTABLE_MODES and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        with open_image(path) as image:
+            return image.mode in PORTABLE_MODES and orientation(image) == 1
     except READ_ERRORS:
         return False  # `load_image` reports what is wrong with the file
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
@@ -64,11 +63,9 @@ class ImageCheck:
     fault: str | None = None
     """Why the file cannot be used as an image, or None."""
     size: tuple[int, int] = (0, 0)
-    """(width, height) in pixels."""
+    """(width, height) of the upright image in pixels."""
     orientation: int = 1
     """The EXIF orientation, from 1 (upright) to 8."""
-    rotated: bool = False
-    """Whether viewers show the image in another orientation than `decode` reads it."""
     lossy: bool = False
     """Whether its format changes pixels."""
     bits: int | None = None
@@ -83,8 +80,8 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
     if not path.is_file():
         return ImageCheck("the file is missing")
     try:
-        with Image.open(path) as image:
-            size = image.size
+        with decode.open_image(path, any_frames=is_mask) as image:  # `mask_fault` refuses masks of several frames
+            size = decode.upright_size(image)
             if min(size) < 2:
                 return ImageCheck(f"the image is only {size[0]} x {size[1]} pixels")
             high_depth, orientation, lossy = (
@@ -92,7 +89,6 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
                 decode.orientation(image),
                 is_lossy(image),
             )
-            rotated = orientation != 1 and image.format != "TIFF"  # Pillow rotates TIFF files itself
             if image.format == "PNG":
                 image.verify()  # reads every chunk and its checksum
             else:
@@ -102,7 +98,7 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
         bits = decode.bit_depth(path) if high_depth and not is_mask else None
     except decode.READ_ERRORS as error:
         return ImageCheck(decode.describe_read_error(error))
-    return ImageCheck(None, size, orientation, rotated, lossy, bits)
+    return ImageCheck(None, size, orientation, lossy, bits)
 
 
 @dataclass(frozen=True)
@@ -114,12 +110,10 @@ class MaskFault:
     """Whether the image can be used without the mask, because its condition is not in doubt."""
 
 
-def mask_fault(
-    inspection: Inspection, root: Path, size: tuple[int, int], files: Sequence[ImageCheck]
-) -> MaskFault | None:
+def mask_fault(inspection: Inspection, root: Path, image: ImageCheck, files: Sequence[ImageCheck]) -> MaskFault | None:
     """Why the mask files of a readable image cannot be used; None if they can, or if it has none.
 
-    `size` is (width, height) of the image, and `files` are the checks of the mask files. A mask that cannot be read in
+    `image` is the check of the image, and `files` are those of the mask files. A mask that cannot be read in
     one way, or marks an implausible part of the image, leaves the condition of a defect undisputed. A broken mask or
     one of another size may belong to another image.
     """
@@ -131,9 +125,9 @@ def mask_fault(
             return MaskFault(f"mask {name}: {file.fault}")
     subject, defective = f"mask {', '.join(names)}", inspection.condition != GOOD
     try:
-        mask = masks.load_mask(inspection, root, size)
+        mask = masks.load_mask(inspection, root, image.size, image.orientation)
     except EchoError as error:
-        return MaskFault(str(error), image_usable=defective and all(file.size == size for file in files))
+        return MaskFault(str(error), image_usable=defective and all(file.size == image.size for file in files))
     if mask is None or not mask.any():
         if not defective:
             return None
@@ -192,10 +186,16 @@ def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
 
 
 def orientation_fault(inspection: Inspection, image: ImageCheck) -> str | None:
-    """Why the mask, boxes or polygons of a defect are ambiguous because viewers rotate the image, or None."""
-    if image.orientation == 1 or inspection.condition == GOOD or not masks.is_marked(inspection):
+    """Why the boxes or polygons of a defect are ambiguous because viewers rotate the image, or None.
+
+    If the rotation exchanges width and height, the source has told from its stated size which view they are for.
+    """
+    outlined = inspection.boxes or inspection.polygons
+    if image.orientation == 1 or not outlined or inspection.condition == GOOD:
+        return None
+    if image.orientation in decode.SIDEWAYS and image.size[0] != image.size[1]:
         return None
     return (
-        f"viewers rotate the image (EXIF orientation {image.orientation}), so its marks may mean either orientation; "
-        "save the image rotated and without the EXIF tag, and mark the defect there"
+        f"viewers rotate the image (EXIF orientation {image.orientation}), so its boxes or polygons may mean either "
+        "orientation; save the image rotated and without the EXIF tag, and mark the defect there"
     )

@@ -40,6 +40,7 @@ from echo_ft.data.knowledge import (
 from echo_ft.data.text import nfc, word_count
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_text
+from echo_ft.inputs import read_bytes
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 
 MIN_WORDS = 4
@@ -124,7 +125,7 @@ def write_template(dataset: Dataset, folder: Path) -> list[str]:
         present = {*existing[key][product], *misspelt.values()}
         missing = {condition: text for condition, text in descriptions.items() if condition not in present}
         if missing:
-            content = texts.get(path) or path.read_bytes().decode("utf-8")
+            content = texts.get(path) or read_bytes(path).decode("utf-8")
             texts[path] = _add_conditions(path, content, (key, product), missing, counts)
             report.append(f"{path}: {', '.join(missing)} added, {_count_empty(missing)} to describe")
         else:

@@ -18,6 +18,7 @@ from echo_ft.data.splits import LEFT_OUT, SPLITS, reference_pool
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import write_json
 from echo_ft.images.masks import mask_files
+from echo_ft.inputs import read_bytes
 from echo_ft.provenance import commit, content_hash, fingerprint_bytes, fingerprint_files, versions
 from echo_ft.records import GOOD, Inspection
 
@@ -59,7 +60,7 @@ def make_manifest(
         "fingerprint": fingerprint_bytes(
             fingerprint_files([*record_files, folder / "knowledge.json"], folder).encode(), images.encode()
         ),
-        "annotations_fingerprint": fingerprint_bytes(config.annotations.read_bytes()) if config.annotations else None,
+        "annotations_fingerprint": fingerprint_bytes(read_bytes(config.annotations)) if config.annotations else None,
         "images_fingerprint": images,
         "versions": versions(),
         "commit": commit(),

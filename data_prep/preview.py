@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import defaultdict
@@ -18,12 +17,14 @@ from data_prep.manifest import rejection_summary
 from data_prep.prepare import TRAINING_SPLITS, DatasetDraft
 from echo_ft.data.dataset import make_cases
 from echo_ft.data.splits import LEFT_OUT, REFERENCE_SPLIT, SPLITS, stratum_of
-from echo_ft.files import from_dict, to_json
+from echo_ft.files import to_json
 from echo_ft.html import jpeg_uri, render_page
 from echo_ft.images import masks
 from echo_ft.images.boxes import Box, parse_boxes
-from echo_ft.images.decode import image_size, load_image
+from echo_ft.images.decode import image_frame, load_image
+from echo_ft.inputs import from_dict, open_text
 from echo_ft.records import BOX_END, BOX_START, GOOD, GROUNDING, ROLES, Case, Exchange, Inspection, Question, Reference
+from echo_ft.strict_yaml import read_json
 
 _R = TypeVar("_R")
 
@@ -160,11 +161,11 @@ def _filters(cards: Sequence[Card]) -> dict[str, list[str]]:
 def _rows(path: Path, cls: type[_R], cases: Collection[str]) -> Iterator[_R]:
     """The rows of a file that belong to these cases."""
     encoded = {to_json(case) for case in cases}
-    with open(path, encoding="utf-8") as file:
+    with open_text(path) as file:
         for line in file:
             case = CASE_FIELD.search(line)
             if case and case.group(1) in encoded:
-                yield from_dict(cls, json.loads(line))
+                yield from_dict(cls, read_json(line, unique_keys=False))
 
 
 def _cards(sampled: Sequence[Inspection], folder: Path, root: Path) -> list[Card]:
@@ -219,7 +220,7 @@ def _query_picture(case: Case, root: Path) -> Picture:
     image = load_scaled(path)
     asked = [case.truth.answers[question.id] for question in case.seen.questions if question.kind == GROUNDING]
     boxes = tuple(box for answer in asked for box in parse_boxes(answer) or ())
-    mask = masks.load_mask(case.truth, root, image_size(path))
+    mask = masks.load_mask(case.truth, root, *image_frame(path))
     if mask is None or not mask.any():
         return _picture(image, boxes=boxes)
     if mask.shape[0] < image.height:

@@ -50,7 +50,7 @@ from echo_ft.config import parse, run_main
 from echo_ft.data.knowledge import load_knowledge, products_of
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl, write_text
-from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error, image_size
+from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error, image_frame
 from echo_ft.images.masks import load_mask
 from echo_ft.images.synthetic_defects import DEFECT_METHODS, SyntheticDefect, make_defect
 from echo_ft.provenance import commit, versions
@@ -219,7 +219,7 @@ def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, 
     one = inspection
     if one.masks or one.polygons:
         mask = f"{SYNTHETIC_FOLDER}/{one.image}/mask.png"
-        pixels = load_mask(one, root, image_size(root / one.image))
+        pixels = load_mask(one, root, *image_frame(root / one.image))
         (folder / mask).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(pixels, np.uint8) * 255).save(folder / mask)
         one = replace(one, mask=mask, masks=(), polygons=(), boxes=())

@@ -7,7 +7,6 @@ the outputs fit the training rows that show them.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from echo_ft.data.splits import LEFT_OUT
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import update_upstream
 from echo_ft.experts.roles import ROUTINGS, render
-from echo_ft.files import from_dict
 from echo_ft.inference.run_folder import RUN_DESCRIPTION, TRACES
+from echo_ft.inputs import from_dict, open_input, read_json_object
 from echo_ft.model.adapters import ADAPTER_CARD, read_card
 from echo_ft.model.training_overlap import images_trained_on
 from echo_ft.provenance import fingerprint_files
 from echo_ft.records import ROLES, Case, Trace, Upstream
+from echo_ft.strict_yaml import read_json
 
 UPSTREAM_ROLES = ROLES[:-1]
 """The roles whose outputs later roles are shown."""
@@ -65,7 +65,7 @@ def read_runs(folders: Sequence[Path], routing: str) -> list[UpstreamRun]:
 
 def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
     try:
-        run = json.loads((folder / RUN_DESCRIPTION).read_text(encoding="utf-8"))
+        run = read_json_object(folder / RUN_DESCRIPTION)
         if not run["complete"]:
             raise EchoError(f"the run {folder} is not complete; rerun its command to resume it")
         for name, value in required.items():
@@ -76,9 +76,9 @@ def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
                 )
         offsets: dict[str, int] = {}
         offset = 0
-        with open(folder / TRACES, "rb") as file:
+        with open_input(folder / TRACES) as file:
             for line in file:
-                offsets.setdefault(json.loads(line)["case"], offset)
+                offsets.setdefault(read_json(line.decode(), unique_keys=False)["case"], offset)
                 offset += len(line)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EchoError(f"traces: {folder} is not a run of evaluation.run ({error}); check the path") from error
@@ -187,10 +187,10 @@ def predicted_upstream(case: Case, runs: Sequence[UpstreamRun], routing: str) ->
 
 
 def _read_traces(run: UpstreamRun, case: str) -> Iterator[Trace]:
-    with open(run.folder / TRACES, "rb") as file:
+    with open_input(run.folder / TRACES) as file:
         file.seek(run.trace_offsets[case])
         for line in file:
-            row = json.loads(line)
+            row = read_json(line.decode(), unique_keys=False)
             if row["case"] != case:
                 return
             yield from_dict(Trace, row)

@@ -203,8 +203,8 @@ def _readings(draft: DatasetDraft) -> Iterator[str]:
     rotated = [image for image in draft.readings.rotated if image in used]
     if rotated:
         yield (
-            f"{len(rotated)} images have an EXIF orientation and are read as stored, not as viewers rotate them: "
-            f"{first_names(rotated)}; save them rotated and without the EXIF tag"
+            f"{len(rotated)} images have an EXIF orientation and are turned upright by it, as viewers show them: "
+            f"{first_names(rotated)}"
         )
     lossy = [image for image in draft.readings.lossy if image in used]
     if lossy:

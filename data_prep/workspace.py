@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder
+from echo_ft.inputs import read_json_object
 
 DATASET_ENTRIES = frozenset(
     {
@@ -72,7 +72,7 @@ def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool)
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of one of our datasets, of any version, or None."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json_object(path)
     except (OSError, ValueError):
         return None
     ours = isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(DATASET_FORMAT.rsplit(" ", 1)[0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import logging
 import math
 import os
@@ -25,7 +24,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from echo_ft.errors import EchoError
-from echo_ft.strict_yaml import read_yaml
+from echo_ft.inputs import read_yaml_file
+from echo_ft.strict_yaml import read_json
 from echo_ft.terminal import LOGGER, log_to_terminal
 
 COMMAND_LINE = "the command line"
@@ -110,8 +110,8 @@ def _load(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {near[0]}?" if near else f" (looked in {Path.cwd()}); check the path"
         raise EchoError(f"there is no config file {path}{hint}")
     try:
-        config = read_yaml(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = read_yaml_file(path) or {}
+    except (yaml.YAMLError, OSError, ValueError) as error:
         raise EchoError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise EchoError(f"{path} contains a {type(config).__name__}; a config must be a mapping of key: value lines")
@@ -180,7 +180,7 @@ def _mapping(text: str) -> Any:
     """Parse a JSON mapping; the name of an existing file stays text. Raises ArgumentTypeError for anything else."""
     if text.startswith("{"):
         try:
-            return _with_numbers(json.loads(text))
+            return _with_numbers(read_json(text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if Path(text).is_file():

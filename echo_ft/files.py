@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import json
 import os
 import shutil
 import tempfile
 import traceback
-import types
-import typing
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from echo_ft.errors import EchoError
-
-Record = TypeVar("Record")
+from echo_ft.inputs import Record, from_dict, lines, open_input, open_text
+from echo_ft.strict_yaml import read_json
 
 SYSTEM_NAMES = frozenset(
     {
@@ -49,60 +46,28 @@ def to_json(record: Any) -> str:
     return _ENCODER.encode(record)
 
 
-def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
-    """Build a record from parsed JSON, including nested records and tuples.
-
-    Raises TypeError if a field is missing or unknown.
-    """
-    hints, nested = _hints(cls)  # type: ignore[arg-type]
-    if not row.keys() <= hints.keys():
-        raise TypeError(f"{cls.__name__} has no field {min(row.keys() - hints.keys())!r}")
-    if nested:
-        row = {**row, **{name: _restore(hints[name], row[name]) for name in nested if name in row}}
-    return cls(**row)
-
-
-@functools.cache  # resolving annotations takes longer than building the record
-def _hints(cls: type) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the type of each field and the fields that do not survive a round trip through JSON."""
-    hints = typing.get_type_hints(cls)
-    return hints, tuple(name for name, hint in hints.items() if not _is_plain(hint))
-
-
-def _is_plain(hint: Any) -> bool:
-    origin = typing.get_origin(hint) or hint
-    if origin in (types.UnionType, typing.Union):
-        return all(map(_is_plain, typing.get_args(hint)))
-    return origin is not tuple and not dataclasses.is_dataclass(origin)
-
-
-def _restore(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _restore(next(arg for arg in args if arg is not type(None)), value)
-    if origin is tuple:
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        return tuple(_restore(inner or args[index], item) for index, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value)
-    return value
-
-
 def read_jsonl(path: Path, cls: type[Record], exclude: str = "") -> Iterator[Record]:
     """Yield the records of a JSON-lines file. Lines that contain the text `exclude` are skipped without parsing.
 
-    Raises EchoError with the file and line number if a row is not a valid record of type `cls`.
+    Raises EchoError with the file and line number if the file cannot be read, or if a row is not a valid record of type
+    `cls`.
     """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if exclude and exclude in line:
-                continue
-            try:
-                yield from_dict(cls, json.loads(line))
-            except (json.JSONDecodeError, TypeError, AttributeError) as error:
-                raise EchoError(f"{path}:{number} is not a {cls.__name__} row ({error}); rebuild the file") from error
+    number = 0
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(lines(file), start=1):
+                if exclude and exclude in line:
+                    continue
+                try:
+                    record = from_dict(cls, read_json(line, unique_keys=False))
+                except (ValueError, TypeError) as error:
+                    reason = f"is not a {cls.__name__} row ({error})"
+                    raise EchoError(f"{path}:{number} {reason}; rebuild the file") from error
+                yield record
+    except FileNotFoundError as error:
+        raise EchoError(f"there is no file {path}; rebuild the folder that it belongs to") from error
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{path} cannot be read after line {number} ({error}); rebuild the file") from error
 
 
 RESUME_REMEDY = "free some space and rerun the same command to resume"
@@ -229,12 +194,13 @@ def read_complete_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
     """Yield the valid rows of a JSON-lines file and skip incomplete lines, such as a truncated last one."""
     if not path.is_file():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open_input(path) as file:
         for line in file:
             try:
-                yield from_dict(cls, json.loads(line))
+                record = from_dict(cls, read_json(line.decode(), unique_keys=False))
             except (ValueError, TypeError):
                 continue
+            yield record
 
 
 def list_folder(folder: Path) -> list[Path]:

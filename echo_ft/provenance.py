@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from echo_ft.inputs import open_input
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -127,6 +129,9 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
 
 
 def content_hash(path: Path | str) -> bytes:
-    """Return the SHA-256 of a file's content, 32 bytes. Raises OSError if the file cannot be read."""
-    with open(path, "rb") as file:
+    """Return the SHA-256 of a file's content, 32 bytes.
+
+    Raises OSError or InputError if the file cannot be read.
+    """
+    with open_input(path) as file:
         return hashlib.file_digest(file, "sha256").digest()

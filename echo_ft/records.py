@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 GOOD = "good"
 """The condition of a part without a defect."""
@@ -51,6 +52,9 @@ SYNTHETIC_DESCRIPTIONS = {
 }
 """The appearance and consequences of the defects that each method of `images.synthetic_defects` makes."""
 
+RelativePath = Annotated[str, "a path in the root of the images"]
+"""The path of an image or mask, relative to the image root, with forward slashes. It never leads out of the root."""
+
 Knowledge = Mapping[str, Mapping[str, Mapping[str, str]]]
 """{dataset: {product: {condition: description}}}, the schema of MMAD's domain_knowledge.json."""
 
@@ -60,7 +64,7 @@ class Inspection:
     """One image of one part. Paths are relative to the dataset's image root and use forward slashes."""
 
     id: str
-    image: str
+    image: RelativePath
     dataset: str
     product: str
     condition: str
@@ -70,12 +74,12 @@ class Inspection:
     Assigned splits keep a group together, and retrieval never returns an image of the query's own group.
     """
     split: str | None = None
-    mask: str | None = None
+    mask: RelativePath | None = None
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     """Defect boxes as (x0, y0, x1, y1) in pixels of the image, if the source has boxes instead of a mask."""
-    reference: str | None = None
+    reference: RelativePath | None = None
     """The normal image that the source names as the reference. It is used as given."""
-    masks: tuple[str, ...] = ()
+    masks: tuple[RelativePath, ...] = ()
     """Several files that form one mask together, if the source has no single mask file."""
     polygons: tuple[tuple[float, ...], ...] = ()
     """Defect outlines as (x0, y0, x1, y1, ...) in pixels of the image, in addition to boxes or instead of them."""
@@ -91,7 +95,7 @@ class Reference:
     """A normal image for an inspection, retrieved or drawn at random as a control. Ranks start at 1."""
 
     inspection: str
-    image: str
+    image: RelativePath
     similarity: float
     rank: int
     method: str = "retrieved"
@@ -135,7 +139,7 @@ class Entry:
 class Seen:
     """Everything that the experts may see of a case."""
 
-    query: str
+    query: RelativePath
     references: tuple[Reference, ...]
     knowledge: tuple[Entry, ...]
     questions: tuple[Question, ...]
@@ -146,11 +150,11 @@ class Truth:
     """The ground truth of a case, which must never reach a prompt at inference."""
 
     condition: str
-    mask: str | None
+    mask: RelativePath | None
     boxes: tuple[tuple[float, float, float, float], ...]
     answers: dict[str, str]
     """The correct letter, or the text of the boxes, by question id."""
-    masks: tuple[str, ...] = ()
+    masks: tuple[RelativePath, ...] = ()
     polygons: tuple[tuple[float, ...], ...] = ()
 
 
@@ -182,7 +186,7 @@ class Exchange:
 
     role: str
     case: str
-    images: tuple[str, ...]
+    images: tuple[RelativePath, ...]
     context: str
     branches: tuple[Branch, ...]
     prompt_version: str
@@ -208,7 +212,7 @@ class Prediction:
     dataset: str
     product: str
     group: str
-    image: str
+    image: RelativePath
     condition: str
     kind: str
     question_text: str
@@ -229,7 +233,7 @@ class Trace:
     case: str
     role: str
     branch: str
-    images: tuple[str, ...]
+    images: tuple[RelativePath, ...]
     context: str
     prompt: str
     text: str

@@ -1,14 +1,36 @@
-"""Strict loaders for hand-written YAML and JSON.
+"""Strict and bounded parsers for YAML and JSON from outside.
 
-Duplicate keys are an error here. The standard loaders silently keep the last value.
+Duplicate keys are an error here; the standard parsers silently keep the last value. So are very long numbers, half of a
+surrogate pair, and values that are nested too deeply. YAML's aliases and merge keys may not repeat more than
+MAX_REPEATED values, because a few lines of them can stand for billions. Python's JSON has NaN and infinity; readers
+check for them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import yaml
+
+MAX_DEPTH = 64
+"""Levels of lists and mappings in each other. No file of this project or of its sources has more than ten."""
+
+MAX_DIGITS = 40
+"""Digits of a whole number. Ids of annotation tools have up to 39, a hash of 128 bits."""
+
+MAX_REPEATED = 100_000
+"""Number of values that aliases and merge keys may repeat in one YAML file."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+_CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What PyYAML (6.0) raises for scalars that its constructors cannot read, such as `!!bool x` or `2026-13-01`."""
+
+
+class DuplicateKeyError(ValueError):
+    """Raised for a key that an object has twice."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,18 +52,111 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """Parse YAML. Raises yaml.YAMLError, also for a duplicate key and for a key that is a list or a mapping."""
-    return yaml.load(text, _Loader)
+    """Parse YAML within the bounds of this module. Raises yaml.YAMLError."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node)
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except _CONSTRUCTOR_ERRORS as error:
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from error
+    finally:
+        loader.dispose()
 
 
-def read_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError, also for a duplicate key."""
-    return json.loads(text, object_pairs_hook=_unique_keys)
+def _check_nodes(root: yaml.Node) -> None:
+    """Raise yaml.YAMLError if a parsed file exceeds the bounds of this module once its aliases are repeated."""
+    sizes: dict[int, int] = {}
+    stack: list[tuple[yaml.Node, bool]] = [(root, False)]
+    open_nodes: set[int] = set()
+    while stack:
+        node, done = stack.pop()
+        children = _children(node)
+        if done:
+            open_nodes.discard(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+        elif id(node) in open_nodes:
+            raise yaml.constructor.ConstructorError(
+                problem="an alias stands for the value that holds it", problem_mark=node.start_mark
+            )
+        elif id(node) not in sizes:
+            open_nodes.add(id(node))
+            if len(open_nodes) > 2 * MAX_DEPTH:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"it has more than {MAX_DEPTH} levels", problem_mark=node.start_mark
+                )
+            if isinstance(node, yaml.ScalarNode):
+                _check_scalar(node)
+            stack += [(node, True), *((child, False) for child in children)]
+    repeated = sizes[id(root)] - len(sizes)
+    if repeated > MAX_REPEATED:
+        raise yaml.YAMLError(f"its aliases and merge keys repeat {repeated:,} values; write them out")
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    if not node.value.isascii():
+        try:
+            node.value.encode()
+        except UnicodeEncodeError as error:
+            raise yaml.constructor.ConstructorError(
+                problem="a text has half of a surrogate pair", problem_mark=node.start_mark
+            ) from error
+
+
+def read_json(text: str, unique_keys: bool = True) -> Any:
+    """Parse JSON within the bounds of this module. Raises ValueError, and DuplicateKeyError with `unique_keys`."""
+    try:
+        value = (_UNIQUE if unique_keys else _ANY).decode(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    if "\\u" in text and _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text has half of a surrogate pair") from error
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for one in level
+            if one.__class__ in (dict, list)
+            for child in (one.values() if one.__class__ is dict else one)
+            if child.__class__ in (dict, list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it has more than {MAX_DEPTH} levels")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+        raise DuplicateKeyError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
     return mapping
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+_ANY = json.JSONDecoder(parse_int=_whole)
+_UNIQUE = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_unique_keys)

@@ -28,6 +28,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import write_json
 from echo_ft.inference.generation_cache import GenerationCache
 from echo_ft.inference.run_folder import is_finished
+from echo_ft.inputs import read_json_object
 from echo_ft.processes import join_processes
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import ROLES
@@ -212,7 +213,7 @@ class EngineFactory:
 def read_seconds(output: Path) -> dict[str, float]:
     """Return the seconds that earlier commands spent on each run."""
     path = output / SECONDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from echo_ft.inference.run_folder import RUN_DESCRIPTION
+from echo_ft.inputs import read_json_object
 from echo_ft.model.loading import DTYPES, checkpoint_dtype
 from echo_ft.records import GROUNDING, MAX_NEW_TOKENS, Case
 
@@ -207,8 +207,8 @@ def batch_warnings(config: RunConfig) -> list[str]:
     if config.server is not None or not path.is_file():
         return []
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # RunFolder reports it
+        earlier = read_json_object(path)
+    except (OSError, ValueError):  # RunFolder reports it
         return []
     changed = [
         f"{name} {getattr(config, name)} instead of {earlier[name]}"

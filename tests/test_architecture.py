@@ -196,6 +196,53 @@ def test_models_load_from_safetensors_and_never_run_remote_code():
     assert not re.search(r"torch\.load\(|pickle\.load", text)
 
 
+OPENERS = re.compile(
+    r"^open$|\.(open|read_text|read_bytes|fromfile|loadtxt|read_index|read_csv)$|(^|\.)(safe_open|load_file)$"
+    r"|^(json|yaml|np|numpy|torch|pickle|tomllib)\.(load|loads|safe_load|compose)$"
+)
+"""Calls that open or parse a file."""
+
+DOORS = ("echo_ft/inputs.py", "echo_ft/images/decode.py")
+"""The modules that open files from outside."""
+
+OTHER_OPENERS = {
+    ("data_prep/knowledge.py", "yaml.compose"): "text that read_yaml has checked",
+    ("echo_ft/config.py", "os.open"): "the null device",
+    ("echo_ft/drawn/stations.py", "Image.open"): "a JPEG that it has just encoded in memory",
+    ("echo_ft/html.py", "(folder / name).read_text"): "a part of a template of this project",
+    ("echo_ft/images/corruptions.py", "Image.open"): "a JPEG that it has just encoded in memory",
+    ("echo_ft/inference/bundle.py", "safe_open"): "names of tensors, by safetensors",
+    ("echo_ft/inference/run_folder.py", "json.loads"): "what it has just encoded",
+    ("echo_ft/model/adapters.py", "safe_open"): "names of tensors, by safetensors",
+    ("echo_ft/model/vision.py", "load_file"): "features that training stored, by safetensors",
+    ("echo_ft/provenance.py", "_module_file(package, module).read_text"): "source files of this package",
+    ("echo_ft/retrieval/descriptor_cache.py", "np.load"): "descriptors that a build stored, without pickle",
+    ("echo_ft/retrieval/index.py", "faiss.read_index"): "an index that a build stored",
+    ("echo_ft/training/checkpoints.py", "json.loads"): "state that training saved",
+    ("echo_ft/training/checkpoints.py", "file.read_text"): "state that training saved",
+    ("echo_ft/training/checkpoints.py", "(checkpoint / 'trainer_state.json').read_text"): "state that training saved",
+    ("echo_ft/training/mask_loss.py", "load_file"): "heads that training saved, by safetensors",
+}
+"""Other calls that open or parse files in the library and the commands, and what they read."""
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call opens a file for writing or appending."""
+    modes = [one for one in (*call.args, *(k.value for k in call.keywords)) if isinstance(one, ast.Constant)]
+    return any(re.fullmatch(r"[wax]b?\+?", str(mode.value)) for mode in modes)
+
+
+def test_one_module_opens_files_from_outside():
+    found = set()
+    for path in (path for path in LIGHT if "tiny" not in path.parts):
+        name = path.relative_to(ROOT).as_posix()
+        for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            if name not in DOORS and OPENERS.search(called) and not writes(call):
+                found.add((name, called))
+    assert found == {*OTHER_OPENERS}, "open files by echo_ft.inputs or echo_ft.images.decode, or say why not"
+
+
 def tracked() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
+from echo_ft.inputs import read_yaml_file
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.architectures import count_parameters, meta_model
-from echo_ft.strict_yaml import read_yaml
 from echo_ft.training.memory import memory_report, trainable_meta_model
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _run_report(path: str, model_name: str, revision: str | None, adapter_parame
 def read_run(path: str) -> dict[str, Any]:
     """Read the config of a run. Raises EchoError if it cannot be read or has no pixel budget."""
     try:
-        options = read_yaml(Path(path).read_text(encoding="utf-8"))
+        options = read_yaml_file(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise EchoError(f"{path} cannot be read ({error}); give the YAML file of a run") from error
     if not isinstance(options, dict) or "max_pixels" not in options:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
-from echo_ft.files import explain_full_disk, from_dict, lock_folder
+from echo_ft.files import explain_full_disk, lock_folder
+from echo_ft.images.decode import DECODER_VERSION
+from echo_ft.inputs import from_dict
 from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card, read_card
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
@@ -226,6 +228,7 @@ def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) ->
     key = {
         "base": card.base_fingerprint,
         "pixels": [config.min_pixels, config.max_pixels],
+        "decoder": DECODER_VERSION,
         "precision": [base.dtype, sft.bf16, sft.fp16],
         "quantization": str(quantization_config(base)),
         "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},

@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import ItemPlace, Items, RowError, in_order, locate
+from data_prep.sources import ItemPlace, Items, RowError, locate
 from data_prep.sources._rows import (
     condition_of,
+    frame_of,
     polygon_of,
     product_of,
     required_text,
-    size_of,
     split_of,
     text_of,
 )
 from echo_ft.data.knowledge import first_names
 from echo_ft.errors import EchoError
+from echo_ft.inputs import read_json_file
 from echo_ft.records import GOOD, Inspection, Rejection
-from echo_ft.strict_yaml import read_json
 
 REQUIRED_LISTS = ("images", "annotations", "categories")
 
@@ -91,7 +91,7 @@ def _category_names(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
     except (OSError, ValueError) as error:
         raise EchoError(f"{path} cannot be read as JSON ({error}); export it again") from error
     valid = isinstance(content, dict) and all(
@@ -114,7 +114,7 @@ def _inspection(
     categories: Mapping[str, str],
     good: tuple[str, ...],
 ) -> Items:
-    size_of(root, name, (image.get("width"), image.get("height")))
+    frame = frame_of(root, name, (image.get("width"), image.get("height")))
     labels, polygons, boxes = [], [], []
     for row in rows:
         if _key(row.get("category_id")) not in categories:
@@ -139,8 +139,8 @@ def _inspection(
         condition=condition,
         group=text_of(image, "group") or name,
         split=split_of(image),
-        boxes=in_order(boxes) if defective else (),
-        polygons=in_order(polygons) if defective else (),
+        boxes=frame.boxes(boxes) if defective else (),
+        polygons=frame.polygons(polygons) if defective else (),
     )
 
 
@@ -148,13 +148,13 @@ def _polygon(name: str, values: Any) -> tuple[float, ...]:
     try:
         numbers = [float(value) for value in values]
         return polygon_of(zip(numbers[::2], numbers[1::2], strict=True))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RowError(f"{name}: the segmentation {str(values)[:60]} is not [x, y, x, y, ...]") from error
 
 
 def _box(name: str, value: Any) -> tuple[float, float, float, float]:
     try:
         x, y, width, height = map(float, value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RowError(f"{name}: the bbox {str(value)[:60]} is not [x, y, width, height]") from error
     return x, y, x + width, y + height

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_prep.faults import IMAGE_SUFFIXES
 from data_prep.sources import (
     ItemPlace,
     Items,
     RowError,
-    in_order,
     is_text,
     join_conditions,
     locate,
@@ -34,24 +32,24 @@ from data_prep.sources import (
     reject_link,
 )
 from data_prep.sources._rows import (
+    Box,
+    Frame,
     condition_of,
+    frame_of,
     means_good,
     named_condition,
     polygon_of,
     product_of,
     required_text,
-    size_of,
     sounds_good,
 )
 from data_prep.sources._words import GOOD_FLAGS, REVIEW_FLAGS, is_doubtful, plain_word
 from echo_ft.errors import EchoError
 from echo_ft.files import walk
-from echo_ft.images.decode import READ_ERRORS
+from echo_ft.images.decode import READ_ERRORS, open_image
 from echo_ft.images.mask_reading import marked_pixels
+from echo_ft.inputs import read_json_file
 from echo_ft.records import GOOD, Inspection, Rejection
-from echo_ft.strict_yaml import read_json
-
-Box = tuple[float, float, float, float]
 
 
 def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
@@ -111,7 +109,7 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
     except (OSError, ValueError) as error:
         raise RowError(f"the file cannot be read as JSON ({error}); save it again with labelme") from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
@@ -130,8 +128,8 @@ def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple
 
     An empty list means that the file has no shapes, and no flag that should be set.
     """
-    size = size_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
-    said = [_shapes(root, image, size, content, good)] if content["shapes"] else []
+    frame = frame_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+    said = [_shapes(root, image, frame, content, good)] if content["shapes"] else []
     flags = content.get("flags") or {}
     if not isinstance(flags, dict) or not all(isinstance(value, bool) for value in flags.values()):
         raise RowError(f"the flags {str(flags)[:60]} are not {{name: true or false}}")
@@ -173,9 +171,8 @@ def _record(root: Path, image: str, condition: str, **marks: Any) -> Inspection:
     )
 
 
-def _shapes(
-    root: Path, image: str, size: tuple[int, int], content: Mapping[str, Any], good: tuple[str, ...]
-) -> Inspection:
+def _shapes(root: Path, image: str, frame: Frame, content: Mapping[str, Any], good: tuple[str, ...]) -> Inspection:
+    size = frame.size
     labels, polygons, boxes = [], [], list[Box]()
     for shape in content["shapes"]:
         if not isinstance(shape, dict):
@@ -198,13 +195,13 @@ def _shapes(
     condition = condition_of(labels, good)
     if condition == GOOD:  # regions of good parts mark nothing
         return _record(root, image, GOOD)
-    return _record(root, image, condition, boxes=in_order(boxes), polygons=in_order(polygons))
+    return _record(root, image, condition, boxes=frame.boxes(boxes), polygons=frame.polygons(polygons))
 
 
 def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
     try:
         points = [(float(x), float(y)) for x, y in shape["points"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RowError(f"the points {str(shape.get('points'))[:60]} are not [[x, y], ...]") from error
     if not all(math.isfinite(value) for point in points for value in point):
         raise RowError(f"the points {str(points)[:60]} are not all finite numbers")
@@ -232,7 +229,7 @@ def _pixels(shape: Mapping[str, Any], corner: tuple[float, float], size: tuple[i
     Each box is a run of marked pixels in a row, extended over the following rows with the same run.
     """
     try:
-        with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask"))))) as image:
+        with open_image(io.BytesIO(base64.b64decode(str(shape.get("mask"))))) as image:
             piece = marked_pixels(image, "a shape's mask")
     except EchoError as error:
         raise RowError(str(error)) from error

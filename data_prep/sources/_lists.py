@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_ft.errors import EchoError
+from echo_ft.inputs import InputError, lines, open_input, open_text
 
 SPREADSHEETS = frozenset({".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"})
 
@@ -34,7 +35,7 @@ def list_format(path: Path) -> ListFormat:
 
     Raises EchoError for a spreadsheet and for a file that is not text in UTF-8, or in UTF-16 with a byte order mark.
     """
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         start = file.read(4)
     suffix = path.suffix.lower()
     if suffix in SPREADSHEETS or start in BINARY_STARTS:
@@ -45,9 +46,9 @@ def list_format(path: Path) -> ListFormat:
     utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if utf16 else "utf-8-sig"
     try:
-        with open(path, encoding=encoding) as lines:
-            first = lines.readline().rstrip("\n")
-    except UnicodeError as error:
+        with open_text(path, encoding) as file:
+            first = next(lines(file), "").rstrip("\n")
+    except (UnicodeError, InputError) as error:
         raise not_text(path, error) from error
     if "\0" in first:
         raise not_text(path, "its first line has null characters")

@@ -6,18 +6,21 @@ import ast
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import RowError, join_conditions, spelling
+from data_prep.sources import RowError, in_order, join_conditions, spelling
 from data_prep.sources._words import GOOD_PHRASE, GOOD_WORDS, is_doubtful, plain_word
 from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
 from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import image_size
+from echo_ft.images.decode import SIDEWAYS, image_frame
 from echo_ft.records import GOOD
+
+Box = tuple[float, float, float, float]
 
 LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
 """What separates the defects of one image in a cell. A label, a category or a folder is one class: only `+` does."""
@@ -163,18 +166,65 @@ def product_of(image: str, otherwise: str) -> str:
     return image.split("/")[0] if "/" in image else otherwise
 
 
-def size_of(root: Path, image: str, stated: tuple[object, object]) -> tuple[int, int]:
-    """Return an image's (width, height). Raises RowError if it is unreadable or its annotations state another size."""
+@dataclass(frozen=True)
+class Frame:
+    """The view of an image that its annotations are drawn on."""
+
+    size: tuple[int, int]
+    """(width, height) of the view in pixels."""
+    orientation: int | None = 1
+    """The EXIF orientation if they are drawn on the image as stored, 1 on the upright image, None if unknown."""
+
+    def boxes(self, boxes: Iterable[Box]) -> tuple[Box, ...]:
+        """Return boxes for the upright image, in order. Raises RowError if the view is unknown."""
+        if self.orientation == 1:
+            return in_order(boxes)
+        turned = [self._turned([(x0, y0), (x1, y1)], 0) for x0, y0, x1, y1 in boxes]
+        return in_order((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)) for (x0, y0), (x1, y1) in turned)
+
+    def polygons(self, polygons: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+        """Return polygons for the upright image, in order. Raises RowError if the view is unknown."""
+        # Boxes end at the borders of pixels, and the corners of polygons lie in the middle of pixels.
+        turned = [self._turned(zip(polygon[::2], polygon[1::2], strict=True), 1) for polygon in polygons]
+        return in_order(tuple(value for corner in corners for value in corner) for corners in turned)
+
+    def _turned(self, points: Iterable[tuple[float, float]], inset: int) -> list[tuple[float, float]]:
+        if self.orientation is None:
+            raise RowError(
+                "viewers rotate the image, and its annotations state no size that tells which view they are for; save "
+                "it rotated and without the EXIF tag"
+            )
+        right, bottom = self.size[0] - inset, self.size[1] - inset
+        turns: dict[int, Callable[[float, float], tuple[float, float]]] = {
+            5: lambda x, y: (y, x),
+            6: lambda x, y: (bottom - y, x),
+            7: lambda x, y: (bottom - y, right - x),
+            8: lambda x, y: (y, right - x),
+        }
+        turn = turns.get(self.orientation)
+        return [turn(x, y) for x, y in points] if turn else list(points)
+
+
+def frame_of(root: Path, image: str, stated: tuple[object, object]) -> Frame:
+    """Return the view of an image that annotations with the stated (width, height) are drawn on.
+
+    Raises RowError if the image is unreadable or has another size.
+    """
     try:
-        size = image_size(root / image)
+        size, orientation = image_frame(root / image)
     except EchoError as error:
         raise RowError(str(error)) from error
-    if stated != (None, None) and stated != size:
+    sideways = orientation in SIDEWAYS and size[0] != size[1]
+    if stated == (None, None):
+        return Frame(size, None if sideways else 1)
+    if sideways and stated == size[::-1]:
+        return Frame(size[::-1], orientation)
+    if stated != size:
         raise RowError(
             f"{image} has {size[0]} x {size[1]} pixels, but its annotations are for {stated[0]} x {stated[1]}; "
-            "annotate the unscaled file without its EXIF rotation"
+            "annotate the unscaled file"
         )
-    return size
+    return Frame(size)
 
 
 def polygon_of(corners: Iterable[tuple[float, float]]) -> tuple[float, ...]:

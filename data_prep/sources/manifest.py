@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -30,11 +29,12 @@ from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, in_order
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._lists import ListFormat, list_format, not_text
-from data_prep.sources._rows import condition_in, required_text, split_of, text_of
+from data_prep.sources._rows import condition_in, frame_of, required_text, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
+from echo_ft.inputs import InputError, lines, open_text
 from echo_ft.records import GOOD, Inspection, Rejection
-from echo_ft.strict_yaml import read_json
+from echo_ft.strict_yaml import DuplicateKeyError, read_json
 
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
 """The image of a line of JSON, also if the rest of the line is broken."""
@@ -77,7 +77,12 @@ def read(config: SourceConfig) -> Items:
             continue
         yield ItemPlace(image, place)
         try:
-            yield Rejection(place, fault) if fault else _inspection(row, image, config, path.stem)
+            if fault:
+                raise RowError(fault)
+            inspection = _inspection(row, image, config, path.stem)
+            if inspection.boxes:
+                frame_of(config.root, image, (None, None)).boxes(inspection.boxes)
+            yield inspection
         except RowError as error:
             yield Rejection(place, str(error))
 
@@ -85,10 +90,10 @@ def read(config: SourceConfig) -> Items:
 def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
     separator, line = form.separator or ",", form.skipped
     try:
-        with open(path, encoding=form.encoding, newline="") as file:
+        with open_text(path, form.encoding, newline="") as file:
             for _ in range(form.skipped):
                 file.readline()
-            reader = csv.DictReader(file, delimiter=separator)
+            reader = csv.DictReader(lines(file), delimiter=separator)
             _check_columns(path, tuple(reader.fieldnames or ()))
             line = form.skipped + reader.line_num
             for row in reader:
@@ -107,7 +112,7 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
             f"{path} cannot be read as CSV near line {line + 1} ({error}); close the quotation mark of a cell there, "
             "or shorten the cell"
         ) from error
-    except UnicodeError as error:
+    except (UnicodeError, InputError) as error:
         raise not_text(path, error) from error
 
 
@@ -131,27 +136,29 @@ def _check_quotes(place: str, row: Mapping[str, str | None], surplus: Collection
 
 def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
     try:
-        # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
-        lines = path.read_text(encoding=form.encoding).split("\n")
-    except UnicodeError as error:
+        with open_text(path, form.encoding) as file:
+            # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
+            for number, line in enumerate(lines(file), start=1):
+                if line.strip():
+                    yield number, *_parsed(path, line)
+    except (UnicodeError, InputError) as error:
         raise not_text(path, error) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        fault = None
-        try:
-            row = read_json(line)
-        except json.JSONDecodeError as error:
-            image = IMAGE_KEY.search(line)  # so that other lines about it are not taken for the whole truth
-            yield number, {"image": json.loads(image[1])} if image else {}, f"the line is not JSON ({error})"
-            continue
-        except ValueError as error:
-            row, fault = json.loads(line), f"the line is ambiguous ({error}); remove one of the two"
-        if isinstance(row, dict):
-            _check_columns(path, tuple(row), complete=False)
-            yield number, row, fault
-        else:
-            yield number, {}, "the line is not a JSON object"
+
+
+def _parsed(path: Path, line: str) -> tuple[Mapping[str, Any], str | None]:
+    """Return the cells of a line of JSON as far as they are readable, and why the row cannot be used or None."""
+    fault = None
+    try:
+        row = read_json(line)
+    except DuplicateKeyError as error:
+        row, fault = read_json(line, unique_keys=False), f"the line is ambiguous ({error}); remove one of the two"
+    except ValueError as error:
+        image = IMAGE_KEY.search(line)  # so that other lines about it are not taken for the whole truth
+        return {"image": read_json(image[1])} if image else {}, f"the line is not JSON ({error})"
+    if not isinstance(row, dict):
+        return {}, "the line is not a JSON object"
+    _check_columns(path, tuple(row), complete=False)
+    return row, fault
 
 
 @lru_cache  # each line of JSON names its columns
@@ -228,7 +235,7 @@ def _boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
     if value is None or value == "" or value == []:
         return ()
     try:
-        boxes = json.loads(value) if isinstance(value, str) else value
+        boxes = read_json(value) if isinstance(value, str) else value
         return in_order((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise RowError(f"boxes {value!r} are not [[x0, y0, x1, y1], ...]") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RowError(f"boxes {str(value)[:60]} are not [[x0, y0, x1, y1], ...]") from error

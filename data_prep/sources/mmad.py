@@ -8,7 +8,6 @@ a folder of queries or normal images is rejected by name. Other folders are not 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from data_prep.faults import list_images
 from data_prep.sources import Items, SourceConfig, reject_unused
 from echo_ft.errors import EchoError
+from echo_ft.inputs import read_json_file
 from echo_ft.metrics.mmad import MERGED_TYPES
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Inspection, Question, Rejection
 
@@ -62,8 +62,8 @@ def _load(path: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         raise EchoError(f"the annotations {path} are not a file; set annotations to MMAD's mmad.json")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = read_json_file(path)
+    except (OSError, ValueError) as error:
         raise EchoError(f"{path} is not JSON ({error}); download mmad.json again") from error
     if not isinstance(rows, dict) or not rows:
         raise EchoError(f"{path} is not a mapping of images to questions; set annotations to MMAD's mmad.json")

@@ -12,7 +12,6 @@ loader, a view without a mask is normal, because the defect is not visible in it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate, reject_unlisted, reject_unused
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder
+from echo_ft.inputs import read_json_file
 from echo_ft.records import GOOD, Inspection, Rejection
 
 CONDITIONS = {
@@ -82,7 +82,7 @@ def _manifests(root: Path) -> list[Path]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
     except (OSError, ValueError) as error:
         raise EchoError(f"{path} cannot be read as JSON ({error}); download Real-IAD's JSON files again") from error
     valid = (

@@ -28,6 +28,7 @@ from data_prep.sources import (
 from echo_ft.data.splits import join_defects
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder
+from echo_ft.inputs import lines, open_text
 from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FILES = "split_csv"
@@ -75,15 +76,15 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
     if not path.is_file():
         raise EchoError(f"there is no file {path}; set root to VisA's folder, which contains {SPLIT_FILES}")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="more", restval="")
+        with open_text(path, "utf-8-sig", newline="") as file:
+            reader = csv.DictReader(lines(file), restkey="more", restval="")
             if tuple(reader.fieldnames or ()) != columns:
                 raise EchoError(
                     f"{path} does not have the columns {', '.join(columns)}; use the file that VisA publishes"
                 )
             for row in reader:
                 yield reader.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise EchoError(f"{path} cannot be read as CSV ({error}); download it again") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from echo_ft.data.splits import held_out_conditions, readable_name
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
 from echo_ft.images.decode import READER_THREADS
+from echo_ft.inputs import read_json_object, restore
 from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import SYNTHETIC_DESCRIPTIONS, Case, Entry, Inspection, Knowledge, Question, Reference, Seen, Truth
 
@@ -55,14 +55,17 @@ def load_dataset(folder: Path) -> Dataset:
         )
         raise EchoError(f"{problem}; build it with python -m data_prep.build --config FILE")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        manifest = read_json_object(path)
+    except (OSError, ValueError) as error:
         raise EchoError(f"{path} is not JSON ({error}); rebuild the dataset") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    found = manifest.get("format")
     if found != DATASET_FORMAT:
         raise EchoError(
             f"{path} has the format {found!r}, not {DATASET_FORMAT!r}; rebuild the dataset with this version"
         )
+    for key, kind in (("root", str), ("fingerprint", str), ("config", dict)):
+        if not isinstance(manifest.get(key), kind):
+            raise EchoError(f"{path} has no usable {key} ({manifest.get(key)!r}); rebuild the dataset")
     root = (folder / manifest["root"]).resolve()
     if not root.is_dir():
         raise EchoError(f"the images of {folder} are no longer in {root}; put them back or rebuild the dataset")
@@ -84,10 +87,10 @@ def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
     if not path.is_file():
         return
     try:
-        digests = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EchoError(f"{path} is not JSON ({error}); rebuild the dataset") from error
-    if images_fingerprint(digests) != dataset.manifest["images_fingerprint"]:
+        digests = restore(dict[str, str], read_json_object(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise EchoError(f"{path} is not JSON of digests ({error}); rebuild the dataset") from error
+    if images_fingerprint(digests) != dataset.manifest.get("images_fingerprint"):
         raise EchoError(f"{path} does not match this dataset's manifest.json; rebuild the dataset")
     unique = list(dict.fromkeys(images))
 
@@ -96,6 +99,8 @@ def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
             return content_hash(dataset.root / image).hex() != digests.get(image)
         except FileNotFoundError:
             return False
+        except (OSError, ValueError):
+            return True
 
     with ThreadPoolExecutor(READER_THREADS) as pool:
         found = [image for image, differs in zip(unique, pool.map(changed, unique), strict=True) if differs]
@@ -119,13 +124,23 @@ def load_cases(
     inspections = list(read_jsonl(folder / "inspections.jsonl", Inspection))
     references = list(read_jsonl(folder / "references.jsonl", Reference))
     questions = list(read_jsonl(folder / "questions.jsonl", Question))
-    knowledge = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
+    knowledge = stored_knowledge(folder)
     if split != "test" and dataset.manifest["config"].get("split") == "by_condition":
         knowledge = without_held_out(knowledge, dataset.manifest["held_out"])
     if split == "test":
         knowledge = without_synthetic(knowledge, inspections)
     chosen = [inspection for inspection in inspections if inspection.split == split]
     return make_cases(chosen, references, questions, knowledge, reference, max_references)
+
+
+def stored_knowledge(folder: Path) -> Knowledge:
+    """Read the knowledge of the dataset in `folder`. Raises EchoError if it is missing or broken."""
+    path = folder / "knowledge.json"
+    try:
+        knowledge: Knowledge = restore(Knowledge, read_json_object(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise EchoError(f"{path} cannot be read ({error}); rebuild the dataset") from error
+    return knowledge
 
 
 def without_held_out(knowledge: Knowledge, held_out: Sequence[str]) -> Knowledge:

@@ -20,6 +20,7 @@ from echo_ft.data.splits import conditions_of, readable_name
 from echo_ft.data.text import control_token, nfc, sentences, spelling_key, without_list_marks, without_stop, word_count
 from echo_ft.errors import EchoError
 from echo_ft.files import walk
+from echo_ft.inputs import MAX_YAML_BYTES, read_bytes
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 from echo_ft.strict_yaml import read_json, read_yaml
 
@@ -90,13 +91,13 @@ def knowledge_files(folder: Path) -> list[Path]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path, MAX_YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise EchoError(f"there is no knowledge file {path}; check the path or omit `knowledge`") from error
     except UnicodeDecodeError as error:
         raise EchoError(f"knowledge file {path} is not a UTF-8 text file ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise EchoError(f"knowledge file {path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise EchoError(f"knowledge file {path} cannot be read ({error}); replace it") from error
 
 
 def parse_knowledge(path: Path, content: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -107,7 +108,8 @@ def parse_knowledge(path: Path, content: str) -> dict[str, dict[str, dict[str, s
     try:
         parsed = read_json(content) if path.suffix == ".json" else read_yaml(content)
     except (ValueError, yaml.YAMLError) as error:
-        raise EchoError(f"knowledge file {path} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise EchoError(f"knowledge file {path} cannot be read: {reason}; correct it there") from error
     found: dict[str, dict[str, dict[str, str]]] = {}
     for dataset, products in _items(path, parsed, "", "datasets"):
         for product, conditions in _items(path, products, dataset, "products"):

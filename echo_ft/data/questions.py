@@ -15,7 +15,7 @@ from echo_ft.data.knowledge import appearance, effect, has_description
 from echo_ft.data.splits import MIXED_CONDITIONS, conditions_of, defects_of, queries, readable_name
 from echo_ft.data.text import without_stop
 from echo_ft.images import boxes, masks
-from echo_ft.images.decode import image_size
+from echo_ft.images.decode import image_frame
 from echo_ft.records import GOOD, GROUNDING, LETTERS, Entry, Inspection, Knowledge, Question
 
 DEFECT_PREAMBLE = "There is a defect in the object. "
@@ -99,8 +99,7 @@ def _defect_choices(
 def _region(inspection: Inspection, root: Path) -> masks.Region | None:
     if not masks.is_marked(inspection):
         return None
-    size = image_size(root / inspection.image)
-    mask = masks.load_mask(inspection, root, size)
+    mask = masks.load_mask(inspection, root, *image_frame(root / inspection.image))
     return None if mask is None else masks.measure(mask)
 
 
@@ -127,8 +126,10 @@ def write_box_question(inspection: Inspection, root: Path) -> Question | None:
     """
     found: tuple[boxes.Box, ...] = ()
     if inspection.condition != GOOD:
-        size = image_size(root / inspection.image)
-        found = tuple(boxes.to_thousandths(box, size) for box in boxes.target_boxes(inspection, root, size))
+        size, orientation = image_frame(root / inspection.image)
+        found = tuple(
+            boxes.to_thousandths(box, size) for box in boxes.target_boxes(inspection, root, size, orientation)
+        )
         if not found:
             return None
     identifier = f"{inspection.id}#{slug(GROUNDING)}"

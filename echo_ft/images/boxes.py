@@ -35,14 +35,14 @@ _MARKED_PAIR = re.escape(BOX_START) + _PAIR + re.escape(BOX_END)
 _ANSWER = re.compile("|".join(rf"{one}(?:,?\s*{one})*" for one in (_PAIR, _MARKED_PAIR)))
 
 
-def target_boxes(marked: Marked, root: Path, size: tuple[int, int]) -> tuple[Box, ...]:
+def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation: int = 1) -> tuple[Box, ...]:
     """Return the boxes of the defects that a record marks, in pixels; empty if nothing is marked.
 
-    `size` is (width, height) of the image in pixels. With mask files, these are the `mask_boxes` of their union.
+    `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. With mask files, these are the `mask_boxes` of their union.
     Otherwise, each polygon and each box is a piece for `join_boxes`. Raises EchoError as `masks.load_mask` does.
     """
     if mask_files(marked):
-        mask = load_mask(marked, root, size)
+        mask = load_mask(marked, root, size, orientation)
         return () if mask is None else mask_boxes(mask)
     pieces = [fill_polygons([polygon], size) for polygon in marked.polygons]
     pieces += [fill_boxes([box], size) for box in marked.boxes]

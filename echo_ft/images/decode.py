@@ -5,20 +5,36 @@ file does not say how many bits the camera used, so the scale is the smallest co
 holds the brightest pixel. The brightest pixel itself is not stretched to white. Two exposures of a part therefore stay
 different, unless one is so dark that it fits a smaller bit depth. The build warns if the bit depths of a product
 differ. Transparency is dropped, because the colours below it are what the camera recorded.
+
+Images are turned upright by their EXIF orientation, as viewers show them. A file of several frames is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from echo_ft.errors import EchoError
+from echo_ft.inputs import InputError, open_input
 
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""The exceptions that Pillow raises for broken files."""
+DECODER_VERSION = "8bit-upright"
+"""Name of the decoding rule. It is part of the key of every cache, so that none mixes images of different rules."""
+
+READ_ERRORS = (OSError, ValueError)
+"""The exceptions of `open_image` for unusable files."""
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""The image formats that are read, as Pillow names them; JPEG includes MPO. Pillow's other readers are seldom used and
+tested, and the one for EPS starts another program."""
+
+MAX_PIXELS = 100_000_000
+"""Pixels of the largest image. It takes 300 MB in RGB, although its file may have only 20 KB."""
 
 HIGH_DEPTH_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 """Pillow's greyscale modes with more than 8 bits per pixel. Pillow reduces colour images to 8 bits itself."""
@@ -34,11 +50,58 @@ class _RangeError(ValueError):
     """Raised for grey values that fit no bit depth."""
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) from the file header. Raises EchoError if the file is missing or not an image."""
+@contextmanager
+def open_image(file: Path | BinaryIO, any_frames: bool = False) -> Iterator[Image.Image]:
+    """Open an image file, or one in memory, to read its header and to decode it in the block.
+
+    Raises InputError if it has more than MAX_PIXELS pixels or, without `any_frames`, several frames. Raises one of
+    READ_ERRORS if it is broken, also for what Pillow raises in the block.
+    """
     try:
-        with Image.open(path) as image:
-            return image.size
+        source = open_input(file) if isinstance(file, Path) else file
+        with source, Image.open(source, formats=FORMATS) as image:
+            _check_header(image, any_frames)
+            yield image
+    except (OSError, ValueError, EchoError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large() from error
+    except Exception as error:  # Pillow's readers raise many kinds of errors for broken files
+        raise InputError(_broken(error)) from error
+
+
+def _check_header(image: Image.Image, any_frames: bool) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large()
+    if any_frames:
+        return
+    try:
+        image.seek(1)
+    except EOFError:
+        return
+    raise InputError("the file has several frames, so it is unclear which one counts; save that one as a PNG file")
+
+
+def _too_large() -> InputError:
+    return InputError(f"the image has more than {MAX_PIXELS // 1_000_000} million pixels; crop it or scale it down")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of the upright image from the file header.
+
+    Raises EchoError if the file is missing or not an image.
+    """
+    return image_frame(path)[0]
+
+
+def image_frame(path: Path) -> tuple[tuple[int, int], int]:
+    """Return (width, height) of the upright image and its EXIF orientation from the file header.
+
+    Raises EchoError if the file is missing or not an image.
+    """
+    try:
+        with open_image(path) as image:
+            return upright_size(image), orientation(image)
     except READ_ERRORS as error:
         raise _unusable(path, error) from error
 
@@ -59,20 +122,23 @@ def decode(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = Non
 
     This is for callers that report their own error.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
+        turn = _turn(image)
         if image.mode in HIGH_DEPTH_MODES:
-            return _eight_bits(np.asarray(image)).convert(mode)
-        if min_size is not None:
-            image.draft(mode, min_size)
-        return image.convert(mode)
+            decoded = _eight_bits(np.asarray(image)).convert(mode)
+        else:
+            if min_size is not None:
+                image.draft(mode, min_size[::-1] if turn in _SIDEWAYS else min_size)
+            decoded = image.convert(mode)
+        return decoded if turn is None else decoded.transpose(turn)
 
 
 def describe_read_error(error: BaseException) -> str:
     """Explain in one clause why an image is unusable, given one of READ_ERRORS."""
-    if isinstance(error, Image.DecompressionBombError):
-        return "the image has too many pixels"
-    if isinstance(error, _RangeError):
-        return str(error)
+    return str(error) if isinstance(error, (_RangeError, InputError)) else _broken(error)
+
+
+def _broken(error: BaseException) -> str:
     return f"the image is broken or has an unknown format ({type(error).__name__})"
 
 
@@ -81,15 +147,29 @@ def bit_depth(path: Path) -> int | None:
 
     Raises one of READ_ERRORS if the file cannot be read.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return _bits_needed(np.asarray(image)) if image.mode in HIGH_DEPTH_MODES else None
 
 
-def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened image, from 1 (upright) to 8; 1 if it has none that viewers know.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation. Without an entry, it is upright."""
 
-    Pillow applies it to TIFF files only, while decoding (`TiffImageFile.load_end`).
-    """
+SIDEWAYS = (5, 6, 7, 8)
+"""The EXIF orientations that exchange width and height."""
+
+_SIDEWAYS = frozenset(TURNS[value] for value in SIDEWAYS)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image, from 1 (upright) to 8; 1 if it has none that viewers know."""
     try:
         # PngImageFile.getexif decodes all pixels to find EXIF data behind them (Pillow 13.0.0); the method of the base
         # class reads only what comes before, as browsers do.
@@ -97,6 +177,16 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # broken EXIF data raises many kinds of errors, and viewers ignore it
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    # Pillow (13.0.0) turns TIFF files itself, also their size.
+    return None if image.format == "TIFF" else TURNS.get(orientation(image))
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) of an opened image as viewers show it."""
+    return image.size[::-1] if _turn(image) in _SIDEWAYS else image.size
 
 
 def _bits_needed(values: NDArray[np.generic]) -> int:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, orientation
+from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, open_image, orientation
+from echo_ft.inputs import InputError
 
 Mask = NDArray[np.bool_]
 
@@ -47,23 +48,19 @@ def read_mask_file(path: Path, name: str) -> Mask:
     Raises EchoError if the file cannot be read, or for the reasons of `marked_pixels`.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return marked_pixels(image, f"mask {name}")
     except READ_ERRORS as error:
-        raise EchoError(
-            f"mask {name} cannot be read ({type(error).__name__}); repair the file or remove its row"
-        ) from error
+        reason = str(error) if isinstance(error, InputError) else type(error).__name__
+        raise EchoError(f"mask {name} cannot be read ({reason}); repair the file or remove its row") from error
 
 
 def marked_pixels(image: Image.Image, what: str) -> Mask:
     """Return the mask (height, width) of an opened image that messages call `what`.
 
-    Raises EchoError if the image has several frames, is rotated by viewers, or can be read in two ways. Raises one of
-    READ_ERRORS if it is broken.
+    Raises EchoError if the image is rotated by viewers, or can be read in two ways. Raises one of READ_ERRORS if it is
+    broken.
     """
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise EchoError(f"{what} has {frames} frames, so it is unclear which one counts; save that one as a PNG file")
     if orientation(image) != 1:
         raise EchoError(
             f"{what} has the EXIF orientation {orientation(image)}, so viewers rotate it; save it rotated and without "

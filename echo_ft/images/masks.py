@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import load_image
+from echo_ft.images.decode import SIDEWAYS, TURNS, load_image
 from echo_ft.images.mask_reading import Mask, read_mask_file
 
 Grey = NDArray[np.float32]
@@ -123,24 +123,36 @@ def is_marked(marked: Marked) -> bool:
     return bool(mask_files(marked) or marked.polygons or marked.boxes)
 
 
-def load_mask(marked: Marked, root: Path, size: tuple[int, int]) -> Mask | None:
+def load_mask(marked: Marked, root: Path, size: tuple[int, int], orientation: int = 1) -> Mask | None:
     """Load the mask (height, width) of an inspection or of a case's truth, or None if it marks nothing.
 
-    `size` is (width, height) of the image in pixels. The mask is the union of the mask files as `mask_reading` reads
-    them. Without mask files, it is True inside any polygon or box. Raises EchoError if a mask cannot be read in one
-    way or differs in size from the image, or if a polygon or box lies outside it.
+    `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. The mask is the
+    union of the mask files as `mask_reading` reads them. They are turned upright if their size says that they were
+    drawn on the image as stored. Without mask files, it is True inside any polygon or box; records store these for the
+    upright image. Raises EchoError if a mask cannot be read in one way or differs in size from the image, or if a
+    polygon or box lies outside it.
     """
     files = mask_files(marked)
     if files:
-        return np.logical_or.reduce([_read_mask(root, name, size) for name in files])
+        return np.logical_or.reduce([_read_mask(root, name, size, orientation) for name in files])
     if not is_marked(marked):
         return None
     return fill_polygons(marked.polygons, size) | fill_boxes(marked.boxes, size)
 
 
-def _read_mask(root: Path, name: str, size: tuple[int, int]) -> Mask:
+def _read_mask(root: Path, name: str, size: tuple[int, int], orientation: int) -> Mask:
     marks = read_mask_file(root / name, name)
     width, height = size
+    if orientation != 1 and marks.any() and (orientation not in SIDEWAYS or width == height):
+        shown, stored = measure(marks), measure(_upright(marks, orientation))
+        if shown is not None and stored is not None and marks.shape == (height, width):
+            raise EchoError(
+                f"viewers rotate the image (EXIF orientation {orientation}), and mask {name} may be drawn on either "
+                f"view: it marks {location_phrase(shown.place)} of the rotated one or {location_phrase(stored.place)}; "
+                "save the image rotated and without the EXIF tag, and mark the defect there"
+            )
+    if orientation in SIDEWAYS and marks.shape == (width, height):
+        marks = _upright(marks, orientation)
     if marks.shape != (height, width):
         found = f"{marks.shape[1]} x {marks.shape[0]}"
         raise EchoError(
@@ -148,6 +160,11 @@ def _read_mask(root: Path, name: str, size: tuple[int, int]) -> Mask:
             "use the mask that belongs to this image"
         )
     return marks
+
+
+def _upright(marks: Mask, orientation: int) -> Mask:
+    turned: Mask = np.asarray(Image.fromarray(marks).transpose(TURNS[orientation]))
+    return turned
 
 
 def fill_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Mask:

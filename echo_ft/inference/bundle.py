@@ -23,6 +23,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 from echo_ft.files import atomic_folder, explain_full_disk, write_json, write_text
 from echo_ft.inference.published_form import save_model, save_processor
+from echo_ft.inputs import read_json_object
 from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, AdapterCard, attach_adapters
 from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
@@ -187,7 +188,7 @@ def _write_descriptions(folder: Path, adapters: Mapping[str, Adapter], bundle: B
     configs, names = {}, {}
     for role in adapters:
         path = folder / "adapters" / role
-        configs[role] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        configs[role] = read_json_object(path / "adapter_config.json")
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
             names[role] = list(file.keys())
     refusals = {role: vllm_refusal(config, names[role]) for role, config in configs.items()}

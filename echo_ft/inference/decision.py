@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from echo_ft.errors import EchoError
+from echo_ft.inputs import read_json_object
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def load_calibration(report: Path) -> Calibration:
     Raises EchoError if the report has no calibration.
     """
     try:
-        found = json.loads(report.read_text(encoding="utf-8"))["calibration"]
+        found = read_json_object(report)["calibration"]
         thresholds = found["thresholds"]
         return Calibration(found["temperature"], thresholds.get("false_alarms", thresholds["f1"])["threshold"])
     except (OSError, ValueError, KeyError, TypeError) as error:

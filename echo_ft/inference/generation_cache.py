@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from echo_ft.experts.pipeline import AsyncGenerate, BackendError, Generate
 from echo_ft.files import RESUME_REMEDY, explain_full_disk, open_append
+from echo_ft.inputs import from_dict, open_input, restore
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Exchange, Generation
+from echo_ft.strict_yaml import read_json
 
 
 class GenerationCache:
@@ -92,11 +94,13 @@ class GenerationCache:
 
 def _read(path: Path) -> Iterator[tuple[str, Generation]]:
     """Yield the generations of a file, without those in partial lines."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    names = [field.name for field in fields(Generation)]
+    with open_input(path) as file:
         for line in file:
             try:
-                rows = json.loads(line)
-            except ValueError:
+                rows = restore(dict[str, tuple[Any, ...]], read_json(line.decode(), unique_keys=False))
+                # An older version stored no `cut`.
+                found = [(key, from_dict(Generation, dict(zip(names, row, strict=False)))) for key, row in rows.items()]
+            except (ValueError, TypeError):
                 continue
-            for key, values in rows.items():  # an older version stored no `cut`
-                yield key, Generation(*values)
+            yield from found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from echo_ft.data.dataset import Dataset, candidate_order, load_dataset
+from echo_ft.data.dataset import Dataset, candidate_order, load_dataset, stored_knowledge
 from echo_ft.data.questions import open_questions
 from echo_ft.data.splits import conditions_of, reference_pool
 from echo_ft.errors import EchoError
@@ -24,10 +23,11 @@ from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case
 from echo_ft.files import read_jsonl
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
 from echo_ft.inference.decision import Calibration, load_calibration
+from echo_ft.inputs import read_bytes
 from echo_ft.model.adapters import attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
-from echo_ft.records import ROLES, Case, Entry, Inspection, Knowledge, Prediction, Seen, Trace, Truth
+from echo_ft.records import ROLES, Case, Entry, Inspection, Prediction, Seen, Trace, Truth
 from echo_ft.retrieval.references import ReferenceSearch
 
 BATCH_SIZE = 8
@@ -81,7 +81,7 @@ class Inspector:
         self.dataset = dataset
         self.pipeline = pipeline
         self.calibration = calibration
-        self.knowledge: Knowledge = json.loads((dataset.folder / "knowledge.json").read_text(encoding="utf-8"))
+        self.knowledge = stored_knowledge(dataset.folder)
         config = dataset.manifest["config"]
         inspections = list(read_jsonl(dataset.folder / "inspections.jsonl", Inspection))
         self.conditions = conditions_of(inspections)
@@ -214,9 +214,10 @@ def _snapshot(image: Input, folder: Path) -> Path:
     """
     if isinstance(image, str | Path):
         try:
-            content = Path(image).read_bytes()
-        except OSError as error:
-            raise EchoError(f"image {image} cannot be opened ({error.strerror}); check the path") from error
+            content = read_bytes(image)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise EchoError(f"image {image} cannot be opened ({reason}); check the path") from error
     else:
         content = _png(image)
     path = (

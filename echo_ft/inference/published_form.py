@@ -7,11 +7,11 @@ embedding without a warning, and fail on the tokenizer and the image processor.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from echo_ft.files import write_json
+from echo_ft.inputs import read_json_object
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -24,7 +24,7 @@ def save_model(model: Any, folder: Path) -> None:
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = tied
     model.save_pretrained(folder)
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved = read_json_object(folder / "config.json")
     write_json(folder / "config.json", publish_config(saved))
 
 
@@ -41,11 +41,11 @@ def publish_config(config: dict[str, Any]) -> dict[str, Any]:
 def save_processor(processor: Any, folder: Path) -> None:
     """Save a processor with the preprocessor_config.json and the token names of the published checkpoints."""
     processor.save_pretrained(folder)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer = read_json_object(folder / "tokenizer_config.json")
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
         write_json(folder / "tokenizer_config.json", tokenizer)
-    saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
+    saved = read_json_object(folder / "processor_config.json")["image_processor"]
     size = saved["size"]
     # Before 4.49, transformers read only these two.
     budget = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}

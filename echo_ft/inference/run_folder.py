@@ -29,6 +29,7 @@ from echo_ft.files import (
     write_json,
     write_jsonl,
 )
+from echo_ft.inputs import read_json_object
 from echo_ft.records import Case, Prediction, Trace
 
 PREDICTIONS, TRACES, RUN_DESCRIPTION = "predictions.jsonl", "traces.jsonl", "run.json"
@@ -302,12 +303,9 @@ def _distinct(rows: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
         raise EchoError(f"{path} is not JSON ({error}); choose another --output, or delete that folder") from error
-    if not isinstance(found, dict):
-        raise EchoError(f"{path} does not describe a run; choose another --output, or delete that folder")
-    return found
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from echo_ft.errors import EchoError
-from echo_ft.files import from_dict
 from echo_ft.inference.run_folder import CONTINUED_WITH
+from echo_ft.inputs import from_dict, read_bytes, read_json_object
 from echo_ft.metrics.mmad import Answer, read_answers, to_predictions
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import GROUNDING, Prediction, Rejection
+from echo_ft.strict_yaml import read_json
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,10 @@ def load_run(folder: Path) -> Run:
         if not path.is_file():
             raise EchoError(f"{folder} is not a run (it has no {path.name}); create one with python -m evaluation.run")
     try:
-        provenance = json.loads(meta.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        provenance = read_json_object(meta)
+    except (OSError, ValueError) as error:
         raise EchoError(f"{meta} is not JSON ({error}); rerun the same evaluation.run command") from error
-    if not isinstance(provenance, dict):
-        raise EchoError(f"{meta} is not a JSON object; rerun the same evaluation.run command")
-    content = rows.read_bytes()
+    content = _content(rows)
     predictions, rejections = _predictions(rows, content, complete=provenance.get("complete") is True)
     if not predictions:
         raise EchoError(f"{rows} is empty; rerun the same evaluation.run command to resume")
@@ -66,7 +64,7 @@ def load_answers(path: Path) -> tuple[Run, list[Answer]]:
     predictions, rejections = to_predictions(answers)
     if not predictions:
         raise EchoError(f"{path}: no row can be scored ({rejections[0].item}: {rejections[0].reason}); check the file")
-    provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(path.read_bytes())}
+    provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(_content(path))}
     return Run(path, predictions, provenance, [], rejections), answers
 
 
@@ -91,14 +89,21 @@ def _run_warnings(provenance: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(str(warning) for note in notes for warning in note.get("warnings", [])))
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{path} cannot be read ({error}); replace it") from error
+
+
 def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Prediction], list[Rejection]]:
     predictions: list[Prediction] = []
     # splitlines would also split at U+2028, U+2029 and U+0085, which JSON does not escape.
-    lines = content.decode("utf-8", errors="replace").removesuffix("\n").split("\n") if content else []
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
     for number, line in enumerate(lines, start=1):
         try:
-            predictions.append(from_dict(Prediction, json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
+            predictions.append(from_dict(Prediction, read_json(line.decode(), unique_keys=False)))
+        except (ValueError, TypeError) as error:
             if not complete and number == len(lines):  # the run was killed while it wrote this line
                 return predictions, [Rejection(f"{path.name}:{number}", "cut off when the run stopped")]
             raise EchoError(

@@ -17,6 +17,7 @@ from typing import Any
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import parse_letter
 from echo_ft.files import write_text
+from echo_ft.inputs import read_json_file
 from echo_ft.metrics.metric_values import AVERAGE, ScoreTable
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Prediction, Rejection
 
@@ -114,8 +115,8 @@ def read_answers(path: Path) -> list[Answer]:
     if not path.is_file():
         raise EchoError(f"there is no answer file {path}; give the path of a JSON file in MMAD's format")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = read_json_file(path)
+    except (OSError, ValueError) as error:
         raise EchoError(f"{path} is not JSON ({error}); MMAD's format is a JSON list of objects") from error
     if not isinstance(rows, list) or not rows:
         raise EchoError(f"{path} contains no list of answers; MMAD's format is a JSON list of objects")

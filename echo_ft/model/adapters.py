@@ -13,7 +13,8 @@ from safetensors import safe_open
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.files import from_dict, write_json, write_text
+from echo_ft.files import write_json, write_text
+from echo_ft.inputs import from_dict, read_json_object
 from echo_ft.model.loading import base_fingerprint
 from echo_ft.provenance import commit, fingerprint_files, versions
 from echo_ft.records import ROLES
@@ -150,7 +151,7 @@ def read_card(folder: Path) -> AdapterCard:
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise EchoError(f"there is no adapter in {folder}; train one with `accelerate launch train/sft.py`")
     try:
-        return from_dict(AdapterCard, json.loads((folder / ADAPTER_CARD).read_text(encoding="utf-8")))
+        return from_dict(AdapterCard, read_json_object(folder / ADAPTER_CARD))
     except (OSError, ValueError, TypeError) as error:
         raise EchoError(
             f"{folder} has no readable {ADAPTER_CARD} ({error}); train the adapter with train/sft.py, and use it "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 from echo_ft.errors import EchoError
+from echo_ft.inputs import open_input, read_json_object
 from echo_ft.provenance import fingerprint_bytes
 
 PARAMETER_GROUPS = ("language model", "vision tower", "merger")
@@ -181,7 +181,7 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
         return None if found is None else Path(found)
 
     index = find("model.safetensors.index.json")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    names = sorted(set(read_json_object(index)["weight_map"].values())) if index else ["model.safetensors"]
     chunks = []
     for name in names:
         path = find(name)
@@ -192,10 +192,13 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
                 f"{name} of {model_name_or_path} is not on this machine; connect to the internet once to download it, "
                 "or use a model with safetensors weights"
             )
-        with open(path, "rb") as file:
-            header = file.read(8)
-            header += file.read(int.from_bytes(header, "little"))
+        with open_input(path) as file:
+            size, header = path.stat().st_size, file.read(8)
+            length = int.from_bytes(header, "little")
+            if len(header) + length > size:
+                raise EchoError(f"{path} is cut off or not a safetensors file; copy or download it again")
+            header += file.read(length)
             start = file.read(1 << 16)
-            file.seek(max(len(header), path.stat().st_size - (1 << 16)))
+            file.seek(max(len(header), size - (1 << 16)))
             chunks.append(header + start + file.read())
     return fingerprint_bytes(*chunks)

@@ -107,8 +107,9 @@ def hash_files(paths: Sequence[str], root: Path) -> tuple[dict[str, str], list[R
     for path in paths:
         try:
             hashes[path] = content_hash(os.path.join(root, path)).hex()
-        except OSError as error:
-            rejections.append(Rejection(path, f"the image cannot be opened ({error.strerror}): {root / path}"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            rejections.append(Rejection(path, f"the image cannot be opened ({reason}): {root / path}"))
     return hashes, rejections
 
 

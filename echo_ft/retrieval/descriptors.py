@@ -26,9 +26,6 @@ _Prepared = TypeVar("_Prepared")
 IMAGES_PER_BATCH = 64
 """Number of images in one forward pass, and of decoded images in memory at once."""
 
-DECODER_VERSION = "8bit"
-"""Name of the decoding rule. It is part of every key, so the cache never mixes descriptors from different rules."""
-
 OFFLINE_HINT = "or set `descriptor: skimage`, which needs no weights"
 
 
@@ -81,7 +78,7 @@ class ScikitImage:
     in mean grey value. The best possible choice has 0.045, HOG only 0.145, and a random normal image 0.181.
     """
 
-    key = f"skimage-1-{DECODER_VERSION}"
+    key = f"skimage-1-{decode.DECODER_VERSION}"
 
     def vectors(self, paths: Sequence[Path]) -> tuple[list[FloatArray | None], list[str | None]]:
         """See `DescriptorExtractor.vectors`; d = 2116."""
@@ -112,7 +109,7 @@ class OpenClip:
         checkpoint file, or None for random weights (in tests).
         """
         self.model, self.pretrained = model, pretrained
-        self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{DECODER_VERSION}").strip("-")
+        self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{decode.DECODER_VERSION}").strip("-")
         folder = Path(model.removeprefix("local-dir:"))
         if pretrained and Path(pretrained).is_file():
             state = Path(pretrained).stat()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict
 from itertools import islice
@@ -17,8 +16,10 @@ from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.images.corruptions import draw_corruption
+from echo_ft.inputs import lines, open_text
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange
+from echo_ft.strict_yaml import read_json
 from echo_ft.terminal import LOGGER
 from echo_ft.training.config import EchoConfig
 from echo_ft.training.planning import Plan, case_starts, plan
@@ -86,8 +87,9 @@ def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
     keep a copy of all rows in its cache.
     """
     batches = []
-    with open(path, encoding="utf-8") as file:
-        rows = (json.loads(line) for index, line in enumerate(file) if index in indices)
+    with open_text(path) as file:
+        chosen = (line for index, line in enumerate(lines(file)) if index in indices)
+        rows = (read_json(line, unique_keys=False) for line in chosen)
         while chunk := list(islice(rows, ROWS_PER_BATCH)):
             batches.append(pa.RecordBatch.from_pylist(chunk, EXCHANGE_SCHEMA))
     return pa.Table.from_batches(batches, EXCHANGE_SCHEMA)

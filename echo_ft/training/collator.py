@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from echo_ft.files import from_dict
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View, views
+from echo_ft.inputs import from_dict
 from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.model.vision import TowerFeatureStore

@@ -233,8 +233,8 @@ def test_images_and_masks_that_are_not_read_as_a_viewer_shows_them_are_counted(s
     assert manifest["dropped"] == {"mask": 1}, "the mask of a rotated image is ambiguous"
     (turned,) = [one for one in manifest["warnings"] if "EXIF" in one]
     assert turned == (
-        "4 images have an EXIF orientation and are read as stored, not as viewers rotate them: cap/good-0-1.png, "
-        "cap/good-1-1.png, cap/good-2-1.png and 1 more; save them rotated and without the EXIF tag"
+        "4 images have an EXIF orientation and are turned upright by it, as viewers show them: cap/good-0-1.png, "
+        "cap/good-1-1.png, cap/good-2-1.png and 1 more"
     )
     (lossy,) = [one for one in manifest["warnings"] if "lossy" in one]
     assert lossy.startswith("the masks of 1 images are in a lossy format, so only pixels brighter than half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageOps
 
 from echo_ft.errors import EchoError
+from echo_ft.images.decode import image_frame, load_image
 from echo_ft.images.mask_reading import read_mask_file
 from echo_ft.images.masks import load_mask, measure
 from echo_ft.records import GOOD, Inspection
@@ -221,7 +223,7 @@ def test_mask_of_several_frames_is_refused(tmp_path):
         tmp_path, greys(DENT), "mask.tif", save_all=True, append_images=[greys(DENT[::-1]), greys(~DENT)]
     )
     assert kept is not None and kept.mask is None
-    assert "mask mask.tif has 3 frames, so it is unclear which one counts; save that one as a PNG file" in reason
+    assert "mask mask.tif cannot be read (the file has several frames, so it is unclear which one counts" in reason
 
 
 def test_large_defect_away_from_the_border_is_used(tmp_path):
@@ -262,8 +264,33 @@ def test_mask_of_an_image_that_viewers_rotate_is_refused(tmp_path, suffix, mark)
     unmarked = dataclasses.replace(made, mask=None)
     assert kept == [unmarked]
     (rejection,) = rejections
-    assert f"viewers rotate the image (EXIF orientation {mark}), so its marks may mean either" in rejection.reason
+    assert f"viewers rotate the image (EXIF orientation {mark}), and mask mask.png may be drawn" in rejection.reason
     assert collect([unmarked], tmp_path) == ([unmarked], [], []), "without annotations, the image can be used"
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("mark", [5, 6, 7, 8])
+def test_size_of_a_mask_tells_on_which_view_it_was_drawn(tmp_path, suffix, mark):
+    stored = Image.new("RGB", DENT.shape[::-1], "grey")
+    stored.putpixel((3, 1), (255, 255, 255))
+    stored.save(tmp_path / f"part.{suffix}", exif=rotated(mark))
+    turned = ImageOps.exif_transpose(Image.open(tmp_path / f"part.{suffix}"))
+    wanted = ImageOps.exif_transpose(with_exif(greys(DENT), rotated(mark)))
+    assert turned.size == wanted.size == DENT.shape
+    greys(DENT).save(tmp_path / "stored.png")
+    wanted.save(tmp_path / "upright.png")
+    np.testing.assert_array_equal(load_image(tmp_path / f"part.{suffix}"), turned.convert("RGB"))
+    for name in ("stored.png", "upright.png"):
+        made = Inspection("1", f"part.{suffix}", "line", "cap", "dent", "1", None, name)
+        assert collect([made], tmp_path) == ([made], [], [])
+        found = load_mask(made, tmp_path, *image_frame(tmp_path / made.image))
+        np.testing.assert_array_equal(found, np.asarray(wanted) > 0)
+
+
+def with_exif(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return Image.open(file)
 
 
 def test_mask_that_viewers_rotate_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from skimage.draw import disk
 from data_prep.sources import SourceConfig, manifest
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
+from echo_ft.images.decode import TURNS, image_frame
 from echo_ft.records import Inspection
 from tests.support import folder_layouts
 from tests.support.collected import collect
@@ -117,7 +118,7 @@ def test_box_rounded_over_the_border_is_kept(tmp_path, box):
     assert marks(one, tmp_path).any()
 
 
-@pytest.mark.parametrize(("mark", "used"), [(1, True), (3, False), (6, False)])
+@pytest.mark.parametrize(("mark", "used"), [(1, True), (3, False)])
 def test_outlines_of_a_rotated_image_are_ambiguous_and_left_out(tmp_path, mark, used):
     path = folder_layouts.coco(tmp_path).config.annotations
     turned = Image.Exif()
@@ -132,6 +133,36 @@ def test_outlines_of_a_rotated_image_are_ambiguous_and_left_out(tmp_path, mark, 
         set() if used else {("cap/1.jpg", "mask"), ("ring/2.jpg", "mask")}
     )
     assert all(f"(EXIF orientation {mark})" in r.reason for r in rejections)
+
+
+@pytest.mark.parametrize("mark", [5, 6, 7, 8])
+def test_stated_size_tells_on_which_view_outlines_were_drawn(tmp_path, mark):
+    path = folder_layouts.coco(tmp_path).config.annotations
+    turned = Image.Exif()
+    turned[0x0112] = mark
+    for name in ("cap/1.jpg", "ring/2.jpg"):  # a polygon, a box
+        with Image.open(tmp_path / name) as image:
+            image.save(tmp_path / name, exif=turned)
+    kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
+    assert not rejections
+    by_image = {i.image: i for i in kept}
+    wanted = np.asarray(Image.fromarray(SQUARE).transpose(TURNS[mark]))
+    for name in ("cap/1.jpg", "ring/2.jpg"):
+        found = masks.load_mask(by_image[name], tmp_path, *image_frame(tmp_path / name))
+        np.testing.assert_array_equal(found, wanted)
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        if image["file_name"] in ("cap/1.jpg", "ring/2.jpg"):
+            image["width"], image["height"] = image["height"], image["width"]
+    write_json(path, content)
+    kept, _, _ = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
+    assert {i.image: i.boxes for i in kept}["ring/2.jpg"] == ((4.0, 6.0, 12.0, 10.0),), "drawn on the upright image"
+    for image in content["images"]:
+        image.pop("width"), image.pop("height")
+    write_json(path, content)
+    kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
+    assert [r.item for r in rejections] == ["instances.json:images[1]", "instances.json:images[2]"]
+    assert all("state no size that tells which view they are for" in r.reason for r in rejections)
 
 
 def test_image_with_a_box_and_an_unusable_polygon_is_rejected(tmp_path):
