@@ -28,18 +28,18 @@ from data_prep.progress import first_rejection
 from data_prep.training_rows import write_training_rows
 from data_prep.upstream import check_images, check_runs, describe_runs, read_runs
 from data_prep.workspace import workspace
-from echo_ft.config import parse, run_main
+from echo_ft.config import PARTLY_DONE, parse, run_main
 from echo_ft.data.dataset import images_fingerprint
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json, write_jsonl
 from echo_ft.records import GOOD, Rejection
 from echo_ft.retrieval.descriptors import load_extractor
-from echo_ft.terminal import LOGGER
+from echo_ft.terminal import LOGGER, printable
 from echo_ft.tracking import dataset_artifact, log_run, numbers_by_path
 
 
-def main(argv: list[str]) -> None:
-    """Build the dataset that the config describes and print a summary."""
+def main(argv: list[str]) -> int:
+    """Build the dataset that the config describes and print a summary. Returns the exit status."""
     (config,) = parse([BuildConfig], argv)
     manifest = build(config)
     counts = manifest["counts"]
@@ -51,13 +51,14 @@ def main(argv: list[str]) -> None:
     print(f"  references {counts['reference_pool']:>6} normal images")
     for warning in manifest["warnings"]:
         LOGGER.warning(warning)
+    print(f"preview: {config.output / 'preview.html'}")
     print(rejection_summary(manifest))
     first = next(read_jsonl(config.output / "rejected.jsonl", Rejection), None)
     if first:
-        print(f"  first: {first.item}: {first.reason}")
-    print(f"preview: {config.output / 'preview.html'}")
+        print(printable(f"  first: {first.item}: {first.reason}"))
     if config.report_to == "wandb":
         log_build(config, manifest)
+    return PARTLY_DONE if first and config.strict else 0
 
 
 def log_build(config: BuildConfig, manifest: dict[str, Any]) -> None:

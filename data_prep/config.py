@@ -107,6 +107,12 @@ class BuildConfig:
     )
     parts: int = field(default=100, metadata={"help": "Parts per product that the source synthetic draws."})
     seed: int = field(default=0, metadata={"help": "Seed of splits, random references, questions and balancing."})
+    allow_links: bool = field(
+        default=False, metadata={"help": "Follow links of images and masks that lead out of the root."}
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "Exit with status 3 if something was rejected. The dataset is written anyway."}
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Replace a dataset in output that was built with another config."}
     )
@@ -115,7 +121,9 @@ class BuildConfig:
     def dataset_options(self) -> dict[str, Any]:
         """The options that determine the dataset, in types that JSON can hold."""
         values = dataclasses.asdict(self)
-        for key in ("output", "overwrite", "cache", "report_to"):
+        for key in ("output", "overwrite", "cache", "report_to", "strict"):
             del values[key]
+        if not self.allow_links:  # datasets of older versions have no such option
+            del values["allow_links"]
         values["traces"] = [str(folder) for folder in self.traces]
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

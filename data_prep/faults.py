@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ MAX_SHARE = 0.5
 MAX_BORDER = 0.75
 """A mask seems inverted if it marks more than these shares of the image and of its border. No mask of the magnetic
 tiles marks more than 0.50 and 0.49."""
+
+CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""A terminal obeys these characters, or shows the rest of the line in another order."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -42,6 +46,8 @@ def name_fault(inspection: Inspection) -> str | None:
         name = getattr(inspection, field)
         if not _is_utf8(name):
             return f"its {field} {name!r} is not valid Unicode; correct it"
+        if CONTROL_CHARACTER.search(name):
+            return f"its {field} {name!a} has a control character; remove it"
         token = control_token(name)
         if token:
             return f"its {field} {name!r} contains {token}, a control token of the model's chat template; rename it"

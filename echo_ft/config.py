@@ -13,13 +13,17 @@ import logging
 import math
 import os
 import re
+import shlex
+import signal
 import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -238,35 +242,84 @@ def _error_handler(source: str) -> Callable[[str], None]:
     return error
 
 
-def run_main(main: Callable[[list[str]], None], resume_hint: str = "rerun the command to start again") -> None:
-    """Run a command's `main(argv)` and turn errors into one line on stderr and an exit status.
+PARTLY_DONE = 3
+"""Exit status of a command that has finished although predictions failed, or images were rejected with --strict."""
 
-    The status is 2 for an error, 130 for Ctrl-C and 141 for a closed pipe, as in a shell. It is never 1, which
-    `evaluation.inspect` exits with if an image is flagged. After Ctrl-C, the line ends with `resume_hint`. Only an
-    unexpected error shows its traceback.
+
+def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun the command to start again") -> None:
+    """Run a command's `main(argv)`, and end it with an exit status and, after an error, one sentence on stderr.
+
+    The status is what `main` returns, by default 0; 2 for an error; 130 for Ctrl-C and 141 for a closed pipe, as in a
+    shell. It is 1 only if a command says so, such as `evaluation.inspect` for a flagged image. After Ctrl-C, the
+    sentence ends with `resume_hint`. The traceback of an unexpected error goes to a file that the sentence names.
     """
     # When peft imports bitsandbytes (0.50), it warns that it falls back from a kernel of the Hugging Face Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL (1.16) and peft (0.21) use names that transformers (5.23) has deprecated. Users cannot change them.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     log_to_terminal()
+    with _noted_interrupts() as interrupts:
+        try:
+            status = main(sys.argv[1:])
+        except KeyboardInterrupt:
+            _stop(resume_hint)
+        except BrokenPipeError:  # `... | head` closed the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except Exception as error:
+            if interrupts:  # torch (2.15) turns a KeyboardInterrupt in some of its loaders into a RuntimeError
+                _stop(resume_hint)
+            LOGGER.error("%s", error if isinstance(error, EchoError) else _explain(error))
+            sys.exit(2)
+    if status:
+        sys.exit(status)
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Yield a list that receives an item for every Ctrl-C in the block."""
+    interrupts: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    if before is not signal.default_int_handler:  # a shell ignores Ctrl-C for what it starts in the background
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        main(sys.argv[1:])
-    except EchoError as error:
-        LOGGER.error("%s", error)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop(resume_hint: str) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one sentence for all processes that accelerate has started
         sys.stderr.write(f"stopped by Ctrl-C; {resume_hint}\n")
-        sys.exit(130)
-    except BrokenPipeError:  # `... | head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] == "wandb":
-            LOGGER.error("W&B: %s; run wandb login, set WANDB_MODE=offline, or remove report_to", error)
-        else:
-            traceback.print_exc()
-        sys.exit(2)
+    sys.exit(130)
+
+
+def _explain(error: Exception) -> str:
+    """Return a sentence about an unexpected error that names the file with its traceback."""
+    kind = type(error)
+    if kind.__module__.partition(".")[0] == "wandb":
+        return f"W&B: {error}; run wandb login, set WANDB_MODE=offline, or remove report_to"
+    reason = (str(error).strip().splitlines() or [""])[0]
+    what = f"{kind.__name__}{': ' if reason else ''}{reason}"
+    remedy = "check what it names, or report the error with that file"
+    if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError":  # the name of torch's
+        what, remedy = f"out of memory ({what})", "use smaller batches or images, or a machine with more memory"
+    elif isinstance(error, OSError) and error.filename:
+        what, remedy = f"{error.filename}: {error.strerror}", "check the path, its permissions and the disk"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="echo_ft-error-", suffix=".txt", delete=False) as file:
+            file.write(f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
+    except OSError:  # the disk may be full
+        traceback.print_exception(error)
+        return f"{what}; {remedy}"
+    return f"{what}; {remedy}; the traceback is in {file.name}"
 
 
 def named_first(argv: Sequence[str], flag: str) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import traceback
@@ -148,14 +149,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     """Write records as JSON lines, atomically, and return their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    # Lone surrogates, which may occur in the name of a rejected file, are written as JSON escapes.
-    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for record in records:
-            file.write(to_json(record) + "\n")
+            line = to_json(record)
+            if not line.isascii():  # the name of a rejected file may have bytes that are not UTF-8
+                line = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", line)
+            file.write(line + "\n")
             count += 1
     return count
 

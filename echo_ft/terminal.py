@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
+import unicodedata
 
 LOGGER = logging.getLogger("echo_ft")
 """The logger of the library: progress at level INFO, warnings and errors above.
@@ -20,12 +22,31 @@ class TerminalHandler(logging.Handler):
         severe = record.levelno >= logging.WARNING
         stream = sys.stderr if severe else sys.stdout
         prefix = f"{record.levelname.lower()}: " if severe else ""
-        stream.write(f"{prefix}{record.getMessage()}\n")
+        stream.write(f"{prefix}{printable(record.getMessage())}\n")
         stream.flush()
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for what a terminal would obey or cannot show: control and format characters.
+
+    Line breaks and tabs stay. Names of files and of products may hold anything.
+    """
+    return "".join(char if char in "\n\t" or not _is_control(char) else ascii(char)[1:-1] for char in text)
+
+
+def _is_control(char: str) -> bool:
+    # Zero-width joiners and spaces (Cf) are part of names in some scripts; directional overrides reorder a line.
+    return unicodedata.category(char) in ("Cc", "Cs") or "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"
+
+
 def log_to_terminal() -> None:
-    """Show the library's log records in the terminal. Every command calls this. Further calls have no effect."""
+    """Show the library's log records in the terminal. Every command calls this. Further calls have no effect.
+
+    stdout and stderr then show half of a surrogate pair, as in names that are not UTF-8, as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not any(isinstance(handler, TerminalHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(TerminalHandler())
     LOGGER.setLevel(logging.INFO)

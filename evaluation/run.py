@@ -82,8 +82,8 @@ class PreparedRun:
         return {role: adapter.path for role, adapter in self.adapters.items()}
 
 
-def main(argv: list[str]) -> None:
-    """Check that all inputs match, then run the cases that are not done yet."""
+def main(argv: list[str]) -> int:
+    """Check that all inputs match, then run the cases that are not done yet. Returns the exit status."""
     (config,) = configs.parse([RunConfig], argv)
     prepared = prepare_run(config)
     state = join_processes()
@@ -91,8 +91,8 @@ def main(argv: list[str]) -> None:
         for warning in prepared.notes["warnings"]:
             LOGGER.warning(warning)
     run_remaining(prepared, state)
+    failed = failure_reasons(Path(config.output)) if state.is_main_process else []
     if state.is_main_process:
-        failed = failure_reasons(Path(config.output))
         print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
         if failed:
             LOGGER.warning(
@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
         if cut:
             LOGGER.warning(cut)
     state.destroy_process_group()
+    return configs.PARTLY_DONE if failed else 0
 
 
 def load_inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, field
 
 import pytest
@@ -108,25 +109,84 @@ def test_ctrl_c_says_how_to_resume(monkeypatch, capsys):
         assert capsys.readouterr().err == f"stopped by Ctrl-C; {(*hint, 'rerun the command to start again')[0]}\n"
 
 
-def test_wandb_errors_are_one_line_and_other_errors_keep_their_traceback(monkeypatch, capsys):
+def ended_by(error: BaseException | int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a command whose main raises an error or returns a status."""
+
+    def main(argv: list[str]) -> int:
+        if isinstance(error, int):
+            return error
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["command", "--output", "a b"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    return ended.value.code
+
+
+def test_wandb_errors_are_one_line(monkeypatch, capsys):
     from wandb.errors import UsageError
 
-    monkeypatch.setattr("sys.argv", ["command"])
-
-    def fails(error: Exception):
-        def main(argv: list[str]) -> None:
-            raise error
-
-        return main
-
-    with pytest.raises(SystemExit) as ended:
-        run_main(fails(UsageError("No API key configured.")))
-    assert ended.value.code == 2
+    assert ended_by(UsageError("No API key configured."), monkeypatch) == 2
     assert "error: W&B: No API key configured.; run wandb login" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        run_main(fails(ZeroDivisionError()))
-    assert ended.value.code == 2, "1 means that an image was flagged"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ZeroDivisionError("by zero\nand more"), "error: ZeroDivisionError: by zero; check what it names, or report"),
+        (MemoryError(), "error: out of memory (MemoryError); use smaller batches or images"),
+        (PermissionError(13, "Permission denied", "data/x"), "error: data/x: Permission denied; check the path"),
+        (ValueError("\x1b[31mred"), "error: ValueError: \\x1b[31mred; check"),
+    ],
+)
+def test_an_unexpected_error_is_one_sentence_that_names_the_file_with_its_traceback(
+    error, message, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert ended_by(error, monkeypatch) == 2, "1 means that an image was flagged"
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1 and "Traceback" not in said
+    (file,) = tmp_path.iterdir()
+    assert said.endswith(f"the traceback is in {file}\n")
+    assert file.read_text().startswith("command --output 'a b'\n\nTraceback")
+    assert f"in main\n    raise error\n{type(error).__name__}" in file.read_text()
+
+
+def test_without_room_for_the_file_the_traceback_is_printed(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    assert ended_by(ZeroDivisionError(), monkeypatch) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_ends_with_the_status_that_it_returns(monkeypatch):
+    assert ended_by(3, monkeypatch) == 3
+    run_main(lambda argv: 0)
+    run_main(lambda argv: None)
+
+
+def test_ctrl_c_that_a_library_turns_into_an_error_is_ctrl_c(monkeypatch, capsys):
+    def main(argv: list[str]) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise EchoError("the adapter does not fit") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C; rerun the command to start again\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_the_first_process_of_a_machine_tells_of_ctrl_c(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ended_by(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err == ""
 
 
 @dataclass(frozen=True)

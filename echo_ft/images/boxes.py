@@ -38,8 +38,9 @@ _ANSWER = re.compile("|".join(rf"{one}(?:,?\s*{one})*" for one in (_PAIR, _MARKE
 def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation: int = 1) -> tuple[Box, ...]:
     """Return the boxes of the defects that a record marks, in pixels; empty if nothing is marked.
 
-    `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. With mask files, these are the `mask_boxes` of their union.
-    Otherwise, each polygon and each box is a piece for `join_boxes`. Raises EchoError as `masks.load_mask` does.
+    `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. With mask files,
+    these are the `mask_boxes` of their union. Otherwise, each polygon and each box is a piece for `join_boxes`. Raises
+    EchoError as `masks.load_mask` does.
     """
     if mask_files(marked):
         mask = load_mask(marked, root, size, orientation)
