@@ -93,7 +93,8 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
     A source that draws its images writes them into `folder`. Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
-    usable = check_records(merge_records(progress(items, "reading", "records")), root)
+    records = merge_records(progress(items, "reading", "records"))
+    usable = check_records(records, root, None if config.allow_links else config.source != "manifest")
     if not usable.inspections:
         where = config.annotations or root
         why = first_rejection(usable.rejections) or "; it lists none: add a row per image, or check the path"
@@ -114,17 +115,22 @@ def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items
     return root, _source(config.source).read(source)
 
 
-def check_records(records: SourceRecords, root: Path) -> UsableImages:
+def check_records(records: SourceRecords, root: Path, below_links: bool | None = None) -> UsableImages:
     """The inspections and questions whose files can be used, and a rejection with a reason for everything else.
 
     If a mask contradicts its image or seems to belong to another one, the image is rejected too. It is kept if the
-    source has its own questions about it: the questions of a benchmark are valid without a mask.
+    source has its own questions about it: the questions of a benchmark are valid without a mask. `below_links` is that
+    of `link_fault`; None allows all links.
     """
     rejections = [*records.rejections]
     with_questions = {question.inspection for question in records.questions}
     check = cache(check_image)
     inspections: dict[str, Inspection] = {}
     for item in progress(records.inspections, "checking", "images"):
+        linked = None if below_links is None else sources.link_fault(item, root, below_links)
+        if linked:
+            rejections.append(_with_place(Rejection(item.image, linked), item, records))
+            continue
         inspection, rejection = _checked(item, records, root, check, item.id in with_questions)
         if inspection is not None:
             inspections[item.id] = inspection

@@ -26,6 +26,7 @@ from data_prep.faults import IMAGE_SUFFIXES
 from echo_ft.data.splits import DEFECT_SEPARATOR, join_defects
 from echo_ft.data.text import nfc, spelling_key
 from echo_ft.files import leads_outside, list_folder, walk
+from echo_ft.images.masks import mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
 SOURCE_NAMES = tuple(
@@ -156,15 +157,15 @@ def subfolders(root: Path, folder: Path) -> list[Path]:
     Links directly in the root are followed, because people keep products on other disks. Deeper ones must stay in the
     root, or in the linked folder that they lie in.
     """
-    return [path for path in list_folder(folder) if path.is_dir() and not leads_outside(path, _base(root, path))]
+    return [path for path in list_folder(folder) if path.is_dir() and not leads_outside(path, link_base(root, path))]
 
 
 def walk_below(root: Path, folder: Path) -> tuple[list[Path], list[Path]]:
     """Return what `walk` does for a folder below the root. It follows the links that `subfolders` follows."""
-    return walk(folder, _base(root, folder))
+    return walk(folder, link_base(root, folder))
 
 
-def _base(root: Path, folder: Path) -> Path:
+def link_base(root: Path, folder: Path) -> Path:
     """Return the folder that links must not leave: the root, or a linked folder directly in it that holds `folder`.
 
     A link to a folder around the root would read the root again.
@@ -173,6 +174,21 @@ def _base(root: Path, folder: Path) -> Path:
         return root
     top = root / folder.relative_to(root).parts[0]
     return root if root.resolve().is_relative_to(top.resolve()) else top
+
+
+def link_fault(inspection: Inspection, root: Path, below_links: bool) -> str | None:
+    """Why the files of a record may not be read because a link leads out of the root, or None.
+
+    With `below_links`, files may lie below a link directly in the root, as in folder layouts.
+    """
+    for name in (inspection.image, *mask_files(inspection), *filter(None, [inspection.reference])):
+        path = root / name
+        if leads_outside(path, link_base(root, path.parent) if below_links else root):
+            return (
+                f"{name} is a link out of the root to {path.resolve()}; copy the file, set root to a folder above both "
+                "or, if you trust the source, pass --allow_links"
+            )
+    return None
 
 
 class LinkOutside(Rejection):

@@ -29,7 +29,7 @@ LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
     """Return the text of a column, or None if it is empty. Raises RowError for another type."""
     value = row.get(column)
-    if value is not None and not isinstance(value, (str, int)):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise RowError(f"{column} is {value!r}, not a string")
     return (str(value).strip() if value is not None else "") or None
 

@@ -8,6 +8,7 @@ a folder of queries or normal images is rejected by name. Other folders are not 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from data_prep.faults import list_images
 from data_prep.sources import Items, SourceConfig, reject_unused
 from echo_ft.errors import EchoError
-from echo_ft.inputs import read_json_file
+from echo_ft.inputs import read_json_file, stays_inside
 from echo_ft.metrics.mmad import MERGED_TYPES
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Inspection, Question, Rejection
 
@@ -31,7 +32,7 @@ def read(config: SourceConfig) -> Items:
     """
     root = config.root
     rows = _load(config.annotations)
-    missing = [key for key in rows if not (root / key).is_file()]
+    missing = [key for key in rows if not _exists(root, key)]
     if len(missing) == len(rows):
         raise _no_image_found(missing, root, config.annotations)
     absent = set(missing)
@@ -39,10 +40,9 @@ def read(config: SourceConfig) -> Items:
     folders: set[Path] = set()
     for key, row in rows.items():
         parts = key.split("/")
-        if len(parts) < 4 or not isinstance(row, dict):
-            yield Rejection(
-                key, "the key is not <dataset>/<product>/.../<condition>/<file>, or its value is not an object"
-            )
+        fault = _row_fault(key, row)
+        if fault:
+            yield Rejection(key, fault)
             continue
         products[parts[0], parts[1]] = None
         if key in absent:
@@ -83,12 +83,12 @@ def _no_image_found(missing: list[str], root: Path, annotations: Path | None) ->
 def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
     dataset, product, *_, condition, _ = key.split("/")
     mask = _mask(f"{dataset}/{product}/{row['mask_path']}", root) if row.get("mask_path") else None
-    if mask and not (root / mask).is_file():
+    if mask and not _exists(root, mask):
         yield Rejection(mask, f"the mask of {key} is missing; the image is used without it", "mask")
         mask = None
     templates = row.get("random_templates") or []
     reference = templates[0] if templates else None
-    if reference and not (root / reference).is_file():
+    if reference and not _exists(root, reference):
         reason = f"the reference that MMAD names for {key} is missing; one is retrieved instead"
         yield Rejection(reference, reason, "reference")
         reference = None
@@ -107,13 +107,37 @@ def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
         yield _question(f"{key}#{index}", key, item)
 
 
+def _exists(root: Path, name: str) -> bool:
+    """Return whether a file exists in the root."""
+    # Path.is_file (Python 3.11) raises OSError for a name that is too long.
+    return stays_inside(name) and os.path.isfile(root / name)
+
+
+def _row_fault(key: str, row: Any) -> str | None:
+    """Return why a query of mmad.json cannot be used, or None."""
+    if len(key.split("/")) < 4 or not stays_inside(key) or not isinstance(row, dict):
+        return "the key is not <dataset>/<product>/.../<condition>/<file>, or its value is not an object"
+    for name, kind, what in (
+        ("mask_path", str, "a text"),
+        ("random_templates", list, "a list of texts"),
+        ("conversation", list, "a list of questions"),
+    ):
+        if row.get(name) is not None and not isinstance(row[name], kind):
+            return f"its {name} is {str(row[name])[:60]!r}, not {what}; download mmad.json again"
+    templates = row.get("random_templates") or []
+    outside = [str(path)[:60] for path in templates if not isinstance(path, str) or not stays_inside(path)]
+    if row.get("mask_path") and not stays_inside(row["mask_path"]):
+        outside.append(row["mask_path"])
+    return f"{outside[0]!r} is not a path in the root; download mmad.json again" if outside else None
+
+
 def _mask(path: str, root: Path) -> str:
     """Return the path of a mask, in the other spelling of its folder if only that one exists."""
-    if (root / path).is_file():
+    if _exists(root, path):
         return path
     here, other = ("rbg_mask", "rgb_mask") if "rbg_mask" in path else ("rgb_mask", "rbg_mask")
     swapped = path.replace(here, other)
-    return swapped if (root / swapped).is_file() else path
+    return swapped if _exists(root, swapped) else path
 
 
 def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
@@ -123,9 +147,9 @@ def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
     options, answer = item.get("Options"), item.get("Answer")
     if kind not in QUESTION_TYPES:
         return Rejection(name, f"the type {item.get('type')!r} is not one of MMAD's nine question types")
-    if not isinstance(options, dict) or not options or not set(options) <= set(LETTERS):
-        return Rejection(name, f"the options are not a mapping from letters {LETTERS[0]} to {LETTERS[-1]} to texts")
-    if answer not in options:
+    if not isinstance(options, dict) or len(options) < 2 or not set(options) <= set(LETTERS):
+        return Rejection(name, f"the options are not two or more texts by letters {LETTERS[0]} to {LETTERS[-1]}")
+    if not isinstance(answer, str) or answer not in options:
         return Rejection(name, f"the answer {answer!r} is not one of the options {', '.join(options)}")
     if not isinstance(item.get("Question"), str) or not item["Question"].strip():
         return Rejection(name, "the question has no text")
