@@ -30,12 +30,14 @@ from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View, views
 from echo_ft.model.rows import RowBuilder
-from echo_ft.records import LETTERS, ROLES, Branch, Exchange, Generation
+from echo_ft.records import ROLES, Branch, Exchange, Generation
 
 try:
     import openai
 except ImportError as missing:
     raise EchoError("--server needs the openai package; install it with pip install 'echo-ft[serving]'") from missing
+
+from echo_ft.inference.replies import Completion, ReplyError, bound_reply, read_completion
 
 TOP_LOGPROBS = 20
 """Number of most likely tokens to request at the answer position: the maximum of OpenAI and vLLM."""
@@ -54,6 +56,9 @@ REJECTED_STATUSES = (400, 413, 422)
 
 NO_REPETITION_PENALTY = {"repetition_penalty": 1.0}
 """Field of a request, beyond OpenAI's, by which vLLM ignores the penalty in the model's generation_config.json."""
+
+LONGEST_RETRY_AFTER = 86_400
+"""Longest wait in seconds that a server may ask for."""
 
 EncodedImage = tuple[str, tuple[int, int]]
 """An image as a data URL, and its original (width, height) in pixels."""
@@ -93,8 +98,15 @@ class Server:
         self.corruption = corruption
         self.max_images = IMAGES_PER_REQUEST * max_concurrent
         # `_request` retries instead, for a limited time: a restarting server needs minutes to load its model.
+        # Without redirects, no other host receives the images. Uncompressed replies cannot grow when they are decoded.
+        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [bound_reply]})
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
+            base_url=url,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=timeout,
+            max_retries=0,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=http,
         )
         self._slots = asyncio.Semaphore(max_concurrent)
         self._images: OrderedDict[View, asyncio.Task[EncodedImage]] = OrderedDict()
@@ -132,7 +144,7 @@ class Server:
                     raise
                 self._extra = {}  # the server may have rejected this field
                 (reply,) = await self._complete(model, exchange, encoded, limit=1, logprobs=True)
-            has_logprobs = has_logprobs and bool(_top_logprobs(reply))
+            has_logprobs = has_logprobs and reply.has_logprobs
         return has_logprobs
 
     async def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
@@ -148,14 +160,7 @@ class Server:
         async def complete(exchange: Exchange) -> list[Generation]:
             encoded = [await self._encode(view) for view in views(exchange, self.root, self.corruption)]
             replies = await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides)
-            return [
-                Generation(
-                    (reply.choices[0].message.content or "").strip(),
-                    _letters(reply),
-                    reply.choices[0].finish_reason == "length",
-                )
-                for reply in replies
-            ]
+            return [Generation(reply.text.strip(), reply.letters, reply.cut) for reply in replies]
 
         return await asyncio.gather(*(complete(exchange) for exchange in exchanges))
 
@@ -188,7 +193,7 @@ class Server:
 
     async def _complete(
         self, model: str, exchange: Exchange, encoded: Sequence[EncodedImage], limit: int, logprobs: bool
-    ) -> list[Any]:
+    ) -> list[Completion]:
         """Return the server's chat completion of at most `limit` tokens for each branch."""
         row = self.row_builder.row(exchange, [size for _, size in encoded])
         shared, *own = np.bincount(row.segments, minlength=len(exchange.branches) + 1).tolist()
@@ -199,14 +204,14 @@ class Server:
         if logprobs:
             options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
 
-        async def complete(branch: Branch, tokens: int) -> Any:
+        async def complete(branch: Branch, tokens: int) -> Completion:
             content = [*images, {"type": "text", "text": exchange.context + branch.prompt}]
             async with self._slots:
                 messages = [{"role": "user", "content": content}]
                 reply = await self._request(
                     {"model": model, "messages": messages, **options, "extra_body": self._extra}
                 )
-            counted = reply.usage.prompt_tokens if reply.usage else tokens
+            counted = tokens if reply.prompt_tokens is None else reply.prompt_tokens
             if counted != tokens:
                 raise BackendError(
                     f"{self.url} counts {counted} tokens for a prompt that has {tokens} tokens here, so its "
@@ -221,22 +226,30 @@ class Server:
         size = self.row_builder.image_processor.size
         return f"min_pixels {size['shortest_edge']} and max_pixels {size['longest_edge']}"
 
-    async def _request(self, request: Mapping[str, Any]) -> Any:
+    async def _request(self, request: Mapping[str, Any]) -> Completion:
         """Send a request, and retry it with increasing waits for up to `patience` seconds."""
         failing_since: float | None = None
         wait = FIRST_RETRY_WAIT
         while True:
             try:
-                reply: Any = await self._client.chat.completions.create(**request)
-                _ = reply.choices[0].message.content
+                # httpx (0.28) limits each read, so a reply of single bytes would have no end.
+                async with asyncio.timeout(self.timeout):
+                    reply = await self._client.chat.completions.create(**request)
+                completion = read_completion(reply)
                 self._last_reply = time.monotonic()
-                return reply
-            except openai.APITimeoutError:
+                return completion
+            except (openai.APITimeoutError, TimeoutError):
                 reason = f"no answer within {self.timeout:g} s; raise --server_timeout or lower --batch_size"
             except openai.APIConnectionError as error:
                 reason = f"no connection: {error.__cause__ or error}"
             except openai.APIStatusError as error:
                 reason = f"{error.status_code}: {error.message[:300]}"
+                if 300 <= error.status_code < 400:
+                    target = error.response.headers.get("location", "another address")
+                    raise BackendError(
+                        f"{self.url} redirects to {target[:200]}, and no image is sent there; set --server to that "
+                        "address if you trust it"
+                    ) from error
                 if error.status_code not in RETRY_STATUSES and error.status_code < 500:
                     error_class: type[EchoError] = EchoError if error.status_code in REJECTED_STATUSES else BackendError
                     raise error_class(
@@ -244,9 +257,11 @@ class Server:
                         "--server, --server_model and the server's limits"
                     ) from error
                 retry_after = error.response.headers.get("retry-after", "")
-                wait = max(wait, int(retry_after)) if retry_after.isdecimal() else wait
-            except (openai.APIError, AttributeError, IndexError, TypeError, ValueError):
-                reason = "the reply is not a chat completion; most server addresses end in /v1"
+                if retry_after.isdecimal():
+                    wait = max(wait, min(int(retry_after[:9]), LONGEST_RETRY_AFTER))
+            except (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError) as error:
+                known = f" ({error})" if isinstance(error, ReplyError) else ""
+                reason = f"the reply is not a chat completion{known}; most server addresses end in /v1"
             now = time.monotonic()
             if failing_since is None:
                 failing_since = now
@@ -260,13 +275,3 @@ class Server:
                 )
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_RETRY_WAIT)
-
-
-def _top_logprobs(reply: Any) -> Sequence[Any]:
-    """Return the most likely tokens at the answer position with log-probabilities; empty if the server sends none."""
-    logprobs = reply.choices[0].logprobs
-    return (logprobs.content[0].top_logprobs or ()) if logprobs is not None and logprobs.content else ()
-
-
-def _letters(reply: Any) -> dict[str, float]:
-    return {one.token: one.logprob for one in _top_logprobs(reply) if one.token in tuple(LETTERS)}
