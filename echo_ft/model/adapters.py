@@ -15,7 +15,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import write_json, write_text
 from echo_ft.inputs import from_dict, read_json_object
-from echo_ft.model.loading import base_fingerprint
+from echo_ft.model.loading import base_fingerprint, why_unusable
 from echo_ft.provenance import commit, fingerprint_files, versions
 from echo_ft.records import ROLES
 
@@ -241,8 +241,13 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
             else:
                 model = PeftModel.from_pretrained(model, str(path), adapter_name=role, autocast_adapter_dtype=False)
             _check_weights(model, role, path)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise EchoError(f"the adapter in {path} does not fit the base model: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise EchoError(
+                f"the adapter in {path} does not fit the base model: {why_unusable(error)}; train it again, or use its "
+                "own base model"
+            ) from error
     return model.eval()
 
 

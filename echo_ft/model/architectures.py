@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft.errors import EchoError
-from echo_ft.model.loading import PARAMETER_GROUPS, check_lora_targets, parameter_group
+from echo_ft.model.loading import (
+    PARAMETER_GROUPS,
+    check_config_files,
+    check_lora_targets,
+    parameter_group,
+    why_unusable,
+)
 
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2-VL-2B-Instruct": {
@@ -52,16 +58,17 @@ def model_config(model_name_or_path: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig, Qwen2VLConfig
 
+    if Path(model_name_or_path).is_dir():
+        check_config_files(Path(model_name_or_path))
     try:
         config = AutoConfig.from_pretrained(
             model_name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         if Path(model_name_or_path).is_dir():
-            reason = str(error).strip().splitlines()[0]
             raise EchoError(
-                f"{model_name_or_path} has no usable config.json ({reason}); set model_name_or_path to the folder of a "
-                "Qwen2-VL model or to a hub name"
+                f"{model_name_or_path} has no usable config.json ({why_unusable(error)}); set model_name_or_path to "
+                "the folder of a Qwen2-VL model or to a hub name"
             ) from error
         if model_name_or_path in _PUBLISHED:
             return _config(**_PUBLISHED[model_name_or_path])
@@ -142,10 +149,9 @@ def _hub_config(name: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise EchoError(
-            f"the config of {name} could not be loaded ({reason}); check the name and the connection, or use {known}, "
-            "which need no connection"
+            f"the config of {name} could not be loaded ({why_unusable(error)}); check the name and the "
+            f"connection, or use {known}, which need no connection"
         ) from error
 
 

@@ -89,6 +89,56 @@ def _shortest_names(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
     return sorted({next((ending for ending in endings(name) if ending not in others), name) for name in chosen})
 
 
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+)
+"""The JSON files by which transformers builds a model and its processor."""
+
+CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "trust_remote_code")
+"""Keys of CONFIG_FILES by which transformers (5.23) loads code of a model folder."""
+
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+"""Keys of config.json by which transformers (5.23) fetches attention code from the hub."""
+
+MAX_LAYERS = 1000
+"""Layers of the largest model. Building the modules of a million layers takes hours."""
+
+
+def check_config_files(folder: Path) -> None:
+    """Raise EchoError if a config file of a model folder is broken, loads code, or describes no model of real size."""
+    for path in (folder / name for name in CONFIG_FILES):
+        if not path.is_file():
+            continue
+        try:
+            parts = [read_json_object(path)]
+        except (OSError, ValueError) as error:
+            raise EchoError(
+                f"{folder} has no usable {path.name} ({error}); copy or download the model again"
+            ) from error
+        for part in parts:  # grows
+            parts += [value for value in part.values() if isinstance(value, dict)]
+            for key in CODE_KEYS:
+                if part.get(key):
+                    raise EchoError(f"{path} has the key {key!r}, which loads code; use a model that needs no own code")
+            for key in ATTENTION_KEYS:
+                if part.get(key) not in (None, "eager", "sdpa"):
+                    raise EchoError(f"{path} sets {key} to {part[key]!r}, which may load code; remove the key")
+            for key in ("num_hidden_layers", "depth"):
+                value = part.get(key, 1)
+                if type(value) is not int or not 1 <= value <= MAX_LAYERS:
+                    raise EchoError(f"{path} sets {key} to {value!r}; use the config of a Qwen2-VL model")
+
+
+def why_unusable(error: Exception) -> str:
+    """Return the first line of an error of transformers, PEFT or safetensors, which raise many kinds of errors."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def load_processor(model_name_or_path: str, revision: str | None, min_pixels: int, max_pixels: int) -> Any:
     """Load the model's processor and set its pixel budget, in pixels per image after resizing.
 
@@ -151,13 +201,16 @@ def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
         raise EchoError(f"{local} has no config.json; set model_name_or_path to a model folder or a hub name")
     if not local.is_dir() and (model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/"))):
         raise EchoError(f"there is no model folder {local}; set model_name_or_path to a model folder or a hub name")
+    if local.is_dir():
+        check_config_files(local)
     try:
         return auto.from_pretrained(model_name_or_path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:
         raise EchoError(
-            f"{model_name_or_path} could not be loaded ({reason}); check the name and the connection, or download it "
-            "with `hf download` and pass its folder"
+            f"{model_name_or_path} could not be loaded ({why_unusable(error)}); check the name and the connection, or "
+            "download it with `hf download` and pass its folder"
         ) from error
 
 
