@@ -240,6 +240,67 @@ def test_retries_slow_down_and_respect_the_servers_retry_after(
     assert slept == waits
 
 
+def changed(**changes: Any) -> Answer:
+    """A completion whose choice has other values."""
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        reply = completion(body)
+        (choice,) = reply["choices"]
+        choice.update({name: value for name, value in changes.items() if name in ("message", "logprobs")})
+        return {**reply, **{name: value for name, value in changes.items() if name == "usage"}}
+
+    return answer
+
+
+def likely(*tokens: tuple[str, Any]) -> Answer:
+    top = [{"token": token, "logprob": value, "bytes": None} for token, value in tokens]
+    return changed(logprobs={"content": [{"token": "A", "logprob": -1.0, "bytes": None, "top_logprobs": top}]})
+
+
+UNUSABLE: dict[str, tuple[Answer, str]] = {
+    "content a list": (changed(message={"role": "assistant", "content": ["B"]}), r"unusable content \['B'\]"),
+    "content a number": (changed(message={"role": "assistant", "content": 3}), "unusable content 3"),
+    "half of a pair": (changed(message={"role": "assistant", "content": "\ud800"}), "unusable content"),
+    "usage a list": (changed(usage=[]), "not a chat completion"),
+    "usage a text": (changed(usage={"prompt_tokens": "9"}), "unusable prompt_tokens '9'"),
+    "logprobs a text": (changed(logprobs={"content": "text"}), "unusable logprobs 'text'"),
+    "logprobs of numbers": (changed(logprobs={"content": [1]}), "not a chat completion"),
+    "logprobs without fields": (changed(logprobs={"content": [{}]}), "not a chat completion"),
+    "top logprobs of numbers": (changed(logprobs={"content": [{"top_logprobs": [1, 2]}]}), "not a chat completion"),
+    "logprob NaN": (likely(("A", math.nan), ("B", -1.0)), "unusable logprob nan of A"),
+    "logprob infinite": (likely(("A", -math.inf)), "unusable logprob -inf of A"),
+    "logprob null": (likely(("A", None)), "unusable logprob None of A"),
+    "logprob a text": (likely(("A", "-1")), "unusable logprob '-1' of A"),
+    "logprob positive": (likely(("A", 2.0)), "unusable logprob 2.0 of A"),
+    "a letter twice": (likely(("A", -1.0), ("A", -2.0)), "a letter twice among the likely tokens"),
+    "deep": (lambda _: b"[" * 200_000, "not a chat completion"),
+    "endless": (lambda _: b" " * 20_000, "the reply has more than 10,000 bytes"),
+    "compressed": (lambda _: (200, b"", {"Content-Encoding": "gzip"}), "the reply is compressed"),
+    "late for ever": (lambda _: (429, {}, {"Retry-After": "9" * 5000}), "429"),
+    "byte by byte": (lambda _: iter(lambda: time.sleep(0.05) or b" ", None), "no answer within 0.3 s"),
+}
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_a_reply_of_another_form_is_named_and_never_used(fake, row_builder, case, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("echo_ft.inference.replies.MAX_REPLY_BYTES", 10_000)
+    fake.answer, reason = UNUSABLE[fault]
+    exchange = exchanges_of(case)[-1]
+    exchange = replace(exchange, branches=exchange.branches[:1])
+    timeout = 0.3 if fault == "byte by byte" else 60
+    with pytest.raises(EchoError, match=f"did not answer for 0 s .*{reason}"):
+        ask_server(fake, row_builder, tmp_path, [exchange], patience=0, timeout=timeout)
+
+
+def test_no_image_is_sent_to_the_host_of_a_redirect(fake, row_builder, case, tmp_path):
+    other = FakeServer()
+    fake.answer = lambda _: (307, b"", {"Location": f"{other.url}/chat/completions"})
+    with pytest.raises(BackendError, match=rf"redirects to {other.url}.*, and no image is sent there; set --server"):
+        ask_server(fake, row_builder, tmp_path, exchanges_of(case)[-1:])
+    other.close()
+    assert fake.requests and not other.requests
+
+
 def test_an_unanswerable_prompt_fails_only_its_case(fake, row_builder, tmp_path):
     cases = [make_case(tmp_path, f"line/part/{index}", seed=7 * index) for index in range(5)]
     failing = replace(cases[1], seen=replace(cases[1].seen, knowledge=()))

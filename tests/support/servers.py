@@ -8,7 +8,7 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from echo_ft.inference.server import Server
 from echo_ft.model.rows import RowBuilder
 
 Answer = Callable[[dict[str, Any]], Any]
-"""Maps a request to a reply: a body, (status, body) or (status, body, headers). None closes the connection."""
+"""Maps a request to a reply: a body, (status, body) or (status, body, headers). None closes the connection.
+
+An iterator sends its chunks without a length.
+"""
 
 LETTERS = {"A": -3.0, "B": -0.5, "C": -4.0, "D": -5.0, " A": -0.1, "Yes": -2.0}
 """Log-probabilities of the most likely tokens in every reply."""
@@ -72,6 +75,12 @@ class FakeServer:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 status, reply, *headers = answer if isinstance(answer, tuple) else (200, answer)
+                if isinstance(reply, Iterator):
+                    self.send_response(status)
+                    self.end_headers()
+                    for chunk in reply:
+                        self.wfile.write(chunk)
+                    return
                 content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
