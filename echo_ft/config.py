@@ -135,6 +135,8 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     if isinstance(value, list) != (action.nargs in ("+", "*")):
         raise EchoError(f"{source}: {key} takes {'one value' if isinstance(value, list) else 'a list'}, not {value!r}")
     items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, str) and "\0" in item for item in items):
+        raise EchoError(f"{source}: {key} has a NUL character; remove it")
     items = [_with_home(item) if isinstance(item, str) else item for item in items]
     for yes, no in (("on", "off"), ("true", "false")):  # YAML 1.1 reads these as booleans, unless they are quoted
         if action.choices is not None and yes in action.choices:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.manifest import rejection_summary
+from echo_ft.config import PARTLY_DONE
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Question, Reference, Rejection
@@ -171,6 +172,20 @@ def test_data_without_a_usable_case_is_an_error_with_a_remedy(raw, tmp_path, kee
     with pytest.raises(EchoError, match=message):
         build(make_config(source, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_says_last_what_it_rejected_and_strict_makes_it_a_status(small_manifest, tmp_path, capsys):
+    broken = small_manifest.parent / "cap" / "\x1b[31m.png"
+    broken.write_bytes(b"")
+    with open(small_manifest, "a") as file:
+        file.write(json.dumps({"image": f"cap/{broken.name}", "product": "cap", "condition": "good"}) + "\n")
+    given = {"source": "manifest", "annotations": small_manifest, "descriptor": "skimage", "output": tmp_path / "out"}
+    arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    assert main(arguments) == 0
+    *_, summary, first = capsys.readouterr().out.splitlines()
+    assert summary == "1 rejected; see rejected.jsonl"
+    assert first.startswith("  first: cap/\\x1b[31m.png: the image is broken")
+    assert main([*arguments, "--strict"]) == PARTLY_DONE, "the option does not change the dataset"
 
 
 def test_a_user_mistake_ends_without_a_traceback(tmp_path):

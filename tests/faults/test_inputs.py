@@ -1,0 +1,52 @@
+"""Every hostile or broken input of the table gets its sentence: no traceback, no hang, no other meaning."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from echo_ft.config import run_main
+from tests.faults.inputs import FAULTS, Fault
+
+SECONDS = 60
+"""Time limit of a command, which takes less than a second on an idle machine."""
+
+pytestmark = pytest.mark.faults
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise AssertionError(f"the command takes more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_the_input_gets_its_sentence(fault: Fault, tmp_path, monkeypatch, capsys):
+    module, *arguments = fault.make(tmp_path)
+    main = importlib.import_module(module).main
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with time_limit(), pytest.raises(SystemExit) as ended:
+        run_main(main)
+    said = "".join(capsys.readouterr())
+    assert "Traceback" not in said and "the traceback is in" not in said, said
+    assert re.search(fault.says, said), said
+    assert ended.value.code == fault.status
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_the_table_are_unique():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 80
