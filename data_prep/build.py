@@ -51,13 +51,13 @@ def main(argv: list[str]) -> int:
     print(f"  references {counts['reference_pool']:>6} normal images")
     for warning in manifest["warnings"]:
         LOGGER.warning(warning)
+    if config.report_to == "wandb":
+        log_build(config, manifest)
     print(f"preview: {config.output / 'preview.html'}")
     print(rejection_summary(manifest))
     first = next(read_jsonl(config.output / "rejected.jsonl", Rejection), None)
     if first:
         print(printable(f"  first: {first.item}: {first.reason}"))
-    if config.report_to == "wandb":
-        log_build(config, manifest)
     return PARTLY_DONE if first and config.strict else 0
 
 

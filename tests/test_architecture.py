@@ -218,6 +218,7 @@ OTHER_OPENERS = {
     ("echo_ft/provenance.py", "_module_file(package, module).read_text"): "source files of this package",
     ("echo_ft/retrieval/descriptor_cache.py", "np.load"): "descriptors that a build stored, without pickle",
     ("echo_ft/retrieval/index.py", "faiss.read_index"): "an index that a build stored",
+    ("echo_ft/tracking.py", "json.loads"): "what it has just encoded",
     ("echo_ft/training/checkpoints.py", "json.loads"): "state that training saved",
     ("echo_ft/training/checkpoints.py", "file.read_text"): "state that training saved",
     ("echo_ft/training/checkpoints.py", "(checkpoint / 'trainer_state.json').read_text"): "state that training saved",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
+from echo_ft.inputs import read_json_object
 from echo_ft.model.adapters import Adapter, find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
 from echo_ft.records import ROLES
@@ -117,7 +117,7 @@ def log_export(config: ExportConfig, adapters: Mapping[str, Adapter]) -> None:
             use_artifact(run, adapter_artifact(adapter.path, asdict(adapter.card)))
         for scored in config.scored:
             use_artifact(run, evaluation_artifact(Path(scored)))
-        bundle = bundle_artifact(output, json.loads((output / "bundle.json").read_text(encoding="utf-8")))
+        bundle = bundle_artifact(output, read_json_object(output / "bundle.json"))
         run.log_artifact(bundle)
         if config.registry is not None:
             link_bundle(run, bundle, config.registry, config.aliases)
