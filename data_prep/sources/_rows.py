@@ -126,6 +126,8 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
             value = ast.literal_eval(value.strip())  # pandas writes ['bent', 'melt']
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise RowError(f"condition {value[:60]!r} is not a list of names; write bent+melt") from error
+    if value is False:
+        return named_condition(str(value), good, cell=True)  # which says how to write it
     if value is True:
         raise RowError("condition is true, which names no defect; write the name of the defect")
     if not isinstance(value, list):

@@ -184,7 +184,7 @@ def test_a_build_says_last_what_it_rejected_and_strict_makes_it_a_status(small_m
     assert main(arguments) == 0
     *_, summary, first = capsys.readouterr().out.splitlines()
     assert summary == "1 rejected; see rejected.jsonl"
-    assert first.startswith("  first: cap/\\x1b[31m.png: the image is broken")
+    assert first.startswith("  first: cap/\\x1b[31m.png: its group ")
     assert main([*arguments, "--strict"]) == PARTLY_DONE, "the option does not change the dataset"
 
 
