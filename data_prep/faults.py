@@ -25,6 +25,9 @@ tiles marks more than 0.50 and 0.49."""
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """A terminal obeys these characters, or shows the rest of the line in another order."""
 
+MAX_ASPECT = 200
+"""Largest ratio of the sides of an image. transformers' processor of Qwen2-VL refuses a larger one."""
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
 
@@ -90,6 +93,11 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
             size = decode.upright_size(image)
             if min(size) < 2:
                 return ImageCheck(f"the image is only {size[0]} x {size[1]} pixels")
+            if max(size) > MAX_ASPECT * min(size) and not is_mask:
+                return ImageCheck(
+                    f"one side of the image ({size[0]} x {size[1]} pixels) is more than {MAX_ASPECT} times as long as "
+                    "the other, which no Qwen2-VL reads; crop it"
+                )
             high_depth, orientation, lossy = (
                 image.mode in decode.HIGH_DEPTH_MODES,
                 decode.orientation(image),

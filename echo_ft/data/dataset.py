@@ -16,7 +16,18 @@ from echo_ft.files import read_jsonl
 from echo_ft.images.decode import READER_THREADS
 from echo_ft.inputs import read_json_object, restore
 from echo_ft.provenance import content_hash, fingerprint_bytes
-from echo_ft.records import SYNTHETIC_DESCRIPTIONS, Case, Entry, Inspection, Knowledge, Question, Reference, Seen, Truth
+from echo_ft.records import (
+    GROUNDING,
+    SYNTHETIC_DESCRIPTIONS,
+    Case,
+    Entry,
+    Inspection,
+    Knowledge,
+    Question,
+    Reference,
+    Seen,
+    Truth,
+)
 
 DATASET_FORMAT = "echo-ft dataset 1"
 """Value of `format` in manifest.json. Any other value means that another version built the folder."""
@@ -124,6 +135,7 @@ def load_cases(
     inspections = list(read_jsonl(folder / "inspections.jsonl", Inspection))
     references = list(read_jsonl(folder / "references.jsonl", Reference))
     questions = list(read_jsonl(folder / "questions.jsonl", Question))
+    _check_questions(folder / "questions.jsonl", questions)
     knowledge = stored_knowledge(folder)
     if split != "test" and dataset.manifest["config"].get("split") == "by_condition":
         knowledge = without_held_out(knowledge, dataset.manifest["held_out"])
@@ -131,6 +143,22 @@ def load_cases(
         knowledge = without_synthetic(knowledge, inspections)
     chosen = [inspection for inspection in inspections if inspection.split == split]
     return make_cases(chosen, references, questions, knowledge, reference, max_references)
+
+
+def _check_questions(path: Path, questions: Sequence[Question]) -> None:
+    """Raise EchoError for a question with fewer than two options, an answer outside them, or a second one of its id."""
+    seen = set()
+    for number, one in enumerate(questions, start=1):
+        fault = None
+        if one.id in seen:
+            fault = f"the id {one.id!r} occurs twice"
+        elif one.kind != GROUNDING and len(one.options) < 2:
+            fault = "it has fewer than two options"
+        elif one.kind != GROUNDING and one.answer is not None and one.answer not in one.options:
+            fault = f"the answer {one.answer!r} is not one of its options"
+        if fault:
+            raise EchoError(f"{path}:{number} is not a question that can be asked ({fault}); rebuild the dataset")
+        seen.add(one.id)
 
 
 def stored_knowledge(folder: Path) -> Knowledge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,14 @@ def load_answers(path: Path) -> tuple[Run, list[Answer]]:
     if not predictions:
         raise EchoError(f"{path}: no row can be scored ({rejections[0].item}: {rejections[0].reason}); check the file")
     provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(_content(path))}
-    return Run(path, predictions, provenance, [], rejections), answers
+    return Run(path, predictions, provenance, _repeated(answers), rejections), answers
+
+
+def _repeated(answers: Sequence[Answer]) -> list[str]:
+    """Warn if a file has several answers to one question. All of them count, as in MMAD's scorer."""
+    seen = Counter((one.image, one.question_type, one.question) for one in answers if one.question)
+    twice = [image for (image, _, _), count in seen.items() if count > 1]
+    return [f"{len(twice)} questions have several answers, which all count (first: {twice[0]})"] if twice else []
 
 
 def _incomplete_warnings(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[str]:

@@ -71,13 +71,19 @@ class DescriptorCache:
     def gather(self, rows: Mapping[str, int]) -> FloatArray:
         """Return the descriptors (len(rows), d), where `rows` maps a hash to its row.
 
-        Rows of unknown hashes are zero. Raises EchoError if a shard cannot be read.
+        Rows of unknown hashes are zero. Raises EchoError if a shard cannot be read or is damaged.
         """
         matrix: FloatArray | None = None
         for hashes, read in self._shards():
             found = [(rows[digest], position) for position, digest in enumerate(hashes) if digest in rows]
             if found:
                 vectors = read()
+                wide = vectors.shape[1:] if matrix is None else matrix.shape[1:]
+                if vectors.shape != (len(hashes), *wide) or len(wide) != 1 or not np.isfinite(vectors).all():
+                    raise EchoError(
+                        f"the descriptor cache {self.folder} is damaged (a shard of {vectors.shape} values for "
+                        f"{len(hashes)} images, or a value that is not a number); delete it"
+                    )
                 if matrix is None:
                     matrix = np.zeros((len(rows), vectors.shape[1]), np.float32)
                 target, source = zip(*found, strict=True)

@@ -119,6 +119,9 @@ IMAGES = [
         Fault(f"format {form}", listed(lambda path, form=form: picture(path, format=form)), BROKEN)
         for form in ("DDS", "TGA", "PCX", "SGI", "EPS", "ICO")
     ),
+    Fault(
+        "aspect", listed(lambda path: picture(path).unlink() or Image.new("L", (402, 2)).save(path)), "402 x 2 pixels"
+    ),
     Fault("empty image", listed(raw(b"")), BROKEN),
     Fault("text as image", listed(raw(b"not an image")), BROKEN),
     Fault("169 million pixels", listed(bomb), r"odd\.png: the image has more than 100 million pixels; crop it"),
@@ -367,6 +370,31 @@ def file(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def asked(*changes: dict[str, Any]) -> Callable[[Path], Arguments]:
+    def make(root: Path) -> Arguments:
+        folder = dataset(root)
+        row = {
+            "id": "1#q",
+            "inspection": "1",
+            "kind": "Anomaly Detection",
+            "text": "?",
+            "options": {"A": "Yes", "B": "No"},
+        }
+        rows = [{**row, "answer": "A", **change} for change in changes]
+        (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        return [
+            "evaluation.run",
+            "--config",
+            "recipes/tiny/run.yaml",
+            "--dataset",
+            str(folder),
+            "--output",
+            str(root / "out"),
+        ]
+
+    return make
+
+
 ROW = r"inspections\.jsonl:1 is not a Inspection row \("
 
 DATASETS = [
@@ -384,6 +412,19 @@ DATASETS = [
     Fault("record deep", audited(file("inspections.jsonl", DEEP.encode())), ROW + "it is nested too deeply"),
     Fault("record not UTF-8", audited(file("inspections.jsonl", b"\xff\n")), "cannot be read after line 0"),
     Fault("record a number", audited(file("inspections.jsonl", b"3\n")), ROW + "it is 3, not an object"),
+]
+
+
+ASKED = r"questions\.jsonl:\d is not a "
+
+QUESTIONS = [
+    Fault("options none", asked({"options": {}}), ASKED + "question that can be asked .it has fewer than two options"),
+    Fault("answer outside", asked({"answer": "C"}), ASKED + "question that can be asked .the answer 'C' is not one"),
+    Fault("ids alike", asked({}, {}), ASKED + "question that can be asked .the id '1#q' occurs twice"),
+    Fault(
+        "option a number", asked({"options": {"A": 1, "B": "No"}}), ASKED + r"Question row \(options: 1 is not a text"
+    ),
+    Fault("question null", asked({"text": None}), ASKED + r"Question row \(text: null is not a text"),
 ]
 
 
@@ -448,4 +489,4 @@ RUNS = [
     Fault("answers pipe", piped_answers, "there is no answer file"),
 ]
 
-FAULTS = [*IMAGES, *LISTS, *CONFIGS, *KNOWLEDGE, *DATASETS, *RUNS]
+FAULTS = [*IMAGES, *LISTS, *CONFIGS, *KNOWLEDGE, *DATASETS, *QUESTIONS, *RUNS]
