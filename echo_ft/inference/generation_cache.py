@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from echo_ft.experts.pipeline import AsyncGenerate, BackendError, Generate
 from echo_ft.files import RESUME_REMEDY, explain_full_disk, open_append
-from echo_ft.inputs import from_dict, open_input, restore
+from echo_ft.inputs import open_input, restore
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Exchange, Generation
 from echo_ft.strict_yaml import read_json
@@ -94,13 +94,20 @@ class GenerationCache:
 
 def _read(path: Path) -> Iterator[tuple[str, Generation]]:
     """Yield the generations of a file, without those in partial lines."""
-    names = [field.name for field in fields(Generation)]
     with open_input(path) as file:
         for line in file:
             try:
                 rows = restore(dict[str, tuple[Any, ...]], read_json(line.decode(), unique_keys=False))
-                # An older version stored no `cut`.
-                found = [(key, from_dict(Generation, dict(zip(names, row, strict=False)))) for key, row in rows.items()]
+                found = [(key, _generation(*row)) for key, row in rows.items()]
             except (ValueError, TypeError):
                 continue
             yield from found
+
+
+def _generation(text: Any, letters: Any, cut: Any = False) -> Generation:
+    """Return a stored generation; an older version stored no `cut`. Raises TypeError for values of another type."""
+    # A letter that is ruled out has the log-probability -Infinity, which Python's JSON can hold; only NaN is no value.
+    known = isinstance(letters, dict) and all(type(one) in (int, float) and one == one for one in letters.values())
+    if not isinstance(text, str) or not known or not isinstance(cut, bool):
+        raise TypeError("not a generation")
+    return Generation(text, letters, cut)
