@@ -215,6 +215,8 @@ def _circle(centre: tuple[float, float], rim: tuple[float, float], size: tuple[i
     inside the image unchanged if its centre is inside too.
     """
     radius = math.dist(centre, rim)
+    if not math.isfinite(radius):
+        raise RowError(f"a circle from {centre} to {rim} has no finite radius; draw it again or delete it")
     count = min(720, 8 + math.ceil(math.pi * math.sqrt(5 * radius)))  # a chord's sagitta: r (pi / count)^2 / 2
     angles = [2 * math.pi * index / count for index in range(count)]
     corners = [(centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)) for angle in angles]

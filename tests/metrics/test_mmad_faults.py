@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,6 +27,12 @@ def both_tables(folder: Path, rows: list[Answer]) -> tuple[dict[str, Any], dict[
     score.main(["--answers", str(folder / "answers.json"), "--output", str(folder / "out")])
     report = json.loads((folder / "out" / "report.json").read_text())
     return report["tables"]["official"], report["tables"]["strict"], report
+
+
+def test_several_answers_to_one_question_are_told(tmp_path: Path) -> None:
+    rows = [dataclasses.replace(make_answer("D/p/bad/0.png", given=given), question="Which?") for given in "AB"]
+    _, _, report = both_tables(tmp_path, rows)
+    assert report["warnings"] == ["1 questions have several answers, which all count (first: D/p/bad/0.png)"]
 
 
 def test_fault_1_strict_counts_the_answer_after_an_unparsed_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Reference
 from echo_ft.retrieval import index
 from echo_ft.retrieval import references as retrieval
+from echo_ft.retrieval.descriptor_cache import DescriptorCache
 from echo_ft.retrieval.descriptors import OpenClip, ScikitImage
 from echo_ft.retrieval.references import find_references
 from tests.support.textures import draw_texture
@@ -187,6 +188,21 @@ def test_damaged_cache_error_says_what_to_delete(tmp_path: Path, normals: list[I
     next(cache.glob("features-skimage*/*.npz")).write_bytes(b"cut")
     with pytest.raises(EchoError, match=r"features-skimage.*npz cannot be read .*; delete it"):
         find_all(normals[:1], normals, tmp_path, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [np.full((2, 4), np.nan), np.ones((1, 4)), np.ones((2, 5)), np.ones(2)],
+    ids=["NaN", "few", "wide", "flat"],
+)
+def test_descriptors_of_another_form_are_refused(tmp_path: Path, vectors: np.ndarray) -> None:
+    cache = DescriptorCache(ScikitImage(), tmp_path)
+    cache.add(["a", "b"], np.ones((2, 4), np.float32))
+    cache.add(["c", "d"], np.ones((2, 4), np.float32))
+    assert cache.gather({"d": 0, "a": 1}).shape == (2, 4)
+    np.savez(sorted(cache.folder.glob("*.npz"))[1], hashes=np.array(["c", "d"]), vectors=vectors.astype(np.float32))
+    with pytest.raises(EchoError, match=r"the descriptor cache .*features-skimage.* is damaged .*; delete it"):
+        cache.gather({"d": 0, "a": 1, "b": 2, "c": 3})
 
 
 def test_graph_skips_excluded_normals_like_the_exact_search(tmp_path: Path, normals: list[Inspection]) -> None:
