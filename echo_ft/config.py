@@ -252,8 +252,9 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
     """Run a command's `main(argv)`, and end it with an exit status and, after an error, one sentence on stderr.
 
     The status is what `main` returns, by default 0; 2 for an error; 130 for Ctrl-C and 141 for a closed pipe, as in a
-    shell. It is 1 only if a command says so, such as `evaluation.inspect` for a flagged image. After Ctrl-C, the
-    sentence ends with `resume_hint`. The traceback of an unexpected error goes to a file that the sentence names.
+    shell. It is 1 only if a command says so, such as `evaluation.inspect` for a flagged image, and
+    `evaluation.score --gate` states its verdict by 1 and 3. After Ctrl-C, the sentence ends with `resume_hint`. The
+    traceback of an unexpected error goes to a file that the sentence names.
     """
     # When peft imports bitsandbytes (0.50), it warns that it falls back from a kernel of the Hugging Face Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -31,6 +31,9 @@ EXPERT_LABELS = {
 }
 """Labels of the keys of `report.experts.figures`."""
 
+GATE_LABELS = {"false_alarms": "good parts that are flagged", "escapes": "defective parts that are missed"}
+"""Labels of the keys of `report.gate.findings`."""
+
 THRESHOLD_LABELS = {
     "false_alarms": "false alarm rate at most {:g}, set on validation",
     "f1": "highest F1, set on validation",
@@ -104,6 +107,23 @@ def share_interval_text(value: Sequence[float] | None) -> str:
 def p_text(value: float) -> str:
     """Format a p-value, as in `0.013` or `< 0.001`."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def gate_cells(finding: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """Format one of `report.gate.findings`: limit, share seen, its bounds, errors among parts, and verdict."""
+    errors, parts = finding["errors"], finding["parts"]
+    seen = share_percent(errors / parts if parts else None)
+    bounds = f"{100 * finding['lower']:.2f} to {100 * finding['upper']:.2f}"
+    return f"{100 * finding['limit']:g}", seen, bounds, f"{errors} of {parts}", finding["verdict"]
+
+
+def gate_notes(gate: Mapping[str, Any]) -> list[str]:
+    """Say how the parts were divided, how many more would decide, and what the verdict takes for granted."""
+    choosing, judged = gate["split"]["choosing"], gate["split"]["judged"]
+    counts = f"judged on {judged['good']} good and {judged['defective']} defective parts"
+    if choosing:
+        counts += f", chosen on {choosing['good']} and {choosing['defective']}"
+    return [f"{gate['split']['how']} ({counts})", *gate["more_parts"], *gate["notes"]]
 
 
 def unparsed_or_failed(counts: Mapping[str, Any]) -> str:

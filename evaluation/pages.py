@@ -30,7 +30,7 @@ THUMBNAIL_SIDE = 192
 
 def render(template: str, **values: Any) -> str:
     """Render a template of this folder as a self-contained HTML page."""
-    filters: dict[str, Callable[..., str]] = {
+    filters: dict[str, Callable[..., Any]] = {
         "percent": formatting.percent,
         "share_percent": formatting.share_percent,
         "share": formatting.share_text,
@@ -40,6 +40,8 @@ def render(template: str, **values: Any) -> str:
         "box_interval": formatting.box_interval_text,
         "p": formatting.p_text,
         "unparsed_or_failed": formatting.unparsed_or_failed,
+        "gate_cells": formatting.gate_cells,
+        "gate_notes": formatting.gate_notes,
     }
     return render_page(Path(__file__).parent / template, filters, **values)
 
@@ -54,6 +56,7 @@ def report_page(report: Mapping[str, Any], run: Run) -> str:
         detection_labels=formatting.DETECTION_LABELS,
         alarm_labels=formatting.ALARM_LABELS,
         box_labels=formatting.BOX_LABELS,
+        gate_labels=formatting.GATE_LABELS,
         expert_labels=formatting.EXPERT_LABELS,
         threshold_labels=formatting.THRESHOLD_LABELS,
         roc=roc_points(make_prediction_table(run.predictions)),

@@ -2,15 +2,20 @@
 
     python -m evaluation.score RUN_DIR
     python -m evaluation.score RUN_DIR --calibration VALIDATION_RUN_DIR [--false_alarms 0.05]
+    python -m evaluation.score RUN_DIR --gate "false_alarms<=0.01, escapes<=0.02"
     python -m evaluation.score --answers FILE --output DIR
 
 Writes report.json, report.html and answers.json, the format of MMAD's own scorer, and prints the strict table.
 `--calibration` takes a run of the same model on a validation split (`evaluation.run --split validation --output
 VALIDATION_RUN_DIR`). Temperature and thresholds of P(defect) are fitted on that run and evaluated on the scored run.
+
+`--gate` judges the run by limits. The exit status is 0 if it passes, 1 if it fails, and 3 if there are not enough parts
+to decide with 95% confidence.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +23,9 @@ from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_text
+from echo_ft.gate.certificate import FAIL, PASS, UNDECIDED
+from echo_ft.gate.judgement import judge_run
+from echo_ft.gate.limits import parse_limits
 from echo_ft.metrics.loading import load_answers, load_run
 from echo_ft.metrics.mmad import from_predictions, write_answers
 from echo_ft.metrics.report import build_report, calibrate_run
@@ -26,6 +34,9 @@ from echo_ft.tracking import REPORT_TO
 from evaluation.pages import report_page
 from evaluation.terminal import print_report
 from evaluation.wandb_log import log_evaluation
+
+GATE_STATUS = {PASS: 0, FAIL: 1, UNDECIDED: 3}
+"""Exit status of each verdict of `--gate`. Errors have the status 2."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,19 @@ class ScoreConfig:
         metadata={"help": "Largest share of false alarms on normal images at the calibrated threshold."},
     )
     report_to: str = field(default="none", metadata=REPORT_TO)
+    gate: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Limits to judge the run by, such as "false_alarms<=0.01, escapes<=0.02": shares of the good parts '
+            "that are flagged, and of the defective parts that are not."
+        },
+    )
 
 
 def main(argv: list[str]) -> None:
     """Score a run or a file of answers, write the report, and print it."""
     (config,) = configs.parse([ScoreConfig], named_first(argv, "--run"))
+    limits = None if config.gate is None else parse_limits(config.gate)
     if (config.run is None) == (config.answers is None):
         raise EchoError("give either the folder of a run, or --answers FILE with --output DIR")
     if config.run is not None:
@@ -70,7 +89,11 @@ def main(argv: list[str]) -> None:
     calibration = {}
     if config.calibration is not None:
         calibration = calibrate_run(run, Path(config.calibration), config.false_alarms)
-    report = build_report(name, run, answers, calibration)
+    gate = {}
+    if limits is not None:
+        validation = None if config.calibration is None else load_run(Path(config.calibration))
+        gate = judge_run(run, limits, validation)
+    report = {**build_report(name, run, answers, calibration), "gate": gate}
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "report.json", report)
     write_text(output / "report.html", report_page(report, run))
@@ -82,6 +105,9 @@ def main(argv: list[str]) -> None:
     if config.report_to == "wandb":
         log_evaluation(report, run, output, config)
     print(f"\nwrote report.json, report.html{', answers.json' if config.run is not None else ''} to {output}")
+    if gate:
+        print(f"\n{gate['sentence']}")
+        sys.exit(GATE_STATUS[gate["verdict"]])
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ from evaluation.formatting import (
     DETECTION_LABELS,
     DETECTION_METRICS,
     EXPERT_LABELS,
+    GATE_LABELS,
     THRESHOLD_LABELS,
     UNPARSED_LABEL,
     box_interval_text,
     box_text,
+    gate_cells,
+    gate_notes,
     interval_text,
     metric_text,
     mmad_counts,
@@ -61,6 +64,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_boxes(report["boxes"])
     if report["calibration"]:
         print_calibration(report["calibration"])
+    if report["gate"]:
+        print_gate(report["gate"])
     if report["two_ways"]:
         print_agreement(report["two_ways"]["Average"])
     if report["option_order"]:
@@ -157,6 +162,15 @@ def print_calibration(fit: Mapping[str, Any]) -> None:
             rows.append((label, at, metric, share_text(threshold["validation"][key]), share_text(value), interval))
             label = at = ""
     print(text_table(rows))
+
+
+def print_gate(gate: Mapping[str, Any]) -> None:
+    """Print what the judged parts say about each limit, and how many more would decide."""
+    rows: list[tuple[str, ...]] = [("gate, %", "limit", "seen", "bounds", "parts", "verdict")]
+    rows += [(GATE_LABELS[name], *gate_cells(one)) for name, one in gate["findings"].items()]
+    print("\n" + text_table(rows))
+    for text in gate_notes(gate):
+        print(text)
 
 
 def print_agreement(agreement: Mapping[str, Any]) -> None:

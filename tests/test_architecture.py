@@ -31,6 +31,7 @@ STREETS = {
     "training": {"images", "data", "model"},
     "inference": {"data", "retrieval", "images", "experts", "model"},
     "metrics": {"images", "data", "experts", "inference"},
+    "gate": {"metrics"},
 }
 """Which street of echo_ft may import which. All may import the files on the ground floor, which import no street."""
 

@@ -27,17 +27,24 @@ class Calibration:
 
 
 def load_calibration(report: Path) -> Calibration:
-    """Read the calibration in a report.json: the threshold that keeps the share of false alarms, else the best F1.
+    """Read temperature and threshold from a report.json.
 
-    Raises EchoError if the report has no calibration.
+    The threshold is that of the gate, the only one that is judged on parts. Without a gate it is the one that keeps the
+    share of false alarms on average over validation sets, else the best F1. Raises EchoError if the report has neither.
     """
     try:
-        found = read_json_object(report)["calibration"]
+        content = read_json_object(report)
+        found, gate = content["calibration"], (content.get("gate") or {}).get("threshold")
+        temperature = found["temperature"] if found else 1.0
+        if gate is not None:
+            # A gate may flag nothing: its threshold is then above 1, where `score` would put it at that of 1.
+            return Calibration(temperature, gate if gate > 1 else Calibration(temperature).score(gate))
         thresholds = found["thresholds"]
-        return Calibration(found["temperature"], thresholds.get("false_alarms", thresholds["f1"])["threshold"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Calibration(temperature, thresholds.get("false_alarms", thresholds["f1"])["threshold"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EchoError(
-            f"{report} has no calibration; write it with python -m evaluation.score RUN --calibration VALIDATION_RUN"
+            f"{report} has neither a calibration nor a gate; write one with python -m evaluation.score RUN "
+            "--calibration VALIDATION_RUN, or with --gate"
         ) from error
 
 

@@ -163,8 +163,9 @@ def false_alarm_threshold(negatives: np.ndarray, share: float) -> float | None:
 
     This is the split conformal threshold (Vovk et al., "Algorithmic Learning in a Random World", 2005). It lies just
     above the score of rank ceil((n + 1) (1 - share)) of the n `negatives`. It holds for any distribution of scores if
-    the new negative is drawn from the same one. At most that share of `negatives` reaches it too. Return None if n is
-    too small for the share.
+    all negatives are independent draws from it, which images of one part are not. The promise is an average over draws
+    of `negatives`, not a bound for those at hand; `echo_ft.gate` gives one, for parts. At most that share of
+    `negatives` reaches it too. Return None if n is too small for the share.
     """
     rank = math.ceil((len(negatives) + 1) * (1 - share) - 1e-9)  # 20 * (1 - 0.05) is slightly more than 19
     return float(np.nextafter(np.sort(negatives)[rank - 1], math.inf)) if rank <= len(negatives) else None

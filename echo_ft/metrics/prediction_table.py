@@ -69,12 +69,16 @@ class PredictionTable:
         return np.array([np.mean(scores) if scores else np.nan for scores in scores_by_image])
 
     @cached_property
-    def part_index(self) -> np.ndarray:
-        """(N,): part that each image shows. Its dataset, product and group identify it, as in `splits.part_key`."""
+    def parts(self) -> list[tuple[str, str, str]]:
+        """N parts that the images show. Dataset, product and group identify a part, as in `splits.part_key`."""
         group = {image_key(prediction): prediction.group for prediction in self.predictions}
-        parts = [(image[0], image[1], group[image]) for image in self.images]
-        index = {part: place for place, part in enumerate(sorted(set(parts)))}
-        return np.array([index[part] for part in parts])
+        return [(image[0], image[1], group[image]) for image in self.images]
+
+    @cached_property
+    def part_index(self) -> np.ndarray:
+        """(N,): index among the sorted `parts` of the part that each image shows."""
+        index = {part: place for place, part in enumerate(sorted(set(self.parts)))}
+        return np.array([index[part] for part in self.parts])
 
     def smaller_class_parts(self, members: np.ndarray) -> int:
         """Count the parts of the smaller class, normal or defective, among the images `members`, (N,) bool.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
-from benchmarks.evaluation import overhead, speed
+from benchmarks.evaluation import certificates, overhead, speed
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
@@ -81,3 +83,19 @@ def test_the_overhead_covers_whole_runs(tmp_path, server):
     assert len(list(read_jsonl(tmp_path / "run" / PREDICTIONS, Prediction))) == 100
     assert seconds > 0
     assert 0 < early <= 2 * late
+
+
+def test_the_true_shares_of_a_factory_agree_with_its_parts():
+    assert certificates.flagged_share(1.0, (1, 1)) == pytest.approx(norm.sf(1.0))
+    threshold = certificates.threshold_with(0.05, (1, 6))
+    drawn = certificates.part_scores(np.random.default_rng(0), 1, 200_000, (1, 6))
+    assert (drawn >= threshold).mean() == pytest.approx(0.05, abs=0.0015)
+
+
+def test_wrong_verdicts_are_rare_and_the_simulation_sees_them():
+    (near,) = certificates.simulate(certificates.Factory(150, (1, 6), chosen=False), [(1.02, 0.1)], 1000)
+    assert 0.015 < near.wrongly_passed == near.passed <= 0.05
+    good, bad = certificates.simulate(certificates.Factory(150, (1, 1), chosen=True), [(0.3, 0.3), (2.0, 2.0)], 100)
+    assert good.passed > 0.7
+    assert good.wrongly_passed <= 0.05
+    assert bad.passed == 0

@@ -134,7 +134,7 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
         assert scores == sorted(scores)
         assert scores[2] == 0.5
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(EchoError, match=r"has no calibration; write it with python -m evaluation\.score RUN"):
+    with pytest.raises(EchoError, match="has neither a calibration nor a gate; write one with python -m"):
         load_calibration(tmp_path / "report.json")
 
 

@@ -1,0 +1,190 @@
+"""Judge a run by the limits of a gate: its parts, the threshold, the verdict and the sentence that states it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from echo_ft.errors import EchoError
+from echo_ft.gate.certificate import (
+    CONFIDENCE,
+    ESCAPES,
+    FAIL,
+    FALSE_ALARMS,
+    PASS,
+    UNDECIDED,
+    Finding,
+    choose_threshold,
+    judge,
+    overall,
+)
+from echo_ft.metrics.detection import FLAGGED_FROM, Units, answer_scores, detection_images, detection_units
+from echo_ft.metrics.loading import Run
+from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
+from echo_ft.provenance import fingerprint_bytes
+
+CHOOSING = 3
+"""One in so many parts of a run chooses the threshold. In simulations, a third passes more often than a half."""
+
+WORDS = {FALSE_ALARMS: ("good", "flagged"), ESCAPES: ("defective", "missed")}
+"""The class of parts and what happens to them."""
+
+
+def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = None) -> dict[str, Any]:
+    """Return `gate` of report.json: limits, threshold, the parts on both sides, findings, verdict and sentences.
+
+    A threshold of P(defect) is chosen on the parts of `validation`, or else on one in CHOOSING parts of the run, and
+    judged on all other parts of the run. A run without any P(defect) is judged by its answers, on all of its parts.
+
+    Raises EchoError if the run is incomplete, has rows that cannot be scored, has images that were trained on, or if a
+    class has no part to choose the threshold on.
+    """
+    require_new_parts(run)
+    table = make_prediction_table(run.predictions)
+    members = detection_images(table)
+    if not members.any():
+        raise EchoError(f"{run.folder} has no Anomaly Detection question, which --gate needs; ask it in the dataset")
+    scored = not np.isnan(table.defect_scores[members]).all()
+    units = detection_units(table, table.defect_scores if scored else answer_scores(table), members, "parts")
+    choosing, threshold = None, FLAGGED_FROM
+    if scored:
+        choosing, units, how = _sides(run, table, units, validation)
+        threshold = choose_threshold(choosing, limits)
+    else:
+        how = "all parts are judged, because the run has no P(defect) and its answers need no threshold"
+    findings = judge(units, threshold, limits)
+    verdict = overall(findings)
+    return {
+        "limits": dict(limits),
+        "confidence": CONFIDENCE,
+        "decided_by": "P(defect)" if scored else "answers",
+        "threshold": threshold if scored else None,
+        "split": {"how": how, "choosing": choosing and _counts(choosing), "judged": _counts(units)},
+        "findings": {name: dataclasses.asdict(finding) for name, finding in findings.items()},
+        "verdict": verdict,
+        "sentence": _sentence(verdict, findings, threshold if scored else None),
+        "more_parts": _more_parts(verdict, findings, scored and validation is None),
+        "notes": [*_without_limit(units, threshold, limits), *_notes(table, members)],
+    }
+
+
+def require_new_parts(run: Run) -> None:
+    """Raise EchoError if the run cannot stand for new parts: it lacks cases, or its images were trained on."""
+    if "answers" not in run.provenance and run.provenance.get("complete") is not True:
+        raise EchoError(f"{run.folder} is not complete, so --gate cannot judge it; resume it with evaluation.run")
+    if run.rejections:
+        raise EchoError(
+            f"{len(run.rejections)} rows of {run.folder} cannot be scored (first: {run.rejections[0].item}, "
+            f"{run.rejections[0].reason}), so --gate cannot judge it; correct them"
+        )
+    for source in run.provenance.get("trained_on", []):
+        count = source.get("photographs_trained_on")
+        if count:
+            raise EchoError(
+                f"{count} of {source['of_photographs']} images of {run.folder} were trained on, so --gate cannot judge "
+                "it; run the test split, or a dataset of other parts"
+            )
+
+
+def _sides(run: Run, table: PredictionTable, units: Units, validation: Run | None) -> tuple[Units, Units, str]:
+    """Return the parts that choose the threshold, the parts that are judged, and how they were divided."""
+    if validation is not None:
+        require_new_parts(validation)
+        other = make_prediction_table(validation.predictions)
+        choosing = detection_units(other, other.defect_scores, detection_images(other), "parts")
+        how, where = f"the threshold is chosen on {validation.folder} and judged on all parts of this run", validation
+    else:
+        chosen = choosing_parts([table.parts[image] for image in units.image], units.defective)
+        choosing, units = _select(units, chosen), _select(units, ~chosen)
+        how, where = f"one in {CHOOSING} parts chooses the threshold, and the others are judged", run
+    counts = _counts(choosing)
+    if not (all(counts.values()) and np.isfinite(choosing.scores).any()):
+        raise EchoError(
+            f"--gate needs good and defective parts with a P(defect) to choose a threshold; {where.folder} gives "
+            f"{counts['good']} good and {counts['defective']} defective ones; score a run with more parts, or give "
+            "one as --calibration"
+        )
+    return choosing, units, how
+
+
+def choosing_parts(parts: list[tuple[str, str, str]], defective: np.ndarray) -> np.ndarray:
+    """Return (M,) bool: one in CHOOSING of the good parts and of the defective parts (dataset, product, group).
+
+    The parts of a class are sorted by dataset, product and a hash of the group, and every third one is chosen. So each
+    product gives its share, the order of the names has no influence, and the same parts are always divided alike.
+    """
+    chosen = np.zeros(len(parts), dtype=bool)
+    order = sorted(
+        range(len(parts)), key=lambda place: (*parts[place][:2], fingerprint_bytes(parts[place][2].encode()))
+    )
+    for of_class in (False, True):
+        chosen[[place for place in order if defective[place] == of_class][::CHOOSING]] = True
+    return chosen
+
+
+def _select(units: Units, chosen: np.ndarray) -> Units:
+    return Units(units.image[chosen], units.defective[chosen], units.scores[chosen])
+
+
+def _counts(units: Units) -> dict[str, int]:
+    return {"good": int((~units.defective).sum()), "defective": int(units.defective.sum())}
+
+
+def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | None) -> str:
+    """State the verdict with its confidence, or say what is missing."""
+    where = "by its answers" if threshold is None else f"flagging from P(defect) {threshold:.6g}"
+    shown = {PASS: findings, FAIL: {name: one for name, one in findings.items() if one.verdict == FAIL}}.get(verdict)
+    if shown is None:
+        open_ones = [name for name, one in findings.items() if one.verdict == UNDECIDED]
+        parts = " and ".join(f"{findings[name].parts} {WORDS[name][0]} parts" for name in open_ones)
+        return f"{verdict}: {parts} do not decide with {CONFIDENCE:.0%} confidence, {where}"
+    sign = "at most" if verdict == PASS else "more than"
+    claims = " and ".join(
+        f"{sign} {100 * one.limit:g}% of {WORDS[name][0]} parts are {WORDS[name][1]}" for name, one in shown.items()
+    )
+    return f"{verdict}: {claims}, with {CONFIDENCE:.0%} confidence, {where}"
+
+
+def _more_parts(verdict: str, findings: Mapping[str, Finding], divided: bool) -> list[str]:
+    """Say for each share that is undecided how many further parts would decide."""
+    if verdict != UNDECIDED:
+        return []
+    sentences = []
+    for name, one in findings.items():
+        if one.verdict == UNDECIDED:
+            of_class, error = WORDS[name]
+            text = f"{one.more_without_error} more {of_class} parts to judge would pass if none of them is {error}"
+            if one.errors and one.more_at_this_rate is not None:
+                text += f"; {one.more_at_this_rate} more would decide if {error} as often as so far"
+            sentences.append(text)
+    if divided:
+        sentences.append(
+            f"one in {CHOOSING} parts chooses the threshold, so add half as many again, or choose it on another run "
+            "with --calibration"
+        )
+    return sentences
+
+
+def _without_limit(units: Units, threshold: float, limits: Mapping[str, float]) -> list[str]:
+    """State the share that has no limit: a gate for false alarms alone passes if it flags nothing."""
+    seen = judge(units, threshold, dict.fromkeys(WORDS, 0.5))
+    return [
+        f"there is no limit for {name.replace('_', ' ')}: {seen[name].errors} of {seen[name].parts} judged "
+        f"{of_class} parts are {error}"
+        for name, (of_class, error) in WORDS.items()
+        if name not in limits
+    ]
+
+
+def _notes(table: PredictionTable, members: np.ndarray) -> list[str]:
+    """State what the certificate takes for granted about the parts."""
+    images, parts = int(members.sum()), len(np.unique(table.part_index[members]))
+    if parts < images:
+        return [f"{images} images show {parts} parts; a part is flagged if any of its images is"]
+    return [
+        f"each of the {images} images counts as a part of its own; if several show one part, name it in the column "
+        "group and rebuild the dataset, because images of one part are not independent"
+    ]
