@@ -67,6 +67,7 @@ def build_table(
                 "differs": dict(differs),
                 "run": folder.name,
                 "same_run_as": first_names[folder],
+                "protocol": scores[folder]["protocol"],
                 "figures": {
                     key: {"value": score["value"], "interval": score["interval"]}
                     for key, score in scores[folder]["figures"].items()
@@ -218,6 +219,10 @@ def notes(table: Mapping[str, Any]) -> list[str]:
         f"these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count as wrong. "
         "Seconds: time for what no earlier cell had computed; the first cell of a model includes loading it."
     ]
+    protocols: dict[str, list[str]] = {}
+    for cell in table["cells"]:
+        protocols.setdefault(cell["protocol"], []).append(f'"{cell["name"]}"')
+    found += [f"Protocol of {', '.join(names)}: {protocol}." for protocol, names in protocols.items()]
     sizes = {cell["name"]: (cell["counts"]["questions"], cell["cases"]) for cell in table["cells"]}
     runs = {cell["name"]: cell["run"] for cell in table["cells"]}
     for cell in table["cells"]:

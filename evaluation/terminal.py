@@ -37,7 +37,7 @@ from evaluation.formatting import (
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the strict table with intervals and counts, and the other parts of a report that are not empty."""
     counts, tables, intervals = report["counts"], report["tables"], report["intervals"]["strict"]
-    print(f"{report['name']}: {summary(counts)}\n")
+    print(f"{report['name']}: {summary(counts)}\nprotocol: {report['protocol']}\n")
     rows: list[tuple[str, ...]] = [("percent", "strict", "95% interval", "official", "questions", "unparsed", "failed")]
     for kind in (*QUESTION_TYPES, "Average"):
         own = report["kinds"].get(kind) or mmad_counts(report["kinds"])
@@ -230,6 +230,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     unparsed = (cell for run in runs for cell in _run_cells(run, unparsed_or_failed(run["counts"]), "", ""))
     rows.append((UNPARSED_LABEL, *unparsed))
     print(text_table(rows))
+    for run in runs:
+        print(f"protocol of {run['name']}: {run['protocol']}")
     for difference in comparison["differences"]:
         print("\n" + text_table(_difference_rows(difference, comparison["baseline"], comparison["headline"], keys)))
     if comparison["boxes"]:

@@ -20,7 +20,7 @@ from echo_ft.metrics.detection import (
     detection_part_counts,
 )
 from echo_ft.metrics.intervals import BOOTSTRAP
-from echo_ft.metrics.loading import Run
+from echo_ft.metrics.loading import Run, describe_protocol
 from echo_ft.metrics.metric_values import (
     ALARM_METRICS,
     AVERAGE,
@@ -151,6 +151,7 @@ def _describe_group(
         "name": group.name,
         "title": group.title,
         "members": group.members,
+        "protocol": "; or ".join(dict.fromkeys(map(describe_protocol, group.runs))),
         "figures": {
             key: mean_over_runs([json_number(metrics[key][0]) for metrics in values])
             | {"interval": metric_interval(resampled[key], parts, key, percent=_in_percent(group.tables[0], key))}

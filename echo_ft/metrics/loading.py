@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.inference.run_folder import CONTINUED_WITH
 from echo_ft.inputs import from_dict, read_bytes, read_json_object
@@ -15,6 +16,16 @@ from echo_ft.metrics.mmad import Answer, read_answers, to_predictions
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import GROUNDING, Prediction, Rejection
 from echo_ft.strict_yaml import read_json
+
+TRAINED_APART = {
+    "by_product": "across products",
+    "by_dataset": "across datasets",
+    "by_condition": "across defects",
+}
+"""Splits of a build that hold out more than parts, and the protocol of a run on their test split."""
+
+NOT_AUDITED = "not audited"
+"""What a protocol says if data_prep.audit has not compared the training data with the run's dataset."""
 
 
 @dataclass(frozen=True)
@@ -118,3 +129,59 @@ def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Predi
                 f"{path}:{number} is not a prediction ({error}); delete the line and rerun evaluation.run"
             ) from error
     return predictions, []
+
+
+def describe_protocol(run: Run) -> str:
+    """Say what the model was trained on compared with the run's images, what the audit found, and which references.
+
+    Published MMAD scores follow different protocols: MMAD's 1-shot without training, training on a share of MMAD's own
+    images, and training on other datasets. Scores of different protocols cannot be compared. The facts come from the
+    run, the cards of its adapters, and the manifests of the datasets if they are still there and unchanged.
+    """
+    provenance = run.provenance
+    if "dataset" not in provenance:
+        return "unknown training data: the answers were made elsewhere"
+    manifest = _manifest(provenance["dataset"], provenance.get("dataset_fingerprint"))
+    sources = provenance.get("trained_on")
+    if sources is None:  # an older run
+        sources = [card for card in provenance.get("adapters", {}).values() if "dataset_fingerprint" in card]
+    training = dict.fromkeys(_training(source, provenance, manifest) for source in sources)
+    return f"{' and '.join(training) or 'not trained'}; {_references(provenance, manifest)}"
+
+
+def _manifest(folder: Any, expected: Any) -> Mapping[str, Any]:
+    """Return the manifest of a dataset; empty if it is missing or has been rebuilt."""
+    try:
+        dataset = load_dataset(Path(str(folder)))
+    except (EchoError, OSError, KeyError, TypeError):
+        return {}
+    return dataset.manifest if dataset.manifest.get("fingerprint") == expected else {}
+
+
+def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Describe one training dataset, an entry of `trained_on` or a card, and what the audit found."""
+    seen, here = source.get("photographs_trained_on"), provenance.get("dataset_fingerprint")
+    if seen:
+        return f"trained on {seen} of these {source['of_photographs']} images"
+    if source["dataset_fingerprint"] == here:
+        own = "MMAD's own images" if manifest.get("source") == "mmad" else "the dataset's own images"
+        apart = TRAINED_APART.get(manifest.get("config", {}).get("split"))
+        name = apart if apart and provenance.get("split") == "test" else f"trained on a share of {own}"
+        audits = manifest.get("audits", {})
+    else:
+        name = f"across datasets, trained on {source['dataset']}"
+        audits = _manifest(source["dataset"], source["dataset_fingerprint"]).get("audits", {})
+    leaks = [card.get("leaks", {}).get(here) for card in provenance.get("adapters", {}).values()]
+    found = audits.get(here, {}).get("verdict") or next(filter(None, leaks), NOT_AUDITED)
+    return f"{name} ({'no leak found' if found.startswith('no leak') else found})"
+
+
+def _references(provenance: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Describe the normal references that every image is shown with, and whether that is MMAD's 1-shot."""
+    config, method = manifest.get("config", {}), provenance.get("reference") or "retrieved"
+    count = provenance.get("references") or config.get("k")
+    shown = "no reference" if method == "none" else f"{count or 'all'} {method} reference{'s' * (count != 1)} per image"
+    if manifest.get("source") != "mmad":
+        return shown
+    named = method == "retrieved" and count == 1 and config.get("named_references")
+    return "MMAD's 1-shot, with the reference that MMAD names" if named else f"{shown} instead of MMAD's 1-shot"

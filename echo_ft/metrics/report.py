@@ -20,7 +20,7 @@ from echo_ft.metrics import detection, experts, strict
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.grounding.scores import score_boxes
 from echo_ft.metrics.intervals import BOOTSTRAP
-from echo_ft.metrics.loading import Run, load_run
+from echo_ft.metrics.loading import Run, describe_protocol, load_run
 from echo_ft.metrics.metric_values import MIN_PARTS
 from echo_ft.metrics.mmad import Answer, counted_as_normal, official_table
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
@@ -97,6 +97,7 @@ def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Ma
     product_intervals = strict.strict_intervals(table, "product")
     return {
         "name": name,
+        "protocol": describe_protocol(run),
         "warnings": [*run.warnings, *report_warnings(run, table), *calibration_warnings(calibration)],
         "counts": {**strict.answer_counts(run.predictions), "rejected": len(run.rejections)},
         "tables": {"official": official_table(answers), "strict": strict.strict_table(table)},
