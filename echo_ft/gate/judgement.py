@@ -67,13 +67,13 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
         "verdict": verdict,
         "sentence": _sentence(verdict, findings, threshold if scored else None),
         "more_parts": _more_parts(verdict, findings, scored and validation is None),
-        "notes": [*_without_limit(units, threshold, limits), *_notes(table, members)],
+        "notes": [*_without_limit(units, threshold, limits), *_notes(table, members), *_unknown_training(run)],
     }
 
 
 def require_new_parts(run: Run) -> None:
     """Raise EchoError if the run cannot stand for new parts: it lacks cases, or its images were trained on."""
-    if "answers" not in run.provenance and run.provenance.get("complete") is not True:
+    if not run.complete:
         raise EchoError(f"{run.folder} is not complete, so --gate cannot judge it; resume it with evaluation.run")
     if run.rejections:
         raise EchoError(
@@ -187,4 +187,17 @@ def _notes(table: PredictionTable, members: np.ndarray) -> list[str]:
     return [
         f"each of the {images} images counts as a part of its own; if several show one part, name it in the column "
         "group and rebuild the dataset, because images of one part are not independent"
+    ]
+
+
+def _unknown_training(run: Run) -> list[str]:
+    """Say that images may have been trained on, if that could not be checked."""
+    if "dataset" not in run.provenance:
+        return ["how the model was trained is not known; the verdict holds only if it saw none of these parts"]
+    unknown = [one["dataset"] for one in run.provenance.get("trained_on", []) if one["photographs_trained_on"] is None]
+    if not unknown:
+        return []
+    return [
+        f"the training data {', '.join(unknown)} could not be compared with these images; the verdict holds only if "
+        "none of these parts is in it"
     ]

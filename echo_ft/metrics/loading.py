@@ -42,6 +42,8 @@ class Run:
     rejections: list[Rejection]
     grounding: list[Prediction] = field(default_factory=list)
     """The answers to questions of the type GROUNDING."""
+    complete: bool = True
+    """Whether every question of the run has an answer."""
 
 
 def load_run(folder: Path) -> Run:
@@ -60,11 +62,12 @@ def load_run(folder: Path) -> Run:
     predictions, rejections = _predictions(rows, content, complete=provenance.get("complete") is True)
     if not predictions:
         raise EchoError(f"{rows} is empty; rerun the same evaluation.run command to resume")
-    warnings = [*_incomplete_warnings(provenance, predictions), *_run_warnings(provenance)]
+    incomplete = _incomplete_warnings(provenance, predictions)
+    warnings = [*incomplete, *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
     grounding = [one for one in predictions if one.kind == GROUNDING]
     others = [one for one in predictions if one.kind != GROUNDING]
-    return Run(folder, others, provenance, warnings, rejections, grounding)
+    return Run(folder, others, provenance, warnings, rejections, grounding, complete=not incomplete)
 
 
 def load_answers(path: Path) -> tuple[Run, list[Answer]]:

@@ -19,7 +19,7 @@ LIMITS = {"false_alarms": 0.05, "escapes": 0.1}
 
 
 def make_run(rows: list[Prediction], **provenance: Any) -> Run:
-    return Run(Path("runs/line"), rows, {"complete": True, **provenance}, [], [])
+    return Run(Path("runs/line"), rows, {"dataset": "data/line", **provenance}, [], [])
 
 
 def scored(row: Prediction, score: float | None) -> Prediction:
@@ -142,10 +142,21 @@ def test_images_without_a_probability_count_against_the_run() -> None:
     assert found["findings"]["escapes"]["errors"] == (expected & defective).sum() > 3
 
 
+def test_unknown_training_data_are_stated() -> None:
+    unknown = {"dataset": "data/gone", "photographs_trained_on": None, "of_photographs": 36}
+    found = judge_run(make_run(parts(9, 9), trained_on=[unknown]), LIMITS)
+    assert found["notes"][-1].startswith("the training data data/gone could not be compared with these images")
+    answers = dataclasses.replace(make_run(parts(9, 9)), provenance={"answers": "answers.json"})
+    assert judge_run(answers, LIMITS)["notes"][-1].startswith("how the model was trained is not known")
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (make_run(parts(9, 9), complete=False), "runs/line is not complete, so --gate cannot judge it; resume it"),
+        (
+            dataclasses.replace(make_run(parts(9, 9)), complete=False),
+            "runs/line is not complete, so --gate cannot judge it; resume it",
+        ),
         (
             make_run(parts(9, 9), trained_on=[{"photographs_trained_on": 2, "of_photographs": 36}]),
             "2 of 36 images of runs/line were trained on, so --gate cannot judge it; run the test split",
