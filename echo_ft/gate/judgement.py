@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ from echo_ft.provenance import fingerprint_bytes
 CHOOSING = 3
 """One in so many parts of a run chooses the threshold. In simulations, a third passes more often than a half."""
 
+BY_ANSWERS = "all parts are judged, because the run has no P(defect) and its answers need no threshold"
+
 WORDS = {FALSE_ALARMS: ("good", "flagged"), ESCAPES: ("defective", "missed")}
 """The class of parts and what happens to them."""
 
@@ -39,8 +42,8 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
     A threshold of P(defect) is chosen on the parts of `validation`, or else on one in CHOOSING parts of the run, and
     judged on all other parts of the run. A run without any P(defect) is judged by its answers, on all of its parts.
 
-    Raises EchoError if the run is incomplete, has rows that cannot be scored, has images that were trained on, or if a
-    class has no part to choose the threshold on.
+    If a class has no part to choose the threshold on, no part is judged. Raises EchoError if the run is incomplete, has
+    rows that cannot be scored, images that were trained on, or no Anomaly Detection question.
     """
     require_new_parts(run)
     table = make_prediction_table(run.predictions)
@@ -49,24 +52,24 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
         raise EchoError(f"{run.folder} has no Anomaly Detection question, which --gate needs; ask it in the dataset")
     scored = not np.isnan(table.defect_scores[members]).all()
     units = detection_units(table, table.defect_scores if scored else answer_scores(table), members, "parts")
-    choosing, threshold = None, FLAGGED_FROM
+    choosing, threshold, how = None, FLAGGED_FROM, BY_ANSWERS
     if scored:
         choosing, units, how = _sides(run, table, units, validation)
-        threshold = choose_threshold(choosing, limits)
-    else:
-        how = "all parts are judged, because the run has no P(defect) and its answers need no threshold"
+        threshold = choose_threshold(choosing, limits) if _can_choose(choosing) else math.inf
+        if threshold == math.inf:  # nothing can be judged
+            units = _select(units, np.zeros(len(units.image), dtype=bool))
     findings = judge(units, threshold, limits)
     verdict = overall(findings)
     return {
         "limits": dict(limits),
         "confidence": CONFIDENCE,
         "decided_by": "P(defect)" if scored else "answers",
-        "threshold": threshold if scored else None,
+        "threshold": threshold if scored and math.isfinite(threshold) else None,
         "split": {"how": how, "choosing": choosing and _counts(choosing), "judged": _counts(units)},
         "findings": {name: dataclasses.asdict(finding) for name, finding in findings.items()},
         "verdict": verdict,
         "sentence": _sentence(verdict, findings, threshold if scored else None),
-        "more_parts": _more_parts(verdict, findings, scored and validation is None),
+        "more_parts": [*_no_threshold(choosing), *_more_parts(verdict, findings, scored and validation is None)],
         "notes": [*_without_limit(units, threshold, limits), *_notes(table, members), *_unknown_training(run)],
     }
 
@@ -95,19 +98,25 @@ def _sides(run: Run, table: PredictionTable, units: Units, validation: Run | Non
         require_new_parts(validation)
         other = make_prediction_table(validation.predictions)
         choosing = detection_units(other, other.defect_scores, detection_images(other), "parts")
-        how, where = f"the threshold is chosen on {validation.folder} and judged on all parts of this run", validation
-    else:
-        chosen = choosing_parts([table.parts[image] for image in units.image], units.defective)
-        choosing, units = _select(units, chosen), _select(units, ~chosen)
-        how, where = f"one in {CHOOSING} parts chooses the threshold, and the others are judged", run
+        return choosing, units, f"the threshold is chosen on {validation.folder} and judged on all parts of this run"
+    chosen = choosing_parts([table.parts[image] for image in units.image], units.defective)
+    how = f"one in {CHOOSING} parts chooses the threshold, and the others are judged"
+    return _select(units, chosen), _select(units, ~chosen), how
+
+
+def _can_choose(units: Units) -> bool:
+    return all(_counts(units).values()) and bool(np.isfinite(units.scores).any())
+
+
+def _no_threshold(choosing: Units | None) -> list[str]:
+    """Say why no threshold could be chosen, if it could not."""
+    if choosing is None or _can_choose(choosing):
+        return []
     counts = _counts(choosing)
-    if not (all(counts.values()) and np.isfinite(choosing.scores).any()):
-        raise EchoError(
-            f"--gate needs good and defective parts with a P(defect) to choose a threshold; {where.folder} gives "
-            f"{counts['good']} good and {counts['defective']} defective ones; score a run with more parts, or give "
-            "one as --calibration"
-        )
-    return choosing, units, how
+    return [
+        "no part is judged, because a threshold needs good and defective parts with a P(defect); "
+        f"{counts['good']} good and {counts['defective']} defective parts were there to choose it"
+    ]
 
 
 def choosing_parts(parts: list[tuple[str, str, str]], defective: np.ndarray) -> np.ndarray:
@@ -136,6 +145,8 @@ def _counts(units: Units) -> dict[str, int]:
 def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | None) -> str:
     """State the verdict with its confidence, or say what is missing."""
     where = "by its answers" if threshold is None else f"flagging from P(defect) {threshold:.6g}"
+    if threshold == math.inf:
+        return f"{verdict}: no threshold can be chosen"
     shown = {PASS: findings, FAIL: {name: one for name, one in findings.items() if one.verdict == FAIL}}.get(verdict)
     if shown is None:
         open_ones = [name for name, one in findings.items() if one.verdict == UNDECIDED]

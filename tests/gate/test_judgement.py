@@ -142,6 +142,21 @@ def test_images_without_a_probability_count_against_the_run() -> None:
     assert found["findings"]["escapes"]["errors"] == (expected & defective).sum() > 3
 
 
+def test_without_a_defective_part_no_threshold_is_chosen_and_no_part_judged() -> None:
+    found = judge_run(make_run(parts(9, 0)), LIMITS)
+    assert (found["verdict"], found["threshold"]) == ("not enough parts", None)
+    assert found["split"]["choosing"] == {"good": 3, "defective": 0}
+    assert found["split"]["judged"] == {"good": 0, "defective": 0}
+    assert found["sentence"] == "not enough parts: no threshold can be chosen"
+    assert found["more_parts"][0].endswith("; 3 good and 0 defective parts were there to choose it")
+    assert found["more_parts"][1:3] == [
+        "59 more good parts to judge would pass if none of them is flagged",
+        "29 more defective parts to judge would pass if none of them is missed",
+    ]
+    one_sided = judge_run(make_run(parts(9, 0)), {"false_alarms": 0.05})
+    assert one_sided["verdict"] == "not enough parts"
+
+
 def test_unknown_training_data_are_stated() -> None:
     unknown = {"dataset": "data/gone", "photographs_trained_on": None, "of_photographs": 36}
     found = judge_run(make_run(parts(9, 9), trained_on=[unknown]), LIMITS)
@@ -164,10 +179,6 @@ def test_unknown_training_data_are_stated() -> None:
         (
             dataclasses.replace(make_run(parts(9, 9)), rejections=[Rejection("row 3", "no answer")]),
             r"1 rows of runs/line cannot be scored \(first: row 3, no answer\)",
-        ),
-        (
-            make_run(parts(9, 0)),
-            "to choose a threshold; runs/line gives 3 good and 0 defective ones; score a run with more parts",
         ),
         (make_run([make_prediction(0, CLASSIFICATION, True)]), "has no Anomaly Detection question, which --gate needs"),
     ],
