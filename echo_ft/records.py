@@ -34,6 +34,17 @@ GROUNDING = "Defect Grounding"
 BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
 """Qwen2-VL's tokens around a box (arXiv 2409.12191). They are special tokens, so decoding drops them."""
 
+ROBUSTMAD_TYPES = {
+    "general": "RobustMAD General",
+    "standalone": "RobustMAD Stand-alone",
+    "pairwise": "RobustMAD Pairwise",
+    "unanswerable": "RobustMAD Unanswerable",
+}
+"""The question types of RobustMAD by the rows of its tables. They are never in MMAD's tables."""
+
+UNKNOWN_CONDITION = "unknown"
+"""The condition of an image if nobody says whether it shows a defect: answers made elsewhere may not."""
+
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
 """The four expert roles, in the order of the pipeline."""
 

@@ -14,7 +14,7 @@ from echo_ft.metrics.comparison import ALL_QUESTIONS, RunGroup
 from echo_ft.metrics.detection import roc_points
 from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import PredictionTable, is_correct, make_prediction_table
-from echo_ft.records import QUESTION_TYPES, Prediction
+from echo_ft.records import QUESTION_TYPES, ROBUSTMAD_TYPES, Prediction
 from evaluation import formatting
 from evaluation.formatting import DETECTION_METRICS, axis_limit, mmad_counts
 
@@ -53,6 +53,7 @@ def report_page(report: Mapping[str, Any], run: Run) -> str:
         report=report,
         question_types=QUESTION_TYPES,
         mmad_counts=mmad_counts(report["kinds"]),
+        robustmad_types=list(ROBUSTMAD_TYPES.values()),
         detection_labels=formatting.DETECTION_LABELS,
         alarm_labels=formatting.ALARM_LABELS,
         box_labels=formatting.BOX_LABELS,

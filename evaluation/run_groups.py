@@ -87,7 +87,9 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Se
     compared_fields = ("dataset", "product", "image", "condition", "kind", "question_text", "options", "answer")
     for name, run, table in zip(names[1:], runs[1:], tables[1:], strict=True):
         cannot = f"{names[0]} and {name} cannot be compared: "
-        for key in ("dataset_fingerprint", "split"):
+        # A file of answers names no dataset. Its questions are compared one by one below.
+        given = "answers" in runs[0].provenance or "answers" in run.provenance
+        for key in () if given else ("dataset_fingerprint", "split"):
             ours, theirs = runs[0].provenance.get(key), run.provenance.get(key)
             if ours != theirs:
                 raise EchoError(f"{cannot}their {key} differs ({ours} and {theirs}); run both on the same dataset")

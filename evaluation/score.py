@@ -1,11 +1,13 @@
-"""Score a run, or a file of answers in MMAD's format.
+"""Score a run, or a file of answers made elsewhere.
 
     python -m evaluation.score RUN_DIR
     python -m evaluation.score RUN_DIR --calibration VALIDATION_RUN_DIR [--false_alarms 0.05]
     python -m evaluation.score RUN_DIR --gate "false_alarms<=0.01, escapes<=0.02"
-    python -m evaluation.score --answers FILE --output DIR
+    python -m evaluation.score --answers FILE --output DIR [--questions FILE]
 
 Writes report.json, report.html and answers.json, the format of MMAD's own scorer, and prints the strict table.
+`--answers` takes a file in MMAD's format, JSON lines (`echo_ft.metrics.answer_files.plain`), or answers to RobustMAD,
+which need its file of questions. DIR then also holds the answers as a run, which `evaluation.compare` reads.
 `--calibration` takes a run of the same model on a validation split (`evaluation.run --split validation --output
 VALIDATION_RUN_DIR`). Temperature and thresholds of P(defect) are fitted on that run and evaluated on the scored run.
 
@@ -26,7 +28,8 @@ from echo_ft.files import write_json, write_text
 from echo_ft.gate.certificate import FAIL, PASS, UNDECIDED
 from echo_ft.gate.judgement import judge_run
 from echo_ft.gate.limits import parse_limits
-from echo_ft.metrics.loading import load_answers, load_run
+from echo_ft.metrics.answer_files import GivenAnswers
+from echo_ft.metrics.loading import Run, load_answers, load_run, write_as_run
 from echo_ft.metrics.mmad import from_predictions, write_answers
 from echo_ft.metrics.report import build_report, calibrate_run
 from echo_ft.terminal import LOGGER
@@ -46,7 +49,15 @@ class ScoreConfig:
     run: str | None = field(
         default=None, metadata={"help": "Run folder, written by `python -m evaluation.run`. --run itself is optional."}
     )
-    answers: str | None = field(default=None, metadata={"help": "File of answers in MMAD's format, instead of a run."})
+    answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of answers made elsewhere, instead of a run: MMAD's format, JSON lines, or RobustMAD's."
+        },
+    )
+    questions: str | None = field(
+        default=None, metadata={"help": "RobustMAD's file of questions, for a file of answers to them."}
+    )
     output: str | None = field(default=None, metadata={"help": "Folder of the report. Default: the run folder."})
     calibration: str | None = field(
         default=None,
@@ -75,16 +86,13 @@ def main(argv: list[str]) -> None:
     if (config.run is None) == (config.answers is None):
         raise EchoError("give either the folder of a run, or --answers FILE with --output DIR")
     if config.run is not None:
-        run = load_run(Path(config.run))
-        output = Path(config.output or config.run)
-        name, answers = run.folder.resolve().name, from_predictions(run.predictions)
+        run, given = _load_run(Path(config.run), config.questions)
+        output, name = Path(config.output or config.run), run.folder.resolve().name
     elif config.calibration is not None:
-        raise EchoError("answers in MMAD's format contain no probabilities; use --calibration with the folder of a run")
+        raise EchoError("a file of answers does not name its model; use --calibration with the folder of a run")
     else:
-        if config.output is None:
-            raise EchoError("--answers needs a folder for the report; add --output DIR")
-        output = Path(config.output)
-        run, answers = load_answers(Path(config.answers))
+        output = _answers_folder(config.output)
+        run, given = load_answers(Path(str(config.answers)), Path(config.questions) if config.questions else None)
         name = run.folder.name
     calibration = {}
     if config.calibration is not None:
@@ -93,21 +101,48 @@ def main(argv: list[str]) -> None:
     if limits is not None:
         validation = None if config.calibration is None else load_run(Path(config.calibration))
         gate = judge_run(run, limits, validation)
-    report = {**build_report(name, run, answers, calibration), "gate": gate}
+    report = {**build_report(name, run, given.official, calibration, given.letters), "gate": gate}
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "report.json", report)
     write_text(output / "report.html", report_page(report, run))
+    written = ["report.json", "report.html"]
     if config.run is not None:
-        write_answers(output / "answers.json", answers)
+        write_answers(output / "answers.json", given.official)
+        written.append("answers.json")
+    else:
+        write_as_run(output, run)
+        written += ["predictions.jsonl", "run.json"]
     print_report(report)
     for warning in report["warnings"]:
         LOGGER.warning(warning)
     if config.report_to == "wandb":
         log_evaluation(report, run, output, config)
-    print(f"\nwrote report.json, report.html{', answers.json' if config.run is not None else ''} to {output}")
+    print(f"\nwrote {', '.join(written)} to {output}")
     if gate:
         print(f"\n{gate['sentence']}")
         sys.exit(GATE_STATUS[gate["verdict"]])
+
+
+def _load_run(folder: Path, questions: str | None) -> tuple[Run, GivenAnswers]:
+    run = load_run(folder)
+    if "answers" in run.provenance:
+        raise EchoError(
+            f"{folder} holds answers that were scored from a file; score that file again: python -m evaluation.score "
+            f"--answers {run.provenance['answers']} --output {folder}"
+        )
+    if questions is not None:
+        raise EchoError(f"{folder} holds the questions of its run; remove --questions")
+    return run, GivenAnswers(run.predictions, official=from_predictions(run.predictions))
+
+
+def _answers_folder(output: str | None) -> Path:
+    """Return the folder for a report on a file of answers. It must not hold a run, which would be overwritten."""
+    if output is None:
+        raise EchoError("--answers needs a folder for the report; add --output DIR")
+    folder = Path(output)
+    if (folder / "run.json").is_file() and "answers" not in load_run(folder).provenance:
+        raise EchoError(f"{folder} holds a run, which the answers would overwrite; choose another --output")
+    return folder
 
 
 if __name__ == "__main__":

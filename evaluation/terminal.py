@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from echo_ft.metrics.comparison import ALL_QUESTIONS
-from echo_ft.records import QUESTION_TYPES
+from echo_ft.records import QUESTION_TYPES, ROBUSTMAD_TYPES
 from evaluation.formatting import (
     ALARM_LABELS,
     BOX_LABELS,
@@ -37,7 +37,7 @@ from evaluation.formatting import (
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the strict table with intervals and counts, and the other parts of a report that are not empty."""
     counts, tables, intervals = report["counts"], report["tables"], report["intervals"]["strict"]
-    print(f"{report['name']}: {summary(counts)}\nprotocol: {report['protocol']}\n")
+    print(f"{report['name']}: {summary(counts)}\nprotocol: {report['protocol']}")
     rows: list[tuple[str, ...]] = [("percent", "strict", "95% interval", "official", "questions", "unparsed", "failed")]
     for kind in (*QUESTION_TYPES, "Average"):
         own = report["kinds"].get(kind) or mmad_counts(report["kinds"])
@@ -46,7 +46,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             scores = percent(strict), interval_text(kind, intervals["Average"][kind]), percent(official)
             rows.append((kind, *scores, *(str(own[key]) for key in ("questions", "unparsed", "failed"))))
     if len(rows) > 1:
-        print(text_table(rows))
+        print("\n" + text_table(rows))
     datasets = [name for name in tables["strict"] if name != "Average"]
     if len(datasets) > 1 and len(rows) > 1:
         rows = [("average by dataset", "strict", "95% interval", "official")]
@@ -55,8 +55,11 @@ def print_report(report: Mapping[str, Any]) -> None:
             interval = interval_text("Average", intervals[name]["Average"])
             rows.append((name, percent(strict), interval, percent(official)))
         print("\n" + text_table(rows))
-    if report["other_types"]:
-        print_other_types(report["other_types"])
+    if report["robustmad"]:
+        print_robustmad(report)
+    others = {kind: own for kind, own in report["other_types"].items() if kind not in ROBUSTMAD_TYPES.values()}
+    if others:
+        print_other_types(others)
     if "All" in report["detection"]:
         print_detection(report["detection"]["All"])
         print_alarms(report["alarms"]["All"])
@@ -72,6 +75,18 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_option_order(report["option_order"])
     if report["experts"]:
         print_experts(report["experts"])
+
+
+def print_robustmad(report: Mapping[str, Any]) -> None:
+    """Print RobustMAD's tables: the authors' scores, and the strict ones with intervals."""
+    guessed, intervals = report["robustmad"]["guessed"], report["robustmad"]["intervals"]
+    rows: list[tuple[str, ...]]
+    rows = [("RobustMAD, percent", "authors", "general", "domain", "strict", "95% interval", "guessed")]
+    for row, official in report["tables"]["robustmad"].items():
+        scores = (percent(official[column]) for column in ("Average", "general", "domain"))
+        strict, interval = report["tables"]["robustmad_strict"][row]["Average"], intervals[row].get("Average")
+        rows.append((row, *scores, percent(strict), interval_text(row, interval), str(guessed[row]["answers"])))
+    print("\n" + text_table(rows))
 
 
 def print_other_types(other_types: Mapping[str, Any]) -> None:

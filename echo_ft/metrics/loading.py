@@ -10,8 +10,12 @@ from typing import Any
 
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
+from echo_ft.files import write_json, write_jsonl
 from echo_ft.inference.run_folder import CONTINUED_WITH
-from echo_ft.inputs import from_dict, read_bytes, read_json_object
+from echo_ft.inputs import from_dict, read_bytes, read_json_file, read_json_object
+from echo_ft.metrics.answer_files import GivenAnswers
+from echo_ft.metrics.answer_files.plain import read_plain_answers
+from echo_ft.metrics.answer_files.robustmad import read_robustmad_answers
 from echo_ft.metrics.mmad import Answer, read_answers, to_predictions
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import GROUNDING, Prediction, Rejection
@@ -30,12 +34,12 @@ NOT_AUDITED = "not audited"
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder, or of an answer file in MMAD's format."""
+    """The content of a run folder, or of a file of answers made elsewhere."""
 
     folder: Path
     """Path of the folder or file."""
     predictions: list[Prediction]
-    """The answers to MMAD's question types."""
+    """The answers to questions with options."""
     provenance: dict[str, Any]
     """run.json with the fingerprint of predictions.jsonl, or path and fingerprint of the answer file."""
     warnings: list[str]
@@ -70,17 +74,39 @@ def load_run(folder: Path) -> Run:
     return Run(folder, others, provenance, warnings, rejections, grounding, complete=not incomplete)
 
 
-def load_answers(path: Path) -> tuple[Run, list[Answer]]:
-    """Load an answer file in MMAD's format, as a run and as the answers themselves.
+def load_answers(path: Path, questions: Path | None = None) -> tuple[Run, GivenAnswers]:
+    """Load a file of answers made elsewhere, as a run and as the answers themselves.
 
-    Raises EchoError if the file is damaged or none of its rows can be scored.
+    The file is in MMAD's format, JSON lines as `answer_files.plain` describes, or one that RobustMAD's authors publish.
+    The last needs the `questions`. Raises EchoError if the file is damaged or none of its rows can be scored.
     """
+    given = _read_given(path, questions)
+    if not given.predictions:
+        first = given.rejections[0]
+        raise EchoError(f"{path}: no row can be scored ({first.item}: {first.reason}); check the file")
+    provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(_content(path)), **given.provenance}
+    return Run(path, given.predictions, provenance, given.warnings, given.rejections), given
+
+
+def write_as_run(folder: Path, run: Run) -> None:
+    """Write answers made elsewhere into `folder` as a run that `load_run` reads."""
+    counts = {"cases": len({one.case for one in run.predictions}), "questions": len(run.predictions)}
+    write_jsonl(folder / "predictions.jsonl", run.predictions)
+    write_json(folder / "run.json", {**run.provenance, **counts, "complete": True, "warnings": run.warnings})
+
+
+def _read_given(path: Path, questions: Path | None) -> GivenAnswers:
+    lines = path.is_file() and _is_json_lines(path)
+    rows = None if lines else _json_list(path)
+    if rows and isinstance(rows[0], dict) and ("raw_response" in rows[0] or "mslm_answer" in rows[0]):
+        return read_robustmad_answers(path, rows, questions)
+    if questions is not None:
+        raise EchoError(f"{path} holds no answers to RobustMAD; remove --questions")
+    if lines:
+        return read_plain_answers(path)
     answers = read_answers(path)
     predictions, rejections = to_predictions(answers)
-    if not predictions:
-        raise EchoError(f"{path}: no row can be scored ({rejections[0].item}: {rejections[0].reason}); check the file")
-    provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(_content(path))}
-    return Run(path, predictions, provenance, _repeated(answers), rejections), answers
+    return GivenAnswers(predictions, rejections, answers, warnings=_repeated(answers))
 
 
 def _repeated(answers: Sequence[Answer]) -> list[str]:
@@ -88,6 +114,26 @@ def _repeated(answers: Sequence[Answer]) -> list[str]:
     seen = Counter((one.image, one.question_type, one.question) for one in answers if one.question)
     twice = [image for (image, _, _), count in seen.items() if count > 1]
     return [f"{len(twice)} questions have several answers, which all count (first: {twice[0]})"] if twice else []
+
+
+def _json_list(path: Path) -> list[Any] | None:
+    """Return the content of a file if it is a JSON list, or None."""
+    try:
+        content = read_json_file(path)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, list) else None
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Return whether a file is meant as JSON lines, by its name or because its first line is an object."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return True
+    start = _content(path).partition(b"\n")[0]
+    try:
+        return isinstance(read_json(start.decode("utf-8-sig"), unique_keys=False), dict)
+    except ValueError:
+        return False
 
 
 def _incomplete_warnings(provenance: Mapping[str, Any], predictions: Sequence[Prediction]) -> list[str]:

@@ -17,6 +17,7 @@ from echo_ft.files import read_complete_rows
 from echo_ft.images.masks import mask_files
 from echo_ft.inference.run_folder import PERMUTATIONS, TRACES, cut_warning
 from echo_ft.metrics import detection, experts, strict
+from echo_ft.metrics.answer_files.robustmad import robustmad_report
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.grounding.scores import score_boxes
 from echo_ft.metrics.intervals import BOOTSTRAP
@@ -83,12 +84,20 @@ def _part(prediction: Prediction) -> tuple[str, str, str]:
     return prediction.dataset, prediction.product, prediction.group
 
 
-def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Mapping[str, Any]) -> dict[str, Any]:
+def build_report(
+    name: str,
+    run: Run,
+    answers: Sequence[Answer],
+    calibration: Mapping[str, Any],
+    letters: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Return the content of report.json.
 
-    `answers` are the input of the official table. `calibration` is the result of `calibrate_run`, or empty.
+    `answers` are the input of the official table. `calibration` is the result of `calibrate_run`, or empty. `letters`
+    are the letters that RobustMAD's authors read, by question.
     """
     table = make_prediction_table(run.predictions)
+    robust = robustmad_report(table, letters or {})
     generated = run.provenance.get("answer") in (None, "generate")
     by_product: dict[str, list[Prediction]] = {product: [] for product in table.group_images("product")[0]}
     for prediction in run.predictions:
@@ -100,7 +109,12 @@ def build_report(name: str, run: Run, answers: Sequence[Answer], calibration: Ma
         "protocol": describe_protocol(run),
         "warnings": [*run.warnings, *report_warnings(run, table), *calibration_warnings(calibration)],
         "counts": {**strict.answer_counts(run.predictions), "rejected": len(run.rejections)},
-        "tables": {"official": official_table(answers), "strict": strict.strict_table(table)},
+        "tables": {
+            "official": official_table(answers),
+            "strict": strict.strict_table(table),
+            **({"robustmad": robust.pop("official"), "robustmad_strict": robust.pop("strict")} if robust else {}),
+        },
+        "robustmad": robust,
         "intervals": {"strict": strict.strict_intervals(table)},
         "one_sided": strict.single_class_rows(table),
         "kinds": {

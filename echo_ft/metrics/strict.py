@@ -33,7 +33,7 @@ from echo_ft.metrics.metric_values import (
     share_with_interval,
 )
 from echo_ft.metrics.prediction_table import PredictionTable, image_key, make_prediction_table
-from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
+from echo_ft.records import GOOD, QUESTION_TYPES, UNKNOWN_CONDITION, Prediction
 
 
 def strict_array(table: PredictionTable, weights: np.ndarray, by: str = "dataset") -> np.ndarray:
@@ -169,7 +169,7 @@ def answer_counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "questions": len(predictions),
         "images": len(images),
         "normal": sum(condition == GOOD for _, _, condition, _ in images),
-        "defective": sum(condition != GOOD for _, _, condition, _ in images),
+        "defective": sum(condition not in (GOOD, UNKNOWN_CONDITION) for _, _, condition, _ in images),
         "unparsed": unparsed,
         "unparsed_share": unparsed / len(predictions) if predictions else 0.0,
         "failed": failed,

@@ -1,0 +1,181 @@
+"""Answers as JSON lines, one question and its answer per line: the format for models that ran elsewhere.
+
+    {"image": "caps/001.png", "kind": "Anomaly Detection", "question": "Is there any defect?",
+     "options": {"A": "Yes.", "B": "No."}, "answer": "B", "text": "B", "probabilities": {"A": 0.2, "B": 0.8},
+     "dataset": "line 3", "product": "cap", "part": "cap-001", "condition": "good"}
+
+The first six keys are required. `answer` is the right letter, and `text` what the model wrote; null means that it gave
+no answer. `kind` is a question type of MMAD, or any other name. Images of one `part` are resampled together; without
+it, each image is a part of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from echo_ft.data.text import without_stop
+from echo_ft.errors import EchoError
+from echo_ft.experts.roles import parse_letter
+from echo_ft.metrics.answer_files import GivenAnswers
+from echo_ft.metrics.mmad import MERGED_TYPES, from_predictions
+from echo_ft.metrics.prediction_table import misspelt_type
+from echo_ft.records import GOOD, GROUNDING, LETTERS, QUESTION_TYPES, UNKNOWN_CONDITION, Prediction
+
+REQUIRED = ("image", "kind", "question", "options", "answer", "text")
+OPTIONAL = ("probabilities", "dataset", "product", "part", "condition")
+
+UNNAMED = "all"
+"""The dataset or product of a line that names none. It must not depend on the file, or models could not be compared."""
+
+STATED = {"yes": "defective", "no": GOOD}
+"""The condition that the right answer to an Anomaly Detection question states."""
+
+
+def read_plain_answers(path: Path) -> GivenAnswers:
+    """Return the answers in a file of JSON lines.
+
+    Raises EchoError with the line if one has another form or contradicts an earlier one, and if the condition of an
+    image with an Anomaly Detection question is not known.
+    """
+    rows: list[tuple[str, Prediction]] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise EchoError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.append((f"{path}:{number}", _prediction(line, f"{path}:{number}")))
+    if not rows:
+        raise EchoError(f"{path} is empty; write one JSON object with an answer per line")
+    _require_consistent(rows)
+    predictions = _with_conditions(rows)
+    return GivenAnswers(predictions, official=from_predictions(predictions))
+
+
+def _prediction(line: str, where: str) -> Prediction:
+    """Return the prediction of one line, with an empty condition if the line names none."""
+    row = _checked_row(line, where)
+    kind = MERGED_TYPES.get(row["kind"], row["kind"])
+    meant = misspelt_type(kind)
+    if meant:
+        raise EchoError(f"{where}: the kind is {kind!r}; did you mean {meant!r}?")
+    if kind == GROUNDING:
+        raise EchoError(f"{where}: questions of the kind {kind!r} have no options; remove the line")
+    options, text = row["options"], row["text"]
+    return Prediction(
+        case=row["image"],
+        question=f"{kind}: {row['question']}",
+        dataset=row.get("dataset", UNNAMED),
+        product=row.get("product", UNNAMED),
+        group=row.get("part", row["image"]),
+        image=row["image"],
+        condition=row.get("condition", ""),
+        kind=kind,
+        question_text=row["question"],
+        options=options,
+        answer=row["answer"],
+        text=text or "",
+        parsed=None if text is None else parse_letter(text, options),
+        probabilities=_normalised(row["probabilities"], options, where) if row.get("probabilities") else None,
+        error="no answer" if text is None else None,
+    )
+
+
+def _checked_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise EchoError(f"{where} is not JSON ({error}); write one JSON object per line") from error
+    if not isinstance(row, dict):
+        raise EchoError(f"{where} is not an object; write one JSON object with an answer per line")
+    for key in row:
+        if key not in (*REQUIRED, *OPTIONAL):
+            near = difflib.get_close_matches(key, (*REQUIRED, *OPTIONAL), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join((*REQUIRED, *OPTIONAL))}"
+            raise EchoError(f"{where} has a key {key!r}; {hint}")
+    for key in REQUIRED:
+        if key not in row:
+            raise EchoError(f"{where} has no {key!r}; each line needs {', '.join(REQUIRED)}")
+    for key in ("image", "kind", "question", "answer", "dataset", "product", "part", "condition"):
+        if key in row and (not isinstance(row[key], str) or not row[key].strip()):
+            raise EchoError(f"{where}: {key!r} is {row[key]!r}; it must be a text that is not empty")
+    if row["text"] is not None and not isinstance(row["text"], str):
+        raise EchoError(f"{where}: 'text' is {row['text']!r}; it must be a text, or null if there is no answer")
+    options = row["options"]
+    if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
+        raise EchoError(f'{where}: \'options\' must map letters to texts, as in {{"A": "Yes.", "B": "No."}}')
+    if not set(options) <= set(LETTERS):
+        raise EchoError(
+            f"{where}: the options are {', '.join(options)}; use letters from {LETTERS[0]} to {LETTERS[-1]}"
+        )
+    if row["answer"] not in options:
+        raise EchoError(f"{where}: the answer {row['answer']!r} is not one of the options {', '.join(options)}")
+    return row
+
+
+def _normalised(given: Any, options: Mapping[str, str], where: str) -> dict[str, float]:
+    """Return P(letter) with a sum of 1. Letters without a probability may be absent."""
+    if not isinstance(given, dict) or not set(given) <= set(options):
+        raise EchoError(f"{where}: 'probabilities' must map letters of the options ({', '.join(options)}) to numbers")
+    for letter, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise EchoError(f"{where}: P({letter}) is {value!r}; it must be a number from 0 to 1")
+    total = math.fsum(given.values())
+    if not 0 < total <= 1.01:
+        raise EchoError(f"{where}: the probabilities add up to {total:g}; they must add up to 1")
+    return {letter: value / total for letter, value in given.items()}
+
+
+def _require_consistent(rows: list[tuple[str, Prediction]]) -> None:
+    """Raise EchoError if two lines differ in the dataset, product, part or stated condition of an image."""
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    names = {"dataset": "dataset", "product": "product", "group": "part", "condition": "condition"}
+    for where, row in rows:
+        for field, name in names.items():
+            value = getattr(row, field)
+            before, place = first.setdefault((row.image, field), (value, where)) if value else (value, where)
+            if before != value:
+                raise EchoError(
+                    f"{where}: the {name} of {row.image} is {value!r}, but {before!r} in {place}; correct one of them"
+                )
+
+
+def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
+    """Return the predictions with the condition of their image.
+
+    It is the condition that a line names. Otherwise it is what the right answer to Anomaly Detection states, `good` if
+    a folder of the image has that name, or unknown.
+    """
+    named: dict[str, str] = {row.image: row.condition for _, row in rows if row.condition}
+    stated: dict[str, dict[str, str]] = defaultdict(dict)
+    for where, row in rows:
+        if row.kind == QUESTION_TYPES[0]:
+            answer = without_stop(row.options[row.answer])
+            if answer not in STATED and row.image not in named:
+                raise EchoError(
+                    f"{where}: {row.options[row.answer]!r} does not say whether {row.image} has a defect; add the key "
+                    "'condition', which is 'good' or the name of the defect"
+                )
+            if answer in STATED:
+                stated[row.image][STATED[answer]] = where
+    for image, found in stated.items():
+        truths = {*found, *({named[image]} if image in named else ())}
+        if len({truth == GOOD for truth in truths}) > 1:
+            raise EchoError(
+                f"{', '.join(sorted(found.values()))}: the right answers, or the condition, say that {image} is good "
+                "and that it is not; correct one of them"
+            )
+    return [replace(row, condition=_condition(row.image, named, stated)) for _, row in rows]
+
+
+def _condition(image: str, named: Mapping[str, str], stated: Mapping[str, Mapping[str, str]]) -> str:
+    if image in named or image in stated:
+        return named.get(image) or next(iter(stated[image]))
+    return GOOD if GOOD in image.split("/")[:-1] else UNKNOWN_CONDITION

@@ -1,0 +1,86 @@
+"""`evaluation.score --answers` scores answers made elsewhere, and `evaluation.compare` compares them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_ft.errors import EchoError
+from evaluation import compare, score
+from tests.support.robustmad import answers_file, questions_file
+from tests.support.runs import make_run, predictions, require_self_contained
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def score_robustmad(folder: Path, name: str, wrong: int, degraded: bool = False) -> Path:
+    """Score answers to RobustMAD of which the first `wrong` unanswerable questions are answered wrongly."""
+    questions = questions_file(images=10, degraded=degraded)
+    rows = answers_file(questions)
+    for row in [row for row in rows if row["robustness_category"].startswith("Unanswerable")][:wrong]:
+        row |= dict.fromkeys(("raw_response", "mslm_answer"), "B" if row["answer"] == "A" else "A")
+    asked = write(folder / f"questions_{name}.json", questions)
+    answers = write(folder / f"answers_{name}.json", rows)
+    score.main(["--answers", str(answers), "--questions", str(asked), "--output", str(folder / name)])
+    return folder / name
+
+
+def line(image: int, text: str, **more: Any) -> str:
+    answer = {"image": f"{image}.png", "kind": "Anomaly Detection", "question": "Any defect?", "text": text}
+    return json.dumps({**answer, "options": {"A": "Yes.", "B": "No."}, "answer": "AB"[image % 2], **more}) + "\n"
+
+
+def test_robustmad_is_scored_and_what_degradation_costs_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean, degraded = score_robustmad(tmp_path, "clean", 0), score_robustmad(tmp_path, "low", 12, degraded=True)
+    report = json.loads((degraded / "report.json").read_text())
+    assert report["tables"]["robustmad"]["unanswerable"] == pytest.approx({"Average": 40, "general": 0, "domain": 80})
+    assert report["tables"]["robustmad_strict"]["general"] == {"Average": 100.0, "general": 100.0, "domain": 100.0}
+    assert report["tables"]["official"] == {"Average": dict.fromkeys(report["tables"]["strict"]["Average"])}
+    assert "unanswerable        40.0" in capsys.readouterr().out
+    page = (degraded / "report.html").read_text()
+    require_self_contained(page.partition("<script")[0])
+    assert "<h2>RobustMAD</h2>" in page
+    compare.main([str(clean), str(degraded)])
+    (difference,) = json.loads((tmp_path / "compare" / "comparison.json").read_text())["differences"]
+    unanswerable = difference["figures"]["RobustMAD Unanswerable"]
+    assert unanswerable["difference"] == pytest.approx(-60)
+    assert unanswerable["interval"][1] < -30
+    assert difference["figures"]["RobustMAD General"]["difference"] == 0
+    assert "low is worse than clean by 15.0 points" in capsys.readouterr().out
+
+
+def test_plain_answers_of_two_models_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, wrong in (("weak", 25), ("strong", 4)):
+        rows = [
+            line(image, "BA"[image % 2] if image < wrong else "AB"[image % 2], part=str(image)) for image in range(60)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        score.main(["--answers", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / name)])
+    report = json.loads((tmp_path / "strong" / "report.json").read_text())
+    assert report["tables"]["strict"]["all"]["Anomaly Detection"] == pytest.approx(100 * 56 / 60)
+    assert report["tables"]["official"].keys() == report["tables"]["strict"].keys()
+    capsys.readouterr()
+    compare.main([str(tmp_path / "weak"), str(tmp_path / "strong")])
+    assert "strong is better than weak by 35.0 points" in capsys.readouterr().out
+
+
+def test_answers_do_not_overwrite_a_run_and_are_scored_from_their_file(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", predictions(0.5))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(line(0, "A"))
+    with pytest.raises(EchoError, match=r"run holds a run, which the answers would overwrite; choose another --output"):
+        score.main(["--answers", str(answers), "--output", str(run)])
+    with pytest.raises(EchoError, match="run holds the questions of its run; remove --questions"):
+        score.main([str(run), "--questions", str(answers)])
+    for _ in range(2):
+        score.main(["--answers", str(answers), "--output", str(tmp_path / "given")])
+    with pytest.raises(EchoError, match=r"score that file again: .*--answers .*answers\.jsonl --output .*given"):
+        score.main([str(tmp_path / "given")])
