@@ -42,6 +42,8 @@ def check_config(config: BuildConfig) -> None:
             f"(only {' and '.join(DECLARING_SOURCES)} read it)"
         )
     check_fractions(config.fractions)
+    if not 0 <= config.unanswerable <= 1:
+        raise EchoError(f"unanswerable is {config.unanswerable:g}; give a share of the images from 0 to 1, such as 0.1")
     for pair, (first, second) in {
         "folds and fold": (config.folds is not None, config.fold is not None),
         "upstream predicted and traces": (config.upstream == "predicted", bool(config.traces)),

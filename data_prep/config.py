@@ -79,6 +79,13 @@ class BuildConfig:
     grounding: bool = field(
         default=False, metadata={"help": "Also ask for the boxes of the defects (question type Defect Grounding)."}
     )
+    unanswerable: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the images, from 0 to 1, that are also asked about another product or an absent defect "
+            "(question type Unanswerable), each with a similar question that fits (Answerable)."
+        },
+    )
     folds: int | None = field(
         default=None,
         metadata={"help": "Divide the train split into this many folds, to train without one of them (with fold)."},

@@ -15,8 +15,8 @@ from data_prep.config import BuildConfig
 from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
 from echo_ft.data.dataset import make_cases, without_held_out, without_synthetic
+from echo_ft.data.dataset_questions import write_dataset_questions
 from echo_ft.data.knowledge import consequence_warnings, describe_products, knowledge_warnings, load_knowledge
-from echo_ft.data.questions import write_dataset_questions
 from echo_ft.data.splits import (
     HELD_OUT_FIELDS,
     LEFT_OUT,
@@ -165,7 +165,14 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
     test_knowledge = without_synthetic(knowledge, inspections)
     written = progress(
         write_dataset_questions(
-            asked_about, own_questions, test_knowledge, training_knowledge, root, config.seed, config.grounding
+            asked_about,
+            own_questions,
+            test_knowledge,
+            training_knowledge,
+            root,
+            config.seed,
+            config.grounding,
+            config.unanswerable,
         ),
         "writing questions",
         "questions",

@@ -34,6 +34,9 @@ GROUNDING = "Defect Grounding"
 BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
 """Qwen2-VL's tokens around a box (arXiv 2409.12191). They are special tokens, so decoding drops them."""
 
+UNANSWERABLE, ANSWERABLE = "Unanswerable", "Answerable"
+"""Questions that do not fit the image, and their twins that do (`data.unanswerable`). Never in MMAD's tables."""
+
 ROBUSTMAD_TYPES = {
     "general": "RobustMAD General",
     "standalone": "RobustMAD Stand-alone",

@@ -7,16 +7,15 @@ about a defective part ask about the defect and questions about a normal part as
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from echo_ft.data.knowledge import appearance, effect, has_description
-from echo_ft.data.splits import MIXED_CONDITIONS, conditions_of, defects_of, queries, readable_name
+from echo_ft.data.splits import MIXED_CONDITIONS, defects_of, readable_name
 from echo_ft.data.text import without_stop
 from echo_ft.images import boxes, masks
 from echo_ft.images.decode import image_frame
-from echo_ft.records import GOOD, GROUNDING, LETTERS, Entry, Inspection, Knowledge, Question
+from echo_ft.records import GOOD, GROUNDING, LETTERS, Entry, Inspection, Question
 
 DEFECT_PREAMBLE = "There is a defect in the object. "
 
@@ -78,15 +77,9 @@ def _defect_choices(
     # Another defect in the same image is not a wrong option. If the defects are not named, no option is surely wrong.
     others = [c for c in named if c != GOOD and own not in MIXED_CONDITIONS and not defects_of(c) <= defects_of(own)]
     choices["Defect Classification"] = readable_name(own), [readable_name(condition) for condition in others]
-    region = _region(inspection, root)
-    if region is not None:
-        # A cell with some of the defect would be half right.
-        free = [place for place in masks.PLACES if place not in region.cells]
-        if region.place == masks.SPREAD:
-            free = free or [place for place in masks.PLACES if place != "center"]
-        else:
-            free.append(masks.SPREAD)
-        choices["Defect Localization"] = region.place, free
+    place = defect_place(inspection, root)
+    if place is not None:
+        choices["Defect Localization"] = place
     if own in known:
         texts = [known[condition] for condition in others if condition in known]
         choices["Defect Description"] = appearance(known[own]), [appearance(text) for text in texts]
@@ -94,6 +87,21 @@ def _defect_choices(
         if consequence:
             choices["Defect Analysis"] = consequence, [found for text in texts if (found := effect(text))]
     return choices
+
+
+def defect_place(inspection: Inspection, root: Path) -> tuple[str, list[str]] | None:
+    """Return the place of the defect and places without any of it; None if the defect is not marked.
+
+    Raises EchoError if the mask cannot be used.
+    """
+    region = _region(inspection, root)
+    if region is None:
+        return None
+    # A cell with some of the defect would be half right.
+    free = [place for place in masks.PLACES if place not in region.cells]
+    if region.place == masks.SPREAD:
+        return region.place, free or [place for place in masks.PLACES if place != "center"]
+    return region.place, [*free, masks.SPREAD]
 
 
 def _region(inspection: Inspection, root: Path) -> masks.Region | None:
@@ -156,42 +164,3 @@ def open_questions(identifier: str, conditions: Sequence[str]) -> tuple[Question
 def slug(kind: str) -> str:
     """Return the form of a question type that its question ids contain: `defect-localization`."""
     return kind.lower().replace(" ", "-")
-
-
-def write_dataset_questions(
-    inspections: Sequence[Inspection],
-    source_questions: Sequence[Question],
-    knowledge: Knowledge,
-    training_knowledge: Knowledge,
-    root: Path,
-    seed: int,
-    grounding: bool = False,
-) -> Iterator[Question]:
-    """Yield the source's questions about each image if it has any, and written questions otherwise.
-
-    With `grounding`, the question of `write_box_question` follows them.
-
-    Questions of the test split are written from `knowledge` and name all products. The others are written from
-    `training_knowledge` and name only the products outside the test split.
-    """
-    given: dict[str, list[Question]] = defaultdict(list)
-    for question in source_questions:
-        given[question.inspection].append(question)
-    real = queries([inspection for inspection in inspections if inspection.synthetic is None])
-    tested = conditions_of(real)  # the test has the same questions with and without synthetic defects in training
-    conditions = conditions_of(inspections)
-    products = sorted({inspection.product for inspection in real})
-    trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
-    for inspection in inspections:
-        if inspection.id in given:
-            yield from given[inspection.id]
-        else:
-            test = inspection.split == "test"
-            known = knowledge if test else training_knowledge
-            texts = known[inspection.dataset][inspection.product]
-            shown = (tested if test else conditions)[inspection.dataset, inspection.product]
-            shown = [name for name in shown if name in texts]
-            entries = tuple(Entry(*item) for item in texts.items())
-            yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
-        if grounding and (about_boxes := write_box_question(inspection, root)):
-            yield about_boxes

@@ -15,7 +15,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from echo_ft.errors import EchoError
-from echo_ft.records import GOOD, GROUNDING, LETTERS, QUESTION_TYPES, ROLES, Branch, Exchange, Question, Seen, Upstream
+from echo_ft.records import (
+    ANSWERABLE,
+    GOOD,
+    GROUNDING,
+    LETTERS,
+    QUESTION_TYPES,
+    ROBUSTMAD_TYPES,
+    ROLES,
+    UNANSWERABLE,
+    Branch,
+    Exchange,
+    Question,
+    Seen,
+    Upstream,
+)
 
 PROMPT_VERSION = "2"
 
@@ -32,7 +46,16 @@ class Route:
 ROUTINGS: Mapping[str, Mapping[str, Route]] = {
     # A product's knowledge names the product, which is the answer to Object Classification. The description of a
     # normal part is knowledge too: in training rows it is the `good` entry, word for word.
-    "full": {kind: Route(knowledge=kind != "Object Classification") for kind in (*QUESTION_TYPES, GROUNDING)},
+    "full": {kind: Route(knowledge=kind != "Object Classification") for kind in (*QUESTION_TYPES, GROUNDING)}
+    | {
+        # Knowledge would tell these whether the question names another product.
+        UNANSWERABLE: Route(knowledge=False),
+        ANSWERABLE: Route(knowledge=False),
+        ROBUSTMAD_TYPES["general"]: Route(reference=False, knowledge=False),
+        ROBUSTMAD_TYPES["standalone"]: Route(reference=False),
+        ROBUSTMAD_TYPES["pairwise"]: Route(),
+        ROBUSTMAD_TYPES["unanswerable"]: Route(reference=False, knowledge=False),
+    },
     # As in the published code of Echo. It does not support the two Object types, which get only the reference here.
     # Echo has no Defect Grounding, which gets the reference as Anomaly Detection does.
     "paper": {
@@ -44,6 +67,10 @@ ROUTINGS: Mapping[str, Mapping[str, Route]] = {
         "Object Classification": Route(True, False, False),
         "Object Analysis": Route(True, False, False),
         GROUNDING: Route(True, False, False),
+        UNANSWERABLE: Route(True, False, False),
+        ANSWERABLE: Route(True, False, False),
+        # RobustMAD shows the reference only where its questions speak of two images.
+        **{kind: Route(kind == ROBUSTMAD_TYPES["pairwise"], False, False) for kind in ROBUSTMAD_TYPES.values()},
     },
 }
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from echo_ft.data.dataset_questions import write_dataset_questions
 from echo_ft.data.export_rows import prompt_completion_rows
-from echo_ft.data.questions import write_box_question, write_dataset_questions
+from echo_ft.data.questions import write_box_question
 from echo_ft.errors import EchoError
 from echo_ft.experts import roles
 from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail

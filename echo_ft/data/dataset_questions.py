@@ -1,0 +1,71 @@
+"""Write the questions of a whole dataset, image by image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from echo_ft.data.questions import write_box_question, write_questions
+from echo_ft.data.splits import conditions_of, queries
+from echo_ft.data.unanswerable import write_unanswerable_questions
+from echo_ft.records import Entry, Inspection, Knowledge, Question
+
+
+def write_dataset_questions(
+    inspections: Sequence[Inspection],
+    source_questions: Sequence[Question],
+    knowledge: Knowledge,
+    training_knowledge: Knowledge,
+    root: Path,
+    seed: int,
+    grounding: bool = False,
+    unanswerable: float = 0.0,
+) -> Iterator[Question]:
+    """Yield the source's questions about each image if it has any, and written questions otherwise.
+
+    With `grounding`, the question of `write_box_question` follows them. A share `unanswerable` of the images, from 0 to
+    1, also gets the questions of `write_unanswerable_questions`.
+
+    Questions of the test split are written from `knowledge` and name all products. The others are written from
+    `training_knowledge` and name only the products outside the test split.
+    """
+    given: dict[str, list[Question]] = defaultdict(list)
+    for question in source_questions:
+        given[question.inspection].append(question)
+    real = queries([inspection for inspection in inspections if inspection.synthetic is None])
+    tested = conditions_of(real)  # the test has the same questions with and without synthetic defects in training
+    conditions = conditions_of(inspections)
+    products = sorted({inspection.product for inspection in real})
+    trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
+    premises = {
+        True: _named_conditions(tested, knowledge, products),
+        False: _named_conditions(conditions, training_knowledge, trained),
+    }
+    for inspection in inspections:
+        test = inspection.split == "test"
+        if inspection.id in given:
+            yield from given[inspection.id]
+        else:
+            texts = (knowledge if test else training_knowledge)[inspection.dataset][inspection.product]
+            shown = (tested if test else conditions)[inspection.dataset, inspection.product]
+            shown = [name for name in shown if name in texts]
+            entries = tuple(Entry(*item) for item in texts.items())
+            yield from write_questions(inspection, entries, shown, products if test else trained, root, seed)
+        if grounding and (about_boxes := write_box_question(inspection, root)):
+            yield about_boxes
+        if unanswerable:
+            named = premises[test].get(inspection.dataset, {})
+            yield from write_unanswerable_questions(inspection, named, root, unanswerable, seed)
+
+
+def _named_conditions(
+    found: Mapping[tuple[str, str], Sequence[str]], knowledge: Knowledge, products: Sequence[str]
+) -> dict[str, dict[str, list[str]]]:
+    """Return the conditions in each product's images that its knowledge lists, by dataset and product."""
+    named: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for (dataset, product), conditions in found.items():
+        if product in products:
+            texts = knowledge.get(dataset, {}).get(product, {})
+            named[dataset][product] = [name for name in conditions if name in texts]
+    return named
