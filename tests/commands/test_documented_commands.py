@@ -37,6 +37,7 @@ NOT_RUN = {
     "ddp.yaml --num_processes 4": "needs four GPUs",
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",
+    "RobustMAD_MCQ.json": "needs RobustMAD",
 }
 """Part of a command to the reason why it does not run. Commands of this project are still parsed completely."""
 

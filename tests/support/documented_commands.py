@@ -183,7 +183,7 @@ def smoke_arguments(command: Command, replacements: Mapping[str, str]) -> list[s
 
 
 def make_project(folder: Path) -> None:
-    """Create the files that the documents assume: recipes, parts.csv with its images, and a folder layout."""
+    """Create the files that the documents assume: recipes, parts.csv with its images, a folder layout, and answers."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("recipes", "train"):
         (folder / name).symlink_to(ROOT / name)
@@ -194,6 +194,10 @@ def make_project(folder: Path) -> None:
         writer.writerows(json.loads(line) for line in manifest.read_text().splitlines())
     manifest.unlink()
     mvtec_ad(folder)
+    for name, text in (("base", "A"), ("tuned", "B")):
+        answer = {"kind": "Anomaly Detection", "question": "Any defect?", "options": {"A": "Yes.", "B": "No."}}
+        answer |= {"image": "0.png", "answer": "B", "text": text}
+        (folder / f"{name}.jsonl").write_text(json.dumps(answer) + "\n", encoding="utf-8")
 
 
 def fill_in_knowledge(folder: Path) -> None:
