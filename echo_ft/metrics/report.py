@@ -104,6 +104,7 @@ def build_report(
         by_product[f"{prediction.dataset}/{prediction.product}"].append(prediction)
     product_table = strict.strict_table(table, "product")
     product_intervals = strict.strict_intervals(table, "product")
+    other_products = strict.other_type_products(table)
     return {
         "name": name,
         "protocol": describe_protocol(run),
@@ -125,6 +126,7 @@ def build_report(
             product: {
                 "strict": product_table[product],
                 "intervals": product_intervals[product],
+                "other_types": other_products[product],
                 **strict.answer_counts(rows),
             }
             for product, rows in by_product.items()

@@ -160,6 +160,20 @@ def other_type_report(table: PredictionTable) -> dict[str, dict[str, Any]]:
     }
 
 
+def other_type_products(table: PredictionTable) -> dict[str, dict[str, Any]]:
+    """Return {dataset/product: mean strict score over the other types in percent, and its interval}."""
+    names, row_index = table.group_images("product")
+    weights, found = table.weights("product"), {}
+    for place, name in enumerate(names):
+        member = row_index == place
+        own = member[table.image_index] & (table.other_type_index >= 0)
+        score = other_type_array(table, table.unit_weights() * member)[0, -1]
+        resampled = other_type_array(table, weights * member)[:, -1]
+        parts = len(np.unique(table.part_index[table.image_index[own]]))
+        found[name] = {"strict": json_number(score), "interval": metric_interval(resampled, parts, percent=True)}
+    return found
+
+
 def answer_counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Count questions, images, and answers that are `unparsed` (no option letter) or `failed` (no answer at all)."""
     images = {image_key(prediction) for prediction in predictions}

@@ -238,4 +238,10 @@ def test_runs_without_mmads_types_are_compared_by_the_mean_of_their_own(
     assert re.search(r"Riddle +\d+\.\d +\d+\.\d to \d+\.\d +60 +0 +0", printed)
     assert "Other question types" in page
     assert "By question type" not in page, "there is no question of MMAD's types"
+    assert "Average of other types, %" in page
+    products = json.loads((folders[1] / "report.json").read_text())["products"]
+    means = [product["other_types"]["strict"] for product in products.values()]
+    counts = [product["questions"] for product in products.values()]
+    total = sum(share * count for share, count in zip(means, counts, strict=True)) / sum(counts)
+    assert total == pytest.approx(mean), "both types are asked about every image"
     assert json.loads((folders[1] / "answers.json").read_text()) == []
