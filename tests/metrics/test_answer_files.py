@@ -212,6 +212,8 @@ def test_plain_lines_are_read_with_probabilities_parts_and_conditions(tmp_path: 
         ([{"options": ["Yes.", "No."]}], "must map letters to texts"),
         ([{"options": {"1": "Yes."}}], "use letters from A to E"),
         ([{"image": " "}], "'image' is ' '; it must be a text"),
+        ([{"image": "/disk/a.png"}], "image /disk/a.png leads out of its folder; write a path relative to a folder"),
+        ([{"image": "caps/../../a.png"}], "leads out of its folder"),
         ([{"text": 3}], "null if there is no answer"),
         ([{"probabilities": {"A": 90, "B": 10}}], r"P\(A\) is 90; it must be a number from 0 to 1"),
         ([{"probabilities": {"A": 0.9, "B": 0.9}}], "add up to 1.8; they must add up to 1"),

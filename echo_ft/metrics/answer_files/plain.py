@@ -106,6 +106,8 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     for key in ("image", "kind", "question", "answer", "dataset", "product", "part", "condition"):
         if key in row and (not isinstance(row[key], str) or not row[key].strip()):
             raise EchoError(f"{where}: {key!r} is {row[key]!r}; it must be a text that is not empty")
+    if row["image"].startswith("/") or ".." in row["image"].split("/"):
+        raise EchoError(f"{where}: the image {row['image']} leads out of its folder; write a path relative to a folder")
     if row["text"] is not None and not isinstance(row["text"], str):
         raise EchoError(f"{where}: 'text' is {row['text']!r}; it must be a text, or null if there is no answer")
     options = row["options"]
