@@ -71,7 +71,7 @@ def load_models(folder: Path) -> list[Model]:
             run, _ = load_answers(answers, folder / QUESTIONS.replace(".json", f"{suffix}.json"))
             tables.append(make_prediction_table(run.predictions))
         unclear = sum(answer_counts(table.predictions)["unparsed"] for table in tables)
-        models.append(Model(path.stem.removeprefix("answers_"), *tables, unclear))
+        models.append(Model(path.stem.removeprefix("answers_"), tables[0], tables[1], unclear))
     if not models:
         raise SystemExit(f"{folder} has no file answers_<model>.json; give the folder with RobustMAD's answers")
     names = [[one.question for one in table.predictions] for model in models for table in (model.clean, model.degraded)]
