@@ -35,7 +35,8 @@ def write(path: Path, content: Any) -> Path:
 
 
 def write_lines(path: Path, *changes: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps({**LINE, **change}) + "\n" for change in changes), encoding="utf-8")
+    lines = (json.dumps({**LINE, **change}, ensure_ascii=False) + "\n" for change in changes)
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -184,12 +185,21 @@ def test_a_malformed_question_is_rejected_by_name(tmp_path: Path, change: dict[s
     assert message in rejection.reason
 
 
+def test_an_image_that_leads_out_of_the_root_is_rejected(tmp_path: Path) -> None:
+    questions = questions_file()
+    questions["images"][0]["reference_image_path"] = "MVTec-AD/../../secret.png"
+    rows = answers_file({"images": questions["images"][1:]})
+    run, _ = load_answers(write(tmp_path / "answers.json", rows), write(tmp_path / "questions.json", questions))
+    (rejection,) = run.rejections
+    assert "leads out of the root" in rejection.reason
+
+
 def test_plain_lines_are_read_with_probabilities_parts_and_conditions(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "answers.jsonl",
         {"probabilities": {"A": 0.9, "B": 0.1}, "product": "cap", "part": "7", "condition": "dent"},
         {"image": "caps/good/002.png", "kind": "Object Structure", "question": "Which part?", "text": "(B)"},
-        {"image": "caps/003.png", "answer": "B", "text": "I think B"},
+        {"image": "caps/003.png", "answer": "B", "text": "I think\u2028B"},
         {"image": "caps/004.png", "kind": "Riddle", "text": None},
     )
     run, given = load_answers(path)

@@ -46,7 +46,8 @@ def read_plain_answers(path: Path) -> GivenAnswers:
     """
     rows: list[tuple[str, Prediction]] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # splitlines would also split at U+2028, U+2029 and U+0085, which JSON does not escape.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise EchoError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):

@@ -97,6 +97,8 @@ def _asked_image(row: Any) -> tuple[AskedImage, list[Rejection]]:
     image, difficulty, reference = row["image_path"], row.get("difficulty"), row.get("reference_image_path")
     if not image.startswith(f"{row['dataset']}/{row['category']}/"):
         raise ValueError(f"the path {image} does not start with {row['dataset']}/{row['category']}/")
+    if any(".." in str(name).split("/") or str(name).startswith("/") for name in (image, reference)):
+        raise ValueError(f"the path of {image} or of its reference leads out of the root")
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"the difficulty of {image} is {difficulty!r}; it must be {' or '.join(DIFFICULTIES)}")
     if reference is not None and not isinstance(reference, str):
