@@ -69,7 +69,7 @@ ROUTINGS: Mapping[str, Mapping[str, Route]] = {
         GROUNDING: Route(True, False, False),
         UNANSWERABLE: Route(True, False, False),
         ANSWERABLE: Route(True, False, False),
-        # RobustMAD shows the reference only where its questions speak of two images.
+        # RobustMAD shows the reference only for questions about two images.
         **{kind: Route(kind == ROBUSTMAD_TYPES["pairwise"], False, False) for kind in ROBUSTMAD_TYPES.values()},
     },
 }
