@@ -234,7 +234,7 @@ def test_invalid_calibration_options_are_refused(tmp_path: Path) -> None:
     folder, other = (make_run(tmp_path / name, uncertain(name, 40, 1)) for name in ("test", "validation"))
     with pytest.raises(EchoError, match="--false_alarms is 5; give a share"):
         score.main([str(folder), "--calibration", str(other), "--false_alarms", "5"])
-    with pytest.raises(EchoError, match="contain no probabilities"):
+    with pytest.raises(EchoError, match="use --calibration with the folder of a run"):
         score.main(["--answers", "x.json", "--output", str(tmp_path / "out"), "--calibration", str(other)])
 
 

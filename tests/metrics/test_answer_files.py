@@ -251,7 +251,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, changes: list[dic
         (b"[1]\n", "is not an object"),
         (b'{"image": "a.png"}\n', "has no 'kind'"),
         (b'{"image": \n', r":1 is not JSON"),
-        (b"\xff\xfe{", "not UTF-8"),
+        (b"\xff\xfe{", "save it as text in UTF-8"),
     ],
 )
 def test_files_that_are_not_json_lines_are_refused(tmp_path: Path, content: bytes, message: str) -> None:

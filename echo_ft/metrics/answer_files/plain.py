@@ -12,7 +12,6 @@ it, each image is a part of its own.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,10 +22,12 @@ from typing import Any
 from echo_ft.data.text import without_stop
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import parse_letter
+from echo_ft.inputs import read_text, stays_inside
 from echo_ft.metrics.answer_files import GivenAnswers
 from echo_ft.metrics.mmad import MERGED_TYPES, from_predictions
 from echo_ft.metrics.prediction_table import misspelt_type
 from echo_ft.records import GOOD, GROUNDING, LETTERS, QUESTION_TYPES, UNKNOWN_CONDITION, Prediction
+from echo_ft.strict_yaml import read_json
 
 REQUIRED = ("image", "kind", "question", "options", "answer", "text")
 OPTIONAL = ("probabilities", "dataset", "product", "part", "condition")
@@ -47,9 +48,9 @@ def read_plain_answers(path: Path) -> GivenAnswers:
     rows: list[tuple[str, Prediction]] = []
     try:
         # splitlines would also split at U+2028, U+2029 and U+0085, which JSON does not escape.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise EchoError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+        lines = read_text(path, encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{path} cannot be read ({error}); save it as text in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             rows.append((f"{path}:{number}", _prediction(line, f"{path}:{number}")))
@@ -91,8 +92,8 @@ def _prediction(line: str, where: str) -> Prediction:
 
 def _checked_row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = read_json(line)
+    except ValueError as error:
         raise EchoError(f"{where} is not JSON ({error}); write one JSON object per line") from error
     if not isinstance(row, dict):
         raise EchoError(f"{where} is not an object; write one JSON object with an answer per line")
@@ -107,7 +108,7 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     for key in ("image", "kind", "question", "answer", "dataset", "product", "part", "condition"):
         if key in row and (not isinstance(row[key], str) or not row[key].strip()):
             raise EchoError(f"{where}: {key!r} is {row[key]!r}; it must be a text that is not empty")
-    if row["image"].startswith("/") or ".." in row["image"].split("/"):
+    if not stays_inside(row["image"]):
         raise EchoError(f"{where}: the image {row['image']} leads out of its folder; write a path relative to a folder")
     if row["text"] is not None and not isinstance(row["text"], str):
         raise EchoError(f"{where}: 'text' is {row['text']!r}; it must be a text, or null if there is no answer")

@@ -10,7 +10,6 @@ id of the clean one, so that answers to both files can be compared in pairs.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import one_line, parse_letter
+from echo_ft.inputs import read_bytes, read_json_file, stays_inside
 from echo_ft.metrics.answer_files import GivenAnswers
 from echo_ft.metrics.metric_values import AVERAGE, share_with_interval
 from echo_ft.metrics.prediction_table import PredictionTable
@@ -69,8 +69,8 @@ def load_robustmad(path: Path) -> tuple[list[AskedImage], list[Rejection]]:
     if not path.is_file():
         raise EchoError(f"there is no file {path}; give the path of RobustMAD_MCQ.json or RobustMAD_MCQ_low.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = read_json_file(path)
+    except (OSError, ValueError) as error:
         raise EchoError(f"{path} is not JSON ({error}); download RobustMAD_MCQ.json again") from error
     rows = content.get("images") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
@@ -97,12 +97,12 @@ def _asked_image(row: Any) -> tuple[AskedImage, list[Rejection]]:
     image, difficulty, reference = row["image_path"], row.get("difficulty"), row.get("reference_image_path")
     if not image.startswith(f"{row['dataset']}/{row['category']}/"):
         raise ValueError(f"the path {image} does not start with {row['dataset']}/{row['category']}/")
-    if any(".." in str(name).split("/") or str(name).startswith("/") for name in (image, reference)):
-        raise ValueError(f"the path of {image} or of its reference leads out of the root")
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"the difficulty of {image} is {difficulty!r}; it must be {' or '.join(DIFFICULTIES)}")
     if reference is not None and not isinstance(reference, str):
         raise ValueError(f"the reference of {image} is {reference!r}; it must be a path")
+    if not all(stays_inside(name) for name in (image, reference or image)):
+        raise ValueError(f"the path of {image} or of its reference leads out of the root")
     identifier, degradation = clean_path(image)
     questions, rejections = [], []
     asked = row.get("questions")
@@ -180,7 +180,7 @@ def read_robustmad_answers(path: Path, rows: Sequence[Any], questions: Path | No
     degradations = sorted({DEGRADATIONS[image.degradation] for image in images if image.degradation})
     provenance = {
         "questions_file": str(questions),
-        "questions_fingerprint": fingerprint_bytes(questions.read_bytes()),
+        "questions_fingerprint": fingerprint_bytes(read_bytes(questions)),
         "corruption": ", ".join(degradations) or None,
     }
     return GivenAnswers(predictions, rejections, letters=letters, warnings=warnings, provenance=provenance)
