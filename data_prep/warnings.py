@@ -12,7 +12,7 @@ from data_prep.sources import LinkOutside
 from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
 from echo_ft.data.splits import divided_parts, part_key
-from echo_ft.images.masks import mask_files
+from echo_ft.images.masks import is_marked, mask_files
 from echo_ft.records import GOOD, ROLES, Inspection
 
 
@@ -37,6 +37,7 @@ def build_warnings(
         *_leakage_warnings(draft, cases, digests),
         *_one_sided_roles(counts, config.routing),
         *_balanced_away(draft, unused),
+        *(_without_boxes(cases) if config.grounding else ()),
         *_uneven_depths(draft),
         *_readings(draft),
         *_links(draft),
@@ -160,6 +161,17 @@ def _one_sided_roles(counts: Mapping[str, Any], routing: str) -> Iterator[str]:
                 f"{role} has {more['rows']} training rows of {present} cases but none of {missing} ones, so they "
                 f"cannot be balanced{reason}"
             )
+
+
+def _without_boxes(cases: Sequence[Inspection]) -> Iterator[str]:
+    """Defective images without marks: nothing is known about their boxes."""
+    defective = [one for one in cases if one.condition != GOOD]
+    unmarked = [one.image for one in defective if not is_marked(one)]
+    if unmarked:
+        yield (
+            f"{len(unmarked)} of {len(defective)} defective images have no mask, polygon or box, so grounding asks "
+            f"nothing about them: {first_names(unmarked)}; mark their defects, or the model learns to answer none"
+        )
 
 
 def _balanced_away(draft: DatasetDraft, unused: Sequence[Inspection]) -> Iterator[str]:

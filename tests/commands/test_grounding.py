@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from echo_ft.images.boxes import format_boxes, parse_boxes, target_boxes, to_tho
 from echo_ft.images.decode import image_size
 from echo_ft.records import GOOD, GROUNDING, Exchange, Inspection, Prediction, Question
 from evaluation import compare, score
-from tests.support.drawn_manifest import draw_manifest, make_config, read_rows, write_part_knowledge
+from tests.support.drawn_manifest import draw_manifest, edit_rows, make_config, read_rows, write_part_knowledge
 from tests.support.predictions import box_prediction
 from tests.support.runs import make_run, predictions
 
@@ -48,6 +49,25 @@ def test_a_build_adds_one_question_per_image_and_changes_no_other(raw: Path, bui
     manifest = json.loads((built / "manifest.json").read_text())
     assert manifest["counts"]["questions"][GROUNDING] == len(about_boxes)
     assert manifest["config"]["grounding"] is True
+    assert not any("grounding" in warning for warning in read_warnings(built))
+
+
+def test_defects_without_marks_are_reported(raw: Path, tmp_path: Path) -> None:
+    manifest = Path(shutil.copytree(raw.parent, tmp_path / "raw")) / raw.name
+    edit_rows(manifest, lambda row: row.pop("mask", None) if row["condition"] == "dent" else None)
+    build(make_config(manifest, tmp_path / "out", grounding=True, split="seeded"))
+    (warning,) = [one for one in read_warnings(tmp_path / "out") if "grounding" in one]
+    assert warning.startswith("6 of 12 defective images have no mask, polygon or box, so grounding asks nothing")
+    assert "cap/dent-0-1.png" in warning
+    asked = {
+        one.inspection for one in read_rows(tmp_path / "out", "questions.jsonl", Question) if one.kind == GROUNDING
+    }
+    assert not any("dent" in name for name in asked)
+    assert any("stain" in name for name in asked)
+
+
+def read_warnings(folder: Path) -> list[str]:
+    return list(json.loads((folder / "manifest.json").read_text())["warnings"])
 
 
 def test_decision_makers_train_on_boxes_of_normal_and_defective_parts(built: Path) -> None:

@@ -17,6 +17,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts import roles
 from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail
 from echo_ft.experts.targets import training_exchanges
+from echo_ft.images.boxes import parse_boxes
 from echo_ft.model.rows import IGNORED
 from echo_ft.records import GOOD, GROUNDING, Branch, Case, Exchange, Generation, Inspection, Question, Upstream
 from tests.conftest import ROOT
@@ -152,7 +153,9 @@ def test_rows_train_on_qwen2_vls_tokens_and_refuse_them_anywhere_else(case, row_
     assert f"{BOXES}<|im_end|>" in trained
     start = row_builder.tokenizer.convert_tokens_to_ids("<|box_start|>")
     assert (row.labels == start).sum() == (row.input_ids == start).sum() == 1, "one token, only in the completion"
-    assert row_builder.tokenizer.decode(row.labels[row.labels != IGNORED], skip_special_tokens=True).count("<|") == 0
+    tokens = row_builder.tokenizer(BOXES)["input_ids"]
+    assert len(tokens) < 24, "five boxes fit into MAX_NEW_TOKENS"
+    assert parse_boxes(row_builder.tokenizer.decode(tokens, skip_special_tokens=True)) == parse_boxes(BOXES)
     exported = [one["completion"][0]["content"] for one in prompt_completion_rows(exchange, ["a", "b"])]
     assert BOXES in exported
     branch = exchange.branches[-1]
