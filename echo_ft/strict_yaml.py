@@ -85,7 +85,7 @@ def _check_nodes(root: yaml.Node) -> None:
             )
         elif id(node) not in sizes:
             open_nodes.add(id(node))
-            if len(open_nodes) > 2 * MAX_DEPTH:
+            if len(open_nodes) > MAX_DEPTH:
                 raise yaml.constructor.ConstructorError(
                     problem=f"it has more than {MAX_DEPTH} levels", problem_mark=node.start_mark
                 )

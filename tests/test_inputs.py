@@ -91,7 +91,7 @@ def merges(levels: int) -> str:
         (merges(10), "aliases and merge keys repeat"),
         ("a: &a [*a]", "stands for the value that holds it"),
         ("[" * 5_000, "nested too deeply"),
-        ("[" * 140 + "]" * 140, "more than 64 levels"),
+        ("[" * 65 + "]" * 65, "more than 64 levels"),
         ("a: !!timestamp x", "a value cannot be read"),
         ("a: !!bool x", "a value cannot be read"),
         ("a: !!int ''", "a value cannot be read"),

@@ -80,7 +80,7 @@ def read(config: SourceConfig) -> Items:
             if fault:
                 raise RowError(fault)
             inspection = _inspection(row, image, config, path.stem)
-            if inspection.boxes:
+            if inspection.boxes and inspection.mask is None:
                 frame_of(config.root, image, (None, None)).boxes(inspection.boxes)
             yield inspection
         except RowError as error:

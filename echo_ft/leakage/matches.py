@@ -236,6 +236,6 @@ def file_digests(paths: Sequence[Path]) -> Iterator[bytes]:
     for path in paths:
         try:
             yield content_hash(path)
-        except OSError as error:
-            reason = f"{path} cannot be opened ({error.strerror})"
+        except (OSError, ValueError) as error:
+            reason = f"{path} cannot be opened ({error.strerror if isinstance(error, OSError) else error})"
             raise EchoError(f"{reason}; restore it or rebuild the dataset") from error

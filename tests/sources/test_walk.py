@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.build import build
+from data_prep.collect import check_records
 from data_prep.config import BuildConfig
 from data_prep.sources import LinkOutside, SourceConfig, folder, manifest, visa
+from data_prep.truth import merge_records
 from echo_ft.data.knowledge import read_knowledge
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder, walk
 from tests.support import folder_layouts
-from tests.support.folder_layouts import LAYOUTS, draw, draw_mask, labelme_file, split_items, write_json
+from tests.support.folder_layouts import LAYOUTS, draw, draw_mask, labelme_file, split_items, write_csv, write_json
 
 
 def read(name: str, config: SourceConfig):
@@ -259,3 +261,25 @@ def test_companions_do_not_cost_a_defect_with_several_masks(tmp_path):
     assert made["rejected"] == 0
     rows = [json.loads(row) for row in (tmp_path / "out/inspections.jsonl").read_text().splitlines()]
     assert {row["image"] for row in rows} == set(layout.images)
+
+
+@pytest.mark.parametrize(
+    ("below_links", "used"),
+    [(False, {"a.png", "inside.png"}), (True, {"a.png", "inside.png", "disk/b.png"}), (None, None)],
+)
+def test_links_out_of_the_root_are_refused_by_name_unless_allowed(tmp_path, below_links, used):
+    root = tmp_path / "root"
+    for path in (root / "a.png", tmp_path / "b.png", tmp_path / "other/b.png"):
+        draw(path)
+    (root / "inside.png").symlink_to("a.png")
+    (root / "out.png").symlink_to("../b.png")
+    (root / "disk").symlink_to("../other")
+    names = ("a.png", "inside.png", "out.png", "disk/b.png")
+    rows = [{"image": name, "product": "cap", "condition": "good"} for name in names]
+    path = write_csv(root / "parts.csv", rows, ["image", "product", "condition"])
+    records = merge_records(manifest.read(SourceConfig(root, path)))
+    usable = check_records(records, root, below_links)
+    assert {one.image for one in usable.inspections} == (used or set(names))
+    refused = [one.item for one in usable.rejections]
+    assert refused == [name for name in names if name not in (used or names)]
+    assert all("is a link out of the root to" in one.reason for one in usable.rejections)
