@@ -21,6 +21,7 @@ from echo_ft.metrics.comparison import build_comparison
 from echo_ft.metrics.grounding.comparison import compare_boxes
 from echo_ft.terminal import LOGGER
 from echo_ft.tracking import REPORT_TO
+from evaluation.case_images import IMAGE_CHOICES, IMAGES_HELP, ImageStore
 from evaluation.pages import compare_page
 from evaluation.run_groups import PROTOCOL, read_groups
 from evaluation.terminal import print_comparison
@@ -45,6 +46,7 @@ class CompareConfig:
     output: str | None = field(
         default=None, metadata={"help": "Output folder. Default: `compare` next to the last run."}
     )
+    images: str = field(default="auto", metadata={"help": IMAGES_HELP, "choices": list(IMAGE_CHOICES)})
     report_to: str = field(default="none", metadata=REPORT_TO)
 
 
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> None:
     output = Path(config.output) if config.output else groups[-1].runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "comparison.json", comparison)
-    write_text(output / "compare.html", compare_page(comparison, groups))
+    images = ImageStore(output / "compare.html", config.images)
+    write_text(output / "compare.html", compare_page(comparison, groups, images))
     print(f"wrote comparison.json, compare.html to {output}\n")
     for warning in comparison["warnings"]:
         LOGGER.warning(warning)

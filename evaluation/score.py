@@ -34,6 +34,7 @@ from echo_ft.metrics.mmad import from_predictions, write_answers
 from echo_ft.metrics.report import build_report, calibrate_run
 from echo_ft.terminal import LOGGER
 from echo_ft.tracking import REPORT_TO
+from evaluation.case_images import IMAGE_CHOICES, IMAGES_HELP, ImageStore
 from evaluation.pages import report_page
 from evaluation.terminal import print_report
 from evaluation.wandb_log import log_evaluation
@@ -69,6 +70,7 @@ class ScoreConfig:
         default=0.05,
         metadata={"help": "Largest share of false alarms on normal images at the calibrated threshold."},
     )
+    images: str = field(default="auto", metadata={"help": IMAGES_HELP, "choices": list(IMAGE_CHOICES)})
     report_to: str = field(default="none", metadata=REPORT_TO)
     gate: str | None = field(
         default=None,
@@ -104,7 +106,8 @@ def main(argv: list[str]) -> None:
     report = {**build_report(name, run, given.official, calibration, given.letters), "gate": gate}
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "report.json", report)
-    write_text(output / "report.html", report_page(report, run))
+    images = ImageStore(output / "report.html", config.images)
+    write_text(output / "report.html", report_page(report, run, images))
     written = ["report.json", "report.html"]
     if config.run is not None:
         write_answers(output / "answers.json", given.official)

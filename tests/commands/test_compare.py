@@ -101,7 +101,7 @@ def test_runs_of_several_seeds_are_shown_as_mean_and_spread(tmp_path: Path, caps
     page = (tmp_path / "out" / "compare.html").read_text()
     require_self_contained(page)
     assert f"mean of 3, sd {deviation:.1f}" in page
-    assert page.count("<polyline") == 4
+    assert page.count("<polyline") == 8, "a ROC curve and a reliability curve per run"
 
 
 def test_the_interval_of_several_runs_includes_their_variation(tmp_path: Path) -> None:

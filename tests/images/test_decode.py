@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from data_prep.preview import load_scaled
 from echo_ft.errors import EchoError
 from echo_ft.images import decode, masks
 from echo_ft.retrieval import descriptors
-from evaluation import pages
+from evaluation.case_images import encode_image
 
 SIZE = (64, 16)
 
@@ -58,7 +57,7 @@ def test_other_greyscale_formats_are_scaled_too(tmp_path, dtype):
 def test_every_reader_of_images_scales_to_8_bits(tmp_path):
     """Pillow on its own would return a white image with a single value."""
     path, plain = save(tmp_path / "a.png", ramp(65535)), save(tmp_path / "b.png", ramp(255, "u1"))
-    shown = Image.open(io.BytesIO(base64.b64decode(str(pages.thumbnail_uri(tmp_path, path.name)).partition(",")[2])))
+    shown = Image.open(io.BytesIO(encode_image(path)))
     assert len(np.unique(np.asarray(shown.convert("L")))) > 32
     np.testing.assert_allclose(masks.load_grey(path, SIZE), masks.load_grey(plain, SIZE), atol=0.005)
     assert len(np.unique(np.asarray(load_scaled(path)))) > 32
