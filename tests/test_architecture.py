@@ -224,6 +224,7 @@ OTHER_OPENERS = {
     ("echo_ft/training/checkpoints.py", "file.read_text"): "state that training saved",
     ("echo_ft/training/checkpoints.py", "(checkpoint / 'trainer_state.json').read_text"): "state that training saved",
     ("echo_ft/training/mask_loss.py", "load_file"): "heads that training saved, by safetensors",
+    ("train/doctor.py", "limit.read_text"): "the memory limit of a container, from the kernel",
 }
 """Other calls that open or parse files in the library and the commands, and what they read."""
 
