@@ -24,7 +24,7 @@ from data_prep.config import BuildConfig
 from data_prep.manifest import condition_summary, image_digests, make_manifest, rejection_summary
 from data_prep.prepare import draft_dataset
 from data_prep.preview import write_preview
-from data_prep.progress import first_rejection
+from data_prep.rejections import first_rejection
 from data_prep.training_rows import write_training_rows
 from data_prep.upstream import check_images, check_runs, describe_runs, read_runs
 from data_prep.workspace import workspace

@@ -14,13 +14,14 @@ from typing import Any
 from data_prep import sources
 from data_prep.config import BuildConfig
 from data_prep.faults import ImageCheck, boxes_fault, check_image, mask_fault, name_fault, orientation_fault
-from data_prep.progress import first_rejection, progress
+from data_prep.rejections import first_rejection
 from data_prep.truth import SourceRecords, merge_records
 from echo_ft.data.splits import check_fractions
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
 from echo_ft.images.masks import mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
+from echo_ft.terminal import progress
 
 CheckFile = Callable[..., ImageCheck]
 """`check_image`, which keeps its results."""

@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.progress import progress
 from echo_ft.config import parse, run_main
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.data.export_rows import SHAREGPT, message_rows, prompt_completion_rows
@@ -27,6 +26,7 @@ from echo_ft.files import atomic_folder, read_jsonl, write_json
 from echo_ft.images.decode import READ_ERRORS, load_image, open_image, orientation
 from echo_ft.provenance import commit, versions
 from echo_ft.records import ROLES, Exchange
+from echo_ft.terminal import progress
 
 PORTABLE_MODES = ("RGB", "L")
 """Pillow modes that every library converts to the same RGB pixels."""

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from data_prep.collect import check_config, source_items
 from data_prep.config import BuildConfig
-from data_prep.progress import progress
 from echo_ft.config import parse, run_main
 from echo_ft.errors import EchoError
 from echo_ft.processes import join_processes
 from echo_ft.records import Inspection
 from echo_ft.retrieval.descriptor_cache import DescriptorCache, extract_missing, hash_files
 from echo_ft.retrieval.descriptors import load_extractor
+from echo_ft.terminal import progress
 
 
 def main(argv: list[str]) -> None:

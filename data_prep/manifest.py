@@ -10,7 +10,6 @@ from typing import Any
 
 from data_prep.config import BuildConfig
 from data_prep.prepare import DatasetDraft
-from data_prep.progress import progress
 from data_prep.training_rows import SideCounts
 from data_prep.warnings import build_warnings
 from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint
@@ -21,6 +20,7 @@ from echo_ft.images.masks import mask_files
 from echo_ft.inputs import read_bytes
 from echo_ft.provenance import commit, content_hash, fingerprint_bytes, fingerprint_files, versions
 from echo_ft.records import GOOD, Inspection
+from echo_ft.terminal import progress
 
 MAX_CONDITIONS = 6
 """Number of defects that a summary names. It counts the rarer ones together."""

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from data_prep.collect import Readings, UsableImages
 from data_prep.config import BuildConfig
-from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
 from echo_ft.data.dataset import make_cases, without_held_out, without_synthetic
 from echo_ft.data.dataset_questions import write_dataset_questions
@@ -30,6 +29,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, to_json, write_jsonl
 from echo_ft.records import GOOD, Case, Inspection, Knowledge, Question, Reference, Rejection
 from echo_ft.retrieval.references import find_references, references_in_left_out_fold
+from echo_ft.terminal import progress
 
 _R = TypeVar("_R", Reference, Question)
 

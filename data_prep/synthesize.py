@@ -41,7 +41,6 @@ from PIL import Image
 
 from data_prep.collect import check_config, usable_images
 from data_prep.config import BuildConfig
-from data_prep.progress import progress
 from data_prep.sources import inferred_dataset_name
 from data_prep.sources._rows import condition_cell
 from data_prep.sources.manifest import COLUMNS
@@ -55,6 +54,7 @@ from echo_ft.images.masks import load_mask
 from echo_ft.images.synthetic_defects import DEFECT_METHODS, SyntheticDefect, make_defect
 from echo_ft.provenance import commit, versions
 from echo_ft.records import GOOD, Inspection, Knowledge, Question, Rejection
+from echo_ft.terminal import progress
 
 SYNTHETIC_FORMAT = "echo-ft synthetic 1"
 """`format` in manifest.json."""

@@ -15,11 +15,11 @@ from typing import IO
 
 from data_prep.config import BuildConfig
 from data_prep.prepare import TRAINING_SPLITS, DatasetDraft
-from data_prep.progress import progress
 from data_prep.upstream import UpstreamRun, predicted_upstream
 from echo_ft.experts.targets import CACHED_IMAGES, gold_upstream, load_compared, training_exchanges
 from echo_ft.files import to_json
 from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection
+from echo_ft.terminal import progress
 
 SideCounts = dict[str, dict[str, int]]
 """Number of `cases` (with repeats) and `rows` of the `normal` and the `defective` side in a file of training rows.

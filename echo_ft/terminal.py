@@ -6,6 +6,10 @@ import io
 import logging
 import sys
 import unicodedata
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 LOGGER = logging.getLogger("echo_ft")
 """The logger of the library: progress at level INFO, warnings and errors above.
@@ -51,6 +55,43 @@ def log_to_terminal() -> None:
         LOGGER.addHandler(TerminalHandler())
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+
+
+QUIET_SECONDS = 10
+"""Seconds between two lines of progress in a log, and before the first one."""
+
+
+def progress(
+    items: Iterable[Any] | None, description: str, unit: str, total: int | None = None, disable: bool = False
+) -> tqdm[Any]:
+    """Show on stderr how much work is done and left: a bar on a terminal, a line every QUIET_SECONDS in a log.
+
+    Iterate over the result to get the `items`, or call its `update(count)` if they are None. `total` is the number of
+    items if they have no length, and `unit` their name in the plural. `disable` shows nothing.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, description, total, unit=f" {unit}", disable=disable)
+    line = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, {remaining} left"
+    options: dict[str, Any] = {"bar_format": line, "mininterval": QUIET_SECONDS, "delay": QUIET_SECONDS, "leave": False}
+    return _ProgressLines(items, description, total, unit=f" {unit}", disable=disable, **options)
+
+
+class _ProgressLines(tqdm):
+    """Progress in a log. tqdm itself would write one long line with carriage returns."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        """Return a function that writes a status as a line of its own."""
+
+        def write(status: str) -> None:
+            file.write(f"{status}\n")
+            file.flush()
+
+        return write
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the status. A log has nothing to clear, which tqdm asks for with an empty `msg`."""
+        return msg != "" and bool(super().display(msg, pos))
 
 
 def format_gib(count: int) -> str:

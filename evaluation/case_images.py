@@ -14,6 +14,7 @@ from echo_ft.html import jpeg_bytes, thumbnail
 from echo_ft.images import decode, masks
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Case
+from echo_ft.terminal import progress
 
 IMAGE_CHOICES = ("auto", "page", "folder", "none")
 """Where the images of a page are: `auto` is the page for up to EMBEDDED_IMAGES of them, and a folder for more."""
@@ -70,7 +71,8 @@ class ImageStore:
         if self.place == "page" or (self.place == "auto" and len(paths) <= EMBEDDED_IMAGES):
             with ThreadPoolExecutor(decode.READER_THREADS) as pool:
                 jpegs = pool.map(lambda path: encode_image(self._path(path)), paths)
-                self.embedded = [base64.b64encode(jpeg).decode() for jpeg in jpegs]
+                shown = progress(jpegs, "embedding images", "images", len(paths))
+                self.embedded = [base64.b64encode(jpeg).decode() for jpeg in shown]
             return [""] * len(paths)
         return self._write(paths)
 
@@ -94,7 +96,7 @@ class ImageStore:
             return bool(jpeg)
 
         with ThreadPoolExecutor(decode.READER_THREADS) as pool:
-            written = list(pool.map(write, paths, names))
+            written = list(progress(pool.map(write, paths, names), "writing images", "images", len(paths)))
         for old in self.folder.glob("*.jpg"):
             if old.name not in set(names):
                 old.unlink()

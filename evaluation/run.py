@@ -18,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from echo_ft import config as configs
 from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
@@ -42,7 +40,7 @@ from echo_ft.provenance import (
     versions,
 )
 from echo_ft.records import Case
-from echo_ft.terminal import LOGGER
+from echo_ft.terminal import LOGGER, progress
 from evaluation.config import (
     BATCH_OPTIONS,
     RunConfig,
@@ -197,11 +195,11 @@ def run_remaining(
             require_unchanged(prepared.dataset, shown_images(batches))
             count = sum(len(batch) for batch in batches)
             part = f", process 1 of {processes.count}" if processes.count > 1 else ""
-            with tqdm(total=count, unit="case", desc=f"four experts{part}", disable=not processes.first) as progress:
+            with progress(None, f"four experts{part}", "cases", count, disable=not processes.first) as bar:
 
                 def write(case: Case, outcome: Outcome) -> None:
                     folder.write(case, outcome)
-                    progress.update()
+                    bar.update()
 
                 if config.server is None:
                     generate = (make or load_engine)(prepared, state.device).generate

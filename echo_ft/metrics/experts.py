@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from echo_ft.data.text import SENTENCE_ENDS, sentences, without_stop
 from echo_ft.errors import EchoError
@@ -27,6 +26,7 @@ from echo_ft.metrics import intervals
 from echo_ft.metrics.metric_values import metric_interval, share_with_interval
 from echo_ft.metrics.prediction_table import PredictionTable
 from echo_ft.records import Case, Entry, Reference, Trace
+from echo_ft.terminal import progress
 
 BEST_REFERENCE = "best_reference"
 """Metric of the reference extractor: its choice among several candidates."""
@@ -114,7 +114,7 @@ def _judge_all_by_images(
 
     with ThreadPoolExecutor(READER_THREADS) as pool:
         found = pool.map(judge, cases)
-        return list(tqdm(found, "scoring the experts", len(cases), leave=False, disable=None))
+        return list(progress(found, "scoring the experts", "cases", len(cases)))
 
 
 def _score(
