@@ -51,6 +51,9 @@ TRAINING_SPLITS, EVALUATION_SPLITS = ("train", "validation"), ("test",)
 DISJOINT_PRODUCT_SPLITS = ("by_product", "by_dataset")
 """Values of a build's `split` that promise each product on one side only."""
 
+FEW_IMAGES = 20
+"""Training images of a product below which two of its parts may pass for one: too few show how alike its parts are."""
+
 MAX_PAIRS = 60
 """Pairs on the page at most."""
 
@@ -137,14 +140,14 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         for match in matches
     ]
     findings = [
-        *_findings_by_pixels(pairs, evaluated),
+        *_findings_by_pixels(pairs, training, evaluated),
         *_findings_by_records(training, evaluated, _products_must_differ(config, train)),
     ]
     leaks = [finding for finding in findings if finding.leak and finding.count]
     output = config.output or train.folder
     report = {
         "format": AUDIT_FORMAT,
-        "verdict": _verdict(leaks, train, evaluation),
+        "verdict": _verdict(findings, train, evaluation),
         "leak": bool(leaks),
         "output": str(output),
         "train": _describe_side(training, TRAINING_SPLITS),
@@ -192,21 +195,27 @@ def _describe_pair(match: Match, train_image: str, query: str, training: Side, e
     }
 
 
-def _findings_by_pixels(pairs: Sequence[Mapping[str, Any]], evaluated: Side) -> list[Finding]:
-    total = len(evaluated.cases)
+def _findings_by_pixels(pairs: Sequence[Mapping[str, Any]], training: Side, evaluated: Side) -> list[Finding]:
+    total, trained = len(evaluated.cases), _images_per_product(training)
 
-    def finding(name: str, predicate: str, found: Sequence[Mapping[str, Any]]) -> Finding:
+    def finding(name: str, predicate: str, found: Sequence[Mapping[str, Any]], leak: bool = True) -> Finding:
         images = tuple(dict.fromkeys(pair["asked"] for pair in found))
-        return Finding(name, True, len(images), f"of {total} test images {predicate}", images)
+        return Finding(name, leak, len(images), f"of {total} test images {predicate}", images)
 
     copies = [pair for pair in pairs if pair["kind"] == "copy"]
     near = [pair for pair in pairs if pair["kind"] != "copy"]
     references = [pair for pair in pairs if "reference" in pair["as"]]
+    doubtful = [pair for pair in near if trained[training.products.get(pair["trained"], "")] < FEW_IMAGES]
     return [
         finding("copies", "are identical to a training image", copies),
         finding("near-duplicates", "show the same surface as a training image", near),
         finding("references", "were shown as a normal reference in training", references),
+        finding("few images", f"match in a product with fewer than {FEW_IMAGES} training images", doubtful, leak=False),
     ]
+
+
+def _images_per_product(side: Side) -> Counter[str]:
+    return Counter(side.products.get(path, "") for path in {*side.cases, *side.references})
 
 
 def _findings_by_records(training: Side, evaluated: Side, products_must_differ: bool) -> list[Finding]:
@@ -219,8 +228,7 @@ def _findings_by_records(training: Side, evaluated: Side, products_must_differ: 
         trained_references = test_references.keys() & _contents(training, sorted(training.cases)).keys()
     names = {name for _, name in _products(training)} & {name for _, name in _products(evaluated)}
     namesakes = names - {name for _, name in products}
-    images_per_product = Counter(training.products.get(path, "") for path in {*training.cases, *training.references})
-    crowded = [name for name, count in images_per_product.items() if count > NEAREST_HASHES]
+    crowded = [name for name, count in _images_per_product(training).items() if count > NEAREST_HASHES]
     allowed = "" if products_must_differ else ", as this split allows"
     return [
         Finding("groups", True, len(groups), "groups have images on both sides", _joined(groups)),
@@ -275,11 +283,14 @@ def _joined(keys: Collection[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple("/".join(key) for key in sorted(keys))
 
 
-def _verdict(leaks: Sequence[Finding], train: Dataset, evaluation: Dataset) -> str:
+def _verdict(findings: Sequence[Finding], train: Dataset, evaluation: Dataset) -> str:
+    leaks = [f"{finding.count} {finding.words}" for finding in findings if finding.leak and finding.count]
     if not leaks:
         return f"no leak found: no training data of {train.folder} is in the test split of {evaluation.folder}"
-    found = "; ".join(f"{finding.count} {finding.words}" for finding in leaks)
-    return f"LEAK: training data of {train.folder} is in the test split of {evaluation.folder}: {found}"
+    doubtful = next(finding.count for finding in findings if finding.name == "few images")
+    if doubtful:
+        leaks.append(f"look at the pairs: {doubtful} may be other parts, because their product has few images")
+    return f"LEAK: training data of {train.folder} is in the test split of {evaluation.folder}: {'; '.join(leaks)}"
 
 
 def _describe_side(side: Side, splits: Sequence[str]) -> dict[str, Any]:

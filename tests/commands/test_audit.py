@@ -82,7 +82,9 @@ def test_audit_reports_leaks_with_images_and_stores_the_verdict(tmp_path):
     assert {finding["name"]: finding["count"] for finding in report["findings"] if finding["count"]} == {
         "copies": 1,
         "near-duplicates": 1,
+        "few images": 1,
     }
+    assert report["verdict"].endswith("look at the pairs: 1 may be other parts, because their product has few images")
     page = (tmp_path / "report" / "audit.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert not re.search(r"https?://|<script|<link", page)
@@ -93,6 +95,18 @@ def test_audit_reports_leaks_with_images_and_stores_the_verdict(tmp_path):
     assert audits["of evaluation"]["leak"] is True
     assert audits["of evaluation"]["verdict"] == report["verdict"]
     assert load_dataset(train).manifest["warnings"] == []
+
+
+def test_near_duplicates_are_doubtful_only_in_products_with_few_images(tmp_path, monkeypatch):
+    rows = clean_rows(tmp_path)
+    leak = make_leak(tmp_path / "train3.png", tmp_path / "leak", "re-encoding", np.random.default_rng(0))
+    rows.append(Inspection(leak.name, leak.name, "line", "ring", "good", leak.name, "test"))
+    folder = dataset(tmp_path / "parts", rows)
+    assert audit_findings(AuditConfig([folder]))["few images"] == (1, False)
+    monkeypatch.setattr("data_prep.audit.FEW_IMAGES", 5)
+    found = audit(AuditConfig([folder]))
+    assert {one["name"]: one["count"] for one in found["findings"]}["few images"] == 0
+    assert found["leak"] and "few images" not in found["verdict"]
 
 
 def test_clean_dataset_exits_with_0_and_gets_a_report(tmp_path):
