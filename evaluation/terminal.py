@@ -251,8 +251,10 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         print("\n" + text_table(_difference_rows(difference, comparison["baseline"], comparison["headline"], keys)))
     if comparison["boxes"]:
         print_compared_boxes(comparison["boxes"])
-    print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. Fewer false alarms and")
-    print("escapes are better. won, lost: questions that only one of the two runs answered correctly. p: exact McNemar")
+    print("\nAUROC, recall and specificity range from 0 to 1; all other scores are percentages. False alarms and")
+    print(
+        "escapes should be low. won, lost: questions that only one of the two runs answered correctly. p: exact McNemar"
+    )
     print("test on these, Holm-corrected\n")
     for difference in comparison["differences"]:
         print(difference["verdict"])

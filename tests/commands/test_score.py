@@ -319,7 +319,8 @@ def test_defective_images_that_count_as_officially_normal_are_reported(
 def test_page_shows_the_images_if_the_dataset_is_reachable(tmp_path: Path) -> None:
     dataset = tmp_path / "dataset"
     dataset.mkdir()
-    (dataset / "manifest.json").write_text(json.dumps({"format": DATASET_FORMAT, "root": ".", "fingerprint": "f00d"}))
+    manifest = {"format": DATASET_FORMAT, "root": ".", "fingerprint": "f00d", "config": {}}
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
     Image.new("RGB", (32, 32), "red").save(dataset / "0.png")
     (dataset / "1.png").write_text("no image")
     folder = make_run(tmp_path / "base", predictions(0.8, images=2), dataset=str(dataset))
