@@ -1,0 +1,187 @@
+"""Watch a folder for new images, finished files only and each once, and post results to a webhook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+import httpx
+
+from echo_ft.errors import EchoError
+from echo_ft.files import list_folder, lock_folder, open_append, read_complete_rows, to_json, write_jsonl
+from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
+from echo_ft.inference.inspector import IMAGE_SUFFIXES
+from echo_ft.terminal import LOGGER
+
+STATE_FILE = ".echo-ft-inspected.jsonl"
+"""Hidden file in a watched folder that lists the images that are done."""
+
+SETTLED_SECONDS = 2.0
+"""How long an image must stay unchanged before it counts as finished."""
+
+BROKEN_SECONDS = 30.0
+"""How long an unreadable image must stay unchanged before it counts as broken, because a camera may write in pauses."""
+
+POLL_SECONDS = 0.5
+"""Time between two looks at the folder."""
+
+WEBHOOK_SECONDS, WEBHOOK_PATIENCE = 10.0, 600.0
+"""How long one request to a webhook may take, and how long requests are repeated."""
+
+
+@dataclass(frozen=True)
+class InspectedFile:
+    """An image that is done. A file with another size or time counts as a new image."""
+
+    image: str
+    """The file name."""
+    size: int
+    modified: int
+    """Time of the last change in nanoseconds."""
+    error: str | None = None
+    """Why the image could not be inspected."""
+
+
+class FolderWatch:
+    """The new images of a folder. Use it in a `with` block: only one process can watch a folder at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Read which images of `folder` are done. Raises EchoError if it is missing or another process watches it."""
+        if not folder.is_dir():
+            raise EchoError(f"there is no folder {folder} to watch; create it or check the path")
+        self.folder, self.clock, self.sleep = folder, clock, sleep
+        self._state = folder / STATE_FILE
+        self._pending: dict[str, tuple[tuple[int, int], float]] = {}
+        """The size and time of each file that is not finished, and since when it has them."""
+        try:
+            self._lock = lock_folder(folder, "folder")
+            present = {path.name for path in list_folder(folder)}
+            rows = [row for row in read_complete_rows(self._state, InspectedFile) if row.image in present]
+            self._done = {row.image: (row.size, row.modified) for row in rows}
+            write_jsonl(self._state, rows)  # without a line that a crash has cut
+            self._file: TextIO = open_append(self._state)
+        except OSError as error:
+            raise EchoError(
+                f"{folder} cannot be written ({error.strerror}), so images would be inspected again after a restart; "
+                "give write permission"
+            ) from error
+
+    def __enter__(self) -> FolderWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._file, self._lock):
+            with suppress(OSError):
+                file.close()
+
+    def images(self) -> Iterator[tuple[Path, str | None]]:
+        """Yield each finished image, oldest first, and why it cannot be read, if so. Waits for new ones forever.
+
+        An image is done when the next one is asked for. If the caller stops before, it is yielded again after a
+        restart. Raises EchoError if the folder cannot be read.
+        """
+        while True:
+            for path, version, error in self._finished():
+                yield path, error
+                self._record(InspectedFile(path.name, *version, error))
+            self.sleep(POLL_SECONDS)
+
+    def _finished(self) -> list[tuple[Path, tuple[int, int], str | None]]:
+        now, found, names = self.clock(), [], set()
+        for path in list_folder(self.folder):
+            if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+                continue
+            try:
+                stat = path.stat()
+            except OSError:  # deleted meanwhile
+                continue
+            version = stat.st_size, stat.st_mtime_ns
+            names.add(path.name)
+            if self._done.get(path.name) == version:
+                continue
+            known, since = self._pending.get(path.name, (None, now))
+            if known != version:
+                self._pending[path.name] = version, now
+            elif now - since >= SETTLED_SECONDS:
+                error = _read_error(path)
+                if error is None or now - since >= BROKEN_SECONDS:
+                    found.append((path, version, error))
+        for gone in (*self._done.keys() - names, *self._pending.keys() - names):
+            self._done.pop(gone, None)
+            self._pending.pop(gone, None)
+        return sorted(found, key=lambda one: (one[1][1], one[0].name))
+
+    def _record(self, row: InspectedFile) -> None:
+        self._file.write(to_json(row) + "\n")
+        self._file.flush()
+        self._done[row.image] = row.size, row.modified
+        self._pending.pop(row.image, None)
+
+
+def _read_error(path: Path) -> str | None:
+    try:
+        decode(path)
+    except READ_ERRORS as error:
+        return describe_read_error(error)
+    return None
+
+
+def check_webhook(url: str) -> None:
+    """Raise EchoError if `url` is not the address of a webhook."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EchoError(f"--webhook {url} is not an address; give one such as https://HOST/PATH")
+
+
+def post(
+    url: str, content: Any, sleep: Callable[[float], None] = time.sleep, patience: float = WEBHOOK_PATIENCE
+) -> None:
+    """Post JSON to a webhook, and repeat the request for `patience` seconds while the webhook is not available.
+
+    No redirect is followed, because it could send the results to another host. Raises EchoError if the webhook
+    redirects, rejects the request or stays unavailable.
+    """
+    waited, wait = 0.0, 1.0
+    while True:
+        try:
+            reply = httpx.post(
+                url,
+                content=to_json(content).encode(),
+                headers={"Content-Type": "application/json"},
+                timeout=WEBHOOK_SECONDS,
+                follow_redirects=False,
+            )
+        except httpx.HTTPError as error:
+            problem = f"no connection: {error}"
+        else:
+            if reply.is_success:
+                return
+            problem = f"status {reply.status_code}"
+            if reply.is_redirect:
+                raise EchoError(
+                    f"the webhook {url} redirects to {reply.headers.get('location')}, which is not followed; give the "
+                    "final address"
+                )
+            if reply.status_code < 500 and reply.status_code not in (408, 429):
+                raise EchoError(
+                    f"the webhook {url} rejects a result ({problem}); check the address and its permissions"
+                )
+        if waited >= patience:
+            raise EchoError(
+                f"the webhook {url} did not take a result for {patience:g} s ({problem}); start it and rerun the same "
+                "command, which inspects that image again"
+            )
+        if waited == 0:
+            LOGGER.warning(f"the webhook {url} does not take results ({problem}); repeating for {patience:g} s")
+        sleep(wait)
+        waited, wait = waited + wait, min(2 * wait, 30.0)

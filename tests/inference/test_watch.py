@@ -1,0 +1,188 @@
+"""A watched folder gives finished images only, each once, also after a restart. Results go to the webhook alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from echo_ft.errors import EchoError
+from echo_ft.inference.watch import BROKEN_SECONDS, SETTLED_SECONDS, STATE_FILE, FolderWatch, post
+from tests.conftest import draw
+
+
+class EndOfTestError(Exception):
+    """Ends the endless watch."""
+
+
+class Clock:
+    """A clock that runs only while the watch sleeps, and does something at given times."""
+
+    def __init__(self, end: float, **actions) -> None:
+        self.now, self.end = 0.0, end
+        self.actions = {float(name.removeprefix("at_").replace("_", ".")): action for name, action in actions.items()}
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for time in sorted(time for time in self.actions if time <= self.now):
+            self.actions.pop(time)()
+        if self.now > self.end:
+            raise EndOfTestError
+
+
+def seen(folder, end=10.0, stop_after=None, **actions):
+    """The names of the images that a watch yields, with the time and whether they are broken."""
+    clock, found = Clock(end, **actions), []
+    with FolderWatch(folder, clock, clock.sleep) as watch, pytest.raises(EndOfTestError):
+        for path, error in watch.images():
+            found.append((path.name, clock.now, error is not None))
+            if len(found) == stop_after:
+                raise EndOfTestError
+    return found
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The content of an image."""
+    draw(tmp_path / "source" / "a.png", (60, 60), 1)
+    return (tmp_path / "source" / "a.png").read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "line").mkdir()
+    return tmp_path / "line"
+
+
+def test_an_image_counts_once_it_has_not_changed_for_a_while(folder, whole):
+    path = folder / "slow.png"
+    path.write_bytes(whole[:100])
+
+    def grow(size):
+        return lambda: path.write_bytes(whole[:size])
+
+    found = seen(folder, at_1=grow(200), at_2_5=grow(len(whole)))
+    assert [name for name, _, _ in found] == ["slow.png"]
+    assert found[0][1] >= 2.5 + SETTLED_SECONDS
+
+
+def test_a_pause_in_writing_is_not_the_end(folder, whole):
+    """A camera may pause for longer than a finished file stays unchanged."""
+    path = folder / "paused.png"
+    path.write_bytes(whole[: len(whole) // 2])
+    found = seen(folder, end=20, at_8=lambda: path.write_bytes(whole))
+    assert found == [("paused.png", pytest.approx(8 + SETTLED_SECONDS, abs=1.1), False)]
+
+
+def test_a_broken_image_is_reported_after_a_longer_time_and_costs_no_other(folder, whole):
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "good.png").write_bytes(whole)
+    found = seen(folder, end=2 * BROKEN_SECONDS)
+    assert [(name, broken) for name, _, broken in found] == [("good.png", False), ("broken.png", True)]
+    assert found[1][1] >= BROKEN_SECONDS
+
+
+def test_hidden_temporary_and_other_files_are_left_alone(folder, whole):
+    for name in (".a.png", "a.png.part", "a.tmp", "notes.txt", "Thumbs.db"):
+        (folder / name).write_bytes(whole)
+    (folder / "sub.png").mkdir()
+    assert seen(folder) == []
+
+
+def test_each_image_is_seen_once_even_after_a_restart(folder, whole):
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(whole)
+        os.utime(folder / f"{index}.png", (1000 + index, 1000 + index))
+    assert [name for name, _, _ in seen(folder, at_5=lambda: (folder / "3.png").write_bytes(whole))] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+    ]
+    assert seen(folder) == []
+    (folder / "1.png").write_bytes(whole + b"\0")  # the camera writes its next image to the same file
+    assert [name for name, _, _ in seen(folder)] == ["1.png"]
+
+
+def test_an_image_that_was_not_finished_at_a_crash_is_seen_again(folder, whole):
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(whole)
+        os.utime(folder / f"{index}.png", (1000 + index, 1000 + index))
+    assert [name for name, _, _ in seen(folder, stop_after=2)] == ["0.png", "1.png"]
+    with open(folder / STATE_FILE, "a") as file:
+        file.write('{"image": "2.png", "si')  # the machine lost power
+    assert [name for name, _, _ in seen(folder)] == ["1.png", "2.png"]
+    assert [json.loads(line)["image"] for line in (folder / STATE_FILE).read_text().splitlines()] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
+
+
+def test_only_one_process_watches_a_folder_and_a_missing_one_is_named(folder):
+    with FolderWatch(folder), pytest.raises(EchoError, match="another process is writing to"):
+        FolderWatch(folder)
+    with pytest.raises(EchoError, match=r"there is no folder .*absent to watch"):
+        FolderWatch(folder / "absent")
+
+
+class Webhook:
+    """A webhook on the loopback interface that answers with the given status codes and records what it gets."""
+
+    def __init__(self, *statuses, location="http://192.0.2.1/") -> None:
+        self.bodies: list[dict] = []
+        remaining, hook = list(statuses), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                hook.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                status = remaining.pop(0) if remaining else 200
+                self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("Location", location)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/results"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def test_a_webhook_that_is_not_available_gets_the_result_later():
+    slept = []
+    with Webhook(503, 429) as hook:
+        post(hook.url, {"image": "a"}, slept.append)
+    assert hook.bodies == [{"image": "a"}] * 3
+    assert slept == [1.0, 2.0]
+    with pytest.raises(EchoError, match=r"did not take a result for 5 s .*no connection.*inspects that image again"):
+        post(hook.url, {}, slept.append, patience=5)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_is_followed(status):
+    with Webhook() as other, Webhook(status, location=other.url) as hook:
+        with pytest.raises(EchoError, match=f"redirects to {other.url}, which is not followed; give the final address"):
+            post(hook.url, {"image": "a"})
+        assert len(hook.bodies) == 1
+        assert other.bodies == []
+
+
+def test_a_webhook_that_rejects_a_result_stops_the_watch():
+    with Webhook(404) as hook, pytest.raises(EchoError, match=r"rejects a result .status 404.; check the address"):
+        post(hook.url, {})
