@@ -35,7 +35,8 @@ demo: $(INSTALLED)
 	  --adapters runs/$(NAME)/adapters
 	$(BIN)/python -m evaluation.score runs/$(NAME)/base
 	$(BIN)/python -m evaluation.score runs/$(NAME)/tuned
-	$(BIN)/python -m train.export --adapters runs/$(NAME)/adapters --output runs/$(NAME)/bundle
+	$(BIN)/python -m train.export --adapters runs/$(NAME)/adapters --report runs/$(NAME)/tuned/report.json \
+	  --output runs/$(NAME)/bundle
 	$(BIN)/python -m evaluation.compare runs/$(NAME)/base runs/$(NAME)/tuned
 
 # Two workers, each with one file at a time. Most of the time goes into starting commands.

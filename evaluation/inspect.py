@@ -1,4 +1,4 @@
-"""Inspect images with trained adapters: `python -m evaluation.inspect IMAGE_OR_FOLDER --adapters DIR [--json]`.
+"""Inspect images with a bundle or with trained adapters: `python -m evaluation.inspect IMAGE_OR_FOLDER --bundle DIR`.
 
 Prints one line per image: the verdict, P(defect) against the threshold, and what the experts say. The exit status is 1
 if an image was flagged, and 0 if none was.
@@ -6,38 +6,70 @@ if an image was flagged, and 0 if none was.
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
+from echo_ft.files import to_json
 from echo_ft.inference.inspector import Inspector, Result, list_images
+from echo_ft.inference.watch import FolderWatch, check_webhook, post
+from echo_ft.terminal import LOGGER
 
 
 @dataclass(frozen=True)
 class InspectConfig:
     """Options of `python -m evaluation.inspect`."""
 
-    images: str = field(metadata={"help": "An image, or a folder of images. --images itself is optional."})
-    adapters: str = field(metadata={"help": "Folder with one adapter per role, written by train/sft.py."})
+    images: str | None = field(
+        default=None, metadata={"help": "An image, or a folder of images. --images itself is optional."}
+    )
+    watch: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of images: a folder in which to wait for new images until Ctrl-C. Each is inspected once."
+        },
+    )
+    webhook: str | None = field(
+        default=None, metadata={"help": "Address to which each result is posted as JSON. Redirects are not followed."}
+    )
+    bundle: str | None = field(
+        default=None,
+        metadata={"help": "Bundle written by `train.export`. It names everything that an inspection needs."},
+    )
+    adapters: str | None = field(
+        default=None,
+        metadata={"help": "Instead of a bundle: folder with one adapter per role, written by train/sft.py."},
+    )
+    server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of an OpenAI-compatible server that has the adapters of the bundle, http://HOST:PORT/v1."
+        },
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "With a bundle: current folder of the base model. Default: that of the bundle."}
+    )
     product: str | None = field(
         default=None,
         metadata={"help": "Product in the images. Default: that of the most similar normal image."},
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Dataset with the normal references. Default: the one that the adapters were trained on."},
+        metadata={"help": "With adapters: dataset with the normal references. Default: that of the training."},
     )
     calibration: str | None = field(
         default=None,
-        metadata={"help": "report.json of `evaluation.score --calibration`, for temperature and threshold."},
+        metadata={"help": "With adapters: report.json with a calibration, for temperature and threshold."},
     )
     threshold: float | None = field(
         default=None,
-        metadata={"help": "P(defect) from which an image is flagged. Default: the calibration's, otherwise 0.5."},
+        metadata={"help": "P(defect) from which an image is flagged. Default: that of the calibration, else 0.5."},
     )
     json: bool = field(default=False, metadata={"help": "Print one JSON object per image."})
 
@@ -45,21 +77,84 @@ class InspectConfig:
 def main(argv: list[str]) -> None:
     """Inspect the images and print the results. Exits with 1 if an image was flagged."""
     (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
-    path = Path(config.images)
+    if (config.images is None) == (config.watch is None):
+        raise EchoError("name either images or a folder to watch: IMAGE_OR_FOLDER, or --watch FOLDER")
+    if config.webhook is not None:
+        check_webhook(config.webhook)
+    with only_results() if config.json else nullcontext():
+        if config.watch is not None:
+            with FolderWatch(Path(config.watch)) as watch:
+                inspect_new(watch, load_inspector(config), config)
+        elif inspect_images(Path(str(config.images)), config):
+            sys.exit(1)
+
+
+@contextmanager
+def only_results() -> Iterator[None]:
+    """Keep progress out of stdout, where a program reads JSON. Warnings go to stderr as always."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+
+
+def inspect_images(path: Path, config: InspectConfig) -> int:
+    """Inspect an image or the images of a folder, and return how many were flagged."""
     images = list_images(path) if path.is_dir() else [path]
     if not images[0].is_file():
         raise EchoError(f"there is no image or folder {path}; check the path")
-    inspector = Inspector.from_adapters(
-        config.adapters, dataset=config.dataset, calibration=config.calibration, threshold=config.threshold
-    )
     flagged = 0
-    for result in inspector.stream(images, config.product):
+    for result in load_inspector(config).stream(images, config.product):
         flagged += result.pred_label
-        print(json.dumps(asdict(result), ensure_ascii=False) if config.json else describe(result), flush=True)
+        report(result, config)
     if not config.json:
         print(f"{flagged} of {len(images)} images flagged")
-    if flagged:
-        sys.exit(1)
+    return flagged
+
+
+def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig) -> None:
+    """Inspect the new images of a folder forever. An image that cannot be read is reported, and the others go on."""
+    for path, error in watch.images():
+        if error is None:
+            report(inspector.predict(path, config.product), config)
+            continue
+        LOGGER.warning(f"image {path} cannot be read: {error}; it was not inspected")
+        if config.webhook is not None:
+            post(config.webhook, {"image": str(path), "error": error})
+
+
+def report(result: Result, config: InspectConfig) -> None:
+    """Print a result, and post it to the webhook if there is one."""
+    print(to_json(result) if config.json else describe(result), flush=True)
+    if config.webhook is not None:
+        post(config.webhook, result)
+
+
+def load_inspector(config: InspectConfig) -> Inspector:
+    """Load the inspector that the options name. Raises EchoError if they do not fit together."""
+    if (config.bundle is None) == (config.adapters is None):
+        raise EchoError(
+            "name either a bundle or adapters: add --bundle DIR (written by train.export) or --adapters DIR"
+        )
+    kind, foreign = (
+        ("bundle", ("dataset", "calibration")) if config.adapters is None else ("adapters", ("server", "base_model"))
+    )
+    for name in foreign:
+        if getattr(config, name) is not None:
+            other = "adapters" if kind == "bundle" else "bundle"
+            raise EchoError(f"--{name} does not go with --{kind}; remove it, or use --{other}")
+    if config.adapters is not None:
+        return Inspector.from_adapters(
+            config.adapters, dataset=config.dataset, calibration=config.calibration, threshold=config.threshold
+        )
+    assert config.bundle is not None
+    if config.server is not None:
+        if config.base_model is not None:
+            raise EchoError("--base_model does not go with --server, which has the base model; remove it")
+        return Inspector.from_server(config.server, config.bundle, threshold=config.threshold)
+    return Inspector.from_bundle(config.bundle, base_model=config.base_model, threshold=config.threshold)
 
 
 def describe(result: Result) -> str:
@@ -71,4 +166,4 @@ def describe(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    configs.run_main(main)
+    configs.run_main(main, "rerun the same command; with --watch, it goes on where it stopped")

@@ -23,8 +23,9 @@ from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, req
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
 from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons, read_cut_warning
-from echo_ft.inference.server import Server
+from echo_ft.inference.server import Server, call_in
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, tuned_base
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
@@ -265,8 +266,12 @@ def run_local(config: RunConfig, batches: Iterable[Sequence[Case]], generate: Ge
 
 
 def load_engine(prepared: PreparedRun, device: torch.device) -> Engine:
-    """Load a run's model, onto a GPU if `device` is one, and return its engine."""
-    return make_engine(prepared, load_weights(prepared, device))
+    """Load a run's model, onto a GPU if `device` is one, check that its adapters act, and return its engine."""
+    model, folder = load_weights(prepared, device), prepared.config.adapters
+    if folder is not None:
+        backend = local_backend(model, prepared.row_builder)
+        check_adapters(backend, list(prepared.adapters), read_probe(Path(folder)), folder, prepared.row_builder)
+    return make_engine(prepared, model)
 
 
 def load_weights(prepared: PreparedRun, device: torch.device) -> Any:
@@ -325,6 +330,10 @@ async def run_server(
             if config.answer != "generate":
                 raise EchoError(f"{problem}; set answer to generate, or serve the model with vLLM")
             LOGGER.warning(f"{problem}, so the run will have no P(option)")
+        if config.adapters is not None:
+            backend = served_backend(server, call_in(asyncio.get_running_loop()), config.model_name_or_path)
+            record, roles = read_probe(Path(config.adapters)), list(prepared.adapters)
+            await asyncio.to_thread(check_adapters, backend, roles, record, config.server, prepared.row_builder)
         generate = generations.wrap_async(server.generate) if generations else server.generate
         await run_cases_async(cases, generate, pipeline_config(config), config.batch_size, write)
 

@@ -32,6 +32,7 @@ STREETS = {
     "inference": {"data", "retrieval", "images", "experts", "model"},
     "metrics": {"images", "data", "experts", "inference"},
     "gate": {"metrics"},
+    "export": {"data", "retrieval", "experts", "model", "inference"},
 }
 """Which street of echo_ft may import which. All may import the files on the ground floor, which import no street."""
 
@@ -212,12 +213,13 @@ OTHER_OPENERS = {
     ("echo_ft/drawn/stations.py", "Image.open"): "a JPEG that it has just encoded in memory",
     ("echo_ft/html.py", "(folder / name).read_text"): "a part of a template of this project",
     ("echo_ft/images/corruptions.py", "Image.open"): "a JPEG that it has just encoded in memory",
-    ("echo_ft/inference/bundle.py", "safe_open"): "names of tensors, by safetensors",
+    ("echo_ft/export/vllm.py", "safe_open"): "names of tensors, by safetensors",
     ("echo_ft/inference/run_folder.py", "json.loads"): "what it has just encoded",
     ("echo_ft/model/adapters.py", "safe_open"): "names of tensors, by safetensors",
     ("echo_ft/model/vision.py", "load_file"): "features that training stored, by safetensors",
     ("echo_ft/provenance.py", "_module_file(package, module).read_text"): "source files of this package",
     ("echo_ft/retrieval/descriptor_cache.py", "np.load"): "descriptors that a build stored, without pickle",
+    ("echo_ft/retrieval/products.py", "np.load"): "descriptors of a bundle, without pickle",
     ("echo_ft/retrieval/index.py", "faiss.read_index"): "an index that a build stored",
     ("echo_ft/tracking.py", "json.loads"): "what it has just encoded",
     ("echo_ft/training/checkpoints.py", "json.loads"): "state that training saved",

@@ -1,4 +1,4 @@
-"""Export trained adapters for inference: `python -m train.export --adapters DIR --output BUNDLE`."""
+"""Export the tuned pipeline for inference: `python -m train.export --adapters DIR --output BUNDLE`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from echo_ft import config as configs
+from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.errors import EchoError
+from echo_ft.export.measured import read_measurement
 from echo_ft.inputs import read_json_object
-from echo_ft.model.adapters import Adapter, find_adapters, read_card
+from echo_ft.model.adapters import Adapter, AdapterCard, find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
 from echo_ft.records import ROLES
+from echo_ft.retrieval.products import REFERENCE_CHOICES
 from echo_ft.tracking import (
     REPORT_TO,
     adapter_artifact,
@@ -36,6 +39,31 @@ class ExportConfig:
             "help": "Roles to export as merged full models too, for servers without LoRA. `none` exports no merged "
             "model."
         },
+    )
+    references: str = field(
+        default="copy",
+        metadata={
+            "help": "Normal images of the bundle. copy: copies, so that it needs no dataset. path: those of the "
+            "dataset, by path. none: the bundle cannot inspect images.",
+            "choices": list(REFERENCE_CHOICES),
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset with the normal images and the knowledge. Default: the one that the adapters were trained "
+            "on."
+        },
+    )
+    report: str | None = field(
+        default=None,
+        metadata={
+            "help": "report.json of a run with these adapters. Its results go into the model card. The bundle takes "
+            "over the options of the run and, if there is one, the calibration."
+        },
+    )
+    licence: str | None = field(
+        default=None, metadata={"help": "Licence of the normal images and the knowledge, for the model card."}
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Current location of the base model; default: the one used in training."}
@@ -69,7 +97,7 @@ def main(argv: list[str]) -> None:
     (config,) = configs.parse([ExportConfig], argv)
     check_tracking(config)
 
-    from echo_ft.inference.bundle import export_bundle
+    from echo_ft.export.bundle import ExportPlan, export_bundle
 
     folder = Path(config.adapters)
     card = read_card(folder / ROLES[0])
@@ -79,14 +107,24 @@ def main(argv: list[str]) -> None:
         role: replace(found, card=replace(found.card, base_model=base))
         for role, found in find_adapters(folder, base, weights, card.min_pixels, card.max_pixels).items()
     }
-    merge = [] if config.merge == ["none"] else config.merge
-    bundle = export_bundle(adapters, Path(config.output), merge, config.dtype)
+    plan = ExportPlan(
+        adapters,
+        dataset=find_dataset(config, card),
+        references=config.references,
+        measurement=None if config.report is None else read_measurement(Path(config.report), adapters),
+        licence=config.licence,
+        merge=[] if config.merge == ["none"] else config.merge,
+        dtype=config.dtype,
+    )
+    bundle = export_bundle(plan, Path(config.output))
     for part, fidelity in bundle.fidelity.items():
         print(
             f"{part}: the reloaded logits are within {fidelity.max_difference:.2g} of those of the trained adapter, "
             f"{fidelity.relative_error:.2%} of its effect"
         )
-    print(f"done: {config.output}; its README.md describes how to serve it")
+    if bundle.compared:
+        print(f"the reloaded bundle gives the letters and probabilities of the adapters in {bundle.compared} images")
+    print(f"done: {config.output}; its README.md describes how to use and serve it")
     if config.report_to == "wandb":
         log_export(config, find_adapters(folder, base, weights, card.min_pixels, card.max_pixels))
     if bundle.failed:
@@ -95,6 +133,25 @@ def main(argv: list[str]) -> None:
             f"{config.output} has all adapters but no merged model of {reasons}. The adapters work without it; "
             "--merge none exports no merged model"
         )
+
+
+def find_dataset(config: ExportConfig, card: AdapterCard) -> Dataset | None:
+    """Return the dataset of the bundle's normal images, or None if it has none.
+
+    Raises EchoError if the dataset is missing, or is not the one that the adapters were trained on and was not named.
+    """
+    if config.references == "none":
+        return None
+    try:
+        dataset = load_dataset(Path(config.dataset or card.dataset))
+    except EchoError as error:
+        raise EchoError(f"{error}. Name it with --dataset, or use --references none") from error
+    if config.dataset is None and dataset.fingerprint != card.dataset_fingerprint:
+        raise EchoError(
+            f"{dataset.folder} was rebuilt since the training (fingerprint {dataset.fingerprint}, not "
+            f"{card.dataset_fingerprint}); name the dataset with --dataset to use it as it is"
+        )
+    return dataset
 
 
 def check_tracking(config: ExportConfig) -> None:

@@ -1,11 +1,11 @@
-"""Inspect single images: everything that the four experts need, loaded once from the cards of trained adapters."""
+"""Inspect single images: everything that the four experts need, loaded once from adapters, a bundle or a server."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,23 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from echo_ft.data.dataset import Dataset, candidate_order, load_dataset, stored_knowledge
+from echo_ft.data.dataset import candidate_order, load_dataset
 from echo_ft.data.questions import open_questions
-from echo_ft.data.splits import conditions_of, reference_pool
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_cases
-from echo_ft.files import read_jsonl
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
+from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
 from echo_ft.inference.decision import Calibration, load_calibration
+from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.inputs import read_bytes
-from echo_ft.model.adapters import attach_adapters, find_adapters, read_card
+from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
-from echo_ft.records import ROLES, Case, Entry, Inspection, Prediction, Seen, Trace, Truth
-from echo_ft.retrieval.references import ReferenceSearch
+from echo_ft.records import ROLES, Case, Entry, Prediction, Seen, Trace, Truth
+from echo_ft.retrieval.products import ProductData, read_products
 
 BATCH_SIZE = 8
 """Number of images that run through the experts at once."""
+
+MAX_BATCH_TOKENS = 32_768
+"""Largest number of tokens in the key-value cache by default."""
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of the files that count as images in a folder."""
@@ -65,27 +68,22 @@ class Result:
 class Inspector:
     """The tuned pipeline for images without a known condition.
 
-    It holds the model with its adapters, and the dataset that they were trained on: its normal images as references,
-    its product knowledge and its products.
+    It holds the model with its adapters, or the server that has them, and what is known about the products: normal
+    images as references, knowledge and conditions.
     """
 
     def __init__(
         self,
         generate: Generate,
-        dataset: Dataset,
+        products: ProductData,
         pipeline: PipelineConfig = PipelineConfig(),
         calibration: Calibration = Calibration(),
     ) -> None:
-        """`generate` is an engine's. Raises EchoError if the dataset has no normal image to compare with."""
+        """`generate` is that of an engine, or of a server."""
         self.generate = generate
-        self.dataset = dataset
+        self.products = products
         self.pipeline = pipeline
         self.calibration = calibration
-        self.knowledge = stored_knowledge(dataset.folder)
-        config = dataset.manifest["config"]
-        inspections = list(read_jsonl(dataset.folder / "inspections.jsonl", Inspection))
-        self.conditions = conditions_of(inspections)
-        self._references = ReferenceSearch(reference_pool(inspections), dataset.root, config["descriptor"], config["k"])
 
     @classmethod
     def from_adapters(
@@ -97,7 +95,7 @@ class Inspector:
         threshold: float | None = None,
         dtype: str = "auto",
         max_new_tokens: int = 128,
-        max_batch_tokens: int = 32_768,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> Inspector:
         """Load the four adapters in `folder` with the base model, pixel budget, routing and dataset of their cards.
 
@@ -106,24 +104,75 @@ class Inspector:
         `max_batch_tokens` limits the key-value cache, as in `evaluation.run`. Raises EchoError if a part is missing or
         does not fit the others.
         """
-        import torch
-
-        from echo_ft.inference.engine import Engine
-
         card = read_card(Path(folder) / ROLES[0])
-        base, revision = card.base_model, card.base_revision
-        weights = base_fingerprint(base, revision)
-        adapters = find_adapters(Path(folder), base, weights, card.min_pixels, card.max_pixels)
+        weights = base_fingerprint(card.base_model, card.base_revision)
+        adapters = find_adapters(Path(folder), card.base_model, weights, card.min_pixels, card.max_pixels)
         found = load_calibration(Path(calibration)) if calibration is not None else Calibration()
-        if threshold is not None:
-            found = replace(found, threshold=threshold)
         loaded = load_dataset(Path(card.dataset if dataset is None else dataset))
-        device = "cuda" if torch.cuda.is_available() else None
-        model = load_model(base, revision, dtype, device_map=device)
-        model = attach_adapters(model, {role: adapter.path for role, adapter in adapters.items()})
-        builder = RowBuilder(load_processor(base, revision, card.min_pixels, card.max_pixels))
-        engine = Engine(model, builder, loaded.root, max_new_tokens, max_batch_tokens=max_batch_tokens)
-        return cls(engine.generate, loaded, PipelineConfig(routing=card.routing), found)
+        builder = RowBuilder(load_processor(card.base_model, card.base_revision, card.min_pixels, card.max_pixels))
+        products = read_products(loaded)
+        model = load_tuned_model(adapters, builder, dtype, str(folder))
+        generate = _engine(model, builder, products, max_new_tokens, max_batch_tokens)
+        return cls(generate, products, PipelineConfig(routing=card.routing), _with_threshold(found, threshold))
+
+    @classmethod
+    def from_bundle(
+        cls,
+        folder: str | Path,
+        *,
+        base_model: str | Path | None = None,
+        threshold: float | None = None,
+        dtype: str | None = None,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ) -> Inspector:
+        """Load a bundle that `train.export` wrote. It needs no dataset.
+
+        `base_model` is the current folder of the base model, if it is not where training found it. `threshold` and
+        `dtype` replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a part does not
+        fit the others, or if an adapter does not act as in the export.
+        """
+        path = Path(folder)
+        description = read_bundle(path)
+        products = load_bundle_products(path, description)
+        adapters = bundle_adapters(path, description, str(base_model or description.base_model))
+        builder = load_bundle_rows(path, description)
+        model = load_tuned_model(adapters, builder, dtype or description.dtype, str(folder))
+        generate = _engine(model, builder, products, description.max_new_tokens, max_batch_tokens)
+        calibration = _with_threshold(description.calibration or Calibration(), threshold)
+        return cls(generate, products, description.pipeline, calibration)
+
+    @classmethod
+    def from_server(
+        cls,
+        url: str,
+        folder: str | Path,
+        *,
+        model: str = "{role}",
+        threshold: float | None = None,
+        max_concurrent: int = BATCH_SIZE,
+    ) -> Inspector:
+        """Use the adapters of a bundle that a server has loaded; the base model is not needed here.
+
+        `url` is that of an OpenAI-compatible server, and `model` the name of the adapters there, in which `{role}`
+        stands for the role. If the server requires a key, set the environment variable OPENAI_API_KEY. Raises EchoError
+        if the server returns no token probabilities, counts other tokens, or does not answer as the bundle's adapters.
+        """
+        from echo_ft.inference.server import Server, ServerThread
+
+        path = Path(folder)
+        description = read_bundle(path)
+        products = load_bundle_products(path, description)
+        adapters = bundle_adapters(path, description, description.base_model, has_weights=False)
+        builder = load_bundle_rows(path, description)
+        server = ServerThread(
+            Server(url, model, builder, products.root, description.max_new_tokens, max_concurrent=max_concurrent)
+        )
+        if not server.call(server.server.check()):
+            raise EchoError(f"{url} returns no token probabilities, so there is no P(defect); serve with vLLM")
+        backend = served_backend(server.server, server.call, description.base_model)
+        check_adapters(backend, list(adapters), read_probe(path / "adapters"), url, builder)
+        calibration = _with_threshold(description.calibration or Calibration(), threshold)
+        return cls(server.generate, products, description.pipeline, calibration)
 
     @overload
     def predict(self, images: Input, product: str | None = None) -> Result: ...  # type: ignore[overload-overlap]  # str
@@ -142,9 +191,9 @@ class Inspector:
     def stream(self, images: str | Path | Sequence[Input], product: str | None = None) -> Iterator[Result]:
         """Yield the result of each image as soon as its batch is done. A path is a folder of image files."""
         images = list_images(Path(images)) if isinstance(images, str | Path) else images
-        with TemporaryDirectory(prefix="echo-ft-") as scratch:
-            for start in range(0, len(images), BATCH_SIZE):
-                batch = images[start : start + BATCH_SIZE]
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = images[start : start + BATCH_SIZE]
+            with TemporaryDirectory(prefix="echo-ft-") as scratch:
                 cases = [self._case(_snapshot(image, Path(scratch)), product) for image in batch]
                 outcomes = run_cases(cases, self.generate, self.pipeline)
                 for image, case, outcome in zip(batch, cases, outcomes, strict=True):
@@ -152,14 +201,15 @@ class Inspector:
 
     def _case(self, path: Path, product: str | None) -> Case:
         """Return the case of an image file that `_snapshot` made. Only its content decides the order of candidates."""
-        keys = [key for key in self.conditions if product in (None, key[1])]
+        products = self.products
+        keys = [key for key in products.conditions if product in (None, key[1])]
         if not keys:
-            known = ", ".join(sorted({name for _, name in self.conditions}))
-            raise EchoError(f"product {product!r} is not in {self.dataset.folder}; choose from {known}")
-        key, references = self._references.find(path, keys)
-        entries = self.knowledge.get(key[0], {}).get(key[1], {})
+            known = ", ".join(sorted({name for _, name in products.conditions}))
+            raise EchoError(f"product {product!r} is not in {products.source}; choose from {known}")
+        key, references = products.search.find(path, keys)
+        entries = products.knowledge.get(key[0], {}).get(key[1], {})
         identifier = path.stem
-        questions = open_questions(identifier, self.conditions[key])
+        questions = open_questions(identifier, products.conditions[key])
         seen = Seen(
             query=str(path),
             references=candidate_order(identifier, references),
@@ -189,11 +239,39 @@ class Inspector:
             threshold=self.calibration.threshold,
             product=case.product,
             condition=named[0].options[str(named[0].parsed)] if flagged and named else None,
-            reference=str(self.dataset.root / shown[0]) if len(shown) > 1 else None,
+            reference=str(self.products.root / shown[0]) if len(shown) > 1 else None,
             explanation=texts["reasoning_expert"] or texts["knowledge_guide"],
             answers=tuple(replace(one, image=image) for one in outcome.predictions),
             trace=tuple(replace(one, images=(*one.images[:-1], image)) for one in outcome.traces),  # the query is last
         )
+
+
+def load_tuned_model(adapters: Mapping[str, Adapter], row_builder: RowBuilder, dtype: str, where: str) -> Any:
+    """Load the base model of the adapters' cards with the adapters, onto a GPU if there is one.
+
+    Checks that every adapter acts (echo_ft.inference.liveness); `where` names the adapters in messages. Raises
+    EchoError if one does not fit, or does not act as in the export that recorded its answers.
+    """
+    import torch
+
+    first = next(iter(adapters.values()))
+    device = "cuda" if torch.cuda.is_available() else None
+    base = load_model(first.card.base_model, first.card.base_revision, dtype, device_map=device)
+    model = attach_adapters(base, {role: adapter.path for role, adapter in adapters.items()})
+    check_adapters(local_backend(model, row_builder), list(adapters), read_probe(first.path.parent), where, row_builder)
+    return model
+
+
+def _engine(
+    model: Any, row_builder: RowBuilder, products: ProductData, max_new_tokens: int, max_batch_tokens: int
+) -> Generate:
+    from echo_ft.inference.engine import Engine
+
+    return Engine(model, row_builder, products.root, max_new_tokens, max_batch_tokens=max_batch_tokens).generate
+
+
+def _with_threshold(calibration: Calibration, threshold: float | None) -> Calibration:
+    return calibration if threshold is None else replace(calibration, threshold=threshold)
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -14,12 +14,13 @@ import io
 import math
 import os
 import random
+import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -59,6 +60,8 @@ NO_REPETITION_PENALTY = {"repetition_penalty": 1.0}
 
 LONGEST_RETRY_AFTER = 86_400
 """Longest wait in seconds that a server may ask for."""
+
+Reply = TypeVar("Reply")
 
 EncodedImage = tuple[str, tuple[int, int]]
 """An image as a data URL, and its original (width, height) in pixels."""
@@ -159,10 +162,14 @@ class Server:
 
         async def complete(exchange: Exchange) -> list[Generation]:
             encoded = [await self._encode(view) for view in views(exchange, self.root, self.corruption)]
-            replies = await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides)
-            return [Generation(reply.text.strip(), reply.letters, reply.cut) for reply in replies]
+            return _generations(await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides))
 
         return await asyncio.gather(*(complete(exchange) for exchange in exchanges))
+
+    async def answer_probe(self, model: str, probe: Exchange, limit: int) -> list[Generation]:
+        """Return what a model of the server, or the model of a role, answers to the probe in at most `limit` tokens."""
+        encoded = [await self._encode(view) for view in views(probe, self.root)]
+        return _generations(await self._complete(self.models.get(model, model), probe, encoded, limit, logprobs=True))
 
     async def _encode(self, view: View) -> EncodedImage:
         """Read and resize an image in a thread, once for all requests that use it."""
@@ -275,3 +282,27 @@ class Server:
                 )
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_RETRY_WAIT)
+
+
+def _generations(replies: Sequence[Completion]) -> list[Generation]:
+    return [Generation(reply.text.strip(), reply.letters, reply.cut) for reply in replies]
+
+
+def call_in(loop: asyncio.AbstractEventLoop) -> Callable[[Coroutine[Any, Any, Reply]], Reply]:
+    """Return a function that runs a coroutine in the event loop of another thread and waits for its result."""
+    return lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+
+class ServerThread:
+    """Runs a `Server` in the event loop of a thread of its own, for callers that have no event loop to run it in."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="echo-ft server", daemon=True).start()
+        self.call: Callable[[Coroutine[Any, Any, Any]], Any] = call_in(loop)
+        """Runs a coroutine of the server and returns its result."""
+
+    def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        """Generate as `Server.generate` does."""
+        return self.call(self.server.generate(role, exchanges))

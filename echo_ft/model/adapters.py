@@ -237,7 +237,11 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
                 )
                 missing = [key for key in result.missing_keys if f".{role}." in key]
                 if missing or result.unexpected_keys:
-                    raise ValueError(f"{len(missing)} weights missing, {len(result.unexpected_keys)} unexpected")
+                    unexpected = [*result.unexpected_keys, *missing]
+                    raise ValueError(
+                        f"{len(missing)} weights missing, {len(result.unexpected_keys)} unexpected, such as "
+                        f"{unexpected[0]}"
+                    )
             else:
                 model = PeftModel.from_pretrained(model, str(path), adapter_name=role, autocast_adapter_dtype=False)
             _check_weights(model, role, path)

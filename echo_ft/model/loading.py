@@ -197,7 +197,8 @@ def _project(convolution: Any, patches: Any) -> Any:
 
 def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
     local = Path(model_name_or_path)
-    if local.is_dir() and not (local / "config.json").is_file():
+    # The folder of a bundle's processor has no config.json.
+    if local.is_dir() and not any((local / name).is_file() for name in ("config.json", "processor_config.json")):
         raise EchoError(f"{local} has no config.json; set model_name_or_path to a model folder or a hub name")
     if not local.is_dir() and (model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/"))):
         raise EchoError(f"there is no model folder {local}; set model_name_or_path to a model folder or a hub name")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from echo_ft.errors import EchoError
 from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import GOOD, Inspection, Reference, Rejection
 from echo_ft.retrieval.descriptor_cache import DescriptorTable, extract_descriptors, hash_files
-from echo_ft.retrieval.descriptors import load_extractor
+from echo_ft.retrieval.descriptors import DescriptorExtractor, load_extractor
 from echo_ft.retrieval.index import VectorIndex
 
 SCOPES = ("product", "all")
@@ -223,24 +223,29 @@ def _rounded(similarity: float) -> float:
 class ReferenceSearch:
     """Searches normal images for the ones that are most similar to an image that belongs to no dataset."""
 
-    def __init__(self, normals: Sequence[Inspection], root: Path, descriptor: str, k: int) -> None:
-        """Compute the descriptors of `normals`, whose images lie under `root`. A search returns `k` references.
+    def __init__(
+        self,
+        normals: Mapping[tuple[str, str], Sequence[str]],
+        descriptors: DescriptorTable,
+        extractor: DescriptorExtractor,
+        k: int,
+    ) -> None:
+        """Index the `normals`, the images of each (dataset, product). A search returns `k` references.
 
-        `descriptor` is as in `find_references`. Raises EchoError if no image of `normals` can be read.
+        `extractor` made the `descriptors`. Images without a descriptor are left out, and files of equal content are
+        one reference.
         """
         self.k = k
-        self.extractor = load_extractor(descriptor)
-        images = sorted({normal.image for normal in normals})
-        self.descriptors, _ = extract_descriptors(images, root, self.extractor, None)
-        pools: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-        for normal in sorted(normals, key=lambda one: one.image):
-            if normal.image in self.descriptors.rows:  # files of equal content are one reference
-                pools[normal.dataset, normal.product].setdefault(self.descriptors.hashes[normal.image], normal.image)
-        if not pools:
-            raise EchoError(f"no normal image under {root} can be read; rebuild the dataset with normal images")
-        self.images = {key: tuple(pool.values()) for key, pool in pools.items()}
+        self.extractor = extractor
+        self.descriptors = descriptors
+        self.images: dict[tuple[str, str], tuple[str, ...]] = {}
+        for key, images in normals.items():
+            readable = [image for image in sorted(images) if image in descriptors.rows]
+            distinct = {descriptors.hashes[image]: image for image in reversed(readable)}
+            if distinct:
+                self.images[key] = tuple(sorted(distinct.values()))
         self.indexes = {
-            key: VectorIndex(self.descriptors.matrix, np.array([self.descriptors.rows[one] for one in pool]), "flat")
+            key: VectorIndex(descriptors.matrix, np.array([descriptors.rows[one] for one in pool]), "flat")
             for key, pool in self.images.items()
         }
 

@@ -17,6 +17,7 @@ from tests.conftest import ROOT, random_adapters
 from tests.support import documented_commands as documented
 from tests.support.documented_commands import Command
 from tests.support.servers import FakeServer
+from train.export import main as export
 
 FOLDERS = ("data_prep", "train", "evaluation", "recipes")
 DOCUMENTS = [
@@ -34,6 +35,7 @@ NOT_RUN = {
     "pip install": "needs a package index",
     "wandb sweep": "needs a W&B account",
     "transformers serve": "starts a server that never ends",
+    "--watch": "waits for images until Ctrl-C",
     "ddp.yaml --num_processes 4": "needs four GPUs",
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",
@@ -69,6 +71,7 @@ def demo(tmp_path_factory) -> Path:
             config = ["evaluation.run", "--config", "recipes/tiny/run.yaml", *adapters, "--output", f"runs/demo/{run}"]
             command = documented.Command({}, ["python"], config[0], config, config[1:])
             documented.run_in_process(command, documented.smoke_arguments(command, {}))
+        export(["--adapters", "runs/demo/adapters", "--output", "runs/demo/bundle", "--merge", "none"])
     return folder
 
 
@@ -105,6 +108,8 @@ def prepare(command: Command) -> None:
         documented.fill_in_knowledge(Path("knowledge"))
     if BUILDS_PARTS in command.text and "--overwrite" not in command.arguments and "data/parts" in command.arguments:
         shutil.rmtree("data/parts", ignore_errors=True)
+    if command.module == "train.export":
+        shutil.rmtree("runs/demo/bundle", ignore_errors=True)  # of the demo
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

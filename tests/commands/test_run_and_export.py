@@ -32,6 +32,9 @@ from tests.support.runs import run_evaluation
 from train.export import main as export_main
 from train.show import main as show_main
 
+NO_IMAGES = ("--references", "none")
+"""Options of an export from a dataset without normal images."""
+
 TARGETS = {role: ["q_proj", "v_proj"] for role in ROLES} | {"reasoning_expert": ["q_proj", "attn.qkv"]}
 
 
@@ -255,7 +258,7 @@ def test_switching_adapters_equals_loading_a_single_one(adapters, row_builder, c
 
 def test_an_exported_bundle_reproduces_the_adapters_and_runs(dataset, adapters, tmp_path, capsys):
     bundle = tmp_path / "bundle"
-    export_main(["--adapters", str(adapters), "--output", str(bundle), "--dtype", "float32"])
+    export_main(["--adapters", str(adapters), "--output", str(bundle), "--dtype", "float32", *NO_IMAGES])
     assert "merged/decision_maker: the reloaded logits are within" in capsys.readouterr().out
     described = json.loads((bundle / "bundle.json").read_text())
     assert max(described["largest_logit_difference"].values()) < 1e-3
@@ -268,7 +271,7 @@ def test_an_exported_bundle_reproduces_the_adapters_and_runs(dataset, adapters, 
     merged = read_card(bundle / "merged" / "decision_maker")
     assert merged == read_card(adapters / "decision_maker"), "the card of a merged model describes its training"
     with pytest.raises(EchoError, match="already exists"):
-        export_main(["--adapters", str(adapters), "--output", str(bundle)])
+        export_main(["--adapters", str(adapters), "--output", str(bundle), *NO_IMAGES])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -278,12 +281,12 @@ def test_a_merge_that_loses_the_update_is_not_exported(copied, tmp_path, monkeyp
     scale_adapter(copied, scale)
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())
     with pytest.raises(EchoError, match="merged/decision_maker does not reproduce"):
-        export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", dtype])
+        export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", dtype, *NO_IMAGES])
     assert not (tmp_path / "bundle" / "merged" / "decision_maker").exists()
 
 
 def test_an_export_in_bfloat16_reproduces_the_adapters_up_to_rounding(adapters, tmp_path):
-    export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16"])
+    export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16", *NO_IMAGES])
     described = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert 0 < described["share_of_the_update"]["merged/decision_maker"] < 0.25
     assert described["adapters"] == {role: adapter.fingerprint for role, adapter in find(adapters).items()}
@@ -299,13 +302,15 @@ def scale_adapter(adapters, scale):
 def test_an_update_too_small_for_bfloat16_is_exported_in_float32(copied, tmp_path):
     scale_adapter(copied, 0.1)
     with pytest.raises(EchoError, match=r"merged/decision_maker does not reproduce.*export with --dtype float32"):
-        export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16"])
-    export_main(["--adapters", str(copied), "--output", str(tmp_path / "other"), "--dtype", "float32"])
+        export_main(
+            ["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16", *NO_IMAGES]
+        )
+    export_main(["--adapters", str(copied), "--output", str(tmp_path / "other"), "--dtype", "float32", *NO_IMAGES])
 
 
 def test_an_adapter_without_effect_is_exported(copied, tmp_path):
     scale_adapter(copied, 0)
-    export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16"])
+    export_main(["--adapters", str(copied), "--output", str(tmp_path / "bundle"), "--dtype", "bfloat16", *NO_IMAGES])
     described = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert described["largest_logit_difference"]["merged/decision_maker"] == 0
 
@@ -402,7 +407,9 @@ def test_an_unsupported_dtype_is_refused_by_name(adapters, tmp_path):
     with pytest.raises(EchoError, match=r"dtype cannot be 'fp16'; choose from auto, float32, bfloat16, float16"):
         load_model(str(ECHO_TINY), dtype="fp16")
     with pytest.raises(EchoError, match=r"invalid choice: 'float64'.*float16"):
-        export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "float64"])
+        export_main(
+            ["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--dtype", "float64", *NO_IMAGES]
+        )
 
 
 def test_cards_are_written_atomically(adapters, tmp_path, monkeypatch):

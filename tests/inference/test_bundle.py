@@ -1,201 +1,205 @@
-"""A bundle keeps what works, and its files are right for every reader that its README names."""
+"""A bundle is the whole pipeline: it inspects without its dataset, and says which part is missing or has changed."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import subprocess
-import warnings
+from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoTokenizer
 
+from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
-from echo_ft.inference import bundle as bundle_module
-from echo_ft.inference.bundle import export_bundle, vllm_refusal
-from echo_ft.inference.published_form import publish_config
-from echo_ft.model.adapters import find_adapters
-from echo_ft.model.loading import base_fingerprint, load_model
-from echo_ft.records import ROLES
-from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset, random_adapters
-from tests.support.old_transformers import answer
+from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.files import read_jsonl, write_jsonl
+from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, read_bundle, write_checksums
+from echo_ft.inference.inspector import Inspector
+from echo_ft.records import ROLES, Inspection
+from echo_ft.retrieval.products import load_products, read_products, save_products
+from evaluation import inspect
+from tests.conftest import ECHO_TINY, draw
 from train.export import main as export_main
 
-LORA_NAMES = ["base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"]
+
+@pytest.fixture
+def copied(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    """Four adapters; that of the decision maker also trains the output layer."""
-    dataset = make_dataset(tmp_path_factory.mktemp("data"), train=1, validation=1, test=1)
-    folder = random_adapters(tmp_path_factory.mktemp("adapters"), dataset)
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns that the output layer is tied
-        tuned = get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config)
-    head = tuned.base_model.model.lm_head.modules_to_save["default"].weight
-    with torch.no_grad():
-        head.add_(0.05 * torch.randn_like(head))
-    tuned.save_pretrained(folder / "decision_maker")
-    return folder
+@pytest.fixture
+def image(tmp_path):
+    return tmp_path / draw(tmp_path / "new.png", (90, 70), 99)
 
 
-@pytest.fixture(scope="module")
-def exported(adapters, tmp_path_factory):
-    output = tmp_path_factory.mktemp("exported") / "bundle"
-    export_main(["--adapters", str(adapters), "--output", str(output), "--merge", "decision_maker", "knowledge_guide"])
-    return output
+def test_a_bundle_without_its_dataset_answers_as_the_adapters_do(bundle, adapters, image, monkeypatch):
+    expected = Inspector.from_adapters(adapters, dtype="float32").predict(image)
+
+    def no_dataset(folder):
+        raise AssertionError(f"the dataset {folder} is not needed")
+
+    monkeypatch.setattr("echo_ft.inference.inspector.load_dataset", no_dataset)
+    found = Inspector.from_bundle(bundle).predict(image)
+    assert found.pred_score == pytest.approx(expected.pred_score, abs=1e-6)
+    assert [one.text for one in found.trace] == [one.text for one in expected.trace]
+    assert [one.prompt for one in found.trace] == [one.prompt for one in expected.trace]
+    assert found.reference.startswith(str(bundle / "references" / "images"))
+    assert found.product == expected.product
 
 
-def find(folder):
-    return find_adapters(folder, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), MIN_PIXELS, MAX_PIXELS)
+def test_a_bundle_shows_the_prompts_of_all_roles(bundle):
+    shown = json.loads((bundle / "prompts.json").read_text())
+    assert [*dict.fromkeys(one["role"] for one in shown)] == list(ROLES)
+    assert shown[0]["images"] == 3
+    assert "Which candidate is the best baseline" in shown[0]["prompt"]
+    assert read_bundle(bundle).prompt_version == PROMPT_VERSION
 
 
-def test_a_failed_merge_costs_the_merged_model_alone(adapters, tmp_path, monkeypatch):
-    save, calls = bundle_module.save_model, []
-
-    def fail_first(model, folder):
-        calls.append(folder)
-        if len(calls) == 1:
-            (folder / "partial").mkdir(parents=True)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(model, folder)
-
-    monkeypatch.setattr(bundle_module, "save_model", fail_first)
-    output = tmp_path / "bundle"
-    with pytest.raises(EchoError, match=r"no merged model of decision_maker: OSError: .*No space left.*--merge none"):
-        export_main(["--adapters", str(adapters), "--output", str(output), "--merge", "decision_maker", ROLES[1]])
-    assert {role: one.fingerprint for role, one in find(output / "adapters").items()} == {
-        role: one.fingerprint for role, one in find(adapters).items()
-    }
-    assert [path.name for path in (output / "merged").iterdir()] == [ROLES[1]]
-    assert list(json.loads((output / "bundle.json").read_text())["not_merged"]) == ["decision_maker"]
-    assert "`merged/decision_maker` is missing: " in (output / "README.md").read_text()
-
-
-def test_an_adapter_that_is_not_reproduced_still_stops_the_export(adapters, tmp_path, monkeypatch):
-    copyfile = shutil.copyfile
-
-    def damage(source, target):
-        copyfile(source, target)
-        if target.name == "adapter_config.json" and target.parent.name == ROLES[1]:
-            target.write_text(json.dumps(json.loads(target.read_text()) | {"lora_alpha": 99}))
-
-    monkeypatch.setattr(bundle_module.shutil, "copyfile", damage)
-    with pytest.raises(EchoError, match=f"adapters/{ROLES[1]} does not reproduce"):
-        export_bundle(find(adapters), tmp_path / "bundle", [])
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_a_full_disk_is_named(adapters, tmp_path, monkeypatch):
-    def fail(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(bundle_module.shutil, "copyfile", fail)
-    with pytest.raises(EchoError, match=r"^no space left in .*; free some space and export again$"):
-        export_bundle(find(adapters), tmp_path / "bundle", [])
-
-
-@pytest.mark.parametrize(("role", "tied"), [("decision_maker", False), ("knowledge_guide", True)])
-def test_a_merged_model_has_the_published_form(exported, role, tied):
-    """transformers 4 and vLLM read this form. With a nested `text_config`, transformers 4 takes other frequencies."""
-    folder = exported / "merged" / role
-    config, base = (json.loads((path / "config.json").read_text()) for path in (folder, ECHO_TINY))
-    text = base["text_config"]
-    assert not {"text_config", "rope_parameters"} & config.keys()
-    assert (config["model_type"], config["torch_dtype"]) == ("qwen2_vl", "float32")
-    assert {key: config[key] for key in ("hidden_size", "vocab_size", "num_hidden_layers")}.items() <= text.items()
-    assert config["rope_theta"] == text["rope_parameters"]["rope_theta"]
-    assert config["rope_scaling"] == {"type": "mrope", "mrope_section": text["rope_parameters"]["mrope_section"]}
-    assert config["tie_word_embeddings"] is tied
-    loaded = load_model(str(folder))
-    assert loaded.config.tie_word_embeddings is tied
-    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied
-    images = json.loads((folder / "preprocessor_config.json").read_text())
-    assert (images["min_pixels"], images["max_pixels"]) == (MIN_PIXELS, MAX_PIXELS)
-    assert images["image_processor_type"] == "Qwen2VLImageProcessor"
-    tokens = json.loads((folder / "tokenizer_config.json").read_text())
-    assert "extra_special_tokens" not in tokens, "transformers 4 expects a mapping there"
-    assert "<|image_pad|>" in tokens["additional_special_tokens"]
-
-
-def test_the_published_form_loads_as_the_same_config_and_tokenizer(exported):
-    loaded = AutoConfig.from_pretrained(exported / "merged" / "knowledge_guide").to_dict()
-    expected = AutoConfig.from_pretrained(ECHO_TINY).to_dict()
-    assert loaded["text_config"]["rope_parameters"].pop("type") == "mrope"
-    assert expected["text_config"].pop("tie_word_embeddings") is loaded["tie_word_embeddings"]
-    for config in (loaded, expected):
-        config.pop("_name_or_path")
-    assert loaded == expected
-    one, other = (AutoTokenizer.from_pretrained(path) for path in (exported / "merged" / "knowledge_guide", ECHO_TINY))
-    assert one.all_special_tokens == other.all_special_tokens
-    assert (
-        one("<|im_start|>user\n<|image_pad|>Dent")["input_ids"]
-        == other("<|im_start|>user\n<|image_pad|>Dent")["input_ids"]
-    )
-
-
-@pytest.mark.parametrize("role", ["decision_maker", "knowledge_guide"])
-def test_transformers_4_gives_the_logits_of_transformers_5(exported, role):
-    python = os.environ.get("ECHO_FT_TRANSFORMERS_4")
-    if not python:
-        pytest.skip("ECHO_FT_TRANSFORMERS_4 is not set; set it to the Python of an environment with transformers 4")
-    model = str(exported / "merged" / role)
-    done = subprocess.run(
-        [python, "-m", "tests.support.old_transformers", model], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs, ours = json.loads(done.stdout.strip().splitlines()[-1]), answer(model)
-    assert theirs["version"].startswith("4.") and ours["version"].startswith("5.")
-    assert theirs["unfit"] == ours["unfit"] == []
-    assert theirs["input_ids"] == ours["input_ids"]
-    assert theirs["pixels"] == pytest.approx(ours["pixels"])
-    assert theirs["logits"] == pytest.approx(ours["logits"], abs=1e-4)
-
-
-def test_other_rotary_embeddings_keep_their_type():
-    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    published = publish_config(
-        {"model_type": "qwen2_vl", "dtype": "bfloat16", "text_config": {"rope_parameters": rope}}
-    )
-    assert published["rope_scaling"] == {"type": "yarn", "factor": 2.0, "mrope_section": [16, 24, 24]}
-    assert (published["rope_theta"], published["torch_dtype"]) == (1e6, "bfloat16")
-
-
-def test_the_command_for_vllm_has_only_adapters_that_it_serves(exported):
-    readme = (exported / "README.md").read_text()
-    command = readme[readme.index("vllm serve") : readme.index("```\n", readme.index("vllm serve"))]
-    assert "--max-loras 3 --max-lora-rank 8" in command
-    assert "decision_maker" not in command
-    assert all(f"{role}=adapters/{role}" in command for role in ROLES if role != "decision_maker")
-    why = "vLLM does not serve the adapter of decision_maker, because it has fully trained modules (lm_head)"
-    assert f"{why}; serve `merged/decision_maker`." in readme
-    assert "vllm serve merged/decision_maker --served-model-name decision_maker" in readme
+def test_the_command_inspects_with_a_bundle(bundle, image, capsys):
+    inspect.main([str(image), "--bundle", str(bundle), "--threshold", "1.1"])
+    assert f"{image}: ok, P(defect)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("config", "names", "refusal"),
+    ("options", "message"),
     [
-        ({}, [], None),
-        ({"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 4}, "use_rslora": True}, [], None),
-        ({"init_lora_weights": "gaussian"}, [], None),
-        ({"bias": "none", "modules_to_save": None, "init_lora_weights": True}, [], None),
-        ({"use_dora": True}, [], "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, [], r"lm_head"),
-        ({"bias": "lora_only"}, [], "biases"),
-        ({"lora_bias": True}, [], "biases"),
-        ({"r": 512}, [], None),
-        ({"r": 513}, [], "rank 513, above 512"),
-        ({"rank_pattern": {"q_proj": 1024}}, [], "rank 1024, above 512"),
-        ({"init_lora_weights": "pissa"}, [], "pissa"),
-        ({}, ["base_model.model.lm_head.lora_A.weight"], "lm_head"),
-        ({}, ["base_model.model.model.language_model.embed_tokens.lora_embedding_A"], "embed_tokens"),
+        ([], "name either a bundle or adapters: add --bundle DIR"),
+        (["--bundle", "b", "--adapters", "a"], "name either a bundle or adapters"),
+        (["--bundle", "b", "--dataset", "d"], "--dataset does not go with --bundle; remove it, or use --adapters"),
+        (["--adapters", "a", "--server", "http://h/v1"], "--server does not go with --adapters; .* or use --bundle"),
+        (["--bundle", "b", "--server", "http://h/v1", "--base_model", "m"], "--base_model does not go with --server"),
+        (["--bundle", "b"], "there is no b; write one with python -m train.export"),
+        (["--bundle", "b", "--watch", "w"], "name either images or a folder to watch"),
+        (["--bundle", "b", "--webhook", "file:///x"], "--webhook file:///x is not an address"),
     ],
 )
-def test_what_vllm_refuses_is_known_from_config_and_weights(config, names, refusal):
-    found = vllm_refusal({"r": 8, **config}, LORA_NAMES + names)
-    assert found is None if refusal is None else refusal in str(found)
+def test_options_that_do_not_fit_together_are_named(image, options, message):
+    with pytest.raises(EchoError, match=message):
+        inspect.main([str(image), *options])
+
+
+def test_checksums_are_those_of_sha256sum(bundle):
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=bundle, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "adapters/decision_maker/adapter_model.safetensors: OK" in done.stdout
+    assert len(done.stdout.splitlines()) == len([path for path in bundle.rglob("*") if path.is_file()]) - 1
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+CHANGES = {
+    "an adapter": (lambda b: flip_a_bit(b / "adapters/knowledge_guide/adapter_model.safetensors"), "has changed since"),
+    "the knowledge": (lambda b: flip_a_bit(b / "references/knowledge.json"), r"knowledge.json has changed since.*1 of"),
+    "a normal image": (lambda b: flip_a_bit(b / "references/images/train_0_2.png"), "train_0_2.png has changed since"),
+    "the threshold": (lambda b: flip_a_bit(b / "bundle.json"), "bundle.json"),
+    "a missing file": (lambda b: (b / "processor/tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "an added file": (lambda b: (b / "adapters/extra.py").write_text(""), "extra.py is not in SHA256SUMS"),
+    "no checksums": (lambda b: (b / "SHA256SUMS").unlink(), "has no readable SHA256SUMS"),
+    "another format": (
+        lambda b: (b / "bundle.json").write_text('{"format": "echo-ft bundle 9"}'),
+        "format 'echo-ft bund",
+    ),
+    "no JSON": (lambda b: (b / "bundle.json").write_text("[]"), "bundle.json is not a JSON object"),
+    "no bundle": (lambda b: (b / "bundle.json").unlink(), "is not a bundle .it has no bundle.json"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_bundle_is_refused(copied, name):
+    change, message = CHANGES[name]
+    change(copied)
+    with pytest.raises(EchoError, match=message):
+        read_bundle(copied)
+
+
+def test_the_model_card_may_be_edited_and_system_files_do_not_count(copied):
+    (copied / "README.md").write_text("# Line 4\n")
+    (copied / ".DS_Store").write_text("")
+    assert read_bundle(copied).references == "copy"
+
+
+def test_an_exchanged_adapter_is_named_even_with_new_checksums(copied):
+    folder = copied / "adapters"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(folder / "knowledge_guide" / name, folder / "decision_maker" / name)
+    write_checksums(copied)
+    with pytest.raises(EchoError, match="decision_maker is not the adapter that was exported"):
+        bundle_adapters(copied, read_bundle(copied), str(ECHO_TINY))
+
+
+def test_a_base_model_that_has_moved_is_named_with_the_remedy(copied):
+    described = read_bundle(copied)
+    with pytest.raises(EchoError, match=r"the base model no/where of .* is not here .*; pass its folder as base_model"):
+        bundle_adapters(copied, described, "no/where")
+
+
+def test_an_index_of_another_descriptor_is_named(copied):
+    path = copied / "references" / "descriptors.npz"
+    with np.load(path) as found:
+        content = dict(found)
+    np.savez(path, **(content | {"vectors": np.roll(content["vectors"], 7, axis=1)}))
+    write_checksums(copied)
+    with pytest.raises(EchoError, match="the descriptor skimage of this machine differs from the one in"):
+        load_bundle_products(copied, read_bundle(copied))
+
+
+def test_copies_outside_the_bundle_are_refused(copied, tmp_path):
+    draw(tmp_path / "secret.png", (20, 20), 1)
+    path = copied / "references" / "descriptors.npz"
+    with np.load(path) as found:
+        content = dict(found)
+    content["images"] = np.array(["../../../secret.png", *content["images"][1:]])
+    np.savez(path, **content)
+    write_checksums(copied)
+    with pytest.raises(EchoError, match=r"names \.\./\.\./\.\./secret.png, which lies outside"):
+        load_bundle_products(copied, read_bundle(copied))
+
+
+def test_images_by_path_must_stay_as_they_were(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    save_products(read_products(load_dataset(folder)), tmp_path / "references", "path")
+    assert not (tmp_path / "references" / "images").exists()
+    found = load_products(tmp_path / "references", tmp_path)
+    assert found.root == folder / "images"
+    flip_a_bit(folder / "images" / "train_3_2.png")
+    with pytest.raises(EchoError, match=r"1 normal images of .* have changed since the export .*train_3_2.png"):
+        load_products(tmp_path / "references", tmp_path)
+    (folder / "images" / "train_3_2.png").unlink()
+    with pytest.raises(EchoError, match=r"1 normal images of .* are missing .*export again with --references copy"):
+        load_products(tmp_path / "references", tmp_path)
+
+
+def test_defects_that_only_synthetic_images_show_are_left_out_as_in_the_test_split(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    rows = list(read_jsonl(folder / "inspections.jsonl", Inspection))
+    scar = replace(rows[0], id="made", condition="scar", synthetic="scar")
+    write_jsonl(folder / "inspections.jsonl", [*rows, scar])
+    knowledge = json.loads((folder / "knowledge.json").read_text())
+    knowledge["line"]["washer"]["scar"] = "scar"
+    (folder / "knowledge.json").write_text(json.dumps(knowledge))
+    products = read_products(load_dataset(folder))
+    assert products.conditions["line", "washer"] == ["good", "stain"]
+    assert list(products.knowledge["line"]["washer"]) == ["good", "stain"]
+
+
+def test_a_bundle_that_answers_otherwise_after_reloading_is_not_written(adapters, tmp_path, monkeypatch):
+    """Here, the knowledge is damaged while it is written."""
+
+    def damage(products, folder, choice):
+        save_products(products, folder, choice)
+        (folder / "knowledge.json").write_text("{}")
+
+    monkeypatch.setattr("echo_ft.export.bundle.save_products", damage)
+    with pytest.raises(
+        EchoError, match="the reloaded bundle does not answer as the adapters do: a prompt differs, in image 1"
+    ):
+        export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--merge", "none"])
+    assert list(tmp_path.iterdir()) == []

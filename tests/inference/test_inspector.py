@@ -14,34 +14,13 @@ import echo_ft
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import run_cases
-from echo_ft.files import read_jsonl, write_json, write_jsonl
+from echo_ft.files import read_jsonl, write_json
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inference.inspector import Inspector
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS
-from echo_ft.records import GOOD, Inspection
+from echo_ft.records import Inspection
 from evaluation import inspect
-from tests.conftest import draw, make_dataset, random_adapters
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """Five normal washers, three normal caps, and three stained washers as test images."""
-    folder = make_dataset(tmp_path_factory.mktemp("dataset"))
-    rows = list(read_jsonl(folder / "inspections.jsonl", Inspection))
-    normals = [
-        replace(row, condition=GOOD, product="cap" if index > 4 else "washer") if row.split == "train" else row
-        for index, row in enumerate(rows)
-    ]
-    write_jsonl(folder / "inspections.jsonl", normals)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["config"] |= {"descriptor": "skimage"}
-    write_json(folder / "manifest.json", manifest)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapters(dataset, tmp_path_factory):
-    return random_adapters(tmp_path_factory.mktemp("adapters"), dataset)
+from tests.conftest import draw
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +150,7 @@ def test_the_command_prints_lines_or_json_and_its_status_tells(adapters, image, 
     with pytest.raises(SystemExit) as flagged:
         inspect.main([str(tmp_path), "--adapters", str(adapters), "--threshold", "0", "--json", "true"])
     assert flagged.value.code == 1
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (record,) = map(json.loads, capsys.readouterr().out.splitlines())  # nothing else is in stdout
     assert record["image"] == str(image)
     assert record["pred_label"] is True
     assert {trace["role"] for trace in record["trace"]} >= {"reference_extractor", "decision_maker"}

@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from echo_ft.errors import EchoError
+from echo_ft.inference import watch as watch_module
 from echo_ft.inference.watch import BROKEN_SECONDS, SETTLED_SECONDS, STATE_FILE, FolderWatch, post
+from evaluation import inspect
 from tests.conftest import draw
 
 
@@ -186,3 +188,23 @@ def test_no_redirect_is_followed(status):
 def test_a_webhook_that_rejects_a_result_stops_the_watch():
     with Webhook(404) as hook, pytest.raises(EchoError, match=r"rejects a result .status 404.; check the address"):
         post(hook.url, {})
+
+
+def test_the_command_posts_every_result_and_every_broken_image_once(bundle, folder, whole, monkeypatch, capsys):
+    (folder / "good.png").write_bytes(whole)
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(watch_module, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(watch_module, "BROKEN_SECONDS", 0.0)
+    clock = Clock(2.0)
+    monkeypatch.setattr(watch_module.FolderWatch.__init__, "__defaults__", (clock, clock.sleep))
+    with Webhook() as hook:
+        arguments = ["--watch", str(folder), "--bundle", str(bundle), "--webhook", hook.url, "--json", "true"]
+        for _ in range(2):
+            clock.now = 0.0
+            with pytest.raises(EndOfTestError):
+                inspect.main(arguments)
+    results = {body["image"]: body for body in hook.bodies}
+    assert len(hook.bodies) == 2
+    assert results[str(folder / "good.png")]["answers"]
+    assert "broken" in results[str(folder / "broken.png")]["error"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results[str(folder / "good.png")]

@@ -9,14 +9,18 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.inference.engine import Engine
 from echo_ft.inference.server import Server
 from echo_ft.model.rows import RowBuilder
+from echo_ft.records import ROLES, Branch, Exchange
 
 Answer = Callable[[dict[str, Any]], Any]
 """Maps a request to a reply: a body, (status, body) or (status, body, headers). None closes the connection.
@@ -105,6 +109,44 @@ class FakeServer:
     def close(self) -> None:
         self.http.shutdown()
         self.http.server_close()
+
+
+def model_answers(model: Any, row_builder: RowBuilder, folder: Path, served: Callable[[str], str]) -> Answer:
+    """Answer requests with a model that has adapters named after the roles, and count the tokens of the prompt.
+
+    `served` maps the model name of a request to the adapter that answers; any other name is the base model. `folder`
+    holds the images of the requests.
+    """
+    lock, engine = threading.Lock(), Engine(model, row_builder, folder)
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        with lock:
+            names = []
+            for image in shown_images(body):
+                names.append(f"{hash(image.tobytes())}.png")
+                image.save(folder / names[-1])
+            exchange = Exchange("", "request", tuple(names), "", (Branch("", text_of(body)),), PROMPT_VERSION)
+            engine.max_new_tokens = engine.answer_tokens = body["max_tokens"]
+            role = served(body["model"])
+            with nullcontext() if role in ROLES else model.disable_adapter():
+                ((said,),) = engine.generate(role if role in ROLES else ROLES[0], [exchange])
+            sizes = [image.size for image in shown_images(body)]
+            tokens = len(row_builder.row(exchange, sizes).input_ids)
+        top = [{"token": letter, "logprob": value, "bytes": None} for letter, value in said.letters.items()]
+        return {
+            **completion(body),
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": said.text},
+                    "finish_reason": "length" if said.cut else "stop",
+                    "logprobs": {"content": [{"token": "A", "logprob": 0.0, "bytes": None, "top_logprobs": top}]},
+                }
+            ],
+            "usage": {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1},
+        }
+
+    return answer
 
 
 def ask_server(

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from trl import ModelConfig, SFTConfig
 
 from echo_ft.errors import EchoError
-from echo_ft.inference.bundle import VLLM_RANKS, vllm_rank
+from echo_ft.export.vllm import VLLM_RANKS, vllm_rank
 from echo_ft.model.attention import make_spans
 from echo_ft.model.batches import make_attention_mask, pack_rows
 from echo_ft.model.loading import load_model

@@ -1,0 +1,63 @@
+"""The measured results of an exported pipeline, from the report.json of `evaluation.score`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import PipelineConfig
+from echo_ft.inference.decision import Calibration, load_calibration
+from echo_ft.inputs import read_json_object
+from echo_ft.model.adapters import Adapter
+
+PIPELINE_OPTIONS = ("routing", "reference", "knowledge", "reasoning", "answer", "option_order")
+"""The options of a run that its pipeline consists of."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a report says about the pipeline that it measured."""
+
+    report: Mapping[str, Any]
+    pipeline: PipelineConfig
+    max_new_tokens: int
+    k: int | None
+    """The number of references per image; None means all that the dataset has."""
+    calibration: Calibration | None
+
+
+def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement:
+    """Read a report.json and check that it measures the `adapters`.
+
+    Raises EchoError if it is no report of a run, if the run used other adapters or another base model, or if an
+    inspector cannot repeat it: with corrupted queries, or with random references.
+    """
+    try:
+        report = read_json_object(path)
+        run = report["provenance"]
+        measured = {role: one["fingerprint"] for role, one in run["adapters"].items()}
+        pipeline = PipelineConfig(**{name: run[name] for name in PIPELINE_OPTIONS})
+        tokens, k, base = int(run["max_new_tokens"]), run["references"], run["base_fingerprint"]
+        gate, corruption = report.get("gate") or {}, run["corruption"]
+        calibrated = bool(report["calibration"]) or gate.get("threshold") is not None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EchoError(
+            f"{path} is not the report of a run ({type(error).__name__}: {error}); write it with python -m "
+            "evaluation.score RUN"
+        ) from error
+    for role, adapter in adapters.items():
+        if measured.get(role) != adapter.fingerprint:
+            raise EchoError(
+                f"{path} measures another adapter of {role} than {adapter.path} ({measured.get(role)}, not "
+                f"{adapter.fingerprint}); run and score these adapters"
+            )
+        # A run on a server does not know the weights there.
+        if base is not None and base != adapter.card.base_fingerprint:
+            raise EchoError(f"{path} measures another base model ({base}); run and score these adapters")
+    if corruption is not None or pipeline.reference == "random":
+        what = "corrupted images" if corruption is not None else "random references"
+        raise EchoError(f"{path} measures {what}, which an inspector does not use; give the report of another run")
+    return Measurement(report, pipeline, tokens, k, load_calibration(path) if calibrated else None)
