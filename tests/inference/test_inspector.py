@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 import echo_ft
+from benchmarks.evaluation.inspector import draw_images, measure_inspector
+from benchmarks.evaluation.overhead import memory_mib
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import run_cases
@@ -158,6 +160,23 @@ def test_the_command_prints_lines_or_json_and_its_status_tells(adapters, image, 
     printed = capsys.readouterr().out
     assert f"{image}: ok, P(defect) {record['pred_score']:.3f} (threshold 1.1)" in printed
     assert "0 of 1 images flagged" in printed
+
+
+def test_the_benchmark_divides_the_time_between_engine_and_inspector(inspector, tmp_path):
+    generate = inspector.generate
+    whole, engine, early, late = measure_inspector(inspector, draw_images(tmp_path, 3, 64))
+    assert 0 < engine < whole
+    assert 0 < early <= 2 * late
+    assert inspector.generate == generate
+
+
+@pytest.mark.slow
+def test_a_folder_of_1000_images_runs_in_flat_memory(bundle, tmp_path):
+    inspector = Inspector.from_bundle(bundle)
+    draw_images(tmp_path, 1000, 96)
+    sizes = [memory_mib() for _ in inspector.stream(tmp_path)]
+    assert len(sizes) == 1000
+    assert max(sizes[200:]) - sizes[200] < 30, "MiB"
 
 
 def test_the_package_exports_the_inspector():
