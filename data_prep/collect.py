@@ -13,6 +13,7 @@ from typing import Any
 
 from data_prep import sources
 from data_prep.config import BuildConfig
+from data_prep.corrections import apply_corrections
 from data_prep.faults import ImageCheck, boxes_fault, check_image, mask_fault, name_fault, orientation_fault
 from data_prep.rejections import first_rejection
 from data_prep.truth import SourceRecords, merge_records
@@ -33,7 +34,7 @@ DECLARING_SOURCES = ("folder", "manifest")
 def check_config(config: BuildConfig) -> None:
     """Raise EchoError for every mistake in the config that can be found before images are read."""
     _source(config.source)
-    for key in ("annotations", "knowledge"):
+    for key in ("annotations", "corrections", "knowledge"):
         path = getattr(config, key)
         if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
             raise EchoError(f"{key}: there is no file {path}; check the path")
@@ -97,6 +98,8 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
     """
     root, items = source_items(config, folder)
     records = merge_records(progress(items, "reading", "records"))
+    if config.corrections is not None:
+        records = apply_corrections(records, config.corrections, root, tuple(config.good or ()))
     usable = check_records(records, root, None if config.allow_links else config.source != "manifest")
     if not usable.inspections:
         where = config.annotations or root

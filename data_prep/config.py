@@ -25,13 +25,21 @@ class BuildConfig:
     annotations: Path | None = field(
         default=None,
         metadata={
-            "help": "File that lists the images: mmad.json, a VisA split, or a manifest as CSV, JSONL or COCO JSON."
+            "help": "File that lists the images: mmad.json, a VisA split, or a manifest as CSV, JSONL, COCO JSON or "
+            "JSON of Label Studio."
         },
     )
     good: list[str] | None = field(
         default=None,
         metadata={
             "help": "Words of the manifest, annotations or folders, besides good, that mean a part without a defect."
+        },
+    )
+    corrections: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Reviewed truth that replaces the source's: JSON of Label Studio or COCO JSON, as exported by "
+            "evaluation.export_review and corrected."
         },
     )
     knowledge: Path | None = field(

@@ -2,7 +2,8 @@
 
 By the convention of these tools, an image without annotations is `good`; the build counts such images. Otherwise the
 category names form the condition. If several entries of `images` name one file, their annotations add up. The outline
-of an annotation counts (`segmentation` as polygons), or its `bbox` if it has none. `product`, `group` and `split` are
+of an annotation counts (`segmentation` as polygons), or its `bbox` if it has none. One with neither names the condition
+and marks nothing. `product`, `group` and `split` are
 read from the image if it has these fields. By default, the product is the first folder of `file_name`, which is
 relative to the root.
 """
@@ -115,11 +116,14 @@ def _inspection(
     good: tuple[str, ...],
 ) -> Items:
     frame = frame_of(root, name, (image.get("width"), image.get("height")))
-    labels, polygons, boxes = [], [], []
+    labels, polygons, boxes, unmarked = [], [], [], set[str]()
     for row in rows:
         if _key(row.get("category_id")) not in categories:
             raise RowError(f"{name}: there is no category {row.get('category_id')!r}")
         labels.append(categories[_key(row["category_id"])])
+        if "bbox" not in row and "segmentation" not in row:
+            unmarked.add(labels[-1])
+            continue
         outline = row.get("segmentation")
         if outline and isinstance(outline, list):
             polygons += [_polygon(name, corners) for corners in outline]
@@ -131,6 +135,10 @@ def _inspection(
             )
     condition = condition_of(labels, good)
     defective = condition != GOOD  # regions of good parts mark nothing
+    if unmarked and (boxes or polygons):
+        reason = f"an annotation names {min(unmarked)} without a bbox, but others mark defects; mark every defect"
+        yield Rejection(name, f"{reason}; the image is used without its marks", "mask")
+        polygons, boxes = [], []
     yield Inspection(
         id=name,
         image=name,

@@ -8,7 +8,7 @@
   physical part), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
   (by default the name of the manifest) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made the
   defect, written by `data_prep.synthesize`).
-- COCO JSON: see `_coco`.
+- COCO JSON: see `_coco`. The JSON export of Label Studio: see `_labelstudio`.
 - No manifest: the labelme files under the root, see `_labelme`.
 
 Paths are relative to the root. Splits depend on the rows of a manifest, but not on its name. Adding rows re-splits it.
@@ -28,6 +28,7 @@ from data_prep.faults import IMAGE_SUFFIXES
 from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, in_order, locate
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
+from data_prep.sources._labelstudio import is_task_list, read_labelstudio
 from data_prep.sources._lists import ListFormat, list_format, not_text
 from data_prep.sources._rows import condition_in, frame_of, required_text, split_of, text_of
 from echo_ft.errors import EchoError
@@ -62,9 +63,10 @@ def read(config: SourceConfig) -> Items:
         yield from read_labelme(config.root, config.good)
         return
     if not path.is_file():
-        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, JSONL or COCO JSON file")
+        raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, JSONL or JSON file")
     if path.suffix.lower() == ".json":
-        yield from read_coco(config.root, path, config.good)
+        read_json_file = read_labelstudio if is_task_list(path) else read_coco
+        yield from read_json_file(config.root, path, config.good)
         return
     form = list_format(path)
     rows = _jsonl_rows(path, form) if form.separator is None else _csv_rows(path, form)

@@ -80,6 +80,16 @@ def test_coco_reports_that_a_run_length_mask_is_replaced_by_its_box(tmp_path):
     assert found["cap/1.jpg"].boxes == ((4.0, 6.0, 12.0, 10.0),)
 
 
+def test_a_coco_annotation_without_a_place_names_the_condition_only(tmp_path):
+    found, rejections = edited(tmp_path, lambda c: c["annotations"][1].pop("bbox"))
+    assert (found["ring/2.jpg"].condition, found["ring/2.jpg"].boxes) == ("dent", ())
+    assert not rejections
+    bare = {"image_id": 12, "category_id": 2}
+    found, rejections = edited(tmp_path, lambda c: c["annotations"].append(bare))
+    assert (found["ring/2.jpg"].condition, found["ring/2.jpg"].boxes) == ("crack+dent", ()), "no crack may look normal"
+    assert "names crack without a bbox, but others mark defects" in rejections["ring/2.jpg"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,62 @@
+"""Corrections of a source's truth, exported from Label Studio or as COCO after a review.
+
+`evaluation.export_review` writes the files that people correct. A corrected file has the condition and the outlines of
+each reviewed image. An outline that nobody has moved leaves the record as the source has it, with its mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from data_prep.sources._coco import read_coco
+from data_prep.sources._labelstudio import NOT_ANNOTATED, is_task_list, read_labelstudio
+from data_prep.truth import SourceRecords, merge_records
+from echo_ft.errors import EchoError
+from echo_ft.images.outlines import Outlines, outlines_of, same_outlines
+from echo_ft.records import GOOD, Inspection
+from echo_ft.terminal import LOGGER
+
+
+def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tuple[str, ...]) -> SourceRecords:
+    """Return the records with the conditions and outlines of a corrected file.
+
+    Products, groups, splits and references stay those of the source. Tasks that nobody has annotated change nothing.
+    Raises EchoError if an entry of the file cannot be used or names an image that the source does not have.
+    """
+    read = read_labelstudio if is_task_list(path) else read_coco
+    corrected = merge_records(read(root, path, good))
+    faults = [one for one in corrected.rejections if not one.reason.startswith(NOT_ANNOTATED)]
+    if faults:
+        raise EchoError(
+            f"corrections: {len(faults)} entries of {path} cannot be used (first: {faults[0].item}: "
+            f"{faults[0].reason}); correct them and export again"
+        )
+    found = {one.image: one for one in corrected.inspections}
+    unknown = sorted(found.keys() - {one.image for one in records.inspections})
+    if unknown:
+        raise EchoError(
+            f"corrections: {path} has {len(unknown)} images that the source does not have (first: {unknown[0]}); give "
+            "the file that was exported for this dataset"
+        )
+    inspections = [
+        _corrected(one, found[one.image], root) if one.image in found else one for one in records.inspections
+    ]
+    changed = sum(one != other for one, other in zip(inspections, records.inspections, strict=True))
+    LOGGER.info("corrections: %d of %d reviewed images changed (%s)", changed, len(found), path)
+    return dataclasses.replace(records, inspections=inspections)
+
+
+def _corrected(before: Inspection, after: Inspection, root: Path) -> Inspection:
+    """Return a record of the source with the truth of its correction."""
+    marks = Outlines(after.boxes, after.polygons)
+    unmarked = dataclasses.replace(before, condition=after.condition, mask=None, masks=(), boxes=(), polygons=())
+    if after.condition == GOOD:
+        return before if before.condition == GOOD else unmarked
+    try:
+        shown = outlines_of(before, root)
+    except EchoError:  # the mask cannot be used, so neither the dataset nor its review has it
+        shown = Outlines()
+    if same_outlines(shown, marks):
+        return dataclasses.replace(before, condition=after.condition)
+    return dataclasses.replace(unmarked, boxes=marks.boxes, polygons=marks.polygons)
