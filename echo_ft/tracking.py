@@ -52,6 +52,8 @@ class Picture:
     """(height, width), True on the defect, or None."""
     label: str = ""
     """What the mask shows."""
+    predicted: tuple[tuple[int, int, int, int], ...] = ()
+    """Predicted boxes as (x0, y0, x1, y1), in thousandths of the image's width and height."""
 
 
 def experiment_name(output: Path) -> str:
@@ -255,7 +257,12 @@ def _wandb_image(picture: Picture) -> wandb.Image:
     masks = None
     if picture.mask is not None:
         masks = {"truth": {"mask_data": picture.mask.astype("uint8"), "class_labels": {1: picture.label}}}
-    return wandb.Image(picture.image, masks=masks, file_type="jpg")
+    data = [
+        {"position": dict(zip(("minX", "minY", "maxX", "maxY"), (v / 1000 for v in box), strict=True)), "class_id": 1}
+        for box in picture.predicted
+    ]
+    boxes = {"predicted": {"box_data": data, "class_labels": {1: "predicted"}}} if data else None
+    return wandb.Image(picture.image, masks=masks, boxes=boxes, file_type="jpg")
 
 
 def local_run(text: str) -> Path:

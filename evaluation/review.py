@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import most_probable
 from echo_ft.files import read_complete_rows, read_jsonl
+from echo_ft.images.boxes import Box, parse_boxes
 from echo_ft.inference.run_folder import TRACES
 from echo_ft.metrics.experts import concluded_letter
 from echo_ft.metrics.loading import Run
@@ -48,6 +49,8 @@ class ReviewCase:
     """The words of the reference extractor; empty if it was not consulted, as for the guide."""
     guide: str
     p_defect: float | None
+    predicted: tuple[Box, ...]
+    """The boxes that the run answers to Defect Grounding, in thousandths of the image's width and height."""
     questions: tuple[ReviewQuestion, ...]
 
     @property
@@ -71,19 +74,27 @@ def review_cases(run: Run, dataset: Dataset) -> list[ReviewCase]:
     """Return the cases of a run in the order of its predictions. Raises EchoError if the dataset lacks one of them."""
     inspections = {one.id: one for one in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)}
     traces: dict[str, dict[tuple[str, str], Trace]] = {}
-    for trace in read_complete_rows(run.folder / TRACES, Trace):
+    for read in read_complete_rows(run.folder / TRACES, Trace):
+        trace = replace(read, context="", prompt="")  # prompts take most of the memory of a trace
         traces.setdefault(trace.case, {})[trace.role, trace.branch] = trace
     predictions: dict[str, list[Prediction]] = {}
     for prediction in run.predictions:
         predictions.setdefault(prediction.case, []).append(prediction)
+    boxes = {one.case: parse_boxes(one.parsed or "") or () for one in run.grounding}
     missing = [case for case in predictions if case not in inspections]
     if missing:
         raise EchoError(f"{dataset.folder} has no image {missing[0]} of {run.folder}; restore the dataset of the run")
-    return [_review_case(inspections[case], rows, traces.get(case, {})) for case, rows in predictions.items()]
+    return [
+        _review_case(inspections[case], rows, traces.get(case, {}), boxes.get(case, ()))
+        for case, rows in predictions.items()
+    ]
 
 
 def _review_case(
-    inspection: Inspection, rows: Sequence[Prediction], traces: dict[tuple[str, str], Trace]
+    inspection: Inspection,
+    rows: Sequence[Prediction],
+    traces: dict[tuple[str, str], Trace],
+    boxes: tuple[Box, ...],
 ) -> ReviewCase:
     def said(role: str, *branches: str) -> str:
         return "\n".join(traces[role, branch].text for branch in branches if (role, branch) in traces)
@@ -99,6 +110,7 @@ def _review_case(
         said(extractor, "best", "normal"),
         said(guide, "guide"),
         sum(scores) / len(scores) if scores else None,
+        boxes,
         tuple(ReviewQuestion(row, reasoning, _tags(row, reasoning)) for row, reasoning in questions),
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.html import thumbnail
-from echo_ft.images.decode import decode
+from echo_ft.images.decode import decode, image_frame
 from echo_ft.images.masks import load_mask, resize_mask
 from echo_ft.metrics.comparison import RunGroup
 from echo_ft.metrics.loading import Run
@@ -87,9 +87,9 @@ def use_adapters(tracked: wandb.Run, provenance: Mapping[str, Any]) -> None:
     for role, described in (provenance.get("adapters") or {}).items():
         path = folder / role
         try:
+            card = asdict(read_card(path))
             if fingerprint_files([path / name for name in ADAPTER_FILES], path) != described.get("fingerprint"):
                 raise EchoError(f"{path} has other weights than in the run")
-            card = asdict(read_card(path))
         except (EchoError, OSError) as error:
             LOGGER.warning("W&B gets no adapter of the %s: %s", role, error)
             continue
@@ -125,13 +125,15 @@ def _picture(dataset: Dataset, image: str, case: ReviewCase | None = None) -> Pi
     """Return an image for the table, with the mask of the `case` if it is the query; None if it cannot be read."""
     try:
         whole = decode(dataset.root / image)
-        mask = load_mask(case.inspection, dataset.root, whole.size) if case else None
+        frame = image_frame(dataset.root / image)
+        mask = load_mask(case.inspection, dataset.root, *frame) if case else None
     except (EchoError, OSError, ValueError):
         return None
     small = thumbnail(whole, TABLE_SIDE)
-    if case is None or mask is None:
+    if case is None:
         return Picture(small)
-    return Picture(small, resize_mask(mask, small.size), case.inspection.condition)
+    small_mask = None if mask is None else resize_mask(mask, small.size)
+    return Picture(small, small_mask, case.inspection.condition, case.predicted)
 
 
 def log_comparison(comparison: Mapping[str, Any], groups: Sequence[RunGroup], output: Path, options: Any) -> None:

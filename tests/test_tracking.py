@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
+from PIL import Image
 
 from data_prep.build import main as build
 from echo_ft import tracking
@@ -207,6 +209,23 @@ def test_the_table_shows_what_each_expert_saw_and_said(folder, runs):
         assert row["reference"]["_type"] == "image-file"
         assert ("masks" in row["query"]) == (said["condition"] != "good")
     assert {row["reasoning_expert"] for row in rows} >= {WORDS["reason"]}
+
+
+def test_a_picture_shows_mask_and_predicted_boxes_and_is_stored_once(offline):
+    mask = np.zeros((20, 40), dtype=np.bool_)
+    mask[:5, :5] = True
+    picture = tracking.Picture(Image.new("RGB", (40, 20)), mask, "dent", ((0, 250, 500, 750),))
+    with tracking.log_run("evaluate", "one", "caps", {}) as run:
+        run.log({"cases": tracking.make_table(["query", "kind"], [[picture, "a"], [picture, "b"]])})
+    (logged,) = read_runs(offline)
+    first, second = (row[0] for row in logged.table("cases")["data"])
+    assert first == second
+    contents = logged.artifacts[next(iter(logged.artifacts))].manifest.contents
+    (box,) = first["boxes"]["predicted"]
+    assert box["position"] == {"minX": 0, "minY": 0.25, "maxX": 0.5, "maxY": 0.75}
+    (path,) = [entry.local_path for entry in contents if entry.path.endswith(".mask.png")]
+    with Image.open(path) as stored:
+        assert np.array_equal(np.asarray(stored) > 0, mask)
 
 
 def test_the_config_of_an_evaluation_is_that_of_its_run(runs):

@@ -131,7 +131,8 @@ def _inspection(
     good: tuple[str, ...],
 ) -> Inspection:
     labels: list[str] = []
-    boxes, polygons = [], []
+    boxes: list[tuple[float, float, float, float]] = []
+    polygons: list[tuple[float, ...]] = []
     for result in _outlining(results):
         kind, value = result.get("type"), result["value"]
         if kind not in ("rectanglelabels", "polygonlabels"):

@@ -1,0 +1,63 @@
+"""Export a run for review in other tools: `python -m evaluation.export_review RUN_DIR --format FORMAT --output DIR`.
+
+| format | files | opens in |
+|---|---|---|
+| `labelstudio` | tasks.json, config.xml | Label Studio |
+| `coco` | instances.json | CVAT, Roboflow, pycocotools and others |
+| `fiftyone` | samples.json, metadata.json | FiftyOne |
+
+Every image has its truth as annotations, and its reference, the words of each expert, P(defect), the answers and tags.
+Images are referred to, not copied. `data_prep.build --corrections FILE` reads corrected files of the first two formats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from echo_ft import config as configs
+from echo_ft.config import named_first
+from echo_ft.errors import EchoError
+from echo_ft.files import atomic_folder
+from echo_ft.metrics.loading import load_run
+from evaluation.review import TAGS, review_cases, run_dataset
+from evaluation.review_formats import FORMATS
+
+
+@dataclass(frozen=True)
+class ReviewConfig:
+    """Options of `python -m evaluation.export_review`."""
+
+    run: str = field(metadata={"help": "Run folder, written by `python -m evaluation.run`. --run itself is optional."})
+    format: str = field(metadata={"help": "Tool to export to.", "choices": [*FORMATS]})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder to write. It must not exist. Default: `review_FORMAT` in the run folder."},
+    )
+    tags: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Export only images with one of these tags. Default: all images.", "choices": [*TAGS]},
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Write the files of the format and print how many images have which tag."""
+    (config,) = configs.parse([ReviewConfig], named_first(argv, "--run"))
+    run = load_run(Path(config.run))
+    dataset = run_dataset(run)
+    cases = [case for case in review_cases(run, dataset) if not config.tags or {*config.tags} & {*case.tags}]
+    if not cases:
+        raise EchoError(f"no image of {config.run} has a tag of {', '.join(config.tags)}; give other tags, or none")
+    output = Path(config.output or run.folder / f"review_{config.format}")
+    if output.exists():
+        raise EchoError(f"{output} already exists; choose another --output or delete it")
+    with atomic_folder(output) as folder:
+        FORMATS[config.format](folder, cases, dataset.root, run.folder.resolve().name)
+    counts = Counter(tag for case in cases for tag in case.tags)
+    tagged = ", ".join(f"{counts[tag]} {tag}" for tag in TAGS if counts[tag]) or "none tagged"
+    print(f"{len(cases)} images ({tagged}) for {config.format} in {output}; images are in {dataset.root}")
+
+
+if __name__ == "__main__":
+    configs.run_main(main)
