@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 
 def labelstudio(folder: Path) -> dict[str, Any]:
@@ -46,18 +47,25 @@ def coco(folder: Path) -> dict[str, Any]:
 
 
 def fiftyone(folder: Path) -> dict[str, Any]:
-    """The samples that FiftyOne's own importer reads. Needs MongoDB, which `fiftyone` downloads when installed."""
-    import fiftyone
+    """The samples that FiftyOne's own importer reads. A dataset in FiftyOne would also need MongoDB."""
+    import mongoengine
+    import pymongo
 
-    dataset = fiftyone.Dataset.from_dir(str(folder), dataset_type=fiftyone.types.LegacyFiftyOneDataset)
-    try:
-        return {
-            "images": len(dataset),
-            "tags": dataset.count_sample_tags(),
-            "boxes": [one.bounding_box for sample in dataset for one in sample.ground_truth.detections],
-        }
-    finally:
-        dataset.delete()
+    # fiftyone (1.22) connects to MongoDB when it is imported.
+    pymongo.MongoClient = mongoengine.connect = MagicMock()  # type: ignore[misc]
+    import fiftyone.core.odm as odm
+
+    odm.establish_db_conn = odm.database.establish_db_conn = lambda config: None
+    from fiftyone.utils.data.importers import LegacyFiftyOneDatasetImporter
+
+    importer = LegacyFiftyOneDatasetImporter(dataset_dir=str(folder))
+    importer.setup()
+    samples = list(importer)
+    return {
+        "images": len(samples),
+        "tags": sum(len(sample.tags) for sample in samples),
+        "boxes": [one.bounding_box for sample in samples for one in sample.ground_truth.detections],
+    }
 
 
 if __name__ == "__main__":
