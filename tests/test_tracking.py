@@ -381,7 +381,8 @@ def test_scores_of_an_answer_file_are_logged_with_their_report(offline, capsys):
     score.main(["--answers", "answers.json", "--output", "runs/others/scored", "--report_to", "wandb"])
     (logged,) = read_runs(offline)
     assert (logged.run.run_group, logged.run.display_name) == ("others", "scored")
-    assert {*logged.contents("others-scored")} == {"report.json", "report.html"}
+    files = {"report.json", "report.html", "run.json", "predictions.jsonl"}  # `evaluation.compare` reads the last two
+    assert {*logged.contents("others-scored")} == files
     assert logged.history[0]["counts/questions"] == 1
     assert "answers.json is not the folder of a run" in capsys.readouterr().err
 
