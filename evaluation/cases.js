@@ -88,8 +88,7 @@ function applyFilters(wanted) {
   matching = [];
   cases.forEach((one, number) => { if (matches(one, parsed)) matching.push(number); });
   element("shown").textContent = `${matching.length.toLocaleString("en")} of ${cases.length.toLocaleString("en")} cases`;
-  rows.style.height = `${matching.length * ROW}px`;
-  drawRows();
+  rows.style.height = `${matching.length * ROW}px`;  // the caller draws the rows, once it knows the current case
 }
 
 // ---- The list. Only the rows in sight exist.
