@@ -56,8 +56,10 @@ types: $(INSTALLED)
 # Take the screenshots for the documentation from the pages of the last demo. Needs chromium.
 CHROMIUM ?= chromium
 SHOOT := $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars
-CROP := $(BIN)/python -c "import sys; from PIL import Image; path, top = sys.argv[1], int(sys.argv[2]); \
-  image = Image.open(path).convert('RGB'); image = image.crop((0, top, *image.size)); \
+# A page that scrolls to its cases is blank above them, by a height that depends on the page.
+CROP := $(BIN)/python -c "import sys; from PIL import Image, ImageChops; path = sys.argv[1]; \
+  image = Image.open(path).convert('RGB'); blank = Image.new('RGB', image.size, image.getpixel((0, 0))); \
+  top = max(0, ImageChops.difference(image, blank).getbbox()[1] - 16); image = image.crop((0, top, *image.size)); \
   image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)"
 
 pictures: $(INSTALLED)
@@ -66,7 +68,7 @@ pictures: $(INSTALLED)
 	$(SHOOT) --window-size=1000,835 --screenshot=docs/images/report.png "file://$(CURDIR)/runs/demo/tuned/report.html"
 	$(SHOOT) --window-size=1200,1845 --screenshot=docs/images/preview.png \
 	  "file://$(CURDIR)/data/demo/preview.html#condition=missing%20ball"
-	$(CROP) docs/images/preview.png 965
+	$(CROP) docs/images/preview.png
 
 clean:
 	rm -rf runs data
