@@ -112,7 +112,10 @@ def random_model(name: str, folder: Path, layers: int | None = None) -> str:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(MODEL, trust_remote_code=False).save_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(MODEL, trust_remote_code=False)
+    for reader in (processor.image_processor, processor.video_processor):
+        reader.patch_size, reader.merge_size = config.vision_config.patch_size, config.vision_config.spatial_merge_size
+    processor.save_pretrained(folder)
     return str(folder)
 
 

@@ -49,7 +49,7 @@ def test_rows_for_other_trainers_have_the_same_tokens_and_questions(tmp_path, mo
         prompt, whole = (part.replace("<image>", IMAGE) for part in (text, f"{text}{answer}<|im_end|>\n"))
         made = theirs(text=[whole], images=[Image.open(path) for path in row["images"]], return_tensors="np")
         ours = row_builder.load_row(exchange, tmp_path)
-        assert made["image_grid_thw"].tolist() == ours.grids.tolist() == [[1, 32, 32]] * 2
+        assert made["image_grid_thw"].tolist() == ours.grids.tolist() == [[1, 64, 64]] * 2
         assert made["input_ids"][0].tolist() == ours.input_ids.tolist()
         assert theirs.tokenizer.decode(ours.labels[ours.labels != IGNORED]) == whole.removeprefix(prompt)
 

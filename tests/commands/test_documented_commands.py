@@ -40,6 +40,7 @@ NOT_RUN = {
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",
     "RobustMAD_MCQ.json": "needs RobustMAD",
+    "train.tiny.pretrain": "takes more than an hour",
 }
 """Part of a command to the reason why it does not run. Commands of this project are still parsed completely."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from echo_ft.drawn import parts
 from tests.conftest import ROOT
-from train.tiny import inputs, pretrain, vision_pretraining
+from train.tiny import inputs, loop, pretrain, stages
 from train.tiny import model as tiny_model
-from train.tiny.lessons import LessonRow, draw_row, draw_text_row
+from train.tiny.lessons import LessonRow, draw_text_row
+from train.tiny.pool import Pool, draw_pool, open_pool
+from train.tiny.shifts import encode_as_shifts, normalize
 
 FOLDER = ROOT / "recipes" / "tiny" / "echo-tiny"
 MAX_BYTES = 12_000_000
@@ -39,9 +41,27 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def compared() -> LessonRow:
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    folder = tmp_path_factory.mktemp("pool") / "pool"
+    draw_pool(folder, products=16, first=0)
+    return open_pool(folder)
+
+
+@pytest.fixture(scope="module")
+def drawn(pool: Pool) -> inputs.DrawnRows:
+    return inputs.draw_rows(np.random.default_rng(0), pool, count=12, branches=4)
+
+
+@pytest.fixture(scope="module")
+def compared(drawn: inputs.DrawnRows) -> LessonRow:
     """A row with a normal image and an inspected one."""
-    return next(row for row in map(draw_row, range(100)) if len(row.images) == 2)
+    return next(row for row in drawn.rows if len(row.images) == 2)
+
+
+@pytest.fixture
+def student() -> stages.Student:
+    """echo-tiny before its pretraining."""
+    return pretrain.build_student(0, Path(), ())  # type: ignore[no-any-return]
 
 
 def messages(row: LessonRow, branch: int) -> list[dict[str, Any]]:
@@ -102,20 +122,28 @@ def test_an_encoded_branch_matches_chat_template_and_positions(processor: Any, m
         assert trained == lesson.completion + inputs.TURN_END
 
 
-def test_image_patches_equal_those_of_the_image_processor(processor: Any) -> None:
-    rng = np.random.default_rng(0)
-    style = parts.random_style(rng, "woven sheet")
-    images = [parts.render_part(parts.Part(style, 1), 1, size).image for size in ((168, 168), (112, 252))]
-    expected = processor.image_processor([Image.fromarray(image) for image in images], return_tensors="pt")
-    values, grids = inputs.image_patches([torch.from_numpy(image) for image in images])
-    assert torch.equal(grids, expected["image_grid_thw"])
-    torch.testing.assert_close(values, expected["pixel_values"], rtol=0, atol=1e-5)
+def test_shifts_give_the_features_of_transformers_own_tower(
+    processor: Any, model: Any, drawn: inputs.DrawnRows
+) -> None:
+    images = [image for row in drawn.rows[:2] for image in row.images]
+    read = processor.image_processor([Image.fromarray(image) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.get_image_features(**read, return_dict=True).pooler_output
+        patches = normalize(torch.from_numpy(np.stack(images)).float(), tiny_model.PATCH_SIZE)
+        _, tokens = encode_as_shifts(model.model.visual, patches)
+    expected = torch.stack(list(expected)).view_as(tokens)
+    assert (tokens - expected).abs().mean() < 0.02 * expected.std()
 
 
 def test_branches_of_one_row_give_the_logits_of_separate_rows(processor: Any, model: Any, compared: LessonRow) -> None:
     rows = [compared, draw_text_row(0)]  # the second row is padded and has no images
+    read = processor.image_processor([Image.fromarray(image) for image in compared.images], return_tensors="pt")
     with torch.no_grad():
-        together, labels = inputs.trained_logits(model, inputs.collate_rows(rows, processor.tokenizer))
+        tokens = torch.cat(list(model.get_image_features(**read, return_dict=True).pooler_output))
+        batch = inputs.collate_rows(rows, processor.tokenizer)
+        language = model.model.language_model
+        states = inputs.text_states(language, batch, tokens, 0, len(language.layers))[-1]
+        together, labels = inputs.trained_logits(model, batch, states)
         separate = []
         for row in rows:
             for branch, lesson in enumerate(row.branches):
@@ -135,15 +163,27 @@ def test_it_generates_an_answer_and_stops(processor: Any, model: Any, compared: 
     assert output[0, -1].item() in model.generation_config.eos_token_id
 
 
-def test_lessons_are_seeded_and_letters_are_balanced() -> None:
-    first, second = draw_row(7), draw_row(7)
-    assert first.branches == second.branches
-    assert all(np.array_equal(a, b) for a, b in zip(first.images, second.images, strict=True))
+def test_lessons_are_seeded_and_letters_are_balanced(pool: Pool) -> None:
+    first, second = (inputs.draw_rows(np.random.default_rng(7), pool, count=3, branches=3) for _ in range(2))
+    assert [row.branches for row in first.rows] == [row.branches for row in second.rows]
+    assert torch.equal(first.images, second.images)
     letters = [
         lesson.completion for row in map(draw_text_row, range(40)) for lesson in row.branches if lesson.is_letter
     ]
     assert {"A", "B", "C", "D"} == set(letters)
     assert letters.count("A") < 0.45 * len(letters)
+
+
+def test_lessons_tell_the_truth_about_the_query(pool: Pool) -> None:
+    drawn = inputs.draw_rows(np.random.default_rng(3), pool, count=40, branches=4)
+    asked = 0
+    for row, defect in zip(drawn.rows, drawn.targets.defect.tolist(), strict=True):
+        for lesson in row.branches:
+            if lesson.is_letter and lesson.skill == "detection":
+                option = next(line for line in lesson.prompt.splitlines() if line.startswith(f"{lesson.completion}. "))
+                assert option[3:] == ("Yes." if defect >= 0 else "No.")
+                asked += 1
+    assert asked > 20
 
 
 def test_the_letter_names_the_stated_option() -> None:
@@ -155,66 +195,138 @@ def test_the_letter_names_the_stated_option() -> None:
                 assert option[3:].lower() == stated.lower()
 
 
+TINY = ["--steps_share", "0.0005", "--products", "10", "--held_out", "6"]
+"""Two or three steps of each stage."""
+
+
 def test_the_command_pretrains_and_writes_a_model_card(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.tiny.pretrain", "--output", str(tmp_path / "tiny")]
-    done = subprocess.run(
-        [*command, "--looks", "2", "--steps", "2", "--batch", "2", "--held_out", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([*command, "--work", str(tmp_path / "work"), *TINY], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    card = " ".join((tmp_path / "tiny" / "README.md").read_text(encoding="utf-8").split())
-    assert "2 steps of vision pretraining and 2 steps of 2 rows" in card
+    card = (tmp_path / "tiny" / "README.md").read_text(encoding="utf-8")
+    for stage in pretrain.STEPS:
+        figures = json.loads((tmp_path / "work" / f"{stage}.json").read_text(encoding="utf-8"))
+        assert f"| {stage} | {figures['steps']} |" in card
+    assert "| answer | letter | 0." in card
     from transformers import AutoModelForImageTextToText
 
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny").dtype == torch.float32
 
 
+def test_stages_wait_for_those_that_they_start_from(tmp_path: Path) -> None:
+    with pytest.raises(pretrain.EchoError, match="train the stage look first"):
+        pretrain.main(["--output", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--stages", "compare", *TINY])
+    with pytest.raises(pretrain.EchoError, match="--stages has no 'see'; choose from read, look"):
+        pretrain.main(["--output", str(tmp_path / "o"), "--stages", "see"])
+
+
 def without_training(card: str) -> str:
-    """A model card without its paragraph on training, on one line."""
+    """A model card without its paragraph on training and its figures, on one line."""
     start, end = card.index("- **Training**"), card.index("- **Data**")
-    return " ".join((card[:start] + card[end:]).split())
+    lines = (card[:start] + card[end:]).splitlines()
+    text = " ".join(" ".join(line for line in lines if not line.startswith("|")).split())
+    return text[: text.index("In rows of text")] + text[text.index("Limits") :]
 
 
-def test_the_committed_card_has_the_wording_of_the_command(processor: Any, model: Any) -> None:
+def test_the_committed_card_has_the_wording_of_the_command(model: Any) -> None:
+    figures = {
+        "known: letter by skill, a": 0.5,
+        "known: letter by skill, b": 0.5,
+        "known: tower": 0.5,
+        "new: tower": 0.5,
+        "letters in text": 0.5,
+    }
+    results = {stage: {"steps": 1, "minutes": 1.0, "figures": figures} for stage in pretrain.STEPS}
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    card = pretrain.model_card(results, millions, pretrain.PretrainConfig(output=""))
     committed = (FOLDER / "README.md").read_text(encoding="utf-8")
-    unused = dict.fromkeys(("option", "seed", "vision_steps", "steps", "batch", "minutes", "threads", "date"), "")
-    card = pretrain.CARD.format(
-        millions=f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}",
-        tokens=len(processor.tokenizer),
-        kinds=pretrain.enumerate_names([*parts.PRETRAINING_KINDS]),
-        defects=pretrain.enumerate_names([*parts.PRETRAINING_DEFECTS]),
-        table="".join(line + "\n" for line in committed.splitlines() if line.startswith(("| caption", "| letter"))),
-        **unused,
-    )
     assert without_training(card) == without_training(committed)
 
 
-def test_a_sample_labels_the_tokens_on_the_defect() -> None:
-    samples = [vision_pretraining.draw_sample(seed, ease) for seed in range(40) for ease in (0.0, 1.0)]
-    assert all(sample.defect >= 0 or not sample.share.any() for sample in samples)
-    hard, easy = (sum(sample.share.sum() for sample in half) for half in (samples[::2], samples[1::2]))
-    assert easy > 1.5 * hard
-    again = vision_pretraining.draw_sample(0, 0.0)
-    assert np.array_equal(again.image, samples[0].image)
-    assert np.array_equal(again.share, samples[0].share)
+@pytest.mark.parametrize(("stage", "trained"), [("read", {"reading"}), ("look", {"visual", "heads"})])
+def test_the_first_stages_change_only_their_part(stage: str, trained: set[str], student: Any, pool: Pool) -> None:
+    modules = student.modules("reading", "seeing", "visual", "heads")
+    before = {name: value.clone() for name, value in modules.state_dict().items()}
+    parts = stages.STAGES[stage](student, pool)
+    sum(parts.losses(np.random.default_rng(0), 0.5).values()).backward()
+    for optimizer in parts.optimizers:
+        optimizer.step()
+    changed = {name for name, value in modules.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == trained == set(parts.trained)
 
 
-def test_vision_pretraining_changes_only_the_tower() -> None:
-    torch.manual_seed(0)
-    model = tiny_model.build_model(tiny_model.build_tokenizer([draw_text_row(0)]))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert vision_pretraining.pretrain_vision(model, 0, minutes=0.0, steps=2) == 2
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if ".visual." in name}
+def test_looking_leaves_the_shifts_as_they_are(student: Any, pool: Pool) -> None:
+    parts = stages.look(student, pool)
+    width = student.visual.config.embed_dim
+    fixed = [block.attn.qkv.bias[: 2 * width].clone() for block in student.visual.blocks]
+    for step in range(2):
+        sum(parts.losses(np.random.default_rng(step), 0.5).values()).backward()
+        for optimizer in parts.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for block, bias in zip(student.visual.blocks, fixed, strict=True):
+        assert not block.attn.qkv.weight[: 2 * width].any()
+        assert torch.equal(block.attn.qkv.bias[: 2 * width], bias)
+
+
+def test_new_layers_start_without_a_change_to_text(student: Any) -> None:
+    batch = inputs.collate_rows([draw_text_row(1)], student.tokenizer)
+    with torch.no_grad():
+        before, *after = inputs.text_states(student.language, batch, None, 0, tiny_model.READING.start)
+    assert all(torch.equal(states, before) for states in after)
+
+
+def test_the_comparing_layer_starts_at_the_same_place_of_the_reference(student: Any, compared: LessonRow) -> None:
+    tiny_model.prepare_comparison(student.model)
+    batch = inputs.collate_rows([dataclasses.replace(compared, branches=())], student.tokenizer)
+    student.model.set_attn_implementation("eager")
+    language = student.language
+    with torch.no_grad():
+        states = language.embed_tokens(batch["ids"])
+        layer = language.layers[tiny_model.COMPARING]
+        mask = torch.where(batch["attention"], 0.0, -torch.inf)
+        rotary = language.rotary_emb(states, batch["positions"])
+        _, weights = layer.self_attn(layer.input_layernorm(states), position_embeddings=rotary, attention_mask=mask)
+    reference, query = batch["is_image"][0].nonzero()[:, 0].split(36)
+    sharp = weights[0, 2][query]
+    assert torch.equal(sharp.argmax(1), reference)
+    assert sharp.gather(1, reference[:, None]).mean() > 0.5
+
+
+def test_a_stopped_stage_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+
+    def train(folder: Path, stop_at: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        optimizers = [
+            torch.optim.Muon([layer.weight], lr=0.1, adjust_lr_fn="match_rms_adamw"),
+            loop.adamw([layer.bias], 0.1),
+        ]
+        steps = 0
+
+        def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
+            nonlocal steps
+            steps += 1
+            if steps == stop_at:
+                raise KeyboardInterrupt
+            return {"all": layer(torch.from_numpy(rng.normal(size=(3, 4)).astype(np.float32))).square().mean()}
+
+        loop.train_stage("look", (0, 1), folder, layer, optimizers, losses, loop.Schedule(9))
+        assert steps == (9 if stop_at is None else 9 - first)
+        return layer.weight.detach()
+
+    first = 0
+    whole = train(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", 5)
+    first = 4
+    resumed = train(tmp_path / "stopped", 99)
+    assert torch.equal(whole, resumed)
+    assert [file.name for file in (tmp_path / "stopped").iterdir()] == ["look.pt"]
 
 
 def test_an_output_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    command = [sys.executable, "-m", "train.tiny.pretrain", "--output", str(tmp_path), "--steps", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "choose an empty folder for --output" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(pretrain.EchoError, match="choose an empty folder for --output"):
+        pretrain.main(["--output", str(tmp_path)])

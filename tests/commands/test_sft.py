@@ -234,16 +234,14 @@ def test_the_largest_batch_check_tells_its_memory_and_does_not_affect_training(d
 
 
 def test_training_starts_after_decoding_only_its_first_batches(tmp_path, monkeypatch):
-    from PIL import ImageFile
+    from echo_ft.images import decode
 
     folder = make_dataset(tmp_path / "dataset", train=40)
     rows = (folder / "sft" / "decision_maker" / "train.jsonl").read_text().splitlines()
     images = {row["case"]: set(row["images"]) for row in map(json.loads, rows)}
     decoded: set[str] = set()
-    load = ImageFile.ImageFile.load
-    monkeypatch.setattr(
-        ImageFile.ImageFile, "load", lambda image: decoded.add(Path(image.filename).name) or load(image)
-    )
+    read = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda path, *how: decoded.add(path.name) or read(path, *how))
     one_step = ["--max_steps", 1, "--per_device_train_batch_size", 2, "--dataloader_num_workers", 0]
     run_in_process(*tiny_options("decision_maker", folder, tmp_path / "out", *SHORT, *one_step))
     seen = [case for case, names in images.items() if any(Path(name).name in decoded for name in names)]

@@ -93,7 +93,7 @@ def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
     assert texts(found) == texts(expected)
     for one, other in zip(found, expected, strict=True):
         for generation, before in zip(one, other, strict=True):
-            assert generation.letters == pytest.approx(before.letters, abs=1e-5)
+            assert generation.letters == pytest.approx(before.letters, abs=5e-5)
 
 
 def test_a_text_that_ends_at_the_token_limit_is_marked(model, row_builder, exchanges, tmp_path):
@@ -138,7 +138,7 @@ def test_a_token_budget_splits_batches_and_changes_no_answer(model, row_builder,
     assert texts(split) == texts(whole)
     for one, other in zip(split, whole, strict=True):
         for generation, expected in zip(one, other, strict=True):
-            assert generation.letters == pytest.approx(expected.letters, abs=1e-5)
+            assert generation.letters == pytest.approx(expected.letters, abs=5e-5)
     assert [row.exchange for rows, *_ in batches for row in rows] == exchanges
     for rows, branches, prefix in batches:
         longest = max(
@@ -291,7 +291,7 @@ def test_prefixes_prefill_in_groups_give_the_same_answers(model, row_builder, ex
     assert texts(grouped) == texts(together)
     for one, other in zip(grouped, together, strict=True):
         for generation, expected in zip(one, other, strict=True):
-            assert generation.letters == pytest.approx(expected.letters, abs=1e-5)
+            assert generation.letters == pytest.approx(expected.letters, abs=5e-5)
 
 
 def test_out_of_memory_halves_the_budget_and_continues(model, row_builder, exchanges, tmp_path, monkeypatch, capsys):

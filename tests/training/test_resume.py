@@ -188,7 +188,7 @@ def test_a_schedule_that_reacts_to_the_loss_keeps_its_rates(resume):
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss", "greater_is_better": False}
     with pytest.raises(EchoError, match="trained with lr_scheduler_type cosine, not reduce_lr_on_plateau"):
         resume(plateau)
-    with pytest.raises(EchoError, match=r"trained with learning_rate 0\.002, not 1e-05"):
+    with pytest.raises(EchoError, match=r"trained with learning_rate 0\.001, not 1e-05"):
         resume({**plateau, "learning_rate": 1e-5}, plateau)
 
 

@@ -1,16 +1,25 @@
-"""Inputs of echo-tiny: lesson rows as tokens, batches and image patches."""
+"""Inputs of echo-tiny: rows drawn from a pool, their tokens and batches, and the states of the language model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from train.tiny.lessons import LessonRow
+from echo_ft.images.masks import PLACES
+from train.tiny.heads import SIDE, Targets, place_indices
+from train.tiny.lessons import LessonRow, PartLabels, image_lessons
+from train.tiny.pool import COLOUR_NAMES, DEFECT_NAMES, EXTENT_NAMES, IMAGES_PER_PRODUCT, KIND_NAMES, TONE_NAMES, Pool
+
+QUERY_SHARES = (0.4, 0.3, 0.3)
+"""Share of normal parts and of the two defective ones among the queries."""
 
 TOKEN_SIDE = 28
-"""Side of one image token in pixels: 2 x 2 merged patches of 14 pixels."""
+"""Side of one image token in pixels: 4 x 4 merged patches of 7 pixels."""
 
 USER_OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 ASSISTANT_OPENING = "<|im_end|>\n<|im_start|>assistant\n"
@@ -74,10 +83,8 @@ def encode_row(row: LessonRow, tokenizer: Any) -> TokenRow:
 def collate_rows(rows: list[LessonRow], tokenizer: Any) -> dict[str, Any]:
     """Rows as tensors padded to length L: ids and labels (B, L), positions (3, B, L), attention mask (B, 1, L, L).
 
-    `images` lists the images of all rows, each (height, width, 3).
+    `is_image` (B, L) is true for image tokens, and `images` lists the images of all rows, each (height, width, 3).
     """
-    import torch
-
     encoded = [encode_row(row, tokenizer) for row in rows]
     length = max(len(row.ids) for row in encoded)
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -92,39 +99,116 @@ def collate_rows(rows: list[LessonRow], tokenizer: Any) -> dict[str, Any]:
         branch[index, :end] = torch.from_numpy(row.branch)
     same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
     images = [torch.from_numpy(image) for lesson_row in rows for image in lesson_row.images]
-    return {"ids": ids, "labels": labels, "positions": positions, "attention": same.tril()[:, None], "images": images}
+    return {
+        "ids": ids,
+        "labels": labels,
+        "positions": positions,
+        "attention": same.tril()[:, None],
+        "is_image": ids == tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "images": images,
+    }
 
 
-def image_patches(images: list[Any]) -> tuple[Any, Any]:
-    """The output of Qwen2-VL's image processor for images (height, width, 3) with sides that are multiples of 28.
+def text_states(language: Any, batch: dict[str, Any], tokens: Any, first: int, last: int) -> list[Any]:
+    """Run layers `first` to `last` - 1 of a language model on a batch of rows.
 
-    Returns pixel values (patches, 1176) and grids (images, 3). It skips the processor's resizing, for speed.
+    `tokens` are the merged image tokens of all images in order, (images, ..., hidden), or None without images. Returns
+    the embeddings and then each layer's output, (B, L, hidden).
     """
-    import torch
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    mean, deviation = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
-    values, grids = [], []
-    for image in images:
-        rows, columns = image.shape[0] // 14, image.shape[1] // 14
-        pixels = (image.float() / 255 - mean) / deviation
-        blocks = pixels.view(rows // 2, 2, 14, columns // 2, 2, 14, 3).permute(0, 3, 1, 4, 6, 2, 5)
-        values.append(blocks.unsqueeze(5).expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(rows * columns, -1))
-        grids.append([1, rows, columns])
-    return torch.cat(values), torch.tensor(grids)
+    states = language.embed_tokens(batch["ids"])
+    if tokens is not None:
+        states = states.masked_scatter(batch["is_image"][..., None], tokens.reshape(-1, tokens.shape[-1]))
+    rotary = language.rotary_emb(states, batch["positions"])
+    outputs = [states]
+    for layer in language.layers[first:last]:
+        states = layer(states, attention_mask=batch["attention"], position_embeddings=rotary)
+        outputs.append(states)
+    return outputs
 
 
-def trained_logits(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Logits (N, vocabulary) for the N trained tokens of a batch, and these tokens (N,)."""
-    vision = {}
-    if batch["images"]:
-        vision["pixel_values"], vision["image_grid_thw"] = image_patches(batch["images"])
-    hidden = model.model(
-        input_ids=batch["ids"],
-        attention_mask=batch["attention"],
-        position_ids=batch["positions"],
-        use_cache=False,
-        **vision,
-    ).last_hidden_state
+def trained_logits(model: Any, batch: dict[str, Any], states: Any) -> tuple[Any, Any]:
+    """Logits (N, vocabulary) for the N trained tokens of a batch, and these tokens (N,).
+
+    `states` (B, L, hidden) is the output of the last layer.
+    """
     labels = batch["labels"][:, 1:]
-    return model.lm_head(hidden[:, :-1][labels != -100]), labels[labels != -100]
+    return model.lm_head(model.model.language_model.norm(states[:, :-1][labels != -100])), labels[labels != -100]
+
+
+@dataclass(frozen=True)
+class DrawnRows:
+    """Rows on images of a pool, with the targets of their queries."""
+
+    rows: tuple[LessonRow, ...]
+    targets: Targets
+    images: Any
+    """(images, 168, 168, 3): all images in order, in the light of their row."""
+    queries: Any
+    """(B,): index of the query of each row among the images. It is the last image of the row."""
+
+    def query_tokens(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        """Index of the queries' tokens (B, 36) in hidden states (B, L, hidden)."""
+        count = SIDE**2
+        at = torch.stack([row.nonzero()[-count:, 0] for row in batch["is_image"]])
+        return torch.arange(len(at))[:, None], at
+
+
+def draw_rows(rng: np.random.Generator, pool: Pool, count: int, branches: int) -> DrawnRows:
+    """Draw rows with at most `branches` lessons: most have one reference, some have none or two candidates."""
+    rows, images, shares, indices, lights = [], [], [], [], []
+    for _ in range(count):
+        normals = int(rng.choice([0, 1, 2], p=[0.18, 0.7, 0.12]))
+        product = int(rng.integers(pool.products))
+        first = IMAGES_PER_PRODUCT * product
+        index = first + int(rng.choice([1, 2, 3], p=QUERY_SHARES))
+        shown = [first] * min(1, normals)
+        if normals == 2:  # the other candidate is another part of the product, or of another product
+            foreign = index == first + 1 or rng.random() < 0.5
+            shown.append(IMAGES_PER_PRODUCT * int(rng.integers(pool.products)) if foreign else first + 1)
+            shown = [shown[n] for n in rng.permutation(2)]
+        turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
+        row = [turn(pool.images[n], turns, mirrored) for n in [*shown, index]]
+        share = turn(pool.shares[index], turns, mirrored)
+        best = int(np.argmin([_misfit(image, row[-1]) for image in row[:-1]])) if normals == 2 else None
+        context, lessons = image_lessons(rng, part_labels(pool, index, share), normals, best)
+        rows.append(LessonRow(tuple(row), context, lessons[:branches]))
+        gain, offset = rng.uniform(0.5, 1.15), rng.uniform(-25, 60)
+        lights += [(gain * rng.uniform(0.95, 1.05), offset * (1.15 - gain)) for _ in row]
+        images += row
+        shares.append(share)
+        indices.append(index)
+    gains, offsets = torch.tensor(lights, dtype=torch.float32).view(-1, 2, 1, 1, 1).unbind(1)
+    lit = torch.from_numpy(np.stack(images)).float() * gains + offsets
+    queries = torch.tensor([len(row.images) for row in rows]).cumsum(0) - 1
+    targets = targets_of(pool, np.asarray(indices), torch.from_numpy(np.stack(shares)))
+    return DrawnRows(tuple(rows), targets, lit, queries)
+
+
+def turn(array: NDArray[Any], turns: int, mirrored: bool) -> NDArray[Any]:
+    """Turn an array (height, width, ...) by quarters, and mirror it."""
+    turned = np.rot90(array, turns)
+    return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+
+
+def part_labels(pool: Pool, index: int, shares: NDArray[np.uint8]) -> PartLabels:
+    """Return what lessons can ask about image `index`, whose turned `shares` give the place."""
+    label = pool.labels[index]
+
+    def name(field: str, names: Sequence[str]) -> str:
+        return names[label[field]] if label[field] >= 0 else ""
+
+    part = name("kind", KIND_NAMES), name("colour", COLOUR_NAMES)
+    if label["defect"] < 0:
+        return PartLabels(*part)
+    defect = name("defect", DEFECT_NAMES), name("tone", TONE_NAMES), name("extent", EXTENT_NAMES)
+    return PartLabels(*part, *defect, PLACES[int(place_indices(torch.tensor(shares).float()[None]))])
+
+
+def _misfit(image: NDArray[np.uint8], query: NDArray[np.uint8]) -> float:
+    return float(np.abs(image[::4, ::4].astype(np.float32) - query[::4, ::4]).mean())
+
+
+def targets_of(pool: Pool, indices: NDArray[np.int64], shares: Any) -> Targets:
+    labels = pool.labels[indices]
+    fields = (torch.from_numpy(labels[field].astype(np.int64)) for field in ("defect", "tone", "kind", "colour"))
+    return Targets(shares.float() / 255, *fields)

@@ -1,6 +1,6 @@
 """The lessons that echo-tiny is pretrained on: rows of drawn images and text with several prompts and completions each.
 
-Images show only the pretraining parts of echo_ft.drawn.parts. Words of other inspection tasks occur only in meaningless
+Images come from a pool (train.tiny.pool). Words of other inspection tasks occur only in meaningless
 rows of text (random combinations of `WORDS`), so that the model learns to read, bind and repeat them.
 """
 
@@ -13,80 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_ft.drawn.parts import (
-    COLOURS,
-    IMAGE_SIZE,
-    PLACES,
-    PRETRAINING_DEFECTS,
-    PRETRAINING_KINDS,
-    SURFACES,
-    Part,
-    grid_cell,
-    random_defect,
-    random_style,
-    render_part,
-    size_word,
-)
+from echo_ft.images.masks import PLACES
 from echo_ft.records import LETTERS
+from train.tiny.pool import COLOUR_NAMES, DEFECT_NAMES, EXTENT_NAMES, KIND_NAMES, TONE_NAMES
+from train.tiny.words import WORDS
 
 INSTRUCTION = "Answer with the letter of the correct option only."
-
-WORDS = """
-a an and are as at be by can cannot does fit from has have here in into is it its less makes may more near no not of
-off on once one only or other out over seen should so some such than that the then there these this through to under
-up very which while will with within without what where when who how why all any both each every few most same
-abnormal abrasion absent accurate acceptable adhesive air alignment allow along alter aluminium angle appearance area
-assembly attached axis back bad ball balls band base bearing bent blade blank block blowhole blurred body bolt bolts
-bore bottle break breaks bridge bright bristle broken brown bubble bulge bump burr burn cable candle cap capacitor
-capsule carpet carrier casing cast cause causes cavity cell ceramic chain changes channel chip chipped chips circle
-circuit circular clean clear cloth coating cold colour color comb combined compare complete component concentric
-condition conclude connection connector contact contacts contamination copper core corner corners corrosion cotton
-covered crack cracks cross crushed current curve curved cut cylinder damage damaged dark debris deep defect defective
-defects deform deformed dent dents depth deposit difference different dirt dirty discoloration discolored disc dot
-dots drill dry dust edge edges effect effects electrical electronic empty enamel end error even evenly exposed face
-failure fabric fade fail faint fast fastened fatigue fault faulty fibre fill filled film fine finish fixed flake
-flange flat flawless fluid foil folded force foreign form fracture fragment frame fray frayed free friction front full
-function gap gear generator glass glossy glue good grain grey grid grinding grip groove ground guide hair handle
-hardness hazelnut head heat heavy high hole holes hollow housing hub hydraulic ignored image impact important impurity
-inclusion increase indentation inner inside inspected inspection intact intended internal iron irregular jagged joint
-joints large lateral layer leak leakage leaking leather left lens level life light lighter line lines liquid load
-local location long loose loss lost low lower lubricant machine magnet magnetic main mark marks material matte
-mechanical melted mesh metal middle misaligned misplaced missing moisture mould mounted moved motor narrow neat nick
-noise noisy normal nothing number nut object observe oil open opening operation orange outer outline outside oval
-oxidation oxide packaging pad paint pale panel part particle parts patch pattern pcb permanent piece pill pin pins
-pipe pit pits place plain plastic plate plug point polished poor pore porous position possible power precise present
-press pressure print printed product profile protection proper protrusion pulled purpose quality race random reduced
-reduces reference region reliability remains residue resistance rim right ring risk rolling roller rotation rough
-round rows rubber rust safe safety sagging scale scar scrap scratch scratched scratches screw screws seal sealed
-sealing seat section separate shadow shaft shallow shape sharp sheet shift shiny shows short side sides sign signal
-silver single slot slots slight small smear smooth socket soft solder sound speck speckles spill split spot spots
-spread spring squeezed stain stained stains standard steel step stick straight strand strands streak streaks strength
-stress strong structure stuck surface surfaces swapped tear teeth texture thick thin thread tile tilted tin tool tooth
-top torn toothbrush torque tough transistor translucent trapped tube turned twisted type typical undamaged uneven
-uniform unit upper usable vibration void visible wall warm warped washer water wavy weak weakens weaker wear weld
-wheel white wide wire wires wood worn wrong yellow zipper zone
-""".split()  # noqa: SIM905
-
-PHRASES = (
-    "Is there any defect in the object?",
-    "There is a defect in the object.",
-    "There are some defects in the object.",
-    "What is the type of the defect?",
-    "Where is the defect?",
-    "What is the appearance of the defect?",
-    "What is the effect of the defect?",
-    "What kind of product is in the image?",
-    "What is the purpose of the object?",
-    "What is the appearance of the object?",
-    "The image is the part under inspection.",
-    "The first image is a normal part.",
-    "Known conditions of this part:",
-    "look for this.",
-    "Observe: compare: conclude: Question: Guide: Normal: Reasoning: Candidate candidates",
-    "there is no defect.",
-    "Yes. No.",
-)
-"""Phrases of other tasks, for the tokenizer's vocabulary."""
 
 
 class Lesson(NamedTuple):
@@ -95,7 +27,7 @@ class Lesson(NamedTuple):
     prompt: str
     completion: str
     skill: str
-    """`caption`, `detection`, `attribute`, `note` or `text`. The measurement groups by it."""
+    """What it teaches, such as `detection`, `place` or `text`. The measurement groups by it."""
 
     @property
     def is_letter(self) -> bool:
@@ -114,11 +46,11 @@ class LessonRow:
 
 
 @dataclass(frozen=True)
-class _PartLabels:
-    """What a lesson can ask about a part. The last four are empty for a part without a defect."""
+class PartLabels:
+    """What a lesson can ask about the inspected part. Empty where it is unknown or there is no defect."""
 
     kind: str
-    colour: str
+    colour: str = ""
     defect: str = ""
     tone: str = ""
     extent: str = ""
@@ -126,62 +58,67 @@ class _PartLabels:
 
     @property
     def mark(self) -> str:
+        """The defect with its tone, such as `dark crack`."""
         return f"{self.tone} {self.defect}".strip()
 
-
-_TONES = ("dark", "bright", *COLOURS)
-_EXTENTS = ("small", "medium", "large")
-_SURFACE_SIZES = ((168, 168), (112, 252), (252, 112), (140, 196), (196, 140), (224, 224), (168, 280), (280, 112))
-
-
-def draw_row(seed: int) -> LessonRow:
-    """Draw row number `seed` of an endless sequence of lessons."""
-    rng = np.random.default_rng((seed, 5))
-    draw = rng.random()
-    if draw < 0.3:
-        return draw_text_row(seed)
-    return _image_row(rng, normals=0 if draw < 0.42 else 1 if draw < 0.93 else int(rng.integers(2, 4)))
+    @property
+    def part(self) -> str:
+        """The part with its colour, such as `red gear`."""
+        return f"{self.colour} {self.kind}".strip()
 
 
-def _image_row(rng: np.random.Generator, normals: int) -> LessonRow:
-    # Only a normal part next to it shows which marks belong to the product and which are defects.
-    style = random_style(rng, marks=normals > 0 and rng.random() < 0.4)
-    size = _pick(rng, _SURFACE_SIZES) if style.kind in SURFACES and rng.random() < 0.5 else IMAGE_SIZE
-    defect = random_defect(rng, style) if rng.random() < (0.6 if normals else 0.5) else None
-    seeds = rng.integers(2**31, size=2 * (normals + 1)).tolist()
-    inspected = render_part(Part(style, seeds[0], defect), seeds[1], size)
-    labels = _PartLabels(style.kind, style.colour)
-    if defect and inspected.mask.sum() >= 8:
-        labels = _PartLabels(
-            style.kind, style.colour, defect.name, defect.tone, size_word(inspected.mask), grid_cell(inspected.mask)
-        )
-    elif defect:  # the defect lies outside the outline of the part
-        inspected = render_part(Part(style, seeds[0]), seeds[1], size)
-    normal = [render_part(Part(style, a), b, size).image for a, b in zip(seeds[2::2], seeds[3::2], strict=True)]
-
-    branches = [_caption(rng, labels, normals), _detection(rng, labels)]
-    context = _pick(rng, _CONTEXTS[min(normals, 2)])
-    name = labels.defect or "good"
+def random_labels(rng: np.random.Generator) -> PartLabels:
+    """Draw labels without an image, for the words that lessons use."""
+    kind, colour = _pick(rng, KIND_NAMES), _pick(rng, COLOUR_NAMES)
     if rng.random() < 0.3:
-        notes = _notes(rng, name, ("good", *PRETRAINING_DEFECTS), int(rng.integers(1, 4)))
+        return PartLabels(kind, colour)
+    tone, extent = _pick(rng, TONE_NAMES), _pick(rng, EXTENT_NAMES)
+    return PartLabels(kind, colour, _pick(rng, DEFECT_NAMES), tone, extent, _pick(rng, PLACES))
+
+
+def image_lessons(
+    rng: np.random.Generator, labels: PartLabels, normals: int, best: int | None = None
+) -> tuple[str, tuple[Lesson, ...]]:
+    """Draw the context and three or four lessons on the last image of a row, after `normals` images of normal parts.
+
+    `best` is the index of the normal image that is most like the last one, or None if that is not asked.
+    """
+    context = _pick(rng, _CONTEXTS[min(normals, 2)])
+    if best is not None:
+        context = (
+            f"The first {normals} images are candidates 1 to {normals}, normal parts. The last image is the part.\n"
+        )
+    branches = [_detection(rng, labels)]
+    if best is not None:
+        branches.append(Lesson(_pick(rng, _BEST_PROMPTS), str(best + 1), "best"))
+    if rng.random() < 0.4:
+        branches.append(_caption(rng, labels, normals))
+    if rng.random() < 0.15:
+        name = labels.defect or "good"
+        notes = _notes(rng, name, ("good", *DEFECT_NAMES), int(rng.integers(1, 4)))
         context += "Notes:\n" + _lines(notes)
         prompt = "Which note fits the part?"
         branches.append(Lesson(prompt, f"{name}: {notes[name]}", "note"))
         branches.append(_choice(rng, prompt, notes[name], list(notes.values()), "note"))
     questions = _questions(labels)
-    for index in rng.permutation(len(questions))[: 5 - len(branches)]:
-        text, answer, answers = questions[index]
-        if rng.random() < 0.75:
-            branches.append(_choice(rng, text, answer, answers, "attribute"))
+    for index in rng.permutation(len(questions))[: max(1, 4 - len(branches))]:
+        text, answer, answers, skill = questions[index]
+        if rng.random() < 0.8:
+            branches.append(_choice(rng, text, answer, answers, skill))
         else:
-            branches.append(Lesson(_question_text(rng, text), _sentence(answer), "attribute"))
+            branches.append(Lesson(_question_text(rng, text), _sentence(answer), skill))
     order = rng.permutation(len(branches))
-    return LessonRow((*normal, inspected.image), context, tuple(branches[index] for index in order))
+    return context, tuple(branches[index] for index in order)
 
 
+_BEST_PROMPTS = (
+    "Which candidate is most like the last image? Answer with its number.",
+    "Which candidate fits the last image best? Answer with its number.",
+)
 _CONTEXTS = (
-    ("", "", "Look at the part.\n"),
+    ("", "The image is the part under inspection.\n", "Look at the part.\n"),
     (
+        "The first image is a normal part. The second image is the part under inspection.\n",
         "The first image shows a normal part. Look at the second image.\n",
         "Image 1 is normal, image 2 is to be checked.\n",
         "A good part, then the part to check.\n",
@@ -193,14 +130,13 @@ _CONTEXTS = (
 )
 
 
-def _caption(rng: np.random.Generator, labels: _PartLabels, normals: int) -> Lesson:
+def _caption(rng: np.random.Generator, labels: PartLabels, normals: int) -> Lesson:
     if not normals or rng.random() < 0.3:
-        part = f"A {labels.colour} {labels.kind}"
         detail = (
             f" with a {labels.extent} {labels.mark} at the {labels.place}." if labels.defect else " without a defect."
         )
         prompt = _pick(rng, ("Describe the part.", "What is shown?", "Describe the image."))
-        return Lesson(prompt, part + detail, "caption")
+        return Lesson(prompt, f"A {labels.part}{detail}", "caption")
     prompt = _pick(rng, ("What is different?", "Compare the images.", "Describe the difference."))
     if not labels.defect:
         return Lesson(prompt, "Nothing is different. There is no defect.", "caption")
@@ -208,36 +144,30 @@ def _caption(rng: np.random.Generator, labels: _PartLabels, normals: int) -> Les
     return Lesson(prompt, found, "caption")
 
 
-def _detection(rng: np.random.Generator, labels: _PartLabels) -> Lesson:
+def _detection(rng: np.random.Generator, labels: PartLabels) -> Lesson:
     text = _pick(rng, ("Is there any defect in the object?", "Is the part defective?", "Does the part have a defect?"))
     answer = "Yes." if labels.defect else "No."
-    if rng.random() < 0.8:
+    if rng.random() < 0.85:
         return _choice(rng, text, answer, ["Yes.", "No."], "detection")
     return Lesson(_question_text(rng, text), answer, "detection")
 
 
-def _questions(labels: _PartLabels) -> list[tuple[str, str, Sequence[str]]]:
-    """(text, answer, all possible answers) of each question about the part."""
-    part_questions: list[tuple[str, str, Sequence[str]]] = [
-        ("What kind of part is it?", labels.kind, PRETRAINING_KINDS),
-        ("What is the colour of the part?", labels.colour, tuple(COLOURS)),
+def _questions(labels: PartLabels) -> list[tuple[str, str, Sequence[str], str]]:
+    """(text, answer, all possible answers, skill) of each question about the part."""
+    questions: list[tuple[str, str, Sequence[str], str]] = [
+        ("What kind of part is it?", labels.kind, KIND_NAMES, "kind")
     ]
     if not labels.defect:
-        return part_questions
-    defect_questions: list[tuple[str, str, Sequence[str]]] = [
-        ("There is a defect. What is the type of the defect?", labels.defect, tuple(PRETRAINING_DEFECTS)),
-        ("There is a defect. Where is the defect?", labels.place, PLACES),
-        ("There is a defect. How large is the defect?", labels.extent, _EXTENTS),
-    ]
+        colour = ("What is the colour of the part?", labels.colour, COLOUR_NAMES, "colour")
+        return [*questions, colour] if labels.colour else questions
+    # The type and the place are the hardest to learn, so they are asked most.
+    for opening in ("", "There is a defect. ", "There is a defect in the object. "):
+        questions.append((f"{opening}What is the type of the defect?", labels.defect, DEFECT_NAMES, "type"))
+        questions.append((f"{opening}Where is the defect?", labels.place, PLACES, "place"))
+    questions.append(("There is a defect. How large is the defect?", labels.extent, EXTENT_NAMES, "extent"))
     if labels.tone:
-        defect_questions.append(("There is a defect. What is the tone of the defect?", labels.tone, _TONES))
-    return part_questions[:1] + defect_questions
-
-
-def draw_caption_row(seed: int) -> LessonRow:
-    """Draw one image with its caption, the cheapest lesson for learning to see."""
-    full = _image_row(np.random.default_rng((seed, 8)), normals=0)
-    return LessonRow(full.images, "", tuple(lesson for lesson in full.branches if lesson.skill == "caption"))
+        questions.append(("There is a defect. What is its tone?", labels.tone, TONE_NAMES[1:], "tone"))
+    return questions
 
 
 def draw_text_row(seed: int) -> LessonRow:

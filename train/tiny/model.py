@@ -11,7 +11,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from echo_ft.experts import roles
 from train.tiny.inputs import ASSISTANT_OPENING
-from train.tiny.lessons import INSTRUCTION, PHRASES, WORDS, LessonRow
+from train.tiny.lessons import INSTRUCTION, LessonRow
+from train.tiny.shifts import prepare_shifts
+from train.tiny.words import PHRASES, WORDS
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -39,13 +41,23 @@ SPECIAL_TOKENS = (
 
 VOCABULARY_SIZE = 3072
 
+PATCH_SIZE, MERGE_SIZE = 7, 4
+"""A token has 28 x 28 pixels, as in Qwen2-VL, in 4 x 4 patches: small patterns are learned at 16 places a token."""
+COMPARING, BRINGING = 0, 1
+"""Layers of the language model that compare the query with the reference, and bring the result to the text.
+
+Text without images passes through them unchanged. The layers after them read and answer.
+"""
+READING = slice(2, 6)
+"""The layers that read and answer."""
+
 
 def build_tokenizer(rows: Iterable[LessonRow]) -> Any:
     """Train a byte-level BPE tokenizer on lessons, words and phrases, with Qwen2's pre-tokenizer and special tokens."""
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    prompts = [value for value in vars(roles).values() if isinstance(value, str)]
+    prompts = [value for name, value in vars(roles).items() if name.isupper() and isinstance(value, str)]
     capitals = [word.capitalize() for word in WORDS]
     texts = [f"{row.context}{lesson.prompt}\n{lesson.completion}" for row in rows for lesson in row.branches]
     texts += 200 * [*PHRASES, *prompts, " ".join(["", *WORDS, *capitals]), "\n".join([*capitals, *WORDS])]
@@ -82,10 +94,11 @@ def build_processor(tokenizer: Any) -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     size = {"shortest_edge": 112 * 112, "longest_edge": 168 * 168}
+    patches: dict[str, Any] = {"size": size, "patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE}
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
+        image_processor=Qwen2VLImageProcessor(**patches),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size),
+        video_processor=Qwen2VLVideoProcessor(**patches),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -98,10 +111,11 @@ def build_model(tokenizer: Any) -> Any:
     width = 128
     config = Qwen2VLConfig(
         text_config={
+            "dtype": "float32",
             "vocab_size": VOCABULARY_SIZE,
             "hidden_size": width,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": READING.stop,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
@@ -116,12 +130,14 @@ def build_model(tokenizer: Any) -> Any:
             "tie_word_embeddings": True,
         },
         vision_config={
-            "depth": 3,
-            "embed_dim": 128,
+            "dtype": "float32",
+            "depth": 4,
+            "embed_dim": 64,
             "num_heads": 4,
             "hidden_size": width,
             "mlp_ratio": 4,
-            "initializer_range": 0.05,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
         },
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
@@ -137,6 +153,9 @@ def build_model(tokenizer: Any) -> Any:
         pad_token_id=token("<|endoftext|>"),
         do_sample=False,
     )
+    prepare_shifts(model.model.visual)
+    for layer in model.model.language_model.layers[: READING.start]:
+        _reset_layer(layer)
     _prepare_embeddings(model, tokenizer)
     # The distance from the predicted letter back to the last word before the instruction.
     _prepare_attention(model, len(tokenizer(f".\n{INSTRUCTION}{ASSISTANT_OPENING}")["input_ids"]))
@@ -161,17 +180,17 @@ def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
 def _prepare_attention(model: Any, answer: int) -> None:
     """Initialise attention so that the model can answer by letter. Random weights do not learn this in so short a time.
 
-    Three groups of channels hold a token's own word, a word to search for, and a letter. The first layer writes an
-    option's letter next to its words (two and three tokens back). The second to last layer fetches the words before the
-    instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter.
-    Training then learns to find answers elsewhere: further back in the text, and in images. The second layer starts
-    with queries equal to keys, and every output matrix undoes its value matrix, as in mimetic initialization (Trockman
-    and Kolter, arXiv 2305.09828). The other heads attend to all tokens alike, including image tokens.
+    Three groups of channels hold a token's own word, a word to search for, and a letter. The first reading layer writes
+    an option's letter next to its words (two and three tokens back). The second to last layer fetches the words before
+    the instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter.
+    Training then learns to find answers elsewhere: further back in the text, and in images. The second reading layer
+    starts with queries equal to keys, and every output matrix undoes its value matrix, as in mimetic initialization
+    (Trockman and Kolter, arXiv 2305.09828). The other heads attend to all tokens alike.
     """
     import torch
 
     language = model.model.language_model
-    rotary, embeddings, layers = language.rotary_emb, language.embed_tokens.weight, language.layers
+    rotary, embeddings, layers = language.rotary_emb, language.embed_tokens.weight, language.layers[READING]
     size, width = embeddings.shape[1], layers[0].self_attn.head_dim
     with torch.no_grad():
         word, target, letter = torch.nn.init.orthogonal_(torch.empty(size, size))[: 3 * width].split(width)
@@ -195,6 +214,70 @@ def _prepare_attention(model: Any, answer: int) -> None:
         keys[0], queries[:2] = 0, 0
         keys[0, slow] = 1.5 * word[: int(slow.sum())]
         queries[:2, slow] = 1.5 * target[: int(slow.sum())]
+
+
+def prepare_comparison(model: Any) -> None:
+    """Let two heads of the comparing layer start at the token of the image before, at the same place.
+
+    The grids of two images of 6 x 6 tokens lie 8 positions apart in time, height and width: 6 of the image and one for
+    each of the two special tokens between them. The layer's output starts small.
+    """
+    import torch
+
+    language = model.model.language_model
+    layer, frequencies = language.layers[COMPARING], language.rotary_emb.inv_freq
+    attention, half = layer.self_attn, len(frequencies)
+    rotating = torch.where(torch.arange(half) < 6, 1.0, 0.0)
+    with torch.no_grad():
+        _reset_layer(layer)
+        keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
+        _heads(attention.k_proj.weight, 2 * half)[1] = 0
+        _heads(attention.q_proj.weight, 2 * half)[2:] = 0
+        keys[1, 0] = 20.0 * rotating
+        for head, sharpness in ((2, 20.0), (3, 5.0)):
+            queries[head, 0] = sharpness * rotating * torch.cos(8 * frequencies)
+            queries[head, 1] = -sharpness * rotating * torch.sin(8 * frequencies)
+        output = attention.o_proj.weight
+        output[:, output.shape[1] // 2 :].normal_(std=0.005)
+        layer.mlp.down_proj.weight.normal_(std=0.01)
+
+
+def prepare_bringing(model: Any, found: Any) -> None:
+    """Let two heads of the bringing layer start at the image tokens that show a defect.
+
+    `found` (hidden,) is the direction in which the comparing layer writes that a token shows a defect.
+    """
+    import torch
+
+    language = model.model.language_model
+    layer = language.layers[BRINGING]
+    attention, width = layer.self_attn, layer.self_attn.head_dim
+    slowest = width // 2 - 1  # a channel that hardly rotates, so that the distance does not matter
+    with torch.no_grad():
+        _reset_layer(layer)
+        keys, queries = _heads(attention.k_proj.weight, width), _heads(attention.q_proj.weight, width)
+        keys[0], queries[:2] = 0, 0
+        keys[0, slowest] = (found - found.mean()) / layer.input_layernorm.weight
+        for head, sharpness in enumerate((1.2, 0.5)):
+            attention.q_proj.bias.view(-1, width)[head, slowest] = sharpness * width**0.5
+        values = _heads(attention.v_proj.weight, width)[0]
+        for head in range(2):
+            _write_to(attention, head, 0.07 * values)
+        layer.mlp.down_proj.weight.normal_(std=0.01)
+
+
+def _reset_layer(layer: Any) -> None:
+    """Initialise a layer, and let it write nothing yet."""
+    import torch
+
+    with torch.no_grad():
+        for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            matrix.weight.normal_(std=0.09)
+        torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+        for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            matrix.bias.zero_()
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
 
 
 def _heads(matrix: Any, width: int) -> Any:
