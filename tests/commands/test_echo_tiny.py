@@ -213,6 +213,32 @@ def test_the_command_pretrains_and_writes_a_model_card(tmp_path: Path) -> None:
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny").dtype == torch.float32
 
 
+def test_a_stage_that_was_killed_before_its_figures_is_measured(tmp_path: Path) -> None:
+    command = ["--output", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--stages", "read", *TINY]
+    pretrain.main(command)
+    weights, figures = tmp_path / "w" / "read.pt", tmp_path / "w" / "read.json"
+    before, measured = weights.read_bytes(), figures.read_text()
+    figures.unlink()
+    pretrain.main(command)
+    assert weights.read_bytes() == before
+    assert figures.read_text() == measured
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "1"], "has stages of --seed 0, not 1; use the same or another --work"),
+        (["--products", "3"], "--products is 3; set it to 8 or more"),
+        (["--held_out", "2"], "--held_out is 2; set it to 5 or more"),
+        (["--threads", "0"], "--threads is 0; set it to 1 or more"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "options.json").write_text(json.dumps({"seed": 0}))
+    with pytest.raises(pretrain.EchoError, match=message):
+        pretrain.main(["--output", str(tmp_path / "o"), "--work", str(tmp_path), *options])
+
+
 def test_stages_wait_for_those_that_they_start_from(tmp_path: Path) -> None:
     with pytest.raises(pretrain.EchoError, match="train the stage look first"):
         pretrain.main(["--output", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--stages", "compare", *TINY])

@@ -83,7 +83,7 @@ def encode_row(row: LessonRow, tokenizer: Any) -> TokenRow:
 def collate_rows(rows: list[LessonRow], tokenizer: Any) -> dict[str, Any]:
     """Rows as tensors padded to length L: ids and labels (B, L), positions (3, B, L), attention mask (B, 1, L, L).
 
-    `is_image` (B, L) is true for image tokens, and `images` lists the images of all rows, each (height, width, 3).
+    `is_image` (B, L) is true for image tokens.
     """
     encoded = [encode_row(row, tokenizer) for row in rows]
     length = max(len(row.ids) for row in encoded)
@@ -98,14 +98,12 @@ def collate_rows(rows: list[LessonRow], tokenizer: Any) -> dict[str, Any]:
         positions[:, index, :end] = torch.from_numpy(row.positions)
         branch[index, :end] = torch.from_numpy(row.branch)
     same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
-    images = [torch.from_numpy(image) for lesson_row in rows for image in lesson_row.images]
     return {
         "ids": ids,
         "labels": labels,
         "positions": positions,
         "attention": same.tril()[:, None],
         "is_image": ids == tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        "images": images,
     }
 
 
@@ -135,6 +133,12 @@ def trained_logits(model: Any, batch: dict[str, Any], states: Any) -> tuple[Any,
     return model.lm_head(model.model.language_model.norm(states[:, :-1][labels != -100])), labels[labels != -100]
 
 
+def query_tokens(batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Index of the tokens (B, 36) of each row's last image in hidden states (B, L, hidden)."""
+    at = torch.stack([row.nonzero()[-(SIDE**2) :, 0] for row in batch["is_image"]])
+    return torch.arange(len(at))[:, None], at
+
+
 @dataclass(frozen=True)
 class DrawnRows:
     """Rows on images of a pool, with the targets of their queries."""
@@ -145,12 +149,6 @@ class DrawnRows:
     """(images, 168, 168, 3): all images in order, in the light of their row."""
     queries: Any
     """(B,): index of the query of each row among the images. It is the last image of the row."""
-
-    def query_tokens(self, batch: dict[str, Any]) -> tuple[Any, Any]:
-        """Index of the queries' tokens (B, 36) in hidden states (B, L, hidden)."""
-        count = SIDE**2
-        at = torch.stack([row.nonzero()[-count:, 0] for row in batch["is_image"]])
-        return torch.arange(len(at))[:, None], at
 
 
 def draw_rows(rng: np.random.Generator, pool: Pool, count: int, branches: int) -> DrawnRows:
@@ -209,6 +207,7 @@ def _misfit(image: NDArray[np.uint8], query: NDArray[np.uint8]) -> float:
 
 
 def targets_of(pool: Pool, indices: NDArray[np.int64], shares: Any) -> Targets:
+    """Return what the heads should say about images `indices` (B,), whose turned `shares` (B, 24, 24) reach 255."""
     labels = pool.labels[indices]
     fields = (torch.from_numpy(labels[field].astype(np.int64)) for field in ("defect", "tone", "kind", "colour"))
     return Targets(shares.float() / 255, *fields)

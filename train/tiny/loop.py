@@ -52,10 +52,14 @@ def train_stage(
 ) -> float:
     """Train a stage, or what is left of it, and save `trained` as `NAME.pt` in `folder`. Returns the minutes it took.
 
-    The learning rate that each parameter group has at the start is its peak.
+    A finished stage is loaded. The learning rate that each parameter group has at the start is its peak.
     """
-    partial, minutes, first = folder / f"{name}.partial.pt", 0.0, 0
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    finished, partial, minutes, first = folder / f"{name}.pt", folder / f"{name}.partial.pt", 0.0, 0
+    if finished.is_file():
+        saved = load(finished)
+        trained.load_state_dict(saved["weights"])
+        return float(saved["minutes"])
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     if partial.is_file():
         saved = load(partial)
         trained.load_state_dict(saved["weights"])
@@ -70,11 +74,11 @@ def train_stage(
     def spent() -> float:
         return minutes + (time.monotonic() - started) / 60
 
-    weights = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading made new ones
+    weights = [weight for group in groups for weight in group["params"]]
     for step in range(first, schedule.steps):
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule.factor(step)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * schedule.factor(step)
         parts = losses(np.random.default_rng((*seed, step)), step / schedule.steps)
         torch.stack(list(parts.values())).sum().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
@@ -93,9 +97,10 @@ def train_stage(
             saved_at = now
             state = [optimizer.state_dict() for optimizer in optimizers]
             save({"weights": trained.state_dict(), "optimizers": state, "step": step + 1, "minutes": spent()}, partial)
-    save({"weights": trained.state_dict(), "minutes": spent()}, folder / f"{name}.pt")
+    minutes = spent()
+    save({"weights": trained.state_dict(), "minutes": minutes}, finished)
     partial.unlink(missing_ok=True)
-    return spent()
+    return minutes
 
 
 def save(value: dict[str, Any], path: Path) -> None:

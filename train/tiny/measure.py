@@ -17,8 +17,8 @@ from echo_ft.drawn.parts import DEMO_DEFECTS, DEMO_PRODUCTS, demo_part, render_p
 from echo_ft.files import atomic_folder
 from echo_ft.metrics.detection import auroc
 from train.tiny import heads as on
-from train.tiny.inputs import collate_rows, part_labels, text_states, trained_logits
-from train.tiny.lessons import INSTRUCTION, Lesson, LessonRow, PartLabels, draw_text_row, image_lessons
+from train.tiny.inputs import collate_rows, part_labels, query_tokens, text_states, trained_logits
+from train.tiny.lessons import INSTRUCTION, Lesson, LessonRow, draw_text_row, image_lessons
 from train.tiny.model import BRINGING, COMPARING
 from train.tiny.pool import IMAGES_PER_PRODUCT, LABELS, Pool, draw_pool, open_pool, patch_shares
 from train.tiny.pretrain import LETTER, REFERENCES
@@ -125,9 +125,8 @@ def _detection_scores(stage: str, student: Student, rows: Sequence[LessonRow]) -
     batch = collate_rows(list(rows), student.tokenizer)
     last = {"compare": COMPARING, "bring": BRINGING}.get(stage, len(language.layers) - 1)
     states = text_states(language, batch, tokens, 0, last + 1)
-    at = torch.stack([row.nonzero()[-(on.SIDE**2) :, 0] for row in batch["is_image"]])
     row = torch.arange(len(rows))
-    compared = states[COMPARING + 1][row[:, None], at]
+    compared = states[COMPARING + 1][query_tokens(batch)]
     scores["comparing layer"] = heads.compared(on.normal(compared))[..., 0].amax(1)
     end = (batch["labels"][:, 1:] != -100).int().argmax(1)  # the token that predicts the letter
     if last >= BRINGING:
@@ -146,20 +145,21 @@ def measure_letters(student: Student, pool: Pool) -> dict[str, float]:
         rows, skills = [], []
         for product in range(start, min(pool.products, start + BATCH)):
             rng, query = np.random.default_rng((product, 13)), IMAGES_PER_PRODUCT * product + (2 if product % 3 else 1)
-            labels: PartLabels = part_labels(pool, query, pool.shares[query])
-            context, lessons = image_lessons(rng, labels, normals=1)
+            context, lessons = image_lessons(rng, part_labels(pool, query, pool.shares[query]), normals=1)
             lessons = tuple(lesson for lesson in lessons if lesson.is_letter)
             if lessons:
                 rows.append(
                     LessonRow((pool.images[query - query % IMAGES_PER_PRODUCT], pool.images[query]), context, lessons)
                 )
                 skills += [lesson.skill for lesson in lessons]
+        if not rows:
+            continue
         batch = collate_rows(rows, student.tokenizer)
         images = np.stack([image for row in rows for image in row.images])
         tokens = student.look(torch.from_numpy(images).float())[1]
         states = text_states(student.language, batch, tokens, 0, len(student.language.layers))[-1]
-        logits, labels_ = trained_logits(student.model, batch, states)
+        logits, expected = trained_logits(student.model, batch, states)
         letters = letter_mask(student.tokenizer, batch)
-        for skill, right in zip(skills, (logits.argmax(-1) == labels_)[letters].tolist(), strict=True):
+        for skill, right in zip(skills, (logits.argmax(-1) == expected)[letters].tolist(), strict=True):
             hits.setdefault(skill, []).append(right)
     return {skill: float(np.mean(right)) for skill, right in sorted(hits.items())}

@@ -7,7 +7,6 @@ kept in `--work`. The first two do not depend on each other, and `--stages` can 
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,14 @@ import numpy as np
 
 from echo_ft.config import parse, run_main
 from echo_ft.errors import EchoError
+from echo_ft.files import write_json
+from echo_ft.inputs import read_json_object
 from echo_ft.terminal import LOGGER
 from train.tiny.lessons import LessonRow, draw_text_row, image_lessons, random_labels
 from train.tiny.pool import DEFECT_NAMES, KIND_NAMES, draw_pool, open_pool
 
 STEPS = {"read": 3000, "look": 3200, "compare": 1300, "bring": 450, "answer": 1000}
-"""Steps of each stage. With one thread, they took 3 hours in all."""
+"""Steps of each stage."""
 BEFORE = {"read": (), "look": (), "compare": ("look",), "bring": ("compare",), "answer": ("bring", "read")}
 """The stages whose weights a stage starts from. What a later one in the list has trained counts."""
 DATA = """- **Data**: {images:,} images drawn by `echo_ft/drawn`. The kinds of parts are {kinds}. The defects are
@@ -41,8 +42,8 @@ A small Qwen2-VL with {millions} M parameters. It uses Qwen2-VL's own classes, s
 it, every step of this project runs anywhere in minutes. It is not a model for real inspections.
 
 - **Training**: `python -m train.tiny.pretrain --output recipes/tiny/echo-tiny` (seed {seed}). The stages took {minutes}
-  minutes together, on a CPU with {threads} thread each, and ended on {date}. The weights are stored as bfloat16 and
-  load as float32.
+  minutes together on a CPU (`--threads {threads}`) and ended on {date}. The weights are stored as bfloat16 and load as
+  float32.
 {data}
 - **Images**: it works best with 36 image tokens (168 x 168 pixels and similar sizes).
 
@@ -64,6 +65,9 @@ their own reference: {letters}.
 Limits: it knows drawn surfaces, about 850 words and short answers, and little about real images. It can at best copy
 words that its lessons did not contain.
 """
+MINIMA = {"products": 8, "held_out": 5, "threads": 1, "seed": 0}
+"""The smallest value of each option: a batch has images of eight products, and the reference of another product is that
+four further on."""
 FIRST_TRAINING_PRODUCT = 10**6
 """Products with smaller numbers are never trained on."""
 
@@ -94,17 +98,35 @@ def main(argv: list[str]) -> None:
         raise EchoError(f"{output} holds files other than a model; choose an empty folder for --output")
     if unknown := set(config.stages) - set(STEPS):
         raise EchoError(f"--stages has no {sorted(unknown)[0]!r}; choose from {', '.join(STEPS)}")
+    for name, least in MINIMA.items():
+        if getattr(config, name) < least:
+            raise EchoError(f"--{name} is {getattr(config, name)}; set it to {least} or more")
+    check_work(config, work)
     import torch
 
     torch.set_num_threads(config.threads)
     for stage in config.stages:
-        if not (work / f"{stage}.pt").is_file():
+        if not (work / f"{stage}.json").is_file():
             train(stage, config, work)
-    missing = [stage for stage in STEPS if not (work / f"{stage}.pt").is_file()]
+    missing = [stage for stage in STEPS if not (work / f"{stage}.json").is_file()]
     if missing:
         print(f"stages left: {', '.join(missing)}")
         return
     write_model(build_student(config.seed, work, ("answer",)), work, config, output)
+
+
+def check_work(config: PretrainConfig, work: Path) -> None:
+    """Record the options in a new work folder. Raises EchoError if its stages were trained with other ones."""
+    options = {name: getattr(config, name) for name in ("seed", "products", "steps_share", "held_out")}
+    file = work / "options.json"
+    if not file.is_file():
+        write_json(file, options)
+        return
+    for name, value in read_json_object(file).items():
+        if options.get(name) != value:
+            raise EchoError(
+                f"{work} has stages of --{name} {value}, not {options.get(name)}; use the same or another --work"
+            )
 
 
 def build_student(seed: int, work: Path, stages: Sequence[str]) -> Any:
@@ -152,7 +174,7 @@ def train(stage: str, config: PretrainConfig, work: Path) -> None:
     minutes = train_stage(stage, (config.seed, number), work, parts.trained, parts.optimizers, parts.losses, schedule)
     figures = measure_stage(stage, student, held_out_pools(work, config.held_out))
     result = {"minutes": minutes, "steps": schedule.steps, "figures": figures}
-    (work / f"{stage}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(work / f"{stage}.json", result)
     LOGGER.info("%s: %.1f minutes", stage, minutes)
     for what, value in figures.items():
         LOGGER.info("  %s %.3f", what, value)
@@ -172,7 +194,7 @@ def write_model(student: Any, work: Path, config: PretrainConfig, output: Path) 
     from train.tiny.model import build_processor, save_model
 
     save_model(student.model, build_processor(student.tokenizer), output)
-    results = {stage: json.loads((work / f"{stage}.json").read_text(encoding="utf-8")) for stage in STEPS}
+    results = {stage: read_json_object(work / f"{stage}.json") for stage in STEPS}
     millions = sum(weight.numel() for weight in student.model.parameters()) / 1e6
     (output / "README.md").write_text(model_card(results, millions, config), encoding="utf-8")
     LOGGER.info("wrote %s: %.1f MB", output, sum(file.stat().st_size for file in output.iterdir()) / 1e6)

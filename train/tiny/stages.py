@@ -26,6 +26,7 @@ from train.tiny.inputs import (
     DrawnRows,
     collate_rows,
     draw_rows,
+    query_tokens,
     targets_of,
     text_states,
     trained_logits,
@@ -92,8 +93,8 @@ class Stage:
     losses: StepLosses
 
 
-def read(student: Student, pool: Pool | None) -> Stage:
-    """Learn to read on rows of text alone: first what was just read, then what was read earlier."""
+def read(student: Student, pool: None) -> Stage:
+    """Learn to read on rows of text alone: first what was just read, then what was read earlier. Needs no pool."""
     weights = list(student.reading.parameters())
 
     def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
@@ -208,7 +209,7 @@ def answer(student: Student, pool: Pool) -> Stage:
         drawn = draw_rows(rng, pool, ROW_BATCH, branches=3)
         parts, batch, tokens = _tower_parts(student, drawn)
         states = text_states(student.language, batch, tokens, 0, len(layers))
-        at = drawn.query_tokens(batch)
+        at = query_tokens(batch)
         parts |= _found_parts(student, drawn, batch, states)
         parts["final"] = on.token_loss(student.heads.final, states[-1][at], drawn.targets)
         parts["words"] = _weighted_words(student, batch, states[-1])
@@ -252,7 +253,7 @@ def _tower_parts(student: Student, drawn: DrawnRows) -> tuple[dict[str, Any], di
 
 def _found_parts(student: Student, drawn: DrawnRows, batch: dict[str, Any], states: list[Any]) -> dict[str, Any]:
     """Losses of the comparing layer at the queries, and of the bringing layer at the text after them."""
-    rows, at = drawn.query_tokens(batch)
+    rows, at = query_tokens(batch)
     after = torch.arange(batch["ids"].shape[1])[None] > at[:, -1:]
     after = after & (batch["ids"] != student.tokenizer.pad_token_id)
     heads = student.heads
