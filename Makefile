@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 THREADS := $(shell nproc)
-ROLES := reference_extractor knowledge_guide reasoning_expert decision_maker
+# The decision maker takes the longest, so it starts first. As many roles train side by side as there are cores.
+THREADS_PER_ROLE := $(shell expr \( $(THREADS) + 3 \) / 4)
+ROLES := decision_maker reasoning_expert knowledge_guide reference_extractor
 
 # The smoke size shows that every step runs. Its figures mean nothing.
 ifdef SMOKE
 DATA := --parts 12
-TRAIN := --max_steps 3 --eval_strategy no
+TRAIN := --max_steps 3
 NAME := smoke
 else
 NAME := demo
@@ -29,10 +31,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	rm -rf runs/$(NAME) data/$(NAME)
 	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output data/$(NAME) $(DATA)
-	set -e; for role in $(ROLES); do \
-	  $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS) \
-	    train/sft.py --config recipes/tiny/$$role.yaml --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$role $(TRAIN); \
-	done
+	mkdir -p runs/$(NAME)
+	printf '%s\n' $(ROLES) | xargs -P $(THREADS) -I ROLE sh -c '$(BIN)/accelerate launch --quiet \
+	  --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS_PER_ROLE) train/sft.py \
+	  --config recipes/tiny/ROLE.yaml --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/ROLE \
+	  --disable_tqdm true --eval_strategy no $(TRAIN) > runs/$(NAME)/ROLE.log 2>&1 && echo "trained ROLE: runs/$(NAME)/ROLE.log" \
+	  || { cat runs/$(NAME)/ROLE.log; exit 255; }'
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/base
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/tuned \
 	  --adapters runs/$(NAME)/adapters
