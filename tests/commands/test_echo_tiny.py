@@ -213,6 +213,7 @@ def test_the_command_pretrains_and_writes_a_model_card(tmp_path: Path) -> None:
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny").dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_before_its_figures_is_measured(tmp_path: Path) -> None:
     command = ["--output", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--stages", "read", *TINY]
     pretrain.main(command)
@@ -237,6 +238,13 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, options: list[str]
     (tmp_path / "options.json").write_text(json.dumps({"seed": 0}))
     with pytest.raises(pretrain.EchoError, match=message):
         pretrain.main(["--output", str(tmp_path / "o"), "--work", str(tmp_path), *options])
+
+
+def test_stages_of_other_tokens_are_refused(tmp_path: Path) -> None:
+    pretrain.check_tokens({"a": 0, "b": 1}, tmp_path)
+    pretrain.check_tokens({"b": 1, "a": 0}, tmp_path)
+    with pytest.raises(pretrain.EchoError, match="tokens of other lessons or prompts; use another --work"):
+        pretrain.check_tokens({"a": 1, "b": 0}, tmp_path)
 
 
 def test_stages_wait_for_those_that_they_start_from(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def main(argv: list[str]) -> None:
     for name, least in MINIMA.items():
         if getattr(config, name) < least:
             raise EchoError(f"--{name} is {getattr(config, name)}; set it to {least} or more")
+    work.mkdir(parents=True, exist_ok=True)
     check_work(config, work)
     import torch
 
@@ -129,6 +130,18 @@ def check_work(config: PretrainConfig, work: Path) -> None:
             )
 
 
+def check_tokens(vocabulary: Mapping[str, int], work: Path) -> None:
+    """Record the tokens in a new work folder. Raises EchoError if its stages were trained with other ones.
+
+    The tokens follow from the words of the lessons and prompts, so an edit of these can change them between stages.
+    """
+    file = work / "tokens.json"
+    if not file.is_file():
+        write_json(file, dict(vocabulary))
+    elif read_json_object(file) != vocabulary:
+        raise EchoError(f"{work} has stages with the tokens of other lessons or prompts; use another --work")
+
+
 def build_student(seed: int, work: Path, stages: Sequence[str]) -> Any:
     """Build a model with its heads and load the weights of finished stages. Raises EchoError if one is missing."""
     import torch
@@ -145,6 +158,7 @@ def build_student(seed: int, work: Path, stages: Sequence[str]) -> Any:
         context, lessons = image_lessons(rng, random_labels(rng), normals=index % 3)
         rows.append(LessonRow((), context, lessons))
     tokenizer = build_tokenizer(rows)
+    check_tokens(tokenizer.get_vocab(), work)
     model = build_model(tokenizer)
     text, vision = model.config.text_config, model.config.vision_config
     student = Student(model, Heads(vision.embed_dim, text.hidden_size), tokenizer)
