@@ -11,6 +11,7 @@ from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder
 from echo_ft.inputs import read_json_object
+from echo_ft.processes import PARTIAL
 
 DATASET_ENTRIES = frozenset(
     {
@@ -55,7 +56,7 @@ def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool)
     manifest = _read_manifest(output / "manifest.json")
     if manifest is None:
         raise EchoError(f"{output} holds files that are not a dataset of this project; choose another output")
-    foreign = sorted(names - DATASET_ENTRIES)
+    foreign = sorted(name for name in names if name.removesuffix(PARTIAL) not in DATASET_ENTRIES)
     if foreign:
         raise EchoError(
             f"{output} also holds {foreign[0]}, which a build would remove; move it or choose another output"

@@ -1,7 +1,8 @@
-"""JSON lines, atomic files and folders, folder locks, and one way to walk through folders of users."""
+"""JSON lines, atomic files and folders, and one way to walk through folders of users."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
@@ -11,15 +12,17 @@ import shutil
 import tempfile
 import traceback
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from echo_ft.errors import EchoError
 from echo_ft.inputs import Record, from_dict, lines, open_input, open_text
+from echo_ft.processes import PARTIAL, held, left_over_folders
 from echo_ft.strict_yaml import read_json
+from echo_ft.terminal import LOGGER
 
 SYSTEM_NAMES = frozenset(
     {
@@ -104,38 +107,114 @@ def _was_saving(error: Exception) -> bool:
 
 @contextmanager
 def atomic_file(path: Path, unique: bool = False) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` if the block succeeds.
+    """Yield a temporary path that replaces `path` if the block succeeds and is removed if it fails.
 
-    Readers never see a partial file. Set `unique` if several processes may write the same file at once.
+    Readers never see a partial file, even after a power failure. Set `unique` if several processes may write the same
+    file at once, as in a cache.
     """
-    suffix = f".{uuid.uuid4().hex}" if unique else ""  # a process id could repeat on another machine
-    partial = path.with_name(f"{path.name}{suffix}.partial")
-    yield partial
-    os.replace(partial, path)
+    if unique:
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # a process id could repeat elsewhere
+        partial.touch(exist_ok=False)
+    else:
+        partial = path.with_name(f"{path.name}{PARTIAL}")
+        if partial.exists():
+            LOGGER.warning("%s was left by a killed command and is replaced", partial)
+    with held(partial) if unique else nullcontext():
+        try:
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    if not unique:  # a cache can do without a file whose name is lost
+        _flush(path.parent)
 
 
 @contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `output` if the block succeeds and is removed if it fails.
 
-    Raises EchoError if the parent folder of `output` is not writable.
+    At any moment, `output` is the old folder or the complete new one, even if the process is killed. This needs a file
+    system that can swap two folders; on others, the next call restores the old one. What killed commands left next to
+    `output` is removed. Raises EchoError if the parent folder of `output` is not writable.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(output)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise EchoError(f"{output.parent} cannot be written ({error.strerror}); choose another output") from error
-    folder, old = partial / output.name, partial / "replaced"
+    folder, old = partial / output.name, partial / _REPLACED
+    with held(partial):
+        try:
+            folder.mkdir()  # with the user's default permissions, unlike the folder that mkdtemp created
+            yield folder
+            flush_tree(folder)
+            if not output.exists():
+                folder.rename(output)
+            elif not _swap(folder, output):
+                output.rename(old)
+                folder.rename(output)
+            _flush(output.parent)
+        finally:
+            if old.exists() and not output.exists():  # interrupted between the two renames
+                old.rename(output)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+_REPLACED = "replaced"
+"""Name of the old folder while the new one takes its place, where folders cannot be swapped."""
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step. Returns False if the system or the file system cannot."""
     try:
-        folder.mkdir()  # with the user's default permissions, unlike the folder that mkdtemp created
-        yield folder
-        if output.exists():
-            output.rename(old)
-        folder.rename(output)
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
+    if swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _remove_left_over(output: Path) -> None:
+    """Remove what `atomic_folder(output)` left in killed processes, and restore `output` if it is missing."""
+    for path in left_over_folders(output.parent, f".{output.name}."):
+        if {one.name for one in path.iterdir()} <= {output.name, _REPLACED}:
+            if (path / _REPLACED).exists() and not output.exists():
+                (path / _REPLACED).rename(output)
+                LOGGER.warning("a killed command had moved %s away; it is back", output)
+            LOGGER.warning("removing %s, which a killed command left", path)
+            shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk, so that they survive a power failure."""
+    if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
     finally:
-        if old.exists() and not output.exists():  # interrupted between the two renames
-            old.rename(output)
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Write everything below a folder to the disk, so that it survives a power failure. Links are not followed."""
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in (*names, "")]
+    with ThreadPoolExecutor(_FLUSHING_THREADS) as pool:  # the disk writes them together
+        list(pool.map(_flush, [path for path in paths if path.is_dir() or (path.is_file() and not path.is_symlink())]))
+
+
+_FLUSHING_THREADS = 8
 
 
 def write_text(path: Path, text: str) -> None:
@@ -164,31 +243,6 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> int:
             file.write(line + "\n")
             count += 1
     return count
-
-
-LOCK_FILE = ".lock"
-"""The empty file that a process locks while it writes to the folder. It is never deleted."""
-
-
-def lock_folder(folder: Path, option: str = "--output") -> TextIO:
-    """Lock a folder and return the open lock file. Closing the file releases the lock.
-
-    The kernel also releases it when the process ends for any reason. Raises EchoError if another process holds the
-    lock; the message names `option`, which chooses another folder.
-    """
-    import fcntl  # missing on Windows, which can still score runs from other machines
-
-    file = open_append(folder / LOCK_FILE)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise EchoError(
-            f"another process is writing to {folder}; wait until it ends or choose another {option}"
-        ) from error
-    except OSError as error:  # some network file systems do not support locks, and runs on them are still useful
-        warnings.warn(f"{folder} cannot be locked ({error}); do not start a second run there", stacklevel=3)
-    return file
 
 
 def open_append(path: Path) -> TextIO:

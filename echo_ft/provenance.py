@@ -35,7 +35,7 @@ ANSWERING_MODULES = (
 )  # fmt: skip
 """The modules of this package that produce a model's answers. `source_files` adds everything that they import."""
 
-SUPPORTING_MODULES = ("errors", "provenance", "terminal")
+SUPPORTING_MODULES = ("errors", "processes", "provenance", "terminal")
 """Modules that ANSWERING_MODULES import but that cannot change an answer. A run resumes after changes to them."""
 
 

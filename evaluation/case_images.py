@@ -12,6 +12,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.html import jpeg_bytes, thumbnail
 from echo_ft.images import decode, masks
+from echo_ft.processes import remove_left_over_files
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Case
 from echo_ft.terminal import progress
@@ -83,6 +84,7 @@ class ImageStore:
     def _write(self, paths: Sequence[str]) -> list[str]:
         """Write the images that the folder does not have yet, and remove those that an earlier page had."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_left_over_files(self.folder)
         names = [_file_name(self._path(path)) for path in paths]
 
         def write(path: str, name: str) -> bool:

@@ -210,6 +210,8 @@ DOORS = ("echo_ft/inputs.py", "echo_ft/images/decode.py")
 OTHER_OPENERS = {
     ("data_prep/knowledge.py", "yaml.compose"): "text that read_yaml has checked",
     ("echo_ft/config.py", "os.open"): "the null device",
+    ("echo_ft/files.py", "os.open"): "what was just written, to flush it",
+    ("echo_ft/processes.py", "os.open"): "a temporary file or folder, to lock it",
     ("echo_ft/drawn/stations.py", "Image.open"): "a JPEG that it has just encoded in memory",
     ("echo_ft/html.py", "(folder / name).read_text"): "a part of a template of this project",
     ("echo_ft/images/corruptions.py", "Image.open"): "a JPEG that it has just encoded in memory",

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
-from echo_ft.files import explain_full_disk, lock_folder
+from echo_ft.files import explain_full_disk
 from echo_ft.images.decode import DECODER_VERSION
 from echo_ft.inputs import from_dict
 from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card, read_card
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
+from echo_ft.processes import lock_folder
 from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
 from echo_ft.tracking import adapter_artifact, dataset_artifact, experiment_name, log_run, use_artifact

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import numpy as np
@@ -27,6 +26,7 @@ from echo_ft.inputs import read_bytes
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
+from echo_ft.processes import scratch_folder
 from echo_ft.records import ROLES, Case, Entry, Prediction, Seen, Trace, Truth
 from echo_ft.retrieval.products import ProductData, read_products
 
@@ -193,8 +193,8 @@ class Inspector:
         images = list_images(Path(images)) if isinstance(images, str | Path) else images
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
-            with TemporaryDirectory(prefix="echo-ft-") as scratch:
-                cases = [self._case(_snapshot(image, Path(scratch)), product) for image in batch]
+            with scratch_folder("echo-ft-") as scratch:
+                cases = [self._case(_snapshot(image, scratch), product) for image in batch]
                 outcomes = run_cases(cases, self.generate, self.pipeline)
                 for image, case, outcome in zip(batch, cases, outcomes, strict=True):
                     yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)

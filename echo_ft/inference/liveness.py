@@ -16,7 +16,6 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from echo_ft.files import write_json
 from echo_ft.images.decode import image_size
 from echo_ft.inputs import read_json_object
 from echo_ft.model.rows import RowBuilder
+from echo_ft.processes import scratch_folder
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import ROLES, Branch, Exchange, Generation
 from echo_ft.terminal import LOGGER
@@ -102,8 +102,8 @@ class ProbeRecord:
 def make_probe() -> Iterator[Exchange]:
     """Yield the probe, the same in every version of its record. Its two images lie in a temporary folder."""
     values = np.random.default_rng(0).integers(0, 255, (2, 96, 128, 3), dtype=np.uint8)
-    with TemporaryDirectory(prefix="echo-ft-probe-") as folder:
-        images = tuple(str(Path(folder) / f"{index}.png") for index in range(len(values)))
+    with scratch_folder("echo-ft-probe-") as folder:
+        images = tuple(str(folder / f"{index}.png") for index in range(len(values)))
         for image, value in zip(images, values, strict=True):
             Image.fromarray(value).save(image)
         questions = (

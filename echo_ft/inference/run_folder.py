@@ -19,10 +19,8 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import PermutedPrediction
 from echo_ft.experts.pipeline import Outcome
 from echo_ft.files import (
-    LOCK_FILE,
     RESUME_REMEDY,
     explain_full_disk,
-    lock_folder,
     open_append,
     read_complete_rows,
     to_json,
@@ -30,6 +28,7 @@ from echo_ft.files import (
     write_jsonl,
 )
 from echo_ft.inputs import read_json_object
+from echo_ft.processes import LOCK_FILE, PARTIAL, lock_folder
 from echo_ft.records import Case, Prediction, Trace
 
 PREDICTIONS, TRACES, RUN_DESCRIPTION = "predictions.jsonl", "traces.jsonl", "run.json"
@@ -171,7 +170,7 @@ class RunFolder:
 
     def _open(self) -> set[str]:
         """Claim the folder, reduce its files to cases that are done, and return their ids."""
-        own_files = {RUN_DESCRIPTION + ".partial", LOCK_FILE}
+        own_files = {RUN_DESCRIPTION + PARTIAL, LOCK_FILE}
         description = self.folder / RUN_DESCRIPTION
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if not description.is_file() and names - own_files:

@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from echo_ft.errors import EchoError
-from echo_ft.files import list_folder, lock_folder, open_append, read_complete_rows, to_json, write_jsonl
+from echo_ft.files import list_folder, open_append, read_complete_rows, to_json, write_jsonl
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
 from echo_ft.inference.inspector import IMAGE_SUFFIXES
+from echo_ft.processes import lock_folder
 from echo_ft.terminal import LOGGER
 
 STATE_FILE = ".echo-ft-inspected.jsonl"

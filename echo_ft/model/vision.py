@@ -6,20 +6,21 @@ Shapes: P patches; features are (tokens, hidden) per image.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.images import corruptions
 from echo_ft.images.views import View
+from echo_ft.processes import remove_left_over_files
 from echo_ft.provenance import code_fingerprint
 from echo_ft.terminal import LOGGER
 
@@ -81,21 +82,18 @@ class TowerFeatureStore:
             return
         self.free_bytes -= features.nbytes
         with atomic_file(path, unique=True) as partial:
-            save_file({"features": features.detach().cpu().clone()}, partial)
+            # save_file (safetensors 0.8) would write to another file, without the lock, and rename it.
+            partial.write_bytes(save({"features": features.detach().cpu().clone()}))
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the size of all stored features, and delete partial files that are at least an hour old."""
+    """Return the size of all stored features, and remove the files that killed processes left."""
     total = 0
+    for part in folder.glob("*/"):
+        remove_left_over_files(part)
     for path in folder.glob("*/*"):
-        try:
-            stat = path.stat()
-            if path.suffix != ".safetensors" and time.time() - stat.st_mtime > 3600:
-                path.unlink()
-            else:
-                total += stat.st_size
-        except FileNotFoundError:  # another process has renamed it
-            continue
+        with suppress(FileNotFoundError):  # another process has renamed it
+            total += path.stat().st_size
     return total
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
+from echo_ft.processes import remove_left_over_files
 from echo_ft.provenance import content_hash, fingerprint_bytes
 from echo_ft.records import Rejection
 from echo_ft.retrieval.descriptors import DescriptorExtractor, FloatArray
@@ -52,6 +53,8 @@ class DescriptorCache:
     def __init__(self, extractor: DescriptorExtractor, cache: Path | None) -> None:
         """Open the descriptors of `extractor` below the folder `cache`, or in memory if it is None."""
         self.folder = cache / f"features-{extractor.key}" if cache else None
+        for folder in (cache, self.folder) if cache and self.folder else ():
+            remove_left_over_files(folder)
         self._memory: list[tuple[list[str], FloatArray]] = []
 
     def add(self, hashes: Sequence[str], vectors: FloatArray) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from echo_ft.files import LOCK_FILE
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, SHARDS, TRACES
+from echo_ft.processes import LOCK_FILE
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset
 

@@ -18,9 +18,10 @@ import pytest
 from echo_ft import files, provenance
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail
-from echo_ft.files import LOCK_FILE, read_jsonl, write_text
+from echo_ft.files import read_jsonl, write_text
 from echo_ft.inference import run_folder
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, SHARDS, TRACES, Processes, RunFolder
+from echo_ft.processes import LOCK_FILE
 from echo_ft.provenance import ANSWERING_MODULES, SUPPORTING_MODULES, code_fingerprint, source_files
 from echo_ft.records import Prediction, Trace
 from tests.conftest import make_case

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from echo_ft.errors import EchoError
+from echo_ft.files import atomic_file
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.views import View
 from echo_ft.model.loading import load_model, project_patches
@@ -94,17 +94,17 @@ def test_processes_share_the_space_that_the_folder_has_left(tmp_path, capsys):
     assert capsys.readouterr().out.count("has reached features_gib") == 2
 
 
-def test_old_partial_files_of_a_killed_process_are_deleted(tmp_path):
+def test_partial_files_of_a_killed_process_are_deleted_and_those_of_a_living_one_stay(tmp_path):
     image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
     store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
     store.save(image, torch.zeros(4, 4))
-    old, new = store.folder / "old.123", store.folder / "new.124"
-    for partial in (old, new):
-        partial.write_bytes(b"partial")
-    os.utime(old, (0, 0))
-    TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
-    assert not old.exists()
-    assert new.exists()
+    dead = store.folder / f"a.safetensors.{'0' * 32}.partial"
+    dead.write_bytes(b"partial")
+    with atomic_file(store.folder / "b.safetensors", unique=True) as living:
+        living.write_bytes(b"partial")
+        TowerFeatureStore(tmp_path / "kept", "another tower", GIB)
+        assert living.exists()
+    assert not dead.exists()
     assert store.load(image) is not None
 
 

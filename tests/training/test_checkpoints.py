@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from echo_ft.errors import EchoError
-from echo_ft.files import LOCK_FILE, explain_full_disk, lock_folder
+from echo_ft.files import explain_full_disk
+from echo_ft.processes import LOCK_FILE, lock_folder
 from echo_ft.training.checkpoints import COMPLETE_MARKER
 from echo_ft.training.trainer import PrefixSharingTrainer
 from tests.conftest import ROOT, make_dataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from echo_ft.files import atomic_file
 from echo_ft.terminal import LOGGER
 
 CHECKPOINT_SECONDS = 60.0
@@ -106,8 +106,8 @@ def train_stage(
 def save(value: dict[str, Any], path: Path) -> None:
     """Save so that the file is whole or absent at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(value, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    with atomic_file(path) as new:
+        torch.save(value, new)
 
 
 def load(path: Path) -> dict[str, Any]:
