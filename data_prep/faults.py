@@ -99,7 +99,7 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
                     "the other, which no Qwen2-VL reads; crop it"
                 )
             high_depth, orientation, lossy = (
-                image.mode in decode.HIGH_DEPTH_MODES,
+                decode.is_deep(image),
                 decode.orientation(image),
                 is_lossy(image),
             )

@@ -1,10 +1,11 @@
 """Image decoding for the whole project, with one rule for more than 8 bits per pixel.
 
-Pillow clips 16-bit grey values to 255, which turns an image white. This module scales them to 8 bits instead. A 16-bit
-file does not say how many bits the camera used, so the scale is the smallest common bit depth (`BIT_DEPTHS`) that
-holds the brightest pixel. The brightest pixel itself is not stretched to white. Two exposures of a part therefore stay
-different, unless one is so dark that it fits a smaller bit depth. The build warns if the bit depths of a product
-differ. Transparency is dropped, because the colours below it are what the camera recorded.
+Pillow clips 16-bit grey values to 255, which turns an image white. It keeps only the high byte of 16-bit colours, which
+turns the image of a 12-bit camera black. This module scales both to 8 bits instead. A 16-bit file does not say how many
+bits the camera used, so the scale is the smallest common bit depth (`BIT_DEPTHS`) that holds the brightest value. The
+brightest value itself is not stretched to white. Two exposures of a part therefore stay different, unless one is so
+dark that it fits a smaller bit depth. The build warns if the bit depths of a product differ. Transparency is dropped,
+because the colours below it are what the camera recorded.
 
 Images are turned upright by their EXIF orientation, as viewers show them. A file of several frames is refused.
 """
@@ -14,16 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from echo_ft.errors import EchoError
 from echo_ft.inputs import InputError, open_input
 
-DECODER_VERSION = "8bit-upright"
+DECODER_VERSION = "8bit-upright-colour"
 """Name of the decoding rule. It is part of the key of every cache, so that none mixes images of different rules."""
 
 READ_ERRORS = (OSError, ValueError)
@@ -37,7 +38,10 @@ MAX_PIXELS = 100_000_000
 """Pixels of the largest image. It takes 300 MB in RGB, although its file may have only 20 KB."""
 
 HIGH_DEPTH_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
-"""Pillow's greyscale modes with more than 8 bits per pixel. Pillow reduces colour images to 8 bits itself."""
+"""Pillow's greyscale modes with more than 8 bits per pixel."""
+
+BITS_PER_SAMPLE = 258
+"""The tag of a TIFF file with the bits of each channel."""
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 """Common bit depths of camera images."""
@@ -47,7 +51,7 @@ READER_THREADS = 4
 
 
 class _RangeError(ValueError):
-    """Raised for grey values that fit no bit depth."""
+    """Raised for values that fit no bit depth."""
 
 
 @contextmanager
@@ -124,8 +128,9 @@ def decode(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = Non
     """
     with open_image(path) as image:
         turn = _turn(image)
-        if image.mode in HIGH_DEPTH_MODES:
-            decoded = _eight_bits(np.asarray(image)).convert(mode)
+        deep = deep_values(image)
+        if deep is not None:
+            decoded = _eight_bits(deep).convert(mode)
         else:
             if min_size is not None:
                 image.draft(mode, min_size[::-1] if turn in _SIDEWAYS else min_size)
@@ -148,7 +153,51 @@ def bit_depth(path: Path) -> int | None:
     Raises one of READ_ERRORS if the file cannot be read.
     """
     with open_image(path) as image:
-        return _bits_needed(np.asarray(image)) if image.mode in HIGH_DEPTH_MODES else None
+        deep = deep_values(image)
+        return None if deep is None else _bits_needed(deep)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an opened image, which is not decoded yet, has more than 8 bits per channel.
+
+    JPEG 2000, AVIF and PPM state their bit depth, by which Pillow scales them to 8 bits itself.
+    """
+    if image.mode in HIGH_DEPTH_MODES:
+        return True
+    if image.format == "TIFF":
+        return image.mode in ("RGB", "RGBA", "RGBX") and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8  # type: ignore[attr-defined]
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else ()
+    return image.format == "PNG" and any(";16" in str(tile.args) for tile in tiles)
+
+
+def deep_values(image: Image.Image) -> NDArray[np.generic] | None:
+    """Return the values (height, width) or (height, width, 3) of an opened image, or None if it has 8 bits per channel.
+
+    Raises one of READ_ERRORS if the image is broken.
+    """
+    if not is_deep(image):
+        return None
+    if image.mode in HIGH_DEPTH_MODES:
+        return np.asarray(image)
+    import cv2
+
+    assert isinstance(image, ImageFile.ImageFile) and image.fp is not None
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = np.frombuffer(image.fp.read(), np.uint8)
+    image.fp.seek(position)
+    high_bytes = np.asarray(image.convert("RGB"))  # Pillow (13.0.0) has no mode for more; this also checks the file
+    values: Any = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise InputError(_UNCLEAR_COLOURS)
+    values = values[..., 2::-1]  # OpenCV stores blue, green, red and opacity
+    if values.shape != high_bytes.shape or not np.array_equal(values >> 8, high_bytes):
+        raise InputError(_UNCLEAR_COLOURS)
+    colours: NDArray[np.generic] = values
+    return colours
+
+
+_UNCLEAR_COLOURS = "Pillow and OpenCV read its 16-bit colours differently; save it as a PNG file"
 
 
 TURNS = {
@@ -190,14 +239,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _bits_needed(values: NDArray[np.generic]) -> int:
-    """Return the smallest bit depth that holds all grey values; 1 for floats from 0 to 1."""
+    """Return the smallest bit depth that holds all values; 1 for floats from 0 to 1."""
     low, high = values.min(), values.max()
     if np.issubdtype(values.dtype, np.floating) and low >= 0 and high <= 1:
         return 1
     if low >= 0 and high < 2 ** BIT_DEPTHS[-1]:  # false for NaN too
         return next(bits for bits in BIT_DEPTHS if high < 2**bits)
     raise _RangeError(
-        f"its grey values range from {low:g} to {high:g}, which is neither 0 to 1 nor an unsigned range of "
+        f"its values range from {low:g} to {high:g}, which is neither 0 to 1 nor an unsigned range of "
         f"{BIT_DEPTHS[0]} to {BIT_DEPTHS[-1]} bits; save all images with 8 or 16 bits per pixel and the same scale"
     )
 

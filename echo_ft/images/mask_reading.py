@@ -1,10 +1,11 @@
 """Read a mask file as the picture that a viewer shows: which pixels mark the defect.
 
 Every pixel that is not black marks the defect, whether the file stores grey values, colours, palette entries or bits.
-Label maps and soft edges need no other rule. Two kinds of files differ:
+Label maps and soft edges need no other rule. Three kinds of files differ:
 
 - Lossy files have grey noise around every edge, so only pixels brighter than half count.
 - On a transparent layer, the opaque pixels are the mask, because people paint the defect there in any colour.
+- Without any black, the file has another ground. It is plain if there are two values, and one covers the whole border.
 
 A file is refused if its readings disagree, and the message names the share of the image that each one marks.
 """
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, open_image, orientation
+from echo_ft.images.decode import READ_ERRORS, deep_values, open_image, orientation
 from echo_ft.inputs import InputError
 
 Mask = NDArray[np.bool_]
@@ -37,6 +38,9 @@ the factor SOFT_RATIO differ by at most 0.0003 of the image."""
 
 MAX_LABELS = 16
 """With at most this many grey values, a file is a label map: its values are names of regions, not brightness."""
+
+MIN_CONTRAST = 32
+"""Two values that are both higher than MAX_LABELS are meant as ground and defect if they differ by this much."""
 
 MAX_HIDDEN = 0.1
 """Share of the opaque pixels that may be black, as at the edge of a brush stroke."""
@@ -75,7 +79,7 @@ def marked_pixels(image: Image.Image, what: str) -> Mask:
             raise _two_readings(what, "colours", marks, "palette indexes", indexes != 0)
     if alpha is None or alpha.all():
         _check_softness(values, (63, 191) if lossy else None, what, "brighter")
-        return marks
+        return _on_ground(values, what) if marks.all() and not lossy and values.min() != values.max() else marks
     opaque: Mask = alpha > 0
     hidden = opaque & ~marks
     says_nothing = marks.all() or not marks.any()  # the colours are the same everywhere
@@ -112,14 +116,33 @@ def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]
 
     The opacity is None for an image without transparency.
     """
-    if image.mode in HIGH_DEPTH_MODES:
-        return np.asarray(image), None
+    deep = deep_values(image)
+    if deep is not None and deep.ndim == 2:
+        return deep, None
+    if deep is not None and not image.has_transparency_data:
+        return deep.max(axis=2), None
     if image.has_transparency_data:
         pixels = np.asarray(image.convert("RGBA"))
         return pixels[..., :3].max(axis=2), pixels[..., 3]
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L")), None
     return np.asarray(image.convert("RGB")).max(axis=2), None
+
+
+def _on_ground(values: NDArray[Any], what: str) -> Mask:
+    """Return the pixels that differ from the ground of a mask without black, which is the value of its border.
+
+    Raises EchoError if there are more values, or if the two are near each other.
+    """
+    border = np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]])
+    counted, counts = np.unique(border, return_counts=True)
+    ground = counted[counts.argmax()]
+    found: Mask = values != ground
+    low, high = np.unique(values)[[0, -1]]
+    two = bool(((values == low) | (values == high)).all())
+    if two and len(counted) == 1 and (high <= MAX_LABELS or high - low >= MIN_CONTRAST):
+        return found
+    raise _two_readings(what, "pixels that are not black", values != 0, f"pixels unlike the ground ({ground:g})", found)
 
 
 def _check_softness(values: NDArray[Any], thresholds: tuple[int, int] | None, what: str, word: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from data_prep.faults import check_image
@@ -54,6 +56,43 @@ def test_other_greyscale_formats_are_scaled_too(tmp_path, dtype):
     np.testing.assert_array_equal(np.asarray(decode.load_image(floats, "L")), np.rint(ramp(1.0, "<f4") * 255))
 
 
+def colours(top: int) -> np.ndarray:
+    """Values (16, 64, 3) of a channel that rises to `top`, one that falls from it, and one in between."""
+    rising = ramp(top)
+    return np.dstack([rising, rising[:, ::-1], np.full_like(rising, top // 2)])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("top", "bits"), [(255, 8), (1023, 10), (4095, 12), (16383, 14), (65535, 16)])
+def test_colours_of_any_bit_depth_become_8_bits(tmp_path, suffix, top, bits):
+    path = tmp_path / f"part.{suffix}"
+    cv2.imwrite(str(path), colours(top)[..., ::-1])
+    assert decode.bit_depth(path) == check_image(path).bits == bits
+    expected = np.rint(colours(top) * (255 / top)).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(decode.load_image(path)), expected)
+    grey = np.asarray(Image.fromarray(expected).convert("L"))
+    np.testing.assert_array_equal(np.asarray(decode.load_image(path, "L")), grey)
+
+
+def test_opacity_and_orientation_of_16_bit_colours_are_those_of_8_bits(tmp_path):
+    opacity = np.full((16, 64, 1), 7, np.uint16)
+    cv2.imwrite(str(tmp_path / "clear.png"), np.dstack([colours(4095)[..., ::-1], opacity]))
+    expected = np.rint(colours(4095) * (255 / 4095)).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(decode.load_image(tmp_path / "clear.png")), expected)
+    turned = [(274, "H", 1, 6, True)]
+    tifffile.imwrite(tmp_path / "turned.tif", colours(4095), photometric="rgb", extratags=turned)
+    assert decode.image_size(tmp_path / "turned.tif") == SIZE[::-1]
+    np.testing.assert_array_equal(np.asarray(decode.load_image(tmp_path / "turned.tif")), np.rot90(expected, -1))
+
+
+def test_16_bit_colours_that_two_libraries_read_differently_are_refused(tmp_path):
+    path = tmp_path / "planes.tif"
+    tifffile.imwrite(path, np.moveaxis(colours(4095), 2, 0), planarconfig="separate", photometric="rgb")
+    with pytest.raises(EchoError, match="Pillow and OpenCV read its 16-bit colours differently; save it as a PNG"):
+        decode.load_image(path)
+    assert "read its 16-bit colours differently" in (check_image(path).fault or "")
+
+
 def test_every_reader_of_images_scales_to_8_bits(tmp_path):
     """Pillow on its own would return a white image with a single value."""
     path, plain = save(tmp_path / "a.png", ramp(65535)), save(tmp_path / "b.png", ramp(255, "u1"))
@@ -77,7 +116,7 @@ def test_values_beyond_every_bit_depth_are_rejected(tmp_path, values):
     path = save(tmp_path / "part.tif", values)
     assert "the same scale" in str(check_image(path).fault)
     assert check_image(path, is_mask=True).fault is None, "a mask may use any values for its regions"
-    with pytest.raises(EchoError, match=r"part\.tif.*grey values range from.*8 to 16 bits"):
+    with pytest.raises(EchoError, match=r"part\.tif.*its values range from.*8 to 16 bits"):
         decode.load_image(path)
 
 

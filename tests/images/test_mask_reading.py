@@ -7,6 +7,7 @@ import io
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -111,6 +112,29 @@ def test_lossy_files_mark_the_pixels_brighter_than_half(tmp_path, name):
     assert (read_mask_file(tmp_path / name, name) ^ disc).sum() < 0.03 * disc.sum()
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        greys(DENT, 255, 30),
+        greys(DENT, 30, 255),
+        greys(DENT, 2, 1),
+        greys(DENT, 65535, 4000, "<u2"),
+        greys(DENT, 200, 90).convert("RGB"),
+    ],
+    ids=["white on grey", "grey on white", "labels 1 and 2", "16 bits", "colour"],
+)
+def test_ground_that_covers_the_border_need_not_be_black(tmp_path, mask):
+    kept, reason = inspect(tmp_path, mask)
+    assert (kept.mask, reason) == ("mask.png", "")
+    np.testing.assert_array_equal(read_mask_file(tmp_path / "mask.png", "mask.png"), DENT)
+
+
+def test_colours_of_16_bits_mark_even_if_their_high_byte_is_0(tmp_path):
+    values = np.where(DENT[..., None], (0, 3, 0), 0).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), values)
+    np.testing.assert_array_equal(read_mask_file(tmp_path / "deep.png", "deep.png"), DENT)
+
+
 def test_soft_edges_count_in_full(tmp_path):
     soft = np.asarray(greys(DENT).resize((24, 20)).resize(SIZE, Image.Resampling.BICUBIC))
     Image.fromarray(soft).save(tmp_path / "soft.png")
@@ -146,7 +170,15 @@ REFUSED = {
         "so it seems inverted: inverted, it marks 4.2%; make the defect white and everything else black",
     ),
     "inverted bits": (lambda: greys(~DENT).convert("1"), "so it seems inverted"),
-    "grey ground": (lambda: greys(DENT, 255, 30), "marks the whole image, so it locates nothing; mark only the defect"),
+    "grey ground at the border": (
+        lambda: greys(np.roll(DENT, 8, 0), 255, 30),
+        "its pixels that are not black mark 100.0% of the image and its pixels unlike the ground (30) 4.2%",
+    ),
+    "ground of two greys": (
+        lambda: Image.fromarray(np.where(DENT, 255, np.arange(SIZE[0]) % 2 + 30).astype(np.uint8)),
+        "its pixels that are not black mark 100.0% of the image and its pixels unlike the ground (30) 5",
+    ),
+    "greys that are nearly alike": (lambda: greys(DENT, 220, 200), "its pixels unlike the ground (200) 4.2%"),
     "white": (lambda: greys(np.ones_like(DENT)), "marks the whole image"),
     "heat map": (
         lambda: Image.fromarray((255 * np.linspace(0, 1, DENT.size).reshape(DENT.shape) ** 3).astype(np.uint8)),
