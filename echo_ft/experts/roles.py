@@ -206,7 +206,8 @@ def guide_completion(condition: str, hint: str, description: str) -> str:
 
 def parse_best(text: str, count: int) -> int | None:
     """Return the candidate that the text names, counted from 0, or None if it names none of the `count` candidates."""
-    match = re.fullmatch(r"\s*(?:candidate\s*)?(\d+)\s*\.?\s*", text, flags=re.IGNORECASE)
+    # Nine digits: `int` refuses thousands of them. Without strip(), the spaces at the end take quadratic time.
+    match = re.fullmatch(r"(?:candidate\s*)?(\d{1,9})\s*\.?", text.strip(), flags=re.IGNORECASE)
     number = int(match.group(1)) if match else 0
     return number - 1 if 1 <= number <= count else None
 
