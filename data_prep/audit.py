@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft import config as configs
-from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
+from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged, write_manifest
 from echo_ft.data.knowledge import DATASET_ALIASES
 from echo_ft.data.splits import part_key
 from echo_ft.errors import EchoError
@@ -313,7 +313,7 @@ def _write_report(report: Mapping[str, Any], training: Side, evaluated: Side, ou
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "audit.json", report)
         write_text(output / "audit.html", _render(report, training, evaluated))
-        write_json(train.folder / "manifest.json", {**train.manifest, "audits": audits})
+        write_manifest(train.folder, {**train.manifest, "audits": audits})
     except OSError as error:
         raise EchoError(f"the report cannot be written ({error}); choose another output") from error
 

@@ -29,7 +29,7 @@ from data_prep.training_rows import write_training_rows
 from data_prep.upstream import check_images, check_runs, describe_runs, read_runs
 from data_prep.workspace import workspace
 from echo_ft.config import PARTLY_DONE, parse, run_main
-from echo_ft.data.dataset import images_fingerprint
+from echo_ft.data.dataset import images_fingerprint, write_manifest
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json, write_jsonl
 from echo_ft.records import GOOD, Rejection
@@ -94,7 +94,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
         side_counts, unused = write_training_rows(draft, root, config, runs)
         manifest = make_manifest(draft, side_counts, unused, digests, root, config) | {"held_out": draft.held_out}
         manifest |= {"upstream": config.upstream, "upstream_runs": describe_runs(runs)}
-        write_json(folder / "manifest.json", manifest)
+        write_manifest(folder, manifest)
         write_preview(folder, root, manifest, draft)
     return manifest
 

@@ -12,7 +12,7 @@ from data_prep.config import BuildConfig
 from data_prep.prepare import DatasetDraft
 from data_prep.training_rows import SideCounts
 from data_prep.warnings import build_warnings
-from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint
+from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint, record_digests
 from echo_ft.data.splits import LEFT_OUT, SPLITS, reference_pool
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import write_json
@@ -42,7 +42,7 @@ def make_manifest(
     folder = draft.folder
     write_json(folder / DIGESTS, digests)
     images = images_fingerprint(digests)
-    record_files = [path for path in sorted(folder.rglob("*.jsonl")) if path.name != "rejected.jsonl"]
+    files = record_digests(folder)
     counts = _counts(draft, side_counts) | {"balanced_away": len(unused)}
     return {
         "format": DATASET_FORMAT,
@@ -58,8 +58,9 @@ def make_manifest(
         "dropped": _sorted_counts(Counter(one.dropped for one in draft.rejections if one.dropped)),
         "warnings": build_warnings(draft, digests, counts, unused, config),
         "fingerprint": fingerprint_bytes(
-            fingerprint_files([*record_files, folder / "knowledge.json"], folder).encode(), images.encode()
+            fingerprint_files([folder / name for name in files if name != DIGESTS], folder).encode(), images.encode()
         ),
+        "files": files,
         "annotations_fingerprint": fingerprint_bytes(read_bytes(config.annotations)) if config.annotations else None,
         "images_fingerprint": images,
         "versions": versions(),

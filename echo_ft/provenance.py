@@ -8,7 +8,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from echo_ft.inputs import open_input
@@ -126,6 +127,36 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(content_hash(path))
     return digest.hexdigest()[:16]
+
+
+HASHING_THREADS = 8
+"""Files that are hashed at the same time. Hashing holds no lock of Python."""
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files in a folder, in hex by name, in the order of `names`.
+
+    Raises OSError or InputError if a file cannot be read.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: content_hash(folder / name).hex(), names), strict=True))
+
+
+def first_change(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """Return what is wrong with the first file that differs from its SHA-256, as `PATH has changed`, or None.
+
+    `digests` has the SHA-256 of files in `folder`, in hex by name.
+    """
+    missing = [name for name in digests if not (folder / name).is_file()]
+    if missing:
+        return f"{folder / missing[0]} is missing"
+    try:
+        found = digests_of(folder, digests)
+    except (OSError, ValueError) as error:
+        return f"a file of {folder} cannot be read ({error})"
+    changed = [name for name, digest in found.items() if digest != digests[name]]
+    return f"{folder / changed[0]} has changed" if changed else None
 
 
 def content_hash(path: Path | str) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
-from echo_ft.data.dataset import DIGESTS, Dataset, load_cases, load_dataset, require_unchanged
+from echo_ft.data.dataset import Dataset, load_cases, load_dataset, read_digests, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
 from echo_ft.experts.roles import PROMPT_VERSION
@@ -144,7 +144,7 @@ def prepare_run(config: RunConfig) -> PreparedRun:
             f"adapters or weights were trained with routing {trained}, but this run uses {config.routing}, so some "
             f"prompts differ from the training prompts{remedy}"
         )
-    if not (dataset.folder / DIGESTS).is_file():
+    if read_digests(dataset) is None:
         warnings.append(
             f"{config.dataset} was built by an older version without image digests, so changed images cannot be "
             "detected; rebuild it"

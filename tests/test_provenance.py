@@ -121,6 +121,10 @@ def test_run_rejects_changed_images_and_counts_failures_from_missing_ones(
     assert described["images_fingerprint"] == manifest["images_fingerprint"]
     assert described["warnings"] == []
     (dataset / DIGESTS).unlink()
+    with pytest.raises(EchoError, match=r"digests\.json is missing, so changed images would not be noticed; rebuild"):
+        run(dataset, tmp_path / "older")
+    del manifest["images_fingerprint"]
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
     run(dataset, tmp_path / "older")
     assert "built by an older version" in json.loads((tmp_path / "older" / "run.json").read_text())["warnings"][0]
 

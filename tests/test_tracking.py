@@ -19,7 +19,7 @@ from PIL import Image
 from data_prep.build import main as build
 from echo_ft import tracking
 from echo_ft.config import parse
-from echo_ft.data.dataset import load_dataset
+from echo_ft.data.dataset import load_dataset, write_manifest
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.model.adapters import ADAPTER_FILES, Adapter, AdapterCard, write_card
@@ -363,7 +363,7 @@ def test_what_changed_since_a_run_is_named_and_left_out(folder, offline, capsys)
     Path(ADAPTERS, "decision_maker", ADAPTER_FILES[0]).write_text("other weights")
     shutil.rmtree(Path(ADAPTERS, "knowledge_guide"))
     manifest = json.loads(Path("data/caps/manifest.json").read_text())
-    Path("data/caps/manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 16}))
+    write_manifest(Path("data/caps"), manifest | {"fingerprint": "0" * 16})
     score.main([TUNED, "--report_to", "wandb"])
     warned = capsys.readouterr().err
     assert f"no adapter of the decision_maker: {ADAPTERS}/decision_maker has other weights than in the run" in warned

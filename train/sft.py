@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
-from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
+from echo_ft.data.dataset import Dataset, load_dataset, read_digests, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.files import explain_full_disk
 from echo_ft.images.decode import DECODER_VERSION
@@ -43,6 +43,8 @@ class CheckedRun:
     """The checked inputs of a training run."""
 
     dataset: Dataset
+    digests: dict[str, str] | None
+    """The SHA-256 of each image, as `read_digests` returns it."""
     row_builder: RowBuilder
     cases: Any
     """Training cases as a `datasets.Dataset`."""
@@ -98,6 +100,7 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     if config.mask_loss and not base.use_peft:
         raise EchoError("mask_loss trains adapters only; set use_peft: true or remove mask_loss")
     dataset = load_dataset(Path(config.dataset))
+    digests = read_digests(dataset)
     marks = load_marks(dataset, sft.process_index == 0) if config.mask_loss else None
     if marks is not None and sft.eval_strategy != "no":
         check_mask_metric(sft.metric_for_best_model, marks)
@@ -132,7 +135,7 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
         validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
         if sft.world_size > 1:
             validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size)
-    return CheckedRun(dataset, row_builder, cases, validation, planned, card, checkpoint, marks or None, model)
+    return CheckedRun(dataset, digests, row_builder, cases, validation, planned, card, checkpoint, marks or None, model)
 
 
 def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
@@ -177,6 +180,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
             always_encode=sft.world_size > 1,
             pixel_dtype=model.dtype,
             marks=checked.marks,
+            digests=checked.digests,
         ),
         train_dataset=checked.cases,
         eval_dataset=checked.validation,

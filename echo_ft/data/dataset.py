@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,10 @@ from typing import Any
 
 from echo_ft.data.splits import held_out_conditions, readable_name
 from echo_ft.errors import EchoError
-from echo_ft.files import read_jsonl
+from echo_ft.files import read_jsonl, write_json
 from echo_ft.images.decode import READER_THREADS
 from echo_ft.inputs import read_json_object, restore
-from echo_ft.provenance import content_hash, fingerprint_bytes
+from echo_ft.provenance import content_hash, digests_of, fingerprint_bytes, first_change
 from echo_ft.records import (
     GROUNDING,
     SYNTHETIC_DESCRIPTIONS,
@@ -32,8 +33,10 @@ from echo_ft.records import (
 DATASET_FORMAT = "echo-ft dataset 1"
 """Value of `format` in manifest.json. Any other value means that another version built the folder."""
 
-DIGESTS = "digests.json"
-"""{path: SHA-256} of every image, mask and named reference at build time."""
+MANIFEST, DIGESTS = "manifest.json", "digests.json"
+"""The manifest, with the SHA-256 of all records, and {path: SHA-256} of every image, mask and named reference."""
+
+KNOWLEDGE = "knowledge.json"
 
 REFERENCE_METHODS = ("retrieved", "random", "none")
 
@@ -55,9 +58,11 @@ class Dataset:
 def load_dataset(folder: Path) -> Dataset:
     """Load the dataset in `folder`.
 
-    Raises EchoError if there is no dataset, if another version built it, or if its images have moved.
+    Raises EchoError if there is no dataset, if another version built it, if its images have moved, or if a record has
+    changed since it was built. The images themselves are not read (`require_unchanged`), and the records of datasets
+    that older versions built have no checksums.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.is_file():
         problem = (
             f"{folder} is not a dataset (it has no manifest.json)"
@@ -80,7 +85,38 @@ def load_dataset(folder: Path) -> Dataset:
     root = (folder / manifest["root"]).resolve()
     if not root.is_dir():
         raise EchoError(f"the images of {folder} are no longer in {root}; put them back or rebuild the dataset")
+    _require_unchanged_records(folder, manifest)
     return Dataset(folder, root, manifest)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of the dataset in `folder`, with a checksum of its own."""
+    write_json(folder / MANIFEST, {**manifest, "manifest_fingerprint": _manifest_fingerprint(manifest)})
+
+
+def _manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "manifest_fingerprint"}
+    return fingerprint_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def record_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the records, training rows, knowledge and digests of the dataset in `folder`, by name."""
+    records = [path for path in folder.rglob("*.jsonl") if path.name != "rejected.jsonl"]
+    names = sorted(path.relative_to(folder).as_posix() for path in records)
+    return digests_of(folder, [*names, KNOWLEDGE, DIGESTS])
+
+
+def _require_unchanged_records(folder: Path, manifest: Mapping[str, Any]) -> None:
+    path = folder / MANIFEST
+    if manifest.get("manifest_fingerprint", _manifest_fingerprint(manifest)) != _manifest_fingerprint(manifest):
+        raise EchoError(f"{path} has changed since the dataset was built; restore it or rebuild the dataset")
+    try:
+        digests = restore(dict[str, str], manifest.get("files", {}))
+    except TypeError as error:
+        raise EchoError(f"{path} has no usable files ({error}); rebuild the dataset") from error
+    fault = first_change(folder, digests)
+    if fault:
+        raise EchoError(f"{fault} since the dataset was built; restore it or rebuild the dataset")
 
 
 def images_fingerprint(digests: Mapping[str, str]) -> str:
@@ -92,34 +128,49 @@ def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
     """Raise EchoError if an image differs by a byte from the one that the dataset was built from.
 
     Missing images are ignored here; reading them reports the problem. Datasets without digests, built by an older
-    version, are not checked.
+    version, are not checked. Raises EchoError as `read_digests` does, too.
     """
-    path = dataset.folder / DIGESTS
-    if not path.is_file():
+    digests = read_digests(dataset)
+    if digests is None:
         return
-    try:
-        digests = restore(dict[str, str], read_json_object(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise EchoError(f"{path} is not JSON of digests ({error}); rebuild the dataset") from error
-    if images_fingerprint(digests) != dataset.manifest.get("images_fingerprint"):
-        raise EchoError(f"{path} does not match this dataset's manifest.json; rebuild the dataset")
     unique = list(dict.fromkeys(images))
-
-    def changed(image: str) -> bool:
-        try:
-            return content_hash(dataset.root / image).hex() != digests.get(image)
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError):
-            return True
-
     with ThreadPoolExecutor(READER_THREADS) as pool:
-        found = [image for image, differs in zip(unique, pool.map(changed, unique), strict=True) if differs]
+        differs = pool.map(lambda image: is_changed(dataset.root, image, digests), unique)
+        found = [image for image, differing in zip(unique, differs, strict=True) if differing]
     if found:
         raise EchoError(
             f"{len(found)} of {len(unique)} images have changed since {dataset.folder} was built (first: {found[0]}); "
             "restore the files or rebuild the dataset"
         )
+
+
+def read_digests(dataset: Dataset) -> dict[str, str] | None:
+    """Read the SHA-256 of each image of a dataset, by path; None if an older version built it.
+
+    Raises EchoError if the file is missing, broken, or that of another dataset.
+    """
+    path, expected = dataset.folder / DIGESTS, dataset.manifest.get("images_fingerprint")
+    if expected is None:
+        return None
+    try:
+        digests: dict[str, str] = restore(dict[str, str], read_json_object(path))
+    except FileNotFoundError as error:
+        raise EchoError(f"{path} is missing, so changed images would not be noticed; rebuild the dataset") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise EchoError(f"{path} is not JSON of digests ({error}); rebuild the dataset") from error
+    if images_fingerprint(digests) != expected:
+        raise EchoError(f"{path} does not match this dataset's manifest.json; rebuild the dataset")
+    return digests
+
+
+def is_changed(root: Path, image: str, digests: Mapping[str, str]) -> bool:
+    """Return whether an image differs by a byte from its SHA-256 in `digests`. A missing image does not."""
+    try:
+        return content_hash(root / image).hex() != digests.get(image)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def load_cases(
@@ -163,7 +214,7 @@ def _check_questions(path: Path, questions: Sequence[Question]) -> None:
 
 def stored_knowledge(folder: Path) -> Knowledge:
     """Read the knowledge of the dataset in `folder`. Raises EchoError if it is missing or broken."""
-    path = folder / "knowledge.json"
+    path = folder / KNOWLEDGE
     try:
         knowledge: Knowledge = restore(Knowledge, read_json_object(path))
     except (OSError, ValueError, TypeError) as error:

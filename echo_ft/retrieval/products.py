@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_ft.data.dataset import Dataset, stored_knowledge, without_synthetic
+from echo_ft.data.dataset import Dataset, require_unchanged, stored_knowledge, without_synthetic
 from echo_ft.data.splits import conditions_of, reference_pool
 from echo_ft.errors import EchoError
 from echo_ft.files import leads_outside, read_jsonl, write_json
@@ -56,7 +56,7 @@ def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
     """Read the products of a dataset and describe its normal images. A search returns `k`, or the dataset's k.
 
     Conditions and knowledge are those of the test split, so defects that only synthetic images show are left out.
-    Raises EchoError if the dataset has no normal image that can be read.
+    Raises EchoError if the dataset has no normal image that can be read, or if one has changed since it was built.
     """
     config = dataset.manifest["config"]
     inspections = list(read_jsonl(dataset.folder / "inspections.jsonl", Inspection))
@@ -68,6 +68,7 @@ def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
         raise EchoError(f"{dataset.folder} has no normal image to compare with; add some and rebuild it")
     extractor = load_extractor(config["descriptor"])
     images = sorted({image for pool in normals.values() for image in pool})
+    require_unchanged(dataset, images)
     descriptors, rejections = extract_descriptors(images, dataset.root, extractor, None)
     search = ReferenceSearch(normals, descriptors, extractor, k or config["k"])
     if not search.images:

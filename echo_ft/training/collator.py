@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from itertools import accumulate
 from pathlib import Path
@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from echo_ft.data.dataset import is_changed
+from echo_ft.errors import EchoError
 from echo_ft.images.corruptions import Corruption
+from echo_ft.images.masks import mask_files
 from echo_ft.images.views import View, views
 from echo_ft.inputs import from_dict
 from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows
@@ -32,6 +35,7 @@ class Collator:
         always_encode: bool = False,
         pixel_dtype: torch.dtype | None = None,
         marks: Mapping[str, Inspection] | None = None,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         """`root` is the image folder, and `store` holds tower features of earlier epochs, roles and runs.
 
@@ -40,7 +44,8 @@ class Collator:
 
         `pixel_dtype` is the dtype of the model's weights, to which the model converts its pixels anyway. 16 bits halve
         their size in the workers and on the GPU. `marks` has the inspections by case whose masks the mask loss learns
-        from; without it, there is no mask loss.
+        from; without it, there is no mask loss. `digests` has the SHA-256 of each image and mask; a file that differs
+        raises EchoError when it is first read.
         """
         self.row_builder = row_builder
         self.root = root
@@ -48,6 +53,8 @@ class Collator:
         self.always_encode = always_encode
         self.pixel_dtype = pixel_dtype
         self.marks = marks
+        self.digests = digests
+        self._verified: set[str] = set()
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchanges, corruptions = [], []
@@ -72,6 +79,7 @@ class Collator:
         stored = {view: self.store.load(view) if self.store else None for view in dict.fromkeys(ordered)}
         new: list[View | None] = [view for view, features in stored.items() if features is None]
         known = {view: features for view, features in stored.items() if features is not None}
+        self._require_unchanged(view.image for view in new if view is not None)
         image = image_inputs(self.row_builder, [view.load() for view in new if view is not None])
         if self.always_encode and not new:
             new, image = [None], blank_image_inputs(self.row_builder)
@@ -92,9 +100,22 @@ class Collator:
         """Return `mask_loss.mask_inputs` of a batch whose encoded images have the `grids` (images, 3)."""
         if self.marks is None:
             return {}
+        marked = [mark for row in rows if (mark := self.marks.get(row.exchange.case))]
+        self._require_unchanged(name for mark in marked for name in mask_files(mark))
         builder = self.row_builder
         ends = (grids.prod(dim=1) // builder.merge**2).cumsum(0).tolist()
         starts = [0, *ends, *([0] * len(order))]  # stored features do not pass through the merger
         last = accumulate(len(row.exchange.images) for row in rows)
         queries = [starts[order[end - 1]] for end in last]
         return mask_inputs(rows, queries, self.marks, self.root, builder.image_token_id, builder.merge)
+
+    def _require_unchanged(self, names: Iterable[str]) -> None:
+        """Raise EchoError for a file that differs from its digest. Each file is checked once per process."""
+        if self.digests is None:
+            return
+        for name in names:
+            if name not in self._verified and is_changed(self.root, name, self.digests):
+                raise EchoError(
+                    f"{self.root / name} has changed since the dataset was built; restore it or rebuild the dataset"
+                )
+            self._verified.add(name)

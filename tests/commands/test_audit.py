@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.data.audit import make_leak
 from data_prep.audit import AuditConfig, audit
-from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint, load_dataset
+from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint, load_dataset, write_manifest
 from echo_ft.errors import EchoError
 from echo_ft.files import write_jsonl
 from echo_ft.leakage.matches import find_matches
@@ -202,7 +202,7 @@ def test_audit_does_not_undo_changes_made_while_it_runs(tmp_path, monkeypatch):
 
     def rebuild():
         manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "new"}))
+        write_manifest(folder, manifest | {"fingerprint": "new"})
 
     during_the_audit(lambda: audit(AuditConfig([folder, other])))
     audit(AuditConfig([folder]))

@@ -18,7 +18,7 @@ from PIL import Image
 from data_prep.build import build
 from data_prep.training_rows import balance_cases
 from data_prep.warnings import build_warnings
-from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.data.dataset import MANIFEST, load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.targets import training_exchanges
 from echo_ft.files import to_json
@@ -254,6 +254,9 @@ def test_training_and_validation_rows_show_only_their_own_split(built):
 
 def test_records_of_earlier_versions_load(built, tmp_path):
     shutil.copytree(built, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
+    del manifest["files"], manifest["manifest_fingerprint"]
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
     path = tmp_path / "old" / "inspections.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     new = {"masks", "polygons"}
