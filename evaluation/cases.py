@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.data.dataset import load_cases
 from echo_ft.errors import EchoError
 from echo_ft.files import read_complete_rows
 from echo_ft.images.boxes import Box, matched_ious
@@ -25,6 +25,7 @@ from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import is_correct
 from echo_ft.records import GOOD, GROUNDING, QUESTION_TYPES, ROLES, Case, Prediction, Trace
 from evaluation.case_images import ImageStore
+from evaluation.review import run_dataset
 
 CASES_PER_BLOCK = 32
 """Cases that the page unpacks together."""
@@ -51,7 +52,7 @@ def make_viewer(runs: Mapping[str, Run], images: ImageStore) -> CaseViewer:
     answers_of_first = [*some[0].predictions, *some[0].grounding]
     rows = [_by_case([*run.predictions, *run.grounding]) for run in some]
     traces = [_by_case(read_complete_rows(run.folder / TRACES, Trace)) for run in some]
-    root, cases = _dataset_cases(some[-1].provenance)
+    root, cases = _dataset_cases(some[-1])
     images.read_from(root)
     order = sorted(rows[0], key=lambda case: _sort_key(rows[0][case][0]))
     asked = {one.kind for one in answers_of_first}
@@ -96,16 +97,14 @@ def _by_case(rows: Any) -> dict[str, list[Any]]:
     return found
 
 
-def _dataset_cases(provenance: Mapping[str, Any]) -> tuple[Path | None, dict[str, Case]]:
+def _dataset_cases(run: Run) -> tuple[Path | None, dict[str, Case]]:
     """Return the image folder and the cases of a run's dataset, or nothing if it is gone or has been rebuilt."""
     try:
-        dataset = load_dataset(Path(str(provenance.get("dataset"))))
-        if dataset.fingerprint != provenance.get("dataset_fingerprint"):
-            return None, {}
+        dataset = run_dataset(run)
     except EchoError:
         return None, {}
     try:
-        return dataset.root, {case.id: case for case in load_cases(dataset, str(provenance.get("split")))}
+        return dataset.root, {case.id: case for case in load_cases(dataset, str(run.provenance.get("split")))}
     except (EchoError, OSError, KeyError, ValueError):  # a page can do without masks
         return dataset.root, {}
 

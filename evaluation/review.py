@@ -10,9 +10,10 @@ from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import most_probable
 from echo_ft.files import read_complete_rows, read_jsonl
-from echo_ft.images.boxes import Box, parse_boxes
+from echo_ft.images.boxes import Box
 from echo_ft.inference.run_folder import TRACES
 from echo_ft.metrics.experts import concluded_letter
+from echo_ft.metrics.grounding.scores import named_boxes
 from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import is_correct, p_defect
 from echo_ft.records import ROLES, Inspection, Prediction, Trace
@@ -77,10 +78,11 @@ def review_cases(run: Run, dataset: Dataset) -> list[ReviewCase]:
     for read in read_complete_rows(run.folder / TRACES, Trace):
         trace = replace(read, context="", prompt="")  # prompts take most of the memory of a trace
         traces.setdefault(trace.case, {})[trace.role, trace.branch] = trace
-    predictions: dict[str, list[Prediction]] = {}
+    # A case may have only a question about boxes.
+    predictions: dict[str, list[Prediction]] = {one.case: [] for one in (*run.predictions, *run.grounding)}
     for prediction in run.predictions:
-        predictions.setdefault(prediction.case, []).append(prediction)
-    boxes = {one.case: parse_boxes(one.parsed or "") or () for one in run.grounding}
+        predictions[prediction.case].append(prediction)
+    boxes = {one.case: named_boxes(one) or () for one in run.grounding}
     missing = [case for case in predictions if case not in inspections]
     if missing:
         raise EchoError(f"{dataset.folder} has no image {missing[0]} of {run.folder}; restore the dataset of the run")

@@ -279,6 +279,11 @@ def test_predicted_boxes_are_shown_apart_from_the_truth(project, tmp_path):
     ]
     for form in ("labelstudio", "coco"):
         assert project.inspections(corrections=tmp_path / form / FILES[form]) == project.inspections()
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "predictions.jsonl").write_text(lines[-1] + "\n")
+    export_review.main([str(tmp_path / "run"), "--format", "coco", "--output", str(tmp_path / "alone")])
+    (image,) = json.loads((tmp_path / "alone" / "instances.json").read_text())["images"]
+    assert image["review"]["predicted_boxes"] == [[0, 250, 500, 750]], "a case may have no other question"
 
 
 @pytest.mark.slow
