@@ -75,7 +75,7 @@ class ImageStore:
                 shown = progress(jpegs, "embedding images", "images", len(paths))
                 self.embedded = [base64.b64encode(jpeg).decode() for jpeg in shown]
             return [""] * len(paths)
-        return self._write(paths)
+        return self._write(paths) if paths else []
 
     def _path(self, path: str) -> Path:
         assert self._root is not None
@@ -127,8 +127,8 @@ def _outlines(root: Path, path: str, case: Case) -> list[Any] | None:
 
     Raises EchoError if the mask or the image cannot be read.
     """
-    width, height = decode.image_size(root / path)
-    mask = masks.load_mask(case.truth, root, (width, height))
+    (width, height), orientation = decode.image_frame(root / path)
+    mask = masks.load_mask(case.truth, root, (width, height), orientation)
     if mask is None or not mask.any():
         return None
     scale = min(1, IMAGE_SIDE / max(width, height))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.experts.targets import training_exchanges
@@ -149,13 +149,18 @@ def test_images_are_inside_the_page_or_in_a_folder_or_left_out(runs: tuple[Path,
     index, cases = read_viewer(tmp_path / "none" / "report.html")
     assert index["images"] == []
     assert {one["query"]["image"] for one in cases} == {-1}
+    assert not (tmp_path / "none" / "report_images").exists()
 
 
-def test_the_outlines_of_the_mask_are_on_the_query(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_outlines_of_the_mask_are_on_the_query(tmp_path: Path, orientation: int) -> None:
+    """The mask is drawn on the image as stored. Orientation 6 turns both a quarter clockwise."""
     dataset = load_dataset(make_dataset(tmp_path / "dataset", train=0, validation=0, test=2))
     case = load_cases(dataset, "test")[0]
-    width, height = Image.open(dataset.root / case.seen.query).size
-    mask = np.zeros((height, width), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (80, 60)).save(dataset.root / case.seen.query, exif=exif)
+    mask = np.zeros((60, 80), dtype=np.uint8)
     mask[10:30, 20:50] = 255
     Image.fromarray(mask).save(dataset.root / "mask.png")
     inspections = dataset.folder / "inspections.jsonl"
@@ -166,10 +171,11 @@ def test_the_outlines_of_the_mask_are_on_the_query(tmp_path: Path) -> None:
     score.main([str(make_run(tmp_path / "run", rows, **run))])
     _, cases = read_viewer(tmp_path / "run" / "report.html")
     shown_width, shown_height, path = cases[0]["query"]["outlines"]
-    assert (shown_width, shown_height) == (width, height)
+    size, low, high = ((80, 60), (20, 10), (50, 30)) if orientation == 1 else ((60, 80), (30, 20), (50, 50))
+    assert (shown_width, shown_height) == size
     numbers = np.array([point.split() for point in path.strip("MZ").split("L")], dtype=float)
-    assert numbers.min(axis=0) == pytest.approx([20, 10], abs=1)
-    assert numbers.max(axis=0) == pytest.approx([50, 30], abs=1)
+    assert numbers.min(axis=0) == pytest.approx(low, abs=1)
+    assert numbers.max(axis=0) == pytest.approx(high, abs=1)
     assert cases[1]["query"]["outlines"] is None
 
 
