@@ -27,7 +27,7 @@ function drawn(tag, attributes) {
   return made;
 }
 
-const colour = run => `var(--run${runs.length === 1 ? 1 : run % 5})`;
+const colour = run => `var(--run${runs.length === 1 ? 1 : run % 7})`;
 
 function imageAddress(number) {
   if (number < 0) return "";

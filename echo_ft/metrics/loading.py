@@ -69,8 +69,7 @@ def load_run(folder: Path) -> Run:
     incomplete = _incomplete_warnings(provenance, predictions)
     warnings = [*incomplete, *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
-    grounding = [one for one in predictions if one.kind == GROUNDING]
-    others = [one for one in predictions if one.kind != GROUNDING]
+    others, grounding = _split_off_boxes(predictions)
     return Run(folder, others, provenance, warnings, rejections, grounding, complete=not incomplete)
 
 
@@ -85,13 +84,26 @@ def load_answers(path: Path, questions: Path | None = None) -> tuple[Run, GivenA
         first = given.rejections[0]
         raise EchoError(f"{path}: no row can be scored ({first.item}: {first.reason}); check the file")
     provenance = {"answers": str(path), "answers_fingerprint": fingerprint_bytes(_content(path)), **given.provenance}
-    return Run(path, given.predictions, provenance, given.warnings, given.rejections), given
+    others, grounding = _split_off_boxes(given.predictions)
+    if not others:
+        raise EchoError(
+            f"{path} holds only answers to {GROUNDING}; add the model's answers to questions with options, such as "
+            "Anomaly Detection"
+        )
+    return Run(path, others, provenance, given.warnings, given.rejections, grounding), given
+
+
+def _split_off_boxes(predictions: Sequence[Prediction]) -> tuple[list[Prediction], list[Prediction]]:
+    """Return the answers to questions with options, and those to questions about boxes."""
+    grounding = [one for one in predictions if one.kind == GROUNDING]
+    return [one for one in predictions if one.kind != GROUNDING], grounding
 
 
 def write_as_run(folder: Path, run: Run) -> None:
     """Write answers made elsewhere into `folder` as a run that `load_run` reads."""
-    counts = {"cases": len({one.case for one in run.predictions}), "questions": len(run.predictions)}
-    write_jsonl(folder / "predictions.jsonl", run.predictions)
+    answers = [*run.predictions, *run.grounding]
+    counts = {"cases": len({one.case for one in answers}), "questions": len(answers)}
+    write_jsonl(folder / "predictions.jsonl", answers)
     write_json(folder / "run.json", {**run.provenance, **counts, "complete": True, "warnings": run.warnings})
 
 

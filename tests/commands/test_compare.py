@@ -36,6 +36,18 @@ def test_compare_ends_with_the_verdict_and_writes_next_to_the_last_run(tmp_path:
     require_self_contained((tmp_path / "compare" / "compare.html").read_text())
 
 
+def test_seven_runs_have_seven_colours(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run{place}", predictions(0.5, seed=place)) for place in range(7)]
+    compare.main([*map(str, runs), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "compare.html").read_text()
+    header = page.partition('id="scores"')[2].partition("</thead>")[0]
+    used = re.findall(r'class="key" style="background: var\((--run\d+)\)"', header)
+    assert len(used) == len(set(used)) == 7
+    light, dark = (dict(re.findall(r"(--run\d+): (#[0-9a-f]{6});", half)) for half in page.split("@media screen")[:2])
+    for scheme in (light, dark):
+        assert len({scheme[name] for name in used}) == 7
+
+
 def test_a_comparison_of_local_and_served_runs_is_warned_about(tmp_path: Path) -> None:
     for name, server in (("base", None), ("tuned", None), ("served", "http://127.0.0.1:8000/v1")):
         make_run(tmp_path / name, predictions(0.7), server=server)

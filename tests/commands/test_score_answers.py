@@ -73,6 +73,32 @@ def test_plain_answers_of_two_models_are_compared(tmp_path: Path, capsys: pytest
     assert "strong is better than weak by 35.0 points" in capsys.readouterr().out
 
 
+def test_boxes_made_elsewhere_are_scored_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = {"kind": "Defect Grounding", "question": "Where?", "options": {}}
+    for name, shift in (("weak", 100), ("strong", 0)):
+        named = f"({100 + shift}, 100), ({300 + shift}, 300)"
+        rows = [line(image, "AB"[image % 2]) for image in range(40)]
+        for image in range(40):  # even ones have a defect; the writing of the true boxes does not matter
+            asked = {"text": "none" if image % 2 else named, "answer": "none" if image % 2 else "(100,100),(300,300)"}
+            if name == "strong" and not image % 2:
+                asked["answer"] = "<|box_start|>(100,100),(300,300)<|box_end|>"
+            rows.append(line(image, **{**boxes, **asked}))
+        rows.append(line(40, "A"))
+        rows.append(line(40, **{**boxes, "text": "top left", "answer": "(0,0),(9,9)"}))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        score.main(["--answers", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / name)])
+    weak, strong = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("weak", "strong"))
+    assert weak["boxes"]["figures"]["mean_iou"]["value"] == pytest.approx(20 / 3 / 21)
+    assert strong["boxes"]["figures"]["found_0.5"]["value"] == pytest.approx(20 / 21)
+    assert strong["boxes"]["figures"]["none_on_good"]["value"] == 1
+    assert strong["boxes"]["unparsed"] == 1
+    assert strong["counts"]["questions"] == 41, "questions about boxes enter no other table"
+    assert strong["tables"] == weak["tables"]
+    capsys.readouterr()
+    compare.main([str(tmp_path / "weak"), str(tmp_path / "strong")])
+    assert re.search(r"mean IoU, % +\+63\.5", capsys.readouterr().out)
+
+
 def test_answers_do_not_overwrite_a_run_and_are_scored_from_their_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", predictions(0.5))
     answers = tmp_path / "answers.jsonl"

@@ -27,6 +27,8 @@ LINE = {
     "answer": "A",
     "text": "A",
 }
+BOXES = {"kind": "Defect Grounding", "options": {}, "answer": "(100,100),(300,300)"}
+"""Changes that make LINE an answer about boxes."""
 
 
 def write(path: Path, content: Any) -> Path:
@@ -218,7 +220,11 @@ def test_plain_lines_are_read_with_probabilities_parts_and_conditions(tmp_path: 
         ([{"anwser": "A"}], r"answers\.jsonl:1 has a key 'anwser'; did you mean 'answer'\?"),
         ([{}, {"image": "b.png", "answer": "C"}], r":2: the answer 'C' is not one of the options A, B"),
         ([{"kind": "Anomaly detecton"}], r":1: the kind is 'Anomaly detecton'; did you mean 'Anomaly Detection'"),
-        ([{"kind": "Defect Grounding"}], "have no options; remove the line"),
+        ([{"kind": "Defect Grounding", "answer": "none"}], "have no options; remove the key"),
+        ([{**BOXES, "probabilities": {"A": 1}}], "have no probabilities; remove the key"),
+        ([{**BOXES, "answer": "(0,0),(0,9)"}], r":1: the answer '\(0,0\),\(0,9\)' names no boxes; write them in thous"),
+        ([{}, {**BOXES, "answer": "none"}], "say that caps/001.png is good and that it is not"),
+        ([BOXES], "holds only answers to Defect Grounding; add the model's answers to questions with options"),
         ([{"options": ["Yes.", "No."]}], "must map letters to texts"),
         ([{"options": {"1": "Yes."}}], "use letters from A to E"),
         ([{"image": " "}], "'image' is ' '; it must be a text"),

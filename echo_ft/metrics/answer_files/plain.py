@@ -7,6 +7,11 @@
 The first six keys are required. `answer` is the right letter, and `text` what the model wrote; null means that it gave
 no answer. `kind` is a question type of MMAD, or any other name. Images of one `part` are resampled together; without
 it, each image is a part of its own.
+
+A question of the type GROUNDING has no options, and `answer` is the text of its true boxes:
+
+    {"image": "caps/002.png", "kind": "Defect Grounding", "question": "Where are the defects?",
+     "answer": "<|box_start|>(120,80),(310,205)<|box_end|>", "text": "(118,84),(300,199)"}
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 from echo_ft.data.text import without_stop
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import parse_letter
+from echo_ft.images.boxes import NO_BOXES, format_boxes, parse_boxes
 from echo_ft.inputs import read_text, stays_inside
 from echo_ft.metrics.answer_files import GivenAnswers
 from echo_ft.metrics.mmad import MERGED_TYPES, from_predictions
@@ -68,9 +74,7 @@ def _prediction(line: str, where: str) -> Prediction:
     meant = misspelt_type(kind)
     if meant:
         raise EchoError(f"{where}: the kind is {kind!r}; did you mean {meant!r}?")
-    if kind == GROUNDING:
-        raise EchoError(f"{where}: questions of the kind {kind!r} have no options; remove the line")
-    options, text = row["options"], row["text"]
+    options, text = row.get("options", {}), row["text"]
     return Prediction(
         case=row["image"],
         question=f"{kind}: {row['question']}",
@@ -82,12 +86,18 @@ def _prediction(line: str, where: str) -> Prediction:
         kind=kind,
         question_text=row["question"],
         options=options,
-        answer=row["answer"],
+        answer=_parsed_boxes(row["answer"]) or "" if kind == GROUNDING else row["answer"],
         text=text or "",
-        parsed=None if text is None else parse_letter(text, options),
+        parsed=None if text is None else _parsed_boxes(text) if kind == GROUNDING else parse_letter(text, options),
         probabilities=_normalised(row["probabilities"], options, where) if row.get("probabilities") else None,
         error="no answer" if text is None else None,
     )
+
+
+def _parsed_boxes(text: str) -> str | None:
+    """Return the boxes that a text names as a run writes them, or None for an unparsed text."""
+    boxes = parse_boxes(text)
+    return None if boxes is None else format_boxes(boxes)
 
 
 def _checked_row(line: str, where: str) -> dict[str, Any]:
@@ -102,8 +112,9 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key, (*REQUIRED, *OPTIONAL), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join((*REQUIRED, *OPTIONAL))}"
             raise EchoError(f"{where} has a key {key!r}; {hint}")
+    grounding = row.get("kind") == GROUNDING
     for key in REQUIRED:
-        if key not in row:
+        if key not in row and not (grounding and key == "options"):
             raise EchoError(f"{where} has no {key!r}; each line needs {', '.join(REQUIRED)}")
     for key in ("image", "kind", "question", "answer", "dataset", "product", "part", "condition"):
         if key in row and (not isinstance(row[key], str) or not row[key].strip()):
@@ -112,6 +123,9 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
         raise EchoError(f"{where}: the image {row['image']} leads out of its folder; write a path relative to a folder")
     if row["text"] is not None and not isinstance(row["text"], str):
         raise EchoError(f"{where}: 'text' is {row['text']!r}; it must be a text, or null if there is no answer")
+    if grounding:
+        _require_boxes(row, where)
+        return row
     options = row["options"]
     if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
         raise EchoError(f'{where}: \'options\' must map letters to texts, as in {{"A": "Yes.", "B": "No."}}')
@@ -122,6 +136,18 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     if row["answer"] not in options:
         raise EchoError(f"{where}: the answer {row['answer']!r} is not one of the options {', '.join(options)}")
     return row
+
+
+def _require_boxes(row: Mapping[str, Any], where: str) -> None:
+    """Raise EchoError if a line about boxes has options or probabilities, or its right answer names no boxes."""
+    for key in ("options", "probabilities"):
+        if row.get(key):
+            raise EchoError(f"{where}: questions of the kind {GROUNDING!r} have no {key}; remove the key")
+    if parse_boxes(row["answer"]) is None:
+        raise EchoError(
+            f"{where}: the answer {row['answer']!r} names no boxes; write them in thousandths of the image as "
+            f"{format_boxes([(120, 80, 310, 205)])}, or {NO_BOXES!r} for a good image"
+        )
 
 
 def _normalised(given: Any, options: Mapping[str, str], where: str) -> dict[str, float]:
@@ -154,8 +180,8 @@ def _require_consistent(rows: list[tuple[str, Prediction]]) -> None:
 def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
     """Return the predictions with the condition of their image.
 
-    It is the condition that a line names. Otherwise it is what the right answer to Anomaly Detection states, `good` if
-    a folder of the image has that name, or unknown.
+    It is the condition that a line names. Otherwise it is what the right answer to Anomaly Detection or the true boxes
+    state, `good` if a folder of the image has that name, or unknown.
     """
     named: dict[str, str] = {row.image: row.condition for _, row in rows if row.condition}
     stated: dict[str, dict[str, str]] = defaultdict(dict)
@@ -169,6 +195,8 @@ def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
                 )
             if answer in STATED:
                 stated[row.image][STATED[answer]] = where
+        elif row.kind == GROUNDING:
+            stated[row.image]["defective" if parse_boxes(row.answer) else GOOD] = where
     for image, found in stated.items():
         truths = {*found, *({named[image]} if image in named else ())}
         if len({truth == GOOD for truth in truths}) > 1:
