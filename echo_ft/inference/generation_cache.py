@@ -6,31 +6,35 @@ bits (tests/inference/test_engine.py), so runs with different sets of questions 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import AsyncGenerate, BackendError, Generate
 from echo_ft.files import RESUME_REMEDY, explain_full_disk, open_append
 from echo_ft.inputs import open_input, restore
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Exchange, Generation
 from echo_ft.strict_yaml import read_json
+from echo_ft.terminal import LOGGER
 
 
 class GenerationCache:
     """Generations stored in a folder. They are read once, and each process appends to its own file.
 
-    The results of one call are one line of the file. An interrupted run therefore repeats whole calls, and its final
-    files are bit-identical to those of an uninterrupted run.
+    The results of one call are one line of the file: their SHA-256 and their JSON. An interrupted run therefore repeats
+    whole calls, and its final files are bit-identical to those of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, identities: Mapping[str, Any], process: int = 0) -> None:
         """Open the cache in `folder`; `process` numbers the file that this process appends to.
 
-        `identities` holds, for each role, everything except the prompt that its generations depend on.
+        `identities` holds, for each role, everything except the prompt that its generations depend on. Raises EchoError
+        for a line that has changed. Lines that killed processes cut off are reported and left out.
         """
         self._identities = {role: json.dumps(identity, sort_keys=True) for role, identity in identities.items()}
         self._generations = dict(item for path in sorted(folder.glob("*.jsonl")) for item in _read(path))
@@ -78,9 +82,9 @@ class GenerationCache:
         rows = {key: [one.text, one.letters, one.cut] for key, one in new.items()}
         # BackendError stops the run; an EchoError would fail only the case.
         with explain_full_disk(self._path.parent, RESUME_REMEDY, BackendError), open_append(self._path) as file:
-            file.write(
-                "\n" + json.dumps(rows, ensure_ascii=False)
-            )  # on a new line, after a partial one that a killed process may have left
+            line = json.dumps(rows, ensure_ascii=False)
+            # On a new line, after a partial one that a killed process may have left.
+            file.write(f"\n{hashlib.sha256(line.encode()).hexdigest()} {line}")
         self._generations |= new
 
     def _lookup(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
@@ -93,15 +97,23 @@ class GenerationCache:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Generation]]:
-    """Yield the generations of a file, without those in partial lines."""
+    """Yield the generations of a file, without those in partial lines. Raises EchoError for a line that has changed."""
+    cut = 0
     with open_input(path) as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
+            line = line.removesuffix(b"\n")
+            digest, content = (b"", line) if line.startswith(b"{") else (line[:64], line[65:])  # older: no digest
+            if digest and hashlib.sha256(content).hexdigest().encode() + b" " != line[:65] and line.endswith(b"]}"):
+                raise EchoError(f"{path}:{number} has changed since it was written; delete the file")
             try:
-                rows = restore(dict[str, tuple[Any, ...]], read_json(line.decode(), unique_keys=False))
+                rows = restore(dict[str, tuple[Any, ...]], read_json(content.decode(), unique_keys=False))
                 found = [(key, _generation(*row)) for key, row in rows.items()]
             except (ValueError, TypeError):
+                cut += bool(line)
                 continue
             yield from found
+    if cut:
+        LOGGER.warning("%s has %d lines that a killed command cut off; they are generated again", path, cut)
 
 
 def _generation(text: Any, letters: Any, cut: Any = False) -> Generation:

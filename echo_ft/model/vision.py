@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.images import corruptions
 from echo_ft.images.views import View
+from echo_ft.inputs import read_bytes
 from echo_ft.processes import remove_left_over_files
 from echo_ft.provenance import code_fingerprint
 from echo_ft.terminal import LOGGER
+
+FEATURES_FORMAT = 2
+"""A file of features holds a safetensors file and its SHA-256. Earlier ones had no checksum and are not read."""
 
 CORRUPTION_FINGERPRINT = code_fingerprint(Path(corruptions.__file__))
 """Fingerprint of the corruption code, which determines the features of corrupted images."""
@@ -43,7 +47,7 @@ class TowerFeatureStore:
         recomputed. Each of the `processes` may use an equal part of the free space. Raises EchoError if `folder` cannot
         be written.
         """
-        self.folder = folder / hashlib.sha256(configuration.encode()).hexdigest()[:16]
+        self.folder = folder / hashlib.sha256(f"{FEATURES_FORMAT} {configuration}".encode()).hexdigest()[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -64,9 +68,12 @@ class TowerFeatureStore:
     def load(self, view: View) -> torch.Tensor | None:
         """Return the features (tokens, hidden) of a view, or None if they are not stored."""
         try:
-            return load_file(self.path(view))["features"]
+            content = read_bytes(self.path(view))
         except FileNotFoundError:
             return None
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise EchoError(f"{self.path(view)} has changed since it was stored; delete it to compute it again")
+        return load(content[:-32])["features"]
 
     def save(self, view: View, features: torch.Tensor) -> None:
         """Store the features (tokens, hidden) of a view if they fit."""
@@ -83,7 +90,8 @@ class TowerFeatureStore:
         self.free_bytes -= features.nbytes
         with atomic_file(path, unique=True) as partial:
             # save_file (safetensors 0.8) would write to another file, without the lock, and rename it.
-            partial.write_bytes(save({"features": features.detach().cpu().clone()}))
+            content = save({"features": features.detach().cpu().clone()})
+            partial.write_bytes(content + hashlib.sha256(content).digest())
 
 
 def _bytes_in(folder: Path) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.processes import remove_left_over_files
-from echo_ft.provenance import content_hash, fingerprint_bytes
+from echo_ft.provenance import content_hash
 from echo_ft.records import Rejection
 from echo_ft.retrieval.descriptors import DescriptorExtractor, FloatArray
 
@@ -63,9 +66,11 @@ class DescriptorCache:
             self._memory.append((list(hashes), vectors))
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{fingerprint_bytes(*map(str.encode, hashes))}.npz"
-        with atomic_file(path, unique=True) as partial, open(partial, "wb") as file:
-            np.savez(file, hashes=np.array(hashes), vectors=vectors)
+        buffer = io.BytesIO()
+        np.savez(buffer, hashes=np.array(hashes), vectors=vectors)
+        content = buffer.getvalue()
+        with atomic_file(self.folder / f"{hashlib.sha256(content).hexdigest()}.npz", unique=True) as partial:
+            partial.write_bytes(content)
 
     def known(self) -> set[str]:
         """Return the hashes of all stored descriptors. Raises EchoError if a shard cannot be read."""
@@ -98,14 +103,25 @@ class DescriptorCache:
         for hashes, vectors in self._memory:
             yield hashes, partial(np.asarray, vectors)
         for path in sorted(self.folder.glob("*.npz")) if self.folder else ():
-            yield _read(path, "hashes").tolist(), partial(_read, path, "vectors")
+            yield _read(path, "hashes").tolist(), partial(_read_vectors, path)
+
+
+def _read_vectors(path: Path) -> FloatArray:
+    require_unchanged_shard(path)
+    return _read(path, "vectors")
+
+
+def require_unchanged_shard(path: Path) -> None:
+    """Raise EchoError if a shard differs from its name, which is its SHA-256. Older versions gave 16 other digits."""
+    if len(path.stem) != 16 and content_hash(path).hex() != path.stem:
+        raise EchoError(f"the descriptor cache {path} has changed since it was written; delete it")
 
 
 def _read(path: Path, name: str) -> NDArray[Any]:
     try:
         with np.load(path, allow_pickle=False) as content:
             return content[name]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
         raise EchoError(f"the descriptor cache {path} cannot be read ({type(error).__name__}); delete it") from error
 
 

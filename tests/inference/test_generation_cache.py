@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from dataclasses import replace
 
 import pytest
 
+from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import BackendError
 from echo_ft.inference.generation_cache import GenerationCache
 from echo_ft.records import ROLES, Generation
@@ -94,6 +96,28 @@ def test_the_key_covers_role_model_and_prompt_but_not_the_case(exchanges, tmp_pa
     for number, (role, one, identities) in enumerate(others, start=2):
         open_cache(tmp_path, identities).wrap(backend.generate)(role, [one])
         assert len(backend.branches) == number * count
+
+
+def test_any_changed_byte_of_a_generation_is_named(exchanges, tmp_path, capsys):
+    backend = Backend()
+    generate = open_cache(tmp_path).wrap(backend.generate)
+    stored = [generate("decision_maker", [one]) for one in exchanges[:2]]
+    path, refused = tmp_path / "0.jsonl", 0
+    content = path.read_bytes()
+    places = range(0, len(content), 5)
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            again = open_cache(tmp_path).wrap(backend.generate)
+        except EchoError as error:
+            assert re.search(rf"{re.escape(str(path))}:\d has changed since it was written; delete", str(error))
+            refused += 1
+        else:  # it looks cut off, is left out and generated again
+            assert f"{path} has 1 lines that a killed command cut off" in capsys.readouterr().err
+            before = len(backend.branches)
+            assert [again("decision_maker", [one]) for one in exchanges[:2]] != stored
+            assert len(backend.branches) > before
+    assert refused >= len(places) - 4
 
 
 def test_other_processes_get_exact_copies_and_skip_partial_lines(exchanges, tmp_path):

@@ -94,6 +94,20 @@ def test_processes_share_the_space_that_the_folder_has_left(tmp_path, capsys):
     assert capsys.readouterr().out.count("has reached features_gib") == 2
 
 
+def test_any_changed_byte_of_a_stored_feature_is_refused_with_the_name_of_its_file(tmp_path):
+    image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
+    store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)
+    store.save(image, torch.arange(8.0))
+    (path,) = store.folder.iterdir()
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(EchoError, match=f"{path} has changed since it was stored; delete it"):
+            store.load(image)
+    path.write_bytes(content)
+    assert torch.equal(store.load(image), torch.arange(8.0))
+
+
 def test_partial_files_of_a_killed_process_are_deleted_and_those_of_a_living_one_stay(tmp_path):
     image = View(tmp_path, draw(tmp_path / "a.png", (60, 40), 1))
     store = TowerFeatureStore(tmp_path / "kept", "a tower", GIB)

@@ -179,6 +179,20 @@ def test_cache_skips_unchanged_files_and_detects_changed_ones(
     assert extracted == ["n5.png"]
 
 
+def test_any_changed_byte_of_a_cached_descriptor_is_refused_with_the_name_of_its_shard(tmp_path: Path) -> None:
+    cache = DescriptorCache(ScikitImage(), tmp_path)
+    cache.add(["a", "b"], np.random.default_rng(0).random((2, 32), np.float32))
+    assert cache.folder is not None
+    (path,) = cache.folder.iterdir()
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(EchoError, match=f"the descriptor cache {path} .*; delete it"):
+            cache.gather({"a": 0, "b": 1})
+    path.write_bytes(content)
+    assert cache.gather({"a": 0, "b": 1}).any()
+
+
 def test_damaged_cache_error_says_what_to_delete(tmp_path: Path, normals: list[Inspection]) -> None:
     cache = tmp_path / "cache"
     find_all(normals[:1], normals, tmp_path, cache=cache, kind="hnsw")
@@ -200,7 +214,7 @@ def test_descriptors_of_another_form_are_refused(tmp_path: Path, vectors: np.nda
     cache.add(["a", "b"], np.ones((2, 4), np.float32))
     cache.add(["c", "d"], np.ones((2, 4), np.float32))
     assert cache.gather({"d": 0, "a": 1}).shape == (2, 4)
-    np.savez(sorted(cache.folder.glob("*.npz"))[1], hashes=np.array(["c", "d"]), vectors=vectors.astype(np.float32))
+    np.savez(cache.folder / f"{0:016}.npz", hashes=np.array(["c", "d"]), vectors=vectors.astype(np.float32))
     with pytest.raises(EchoError, match=r"the descriptor cache .*features-skimage.* is damaged .*; delete it"):
         cache.gather({"d": 0, "a": 1, "b": 2, "c": 3})
 
