@@ -122,13 +122,13 @@ def atomic_file(path: Path, unique: bool = False) -> Iterator[Path]:
     with held(partial) if unique else nullcontext():
         try:
             yield partial
-            _flush(partial)
+            flush(partial)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
     if not unique:  # a cache can do without a file whose name is lost
-        _flush(path.parent)
+        flush(path.parent)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             elif not _swap(folder, output):
                 output.rename(old)
                 folder.rename(output)
-            _flush(output.parent)
+            flush(output.parent)
         finally:
             if old.exists() and not output.exists():  # interrupted between the two renames
                 old.rename(output)
@@ -193,7 +193,7 @@ def _remove_left_over(output: Path) -> None:
             shutil.rmtree(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Write a file, or the names in a folder, to the disk, so that they survive a power failure."""
     if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading
         return
@@ -211,7 +211,7 @@ def flush_tree(folder: Path) -> None:
     """Write everything below a folder to the disk, so that it survives a power failure. Links are not followed."""
     paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in (*names, "")]
     with ThreadPoolExecutor(_FLUSHING_THREADS) as pool:  # the disk writes them together
-        list(pool.map(_flush, [path for path in paths if path.is_dir() or (path.is_file() and not path.is_symlink())]))
+        list(pool.map(flush, [path for path in paths if path.is_dir() or (path.is_file() and not path.is_symlink())]))
 
 
 _FLUSHING_THREADS = 8

@@ -12,7 +12,9 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from echo_ft.inputs import open_input
+from echo_ft.errors import EchoError
+from echo_ft.files import flush_tree, write_text
+from echo_ft.inputs import open_input, read_text
 
 PACKAGES = (
     "torch",
@@ -157,6 +159,45 @@ def first_change(folder: Path, digests: Mapping[str, str]) -> str | None:
         return f"a file of {folder} cannot be read ({error})"
     changed = [name for name, digest in found.items() if digest != digests[name]]
     return f"{folder / changed[0]} has changed" if changed else None
+
+
+CHECKSUMS = "SHA256SUMS"
+"""The checksums of files in a folder, in the format of sha256sum."""
+
+
+def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write CHECKSUMS with the SHA-256 of files in a folder, in hex by name."""
+    write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read what `write_sums` wrote. Raises OSError, and ValueError for another content."""
+    lines = read_text(folder / CHECKSUMS).removesuffix("\n").split("\n")
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def seal_folder(folder: Path) -> None:
+    """Write everything in a folder to the disk, and CHECKSUMS for all its files."""
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    write_sums(folder, digests_of(folder, sorted(name for name in files if name != CHECKSUMS)))
+    flush_tree(folder)
+
+
+def require_sealed(folder: Path, remedy: str) -> bool:
+    """Raise EchoError with `remedy` if a file that CHECKSUMS of a folder lists has changed or is missing.
+
+    Returns False if there are no CHECKSUMS, as in folders of older versions.
+    """
+    try:
+        digests = read_sums(folder)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise EchoError(f"{folder / CHECKSUMS} cannot be read ({error}); {remedy}") from error
+    fault = first_change(folder, digests)
+    if fault:
+        raise EchoError(f"{fault} since it was saved; {remedy}")
+    return True
 
 
 def content_hash(path: Path | str) -> bytes:

@@ -50,7 +50,7 @@ from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_
 from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
-from echo_ft.provenance import commit, versions
+from echo_ft.provenance import commit, seal_folder, versions
 from echo_ft.records import MAX_NEW_TOKENS, Branch, Exchange
 from echo_ft.retrieval.products import ProductData, read_products, save_products
 
@@ -132,6 +132,7 @@ def _fill_bundle(folder: Path, plan: ExportPlan) -> Bundle:
         # Only files for inference, without optimizer states, checkpoints and pickles.
         for name in (*ADAPTER_FILES, ADAPTER_CARD):
             shutil.copyfile(adapter.path / name, folder / "adapters" / role / name)
+        seal_folder(folder / "adapters" / role)
     processor = load_processor(card.base_model, card.base_revision, card.min_pixels, card.max_pixels)
     save_processor(processor, folder / "processor")
     builder = RowBuilder(processor)
@@ -283,6 +284,7 @@ def _merge(base: Any, adapter: Path, target: Path, processor: Any) -> None:
     save_processor(processor, target)
     # The card lets a run on the merged model check what it was trained on.
     shutil.copyfile(adapter / ADAPTER_CARD, target / ADAPTER_CARD)
+    seal_folder(target)
 
 
 def _make_probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:

@@ -11,27 +11,24 @@ SHA256SUMS      the checksums of all other files; `sha256sum -c SHA256SUMS` chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
-from echo_ft.files import walk, write_text
-from echo_ft.images.decode import READER_THREADS
+from echo_ft.files import walk
 from echo_ft.inference.decision import Calibration
-from echo_ft.inputs import from_dict, read_json_object, read_text
+from echo_ft.inputs import from_dict, read_json_object
 from echo_ft.model.adapters import Adapter, find_adapters
 from echo_ft.model.loading import base_fingerprint, load_processor
 from echo_ft.model.rows import RowBuilder
-from echo_ft.provenance import content_hash
+from echo_ft.provenance import CHECKSUMS, digests_of, read_sums, write_sums
 from echo_ft.retrieval.products import ProductData, load_products
 
 BUNDLE_FORMAT = "echo-ft bundle 1"
 """Value of `format` in bundle.json. Any other value means that another version wrote the bundle."""
 
-BUNDLE_DESCRIPTION, CHECKSUMS = "bundle.json", "SHA256SUMS"
+BUNDLE_DESCRIPTION = "bundle.json"
 
 EXAMPLE_PROMPTS = "prompts.json"
 """File with the prompts of all roles for one normal image, for readers who build them without echo-ft."""
@@ -146,8 +143,7 @@ def _fingerprint(folder: Path, base_model: str, revision: str) -> str:
 
 def write_checksums(folder: Path) -> None:
     """Write the checksums of all files of a bundle, in the format of sha256sum."""
-    lines = [f"{digest}  {name}\n" for name, digest in _hash_files(folder, _files(folder)).items()]
-    write_text(folder / CHECKSUMS, "".join(lines))
+    write_sums(folder, digests_of(folder, _files(folder)))
 
 
 def verify_checksums(folder: Path) -> None:
@@ -156,8 +152,7 @@ def verify_checksums(folder: Path) -> None:
     Raises EchoError if a file is missing, added or changed.
     """
     try:
-        lines = read_text(folder / CHECKSUMS).removesuffix("\n").split("\n")
-        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        listed = read_sums(folder)
     except (OSError, ValueError) as error:
         raise EchoError(f"{folder} has no readable {CHECKSUMS} ({error}); export the bundle again") from error
     expected = {name: digest for name, digest in listed.items() if _is_loaded(name)}
@@ -166,7 +161,7 @@ def verify_checksums(folder: Path) -> None:
     if different:
         problem = "is missing" if different[0] in expected else f"is not in {CHECKSUMS}"
         raise EchoError(f"{folder / different[0]} {problem}; copy the bundle again, or export it again")
-    changed = [name for name, digest in _hash_files(folder, present).items() if digest != expected[name]]
+    changed = [name for name, digest in digests_of(folder, present).items() if digest != expected[name]]
     if changed:
         raise EchoError(
             f"{folder / changed[0]} has changed since the export ({len(changed)} of {len(present)} files differ from "
@@ -176,13 +171,8 @@ def verify_checksums(folder: Path) -> None:
 
 def _files(folder: Path) -> list[str]:
     files, _ = walk(folder)
-    return [path.relative_to(folder).as_posix() for path in files if path.name != CHECKSUMS]
+    return [path.relative_to(folder).as_posix() for path in files if path != folder / CHECKSUMS]
 
 
 def _is_loaded(name: str) -> bool:
     return name.split("/")[0] not in NOT_LOADED
-
-
-def _hash_files(folder: Path, names: list[str]) -> Mapping[str, str]:
-    with ThreadPoolExecutor(READER_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: content_hash(folder / name).hex(), names), strict=True))

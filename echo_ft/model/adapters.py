@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,10 @@ from safetensors import safe_open
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.files import write_json, write_text
+from echo_ft.files import flush, write_text
 from echo_ft.inputs import from_dict, read_json_object
-from echo_ft.model.loading import base_fingerprint, why_unusable
-from echo_ft.provenance import commit, fingerprint_files, versions
+from echo_ft.model.loading import base_fingerprint, require_finite, why_unusable
+from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, versions, write_sums
 from echo_ft.records import ROLES
 
 ADAPTER_CARD = "echo_ft.json"
@@ -25,6 +26,12 @@ ADAPTER_CARD = "echo_ft.json"
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 """Files from which PEFT loads an adapter."""
+
+
+SAVE_REMEDY = "copy it again, or train it again"
+
+MAX_LORA_SCALE = 1000.0
+"""Largest factor of an adapter's update, alpha over rank. Usual ones are 0.5 to 64."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +128,18 @@ def make_card(
 
 
 def write_card(folder: Path, card: AdapterCard) -> None:
-    """Write a README.md with the card's facts into the adapter's folder, and then the card.
+    """Write a README.md with the card's facts into the adapter's folder, the checksums of its files, and the card.
 
     The card comes last, because it marks the adapter as complete.
     """
     write_text(folder / "README.md", _readme(card))  # replaces the template that PEFT or TRL leaves
-    write_json(folder / ADAPTER_CARD, asdict(card))
+    text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
+    names = [name for name in names if name not in (ADAPTER_CARD, "trainer_state.json")]
+    for name in names:
+        flush(folder / name)
+    write_sums(folder, {**digests_of(folder, names), ADAPTER_CARD: hashlib.sha256(text.encode()).hexdigest()})
+    write_text(folder / ADAPTER_CARD, text)
 
 
 def _readme(card: AdapterCard) -> str:
@@ -176,6 +189,7 @@ def find_adapters(
         if not path.is_dir():
             raise EchoError(f"{folder} has no adapter for {role}; train it, or omit --adapters to run the base model")
         card = read_card(path)
+        require_sealed(path, SAVE_REMEDY)
         if (path / "config.json").is_file():
             raise EchoError(
                 f"{path} is a full model, not an adapter; pass it as model_name_or_path and omit --adapters"
@@ -208,6 +222,7 @@ def tuned_base(base_model: str, min_pixels: int, max_pixels: int) -> Adapter | N
     if not (path / ADAPTER_CARD).is_file():
         return None
     card = read_card(path)
+    require_sealed(path, SAVE_REMEDY)
     _require_match(path, card, min_pixels, max_pixels)
     return Adapter(path, card, base_fingerprint(base_model))
 
@@ -245,7 +260,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
             else:
                 model = PeftModel.from_pretrained(model, str(path), adapter_name=role, autocast_adapter_dtype=False)
             _check_weights(model, role, path)
-        except MemoryError:
+        except (MemoryError, EchoError):
             raise
         except Exception as error:
             raise EchoError(
@@ -273,11 +288,22 @@ def gather_adapter(model: Any, device: Any) -> dict[str, Any]:
 
 
 def _check_weights(model: Any, role: str, path: Path) -> None:
-    """Check that the file and the model have the same tensors, so that no weight silently stays untrained."""
+    """Check that the file and the model have the same tensors, all finite, and that the scale is a usual one."""
     from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
         saved = set(file.keys())
-    loaded = set(get_peft_model_state_dict(model, adapter_name=role))
+    state = get_peft_model_state_dict(model, adapter_name=role)
+    loaded = set(state)
     if saved != loaded:
-        raise ValueError(f"weights differ, for example {sorted(saved ^ loaded)[0]}")
+        name = sorted(saved ^ loaded)[0]
+        raise ValueError(f"{'it' if name in saved else 'the model'} alone has the tensor {name}")
+    require_finite(state.items(), path)
+    for name, module in model.named_modules():
+        scale = getattr(module, "scaling", {}).get(role, 1.0) if isinstance(module, BaseTunerLayer) else 1.0
+        if not 0 < scale <= MAX_LORA_SCALE:
+            raise EchoError(
+                f"the adapter in {path} has the scale {scale:g} at {name}, which is not between 0 and "
+                f"{MAX_LORA_SCALE:g}; correct lora_alpha and r in its adapter_config.json, or train it again"
+            )

@@ -167,15 +167,34 @@ def load_model(model_name_or_path: str, revision: str | None = None, dtype: str 
     """Load the base model from a local folder or the hub, from safetensors and without remote code.
 
     `options` are passed to `from_pretrained` (`attn_implementation`, `quantization_config`, ...). Raises EchoError if
-    `dtype` is not in DTYPES, or if the model cannot be loaded.
+    `dtype` is not in DTYPES, if the model cannot be loaded, if a tensor is missing or unexpected, or if a weight is not
+    finite.
     """
     if dtype not in DTYPES:
         raise EchoError(f"dtype cannot be {dtype!r}; choose from {', '.join(DTYPES)}")
     from transformers import AutoModelForImageTextToText
 
-    return _from_hub(
-        AutoModelForImageTextToText, model_name_or_path, revision=revision, dtype=dtype, use_safetensors=True, **options
-    )
+    options |= {"revision": revision, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, found = _from_hub(AutoModelForImageTextToText, model_name_or_path, **options)
+    for problem in ("missing", "unexpected"):
+        names = sorted(found[f"{problem}_keys"])
+        if names:
+            raise EchoError(
+                f"{model_name_or_path} has {len(names)} {problem} tensors (first: {names[0]}); copy or download it "
+                "again, or use a Qwen2-VL model"
+            )
+    require_finite(model.named_parameters(), model_name_or_path)
+    return model
+
+
+def require_finite(weights: Iterable[tuple[str, Any]], source: Path | str) -> None:
+    """Raise EchoError if one of the named weights of a model or adapter, from `source`, is not a number or infinite."""
+    for name, weight in weights:
+        # Quantized weights are integers, those of ZeRO-3 lie in other processes, and those of a plan have no values.
+        if weight.is_floating_point() and weight.numel() and not weight.is_meta:
+            low, high = weight.detach().aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                raise EchoError(f"{source} has a weight that is not a finite number, in {name}; copy or train it again")
 
 
 def project_patches(model: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from echo_ft.errors import EchoError
 from echo_ft.files import write_text
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, read_card
+from echo_ft.provenance import require_sealed
 from echo_ft.terminal import LOGGER
 
 if TYPE_CHECKING:
@@ -103,10 +104,11 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
     """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or `true` takes the newest in output_dir.
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
-    not exist or is incomplete. Raises EchoError if its adapter differs from `card` in role, dataset, base model, prompt
-    version, pixel budget, share of corrupted queries, quantization or an option in FIXED; options in FREE that differ
-    are logged. Raises EchoError if it has no optimizer state, or the ZeRO optimizer states of another number of
-    processes. Raises EchoError if a new run would replace a finished adapter or the checkpoints of an earlier run.
+    not exist, is incomplete or has changed. Raises EchoError if its adapter differs from `card` in role, dataset, base
+    model, prompt version, pixel budget, share of corrupted queries, quantization or an option in FIXED; options in FREE
+    that differ are logged. Raises EchoError if it has no optimizer state, or the ZeRO optimizer states of another
+    number of processes. Raises EchoError if a new run would replace a finished adapter or the checkpoints of an
+    earlier run.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     newest = wanted is not None and wanted.lower() == "true"
@@ -130,6 +132,8 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
         raise EchoError(f"there is no checkpoint {wanted}; give its folder, or true for the newest in output_dir")
     if not (Path(wanted) / COMPLETE_MARKER).is_file():
         raise EchoError(f"{wanted} is incomplete; give another checkpoint, or true for the newest complete one")
+    if sft.process_index == 0 and not require_sealed(Path(wanted), "give another checkpoint"):
+        LOGGER.warning("%s has no checksums (an older version saved it), so changes would not be noticed", wanted)
     # DeepSpeed (0.19) cannot redistribute the optimizer states of one number of processes to another.
     shards = len([*Path(wanted).glob("global_step*/*_optim_states.pt")])
     if shards and shards != sft.world_size:

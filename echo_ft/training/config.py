@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from echo_ft.errors import EchoError
+from echo_ft.model.adapters import MAX_LORA_SCALE
 from echo_ft.model.loading import check_lora_targets
 from echo_ft.records import ROLES
 
@@ -210,4 +212,10 @@ def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig
             if not found:
                 raise EchoError(f"{option}: {pattern} matches no module of lora_target_modules; name one of those")
         setattr(lora, option, patterns)
+    scale = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    if scale > MAX_LORA_SCALE:
+        raise EchoError(
+            f"lora_alpha {lora.lora_alpha} with lora_r {lora.r} is a scale of {scale:g}; set at most "
+            f"{MAX_LORA_SCALE:g} times lora_r"
+        )
     return lora

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from echo_ft.errors import EchoError
+from echo_ft.files import write_text
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, gather_adapter, write_card
 from echo_ft.model.loading import load_model
 from echo_ft.model.preparation import (
@@ -29,6 +30,7 @@ from echo_ft.model.preparation import (
 )
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
+from echo_ft.provenance import seal_folder
 from echo_ft.terminal import LOGGER
 from echo_ft.training.checkpoints import COMPLETE_MARKER, apply_options, moved_best_checkpoint, optimizer_options
 from echo_ft.training.checks import LargestBatchCheck, less_memory
@@ -343,5 +345,6 @@ class PrefixSharingTrainer(SFTTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (folder / COMPLETE_MARKER).touch()
+            seal_folder(folder)
+            write_text(folder / COMPLETE_MARKER, "")
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)

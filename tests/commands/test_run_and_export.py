@@ -25,6 +25,7 @@ from echo_ft.model.adapters import (
 )
 from echo_ft.model.loading import base_fingerprint, load_model
 from echo_ft.model.training_overlap import describe_training_data
+from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES, Prediction, Trace
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset, random_adapters
 from tests.support.exchanges import exchanges_of
@@ -82,6 +83,7 @@ def test_a_run_does_not_resume_with_a_retrained_adapter(dataset, copied, tmp_pat
     path = copied / "reasoning_expert" / "adapter_model.safetensors"
     weights = load_file(path)
     save_file({name: weight * 1.01 for name, weight in weights.items()}, path, metadata={"format": "pt"})
+    seal_folder(path.parent)
     after = find(copied)
     changed = {role for role in ROLES if before[role] != after[role]}
     assert changed == {"reasoning_expert"}
@@ -90,9 +92,10 @@ def test_a_run_does_not_resume_with_a_retrained_adapter(dataset, copied, tmp_pat
         run_evaluation(dataset, tmp_path / "tuned", "--adapters", copied)
     settings = copied / "knowledge_guide" / "adapter_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": 99}))
+    seal_folder(settings.parent)
     assert find(copied)["knowledge_guide"].fingerprint != after["knowledge_guide"].fingerprint
     path.unlink()
-    with pytest.raises(EchoError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(EchoError, match=r"adapter_model\.safetensors is missing since it was saved"):
         find(copied)
 
 
@@ -297,6 +300,7 @@ def test_an_export_in_bfloat16_reproduces_the_adapters_up_to_rounding(adapters, 
 def scale_adapter(adapters, scale):
     path = adapters / "decision_maker" / "adapter_model.safetensors"
     save_file({name: scale * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    seal_folder(path.parent)
 
 
 def test_an_update_too_small_for_bfloat16_is_exported_in_float32(copied, tmp_path):

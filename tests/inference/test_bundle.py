@@ -16,6 +16,7 @@ from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, read_bundle, write_checksums
 from echo_ft.inference.inspector import Inspector
+from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES, Inspection
 from echo_ft.retrieval.products import load_products, read_products, save_products
 from evaluation import inspect
@@ -128,6 +129,7 @@ def test_an_exchanged_adapter_is_named_even_with_new_checksums(copied):
     folder = copied / "adapters"
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copyfile(folder / "knowledge_guide" / name, folder / "decision_maker" / name)
+    seal_folder(folder / "decision_maker")
     write_checksums(copied)
     with pytest.raises(EchoError, match="decision_maker is not the adapter that was exported"):
         bundle_adapters(copied, read_bundle(copied), str(ECHO_TINY))

@@ -27,6 +27,7 @@ from echo_ft.inference.liveness import (
 from echo_ft.model.adapters import ADAPTER_CARD, attach_adapters
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
+from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES, Generation
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS
@@ -216,6 +217,7 @@ def test_a_run_stops_before_its_first_answer_if_two_roles_are_swapped(bundle, da
     for role in (GUIDE, DECIDER):
         card = json.loads((folder / role / ADAPTER_CARD).read_text())
         (folder / role / ADAPTER_CARD).write_text(json.dumps(card | {"role": role}))
+        seal_folder(folder / role)
     options = {"dataset": dataset, "adapters": folder, "model_name_or_path": ECHO_TINY, "output": tmp_path / "run"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "dtype": "float32", "max_new_tokens": 4}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -234,6 +236,7 @@ def test_weights_with_wrong_module_names_are_named(bundle, dataset, tmp_path):
     path = folder / GUIDE / "adapter_model.safetensors"
     wrong = {name.replace("language_model.", ""): weight for name, weight in load_file(path).items()}
     save_file(wrong, path, metadata={"format": "pt"})
+    seal_folder(path.parent)
     with pytest.raises(
         EchoError, match=f"the adapter in .*{GUIDE} does not fit the base model: .* unexpected, such as .*q_proj"
     ):
@@ -257,6 +260,7 @@ def test_an_adapter_without_effect_is_named_by_export_and_inspector(adapters, tm
     shutil.copytree(adapters, folder)
     path = folder / DECIDER / "adapter_model.safetensors"
     save_file({name: 0 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    seal_folder(path.parent)
     export_main(["--adapters", str(folder), "--output", str(tmp_path / "bundle"), "--merge", "none"])
     silent = (
         f"the base model gives the same answers to the probe as the adapters of {DECIDER}: they have hardly any effect"

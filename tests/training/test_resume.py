@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from echo_ft.config import build
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, make_card, read_card, write_card
+from echo_ft.provenance import CHECKSUMS, seal_folder
 from echo_ft.training.checkpoints import (
     COMPLETE_MARKER,
     FIXED,
@@ -236,6 +238,30 @@ def test_a_schedule_that_reacts_to_the_loss_takes_all_options_but_rates():
         assert [group[key] for key in ("lr", "weight_decay", "betas", "eps")] == [1e-3, 0.5, (0.5, 0.6), 1e-3]
 
 
+def test_any_changed_byte_of_a_checkpoint_is_refused_with_the_name_of_its_file(resume, card_of, tmp_path):
+    resume({})
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "global_step2").mkdir()
+    for name in ("optimizer.pt", "rng_state.pth", "global_step2/states.pt"):
+        (checkpoint / name).write_bytes(bytes(range(256)))
+    seal_folder(checkpoint)
+    card, sft = card_of({})
+    sft.output_dir, sft.resume_from_checkpoint = str(tmp_path), str(checkpoint)
+    assert find_checkpoint(sft, card).resumed == []
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) >= 8
+    for path in files:
+        content = path.read_bytes()
+        for place in random.Random(path.name).sample(range(len(content)), min(5, len(content))):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(
+                EchoError, match=r"since it was saved; give another|SHA256SUMS cannot be read"
+            ) as refused:
+                find_checkpoint(sft, card)
+            assert path.name == CHECKSUMS or f"{path} has changed" in str(refused.value)
+        path.write_bytes(content)
+
+
 def test_a_run_shorter_than_its_checkpoint_is_refused(resume):
     for short, shown in (({"max_steps": 1}, "max_steps 1"), ({"num_train_epochs": 0.5}, r"num_train_epochs 0\.5")):
         with pytest.raises(EchoError, match=f"was trained for longer .* than {shown}; give an earlier checkpoint"):
@@ -249,6 +275,7 @@ def test_a_card_of_an_older_version_resumes_with_a_warning(resume, card_of, tmp_
     old = json.loads((checkpoint / ADAPTER_CARD).read_text())
     del old["training"], old["resumed"]
     (checkpoint / ADAPTER_CARD).write_text(json.dumps(old))
+    (checkpoint / CHECKSUMS).unlink()  # an older version wrote none
     assert read_card(checkpoint).training == {}
     card, sft = card_of({})
     peft = {"r": 16, "lora_alpha": 32, "target_modules": card.training["lora_target_modules"], "use_dora": False}
