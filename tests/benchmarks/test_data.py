@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks.data import embedding, index, rows
+from benchmarks.data import embedding, index, rows, verification
 from data_prep.build import build
 from data_prep.config import BuildConfig
 from echo_ft.files import read_jsonl
@@ -116,3 +116,11 @@ def test_both_contenders_compute_the_same_descriptors(tmp_path):
     baseline, ours, _, difference, cached = map(float, figures)
     assert min(baseline, ours, cached) > 0
     assert difference <= 1e-5
+
+
+def test_verification_counts_every_part_and_leaves_the_modules_as_they_were(tmp_path):
+    before = [getattr(module, name) for module, name in verification.ADDED_TO_BUILD]
+    found = verification.measure(tmp_path, 60, images=20)
+    assert [*found] == ["second build", "training's start", "reading 20 images"]
+    assert all(added > 0 and without > 0 for added, without in found.values())
+    assert [getattr(module, name) for module, name in verification.ADDED_TO_BUILD] == before

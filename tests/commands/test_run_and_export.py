@@ -352,6 +352,7 @@ def test_a_different_pixel_budget_or_prompt_version_is_refused(copied):
         find(copied, pixels=999999)
     card = json.loads((copied / "decision_maker" / "echo_ft.json").read_text())
     (copied / "decision_maker" / "echo_ft.json").write_text(json.dumps(card | {"prompt_version": "0"}))
+    seal_folder(copied / "decision_maker")
     with pytest.raises(EchoError, match=r"prompt_version 0.*retrain it"):
         find(copied)
 

@@ -27,6 +27,7 @@ from echo_ft.inference.decision import Calibration
 from echo_ft.inference.inspector import Inspector
 from echo_ft.model.adapters import find_adapters
 from echo_ft.model.loading import base_fingerprint, load_model
+from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset, random_adapters
 from tests.support.old_transformers import answer
@@ -52,6 +53,7 @@ def adapters(tmp_path_factory):
     with torch.no_grad():
         head.add_(0.05 * torch.randn_like(head))
     tuned.save_pretrained(folder / "decision_maker")
+    seal_folder(folder / "decision_maker")
     return folder
 
 
@@ -183,6 +185,7 @@ def test_a_missing_or_rebuilt_dataset_is_named_with_the_remedy(adapters, tmp_pat
     for role in ROLES:
         card = json.loads((folder / role / "echo_ft.json").read_text())
         (folder / role / "echo_ft.json").write_text(json.dumps(card | {"dataset_fingerprint": "other"}))
+        seal_folder(folder / role)
     options = ["--adapters", str(folder), "--output", str(tmp_path / "bundle")]
     with pytest.raises(EchoError, match=r"was rebuilt since the training .*other.; name the dataset with --dataset"):
         export_main(options)

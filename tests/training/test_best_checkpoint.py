@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from echo_ft.errors import EchoError
+from echo_ft.provenance import seal_folder
 from echo_ft.training.config import TrainingConfig
 from tests.conftest import make_dataset
 from tests.support.training import BEST_OF_SIX, logged_state, run_in_process, tiny_options
@@ -73,6 +74,7 @@ def test_the_best_checkpoint_is_found_in_a_moved_folder(stopped, dataset, tmp_pa
     shutil.copytree(stopped, tmp_path / "first")
     for path in (tmp_path / "first").glob("**/trainer_state.json"):
         path.write_text(path.read_text().replace(str(stopped), str(tmp_path / "gone")))
+        seal_folder(path.parent)
     resume(tmp_path / "first", dataset, tmp_path / "moved" / "decision_maker", *STOPPING)
     assert same_adapter(tmp_path / "moved" / "decision_maker", stopped)
     card = json.loads((tmp_path / "moved" / "decision_maker" / "echo_ft.json").read_text())
@@ -91,6 +93,7 @@ def test_a_run_that_did_not_count_evaluations_resumes_with_early_stopping(stoppe
     uncounted = json.loads(path.read_text())
     del uncounted["stateful_callbacks"]["EarlyStopping"]
     path.write_text(json.dumps(uncounted))
+    seal_folder(path.parent)
     resume(tmp_path / "without", dataset, tmp_path / "decision_maker", *STOPPING, after=1)
     assert same_adapter(tmp_path / "decision_maker", stopped)
 
