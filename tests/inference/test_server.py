@@ -29,6 +29,7 @@ from echo_ft.inference import server as server_module
 from echo_ft.inference.server import Server
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import RowBuilder
+from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES, Prediction, Trace
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, draw, make_case, make_dataset, random_adapters
@@ -420,6 +421,7 @@ def test_a_client_of_served_adapters_needs_no_base_weights(dataset, fake, tmp_pa
     assert set(description["adapters"]) == set(ROLES)
     card = adapters / "decision_maker" / "echo_ft.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": "another"}))
+    seal_folder(card.parent)
     with pytest.raises(EchoError, match="was trained on another base model"):
         run(dataset, tmp_path / "mixed", *served, budget=(MIN_PIXELS, MAX_PIXELS))
 
