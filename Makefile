@@ -32,11 +32,11 @@ demo: $(INSTALLED)
 	rm -rf runs/$(NAME) data/$(NAME)
 	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output data/$(NAME) $(DATA)
 	mkdir -p runs/$(NAME)
-	printf '%s\n' $(ROLES) | xargs -P $(THREADS) -I ROLE sh -c '$(BIN)/accelerate launch --quiet \
+	printf '%s\n' $(ROLES) | xargs -P $(THREADS) -n 1 sh -c '$(BIN)/accelerate launch --quiet \
 	  --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS_PER_ROLE) train/sft.py \
-	  --config recipes/tiny/ROLE.yaml --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/ROLE \
-	  --disable_tqdm true --eval_strategy no $(TRAIN) > runs/$(NAME)/ROLE.log 2>&1 && echo "trained ROLE: runs/$(NAME)/ROLE.log" \
-	  || { cat runs/$(NAME)/ROLE.log; exit 255; }'
+	  --config recipes/tiny/$$0.yaml --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$0 \
+	  --disable_tqdm true --eval_strategy no $(TRAIN) > runs/$(NAME)/$$0.log 2>&1 && echo "trained $$0: runs/$(NAME)/$$0.log" \
+	  || { cat runs/$(NAME)/$$0.log; exit 255; }'
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/base
 	$(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) --output runs/$(NAME)/tuned \
 	  --adapters runs/$(NAME)/adapters
@@ -66,8 +66,7 @@ SHOOT := $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars
 # A page that scrolls to its cases is blank above them, by a height that depends on the page.
 CROP := $(BIN)/python -c "import sys; from PIL import Image, ImageChops; path = sys.argv[1]; \
   image = Image.open(path).convert('RGB'); blank = Image.new('RGB', image.size, image.getpixel((0, 0))); \
-  top = max(0, ImageChops.difference(image, blank).getbbox()[1] - 16); image = image.crop((0, top, *image.size)); \
-  image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)"
+  top = max(0, ImageChops.difference(image, blank).getbbox()[1] - 16); image.crop((0, top, *image.size)).save(path, optimize=True)"
 
 pictures: $(INSTALLED)
 	mkdir -p docs/images
