@@ -175,12 +175,16 @@ def test_ctrl_c_that_a_library_turns_into_an_error_is_ctrl_c(monkeypatch, capsys
         except KeyboardInterrupt:
             raise EchoError("the adapter does not fit") from None
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as ended:
-        run_main(main)
+    # A shell starts its background jobs with SIGINT ignored.
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_main(main)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, given)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C; rerun the command to start again\n"
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_only_the_first_process_of_a_machine_tells_of_ctrl_c(monkeypatch, capsys):

@@ -57,7 +57,10 @@ def test_every_role_and_size_has_a_recipe():
     assert found >= {(size, role) for size in ("tiny", "qwen2_vl_2b", "qwen2_vl_7b") for role in ROLES}
 
 
-@pytest.mark.parametrize("role", [role for role in ROLES if role != "reasoning_expert"])
+OTHER_ROLES = [pytest.param(role, marks=pytest.mark.slow) for role in ("reference_extractor", "knowledge_guide")]
+
+
+@pytest.mark.parametrize("role", ["decision_maker", *OTHER_ROLES])
 def test_the_command_trains_a_tiny_recipe_for_two_steps(role, dataset, tmp_path):
     printed = launch(*tiny_options(role, dataset, tmp_path / role, "--max_steps", 2, "--eval_strategy", "no"))
     card = json.loads((tmp_path / role / "echo_ft.json").read_text())

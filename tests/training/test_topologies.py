@@ -158,9 +158,8 @@ def fully_tuned(dataset, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize(
-    "recipe", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ddp", "zero2", "zero3"])
 def test_full_tuning_on_two_ranks_gives_the_model_of_one(fully_tuned, dataset, tmp_path, recipe):
     from echo_ft.model.loading import load_model
 
@@ -177,6 +176,7 @@ def test_full_tuning_on_two_ranks_gives_the_model_of_one(fully_tuned, dataset, t
         torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_zero_3_does_not_hang_if_a_rank_has_stored_its_images(dataset, tmp_path):
     options = [*TWO_RANKS, *LANGUAGE, "--features", tmp_path / "features"]
     launch_deepspeed("zero3", *tiny_options("reference_extractor", dataset, tmp_path / "first", *options))
@@ -204,6 +204,7 @@ def uneven(tmp_path_factory):
     return keep_one_question(make_dataset(tmp_path_factory.mktemp("uneven")), "train")
 
 
+@pytest.mark.slow
 def test_uneven_cases_on_two_ranks_give_the_losses_of_one(uneven, tmp_path):
     # Eight cases and four per step: the third step begins the second epoch, and the fourth ends it.
     steps = [*SAME_TRAINING, "--save_strategy", "steps", "--save_steps", 1, "--max_steps", 4]
