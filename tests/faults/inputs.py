@@ -234,7 +234,9 @@ LISTS = [
     Fault("COCO id a list", coco(lambda c: c["images"][0].update(id=[1])), "belong to no image|no usable image"),
     Fault("COCO huge box", coco(lambda c: c["annotations"][0].update(bbox=[0, 0, 10**39, 5])), "is not .* inside"),
     Fault("COCO NaN", coco(lambda c: c["annotations"][0].update(bbox=[0, 0, float("nan"), 5])), "box .* is not"),
-    Fault("COCO not an object", coco(text="[1]"), "is not a COCO file"),
+    Fault(
+        "COCO not an object", coco(text="[1]"), "is not an export of Label Studio"
+    ),  # a JSON list is read as its tasks
     Fault("labelme deep", labelme(text=DEEP), "cannot be read as JSON .it is nested too deeply"),
     Fault(
         "labelme huge", labelme(lambda c: c["shapes"][0].update(points=[[0, 0], [10**39, 1e308]])), "is not .* inside"

@@ -156,6 +156,9 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
         EchoError, match=r"row 1: .*low\.json has no question 1 about MVTec-AD/bottle.*give the questions"
     ):
         load_answers(path, degraded)
+    listed = [rows[0] | {"image_path": ["a.png"]}, *rows[1:]]
+    with pytest.raises(EchoError, match=r"row 1: .* has no question 1 about \['a\.png'\]"):
+        load_answers(write(path, listed), asked)
     rows[2]["answer"] = "E"
     with pytest.raises(EchoError, match=r"row 3: the right answer is 'E', but .*says 'C'"):
         load_answers(write(path, rows), asked)
@@ -172,7 +175,9 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     [
         ({"robustness_category": "Riddles"}, "category 'Riddles' is not one of"),
         ({"options": {"F": "?"}}, "letters A to E"),
+        ({"robustness_category": ["General"]}, "is not one of RobustMAD's"),
         ({"answer": "F"}, "not one of the options"),
+        ({"answer": ["A"]}, "not one of the options"),
         ({"question": ""}, "no text"),
         ({"question_id": None}, "not a number"),
     ],

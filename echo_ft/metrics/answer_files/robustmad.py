@@ -121,11 +121,11 @@ def _question(item: Any, inspection: str, difficulty: str) -> Question:
     number, category, options = item.get("question_id"), item.get("robustness_category"), item.get("options")
     if not isinstance(number, int):
         raise ValueError(f"the question_id {number!r} is not a number")
-    if category not in CATEGORIES:
+    if not isinstance(category, str) or category not in CATEGORIES:
         raise ValueError(f"the category {category!r} is not one of RobustMAD's: {', '.join(CATEGORIES)}")
     if not isinstance(options, dict) or not options or not set(options) <= set(LETTERS):
         raise ValueError(f"the options are not a mapping from letters {LETTERS[0]} to {LETTERS[-1]} to texts")
-    if item.get("answer") not in options:
+    if not isinstance(item.get("answer"), str) or item["answer"] not in options:
         raise ValueError(f"the answer {item.get('answer')!r} is not one of the options {', '.join(options)}")
     if not isinstance(item.get("question"), str) or not item["question"].strip():
         raise ValueError("the question has no text")
@@ -157,7 +157,7 @@ def read_robustmad_answers(path: Path, rows: Sequence[Any], questions: Path | No
     predictions, letters = [], {}
     for place, row in enumerate(rows, start=1):
         where = f"{path}, row {place}"
-        key = (row.get("image_path"), str(row.get("question_id"))) if isinstance(row, dict) else None
+        key = (str(row.get("image_path")), str(row.get("question_id"))) if isinstance(row, dict) else None
         if key not in asked:
             raise EchoError(
                 f"{where}: {questions} has no question {key[1] if key else '?'} about {key[0] if key else '?'}; give "
