@@ -14,21 +14,20 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from echo_ft.errors import EchoError
 from echo_ft.inputs import read_yaml_file
+from echo_ft.processes import TerminatedError, handled_signals, lost_process
 from echo_ft.strict_yaml import read_json
 from echo_ft.terminal import LOGGER, log_to_terminal
 
@@ -251,8 +250,8 @@ PARTLY_DONE = 3
 def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun the command to start again") -> None:
     """Run a command's `main(argv)`, and end it with an exit status and, after an error, one sentence on stderr.
 
-    The status is what `main` returns, by default 0; 2 for an error; 130 for Ctrl-C and 141 for a closed pipe, as in a
-    shell. It is 1 only if a command says so, such as `evaluation.inspect` for a flagged image, and
+    The status is what `main` returns, by default 0; 2 for an error; 130 for Ctrl-C, 143 for SIGTERM and 141 for a
+    closed pipe, as in a shell. It is 1 only if a command says so, such as `evaluation.inspect` for a flagged image, and
     `evaluation.score --gate` states its verdict by 1 and 3. After Ctrl-C, the sentence ends with `resume_hint`. The
     traceback of an unexpected error goes to a file that the sentence names.
     """
@@ -261,51 +260,28 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
     # TRL (1.16) and peft (0.21) use names that transformers (5.23) has deprecated. Users cannot change them.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     log_to_terminal()
-    with _noted_interrupts() as interrupts:
+    with handled_signals(resume_hint) as ending:
         try:
             status = main(sys.argv[1:])
-        except KeyboardInterrupt:
-            _stop(resume_hint)
+        except (KeyboardInterrupt, TerminatedError):
+            ending.stop()
         except BrokenPipeError:  # `... | head` closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except Exception as error:
-            if interrupts:  # torch (2.15) turns a KeyboardInterrupt in some of its loaders into a RuntimeError
-                _stop(resume_hint)
-            LOGGER.error("%s", error if isinstance(error, EchoError) else _explain(error))
+            if ending.signals:  # torch (2.15) turns a KeyboardInterrupt in some of its loaders into a RuntimeError
+                ending.stop()
+            LOGGER.error("%s", error if isinstance(error, EchoError) else _explain(error, resume_hint))
             sys.exit(2)
     if status:
         sys.exit(status)
 
 
-@contextmanager
-def _noted_interrupts() -> Iterator[list[int]]:
-    """Yield a list that receives an item for every Ctrl-C in the block."""
-    interrupts: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        interrupts.append(number)
-        signal.default_int_handler(number, frame)
-
-    if before is not signal.default_int_handler:  # a shell ignores Ctrl-C for what it starts in the background
-        yield interrupts
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _stop(resume_hint: str) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one sentence for all processes that accelerate has started
-        sys.stderr.write(f"stopped by Ctrl-C; {resume_hint}\n")
-    sys.exit(130)
-
-
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, resume_hint: str) -> str:
     """Return a sentence about an unexpected error that names the file with its traceback."""
+    if lost_process(error):
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return f"another process has ended or cannot be reached ({reason}); see its message; {resume_hint}"
     kind = type(error)
     if kind.__module__.partition(".")[0] == "wandb":
         return f"W&B: {error}; run wandb login, set WANDB_MODE=offline, or remove report_to"

@@ -1,4 +1,4 @@
-"""Processes: the group that `accelerate launch` or `torchrun` started, locks, and what killed processes left."""
+"""Processes: their group, locks, what killed ones left, and how one ends that was told to stop."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import glob
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from echo_ft.errors import EchoError
 from echo_ft.terminal import LOGGER
@@ -134,3 +137,138 @@ def _remove_left_over_scratch(prefix: str) -> None:
         if hasattr(os, "getuid") and path.stat().st_uid == os.getuid():
             LOGGER.warning("removing %s, which a killed command left", path)
             shutil.rmtree(path, ignore_errors=True)
+
+
+SAME_SIGNAL_SECONDS = 2.0
+"""A further signal within this time counts as the same one: torchrun sends each Ctrl-C on to processes that have it."""
+
+
+class TerminatedError(BaseException):
+    """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C, so that files and folders are cleaned up."""
+
+
+class Ending:
+    """How a command ends that was told to stop: with one sentence, and the status of a shell."""
+
+    def __init__(self, resume_hint: str) -> None:
+        self.resume_hint = resume_hint
+        self.signals: list[tuple[int, float]] = []
+        """The signals so far and when they came."""
+        self._said = False
+        self._owner = os.getpid()
+
+    @property
+    def status(self) -> int:
+        """130 for Ctrl-C and 143 for SIGTERM."""
+        return 128 + (self.signals[0][0] if self.signals else signal.SIGINT)
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle a signal: the first one unwinds the command, and one that comes later ends it at once."""
+        if os.getpid() != self._owner:  # a forked worker
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.signals.append((number, time.monotonic()))
+        if len(self.signals) == 1:
+            raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError
+        if self.signals[-1][1] - self.signals[0][1] > SAME_SIGNAL_SECONDS:
+            self._say()
+            os._exit(self.status)
+
+    def stop(self) -> NoReturn:
+        """Say that the command was stopped, and exit."""
+        self._say()
+        sys.exit(self.status)
+
+    def _say(self) -> None:
+        if self._said:
+            return
+        self._said = True
+        if self.status == 128 + signal.SIGINT:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one sentence for all processes that accelerate has started
+                sys.stderr.write(f"stopped by Ctrl-C; {self.resume_hint}\n")
+        elif _world_size() > 1:
+            sys.stderr.write(
+                f"{_own_name()} was told to end (SIGTERM), as launchers do after another process has ended; see its "
+                f"message; {self.resume_hint}\n"
+            )
+        else:
+            sys.stderr.write(f"stopped by SIGTERM; {self.resume_hint}\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def handled_signals(resume_hint: str) -> Iterator[Ending]:
+    """Handle Ctrl-C and SIGTERM in the block, and until the process ends if one came."""
+    ending = Ending(resume_hint)
+    defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    # A shell ignores Ctrl-C for what it starts in the background.
+    handled = [number for number, usual in defaults.items() if signal.getsignal(number) is usual]
+    for number in handled:
+        signal.signal(number, ending.note)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        threading.Thread(target=_watch_siblings, args=(resume_hint,), daemon=True).start()
+    try:
+        yield ending
+    finally:
+        if not ending.signals:  # otherwise, a further Ctrl-C must not interrupt Python's own clean-up
+            for number in handled:
+                signal.signal(number, defaults[number])
+
+
+def lost_process(error: Exception) -> bool:
+    """Return whether an error says that another process of the group has ended or cannot be reached."""
+    if _world_size() == 1:
+        return False
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return type(error).__name__ in _DISTRIBUTED_ERRORS or any(text in str(error) for text in lost)
+
+
+_DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+"""Names of torch's errors of its group of processes. Gloo (torch 2.15) raises a plain RuntimeError."""
+
+WATCH_SECONDS = 5.0
+"""Seconds between two looks at the other processes of this machine."""
+
+STOPPED_LOOKS = 4
+"""A process counts as stopped after so many looks in a row. Launchers then need up to 30 seconds to kill it."""
+
+
+def _watch_siblings(resume_hint: str) -> None:
+    """End this process if another one of its launcher is stopped (SIGSTOP), because it would wait for it for ever."""
+    looks: dict[int, int] = {}
+    last = time.monotonic()
+    while True:
+        time.sleep(WATCH_SECONDS)
+        now = time.monotonic()
+        continued = now - last > 2 * WATCH_SECONDS  # this process was stopped too, or the machine slept
+        last = now
+        looks = {} if continued else {pid: looks.get(pid, 0) + 1 for pid in stopped_siblings()}
+        for pid, count in looks.items():
+            if count >= STOPPED_LOOKS:
+                sys.stderr.write(
+                    f"{_own_name()} ends because the process {pid} beside it is stopped; end that one; {resume_hint}\n"
+                )
+                sys.stderr.flush()
+                os._exit(2)  # the main thread may be waiting inside torch, where no exception reaches it
+
+
+def stopped_siblings(proc: Path = Path("/proc")) -> set[int]:
+    """Return the ids of stopped processes with the same parent as this one; none where there is no /proc."""
+    found = set()
+    for path in proc.glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):  # it has just ended
+            continue
+        if state == b"T" and int(parent) == os.getppid():
+            found.add(int(path.parent.name))
+    return found
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _own_name() -> str:
+    return f"process {os.environ.get('RANK', '0')} of {_world_size()}"

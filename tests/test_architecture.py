@@ -218,6 +218,7 @@ OTHER_OPENERS = {
     ("echo_ft/export/vllm.py", "safe_open"): "names of tensors, by safetensors",
     ("echo_ft/inference/run_folder.py", "json.loads"): "what it has just encoded",
     ("echo_ft/model/adapters.py", "safe_open"): "names of tensors, by safetensors",
+    ("echo_ft/processes.py", "path.read_bytes"): "the state of a process, from the kernel",
     ("echo_ft/provenance.py", "_module_file(package, module).read_text"): "source files of this package",
     ("echo_ft/retrieval/descriptor_cache.py", "np.load"): "descriptors that a build stored, without pickle",
     ("echo_ft/retrieval/products.py", "np.load"): "descriptors of a bundle, without pickle",

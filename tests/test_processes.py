@@ -1,0 +1,120 @@
+"""A command that is told to stop ends with one sentence and the status of a shell, however often it is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from echo_ft import processes
+from tests.conftest import ROOT
+
+COMMAND = """
+import sys, time
+from echo_ft.config import run_main
+
+def main(argv):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+        time.sleep(float(argv[0]))
+
+run_main(main, "run it again")
+time.sleep(60)
+"""
+
+
+def start(cleaning: float, **environment: str) -> subprocess.Popen[str]:
+    """Start a command that waits, and then needs `cleaning` seconds to end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(cleaning)],
+        cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+)
+@pytest.mark.parametrize("times", [1, 2, 20])
+def test_signals_end_in_one_sentence(number, status, said, times):
+    process = start(cleaning=0.2)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.005)
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == ("cleaned up\n", f"{said}; run it again\n")
+    assert process.returncode in (status, -number), "a shell shows both as the same status"
+
+
+def test_a_later_ctrl_c_ends_a_command_that_does_not():
+    process = start(cleaning=60)
+    process.send_signal(signal.SIGINT)
+    time.sleep(processes.SAME_SIGNAL_SECONDS + 0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (err, process.returncode) == ("stopped by Ctrl-C; run it again\n", 130)
+
+
+def test_only_the_first_process_of_a_machine_speaks_of_ctrl_c_and_each_of_an_end_by_its_launcher():
+    for number, said in (
+        (signal.SIGINT, ""),
+        (signal.SIGTERM, "process 1 of 2 was told to end (SIGTERM), as launchers"),
+    ):
+        process = start(0, LOCAL_RANK="1", RANK="1", WORLD_SIZE="2")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert err.startswith(said) and err.count("\n") == bool(said)
+        assert process.returncode == 128 + number
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
+def test_a_process_beside_a_stopped_one_ends_with_a_sentence(monkeypatch):
+    short = COMMAND.replace("run_main(main", "import echo_ft.processes as p; p.WATCH_SECONDS = 0.2; run_main(main", 1)
+    monkeypatch.setattr(sys.modules[__name__], "COMMAND", short)
+    ranks = [start(0, RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2") for rank in range(2)]
+    time.sleep(1.2)
+    assert [rank.poll() for rank in ranks] == [None, None]
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        _, err = ranks[0].communicate(timeout=60)
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert (
+        err
+        == f"process 0 of 2 ends because the process {ranks[1].pid} beside it is stopped; end that one; run it again\n"
+    )
+    assert ranks[0].returncode == 2
+
+
+def test_an_error_of_a_lost_process_is_told_as_one(monkeypatch):
+    error = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+    assert not processes.lost_process(error), "a server may also close a connection"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.lost_process(error)
+    assert not processes.lost_process(RuntimeError("shapes differ"))
+
+
+@pytest.mark.slow  # importing accelerate takes ten seconds
+def test_the_launcher_keeps_the_status_of_its_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('one sentence', file=sys.stderr); sys.exit(int(sys.argv[1]))\n")
+    for status in (0, 3):
+        done = subprocess.run(
+            [sys.executable, "-m", "train.launch", "--config_file", "recipes/accelerate/cpu.yaml", script, str(status)],
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert re.findall(".*sentence|.*Traceback.*", done.stderr) == ["one sentence"]

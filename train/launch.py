@@ -1,0 +1,45 @@
+"""Run `accelerate launch` and keep its processes' exit status: `python -m train.launch [OPTIONS] train/sft.py ...`.
+
+The arguments are those of `accelerate launch`. accelerate (1.15) ends with status 1 whatever its process says, and both
+accelerate and torchrun add a traceback after an error and after Ctrl-C. This command ends with the status of the first
+process that failed, with 130 after Ctrl-C, and leaves the sentence to that process.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+
+
+def main(argv: list[str]) -> int:
+    """Launch the processes, wait for them, and return their exit status as a shell would."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = launch_command_parser().parse_args(argv)
+    options.quiet = False  # a quiet launcher hides the status
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(options)
+    except subprocess.CalledProcessError as error:
+        return _shell_status(error.returncode)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return _shell_status(first.exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _shell_status(code: int) -> int:
+    return 128 - code if code < 0 else code  # Python writes the number of a signal as a negative status
+
+
+if __name__ == "__main__":
+    # The processes get Ctrl-C too. This one waits until they have ended. Unlike an ignored signal, an empty handler is
+    # not inherited by them; torchrun replaces it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    sys.exit(main(sys.argv[1:]))
