@@ -1,0 +1,26 @@
+"""One training process of the kill loop. A fork server imports this module once, so that a start takes a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import peft  # noqa: F401
+import trl  # noqa: F401
+
+from echo_ft.config import run_main
+from echo_ft.training import cases, checks, collator, trainer  # noqa: F401
+from train import sft
+
+
+def train(arguments: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    """Run train/sft.py in this process, as a launcher would start it. Its output is appended to the file `log`."""
+    os.environ.update(environment)
+    tempfile.tempdir = None  # the parent process may have looked it up
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = ["train/sft.py", *arguments]
+    run_main(sft.main)
