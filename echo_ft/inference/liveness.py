@@ -26,7 +26,7 @@ from echo_ft.experts.pipeline import BackendError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, NORMAL_PROMPT, PROMPT_VERSION, REASON_INSTRUCTION
 from echo_ft.files import write_json
 from echo_ft.images.decode import image_size
-from echo_ft.inputs import read_json_object
+from echo_ft.inputs import from_dict, read_json_object
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import scratch_folder
 from echo_ft.provenance import fingerprint_bytes
@@ -204,12 +204,8 @@ def read_probe(folder: Path) -> ProbeRecord | None:
     if not path.is_file():
         return None
     try:
-        found = read_json_object(path)
-        answers = {
-            name: ProbeAnswer(tuple(one["texts"]), tuple(one["letters"])) for name, one in found["answers"].items()
-        }
-        return ProbeRecord(found["tokens"], found["dtype"], answers)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return from_dict(ProbeRecord, read_json_object(path))
+    except (OSError, ValueError, TypeError) as error:
         raise EchoError(f"{path} cannot be read ({error}); export the bundle again") from error
 
 

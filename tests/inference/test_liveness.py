@@ -18,6 +18,7 @@ from echo_ft.inference.bundle import write_checksums
 from echo_ft.inference.inspector import Inspector
 from echo_ft.inference.liveness import (
     BASE,
+    PROBE_FILE,
     WITHOUT_VISION,
     check_adapters,
     local_backend,
@@ -270,3 +271,10 @@ def test_an_adapter_without_effect_is_named_by_export_and_inspector(adapters, tm
     Inspector.from_adapters(folder)
     assert silent in said.text
     assert f"answers differ from the base model's: {EXTRACTOR}, {GUIDE}, {REASONER}" in said.text
+
+
+@pytest.mark.parametrize("answers", ["{", "[]", '{"base": {"texts": [], "letters": [{"A": "x"}]}}'])
+def test_a_broken_record_is_named(tmp_path, answers):
+    (tmp_path / PROBE_FILE).write_text(f'{{"tokens": "a", "dtype": "float32", "answers": {answers}}}')
+    with pytest.raises(EchoError, match=r"probe\.json cannot be read .*; export the bundle again"):
+        read_probe(tmp_path)
