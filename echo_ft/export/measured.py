@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,6 @@ from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inputs import read_json_object
 from echo_ft.model.adapters import Adapter
-
-PIPELINE_OPTIONS = ("routing", "reference", "knowledge", "reasoning", "answer", "option_order")
-"""The options of a run that its pipeline consists of."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
         report = read_json_object(path)
         run = report["provenance"]
         measured = {role: one["fingerprint"] for role, one in run["adapters"].items()}
-        pipeline = PipelineConfig(**{name: run[name] for name in PIPELINE_OPTIONS})
+        pipeline = PipelineConfig(**{option.name: run[option.name] for option in fields(PipelineConfig)})
         tokens, k, base = int(run["max_new_tokens"]), run["references"], run["base_fingerprint"]
         gate, corruption = report.get("gate") or {}, run["corruption"]
         calibrated = bool(report["calibration"]) or gate.get("threshold") is not None
