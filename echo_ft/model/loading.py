@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 from echo_ft.errors import EchoError
-from echo_ft.inputs import open_input, read_json_object
+from echo_ft.inputs import open_input, read_json_object, restore
 from echo_ft.provenance import fingerprint_bytes
 
 PARAMETER_GROUPS = ("language model", "vision tower", "merger")
@@ -242,10 +242,17 @@ def checkpoint_dtype(model_name_or_path: str, revision: str | None = None) -> st
     return str(config.dtype or "float32").removeprefix("torch.")
 
 
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        return sorted(set(restore(dict[str, str], read_json_object(index)["weight_map"]).values()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EchoError(f"{index} does not list the weight files ({error}); copy or download it again") from error
+
+
 def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> str:
     """Fingerprint a base model's weights cheaply, by the header and both ends of each safetensors file.
 
-    Raises EchoError if a weight file is missing or is not in safetensors format.
+    Raises EchoError if a weight file is missing, cut off or not in safetensors format, or if their index is broken.
     """
     from transformers.utils import cached_file
 
@@ -254,7 +261,7 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
         return None if found is None else Path(found)
 
     index = find("model.safetensors.index.json")
-    names = sorted(set(read_json_object(index)["weight_map"].values())) if index else ["model.safetensors"]
+    names = _indexed_files(index) if index else ["model.safetensors"]
     chunks = []
     for name in names:
         path = find(name)

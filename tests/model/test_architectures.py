@@ -11,7 +11,7 @@ import pytest
 
 from echo_ft.errors import EchoError
 from echo_ft.model.architectures import model_config
-from echo_ft.model.loading import checkpoint_dtype, load_processor
+from echo_ft.model.loading import base_fingerprint, checkpoint_dtype, load_processor
 from tests.conftest import ECHO_TINY
 
 
@@ -64,3 +64,18 @@ def test_a_config_of_another_form_is_one_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(EchoError, match=r"has no usable config\.json \("):
         model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": []}'])
+def test_a_broken_index_of_the_weights_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(EchoError, match=r"model\.safetensors\.index\.json does not list the weight files .*; copy or"):
+        base_fingerprint(str(tmp_path))
+
+
+def test_cut_weights_are_named(tmp_path):
+    whole = (ECHO_TINY / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(EchoError, match=r"model\.safetensors is cut off or not a safetensors file; copy or download"):
+        base_fingerprint(str(tmp_path))
