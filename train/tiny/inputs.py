@@ -26,7 +26,7 @@ ASSISTANT_OPENING = "<|im_end|>\n<|im_start|>assistant\n"
 TURN_END = "<|im_end|>\n"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenRow:
     """A row as L tokens: one prefix, then its branches, which do not attend to each other."""
 

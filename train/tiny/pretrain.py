@@ -18,7 +18,7 @@ import numpy as np
 
 from echo_ft.config import parse, run_main
 from echo_ft.errors import EchoError
-from echo_ft.files import write_json
+from echo_ft.files import write_json, write_text
 from echo_ft.inputs import read_json_object
 from echo_ft.terminal import LOGGER
 from train.tiny.lessons import LessonRow, draw_text_row, image_lessons, random_labels
@@ -210,7 +210,7 @@ def write_model(student: Any, work: Path, config: PretrainConfig, output: Path) 
     save_model(student.model, build_processor(student.tokenizer), output)
     results = {stage: read_json_object(work / f"{stage}.json") for stage in STEPS}
     millions = sum(weight.numel() for weight in student.model.parameters()) / 1e6
-    (output / "README.md").write_text(model_card(results, millions, config), encoding="utf-8")
+    write_text(output / "README.md", model_card(results, millions, config))
     LOGGER.info("wrote %s: %.1f MB", output, sum(file.stat().st_size for file in output.iterdir()) / 1e6)
 
 
