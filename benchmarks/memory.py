@@ -32,13 +32,14 @@ from trl import ModelConfig, SFTConfig
 from benchmarks.training.workload import MODEL
 from echo_ft import config as configs
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.inference.engine import RECENT_IMAGES, Engine
+from echo_ft.inference.engine import Engine
 from echo_ft.inference.memory import RunShape, estimate_run, image_tokens
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.architectures import count_parameters, meta_model
 from echo_ft.model.loading import load_processor
 from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
 from echo_ft.model.rows import Row, RowBuilder
+from echo_ft.model.vision import RECENT_IMAGES
 from echo_ft.records import ROLES, Branch, Exchange
 from echo_ft.training.checks import check_options
 from echo_ft.training.config import EchoConfig, lora_config

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from echo_ft.inference.engine import Engine, ImageFeatureCache
+    from echo_ft.inference.engine import Engine
     from echo_ft.model.adapters import Adapter
+    from echo_ft.model.vision import ImageFeatureCache
 
 CACHE_FOLDER = "utterances"
 """Folder under `output` with the cached generations. If you delete it, they are computed again."""
@@ -197,7 +198,7 @@ class EngineFactory:
         """Return the engine of a run, with its model on a GPU if `device` is one."""
         import torch
 
-        from echo_ft.inference.engine import ImageFeatureCache
+        from echo_ft.model.vision import ImageFeatureCache
 
         key = _model_key(prepared.config, prepared.adapters)
         if self._loaded is None or self._loaded[0] != key:

@@ -26,7 +26,7 @@ from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons, read_cut_warning
 from echo_ft.inference.server import Server, call_in
-from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, tuned_base
+from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, require_whole_prompt, tuned_base
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.model.training_overlap import BASE_MODEL, describe_training_data
@@ -120,7 +120,10 @@ def load_inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
         return dataset, {}
     base = config.model_name_or_path
     weights = None if config.server else base_fingerprint(base, config.model_revision)  # a server has its own
-    return dataset, find_adapters(Path(config.adapters), base, weights, config.min_pixels, config.max_pixels)
+    adapters = find_adapters(Path(config.adapters), base, weights, config.min_pixels, config.max_pixels)
+    if config.server is not None:
+        require_whole_prompt(adapters, "a server")
+    return dataset, adapters
 
 
 def prepare_run(config: RunConfig) -> PreparedRun:

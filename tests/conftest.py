@@ -146,22 +146,35 @@ def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 
     return folder
 
 
-def random_adapters(folder: Path, dataset: Path, targets: dict[str, list[str]] | None = None) -> Path:
-    """Write four random adapters of echo-tiny like train/sft.py does. `targets` maps a role to its target modules."""
+def random_adapters(
+    folder: Path,
+    dataset: Path,
+    targets: dict[str, list[str]] | None = None,
+    adapt_from: dict[str, str] | None = None,
+) -> Path:
+    """Write four random adapters of echo-tiny like train/sft.py does.
+
+    `targets` maps a role to its target modules, and `adapt_from` to where its adapter begins to act.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
     from echo_ft.data.dataset import load_dataset
     from echo_ft.model.adapters import make_card, write_card
-    from echo_ft.model.loading import load_model
+    from echo_ft.model.loading import load_model, load_processor
+    from echo_ft.model.rows import RowBuilder
     from echo_ft.records import ROLES
 
+    budget = MIN_PIXELS, MAX_PIXELS
+    prompt = RowBuilder(load_processor(str(ECHO_TINY), None, *budget)).generation_prompt
     for seed, role in enumerate(ROLES):
         torch.manual_seed(seed)
         modules = targets[role] if targets else ["q_proj", "v_proj"]
-        config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+        config = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
         get_peft_model(load_model(str(ECHO_TINY), dtype="float32"), config).save_pretrained(folder / role)
-        write_card(folder / role, make_card(role, str(ECHO_TINY), None, MIN_PIXELS, MAX_PIXELS, load_dataset(dataset)))
+        start = (adapt_from or {}).get(role, "prefix")
+        acts = {"adapt_from": start, "invocation_tokens": prompt if start == "answer" else ()}
+        write_card(folder / role, make_card(role, str(ECHO_TINY), None, *budget, load_dataset(dataset), **acts))
     return folder
 
 

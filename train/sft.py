@@ -95,6 +95,7 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
     from echo_ft.training.cases import load_training_cases, pad_cases
     from echo_ft.training.checks import check_optimizer, check_trained_parts
+    from echo_ft.training.config import check_adapt_from
     from echo_ft.training.mask_loss import check_mask_metric, load_marks
 
     if config.mask_loss and not base.use_peft:
@@ -108,6 +109,7 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     row_builder = RowBuilder(processor)
     model = trainable_meta_model(config, base)
     check_trained_parts(model, config)
+    check_adapt_from(config, base, model)
     check_optimizer(sft, model)
     if sft.process_index == 0:
         for verdict in audit_leaks(dataset).values():
@@ -125,6 +127,8 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
             "4bit" if base.load_in_4bit else "8bit" if base.load_in_8bit else "",
             config.mask_loss if marks else 0.0,
             training_options(config, sft, base, model.peft_config["default"] if base.use_peft else None),
+            config.adapt_from,
+            row_builder.generation_prompt if config.adapt_from == "answer" else (),
         )
         checkpoint = find_checkpoint(sft, card)
         if checkpoint is not None:
@@ -181,6 +185,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
             pixel_dtype=model.dtype,
             marks=checked.marks,
             digests=checked.digests,
+            adapt_from=config.adapt_from,
         ),
         train_dataset=checked.cases,
         eval_dataset=checked.validation,

@@ -46,7 +46,7 @@ from echo_ft.inference.liveness import (
     record_probe,
     write_probe,
 )
-from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters
+from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, Adapter, attach_adapters, require_whole_prompt
 from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
@@ -111,12 +111,13 @@ class Bundle:
 def export_bundle(plan: ExportPlan, output: Path) -> Bundle:
     """Write the bundle to `output`.
 
-    Raises EchoError if `output` exists, a role to merge is unknown, an adapter does not reproduce its trained logits,
-    or the reloaded bundle gives other answers. It leaves no files behind then. A merge that fails costs only the merged
-    model.
+    Raises EchoError if `output` exists, an adapter acts only after the prefix, a role to merge is unknown, an adapter
+    does not reproduce its trained logits, or the reloaded bundle gives other answers. It leaves no files behind then. A
+    merge that fails costs only the merged model.
     """
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")
+    require_whole_prompt(plan.adapters, "a bundle")  # for vLLM, merged models and plain PEFT
     unknown = [role for role in plan.merge if role not in plan.adapters]
     if unknown:
         raise EchoError(f"cannot merge {unknown[0]!r}; the roles are {', '.join(plan.adapters)}")

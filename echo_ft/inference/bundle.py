@@ -19,7 +19,7 @@ from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.files import walk
 from echo_ft.inference.decision import Calibration
 from echo_ft.inputs import from_dict, read_json_object
-from echo_ft.model.adapters import Adapter, find_adapters
+from echo_ft.model.adapters import Adapter, find_adapters, require_whole_prompt
 from echo_ft.model.loading import base_fingerprint, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.provenance import CHECKSUMS, digests_of, read_sums, write_sums
@@ -122,6 +122,7 @@ def bundle_adapters(
     """
     weights = _fingerprint(folder, base_model, description.base_revision) if has_weights else None
     found = find_adapters(folder / "adapters", base_model, weights, description.min_pixels, description.max_pixels)
+    require_whole_prompt(found, "a bundle")
     for role, adapter in found.items():
         if adapter.fingerprint != description.adapters.get(role):
             raise EchoError(

@@ -3,13 +3,14 @@
 For B exchanges with N branches, the prefix of Lp tokens runs once per exchange. The branches, left-padded to Lb tokens,
 continue from copies of its key-value cache. Decoding is greedy. The result equals that of generating each answer
 separately (tests/inference/test_engine.py compares with `generate`).
+
+Adapters that act after the prefix (rows.ADAPT_FROM) leave it to the base model. Its images then run once for all roles
+that see them in this order.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,45 +22,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from echo_ft.errors import EchoError
 from echo_ft.images.corruptions import Corruption
-from echo_ft.images.decode import READER_THREADS
 from echo_ft.images.views import View, views
-from echo_ft.model.batches import float32_logits, image_inputs, join_caches, pad_rows
+from echo_ft.model.adapter_layers import adapter_layers, switched_off
+from echo_ft.model.attention import States
+from echo_ft.model.batches import float32_logits, join_caches, join_states, pad_rows
 from echo_ft.model.loading import project_patches
 from echo_ft.model.rows import PADDING, Row, RowBuilder
+from echo_ft.model.vision import ImageEncoder, ImageFeatureCache
 from echo_ft.records import LETTERS, Exchange, Generation
 from echo_ft.terminal import LOGGER
 
 PREFILL_TOKENS = 8_192
 """Maximum number of prefix tokens, including padding, that run through the model at once."""
 
-RECENT_IMAGES = 128
-"""Number of recently used images with cached features; more than a batch has."""
-
-ImageFeature = tuple[torch.Tensor, tuple[int, int]]
-"""The vision tower's features of an image, (tokens, hidden), and the image's (width, height) in pixels."""
-
-
-class ImageFeatureCache:
-    """Cache of image features, shared by engines with the same model and pixel budget.
-
-    It keeps the first features that fit into `max_bytes` and evicts nothing. Every run visits the images in the same
-    order, so an LRU cache that cannot hold them all would never hit.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.used_bytes = 0
-        self._features: dict[tuple[str, View], ImageFeature] = {}
-
-    def get(self, key: tuple[str, View]) -> ImageFeature | None:
-        """Return the features of a view for a role, or None if they are not cached."""
-        return self._features.get(key)
-
-    def add(self, key: tuple[str, View], feature: ImageFeature) -> None:
-        """Cache the features of a view for a role if they fit."""
-        if self.used_bytes + feature[0].nbytes <= self.max_bytes:
-            self.used_bytes += feature[0].nbytes
-            self._features[key] = feature
+LOOK_TOKENS = 32_768
+"""Maximum number of tokens whose keys and values are kept for the next role: 1.8 GiB for a 7B in 16 bits."""
 
 
 class Engine:
@@ -94,10 +71,12 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         self.adapted = hasattr(model, "peft_config")
         self.base = model.get_base_model() if self.adapted else model
+        self._adapt_from = "prefix"
+        self._layers = adapter_layers(self.base)
+        self._looks: dict[tuple[View, ...], States] = {}
         project_patches(self.base)
         self.device = self.base.device
-        self._shared = features
-        self._recent: OrderedDict[tuple[str, View], ImageFeature] = OrderedDict()
+        self._encoder = ImageEncoder(self.base, row_builder, features)
         ends = self.base.generation_config.eos_token_id
         self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
         self._letters = {letter: row_builder.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS}
@@ -112,13 +91,19 @@ class Engine:
             return []
         if self.adapted:
             self.model.set_adapter(role)
+            self._adapt_from = getattr(self.model, "adapt_from", {}).get(role, "prefix")
         shown = [view for exchange in exchanges for view in views(exchange, self.root, self.corruption)]
-        encoded = iter(self._encode_images(role, shown))
+        # Roles share features unless an adapter changes the vision tower.
+        owner = role if self.adapted and self._tower_is_adapted(role) else ""
+        encoded = iter(self._encoder.encode(owner, shown))
         images = [[next(encoded) for _ in exchange.images] for exchange in exchanges]
         rows = [
             self.row_builder.row(exchange, [size for _, size in features])
             for exchange, features in zip(exchanges, images, strict=True)
         ]
+        if self._adapt_from != "prefix":
+            wanted = {self._views(exchange) for exchange in exchanges}
+            self._looks = {key: look for key, look in self._looks.items() if key in wanted}
         limit = self.answer_tokens if role == "decision_maker" else self.max_new_tokens
         generations: list[Generation] = []
         for start, end in pairwise(self._batch_boundaries(rows, limit)):
@@ -142,6 +127,7 @@ class Engine:
                     "a GPU with more memory"
                 ) from error
         # Outside the handler, because the traceback would keep the tensors of the failed attempt alive.
+        self._looks.clear()
         torch.cuda.empty_cache()
         lengths = [np.bincount(row.segments).tolist() for row in rows]
         branches = [length for _, *own in lengths for length in own]
@@ -167,37 +153,6 @@ class Engine:
                 boundaries.append(index)
                 prefix, branch, count = own_prefix, max(own), len(own)
         return [*boundaries, len(rows)]
-
-    def _encode_images(self, role: str, images: Sequence[View]) -> list[ImageFeature]:
-        """Return the features of each image, from the caches or the vision tower."""
-        # Roles share features unless an adapter changes the vision tower.
-        owner = role if self.adapted and self._tower_is_adapted(role) else ""
-        found = {view: feature for view in images if (feature := self._find((owner, view))) is not None}
-        missing = [view for view in dict.fromkeys(images) if view not in found]
-        with ThreadPoolExecutor(READER_THREADS) as pool:
-            # One image at a time: in a batch, the lowest bits would depend on which images are not cached yet.
-            for view, (inputs, size) in zip(missing, pool.map(self._load, missing), strict=True):
-                (encoded,) = self.base.model.get_image_features(
-                    inputs["pixel_values"].to(self.device), inputs["image_grid_thw"].to(self.device), return_dict=True
-                ).pooler_output
-                found[view] = encoded, size
-                if self._shared is not None:
-                    self._shared.add((owner, view), found[view])
-        for view, feature in found.items():
-            self._recent[owner, view] = feature
-            self._recent.move_to_end((owner, view))
-        while len(self._recent) > RECENT_IMAGES:
-            self._recent.popitem(last=False)
-        return [found[view] for view in images]
-
-    def _find(self, key: tuple[str, View]) -> ImageFeature | None:
-        shared = None if self._shared is None else self._shared.get(key)
-        return shared or self._recent.get(key)
-
-    def _load(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
-        """Load the model inputs of an image and its (width, height)."""
-        image = view.load()
-        return image_inputs(self.row_builder, [image]), image.size
 
     def _tower_is_adapted(self, role: str) -> bool:
         return any(
@@ -230,7 +185,17 @@ class Engine:
         Returns their key-value cache, a mask (B, Lp) that is False for padding, and the first position of each row's
         branches.
         """
-        prefixes = [_select_tokens(row, row.segments == 0) for row in rows]
+        prefixes = [row.select(row.segments == 0) for row in rows]
+        starts = [int(prefix.positions.max()) + 1 for prefix in prefixes]
+        if self._adapt_from != "prefix":
+            with switched_off(self._layers):
+                return *self._prefill_after_images(prefixes, features), starts
+        return *self._run_prefixes(prefixes, features), starts
+
+    def _run_prefixes(
+        self, prefixes: Sequence[Row], features: tuple[torch.Tensor, ...]
+    ) -> tuple[DynamicCache, torch.Tensor]:
+        """Return the key-value cache of prefixes, and a mask (B, Lp) that is False for padding."""
         batch = {
             name: tensor.to(self.device) for name, tensor in pad_rows(prefixes, self.row_builder.pad_token_id).items()
         }
@@ -244,7 +209,50 @@ class Engine:
             past_key_values=cache,
             use_cache=True,
         )
-        return cache, batch["segments"] != PADDING, [int(prefix.positions.max()) + 1 for prefix in prefixes]
+        return cache, batch["segments"] != PADDING
+
+    def _prefill_after_images(
+        self, prefixes: Sequence[Row], features: tuple[torch.Tensor, ...]
+    ) -> tuple[DynamicCache, torch.Tensor]:
+        """As `_run_prefixes`, but the tokens up to the last image run only once for all calls in a row that need them.
+
+        They run one exchange at a time: in a batch, the lowest bits would depend on what is there already.
+        """
+        looks, rest, remaining = [], [], iter(features)
+        for prefix in prefixes:
+            own = tuple(next(remaining) for _ in prefix.exchange.images)
+            images = np.flatnonzero(prefix.input_ids == self.row_builder.image_token_id)
+            end = int(images[-1]) + 1 if len(images) else 1  # every row has a first token
+            looks.append(self._look(prefix.select(slice(end)), own))
+            rest.append(prefix.select(slice(end, None)))
+        cache, visible = join_states(looks)
+        batch = {name: tensor.to(self.device) for name, tensor in pad_rows(rest, self.row_builder.pad_token_id).items()}
+        real = batch["segments"] != PADDING
+        mask = torch.cat([visible, real], dim=1)[:, None].repeat(1, real.shape[1], 1)
+        mask[:, :, visible.shape[1] :].tril_()
+        self.base.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=mask[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache, torch.cat([visible, real], dim=1)
+
+    def _look(self, start: Row, features: tuple[torch.Tensor, ...]) -> States:
+        """Return the keys and values of a prefix up to its last image, and keep up to LOOK_TOKENS of them."""
+        key = self._views(start.exchange)
+        found = self._looks.get(key)
+        if found is None:
+            cache, _ = self._run_prefixes([start], features)
+            layers: list[Any] = cache.layers  # transformers declares layers without keys
+            found = {index: (layer.keys, layer.values) for index, layer in enumerate(layers)}
+            if len(start.input_ids) + sum(one[0][0].shape[-2] for one in self._looks.values()) <= LOOK_TOKENS:
+                self._looks[key] = found
+        return found
+
+    def _views(self, exchange: Exchange) -> tuple[View, ...]:
+        return tuple(views(exchange, self.root, self.corruption))
 
     def _decode(
         self,
@@ -269,6 +277,11 @@ class Engine:
         mask = visible[:, None, :].repeat(1, length, 1)
         mask[:, :, -length:] &= causal
 
+        if self._adapt_from == "answer":
+            own = len(self.row_builder.generation_prompt)  # every branch ends with it
+            with switched_off(self._layers):
+                self._step(tokens[:, :-own], positions[:, :-own], mask[:, :-own, :-own], cache)
+            tokens, positions, mask = tokens[:, -own:], positions[:, -own:], mask[:, -own:]
         logits = self._step(tokens, positions, mask, cache)
         scores = torch.log_softmax(logits, dim=-1)
         letters = [
@@ -327,14 +340,3 @@ class Engine:
             use_cache=True,
         ).last_hidden_state
         return float32_logits(self.base.lm_head, hidden[:, -1])
-
-
-def _select_tokens(row: Row, tokens: Any) -> Row:
-    return Row(
-        row.exchange,
-        row.input_ids[tokens],
-        row.labels[tokens],
-        row.segments[tokens],
-        row.positions[:, tokens],
-        row.grids,
-    )

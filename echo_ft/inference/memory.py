@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from echo_ft.inference.engine import PREFILL_TOKENS, RECENT_IMAGES
+from echo_ft.inference.engine import PREFILL_TOKENS
 from echo_ft.model.activations import CUDA_CONTEXT
+from echo_ft.model.vision import RECENT_IMAGES
 from echo_ft.records import ROLES
 from echo_ft.terminal import align_columns, format_gib
 

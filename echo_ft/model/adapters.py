@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from safetensors import safe_open
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
-from echo_ft.files import flush, write_text
+from echo_ft.files import flush, write_json, write_text
 from echo_ft.inputs import from_dict, read_json_object
+from echo_ft.model.adapter_layers import act_when_switched_on
 from echo_ft.model.loading import base_fingerprint, require_finite, why_unusable
 from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, versions, write_sums
 from echo_ft.records import ROLES
@@ -63,6 +64,10 @@ class AdapterCard:
     """`4bit` or `8bit` if training quantized the base model; runs and exports load it unquantized."""
     mask_loss: float = 0.0
     """Weight of the mask loss beside the loss of the completions."""
+    adapt_from: str = "prefix"
+    """Where the adapter begins to act, one of rows.ADAPT_FROM."""
+    invocation_tokens: list[int] = field(default_factory=list)
+    """The tokens from which an adapter acts that acts from the answer on."""
     best_step: int = 0
     """Step of the checkpoint that load_best_model_at_end chose; 0 if these are the weights of the last step."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -97,10 +102,13 @@ def make_card(
     quantization: str = "",
     mask_loss: float = 0.0,
     training: Mapping[str, Any] | None = None,
+    adapt_from: str = "prefix",
+    invocation_tokens: Sequence[int] = (),
 ) -> AdapterCard:
     """Make the card for an adapter that is being trained with the current code and packages.
 
-    `training` holds JSON values.
+    `training` holds JSON values. `invocation_tokens` is RowBuilder.generation_prompt if the adapter acts from the
+    answer on.
 
     Raises EchoError if the base model's weights are not found (`base_fingerprint`).
     """
@@ -123,6 +131,8 @@ def make_card(
         upstream=dataset.manifest.get("upstream", "gold"),
         quantization=quantization,
         mask_loss=mask_loss,
+        adapt_from=adapt_from,
+        invocation_tokens=list(invocation_tokens),
         training=dict(training or {}),
     )
 
@@ -130,8 +140,12 @@ def make_card(
 def write_card(folder: Path, card: AdapterCard) -> None:
     """Write a README.md with the card's facts into the adapter's folder, the checksums of its files, and the card.
 
-    The card comes last, because it marks the adapter as complete.
+    An adapter that acts from the answer on becomes an aLoRA in PEFT's format, whose weights are those of a LoRA. The
+    card comes last, because it marks the adapter as complete.
     """
+    if card.invocation_tokens:
+        config = folder / "adapter_config.json"
+        write_json(config, read_json_object(config) | {"alora_invocation_tokens": card.invocation_tokens})
     write_text(folder / "README.md", _readme(card))  # replaces the template that PEFT or TRL leaves
     text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
@@ -152,7 +166,17 @@ def _readme(card: AdapterCard) -> str:
         f"---\nbase_model: {card.base_model}\n---\n\n# {card.role}\n\nOne of the four experts of echo-ft, fine-tuned "
         f"from `{card.base_model}` on `{card.dataset}`. It expects the prompt version and the pixel budget in the "
         "table below. `python -m evaluation.run --adapters FOLDER` checks both before a run.\n"
-        f"{verdicts}\n| field | value |\n|---|---|\n{table}\n"
+        f"{_where_it_acts(card)}{verdicts}\n| field | value |\n|---|---|\n{table}\n"
+    )
+
+
+def _where_it_acts(card: AdapterCard) -> str:
+    if card.adapt_from == "prefix":
+        return ""
+    plain = "PEFT does the same." if card.adapt_from == "answer" else "PEFT alone would apply it to the images too."
+    return (
+        f"\nIt acts from the {card.adapt_from} on: the base model computes the images and what all questions share. "
+        f"{plain}\n"
     )
 
 
@@ -236,14 +260,27 @@ def _require_match(path: Path, card: AdapterCard, min_pixels: int, max_pixels: i
             raise EchoError(f"{path} was trained with {name} {trained}, but this run uses {required}; {remedy}")
 
 
+def require_whole_prompt(adapters: Mapping[str, Adapter], user: str) -> None:
+    """Raise EchoError if one of the `adapters` acts after the prefix, and `user` applies adapters to whole prompts."""
+    for role, adapter in adapters.items():
+        if adapter.card.adapt_from != "prefix":
+            raise EchoError(
+                f"{adapter.path} acts only from the {adapter.card.adapt_from} on (adapt_from), but {user} applies an "
+                f"adapter to the whole prompt; train {role} with adapt_from: prefix, or use the folder of adapters "
+                "with a local model: evaluation.run, or Inspector.from_adapters"
+            )
+
+
 def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
     """Attach one LoRA adapter per role to a single base model, named after the role; `set_adapter(role)` switches.
 
     Adapters take the dtype of the base model. PEFT would load them in float32 and widen every activation of a bfloat16
-    model: 5.6 GiB at 7B. Raises EchoError if an adapter's weights do not fit the model exactly.
+    model: 5.6 GiB at 7B. `adapt_from` of the result says where each role's adapter begins to act. Raises EchoError if
+    an adapter has no card, or if its weights do not fit the model exactly.
     """
     from peft import PeftModel
 
+    starts = {role: read_card(path).adapt_from for role, path in adapters.items()}
     for role, path in adapters.items():
         try:
             if isinstance(model, PeftModel):
@@ -260,6 +297,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
             else:
                 model = PeftModel.from_pretrained(model, str(path), adapter_name=role, autocast_adapter_dtype=False)
             _check_weights(model, role, path)
+            act_when_switched_on(model, role)
         except (MemoryError, EchoError):
             raise
         except Exception as error:
@@ -267,6 +305,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
                 f"the adapter in {path} does not fit the base model: {why_unusable(error)}; train it again, or use its "
                 "own base model"
             ) from error
+    model.adapt_from = starts
     return model.eval()
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
     from transformers import DynamicCache
+
+    from echo_ft.model.attention import States
 from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
 
 
@@ -79,6 +81,25 @@ def pack_rows(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def split_rows(rows: Sequence[Row], adapted: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Split the tokens of `pack_rows` into those of the base model and those that an adapter acts on.
+
+    `adapted` has `RowBuilder.adapted_tokens` of each row. Returns base_tokens (F,) and adapted_tokens (A,), ascending
+    indices in the packed row; `base_lengths` with the (prefix length, tokens of the base model) of each row; and
+    `adapted_lengths` with its number of adapted tokens.
+    """
+    import torch
+
+    whole = np.concatenate(adapted)
+    counts = [int(own.sum()) for own in adapted]
+    return {
+        "base_tokens": torch.from_numpy(np.flatnonzero(~whole)),
+        "adapted_tokens": torch.from_numpy(np.flatnonzero(whole)),
+        "base_lengths": [(row.prefix_length, len(row.segments) - own) for row, own in zip(rows, counts, strict=True)],
+        "adapted_lengths": counts,
+    }
+
+
 def make_attention_mask(segments: torch.Tensor) -> torch.Tensor:
     """Return the attention mask (B, 1, L, L) bool for segments (B, L).
 
@@ -107,6 +128,27 @@ def float32_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     wide = hidden.float()
     # In blocks: a float32 copy of a 7B's whole output layer would take 2 GiB.
     return torch.cat([wide @ block.float().t() for block in head.weight.split(16_384)], dim=1)
+
+
+def join_states(states: Sequence[States]) -> tuple[DynamicCache, torch.Tensor]:
+    """Join keys and values of B prefixes, one each, into a cache that is right-padded to the longest of L tokens.
+
+    Also returns a mask (B, L) that is False for padding.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    lengths = torch.tensor([own[0][0].shape[-2] for own in states], device=states[0][0][0].device)
+    longest = int(lengths.max())
+    cache = DynamicCache()
+    for layer in states[0]:
+        pairs = [own[layer] for own in states]
+        keys, values = (
+            torch.cat([torch.nn.functional.pad(one, (0, 0, 0, longest - one.shape[-2])) for one in part])
+            for part in zip(*pairs, strict=True)
+        )
+        cache.update(keys, values, layer)
+    return cache, torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
 
 
 def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:

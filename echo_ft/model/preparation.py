@@ -9,6 +9,7 @@ import torch
 
 from echo_ft.errors import EchoError
 from echo_ft.model import attention
+from echo_ft.model.adapter_layers import adapter_layers, switched_off
 from echo_ft.model.loading import PARAMETER_GROUPS, parameter_group, project_patches
 from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_once
 
@@ -16,12 +17,15 @@ from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_o
 def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dict[str, Any]:
     """Return the keyword arguments of the model for a collated batch, without the labels.
 
-    attention.attend reads `spans`, and vision.encode_images_once reads `images`. `implementation` is one of
-    attention.IMPLEMENTATIONS.
+    attention.attend and run_base_first read `spans`, and vision.encode_images_once reads `images`. `implementation` is
+    one of attention.IMPLEMENTATIONS.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    make_masks = attention.make_block_mask if implementation == "flex_attention" else attention.make_spans
-    inputs["spans"] = make_masks(batch["segments"], batch["lengths"])
+    if "adapted_tokens" in batch:
+        inputs["spans"] = attention.make_split(batch, implementation)
+    else:
+        make_masks = attention.make_block_mask if implementation == "flex_attention" else attention.make_spans
+        inputs["spans"] = make_masks(batch["segments"], batch["lengths"])
     if batch["image_order"] or batch["image_views"]:
         inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
         inputs["images"] = BatchImages(batch["image_order"], batch["image_views"], batch["image_features"])
@@ -35,6 +39,7 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
     """
     project_patches(model)
     encode_images_once(model, store)
+    run_base_first(model)
     model.set_attn_implementation({"text_config": attention.ATTENTION_NAME})
 
     def select(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -45,17 +50,44 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
     model.model.register_forward_hook(select, with_kwargs=True)
 
 
+def run_base_first(model: Any) -> None:
+    """Patch the language model of a Qwen2-VL to run a packed row in two parts if its spans are an `attention.Split`.
+
+    The base model computes the first part without a graph. The adapter computes the second one on the keys and values
+    of the first. Nothing of the first part depends on the adapter, so the gradients are those of the whole row.
+    """
+    language = model.model.language_model
+    run, layers = language.forward, adapter_layers(model)
+
+    def forward(*args: Any, spans: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(spans, attention.Split):
+            return run(*args, spans=spans, **kwargs)
+        embedded, positions = kwargs.pop("inputs_embeds"), kwargs.pop("position_ids")
+
+        def run_part(tokens: torch.Tensor, part: Any, **states: attention.States) -> Any:
+            own = {"inputs_embeds": embedded[:, tokens], "position_ids": positions[..., tokens]}
+            return run(*args, **own, spans=part, **states, **kwargs)
+
+        base: attention.States = {}
+        with torch.no_grad(), switched_off(layers):
+            run_part(spans.base_tokens, spans.base_spans, record=base)
+        output = run_part(spans.adapted_tokens, spans.adapted_spans, base=base)
+        hidden = output.last_hidden_state
+        whole = hidden.new_zeros(embedded.shape)  # nothing reads the hidden states of the first part
+        output.last_hidden_state = whole.index_copy(1, spans.adapted_tokens, hidden)
+        return output
+
+    language.forward = forward
+
+
 def keep_adapter_input_dtype(model: Any) -> None:
     """Let LoRA layers take the inputs of bfloat16 autocast without converting them to float32 first.
 
     PEFT (0.21) converts every input to the dtype of its float32 adapter, and autocast converts it back: 1.2 GiB of a
     7B's peak memory and three more passes over each input, for the same result up to bfloat16 rounding.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+    for layer in adapter_layers(model):
+        layer.cast_input_dtype_enabled = False
 
 
 def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> Any:

@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from echo_ft.records import Branch, Exchange
 
 IGNORED = -100
 """Label of tokens that are not trained on."""
+
+ADAPT_FROM = ("prefix", "branch", "answer")
+"""Where an adapter begins to act: everywhere, from the branch on, or from the answer on."""
 
 PADDING = -1
 """Segment of padding tokens. The prefix is segment 0; branches count from 1."""
@@ -51,6 +55,11 @@ class Row:
         """Number of tokens that all branches share."""
         return int((self.segments == 0).sum())
 
+    def select(self, tokens: Any) -> Row:
+        """Return the row with only some tokens, which index its arrays."""
+        arrays = (self.input_ids[tokens], self.labels[tokens], self.segments[tokens], self.positions[:, tokens])
+        return Row(self.exchange, *arrays, self.grids)
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -60,6 +69,8 @@ class Lengths:
     branches: tuple[int, ...]
     completions: tuple[int, ...]
     """Tokens of each completion up to the one that ends it, as a run must generate them."""
+    answers: tuple[int, ...]
+    """Tokens of each branch from the generation prompt on."""
     labels: int
     grids: tuple[tuple[int, int, int], ...]
     """(t, h, w) of each image, in patches."""
@@ -126,6 +137,30 @@ class RowBuilder:
             grids,
         )
 
+    def adapted_tokens(self, row: Row, adapt_from: str) -> np.ndarray:
+        """Return which tokens of a row an adapter acts on, (tokens,) bool; `adapt_from` is one of ADAPT_FROM.
+
+        From `branch` on, these are the branches. From `answer` on, they are the generation prompt of the chat template,
+        as in PEFT's aLoRA (arXiv 2504.12397), and the completion.
+        """
+        if adapt_from == "prefix":
+            return np.ones(len(row.segments), dtype=np.bool_)
+        adapted = row.segments > 0
+        if adapt_from == "answer":
+            for number in range(1, len(row.exchange.branches) + 1):
+                (places,) = np.nonzero(row.segments == number)
+                prompt = places[row.labels[places] == IGNORED]
+                adapted[prompt[: -len(self.generation_prompt)]] = False
+        return adapted
+
+    @cached_property
+    def generation_prompt(self) -> list[int]:
+        """The tokens with which the chat template begins every answer."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": _PLACEHOLDER}]}]
+        question = self.processor.apply_chat_template(messages, tokenize=False)
+        prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._encode([prompt.removeprefix(question)])[0]
+
     def load_row(self, exchange: Exchange, root: Path) -> Row:
         """Like `row`, with the image sizes read from the file headers. Also raises EchoError for an unreadable file."""
         return self.row(exchange, [image_size(root / image) for image in exchange.images])
@@ -140,7 +175,8 @@ class RowBuilder:
         prompts, completions = list(map(len, parts[::2])), list(map(len, parts[1::2]))
         branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
         generated = tuple(length - ends for length in completions if length)
-        return Lengths(len(prefix) - len(grids) + tokens, branches, generated, sum(completions), tuple(grids))
+        answers = tuple(len(self.generation_prompt) + length for length in completions)
+        return Lengths(len(prefix) - len(grids) + tokens, branches, generated, answers, sum(completions), tuple(grids))
 
     def pretokenize(self, exchanges: Sequence[Exchange]) -> None:
         """Tokenize the texts of several exchanges in one call, which uses all cores."""

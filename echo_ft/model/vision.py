@@ -6,7 +6,9 @@ Shapes: P patches; features are (tokens, hidden) per image.
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.images import corruptions
+from echo_ft.images.decode import READER_THREADS
 from echo_ft.images.views import View
 from echo_ft.inputs import read_bytes
+from echo_ft.model.batches import image_inputs
+from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import remove_left_over_files
 from echo_ft.provenance import code_fingerprint
 from echo_ft.terminal import LOGGER
@@ -30,6 +35,80 @@ FEATURES_FORMAT = 2
 
 CORRUPTION_FINGERPRINT = code_fingerprint(Path(corruptions.__file__))
 """Fingerprint of the corruption code, which determines the features of corrupted images."""
+
+
+RECENT_IMAGES = 128
+"""Number of recently used images with cached features; more than a batch has."""
+
+ImageFeature = tuple[torch.Tensor, tuple[int, int]]
+"""The vision tower's features of an image, (tokens, hidden), and the image's (width, height) in pixels."""
+
+
+class ImageFeatureCache:
+    """Cache of image features, shared by engines with the same model and pixel budget.
+
+    It keeps the first features that fit into `max_bytes` and evicts nothing. Every run visits the images in the same
+    order, so an LRU cache that cannot hold them all would never hit.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self._features: dict[tuple[str, View], ImageFeature] = {}
+
+    def get(self, key: tuple[str, View]) -> ImageFeature | None:
+        """Return the features of a view for a role, or None if they are not cached."""
+        return self._features.get(key)
+
+    def add(self, key: tuple[str, View], feature: ImageFeature) -> None:
+        """Cache the features of a view for a role if they fit."""
+        if self.used_bytes + feature[0].nbytes <= self.max_bytes:
+            self.used_bytes += feature[0].nbytes
+            self._features[key] = feature
+
+
+class ImageEncoder:
+    """Encodes images with the vision tower of a loaded Qwen2-VL and keeps the features of RECENT_IMAGES."""
+
+    def __init__(self, model: Any, row_builder: RowBuilder, shared: ImageFeatureCache | None) -> None:
+        self.model = model
+        self.row_builder = row_builder
+        self._shared = shared
+        self._recent: OrderedDict[tuple[str, View], ImageFeature] = OrderedDict()
+
+    def encode(self, owner: str, images: Sequence[View]) -> list[ImageFeature]:
+        """Return the features of each image, from the caches or the vision tower.
+
+        `owner` is the role whose adapter changes the vision tower, or empty if none does.
+        """
+        found = {view: feature for view in images if (feature := self._find((owner, view))) is not None}
+        missing = [view for view in dict.fromkeys(images) if view not in found]
+        with ThreadPoolExecutor(READER_THREADS) as pool:
+            # One image at a time: in a batch, the lowest bits would depend on which images are not cached yet.
+            for view, (inputs, size) in zip(missing, pool.map(self._load, missing), strict=True):
+                (encoded,) = self.model.model.get_image_features(
+                    inputs["pixel_values"].to(self.model.device),
+                    inputs["image_grid_thw"].to(self.model.device),
+                    return_dict=True,
+                ).pooler_output
+                found[view] = encoded, size
+                if self._shared is not None:
+                    self._shared.add((owner, view), found[view])
+        for view, feature in found.items():
+            self._recent[owner, view] = feature
+            self._recent.move_to_end((owner, view))
+        while len(self._recent) > RECENT_IMAGES:
+            self._recent.popitem(last=False)
+        return [found[view] for view in images]
+
+    def _find(self, key: tuple[str, View]) -> ImageFeature | None:
+        shared = None if self._shared is None else self._shared.get(key)
+        return shared or self._recent.get(key)
+
+    def _load(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        """Load the model inputs of an image and its (width, height)."""
+        image = view.load()
+        return image_inputs(self.row_builder, [image]), image.size
 
 
 class TowerFeatureStore:

@@ -53,7 +53,7 @@ def load_training_cases(
     path = dataset.folder / "sft" / config.role / f"{split}.jsonl"
     if not path.is_file():
         raise EchoError(f"there is no {path}; rebuild the dataset with data_prep.build")
-    planned = plan(row_builder, read_jsonl(path, Exchange), dataset.root, config.max_tokens)
+    planned = plan(row_builder, read_jsonl(path, Exchange), dataset.root, config.max_tokens, config.adapt_from)
     if sft.process_index == 0:
         if not config.dry_run:
             write_jsonl(Path(str(sft.output_dir)) / f"rejected_{split}.jsonl", planned.rejected)

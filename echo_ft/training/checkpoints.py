@@ -51,7 +51,7 @@ FREE = (
 
 IRRELEVANT = (
     # The card has its own fields for the first ones.
-    "role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "model_name_or_path",
+    "role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "adapt_from", "model_name_or_path",
     "model_revision", "load_in_4bit", "load_in_8bit", "features", "features_gib", "dry_run", "attn_implementation",
     "output_dir", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict", "use_cpu", "use_cache",
     # What is logged, reported, pushed and saved
@@ -87,7 +87,7 @@ _PEFT_NAMES = {
 
 _MUST_MATCH = (
     "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
-    "quantization", "mask_loss",
+    "quantization", "mask_loss", "adapt_from",
 )  # fmt: skip
 
 

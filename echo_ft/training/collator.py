@@ -16,7 +16,7 @@ from echo_ft.images.corruptions import Corruption
 from echo_ft.images.masks import mask_files
 from echo_ft.images.views import View, views
 from echo_ft.inputs import from_dict
-from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows
+from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows, split_rows
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.records import Exchange, Inspection
@@ -36,6 +36,7 @@ class Collator:
         pixel_dtype: torch.dtype | None = None,
         marks: Mapping[str, Inspection] | None = None,
         digests: Mapping[str, str] | None = None,
+        adapt_from: str = "prefix",
     ) -> None:
         """`root` is the image folder, and `store` holds tower features of earlier epochs, roles and runs.
 
@@ -45,7 +46,8 @@ class Collator:
         `pixel_dtype` is the dtype of the model's weights, to which the model converts its pixels anyway. 16 bits halve
         their size in the workers and on the GPU. `marks` has the inspections by case whose masks the mask loss learns
         from; without it, there is no mask loss. `digests` has the SHA-256 of each image and mask; a file that differs
-        raises EchoError when it is first read.
+        raises EchoError when it is first read. `adapt_from`, one of rows.ADAPT_FROM, says where the adapter begins to
+        act.
         """
         self.row_builder = row_builder
         self.root = root
@@ -55,6 +57,7 @@ class Collator:
         self.marks = marks
         self.digests = digests
         self._verified: set[str] = set()
+        self.adapt_from = adapt_from
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchanges, corruptions = [], []
@@ -71,8 +74,9 @@ class Collator:
         """Pack `rows` into one row, with the pixels of each distinct image that `store` does not hold.
 
         `corruptions` has one entry per row, for its query; by default no query is corrupted. In addition to the keys of
-        `batches.pack_rows`, the batch has pixel_values (P, C), image_grid_thw (images, 3), and `image_order`,
-        `image_views` and `image_features` as in vision.BatchImages.
+        `batches.pack_rows`, and of `batches.split_rows` unless the adapter acts everywhere, the batch has pixel_values
+        (P, C), image_grid_thw (images, 3), and `image_order`, `image_views` and `image_features` as in
+        vision.BatchImages.
         """
         pairs = zip(rows, corruptions or [None] * len(rows), strict=True)
         ordered = [view for row, corruption in pairs for view in views(row.exchange, self.root, corruption)]
@@ -85,11 +89,13 @@ class Collator:
             new, image = [None], blank_image_inputs(self.row_builder)
         number = {view: index for index, view in enumerate((*new, *known))}
         order = [number[view] for view in ordered]
+        adapted = [self.row_builder.adapted_tokens(row, self.adapt_from) for row in rows]
         return {
             **pack_rows(rows),
+            **({} if self.adapt_from == "prefix" else split_rows(rows, adapted)),
             **image,
             "pixel_values": image["pixel_values"].to(self.pixel_dtype),
-            "work_counts": astuple(text_work(rows) + image_work(image["image_grid_thw"].tolist())),
+            "work_counts": astuple(text_work(rows, adapted) + image_work(image["image_grid_thw"].tolist())),
             "image_order": order,
             "image_views": new,
             "image_features": list(known.values()),

@@ -16,7 +16,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import MAX_LORA_SCALE
-from echo_ft.model.loading import check_lora_targets
+from echo_ft.model.loading import check_lora_targets, parameter_group
+from echo_ft.model.rows import ADAPT_FROM
 from echo_ft.records import ROLES
 
 
@@ -66,6 +67,14 @@ class EchoConfig:
         metadata={
             "help": "Weight of the mask loss beside the loss of the completions, from 0 (off) to 1. Light heads learn "
             "from masks, boxes or polygons which image tokens of the query show the defect."
+        },
+    )
+    adapt_from: str = field(
+        default="prefix",
+        metadata={
+            "help": "Where the adapter begins to act: everywhere, from the branch on, or from the answer on. The base "
+            "model computes what comes before, without a backward pass.",
+            "choices": list(ADAPT_FROM),
         },
     )
     early_stopping_patience: int | None = field(
@@ -152,6 +161,32 @@ def check_early_stopping(config: EchoConfig, sft: SFTConfig) -> None:
             "early_stopping_patience is set without load_best_model_at_end, so training would stop late and keep the "
             "last weights; set load_best_model_at_end: true"
         )
+
+
+def check_adapt_from(config: EchoConfig, base: ModelConfig, model: Any) -> None:
+    """Raise EchoError for options that an adapter cannot have that acts after the prefix.
+
+    `model` is what will be trained; it may be on the meta device.
+    """
+    name = f"adapt_from {config.adapt_from}"
+    if config.adapt_from == "prefix":
+        return
+    if not base.use_peft:
+        raise EchoError(f"{name} needs an adapter; set use_peft: true, or adapt_from: prefix")
+    for weight, tensor in model.named_parameters():
+        part = parameter_group(weight)
+        if tensor.requires_grad and part != "language model":
+            module = weight.partition(".lora_")[0].partition("visual.")[2]
+            raise EchoError(
+                f"{name} trains nothing that runs before it, but lora_target_modules names {module} of the {part}; "
+                "name only modules of the language model, such as q_proj and v_proj, or set adapt_from: prefix"
+            )
+    refused = {"mask_loss": config.mask_loss, "lora_modules_to_save": base.lora_modules_to_save}
+    if config.adapt_from == "answer":
+        refused["use_dora"] = base.use_dora  # PEFT (0.21) has no aLoRA with DoRA
+    for option, value in refused.items():
+        if value:
+            raise EchoError(f"{name} is incompatible with {option}; remove {option}, or set adapt_from: prefix")
 
 
 class EarlyStopping(EarlyStoppingCallback):

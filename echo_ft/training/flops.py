@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from echo_ft.model.loading import parameter_group
 from echo_ft.model.rows import IGNORED, Row
@@ -43,6 +44,10 @@ class WorkCounts:
     patches: int = 0
     patch_pairs: int = 0
     """Pairs of two patches of the same image."""
+    base_tokens: int = 0
+    """Of the tokens, those that only the base model computes, without a backward pass."""
+    base_pairs: int = 0
+    """Of the pairs, those of `base_tokens`."""
 
     def __add__(self, other: WorkCounts) -> WorkCounts:
         return WorkCounts(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
@@ -57,31 +62,47 @@ class UnitCosts:
     label: float
     patch: float
     patch_pair: float
+    base_token: float
+    """A token that only the base model computes."""
 
     def flops(self, counts: WorkCounts) -> float:
         """FLOPs of the work in `counts`."""
         return (
-            self.token * counts.tokens
-            + self.pair * counts.pairs
+            self.token * (counts.tokens - counts.base_tokens)
+            + self.base_token * counts.base_tokens
+            + self.pair * (counts.pairs - counts.base_pairs * 2 / 3)  # two thirds are the backward pass
             + self.label * counts.labels
             + self.patch * counts.patches
             + self.patch_pair * counts.patch_pairs
         )
 
 
-def text_work(rows: Iterable[Row]) -> WorkCounts:
-    """The language model's work for `rows`."""
+def text_work(rows: Iterable[Row], adapted: Sequence[NDArray[np.bool_]] | None = None) -> WorkCounts:
+    """The language model's work for `rows`. `adapted` says which tokens an adapter acts on; by default on all."""
     total = WorkCounts()
-    for row in rows:
+    for index, row in enumerate(rows):
         prefix, *branches = np.bincount(row.segments).tolist()
-        total += row_work(prefix, branches, int((row.labels != IGNORED).sum()))
+        own = None if adapted is None else np.bincount(row.segments[adapted[index]], minlength=len(branches) + 1)
+        after_prefix = None if own is None or own[0] else own[1:].tolist()
+        total += row_work(prefix, branches, int((row.labels != IGNORED).sum()), after_prefix)
     return total
 
 
-def row_work(prefix: int, branches: Sequence[int], labels: int) -> WorkCounts:
-    """The language model's work for one row, from the numbers of prefix tokens, tokens per branch and labels."""
-    pairs = prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in branches)
-    return WorkCounts(tokens=prefix + sum(branches), pairs=pairs, labels=labels)
+def row_work(prefix: int, branches: Sequence[int], labels: int, adapted: Sequence[int] | None = None) -> WorkCounts:
+    """The language model's work for one row, from the numbers of prefix tokens, tokens per branch and labels.
+
+    `adapted` has the number of tokens at the end of each branch that an adapter acts on; None means that it acts on the
+    whole row.
+    """
+
+    def pairs(lengths: Iterable[int]) -> int:
+        return prefix * (prefix + 1) // 2 + sum(length * prefix + length * (length + 1) // 2 for length in lengths)
+
+    work = WorkCounts(tokens=prefix + sum(branches), pairs=pairs(branches), labels=labels)
+    if adapted is None:
+        return work
+    base = [length - own for length, own in zip(branches, adapted, strict=True)]
+    return work + WorkCounts(base_tokens=prefix + sum(base), base_pairs=pairs(base))
 
 
 def image_work(grids: Iterable[Iterable[int]]) -> WorkCounts:
@@ -104,7 +125,7 @@ def unit_costs(model: Any) -> UnitCosts:
     input_gradient = {"language model": True, "merger": tower or "merger" in trained, "vision tower": tower}
     vision, text = model.config.vision_config, model.config.text_config
     merged = vision.spatial_merge_size**2
-    totals = {"language model": 0.0, "head": 0.0, "vision tower": 0.0, "merger": 0.0}
+    totals = {"language model": 0.0, "base": 0.0, "head": 0.0, "vision tower": 0.0, "merger": 0.0}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv3d):
             # Do not use the size of the weight: under ZeRO-3 it is empty on each rank.
@@ -117,6 +138,8 @@ def unit_costs(model: Any) -> UnitCosts:
         else:
             continue
         totals["head" if "lm_head" in name else part] += 2 * weights * (1 + backward)
+        if part == "language model" and "lm_head" not in name and not module.weight.requires_grad:
+            totals["base"] += 2 * weights
     attention = 4 * text.num_hidden_layers * text.hidden_size
     return UnitCosts(
         token=totals["language model"],
@@ -124,6 +147,7 @@ def unit_costs(model: Any) -> UnitCosts:
         label=totals["head"],
         patch=totals["vision tower"] + totals["merger"] / merged,
         patch_pair=4 * vision.depth * vision.embed_dim * (3 if tower else 1),
+        base_token=totals["base"],
     )
 
 

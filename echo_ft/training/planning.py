@@ -108,8 +108,13 @@ def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
     return [*starts, count]
 
 
-def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max_tokens: int) -> Plan:
-    """Plan all rows of `exchanges`. Unusable rows are rejected by name, never truncated."""
+def plan(
+    row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max_tokens: int, adapt_from: str = "prefix"
+) -> Plan:
+    """Plan all rows of `exchanges`, for an adapter that acts from `adapt_from` on (rows.ADAPT_FROM).
+
+    Unusable rows are rejected by name, never truncated.
+    """
     planned = Plan()
     rows = iter(exchanges)
     index = -1
@@ -127,6 +132,7 @@ def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max
                 reason = f"{row.tokens} tokens, more than max_tokens {max_tokens}; lower max_pixels or raise max_tokens"
                 planned.rejected.append(Rejection(name, reason))
                 continue
+            adapted = {"prefix": None, "branch": row.branches, "answer": row.answers}[adapt_from]
             planned.too_long.extend(length for length in row.completions if length > MAX_NEW_TOKENS)
             planned.rows.append(
                 PlannedRow(
@@ -135,7 +141,7 @@ def plan(row_builder: RowBuilder, exchanges: Iterable[Exchange], root: Path, max
                     exchange.branches[0].id,
                     row.prefix,
                     len(row.branches),
-                    row_work(row.prefix, row.branches, row.labels),
+                    row_work(row.prefix, row.branches, row.labels, adapted),
                     dict(zip(exchange.images, row.grids, strict=True)),
                 )
             )

@@ -377,6 +377,19 @@ def test_weights_that_do_not_fit_are_refused(copied):
         attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {"decision_maker": copied / "decision_maker"})
 
 
+def test_adapters_that_act_after_the_prefix_run_here_but_not_on_a_server_or_from_a_bundle(dataset, tmp_path):
+    folder = random_adapters(tmp_path / "adapters", dataset, adapt_from={"decision_maker": "answer"})
+    late = ["--adapters", str(folder)]
+    run_evaluation(dataset, tmp_path / "run", *late, "--max_new_tokens", "4")
+    assert all(one.parsed or one.text for one in rows(tmp_path / "run", "predictions.jsonl", Prediction))
+    refused = r"decision_maker acts only from the answer on .*train decision_maker with adapt_from: prefix, or use"
+    with pytest.raises(EchoError, match=refused):
+        run_evaluation(dataset, tmp_path / "served", *late, "--server", "http://127.0.0.1:9/v1")
+    with pytest.raises(EchoError, match=refused):
+        export_main([*late, "--output", str(tmp_path / "bundle"), "--references", "none", "--merge", "none"])
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -135,6 +135,16 @@ def test_an_exchanged_adapter_is_named_even_with_new_checksums(copied):
         bundle_adapters(copied, read_bundle(copied), str(ECHO_TINY))
 
 
+def test_an_adapter_that_acts_after_the_prefix_is_refused(copied):
+    folder = copied / "adapters" / "decision_maker"
+    card = json.loads((folder / "echo_ft.json").read_text())
+    (folder / "echo_ft.json").write_text(json.dumps(card | {"adapt_from": "branch"}))
+    seal_folder(folder)
+    write_checksums(copied)
+    with pytest.raises(EchoError, match=r"decision_maker acts only from the branch on .*, but a bundle applies"):
+        bundle_adapters(copied, read_bundle(copied), str(ECHO_TINY))
+
+
 def test_a_base_model_that_has_moved_is_named_with_the_remedy(copied):
     described = read_bundle(copied)
     with pytest.raises(EchoError, match=r"the base model no/where of .* is not here .*; pass its folder as base_model"):

@@ -20,10 +20,11 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
-from echo_ft.inference.engine import Engine, ImageFeatureCache
+from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import attach_adapters
 from echo_ft.model.batches import float32_logits
 from echo_ft.model.loading import load_model, load_processor
+from echo_ft.model.vision import ImageEncoder, ImageFeatureCache
 from echo_ft.records import ROLES, Prediction
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, ROOT, make_case, make_dataset, random_adapters
@@ -110,7 +111,7 @@ def test_batches_order_and_cached_features_do_not_change_answers(model, row_buil
     together = engine.generate("decision_maker", exchanges)
     again = engine.generate("decision_maker", exchanges)
     one_by_one = [engine.generate("decision_maker", [exchange])[0] for exchange in reversed(exchanges)][::-1]
-    monkeypatch.setattr("echo_ft.inference.engine.RECENT_IMAGES", 1)
+    monkeypatch.setattr("echo_ft.model.vision.RECENT_IMAGES", 1)
     small = Engine(model, row_builder, tmp_path, max_new_tokens=8).generate("decision_maker", exchanges)
     for other in (again, one_by_one, small):
         assert texts(other) == texts(together)
@@ -167,9 +168,9 @@ def test_an_image_is_encoded_only_once(model, row_builder, exchanges, tmp_path, 
 
 def test_later_engines_find_the_first_features_that_fit(model, row_builder, exchanges, tmp_path, monkeypatch):
     """Engines visit the same images one after another; the second cache holds only half of them."""
-    monkeypatch.setattr("echo_ft.inference.engine.RECENT_IMAGES", 1)
-    loaded, load = [], Engine._load
-    monkeypatch.setattr(Engine, "_load", lambda self, view: loaded.append(view) or load(self, view))
+    monkeypatch.setattr("echo_ft.model.vision.RECENT_IMAGES", 1)
+    loaded, load = [], ImageEncoder._load
+    monkeypatch.setattr(ImageEncoder, "_load", lambda self, view: loaded.append(view) or load(self, view))
     count = len({image for exchange in exchanges for image in exchange.images})
     full = ImageFeatureCache(2**30)
     expected = Engine(model, row_builder, tmp_path, max_new_tokens=4, features=full).generate(

@@ -2,9 +2,9 @@
 
 One of the two processes has no image.
 
-torchrun starts this script with a folder for drawn images as its argument. accelerate (1.15) supports FSDP only on
-GPUs. The script therefore calls PyTorch's fully_shard on the blocks that recipes/accelerate/fsdp2.yaml names and on the
-whole model. It does not test how accelerate prepares a model.
+torchrun starts this script with a folder for drawn images and a value of adapt_from as its arguments. accelerate (1.15)
+supports FSDP only on GPUs. The script therefore calls PyTorch's fully_shard on the blocks that
+recipes/accelerate/fsdp2.yaml names and on the whole model. It does not test how accelerate prepares a model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_adapter(model: Any, whole: bytes) -> None:
         assert weights == {}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, adapt_from: str) -> None:
     dist.init_process_group("gloo")
     root = folder / str(dist.get_rank())
     root.mkdir()
@@ -70,11 +70,12 @@ def main(folder: Path) -> None:
         Exchange("decision_maker", "a", (), "", branches[:1], "1"),
         Exchange("decision_maker", "b", names, "", branches, "1"),
     ]
-    collator = Collator(row_builder, root, always_encode=True)
+    collator = Collator(row_builder, root, always_encode=True, adapt_from=adapt_from)
     batches = [collator.batch([row_builder.load_row(exchange, root)]) for exchange in exchanges]
 
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "attn.qkv"])
+    targets = ["q_proj", "v_proj", *(["attn.qkv"] if adapt_from == "prefix" else [])]
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=targets)
     model = get_peft_model(load_model(str(ECHO_TINY), None, "float32"), lora)
     prepare_model(model.get_base_model())
 
@@ -94,7 +95,7 @@ def main(folder: Path) -> None:
     check_adapter(model, whole)
     loss(batches[dist.get_rank()]).backward()
     scale = max(gradient.abs().max() for gradient in expected.values())
-    assert any(gradient.any() for name, gradient in expected.items() if "attn.qkv" in name)
+    assert any(gradient.any() for name, gradient in expected.items() if targets[-1] in name)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             total = weight.grad.full_tensor() * dist.get_world_size()  # FSDP averages over the processes
@@ -102,4 +103,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

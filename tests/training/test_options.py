@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from trl import ModelConfig
 
 from echo_ft.config import build
 from echo_ft.errors import EchoError
 from echo_ft.model.architectures import meta_model
 from echo_ft.training.checks import check_optimizer, check_options, check_precision, check_trained_parts
-from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
+from echo_ft.training.config import EchoConfig, TrainingConfig, check_adapt_from, lora_config
 from echo_ft.training.memory import trainable_meta_model
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import run_in_process, tiny_options
@@ -274,3 +277,51 @@ def test_options_of_peft_train_and_load_again(tmp_path, options):
         name for name, scale in scales.items() if scale == 64 / 16 and name.endswith("layers.0.self_attn.q_proj")
     ]
     assert len(changed) == ("--alpha_pattern" in options)
+
+
+LATE = {"lora_target_modules": ["q_proj", "v_proj"], "mask_loss": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_target_modules": ["q_proj", "attn.qkv"]}, r"names blocks.0.attn.qkv of the vision tower; name only"),
+        ({"lora_target_modules": ["q_proj", "merger.mlp.0"]}, r"names merger.mlp.0 of the merger; name only"),
+        ({"use_peft": False}, "needs an adapter; set use_peft: true, or adapt_from: prefix"),
+        ({"mask_loss": 0.5}, "incompatible with mask_loss; remove mask_loss"),
+        ({"lora_modules_to_save": ["norm"]}, "incompatible with lora_modules_to_save"),
+        ({"use_dora": True}, "incompatible with use_dora"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_an_adapter_after_the_prefix_cannot_have_is_refused(recipe, changed, message):
+    for start in ("branch", "answer"):
+        config, _, base = build(TYPES, {**recipe, **LATE, **changed, "adapt_from": start}, "recipe.yaml")
+        if start == "branch" and "use_dora" in changed:
+            check_adapt_from(config, base, trainable_meta_model(config, base))
+            continue
+        with pytest.raises(EchoError, match=f"adapt_from {start} .*{message}"):
+            check_adapt_from(config, base, trainable_meta_model(config, base))
+
+
+@pytest.mark.parametrize("start", [pytest.param("branch", marks=pytest.mark.slow), "answer"])
+def test_an_adapter_after_the_prefix_trains_resumes_and_says_where_it_acts(tmp_path, start):
+    from echo_ft.model.adapters import read_card
+
+    dataset = make_dataset(tmp_path / "data", train=2, validation=1, test=1)
+    late = ["--adapt_from", start, "--mask_loss", 0, "--lora_target_modules", "q_proj", "v_proj"]
+    once = [*late, "--max_steps", 2, "--per_device_train_batch_size", 1, "--save_strategy", "steps", "--save_steps", 1]
+    run_in_process(*tiny_options("decision_maker", dataset, tmp_path / "out", *once))
+    resumed = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1"]
+    run_in_process(*tiny_options("decision_maker", dataset, tmp_path / "again", *once, *resumed))
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again")]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert any(weight.any() for name, weight in weights[0].items() if "lora_B" in name)
+    assert read_card(tmp_path / "out").adapt_from == start
+    assert f'| adapt_from | "{start}" |' in (tmp_path / "out" / "README.md").read_text()
+    for folder in ("out", "out/checkpoint-1"):
+        tokens = json.loads((tmp_path / folder / "adapter_config.json").read_text())["alora_invocation_tokens"]
+        assert bool(tokens) == (start == "answer")
+    with pytest.raises(EchoError, match=f"was trained with adapt_from {start}, not prefix"):
+        other = [*once, *resumed, "--adapt_from", "prefix"]
+        run_in_process(*tiny_options("decision_maker", dataset, tmp_path / "other", *other))

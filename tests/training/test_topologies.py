@@ -186,9 +186,11 @@ def test_zero_3_does_not_hang_if_a_rank_has_stored_its_images(dataset, tmp_path)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "first"), rel=1e-4)
 
 
-def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
+@pytest.mark.parametrize("adapt_from", ["prefix", pytest.param("answer", marks=pytest.mark.slow)])
+def test_fsdp2_gives_the_gradients_of_one_process(tmp_path, adapt_from):
+    script = ["-m", "tests.support.fully_sharded", str(tmp_path), adapt_from]
     done = subprocess.run(
-        [str(BIN / "torchrun"), "--nproc_per_node=2", "-m", "tests.support.fully_sharded", str(tmp_path)],
+        [str(BIN / "torchrun"), "--nproc_per_node=2", *script],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -196,6 +198,24 @@ def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "start"),
+    [("ddp", "answer"), ("zero2", "branch"), ("zero2", "answer"), ("zero3", "branch"), ("zero3", "answer")],
+)
+def test_two_ranks_train_an_adapter_after_the_prefix_as_one_does(dataset, tmp_path, recipe, start):
+    late = [*LANGUAGE, "--adapt_from", start, "--gradient_checkpointing", "true"]
+    late += ["--adam_epsilon", "1e-2"]  # Adam would raise the rounding of small gradients to whole steps
+    one = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4, *late]
+    launch(*tiny_options("reasoning_expert", dataset, tmp_path / "one", *one, "--mask_loss", 0))
+    two = tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS, *late, "--mask_loss", 0)
+    launch(*two, ranks=2) if recipe == "ddp" else launch_deepspeed(recipe, *two)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert_same_adapter(tmp_path / "two", tmp_path / "one")
+    card = json.loads((tmp_path / "two" / "echo_ft.json").read_text())
+    assert (card["adapt_from"], bool(card["invocation_tokens"])) == (start, start == "answer")
 
 
 @pytest.fixture(scope="module")
