@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 	rm -rf runs/$(NAME) data/$(NAME)
 	$(BIN)/python -m data_prep.build --config recipes/tiny/data.yaml --output data/$(NAME) $(DATA)
 	mkdir -p runs/$(NAME)
-	printf '%s\n' $(ROLES) | xargs -P $(THREADS) -n 1 sh -c '$(BIN)/accelerate launch --quiet \
+	printf '%s\n' $(ROLES) | xargs -P $(THREADS) -n 1 sh -c '$(BIN)/python -m train.launch \
 	  --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS_PER_ROLE) train/sft.py \
 	  --config recipes/tiny/$$0.yaml --dataset data/$(NAME) --output_dir runs/$(NAME)/adapters/$$0 \
 	  --disable_tqdm true --eval_strategy no $(TRAIN) > runs/$(NAME)/$$0.log 2>&1 && echo "trained $$0: runs/$(NAME)/$$0.log" \

@@ -1,6 +1,6 @@
 """Compute the image descriptors of a source ahead of its build, in several processes or on several GPUs.
 
-    accelerate launch -m data_prep.embed --config FILE [--key value ...]
+    python -m train.launch -m data_prep.embed --config FILE [--key value ...]
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m data_prep.embed --config FILE [--key value ...]
 
 FILE is the config of a build. The descriptors go into the folder `cache`, and builds with the same cache read them from

@@ -7,7 +7,7 @@ options in which it differs, and is compared with the cell `baseline`. Every cel
 Cells share results. The model and the image features stay in memory from one cell to the next. `output/utterances`
 caches what the roles generate, so cells with the same prompts share it. Cells that are added later use the same cache.
 Rerun the same command to resume an interrupted ablation. To split the cases of every cell across several processes,
-run `accelerate launch -m evaluation.ablate ...`.
+run `python -m train.launch -m evaluation.ablate ...`.
 
 Writes ablation.json, ablation.md and ablation.html to `output`, and prints the table.
 """

@@ -2,7 +2,7 @@
 
 The run folder receives predictions.jsonl, traces.jsonl and run.json, updated after every case. Rerun the same command
 to resume an interrupted run. To split the cases across several processes or GPUs, launch it with
-`accelerate launch -m evaluation.run ...`; each process writes a shard in the run folder.
+`python -m train.launch -m evaluation.run ...`; each process writes a shard in the run folder.
 
 Without `adapters`, the base model runs the same pipeline with the same prompts and serves as the baseline. With
 `--server`, an OpenAI-compatible server generates the answers, and this command loads no model weights.

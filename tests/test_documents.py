@@ -48,7 +48,7 @@ def flags(command: str) -> list[tuple[str, list[str]]]:
     """Each command of this project in a line of a document, as a module, with the flags that follow it."""
     found = []
     for part in re.split(r"[;|&]|\s#", command):
-        named = re.search(rf"-m ({MODULES})|\b(train/\w+)\.py", part)
+        named = re.search(rf"-m (?!train\.launch\b)({MODULES})|\b(train/\w+)\.py", part)
         if named:
             module = named[1] or named[2].replace("/", ".")
             found.append((module, re.findall(r"\s\[?--(\w+)", part[named.end() :])))
@@ -64,7 +64,7 @@ def test_documents_name_only_options_that_their_commands_have(document, monkeypa
 
 
 def test_an_unknown_option_in_a_document_is_found(monkeypatch):
-    line = "accelerate launch --quiet train/sft.py --config a.yaml --refrences 1; python -m evaluation.run --output x"
+    line = "python -m train.launch train/sft.py --config a.yaml --refrences 1; python -m evaluation.run --output x"
     (first, given), (second, other) = flags(line)
     assert (first, second) == ("train.sft", "evaluation.run")
     assert set(given) - options(first, monkeypatch) == {"refrences"}

@@ -439,7 +439,7 @@ def test_the_agent_of_the_sweep_starts_a_training_with_its_options(tmp_path, mon
     arguments = utils.create_sweep_command_args({"args": values})
     command = [part for chunk in utils.create_sweep_command(sweep["command"])
                for part in (arguments["args"] if chunk == "${args}" else [chunk])]  # fmt: skip
-    recorder = tmp_path / "accelerate"
+    recorder = tmp_path / "python"
     recorder.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     recorder.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "trial1"}

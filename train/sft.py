@@ -1,4 +1,4 @@
-"""Train the adapter of one role: `accelerate launch train/sft.py --config FILE [--key value ...]`.
+"""Train the adapter of one role: `python -m train.launch train/sft.py --config FILE [--key value ...]`.
 
 The options are `EchoConfig` in echo_ft/training/config.py and TRL's SFTConfig and ModelConfig. The adapter and its card
 are saved in `output_dir`; evaluation expects this folder to have the name of the role. With `--use_peft false`, all

@@ -186,7 +186,7 @@ def read_card(folder: Path) -> AdapterCard:
     Raises EchoError if there is no adapter or no readable card.
     """
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
-        raise EchoError(f"there is no adapter in {folder}; train one with `accelerate launch train/sft.py`")
+        raise EchoError(f"there is no adapter in {folder}; train one with `python -m train.launch train/sft.py`")
     try:
         return from_dict(AdapterCard, read_json_object(folder / ADAPTER_CARD))
     except (OSError, ValueError, TypeError) as error:

@@ -116,7 +116,7 @@ def _check_row_options(sft: SFTConfig) -> None:
 def _check_trainer_options(sft: SFTConfig) -> None:
     if sft.n_gpu > 1:
         raise EchoError(
-            "one process sees several GPUs; start one process per GPU (accelerate launch --config_file "
+            "one process sees several GPUs; start one process per GPU (python -m train.launch --config_file "
             "recipes/accelerate/ddp.yaml ...), or select one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     if sft.num_train_epochs == 0 and sft.max_steps <= 0:
@@ -153,7 +153,7 @@ def _check_parallel_options(sft: SFTConfig) -> None:
         )
     if sft.fsdp and sft.world_size == 1:
         raise EchoError(
-            "fsdp needs several processes; remove it, and use accelerate launch --config_file "
+            "fsdp needs several processes; remove it, and use python -m train.launch --config_file "
             "recipes/accelerate/fsdp2.yaml ..."
         )
 

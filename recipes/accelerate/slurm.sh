@@ -21,7 +21,7 @@ export PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a machine
 # Each machine evaluates its own SLURM_NODEID, hence the single quotes.
 # shellcheck disable=SC2016
 # SLURM 22.05 to 23.02 does not pass --cpus-per-task on to srun, which would leave one core to all processes.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --quiet --config_file recipes/accelerate/ddp.yaml \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'python -m train.launch --config_file recipes/accelerate/ddp.yaml \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
   --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --main_process_ip "$MAIN" --main_process_port "$PORT" \
   train/sft.py --config "$@"' launch "$recipe" --resume_from_checkpoint true "$@"

@@ -31,7 +31,8 @@ command_not_found_handle() {
 """
 """Makes bash record each command and its variables instead of running it. Bash expands loops, variables and quotes."""
 
-PYTHON_LAUNCHERS = {"python", "accelerate", "torchrun"}
+PYTHON_LAUNCHERS = {"python", "torchrun"}
+TRAIN_LAUNCH = ["python", "-m", "train.launch"]
 
 TINY_MODEL = ["--model_name_or_path", str(ECHO_TINY), "--dtype", "float32"]
 TINY_PIXELS = ["--min_pixels", str(MIN_PIXELS), "--max_pixels", str(MAX_PIXELS)]
@@ -62,7 +63,7 @@ class Command:
 
     environment: dict[str, str]
     launcher: list[str]
-    """`python`, or `accelerate launch` or `torchrun` with its options; empty for other programs."""
+    """`python`, or `python -m train.launch` or `torchrun` with its options; empty for other programs."""
     module: str | None
     """The module of this project that the command starts, such as `train.sft`; None for other programs."""
     words: list[str]
@@ -103,7 +104,9 @@ def _command(words: list[str]) -> Command:
     """Split the words of a command into environment, launcher, module and arguments."""
     count = next(index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
     environment, words = dict(word.split("=", 1) for word in words[:count]), words[count:]
-    start = next((index for index, word in enumerate(words) if word == "-m" or word.endswith(".py")), None)
+    first = len(TRAIN_LAUNCH) if words[: len(TRAIN_LAUNCH)] == TRAIN_LAUNCH else 0
+    modules = (index for index, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    start = next((index for index in modules if index >= first), None)
     if start is not None and words[0] in PYTHON_LAUNCHERS:
         end = start + 1 + (words[start] == "-m")
         path = words[end - 1].removesuffix(".py").replace(".", "/")
@@ -113,12 +116,12 @@ def _command(words: list[str]) -> Command:
 
 
 def check_launcher(command: Command) -> None:
-    """Parse the options and the config file of `accelerate launch` or `torchrun` with the launcher's own parser."""
-    if command.launcher[0] == "accelerate":
+    """Parse the options and config file of `python -m train.launch` or `torchrun` with the launcher's own parser."""
+    if command.launcher[: len(TRAIN_LAUNCH)] == TRAIN_LAUNCH:
         from accelerate.commands.config.config_args import load_config_from_file
         from accelerate.commands.launch import launch_command_parser
 
-        options = launch_command_parser().parse_args(command.words[2:])
+        options = launch_command_parser().parse_args(command.words[len(TRAIN_LAUNCH) :])
         if options.config_file is not None:
             load_config_from_file(options.config_file)
     elif command.launcher[0] == "torchrun":

@@ -373,8 +373,8 @@ def test_the_slurm_example_starts_one_launcher_per_machine(tmp_path):
         '#!/bin/sh\n[ "$1" = --cpus-per-task=32 ] || exit 1\nshift\n'
         'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n'
     )
-    (tmp_path / "accelerate").write_text('#!/bin/sh\nshift\nprintf "%s\\n" "$@" "--end--"\n')
-    for name in ("scontrol", "srun", "accelerate"):
+    (tmp_path / "python").write_text('#!/bin/sh\nshift 2\nprintf "%s\\n" "$@" "--end--"\n')
+    for name in ("scontrol", "srun", "python"):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     slurm |= {"SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_ID": "40007"}

@@ -134,7 +134,7 @@ def test_a_broken_value_is_refused_with_the_name_of_the_option(check, name, hint
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers needs workers; set dataloader_num_w"),
         ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_multiprocessing_context needs workers"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches needs .*remove it"),
-        ({"fsdp": "full_shard"}, "fsdp needs several processes; remove it, and use accelerate launch"),
+        ({"fsdp": "full_shard"}, "fsdp needs several processes; remove it, and use python -m train.launch"),
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha is not supported: rows are packed"),
         ({"push_to_hub": True}, "push_to_hub needs a connection, but HF_HUB_OFFLINE is set"),
         ({"push_to_hub": True, "hub_model_id": "a b"}, "hub_model_id a b cannot be used"),
