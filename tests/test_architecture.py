@@ -28,7 +28,7 @@ STREETS = {
     "leakage": {"images"},
     "experts": {"images", "data"},
     "model": {"images", "data", "experts"},
-    "training": {"images", "data", "model"},
+    "training": {"images", "data", "experts", "model"},
     "inference": {"data", "retrieval", "images", "experts", "model"},
     "metrics": {"images", "data", "experts", "inference"},
     "gate": {"metrics"},

@@ -1,4 +1,4 @@
-"""Ask a question with its options in every cyclic order, and measure how a letter's place affects the answers.
+"""Show a question's options in other orders: in training, and to measure how a letter's place affects the answers.
 
 Over all cyclic orders of a question, each letter is right equally often. A model that considers only the content of
 the options therefore chooses each letter equally often (Zheng et al., "Large Language Models Are Not Robust Multiple
@@ -7,11 +7,19 @@ Choice Selectors", arXiv 2309.03882).
 
 from __future__ import annotations
 
+import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from echo_ft.records import Prediction, Question
+from echo_ft.experts.roles import DECIDE_INSTRUCTION
+from echo_ft.records import LETTERS, Branch, Prediction, Question
+
+_DECISION = re.compile(
+    rf"(Question: [^\n]*\n)((?:[{LETTERS}]\. [^\n]*\n)+)((?:Reasoning: [^\n]*\n)?{re.escape(DECIDE_INSTRUCTION)})"
+)
+"""A decision as `roles.render` makes it, in three groups: before the options, the options, and after them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,23 @@ def rotate_options(question: Question, shift: int) -> Question:
         return question
     texts = [question.options[original_letter(letter, question.options, shift)] for letter in question.options]
     return replace(question, id=f"{question.id}+{shift}", options=dict(zip(question.options, texts, strict=True)))
+
+
+def shuffle_options(branch: Branch, seed: str) -> Branch:
+    """Return a decision with its options in another order, and the letter of the right one there as completion.
+
+    `seed` draws the order. Two options keep theirs: benchmarks always ask yes or no in the same order. A branch that is
+    not a decision, or has no letter as its completion, is returned as it is.
+    """
+    parts = _DECISION.fullmatch(branch.prompt)
+    options = parts.group(2).splitlines() if parts else []
+    letters = [option[0] for option in options]
+    if parts is None or len(options) < 3 or branch.completion not in letters:
+        return branch
+    order = random.Random(f"options/{seed}/{branch.id}").sample(range(len(options)), len(options))
+    lines = "".join(f"{letter}{options[source][1:]}\n" for letter, source in zip(letters, order, strict=True))
+    right = letters[order.index(letters.index(branch.completion))]
+    return Branch(branch.id, f"{parts.group(1)}{lines}{parts.group(3)}", right)
 
 
 def original_letter(letter: str, options: Mapping[str, str], shift: int) -> str:

@@ -70,6 +70,8 @@ def load_training_cases(
     exchanges = read_exchanges(path, {row.index for row in planned.rows})
     tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]
     cases = group_by_case(exchanges).add_column(sft.length_column_name, tokens)
+    if split == "train" and config.shuffle_options:
+        cases = cases.add_column("options_seed", [sft.seed] * len(cases))
     if split == "train" and config.corrupted_share:
         drawn = [draw_corruption(case[0].case, config.corrupted_share, sft.seed) for case in planned.cases()]
         if sft.process_index == 0:

@@ -31,7 +31,7 @@ WANDB_RUN_FILE = "wandb_run_id.txt"
 FIXED = (
     "cases_per_step", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config",
     "mixed_precision", "tf32", "dtype", "optim", "optim_args", "optim_target_modules", "loss_type",
-    "average_tokens_across_devices", "metric_for_best_model", "greater_is_better", "use_peft",
+    "average_tokens_across_devices", "shuffle_options", "metric_for_best_model", "greater_is_better", "use_peft",
     "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
     "init_lora_weights", "rank_pattern", "alpha_pattern", "bnb_4bit_quant_type", "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from echo_ft.data.dataset import is_changed
 from echo_ft.errors import EchoError
+from echo_ft.experts.option_order import shuffle_options
 from echo_ft.images.corruptions import Corruption
 from echo_ft.images.masks import mask_files
 from echo_ft.images.views import View, views
@@ -58,17 +59,31 @@ class Collator:
         self.digests = digests
         self._verified: set[str] = set()
         self.adapt_from = adapt_from
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch by choice
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the order of the options, for the data loader's workers too; every epoch has its own."""
+        self._epoch.fill_(epoch)
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        exchanges, corruptions = [], []
+        exchanges: list[Exchange] = []
+        corruptions: list[Corruption | None] = []
         for case in cases:
-            exchanges += [from_dict(Exchange, exchange) for exchange in case["exchanges"]]
+            new = [from_dict(Exchange, exchange) for exchange in case["exchanges"]]
+            if case.get("options_seed") is not None:
+                new = [self._shuffled(exchange, case["options_seed"]) for exchange in new]
+            exchanges += new
             values = case.get("corruption")
             corruption = None if values is None else from_dict(Corruption, values)
             corruptions += [corruption] * len(case["exchanges"])
         batch = self.batch([self.row_builder.load_row(exchange, self.root) for exchange in exchanges], corruptions)
         batch["done"] = [len(cases), sum(len(exchange.branches) for exchange in exchanges)]
         return batch
+
+    def _shuffled(self, exchange: Exchange, seed: int) -> Exchange:
+        """Return an exchange with the options of its questions in the order of this epoch."""
+        drawn = f"{seed}/{self._epoch.item()}"
+        return replace(exchange, branches=tuple(shuffle_options(branch, drawn) for branch in exchange.branches))
 
     def batch(self, rows: Sequence[Row], corruptions: Sequence[Corruption | None] = ()) -> dict[str, Any]:
         """Pack `rows` into one row, with the pixels of each distinct image that `store` does not hold.

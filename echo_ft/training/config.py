@@ -62,6 +62,13 @@ class EchoConfig:
             "type of corruption and its severity (echo_ft/images/corruptions.py)."
         },
     )
+    shuffle_options: bool = field(
+        default=False,
+        metadata={
+            "help": "Show the options of each question in an order that each epoch draws from the seed, and train on "
+            "the letter that the right one then has. Two options keep their order."
+        },
+    )
     mask_loss: float = field(
         default=0.0,
         metadata={

@@ -1,4 +1,4 @@
-"""The training sampler: random cases, balanced over processes."""
+"""The training sampler: random cases, balanced over processes. And the epoch, for all that draws anew in each."""
 
 from __future__ import annotations
 
@@ -61,13 +61,18 @@ class BalancedSampler(Sampler[int]):
                     yield from share
 
 
-class SamplerEpoch(TrainerCallback):
-    """Sets the epoch of the trainer's balanced sampler. accelerate (1.15) does not pass it on when it skips batches."""
+class DrawnEpoch(TrainerCallback):
+    """Sets the epoch of the trainer's collator and balanced sampler.
+
+    accelerate (1.15) does not pass it on to the sampler when it skips batches.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
+        epoch = int(state.epoch or 0)
+        self.trainer.data_collator.set_epoch(epoch)
         if self.trainer.sampler is not None:
-            self.trainer.sampler.set_epoch(int(state.epoch or 0))
+            self.trainer.sampler.set_epoch(epoch)

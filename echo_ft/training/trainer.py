@@ -38,7 +38,7 @@ from echo_ft.training.config import EarlyStopping, EchoConfig
 from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
 from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
 from echo_ft.training.memory import hold_step_memory, peak_bytes
-from echo_ft.training.sampler import BalancedSampler, SamplerEpoch
+from echo_ft.training.sampler import BalancedSampler, DrawnEpoch
 
 
 class PrefixSharingTrainer(SFTTrainer):
@@ -70,7 +70,7 @@ class PrefixSharingTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.sampler: BalancedSampler | None = None
         self.add_callback(LargestBatchCheck(self, largest_batch))
-        self.add_callback(SamplerEpoch(self))
+        self.add_callback(DrawnEpoch(self))
         if config.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
         self.implementation = implementation
@@ -292,7 +292,7 @@ class PrefixSharingTrainer(SFTTrainer):
             write_card(folder, self.card)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """A sampler that is balanced if there are several processes; `SamplerEpoch` sets its epoch."""
+        """A sampler that is balanced if there are several processes; `DrawnEpoch` sets its epoch."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if args.world_size == 1 or args.train_sampling_strategy != "random":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from echo_ft.experts import roles
 from echo_ft.experts.option_order import (
     PermutedPrediction,
     answer_consistency,
@@ -15,10 +16,11 @@ from echo_ft.experts.option_order import (
     original_letter,
     position_bias,
     rotate_options,
+    shuffle_options,
 )
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.inference.run_folder import PERMUTATIONS, PREDICTIONS, RunFolder
-from echo_ft.records import Exchange, Generation, Question, Truth
+from echo_ft.records import GROUNDING, Branch, Exchange, Generation, Question, Seen, Truth, Upstream
 from tests.conftest import make_case
 from tests.support.backends import ScriptedBackend
 
@@ -31,6 +33,50 @@ def test_rotation_moves_every_option_and_the_last_to_the_front():
     assert rotate_options(QUESTION, 0) is QUESTION
     assert rotate_options(QUESTION, 1) == replace(QUESTION, id="q+1", options={"A": "three", "B": "one", "C": "two"})
     assert rotate_options(QUESTION, 2).options == {"A": "two", "B": "three", "C": "one"}
+
+
+def decision(options, reason="", kind="Defect Classification"):
+    """A decision with the completion B, as it stands in a training row."""
+    question = replace(QUESTION, kind=kind, options=options)
+    seen = Seen("query.png", (), (), (question,))
+    (exchange,) = roles.render("decision_maker", "c", seen, Upstream(reasons={"q": reason}))
+    return replace(exchange.branches[0], completion="B")
+
+
+def shown_options(prompt):
+    """The options of a prompt by letter."""
+    return {line[0]: line[3:] for line in prompt.splitlines() if line[1:3] == ". "}
+
+
+@pytest.mark.parametrize("reason", ["", "Observe: a mark. A. is not an option. Conclude: two."])
+@pytest.mark.parametrize("letters", ["ABC", "ABCDE", "BCE"])
+def test_shuffled_options_keep_the_right_one(letters, reason):
+    branch = decision({letter: f"B. text {letter}" for letter in letters}, reason)
+    orders = set()
+    for epoch in range(40):
+        shuffled = shuffle_options(branch, f"0/{epoch}")
+        assert shuffled == shuffle_options(branch, f"0/{epoch}")
+        before, after = shown_options(branch.prompt), shown_options(shuffled.prompt)
+        assert list(after) == list(letters)
+        assert sorted(after.values()) == sorted(before.values())
+        assert after[shuffled.completion] == before["B"]
+        unchanged = [line for line in shuffled.prompt.splitlines() if line[1:3] != ". "]
+        assert unchanged == [line for line in branch.prompt.splitlines() if line[1:3] != ". "]
+        orders.add(tuple(after.values()))
+    assert len(orders) > 4
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        decision({"A": "Yes.", "B": "No."}),
+        decision({}, kind=GROUNDING),
+        replace(decision(QUESTION.options), completion=None),
+        Branch("q", "Question: Which?\nA. one\nB. two\nC. three\nObserve, then conclude.", "B"),
+    ],
+)
+def test_other_branches_are_not_shuffled(branch):
+    assert all(shuffle_options(branch, f"0/{epoch}") is branch for epoch in range(20))
 
 
 @pytest.mark.parametrize("letters", ["AB", "ABC", "ABCDE", "BD"])

@@ -30,7 +30,7 @@ from echo_ft.training.checkpoints import (
 )
 from echo_ft.training.checks import UNSUPPORTED, WITHOUT_EFFECT
 from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
-from echo_ft.training.trainer import SamplerEpoch
+from echo_ft.training.sampler import DrawnEpoch
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import run_in_process, tiny_options
 
@@ -350,7 +350,7 @@ def test_a_changed_option_gives_the_adapter_of_a_run_that_changes_it(
         if state.global_step == 2:
             switch(option, value, self.trainer, optimizer, lr_scheduler)
 
-    monkeypatch.setattr(SamplerEpoch, "on_step_end", on_step_end)
+    monkeypatch.setattr(DrawnEpoch, "on_step_end", on_step_end)
     whole = [*STEPS, *(["--max_steps", value] if option == "max_steps" else [])]
     if option == "max_steps":  # the first two steps belong to the schedule of four
 
@@ -358,7 +358,7 @@ def test_a_changed_option_gives_the_adapter_of_a_run_that_changes_it(
             four = get_scheduler("cosine", torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 4)
             lr_scheduler.lr_lambdas = [four.lr_lambdas[0]] * len(lr_scheduler.lr_lambdas)
 
-        monkeypatch.setattr(SamplerEpoch, "on_train_begin", on_train_begin)
+        monkeypatch.setattr(DrawnEpoch, "on_train_begin", on_train_begin)
     run_in_process(*tiny_options("decision_maker", dataset, tmp_path / "whole", *whole))
     found = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
