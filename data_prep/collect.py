@@ -30,6 +30,12 @@ CheckFile = Callable[..., ImageCheck]
 DECLARING_SOURCES = ("folder", "manifest")
 """The sources whose parts without a defect may have another condition than `good`, declared with `good`."""
 
+MAX_REFERENCES = 1000
+"""Largest `k`. A prompt shows a few references, and a search reserves memory for all of them."""
+
+MAX_SEED = 2**32 - 1
+"""Largest seed of numpy and of training."""
+
 
 def check_config(config: BuildConfig) -> None:
     """Raise EchoError for every mistake in the config that can be found before images are read."""
@@ -44,6 +50,9 @@ def check_config(config: BuildConfig) -> None:
             f"(only {' and '.join(DECLARING_SOURCES)} read it)"
         )
     check_fractions(config.fractions)
+    for name, value, most in (("k", config.k, MAX_REFERENCES), ("seed", config.seed, MAX_SEED)):
+        if not 0 <= value <= most:
+            raise EchoError(f"{name} is {value}; set a value from 0 to {most}")
     if not 0 <= config.unanswerable <= 1:
         raise EchoError(f"unanswerable is {config.unanswerable:g}; give a share of the images from 0 to 1, such as 0.1")
     for pair, (first, second) in {

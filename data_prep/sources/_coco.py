@@ -19,6 +19,7 @@ from data_prep.sources import ItemPlace, Items, RowError, locate
 from data_prep.sources._rows import (
     condition_of,
     frame_of,
+    number_of,
     polygon_of,
     product_of,
     required_text,
@@ -154,7 +155,7 @@ def _inspection(
 
 def _polygon(name: str, values: Any) -> tuple[float, ...]:
     try:
-        numbers = [float(value) for value in values]
+        numbers = [number_of(value) for value in values]
         return polygon_of(zip(numbers[::2], numbers[1::2], strict=True))
     except (TypeError, ValueError, OverflowError) as error:
         raise RowError(f"{name}: the segmentation {str(values)[:60]} is not [x, y, x, y, ...]") from error
@@ -162,7 +163,7 @@ def _polygon(name: str, values: Any) -> tuple[float, ...]:
 
 def _box(name: str, value: Any) -> tuple[float, float, float, float]:
     try:
-        x, y, width, height = map(float, value)
+        x, y, width, height = map(number_of, value)
     except (TypeError, ValueError, OverflowError) as error:
         raise RowError(f"{name}: the bbox {str(value)[:60]} is not [x, y, width, height]") from error
     return x, y, x + width, y + height

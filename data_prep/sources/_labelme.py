@@ -38,6 +38,7 @@ from data_prep.sources._rows import (
     frame_of,
     means_good,
     named_condition,
+    number_of,
     polygon_of,
     product_of,
     required_text,
@@ -200,7 +201,7 @@ def _shapes(root: Path, image: str, frame: Frame, content: Mapping[str, Any], go
 
 def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
     try:
-        points = [(float(x), float(y)) for x, y in shape["points"]]
+        points = [(number_of(x), number_of(y)) for x, y in shape["points"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RowError(f"the points {str(shape.get('points'))[:60]} are not [[x, y], ...]") from error
     if not all(math.isfinite(value) for point in points for value in point):

@@ -15,7 +15,16 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from data_prep.sources import ItemPlace, Items, RowError, in_order, join_conditions, locate
-from data_prep.sources._rows import condition_of, frame_of, named_condition, polygon_of, product_of, split_of, text_of
+from data_prep.sources._rows import (
+    condition_of,
+    frame_of,
+    named_condition,
+    number_of,
+    polygon_of,
+    product_of,
+    split_of,
+    text_of,
+)
 from echo_ft.errors import EchoError
 from echo_ft.inputs import open_text, read_json_file
 from echo_ft.records import GOOD, Inspection, Rejection
@@ -177,11 +186,11 @@ def _corners(kind: str, value: Mapping[str, Any], size: tuple[int, int]) -> list
     width, height = size
     try:
         if kind == "polygonlabels":
-            corners = [(float(x) * width / 100, float(y) * height / 100) for x, y in value["points"]]
+            corners = [(number_of(x) * width / 100, number_of(y) * height / 100) for x, y in value["points"]]
         else:
-            x, y = float(value["x"]) * width / 100, float(value["y"]) * height / 100
-            across, down = float(value["width"]) * width / 100, float(value["height"]) * height / 100
-            angle = math.radians(float(value.get("rotation") or 0))
+            x, y = number_of(value["x"]) * width / 100, number_of(value["y"]) * height / 100
+            across, down = number_of(value["width"]) * width / 100, number_of(value["height"]) * height / 100
+            angle = math.radians(number_of(value.get("rotation") or 0))
             cosine, sine = math.cos(angle), math.sin(angle)
             corners = [
                 (x + dx * cosine - dy * sine, y + dx * sine + dy * cosine)

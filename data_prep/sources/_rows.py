@@ -42,6 +42,13 @@ def required_text(row: Mapping[str, Any], column: str) -> str:
     return text
 
 
+def number_of(value: Any) -> float:
+    """Return a coordinate as a number. Raises TypeError, ValueError or OverflowError for anything else."""
+    if isinstance(value, bool):  # Python takes true for 1
+        raise TypeError("a truth value is not a number")
+    return float(value)
+
+
 def split_of(row: Mapping[str, Any]) -> str | None:
     """Return the split of a row, or None if it names none. Raises RowError for an unknown split."""
     split = text_of(row, "split")

@@ -30,7 +30,7 @@ from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._labelstudio import is_task_list, read_labelstudio
 from data_prep.sources._lists import ListFormat, list_format, not_text
-from data_prep.sources._rows import condition_in, frame_of, required_text, split_of, text_of
+from data_prep.sources._rows import condition_in, frame_of, number_of, required_text, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.inputs import InputError, lines, open_text
@@ -238,6 +238,9 @@ def _boxes(value: Any) -> tuple[tuple[float, float, float, float], ...]:
         return ()
     try:
         boxes = read_json(value) if isinstance(value, str) else value
-        return in_order((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+        if not isinstance(boxes, list):
+            raise TypeError("boxes form a list")
+        numbers = (map(number_of, (x0, y0, x1, y1)) for x0, y0, x1, y1 in boxes)
+        return in_order((x0, y0, x1, y1) for x0, y0, x1, y1 in numbers)
     except (TypeError, ValueError, OverflowError) as error:
         raise RowError(f"boxes {str(value)[:60]} are not [[x0, y0, x1, y1], ...]") from error

@@ -103,7 +103,7 @@ def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
         mask=mask,
         reference=reference,
     )
-    for index, item in enumerate(row.get("conversation") or []):
+    for index, item in enumerate(row["conversation"]):
         yield _question(f"{key}#{index}", key, item)
 
 
@@ -124,11 +124,15 @@ def _row_fault(key: str, row: Any) -> str | None:
     ):
         if row.get(name) is not None and not isinstance(row[name], kind):
             return f"its {name} is {str(row[name])[:60]!r}, not {what}; download mmad.json again"
-    templates = row.get("random_templates") or []
-    outside = [str(path)[:60] for path in templates if not isinstance(path, str) or not stays_inside(path)]
-    if row.get("mask_path") and not stays_inside(row["mask_path"]):
-        outside.append(row["mask_path"])
-    return f"{outside[0]!r} is not a path in the root; download mmad.json again" if outside else None
+    if row.get("conversation") is None:
+        return "it has no conversation, which holds its questions; download mmad.json again"
+    paths = [("random_templates", path) for path in row.get("random_templates") or []]
+    if row.get("mask_path"):
+        paths.append(("mask_path", row["mask_path"]))
+    for name, path in paths:
+        if not isinstance(path, str) or not stays_inside(path):
+            return f"its {name} has {str(path)[:60]!r}, which is not a path in the root; download mmad.json again"
+    return None
 
 
 def _mask(path: str, root: Path) -> str:

@@ -80,7 +80,7 @@ def load_dataset(folder: Path) -> Dataset:
             f"{path} has the format {found!r}, not {DATASET_FORMAT!r}; rebuild the dataset with this version"
         )
     for key, kind in (("root", str), ("fingerprint", str), ("config", dict)):
-        if not isinstance(manifest.get(key), kind):
+        if not isinstance(manifest.get(key), kind) or manifest[key] == "":
             raise EchoError(f"{path} has no usable {key} ({manifest.get(key)!r}); rebuild the dataset")
     root = (folder / manifest["root"]).resolve()
     if not root.is_dir():

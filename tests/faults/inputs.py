@@ -35,6 +35,7 @@ class Fault:
     says: str
     """A regular expression for the output."""
     status: int = 2
+    """The exit status. 0 means that the rest of the input is used and the output is written."""
 
 
 def build(root: Path, /, **options: object) -> Arguments:
