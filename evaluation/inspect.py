@@ -17,9 +17,11 @@ from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
 from echo_ft.files import to_json
-from echo_ft.inference.inspector import Inspector, Result, list_images
+from echo_ft.images.snapshot import list_images
+from echo_ft.inference.inspector import Inspector, Result
 from echo_ft.inference.watch import FolderWatch, check_webhook, post
 from echo_ft.terminal import LOGGER
+from evaluation import inspection_page
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class InspectConfig:
             "help": "Instead of images: a folder in which to wait for new images until Ctrl-C. Each is inspected once."
         },
     )
+    serve: bool = field(
+        default=False,
+        metadata={"help": "Instead of images: serve a page until Ctrl-C, on which images are dropped. Needs Gradio."},
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "With --serve: address of the page. Whoever reaches it can use the page."},
+    )
+    port: int = field(default=7860, metadata={"help": "With --serve: port of the page. 0 takes a free one."})
     webhook: str | None = field(
         default=None, metadata={"help": "Address to which each result is posted as JSON. Redirects are not followed."}
     )
@@ -77,8 +88,14 @@ class InspectConfig:
 def main(argv: list[str]) -> None:
     """Inspect the images and print the results. Exits with 1 if an image was flagged."""
     (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
-    if (config.images is None) == (config.watch is None):
-        raise EchoError("name either images or a folder to watch: IMAGE_OR_FOLDER, or --watch FOLDER")
+    if [config.images is not None, config.watch is not None, config.serve].count(True) != 1:
+        raise EchoError("name images, a folder to watch, or the page: IMAGE_OR_FOLDER, --watch FOLDER or --serve")
+    if config.serve:
+        for name in ("webhook", "product"):
+            if getattr(config, name) is not None:
+                raise EchoError(f"--{name} does not go with --serve; remove it")
+        inspection_page.serve(lambda: load_inspector(config), config.host, config.port)
+        return
     if config.webhook is not None:
         check_webhook(config.webhook)
     with only_results() if config.json else nullcontext():

@@ -131,7 +131,12 @@ def check_packages(requirements: Sequence[str]) -> list[Check]:
     for extra, members in wanted.items():
         faults = [fault for member in members if (fault := package_fault(member))]
         found = "; ".join(faults) or f"{len(members)} of {len(members)} installed"
-        remedy = f"pip install -c constraints.txt -e '.[{extra}]'" if extra else "pip install -c constraints.txt -e ."
+        # Gradio (6.31), in the extra serving, needs another Pillow than the one that constraints.txt pins.
+        remedies = {
+            "": "pip install -c constraints.txt -e .",
+            "serving": "python3 -m venv env-page && env-page/bin/pip install -e '.[serving]'",
+        }
+        remedy = remedies.get(extra, f"pip install -c constraints.txt -e '.[{extra}]'")
         checks.append(Check(f"packages {extra}".strip(), found, remedy if faults else "", needed=not extra))
     return checks
 

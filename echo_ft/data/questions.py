@@ -144,20 +144,22 @@ def write_box_question(inspection: Inspection, root: Path) -> Question | None:
     return Question(identifier, inspection.id, GROUNDING, GROUNDING_TEXT, {}, boxes.format_boxes(found))
 
 
-def open_questions(identifier: str, conditions: Sequence[str]) -> tuple[Question, ...]:
+def open_questions(identifier: str, conditions: Sequence[str], grounding: bool = False) -> tuple[Question, ...]:
     """Return the questions about an image whose condition nobody knows. They have no answer.
 
     `conditions` are those of its product. Whether there is a defect (A: yes, B: no) always comes first. Which one it is
-    follows if the product has two to `MAX_OPTIONS` known defects.
+    follows if the product has two to `MAX_OPTIONS` known defects. With `grounding`, the boxes of the defects come last.
     """
     kinds = {"Anomaly Detection": ["Yes.", "No."]}
     defects = [readable_name(condition) for condition in conditions if condition != GOOD]
     if 2 <= len(defects) <= MAX_OPTIONS:
         kinds["Defect Classification"] = defects
-    lettered = {kind: dict(zip(LETTERS, options, strict=False)) for kind, options in kinds.items()}
+    if grounding:
+        kinds[GROUNDING] = []
+    texts = {**QUESTION_TEXTS, GROUNDING: GROUNDING_TEXT}
     return tuple(
-        Question(f"{identifier}#{slug(kind)}", identifier, kind, QUESTION_TEXTS[kind], options)
-        for kind, options in lettered.items()
+        Question(f"{identifier}#{slug(kind)}", identifier, kind, texts[kind], dict(zip(LETTERS, options, strict=False)))
+        for kind, options in kinds.items()
     )
 
 

@@ -147,16 +147,16 @@ async def _run_case_async(case: Case, generate: AsyncGenerate, config: PipelineC
 
 
 def run_case(
-    case: Case, config: PipelineConfig
+    case: Case, config: PipelineConfig, traces: list[Trace] | None = None
 ) -> Generator[tuple[str, list[Exchange]], Sequence[Sequence[Generation]], Outcome]:
     """Run the experts on one case. The caller drives the generator and owns the backend.
 
     Yields each role with its exchanges, of which there may be none, receives their generations, and returns the
-    outcome.
+    outcome. A caller that wants to show what the roles say before the end passes an empty list, `traces`, which grows.
     """
     routes = config.routes()
     upstream = Upstream()
-    traces: list[Trace] = []
+    traces = [] if traces is None else traces
     generated: dict[str, Generation] = {}
     boxed = {question.id for question in case.seen.questions if question.kind == GROUNDING}
     for role in roles.ROLES:

@@ -129,6 +129,12 @@ def to_thousandths(box: Box, size: tuple[int, int]) -> Box:
     return x0 * 1000 // width, y0 * 1000 // height, -(-x1 * 1000 // width), -(-y1 * 1000 // height)
 
 
+def to_pixels(box: Box, size: tuple[int, int]) -> Box:
+    """Convert a box from thousandths to pixels of an image of (width, height), rounded outwards, so it is not empty."""
+    (width, height), (x0, y0, x1, y1) = size, box
+    return x0 * width // 1000, y0 * height // 1000, -(-x1 * width // 1000), -(-y1 * height // 1000)
+
+
 def format_boxes(boxes: Sequence[Box]) -> str:
     """Write boxes in thousandths as Qwen2-VL does: `<|box_start|>(x0,y0),(x1,y1)<|box_end|>` each, or `none`."""
     return "".join(f"{BOX_START}({x0},{y0}),({x1},{y1}){BOX_END}" for x0, y0, x1, y1 in boxes) or NO_BOXES

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,23 +9,23 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from echo_ft.data.dataset import candidate_order, load_dataset
 from echo_ft.data.questions import open_questions
 from echo_ft.errors import EchoError
-from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_cases
-from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
+from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case, run_cases
+from echo_ft.images import boxes
+from echo_ft.images.decode import image_size
+from echo_ft.images.snapshot import ImageInput, list_images, snapshot
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
-from echo_ft.inputs import read_bytes
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import scratch_folder
-from echo_ft.records import ROLES, Case, Entry, Prediction, Seen, Trace, Truth
+from echo_ft.records import GROUNDING, ROLES, Case, Entry, Prediction, Question, Seen, Trace, Truth
 from echo_ft.retrieval.products import ProductData, read_products
 
 BATCH_SIZE = 8
@@ -36,16 +34,10 @@ BATCH_SIZE = 8
 MAX_BATCH_TOKENS = 32_768
 """Largest number of tokens in the key-value cache by default."""
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""Suffixes of the files that count as images in a folder."""
-
-Input = str | Path | Image.Image | NDArray[Any]
-"""An image file, a Pillow image, or an array (height, width, 3) or (height, width) of uint8."""
-
 
 @dataclass(frozen=True)
 class Result:
-    """What the experts say about one image. The names of the first three fields are those of anomalib."""
+    """What the experts say about one image. The names `image` and `pred_...` are those of anomalib."""
 
     image: str
     """The image file; empty for an image in memory."""
@@ -62,6 +54,24 @@ class Result:
     explanation: str
     """What the reasoning expert says about the defect, or the knowledge guide if the routing has no reasoning."""
     answers: tuple[Prediction, ...]
+    trace: tuple[Trace, ...]
+    pred_boxes: tuple[boxes.Box, ...] | None = None
+    """The boxes that the decision maker names, in pixels of the upright image. They do not decide `pred_label`.
+
+    None if it was not asked, because its dataset does not ask for boxes, or if its answer is unparsed.
+    """
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the experts have said about one image so far."""
+
+    role: str
+    """The role that works now."""
+    product: str
+    questions: tuple[Question, ...]
+    reference: str | None
+    """The normal image that the reference extractor chose; None until then, or if none is used."""
     trace: tuple[Trace, ...]
 
 
@@ -175,10 +185,10 @@ class Inspector:
         return cls(server.generate, products, description.pipeline, calibration)
 
     @overload
-    def predict(self, images: Input, product: str | None = None) -> Result: ...  # type: ignore[overload-overlap]  # str
+    def predict(self, images: ImageInput, product: str | None = None) -> Result: ...  # type: ignore[overload-overlap]  # str
     @overload
-    def predict(self, images: Sequence[Input], product: str | None = None) -> list[Result]: ...
-    def predict(self, images: Input | Sequence[Input], product: str | None = None) -> Result | list[Result]:
+    def predict(self, images: Sequence[ImageInput], product: str | None = None) -> list[Result]: ...
+    def predict(self, images: ImageInput | Sequence[ImageInput], product: str | None = None) -> Result | list[Result]:
         """Inspect one image, or several, for which the result is a list.
 
         `product` names the product in all of them. Without it, the product of the most similar normal image counts.
@@ -188,19 +198,41 @@ class Inspector:
             return next(self.stream([images], product))
         return list(self.stream(images, product))
 
-    def stream(self, images: str | Path | Sequence[Input], product: str | None = None) -> Iterator[Result]:
+    def stream(self, images: str | Path | Sequence[ImageInput], product: str | None = None) -> Iterator[Result]:
         """Yield the result of each image as soon as its batch is done. A path is a folder of image files."""
         images = list_images(Path(images)) if isinstance(images, str | Path) else images
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
             with scratch_folder("echo-ft-") as scratch:
-                cases = [self._case(_snapshot(image, scratch), product) for image in batch]
+                cases = [self._case(snapshot(image, scratch), product) for image in batch]
                 outcomes = run_cases(cases, self.generate, self.pipeline)
                 for image, case, outcome in zip(batch, cases, outcomes, strict=True):
                     yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
 
+    def steps(self, image: ImageInput, product: str | None = None) -> Iterator[Progress | Result]:
+        """Inspect one image, and yield what is known before each role starts to work. The result comes last.
+
+        Raises EchoError as `predict` does.
+        """
+        with scratch_folder("echo-ft-") as scratch:
+            case = self._case(snapshot(image, scratch), product)
+            traces: list[Trace] = []
+            run = run_case(case, self.pipeline, traces)
+            role, exchanges = next(run)
+            reference = None
+            while True:
+                if role != ROLES[0] and exchanges and len(exchanges[0].images) > 1:
+                    reference = str(self.products.root / exchanges[0].images[0])
+                yield Progress(role, case.product, case.seen.questions, reference, tuple(traces))
+                try:
+                    role, exchanges = run.send(self.generate(role, exchanges))
+                except StopIteration as end:
+                    outcome = end.value
+                    break
+            yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
+
     def _case(self, path: Path, product: str | None) -> Case:
-        """Return the case of an image file that `_snapshot` made. Only its content decides the order of candidates."""
+        """Return the case of an image file that `snapshot` made. Only its content decides the order of candidates."""
         products = self.products
         keys = [key for key in products.conditions if product in (None, key[1])]
         if not keys:
@@ -209,7 +241,7 @@ class Inspector:
         key, references = products.search.find(path, keys)
         entries = products.knowledge.get(key[0], {}).get(key[1], {})
         identifier = path.stem
-        questions = open_questions(identifier, products.conditions[key])
+        questions = open_questions(identifier, products.conditions[key], products.grounding)
         seen = Seen(
             query=str(path),
             references=candidate_order(identifier, references),
@@ -226,7 +258,10 @@ class Inspector:
             raise EchoError("the backend returns no probabilities, so there is no P(defect); use a local model")
         score = self.calibration.score(detection.probabilities["A"])
         flagged = score >= self.calibration.threshold
-        named = [one for one in outcome.predictions[1:] if one.parsed is not None]
+        named = [one for one in outcome.predictions[1:] if one.parsed is not None and one.options]
+        boxed = next((one.parsed for one in outcome.predictions if one.kind == GROUNDING), None)
+        found = None if boxed is None else boxes.parse_boxes(boxed)
+        size = image_size(Path(case.seen.query))
         shown = next((one.images for one in outcome.traces if one.role == "decision_maker"), ())
         texts: defaultdict[str, str] = defaultdict(str)
         for one in outcome.traces:
@@ -243,6 +278,7 @@ class Inspector:
             explanation=texts["reasoning_expert"] or texts["knowledge_guide"],
             answers=tuple(replace(one, image=image) for one in outcome.predictions),
             trace=tuple(replace(one, images=(*one.images[:-1], image)) for one in outcome.traces),  # the query is last
+            pred_boxes=None if found is None else tuple(boxes.to_pixels(box, size) for box in found),
         )
 
 
@@ -272,53 +308,3 @@ def _engine(
 
 def _with_threshold(calibration: Calibration, threshold: float | None) -> Calibration:
     return calibration if threshold is None else replace(calibration, threshold=threshold)
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, by name. Raises EchoError if there are none."""
-    if not folder.is_dir():
-        raise EchoError(f"there is no folder {folder}; give a folder of images")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
-        raise EchoError(f"{folder} has no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
-
-
-def _snapshot(image: Input, folder: Path) -> Path:
-    """Copy an image into `folder`, under the hash of its content.
-
-    The engine remembers images by path, and a camera may write its next image to the same file. Raises EchoError if the
-    image cannot be read.
-    """
-    if isinstance(image, str | Path):
-        try:
-            content = read_bytes(image)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise EchoError(f"image {image} cannot be opened ({reason}); check the path") from error
-    else:
-        content = _png(image)
-    path = (
-        folder
-        / f"{hashlib.sha256(content).hexdigest()}{Path(image).suffix if isinstance(image, str | Path) else '.png'}"
-    )
-    path.write_bytes(content)
-    try:
-        decode(path)
-    except READ_ERRORS as error:
-        raise EchoError(f"image {image} cannot be read: {describe_read_error(error)}; replace it") from error
-    return path
-
-
-def _png(image: Image.Image | NDArray[Any]) -> bytes:
-    """Return an image in memory as a PNG file. Raises EchoError if an array is not an image of uint8."""
-    if not isinstance(image, Image.Image):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise EchoError(
-                f"an array of {image.dtype} with shape {image.shape} is no image; pass uint8 values of shape (height, "
-                "width, 3) in RGB, or (height, width)"
-            )
-        image = Image.fromarray(image)
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "png")
-    return file.getvalue()

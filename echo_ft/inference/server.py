@@ -36,7 +36,7 @@ from echo_ft.records import ROLES, Branch, Exchange, Generation
 try:
     import openai
 except ImportError as missing:
-    raise EchoError("--server needs the openai package; install it with pip install 'echo-ft[serving]'") from missing
+    raise EchoError("--server needs the package openai; run pip install 'transformers[serving]'") from missing
 
 from echo_ft.inference.replies import Completion, ReplyError, bound_reply, read_completion
 

@@ -15,7 +15,7 @@ import httpx
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder, open_append, read_complete_rows, to_json, write_jsonl
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
-from echo_ft.inference.inspector import IMAGE_SUFFIXES
+from echo_ft.images.snapshot import IMAGE_SUFFIXES
 from echo_ft.processes import lock_folder
 from echo_ft.terminal import LOGGER
 

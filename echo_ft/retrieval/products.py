@@ -50,6 +50,8 @@ class ProductData:
     search: ReferenceSearch
     descriptor: str
     """The name of the descriptor, as in the dataset's config."""
+    grounding: bool = False
+    """Whether the dataset asks for the boxes of defects, so that adapters trained on it name them."""
 
 
 def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
@@ -83,6 +85,7 @@ def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
         knowledge=without_synthetic(knowledge, inspections),
         search=search,
         descriptor=config["descriptor"],
+        grounding=bool(config.get("grounding")),
     )
 
 
@@ -106,6 +109,7 @@ def save_products(products: ProductData, folder: Path, choice: str) -> None:
         {
             "descriptor": products.descriptor,
             "k": search.k,
+            "grounding": products.grounding,
             "root": "images" if choice == "copy" else str(products.root.resolve()),
             "products": [
                 {
@@ -141,6 +145,7 @@ def load_products(folder: Path, source: Path) -> ProductData:
         conditions = {key: list(one["conditions"]) for key, one in zip(keys, found["products"], strict=True)}
         normals = {key: list(one["normal_images"]) for key, one in zip(keys, found["products"], strict=True)}
         k, descriptor, root = int(found["k"]), str(found["descriptor"]), folder / str(found["root"])
+        grounding = bool(found.get("grounding", False))
         with np.load(folder / "descriptors.npz", allow_pickle=False) as stored:
             images, hashes, vectors = stored["images"].tolist(), stored["hashes"].tolist(), stored["vectors"]
         if not images:
@@ -160,7 +165,8 @@ def load_products(folder: Path, source: Path) -> ProductData:
             f"the descriptor {descriptor} of this machine differs from the one in {source}; install the package "
             "versions that its bundle.json names, or export it again here"
         )
-    return ProductData(source, root, conditions, knowledge, ReferenceSearch(normals, table, extractor, k), descriptor)
+    search = ReferenceSearch(normals, table, extractor, k)
+    return ProductData(source, root, conditions, knowledge, search, descriptor, grounding)
 
 
 def _require_images(table: DescriptorTable, root: Path, source: Path) -> None:

@@ -63,11 +63,12 @@ def test_a_machine_that_cannot_run_the_demo_gets_status_1(
 
 
 def test_extras_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = ["pillow", 'absent-package; extra == "serving"', "echo-ft[serving]; extra == 'dev'"]
-    _, core, serving = doctor.check_packages(requirements)
+    requirements = ["pillow", 'absent-package; extra == "serving"', "absent-package; extra == 'dev'"]
+    _, core, serving, dev = doctor.check_packages([*requirements, "echo-ft[quantization]; extra == 'dev'"])
     assert (core.name, core.state) == ("packages", "ok")
     assert (serving.name, serving.state) == ("packages serving", "optional")
-    assert serving.remedy == "pip install -c constraints.txt -e '.[serving]'"
+    assert serving.remedy == "python3 -m venv env-page && env-page/bin/pip install -e '.[serving]'"
+    assert dev.remedy == "pip install -c constraints.txt -e '.[dev]'"
     assert doctor.package_fault(Requirement("pillow>=1,<2")).startswith("pillow is ")
 
 

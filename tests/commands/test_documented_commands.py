@@ -36,6 +36,7 @@ NOT_RUN = {
     "wandb sweep": "needs a W&B account",
     "transformers serve": "starts a server that never ends",
     "--watch": "waits for images until Ctrl-C",
+    "--serve": "serves until Ctrl-C",
     "ddp.yaml --num_processes 4": "needs four GPUs",
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",

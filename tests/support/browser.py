@@ -76,12 +76,12 @@ class Browser:
         elif method == "Network.requestWillBeSent":
             self.requests.append(event["request"]["url"])
 
-    def open(self, path: Path, fragment: str = "") -> float:
-        """Open a file in a fresh page and return the seconds until it had loaded."""
+    def open(self, path: Path | str, fragment: str = "") -> float:
+        """Open a file or an address in a fresh page and return the seconds until it had loaded."""
         self._navigate("about:blank")
         self.messages.clear()
         self.requests.clear()
-        return self._navigate(path.resolve().as_uri() + fragment)
+        return self._navigate((path.resolve().as_uri() if isinstance(path, Path) else path) + fragment)
 
     def _navigate(self, address: str) -> float:
         self._loaded, start = False, time.monotonic()
@@ -126,8 +126,8 @@ def start_browser(folder: Path) -> Iterator[Browser]:
     (browser_reads, we_write), (we_read, browser_writes) = os.pipe(), os.pipe()
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-        "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe",
-        f"--user-data-dir={folder / 'profile'}",
+        "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}",
     ]  # fmt: skip
 
     def place_pipes() -> None:  # Chromium reads commands from descriptor 3 and answers on 4

@@ -1,0 +1,72 @@
+"""Images as an inspection takes them: files, folders and images in memory, copied so that nothing changes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from echo_ft.errors import EchoError
+from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
+from echo_ft.inputs import read_bytes
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""Suffixes of the files that count as images in a folder."""
+
+ImageInput = str | Path | Image.Image | NDArray[Any]
+"""An image file, a Pillow image, or an array (height, width, 3) or (height, width) of uint8."""
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files directly in a folder, by name. Raises EchoError if there are none."""
+    if not folder.is_dir():
+        raise EchoError(f"there is no folder {folder}; give a folder of images")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not found:
+        raise EchoError(f"{folder} has no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def snapshot(image: ImageInput, folder: Path) -> Path:
+    """Copy an image into `folder`, under the hash of its content.
+
+    The engine remembers images by path, and a camera may write its next image to the same file. Raises EchoError if the
+    image cannot be read.
+    """
+    if isinstance(image, str | Path):
+        try:
+            content = read_bytes(image)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise EchoError(f"image {image} cannot be opened ({reason}); check the path") from error
+    else:
+        content = _png(image)
+    path = (
+        folder
+        / f"{hashlib.sha256(content).hexdigest()}{Path(image).suffix if isinstance(image, str | Path) else '.png'}"
+    )
+    path.write_bytes(content)
+    try:
+        decode(path)
+    except READ_ERRORS as error:
+        raise EchoError(f"image {image} cannot be read: {describe_read_error(error)}; replace it") from error
+    return path
+
+
+def _png(image: Image.Image | NDArray[Any]) -> bytes:
+    """Return an image in memory as a PNG file. Raises EchoError if an array is not an image of uint8."""
+    if not isinstance(image, Image.Image):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise EchoError(
+                f"an array of {image.dtype} with shape {image.shape} is no image; pass uint8 values of shape (height, "
+                "width, 3) in RGB, or (height, width)"
+            )
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "png")
+    return file.getvalue()

@@ -1,0 +1,200 @@
+"""The page of `python -m evaluation.inspect --serve`: drop an image, and read what the experts say as they say it.
+
+Gradio serves the page. It hears only this machine by default, sends nothing anywhere, and keeps no upload.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from echo_ft.errors import EchoError
+from echo_ft.html import jpeg_uri, render_page, thumbnail
+from echo_ft.images.decode import image_size, load_image
+from echo_ft.inference.inspector import Inspector, Progress, Result
+from echo_ft.inputs import read_bytes
+from echo_ft.processes import scratch_folder
+from echo_ft.records import ROLES
+from evaluation.case_images import IMAGE_SIDE
+
+MAX_UPLOAD_BYTES = 64 * 2**20
+"""Size of the largest upload. `images.decode` limits the pixels of what it holds."""
+
+UPLOAD_SECONDS = 300
+"""How long an upload that nobody asks about is kept. One that was inspected is removed at once."""
+
+WAITING = 16
+"""How many images may wait for their turn; the experts inspect one at a time."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+CONTENT_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+"""The browser loads nothing from elsewhere. Gradio (6.31) writes its own scripts and styles into the page, and
+compiles its templates there."""
+
+NEAREST = "found by similarity"
+
+INTRODUCTION = (
+    "# Inspect an image\nThe four experts compare it with a normal image. It is removed after the inspection."
+)
+
+
+def require_gradio() -> None:
+    """Raise EchoError if Gradio is not installed."""
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise EchoError(
+            f"the page needs Gradio ({error}); install echo-ft[serving] into an environment of its own, as "
+            "docs/inspecting.md says"
+        ) from error
+
+
+def serve(load: Callable[[], Inspector], host: str, port: int) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; port 0 takes a free one. `load` loads the inspector.
+
+    Raises EchoError if Gradio is missing or the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise EchoError(f"the page cannot use port {port} of {host} ({error}); choose another --port") from error
+    with listening, scratch_folder("echo-ft-page-") as uploads:
+        # Gradio reads both when it is imported.
+        os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False"}
+        require_gradio()
+        import uvicorn
+
+        # The scratch folder would stay if SIGTERM, by which services are stopped, ended the process at once.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        app = make_app(load(), host, uploads)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"the page is at http://{shown}:{listening.getsockname()[1]}; Ctrl-C stops it", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
+    """Return the page as a FastAPI application with its limits: hosts, content policy and size of uploads."""
+    import gradio
+    from fastapi import FastAPI, Request
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if host in LOOPBACK:  # else a foreign page whose name leads here could read the answers
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+
+    @app.middleware("http")
+    async def add_policy(request: Request, call_next: Any) -> Any:
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = CONTENT_POLICY
+        return response
+
+    return gradio.mount_gradio_app(
+        app,
+        make_page(inspector, uploads),
+        path="/",
+        footer_links=[],
+        run_history=False,  # Gradio would keep the results in the browser
+        show_error=False,
+        max_file_size=MAX_UPLOAD_BYTES,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    )
+
+
+def make_page(inspector: Inspector, uploads: Path) -> Any:
+    """Return the page as Gradio's Blocks. Its only function, `inspect`, takes a file in `uploads` and a product."""
+    import gradio
+
+    def inspect(path: str | None, product: str | None) -> Iterator[tuple[Any, str]]:
+        if path is not None:
+            for shown in inspect_upload(inspector, Path(path), None if product == NEAREST else product):
+                yield None, shown  # the empty field takes the next image
+
+    products = sorted({product for _, product in inspector.products.conditions})
+    # Every `age` of UPLOAD_SECONDS, Gradio removes what was uploaded and never inspected.
+    with gradio.Blocks(title="echo-ft", analytics_enabled=False, delete_cache=(60, UPLOAD_SECONDS)) as page:
+        gradio.Markdown(INTRODUCTION)
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=280):
+                product = gradio.Dropdown([NEAREST, *products], value=NEAREST, label="Product")
+                upload = gradio.File(label="Image", file_types=["image"], height=180)
+            with gradio.Column(scale=3):
+                shown = gradio.HTML()
+        # Gradio (6.31) would leave an empty file per request.
+        upload.preprocess = lambda payload: None if payload is None else payload.path
+        take = upload.async_move_resource_to_block_cache
+
+        async def take_upload(path: Any) -> Any:
+            """Gradio (6.31) would fetch the address that a request names, and read any file if it is mounted."""
+            if not Path(path).resolve().is_relative_to(uploads.resolve()):
+                raise gradio.Error("only uploads are inspected", print_exception=False)
+            return await take(path)
+
+        upload.async_move_resource_to_block_cache = take_upload
+        upload.upload(inspect, [upload, product], [upload, shown], api_name="inspect", concurrency_limit=1)
+    page.queue(max_size=WAITING)
+    return page
+
+
+def inspect_upload(inspector: Inspector, path: Path, product: str | None) -> Iterator[str]:
+    """Inspect an uploaded image, remove it, and yield what is known of it as HTML, also while the experts work."""
+    values: dict[str, Any] = {"query": None, "size": None}
+    reference: str | None = None
+    try:
+        read_bytes(path, MAX_UPLOAD_BYTES)
+        for step in inspector.steps(path, product):
+            if values["query"] is None:
+                values |= {"query": _embedded(path), "size": image_size(path)}
+            if step.reference is not None and step.reference != reference:
+                reference = step.reference
+                values |= {"reference": _embedded(Path(reference))}
+            yield show(step, values)
+    except (EchoError, OSError, ValueError) as error:
+        yield show(None, values, str(error).replace(str(path), path.name))
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def show(step: Progress | Result | None, images: dict[str, Any], problem: str | None = None) -> str:
+    """Return what is known of an image as HTML. `images` has the addresses `query` and `reference`, and the `size`."""
+    traces = () if step is None else step.trace
+    asked = {} if step is None else _questions(step)
+    return render_page(
+        Path(__file__).parent / "inspection.html.jinja",
+        problem=problem,
+        product=None if step is None else step.product,
+        result=step if isinstance(step, Result) else None,
+        working=step.role if isinstance(step, Progress) else None,
+        roles=ROLES,
+        traces={role: [one for one in traces if one.role == role] for role in ROLES},
+        questions=asked,
+        reference_name="" if step is None or step.reference is None else Path(step.reference).name,
+        **{"reference": None, **images},
+    )
+
+
+def _questions(step: Progress | Result) -> dict[str, str]:
+    """Return the text of each question by its id."""
+    if isinstance(step, Progress):
+        return {one.id: one.text for one in step.questions}
+    return {one.question: one.question_text for one in step.answers}
+
+
+def _embedded(path: Path) -> str:
+    return jpeg_uri(thumbnail(load_image(path, min_size=(IMAGE_SIDE, IMAGE_SIDE)), IMAGE_SIDE))
