@@ -90,7 +90,7 @@ class _ProgressLines(tqdm):
         return write
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the status. A log has nothing to clear, which tqdm asks for with an empty `msg`."""
+        """Write the status. tqdm clears a bar with an empty `msg`, which a log must ignore."""
         return msg != "" and bool(super().display(msg, pos))
 
 

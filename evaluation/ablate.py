@@ -1,13 +1,13 @@
 """Run and compare many variants from one YAML file: `python -m evaluation.ablate --config FILE`.
 
 The file contains the options of evaluation.run, which all cells share, and `cells`. Each cell has a name and the
-options in which it differs, and is compared with the cell `baseline`. Every cell has an ordinary run folder under
+options that are its own, and is compared with the cell `baseline`. Every cell has an ordinary run folder under
 `output`; cells with equal options share one.
 
 Cells share results. The model and the image features stay in memory from one cell to the next. `output/utterances`
-caches what the roles generate, so cells with the same prompts share it. Cells that are added later use the same cache.
-Rerun the same command to resume an interrupted ablation. To split the cases of every cell across several processes,
-run `python -m train.launch -m evaluation.ablate ...`.
+caches what the roles generate, so cells with the same prompts share it. Cells added later use the same cache. Rerun the
+same command to resume an interrupted ablation. To split the cases of every cell across several processes, launch it
+with `python -m train.launch -m evaluation.ablate ...`.
 
 Writes ablation.json, ablation.md and ablation.html to `output`, and prints the table.
 """
@@ -49,7 +49,7 @@ CACHE_FOLDER = "utterances"
 """Folder under `output` with the cached generations. If you delete it, they are computed again."""
 
 SECONDS = "seconds.json"
-"""File under `output`: {name of a run folder: seconds that this command spent on the run until it was finished}."""
+"""File under `output`: {name of a run folder: seconds that this command spent on the run before it finished}."""
 
 PROMPT_KEYS = (
     "split", "routing", "reference", "references", "knowledge", "reasoning", "answer", "option_order", "adapters",
@@ -76,13 +76,13 @@ class Cell:
 
     name: str
     differs: dict[str, Any]
-    """Options in which the cell differs from the shared options."""
+    """The cell's options that differ from the shared ones."""
     config: RunConfig
     """All options of the cell; `output` is its run folder."""
 
 
 def main(argv: list[str]) -> None:
-    """Check all cells, run what is not done yet, and write the table."""
+    """Check all cells, run the unfinished ones, and write the table."""
     shared, ablation = configs.parse([RunConfig, AblationConfig], argv)
     cells = read_cells(shared, ablation)
     runs = order_runs(cells)
@@ -171,7 +171,7 @@ def _model_key(config: RunConfig, adapters: Mapping[str, Adapter]) -> str:
 
 
 def run_cell(prepared: PreparedRun, state: PartialState, engines: EngineFactory, cache_folder: Path) -> None:
-    """Run the cases of one cell that are not done yet, with only the generations that no cell has cached."""
+    """Run the unfinished cases of one cell, generating only what no cell has cached."""
     config = prepared.config
     required = provenance(config, prepared.dataset, prepared.adapters)
     shared = {name: value for name, value in required.items() if name not in PROMPT_KEYS}

@@ -1,7 +1,7 @@
 """The table of an ablation: the scores of each cell, and its paired difference from the baseline.
 
-Scores and differences equal those of evaluation.compare. If a cell has another set of questions than the baseline, its
-difference covers the questions that are identical in both, if there are any.
+Scores and differences equal those of evaluation.compare. If a cell's questions are not those of the baseline, its
+difference covers only the questions that both share, if any.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build_table(
 
     `cells` are (name, options in which the cell differs, run folder); several cells may share a folder. `seconds` maps
     names of run folders to the time spent on them. Each cell of the result has its `figures` with intervals, None if
-    they rest on few parts, its `counts`, and its `difference` from the baseline. The difference is None for the
+    they rest on too few parts, its `counts`, and its `difference` from the baseline. The difference is None for the
     baseline and for a cell that shares no question with it. `p_holm` is corrected for multiple comparisons across all
     differences in the table.
 
@@ -151,7 +151,7 @@ def _restrict(group: RunGroup, questions: set[QuestionKey]) -> RunGroup:
 
 
 def _difference(found: Mapping[str, Any], base: RunGroup) -> dict[str, Any]:
-    """Return the table's part of a difference, with the numbers of questions and cases that it covers."""
+    """Return the entries of the table about a difference, with the numbers of questions and cases that it covers."""
     test, predictions = found["mcnemar"][ALL_QUESTIONS], base.tables[0].predictions
     return {
         "questions": len(predictions),
@@ -206,7 +206,7 @@ def _score_text(name: str, score: Mapping[str, Any]) -> str:
 
 
 def notes(table: Mapping[str, Any]) -> list[str]:
-    """Explain the columns, and the cells that differ from the others in more than their options."""
+    """Explain the columns, and list the cells that differ from the others in more than their options."""
     base, header = table["baseline"], table_rows(table)[0]
     kinds = ", ".join(f"{short} {kind}" for kind, short in INITIALS.items() if short in header)
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])

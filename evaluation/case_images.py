@@ -18,7 +18,7 @@ from echo_ft.records import Case
 from echo_ft.terminal import progress
 
 IMAGE_CHOICES = ("auto", "page", "folder", "none")
-"""Where the images of a page are: `auto` is the page for up to EMBEDDED_IMAGES of them, and a folder for more."""
+"""Where a page keeps its images: `auto` embeds up to EMBEDDED_IMAGES of them, and writes more to a folder."""
 
 IMAGES_HELP = (
     "Where the page has its images: inside, or in a folder next to it that has the page's name and _images. auto puts "
@@ -27,14 +27,14 @@ IMAGES_HELP = (
 """Help of the option `--images`."""
 
 EMBEDDED_IMAGES = 600
-"""Images that a page holds at most by default. At 15 KB each, it has about 12 MB."""
+"""The most images that a page embeds by default. At 15 KB each, they make a page of about 12 MB."""
 
 IMAGE_SIDE = 384
 """Longer side of an image on a page, in pixels. Smaller images keep their size."""
 
 
 class ImageStore:
-    """Collects the images of a page. Their numbers are the places in `embedded`, or in what `finish` returns."""
+    """Collects the images of a page. Their numbers are indexes into `embedded`, or into the list from `finish`."""
 
     def __init__(self, page: Path, place: str = "auto") -> None:
         """Collect images for the page at this path. `place` is one of IMAGE_CHOICES."""
@@ -43,7 +43,7 @@ class ImageStore:
         self._root: Path | None = None
         self._numbers: dict[str, int] = {}
         self.embedded: list[str] = []
-        """Each image as JPEG in base64, empty if it cannot be read; without an entry if the page holds none."""
+        """Each image as base64-encoded JPEG, an empty string if unreadable; an empty list if the page embeds none."""
 
     def read_from(self, root: Path | None) -> None:
         """Read images below `root`; without it, or with the place `none`, the page has none."""
@@ -67,7 +67,7 @@ class ImageStore:
         return {"image": number, "outlines": outlines}
 
     def finish(self) -> list[str]:
-        """Embed or write the images. Return their addresses from the page, empty if they are embedded or unreadable."""
+        """Embed or write the images. Return their addresses relative to the page; "" if embedded or unreadable."""
         paths = list(self._numbers)
         if self.place == "page" or (self.place == "auto" and len(paths) <= EMBEDDED_IMAGES):
             with ThreadPoolExecutor(decode.READER_THREADS) as pool:
@@ -82,7 +82,7 @@ class ImageStore:
         return self._root / path
 
     def _write(self, paths: Sequence[str]) -> list[str]:
-        """Write the images that the folder does not have yet, and remove those that an earlier page had."""
+        """Write the images that are missing from the folder, and remove those that only an earlier page used."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_left_over_files(self.folder)
         names = [_file_name(self._path(path)) for path in paths]
@@ -106,7 +106,7 @@ class ImageStore:
 
 
 def _file_name(path: Path) -> str:
-    """Return a name that changes with the image file, so that an unchanged one is not encoded again."""
+    """Return a name that changes with the image file, so that an unchanged image is not encoded again."""
     state = path.stat()
     return (
         fingerprint_bytes(str(path.resolve()).encode(), f"{state.st_size} {state.st_mtime_ns} {IMAGE_SIDE}".encode())
@@ -115,7 +115,7 @@ def _file_name(path: Path) -> str:
 
 
 def encode_image(path: Path) -> bytes:
-    """Return the image as a small JPEG; empty if it cannot be read, because a page can do without it."""
+    """Return the image as a small JPEG; empty if it cannot be read, because the page works without it."""
     try:
         return jpeg_bytes(thumbnail(decode.decode(path, min_size=(IMAGE_SIDE, IMAGE_SIDE)), IMAGE_SIDE))
     except decode.READ_ERRORS:

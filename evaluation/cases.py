@@ -1,7 +1,7 @@
 """The case viewer of the report and comparison pages: its data and its images.
 
-A page holds a small index of all cases, from which it filters, and the cases themselves in compressed blocks, which it
-unpacks when a case is shown. So a page with 10,000 cases opens at once and needs no network.
+A page filters a small index of all cases. The cases themselves are in compressed blocks, which it unpacks to show a
+case. So a page with 10,000 cases opens at once and needs no network.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from evaluation.case_images import ImageStore
 from evaluation.review import run_dataset
 
 CASES_PER_BLOCK = 32
-"""Cases that the page unpacks together."""
+"""Number of cases that the page unpacks together."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CaseViewer:
     """What a page needs to show its cases."""
 
     index: Mapping[str, Any]
-    """The names of runs, question types, products and conditions, and what the filters need of each case."""
+    """The names of runs, question types, products and conditions, and the values of each case that the filters use."""
     blocks: Sequence[str]
     """The cases, CASES_PER_BLOCK in each: JSON, compressed by gzip, in base64."""
     images: ImageStore
@@ -45,8 +45,8 @@ class CaseViewer:
 def make_viewer(runs: Mapping[str, Run], images: ImageStore) -> CaseViewer:
     """Collect the cases of runs on the same questions. The keys of `runs` are their names on the page.
 
-    Images, masks and references come from the dataset of the last run, and words from the traces. What is no longer
-    there is left out, because a page can do without it.
+    Images, masks and references come from the dataset of the last run, and words from the traces. Whatever is no longer
+    there is left out, because the page works without it.
     """
     names, some = list(runs), list(runs.values())
     answers_of_first = [*some[0].predictions, *some[0].grounding]
@@ -85,7 +85,7 @@ def make_viewer(runs: Mapping[str, Run], images: ImageStore) -> CaseViewer:
 
 
 def _shared_questions(runs: Sequence[Sequence[Prediction]]) -> list[list[Prediction]]:
-    """Return the answers of all runs to each question about a case. Only questions about boxes can lack one."""
+    """Return the answers of all runs to each question about a case. Only questions about boxes can lack an answer."""
     by_question = [{one.question: one for one in run} for run in runs]
     return [[run[name] for run in by_question] for name in by_question[0] if all(name in run for run in by_question)]
 
@@ -98,7 +98,7 @@ def _by_case(rows: Any) -> dict[str, list[Any]]:
 
 
 def _dataset_cases(run: Run) -> tuple[Path | None, dict[str, Case]]:
-    """Return the image folder and the cases of a run's dataset, or nothing if it is gone or has been rebuilt."""
+    """Return the image folder and the cases of a run's dataset; nothing if the dataset is gone or was rebuilt."""
     try:
         dataset = run_dataset(run)
     except EchoError:
@@ -182,7 +182,7 @@ def _rounded(probabilities: Mapping[str, float] | None) -> dict[str, float] | No
 
 
 def _boxes(prediction: Prediction) -> tuple[Box, ...]:
-    """Return the boxes in thousandths that the answer names, if it is one to a question about boxes."""
+    """Return the boxes, in thousandths, in the answer to a question about boxes; empty for other questions."""
     return named_boxes(prediction) or () if prediction.kind == GROUNDING else ()
 
 

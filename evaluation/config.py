@@ -127,7 +127,7 @@ class RunConfig:
 
 
 def check_config(config: RunConfig) -> None:
-    """Raise EchoError for values out of range and for options that exclude each other."""
+    """Raise EchoError for values out of range and for options that are mutually exclusive."""
     for name in ("batch_size", "max_batch_tokens", "max_new_tokens", "server_timeout", "server_patience"):
         value = getattr(config, name)
         if value is not None and value <= 0:
@@ -193,16 +193,16 @@ def corruption(config: RunConfig) -> Corruption | None:
 
 
 def answer_tokens(config: RunConfig, cases: Sequence[Case]) -> int | None:
-    """Return the token limit of the decision maker, or None for that of all roles.
+    """Return the token limit of the decision maker, or None if the limit of all roles applies.
 
-    If probabilities decide, they need only its first token, so the limit is 1. Boxes are always read from the text.
+    If probabilities decide, only the first token is needed, so the limit is 1. Boxes are always read from the text.
     """
     boxed = any(question.kind == GROUNDING for case in cases for question in case.seen.questions)
     return 1 if config.answer != "generate" and not boxed else None
 
 
 def batch_warnings(config: RunConfig) -> list[str]:
-    """Warn if a run resumes with other batches in 16 bits, where the shape of a batch changes how answers round."""
+    """Warn if a 16-bit run resumes with different batches, because the shape of a batch changes how answers round."""
     path = Path(config.output) / RUN_DESCRIPTION
     if config.server is not None or not path.is_file():
         return []

@@ -7,7 +7,8 @@
 | `fiftyone` | samples.json, metadata.json | FiftyOne |
 
 Every image has its truth as annotations, and its reference, the words of each expert, P(defect), the answers and tags.
-Images are referred to, not copied. `data_prep.build --corrections FILE` reads corrected files of the first two formats.
+The files refer to the images instead of copying them. `data_prep.build --corrections FILE` reads corrected files of the
+first two formats.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ NO_OPTION = "unparsed or failed"
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of what was said about each true condition, for one product or for all."""
+    """Counts of the answers for each true condition, for one product or for all."""
 
     title: str
     said: tuple[str, ...]
@@ -33,7 +33,7 @@ class Confusion:
 
 
 def reliability_curve(table: PredictionTable) -> tuple[float, list[tuple[float, float, int]]] | None:
-    """Return the expected calibration error of P(defect) and the bins of its `reliability`; None if it is unknown."""
+    """Return the expected calibration error of P(defect) and the bins of its `reliability`; None without P(defect)."""
     scored = ~np.isnan(table.defect_scores)
     if not scored.any():
         return None
@@ -42,9 +42,9 @@ def reliability_curve(table: PredictionTable) -> tuple[float, list[tuple[float, 
 
 
 def confusions(predictions: Sequence[Prediction]) -> list[Confusion]:
-    """Return what the answers said about each true condition: whether there is a defect, and which one.
+    """Return tables of the answers for each true condition: whether there is a defect, and which one.
 
-    Classification has a table per product, because products have different defects.
+    Classification has one table per product, because products have different defects.
     """
     detected: defaultdict[str, Counter[str]] = defaultdict(Counter)
     classified: defaultdict[str, defaultdict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
@@ -75,5 +75,5 @@ def _confusion(title: str, counts: Mapping[str, Counter[str]], said: tuple[str, 
 
 
 def letter_bias(predictions: Sequence[Prediction]) -> list[LetterBias]:
-    """Return how often each letter was chosen and was right, in the order in which the options were given."""
+    """Return how often each letter was chosen, and how often it was right, in the order of the given options."""
     return position_bias(PermutedPrediction(**vars(one)) for one in predictions if one.options)

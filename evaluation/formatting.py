@@ -53,7 +53,7 @@ BOX_LABELS = {
 """Labels of the keys of `report.boxes.figures`, with their unit."""
 
 UNPARSED_LABEL = "unparsed + failed"
-"""Label of the share of answers that are unparsed or failed; see `unparsed_or_failed`."""
+"""Label of the percentage of answers that are unparsed or failed; see `unparsed_or_failed`."""
 
 
 def percent(value: float | None) -> str:
@@ -62,12 +62,12 @@ def percent(value: float | None) -> str:
 
 
 def share_percent(value: float | None) -> str:
-    """Format a share from 0 to 1 as a percentage, as in `81.7`; a dash stands for a missing value."""
+    """Format a fraction from 0 to 1 as a percentage, as in `81.7`; a dash stands for a missing value."""
     return percent(None if value is None else 100 * value)
 
 
 def share_text(value: float | None) -> str:
-    """Format a share from 0 to 1, as in `0.907`; a dash stands for a missing value."""
+    """Format a fraction from 0 to 1, as in `0.907`; a dash stands for a missing value."""
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -100,7 +100,7 @@ def interval_text(name: str, value: Sequence[float] | None) -> str:
 
 
 def share_interval_text(value: Sequence[float] | None) -> str:
-    """Format the interval of a share from 0 to 1 in percent; a dash stands for a missing interval."""
+    """Format the interval of a fraction from 0 to 1 in percent; a dash stands for a missing interval."""
     return "–" if value is None else f"{share_percent(value[0])} to {share_percent(value[1])}"
 
 
@@ -110,7 +110,7 @@ def p_text(value: float) -> str:
 
 
 def gate_cells(finding: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    """Format one of `report.gate.findings`: limit, share seen, its bounds, errors among parts, and verdict."""
+    """Format one of `report.gate.findings`: limit, observed share, its bounds, errors among parts, and verdict."""
     errors, parts = finding["errors"], finding["parts"]
     seen = share_percent(errors / parts if parts else None)
     bounds = f"{100 * finding['lower']:.2f} to {100 * finding['upper']:.2f}"
@@ -118,7 +118,7 @@ def gate_cells(finding: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
 
 
 def gate_notes(gate: Mapping[str, Any]) -> list[str]:
-    """Say how the parts were divided, how many more would decide, and what the verdict takes for granted."""
+    """Say how the parts were divided, how many more would settle the verdict, and what it assumes."""
     choosing, judged = gate["split"]["choosing"], gate["split"]["judged"]
     counts = f"judged on {judged['good']} good and {judged['defective']} defective parts"
     if choosing:

@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def only_results() -> Iterator[None]:
-    """Keep progress out of stdout, where a program reads JSON. Warnings go to stderr as always."""
+    """Keep progress off stdout, from which a program may read JSON. Warnings go to stderr as always."""
     level = LOGGER.level
     LOGGER.setLevel(logging.WARNING)
     try:
@@ -132,7 +132,7 @@ def inspect_images(path: Path, config: InspectConfig) -> int:
 
 
 def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig) -> None:
-    """Inspect the new images of a folder forever. An image that cannot be read is reported, and the others go on."""
+    """Inspect the new images of a folder forever. Report an unreadable image and continue with the next."""
     for path, error in watch.images():
         if error is None:
             report(inspector.predict(path, config.product), config)

@@ -19,8 +19,8 @@ from echo_ft.metrics.prediction_table import is_correct, p_defect
 from echo_ft.records import ROLES, Inspection, Prediction, Trace
 
 TAGS = ("wrong", "disagreement", "unparsed", "failed")
-"""What may deserve a look. `disagreement`: the reasoning expert concludes another option than the decision, or the
-text names another option than the most probable one."""
+"""Why a case may be worth a look. `disagreement`: the reasoning expert's conclusion contradicts the decision, or the
+text names an option that is not the most probable one."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ReviewQuestion:
     prediction: Prediction
     reasoning: str
     tags: tuple[str, ...]
-    """Those of TAGS that apply."""
+    """The TAGS that apply to the question."""
 
     @property
     def right(self) -> bool:
@@ -43,7 +43,7 @@ class ReviewCase:
     """An inspected image with the run's answers about it."""
 
     inspection: Inspection
-    """The image and its truth, as the dataset has them."""
+    """The image and its truth, as stored in the dataset."""
     references: tuple[str, ...]
     """The normal images that the decision maker saw."""
     extractor: str
@@ -56,7 +56,7 @@ class ReviewCase:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Those of TAGS that apply to any question."""
+        """The TAGS that apply to at least one question."""
         found = {tag for question in self.questions for tag in question.tags}
         return tuple(tag for tag in TAGS if tag in found)
 

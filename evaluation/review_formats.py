@@ -15,7 +15,7 @@ from echo_ft.records import GOOD
 from evaluation.review import ReviewCase, ReviewQuestion
 
 Write = Callable[[Path, Sequence[ReviewCase], Path, str], None]
-"""Writes the files of a format into a folder, for cases with images below a root, of a run with this name."""
+"""Writes the files of a format; called with the folder, the cases, the root of their images, and the run's name."""
 
 
 def write_labelstudio(folder: Path, cases: Sequence[ReviewCase], root: Path, run: str) -> None:
@@ -60,7 +60,7 @@ def _task(number: int, case: ReviewCase, root: Path, run: str) -> dict[str, Any]
         "annotations": [{"result": results}],
     }
     if case.p_defect is not None or case.predicted:
-        # Label Studio shows these boxes apart from the annotation, which keeps the truth.
+        # Label Studio shows these boxes separately from the annotation, which holds the truth.
         found = [
             {
                 **common, "id": f"{number}-predicted-{index}", "type": "rectanglelabels", "from_name": "box",
@@ -88,7 +88,7 @@ def _percent_polygon(polygon: tuple[float, ...], size: tuple[int, int]) -> dict[
 
 
 def _percent_points(values: tuple[float, ...], size: tuple[int, int]) -> list[list[float]]:
-    """Return points as Label Studio stores them. It refuses points outside the image, where rounding may put them."""
+    """Return points as Label Studio stores them, clamped to the image, because it rejects any outside."""
 
     def percent(value: float, whole: int) -> float:
         return min(max(100 * value / whole, 0.0), 100.0)
@@ -124,7 +124,7 @@ FACTS = ("tags", "p_defect", "reference_extractor", "knowledge_guide")
 
 
 def _facts(case: ReviewCase) -> dict[str, str]:
-    """What the run says about a case as a whole, as texts."""
+    """The run's results for a case as a whole, as strings."""
     score = "" if case.p_defect is None else f"P(defect) {case.p_defect:.3f}"
     return dict(zip(FACTS, (" ".join(case.tags), score, case.extractor, case.guide), strict=True))
 
@@ -149,7 +149,7 @@ def _question_text(question: ReviewQuestion) -> str:
 def write_coco(folder: Path, cases: Sequence[ReviewCase], root: Path, run: str) -> None:
     """Write a COCO file with the truth as annotations. `review` in an image holds what the run says about it.
 
-    Its `predicted_boxes` are x0, y0, x1, y1 in thousandths of the image. A defect that nobody has outlined is an
+    Its `predicted_boxes` are x0, y0, x1, y1 in thousandths of the image. A defect without an outline becomes an
     annotation without `bbox` and `segmentation`.
     """
     categories = {

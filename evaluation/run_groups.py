@@ -53,7 +53,7 @@ def _parse_spec(spec: str) -> tuple[str, list[Path]]:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that are all different. Raises EchoError for a duplicate folder."""
+    """Return the shortest endings that tell the paths apart. Raises EchoError for a duplicate folder."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise EchoError("the same run is given twice; give each run once")
@@ -82,7 +82,7 @@ def require_same_setup(group: RunGroup) -> None:
 
 
 def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Sequence[PredictionTable]) -> None:
-    """Raise EchoError if a run has another dataset, split or set of questions than the first run."""
+    """Raise EchoError if a run's dataset, split or set of questions differs from that of the first run."""
     first = {(one.case, one.question): one for one in (*tables[0].predictions, *runs[0].grounding)}
     compared_fields = ("dataset", "product", "image", "condition", "kind", "question_text", "options", "answer")
     for name, run, table in zip(names[1:], runs[1:], tables[1:], strict=True):

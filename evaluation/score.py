@@ -11,8 +11,8 @@ which need its file of questions. DIR then also holds the answers as a run, whic
 `--calibration` takes a run of the same model on a validation split (`evaluation.run --split validation --output
 VALIDATION_RUN_DIR`). Temperature and thresholds of P(defect) are fitted on that run and evaluated on the scored run.
 
-`--gate` judges the run by limits. The exit status is 0 if it passes, 1 if it fails, and 3 if there are not enough parts
-to decide with 95% confidence.
+`--gate` judges the run against limits. The exit status is 0 if it passes, 1 if it fails, and 3 if there are not enough
+parts to decide with 95% confidence.
 """
 
 from __future__ import annotations

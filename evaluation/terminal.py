@@ -180,7 +180,7 @@ def print_calibration(fit: Mapping[str, Any]) -> None:
 
 
 def print_gate(gate: Mapping[str, Any]) -> None:
-    """Print what the judged parts say about each limit, and how many more would decide."""
+    """Print what the judged parts say about each limit, and how many more parts would settle it."""
     rows: list[tuple[str, ...]] = [("gate, %", "limit", "seen", "bounds", "parts", "verdict")]
     rows += [(GATE_LABELS[name], *gate_cells(one)) for name, one in gate["findings"].items()]
     print("\n" + text_table(rows))

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     import wandb
 
 NOT_LOGGED = ("bootstrap", "provenance")
-"""Keys of report.json that hold no figures of the run. W&B gets its provenance as the config."""
+"""Keys of report.json that hold no figures of the run. W&B receives its provenance as the config."""
 
 TABLE_CASES = 300
-"""Number of cases in the table of an evaluation. Of more cases, it shows evenly spaced ones."""
+"""Number of cases in the table of an evaluation. If there are more cases, it shows evenly spaced ones."""
 
 TABLE_SIDE = 512
 """Longer side of an image in the table, in pixels."""
@@ -52,8 +52,8 @@ COLUMNS = (
 def log_evaluation(report: Mapping[str, Any], run: Run, output: Path, options: Any) -> None:
     """Log the figures of report.json and a table of the cases, with the dataset and the adapters as inputs.
 
-    `output` is the folder of the report, `options` the dataclass of the command's options. What has changed since the
-    run, or is missing, is named in a warning and left out.
+    `output` is the folder of the report, and `options` is the dataclass of the command's options. Anything that is
+    missing or has changed since the run is named in a warning and left out.
     """
     folder = run.folder if run.folder.is_dir() else output  # a file of answers has no run folder
     name, group = folder.resolve().name, experiment_name(folder)

@@ -51,10 +51,10 @@ ABILITIES = (
     ("train the 7B at MMAD's pixel budget", 20.9),
     ("train the 2B without gradient checkpointing", 63.7),
 )
-"""Work on one GPU with LoRA in bf16, and the GiB that `train.memory` estimates for its largest role."""
+"""Tasks for one GPU with LoRA in bf16, and the GiB that `train.memory` estimates for the largest role."""
 
 GPU_MARGIN = (1.1, 1.0)
-"""An estimate is multiplied by the first, and then the second is added, in GiB: for fragments and CUDA itself."""
+"""A factor for an estimate, and the GiB to add after it: they allow for fragmentation and CUDA itself."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found about one thing, and what to do if it is not as it should be."""
+    """The result of one check, and what to do if something is missing."""
 
     name: str
     found: str
@@ -214,7 +214,7 @@ def check_hub(environment: Mapping[str, str]) -> Check:
 
 
 def check_weights() -> list[Check]:
-    """Check which published models are stored, and whether there is room for the others."""
+    """Check which published models are stored, and whether there is room for the rest."""
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free

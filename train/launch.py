@@ -1,8 +1,8 @@
 """Run `accelerate launch` and keep its processes' exit status: `python -m train.launch [OPTIONS] train/sft.py ...`.
 
-The arguments are those of `accelerate launch`. accelerate (1.15) ends with status 1 whatever its process says, and both
-accelerate and torchrun add a traceback after an error and after Ctrl-C. This command ends with the status of the first
-process that failed, with 130 after Ctrl-C, and leaves the sentence to that process.
+The arguments are those of `accelerate launch`. accelerate (1.15) exits with status 1 whatever status its process had.
+Both accelerate and torchrun add a traceback after an error and after Ctrl-C. This command exits with the status of the
+first process that failed, or with 130 after Ctrl-C, and leaves the error message to that process.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ from echo_ft.retrieval.products import ProductData, read_products, save_products
 
 ALLOWED_ERROR, MAX_ERROR = 0.02, 0.25
 """Allowed error of a part, relative to the adapter's effect on the logits. Rounding in the weights' data type may raise
-it above ALLOWED_ERROR, but never above MAX_ERROR, so that even a small update cannot get lost (error 1) unnoticed."""
+it above ALLOWED_ERROR, but never above MAX_ERROR. The loss of even a small update is an error of 1, so it cannot go
+unnoticed."""
 
 ALLOWED_EPSILONS = 8
 """Allowed rounding error, in machine epsilons. Logits of a model merged in bfloat16 or float16 differ by about one
@@ -66,7 +67,7 @@ COMPARED_IMAGES = 2
 """Number of normal images that the original and the reloaded pipeline inspect."""
 
 ALLOWED_PROBABILITY_ERROR = 1e-4
-"""Largest allowed difference of a probability between the original and the reloaded pipeline."""
+"""Largest allowed difference in a probability between the original and the reloaded pipeline."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Fidelity:
     """How closely a part of the bundle reproduces the trained adapter's logits on the probe."""
 
     max_difference: float
-    """Largest absolute difference of a logit."""
+    """Largest absolute difference between two logits."""
     relative_error: float
     """RMS of the differences, divided by the RMS of the adapter's changes to the base model's logits."""
 
@@ -105,15 +106,15 @@ class Bundle:
     failed: dict[str, str]
     """Why the merged model of a role is missing, by role."""
     compared: int = 0
-    """The number of images for which the reloaded pipeline gave the answers of the original one."""
+    """The number of images for which the reloaded pipeline gave the same answers as the original one."""
 
 
 def export_bundle(plan: ExportPlan, output: Path) -> Bundle:
     """Write the bundle to `output`.
 
     Raises EchoError if `output` exists, an adapter acts only after the prefix, a role to merge is unknown, an adapter
-    does not reproduce its trained logits, or the reloaded bundle gives other answers. It leaves no files behind then. A
-    merge that fails costs only the merged model.
+    does not reproduce its trained logits, or the reloaded bundle gives other answers. After an error, it leaves no
+    files behind. If a merge fails, only the merged model is missing.
     """
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")
@@ -130,7 +131,7 @@ def _fill_bundle(folder: Path, plan: ExportPlan) -> Bundle:
     card = next(iter(adapters.values())).card
     for role, adapter in adapters.items():
         (folder / "adapters" / role).mkdir(parents=True)
-        # Only files for inference, without optimizer states, checkpoints and pickles.
+        # Copy only files for inference: no optimizer states, checkpoints or pickles.
         for name in (*ADAPTER_FILES, ADAPTER_CARD):
             shutil.copyfile(adapter.path / name, folder / "adapters" / role / name)
         seal_folder(folder / "adapters" / role)
@@ -224,7 +225,7 @@ def _write_descriptions(
 
 
 def _inspect(model: Any, row_builder: RowBuilder, products: ProductData | None, plan: ExportPlan) -> list[Result]:
-    """Inspect some normal images with short texts, to compare the original and the reloaded pipeline."""
+    """Inspect some normal images with short outputs, to compare the original and the reloaded pipeline."""
     if products is None:
         return []
     engine = Engine(model, row_builder, products.root, PROBE_TOKENS)
@@ -237,7 +238,7 @@ def _inspect(model: Any, row_builder: RowBuilder, products: ProductData | None, 
 
 
 def _check_reloaded(folder: Path, model: Any, expected: Sequence[Result], plan: ExportPlan) -> None:
-    """Read the bundle as an inspector does, and compare the answers of `model`, which has its adapters.
+    """Read the bundle as an inspector does, and compare the answers of `model`, to which its adapters are attached.
 
     Raises EchoError if a letter, a text, a reference or a probability differs from the `expected` one.
     """

@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it is, what was measured, how to use it, and whose licences hold."""
+"""The model card of a bundle: what it is, what was measured, how to use it, and whose licences apply."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFERENCE_TEXTS = {
 
 
 def licence_notes(adapters: Mapping[str, Adapter], products: ProductData | None, note: str | None) -> dict[str, str]:
-    """Return whose licences hold for the parts of a bundle; `note` is what the exporter says about the images."""
+    """Return whose licences apply to the parts of a bundle; `note` is the exporter's statement about the images."""
     card = next(iter(adapters.values())).card
     licence = _licence_of(card.base_model, card.base_revision)
     notes = {

@@ -22,15 +22,15 @@ class Measurement:
     pipeline: PipelineConfig
     max_new_tokens: int
     k: int | None
-    """The number of references per image; None means all that the dataset has."""
+    """The number of references per image; None means all references in the dataset."""
     calibration: Calibration | None
 
 
 def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement:
     """Read a report.json and check that it measures the `adapters`.
 
-    Raises EchoError if it is no report of a run, if the run used other adapters or another base model, or if an
-    inspector cannot repeat it: with corrupted queries, or with random references.
+    Raises EchoError if it is not the report of a run, if the run used other adapters or another base model, or if an
+    inspector cannot repeat it. An inspector cannot repeat a run with corrupted queries or random references.
     """
     try:
         report = read_json_object(path)
@@ -51,7 +51,7 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
                 f"{path} measures another adapter of {role} than {adapter.path} ({measured.get(role)}, not "
                 f"{adapter.fingerprint}); run and score these adapters"
             )
-        # A run on a server does not know the weights there.
+        # A run on a server cannot see the weights there.
         if base is not None and base != adapter.card.base_fingerprint:
             raise EchoError(f"{path} measures another base model ({base}); run and score these adapters")
     if corruption is not None or pipeline.reference == "random":

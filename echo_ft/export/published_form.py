@@ -1,8 +1,8 @@
 """Save a Qwen2-VL in the form of the published checkpoints, which transformers 4, transformers 5 and vLLM read.
 
-transformers 5 (5.23) moves the language model's settings to `text_config`, names the rotary embedding and the special
-tokens in another way, and writes no preprocessor_config.json. transformers 4 (4.57) would take a default rotary
-embedding without a warning, and fail on the tokenizer and the image processor.
+transformers 5 (5.23) moves the language model's settings to `text_config`, renames the rotary embedding and the special
+tokens, and writes no preprocessor_config.json. From those files, transformers 4 (4.57) would silently use a default
+rotary embedding, and would fail to load the tokenizer and the image processor.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from echo_ft.inputs import read_json_object
 def save_model(model: Any, folder: Path) -> None:
     """Save a Qwen2-VL with the weight names and the config of the published checkpoints.
 
-    The config says that the output layer shares the input embedding only if it does. PEFT (0.21) unties a model in the
-    outer config alone if an adapter has trained its output layer.
+    The config says that the output layer shares the input embedding only if it really does. If an adapter has trained
+    the output layer, PEFT (0.21) marks the model as untied only in the outer config.
     """
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for config in (model.config, model.config.get_text_config()):
@@ -47,6 +47,6 @@ def save_processor(processor: Any, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", tokenizer)
     saved = read_json_object(folder / "processor_config.json")["image_processor"]
     size = saved["size"]
-    # Before 4.49, transformers read only these two.
+    # Before 4.49, transformers read only these two keys.
     budget = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     write_json(folder / "preprocessor_config.json", {**saved, **budget, "processor_class": "Qwen2VLProcessor"})

@@ -82,7 +82,7 @@ def _vllm_command(card: AdapterCard, served: Sequence[str], rank: int, adapts_vi
     base = str(Path(card.base_model).resolve()) if local else card.base_model
     return [
         f"vllm serve {shlex.quote(base)}" + ("" if local else f" --revision {shlex.quote(str(card.base_revision))}"),
-        # Runs ask for the base by the name in the card.
+        # Runs request the base model by its name in the card.
         f"--served-model-name {shlex.quote(card.base_model)}",
         f"--enable-lora --max-loras {len(served)} --max-lora-rank {rank}"
         + (" --enable-tower-connector-lora" if adapts_vision else ""),
@@ -92,7 +92,7 @@ def _vllm_command(card: AdapterCard, served: Sequence[str], rank: int, adapts_vi
 
 
 def _vllm_limits(card: AdapterCard) -> list[str]:
-    """Return the lines of a command of vLLM that make it read and generate as a run does."""
+    """Return the lines of a vLLM command that make vLLM read images and generate as a run does."""
     budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
     return [
         "--generation-config vllm",  # the model's own may set a repetition penalty
@@ -102,7 +102,7 @@ def _vllm_limits(card: AdapterCard) -> list[str]:
 
 
 def vllm_refusal(config: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Return what vLLM (0.32, lora/peft_helper.py) does not serve of an adapter, or None if it serves the adapter.
+    """Return the part of an adapter that vLLM (0.32, lora/peft_helper.py) cannot serve, or None if it serves all.
 
     `config` is the adapter_config.json, and `names` are the names of the adapter's weights.
     """

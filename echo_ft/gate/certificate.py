@@ -26,13 +26,13 @@ from scipy.special import betainc, betaincinv
 from echo_ft.metrics.detection import Units
 
 CONFIDENCE = 0.95
-"""Probability of at least this much that a verdict which is wrong is not given."""
+"""Smallest probability of avoiding a wrong verdict."""
 
 PASS, FAIL, UNDECIDED = "pass", "fail", "not enough parts"
 """The verdicts."""
 
 FALSE_ALARMS, ESCAPES = "false_alarms", "escapes"
-"""The shares that can have a limit: of good parts that are flagged, and of defective parts that are not."""
+"""The shares that can have a limit: good parts that are flagged, and defective parts that are not."""
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,36 @@ class Finding:
     errors: int
     """How many of them are false alarms or escapes."""
     lower: float
-    """Lower bound of the share. It decides on `fail`."""
+    """Lower bound of the share; above the limit, the verdict is `fail`."""
     upper: float
-    """Upper bound of the share. It decides on `pass`."""
+    """Upper bound of the share; up to the limit, the verdict is `pass`."""
     verdict: str
     more_without_error: int | None
-    """Further parts that would pass if none of them were an error; None if the verdict is decided."""
+    """Number of further parts that would pass if none of them is an error; None if the verdict is settled."""
     more_at_this_rate: int | None
-    """Further parts that would decide if errors stayed as frequent; None if decided, or if the share is the limit."""
+    """Number of further parts that would settle the verdict at this error rate; None if settled or at the limit."""
 
 
 def upper_bound(errors: int, parts: int, confidence: float = CONFIDENCE) -> float:
-    """Return the exact upper bound of a share with so many `errors` among `parts`."""
+    """Return the exact upper bound of a share, given the number of `errors` among `parts`."""
     return float(betaincinv(errors + 1, parts - errors, confidence)) if errors < parts else 1.0
 
 
 def lower_bound(errors: int, parts: int, confidence: float = CONFIDENCE) -> float:
-    """Return the exact lower bound of a share with so many `errors` among `parts`."""
+    """Return the exact lower bound of a share, given the number of `errors` among `parts`."""
     return float(betaincinv(errors, parts - errors + 1, 1 - confidence)) if errors else 0.0
 
 
 def parts_to_pass(limit: float, errors: int = 0) -> int:
-    """Return the smallest number of parts whose upper bound is at most `limit`, with so many `errors` among them.
+    """Return the smallest number of parts at which the upper bound is at most `limit`, given this number of `errors`.
 
-    59 parts without an error for a limit of 5%, 299 for 1%.
+    Without an error, a limit of 5% takes 59 parts, and a limit of 1% takes 299.
     """
     return _first(errors + 1, lambda parts: betainc(errors + 1, parts - errors, limit) >= CONFIDENCE)
 
 
 def _first(start: int, holds: Callable[[int], bool]) -> int:
-    """Return the smallest number from `start` on for which `holds`, which stays true once it is."""
+    """Return the smallest number from `start` on for which `holds` is true; once true, it must stay true."""
     high = start
     while not holds(high):
         high *= 2
@@ -86,7 +86,7 @@ def _first(start: int, holds: Callable[[int], bool]) -> int:
 
 
 def _parts_at_rate(share: float, limit: float, parts: int, fail_confidence: float) -> int | None:
-    """Return how many parts, at least `parts`, decide if a `share` of them are errors; None if it is the limit."""
+    """Return how many parts, at least `parts`, settle the verdict with this `share` of errors; None at the limit."""
     if share == limit:
         return None
     if share < limit:
@@ -95,7 +95,7 @@ def _parts_at_rate(share: float, limit: float, parts: int, fail_confidence: floa
 
 
 def judge_share(errors: int, parts: int, limit: float, limits: int) -> Finding:
-    """Judge one share; `limits` is how many shares have a limit."""
+    """Judge one share; `limits` is the number of shares that have a limit."""
     fail_confidence = 1 - (1 - CONFIDENCE) / limits
     lower, upper = lower_bound(errors, parts, fail_confidence), upper_bound(errors, parts)
     verdict = PASS if upper <= limit else FAIL if lower > limit else UNDECIDED
@@ -124,11 +124,11 @@ def overall(findings: Mapping[str, Finding]) -> str:
 
 
 def choose_threshold(units: Units, limits: Mapping[str, float]) -> float:
-    """Return the threshold at which the larger ratio of an error to its limit is smallest, by these parts.
+    """Return the threshold that minimises the larger ratio of an error to its limit on these parts.
 
     An error without a limit is divided by 1, so that a gate for false alarms alone still finds defects. Errors are
-    estimated as (errors + 1/2) / (parts + 1). The candidates lie between neighbouring scores, below and above all. Both
-    classes must be present, and at least one score finite.
+    estimated as (errors + 1/2) / (parts + 1). The candidates lie between neighbouring scores, and below and above all
+    scores. Both classes must be present, and at least one score finite.
     """
     good, defective = np.sort(units.scores[~units.defective]), np.sort(units.scores[units.defective])
     scores = np.unique(units.scores[np.isfinite(units.scores)])

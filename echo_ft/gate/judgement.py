@@ -28,12 +28,12 @@ from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_ta
 from echo_ft.provenance import fingerprint_bytes
 
 CHOOSING = 3
-"""One in so many parts of a run chooses the threshold. In simulations, a third passes more often than a half."""
+"""One in this many parts of a run chooses the threshold. In simulations, more runs pass with a third than with half."""
 
 BY_ANSWERS = "all parts are judged, because the run has no P(defect) and its answers need no threshold"
 
 WORDS = {FALSE_ALARMS: ("good", "flagged"), ESCAPES: ("defective", "missed")}
-"""The class of parts and what happens to them."""
+"""The class of the parts, and what an error does to them."""
 
 
 def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = None) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _can_choose(units: Units) -> bool:
 
 
 def _no_threshold(choosing: Units | None) -> list[str]:
-    """Say why no threshold could be chosen, if it could not."""
+    """Say why no threshold could be chosen; empty if one could."""
     if choosing is None or _can_choose(choosing):
         return []
     counts = _counts(choosing)
@@ -122,8 +122,9 @@ def _no_threshold(choosing: Units | None) -> list[str]:
 def choosing_parts(parts: list[tuple[str, str, str]], defective: np.ndarray) -> np.ndarray:
     """Return (M,) bool: one in CHOOSING of the good parts and of the defective parts (dataset, product, group).
 
-    The parts of a class are sorted by dataset, product and a hash of the group, and every third one is chosen. So each
-    product gives its share, the order of the names has no influence, and the same parts are always divided alike.
+    The parts of a class are sorted by dataset, product and a hash of the group, and every third one is chosen. Each
+    product therefore contributes its share, the order of names has no influence, and the same parts are always divided
+    the same way.
     """
     chosen = np.zeros(len(parts), dtype=bool)
     order = sorted(
@@ -160,7 +161,7 @@ def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | 
 
 
 def _more_parts(verdict: str, findings: Mapping[str, Finding], divided: bool) -> list[str]:
-    """Say for each share that is undecided how many further parts would decide."""
+    """For each undecided share, say how many further parts would settle it."""
     if verdict != UNDECIDED:
         return []
     sentences = []
@@ -191,7 +192,7 @@ def _without_limit(units: Units, threshold: float, limits: Mapping[str, float]) 
 
 
 def _notes(table: PredictionTable, members: np.ndarray) -> list[str]:
-    """State what the certificate takes for granted about the parts."""
+    """State what the certificate assumes about the parts."""
     images, parts = int(members.sum()), len(np.unique(table.part_index[members]))
     if parts < images:
         return [f"{images} images show {parts} parts; a part is flagged if any of its images is"]
@@ -202,7 +203,7 @@ def _notes(table: PredictionTable, members: np.ndarray) -> list[str]:
 
 
 def _unknown_training(run: Run) -> list[str]:
-    """Say that images may have been trained on, if that could not be checked."""
+    """Say that the model may have been trained on these images, if that could not be checked."""
     if "dataset" not in run.provenance:
         return ["how the model was trained is not known; the verdict holds only if it saw none of these parts"]
     unknown = [one["dataset"] for one in run.provenance.get("trained_on", []) if one["photographs_trained_on"] is None]

@@ -15,8 +15,8 @@ EXAMPLE = '--gate "false_alarms<=0.01, escapes<=0.02"'
 def parse_limits(text: str) -> dict[str, float]:
     """Return {`false_alarms` or `escapes`: limit}, in this order.
 
-    Raises EchoError for an unknown or repeated name, another comparison than `<=`, and a limit that is no share between
-    0 and 1.
+    Raises EchoError for an unknown or repeated name, a comparison other than `<=`, and a limit that is not between 0
+    and 1.
     """
     limits: dict[str, float] = {}
     for part in text.split(","):
