@@ -90,7 +90,7 @@ def load_dataset(folder: Path) -> Dataset:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of the dataset in `folder`, with a checksum of its own."""
+    """Write the manifest of the dataset in `folder`, and include a checksum of the manifest itself."""
     write_json(folder / MANIFEST, {**manifest, "manifest_fingerprint": _manifest_fingerprint(manifest)})
 
 
@@ -100,7 +100,7 @@ def _manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
 
 
 def record_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the records, training rows, knowledge and digests of the dataset in `folder`, by name."""
+    """Return the SHA-256 of each file of records, training rows, knowledge and digests in `folder`, keyed by name."""
     records = [path for path in folder.rglob("*.jsonl") if path.name != "rejected.jsonl"]
     names = sorted(path.relative_to(folder).as_posix() for path in records)
     return digests_of(folder, [*names, KNOWLEDGE, DIGESTS])
@@ -120,15 +120,15 @@ def _require_unchanged_records(folder: Path, manifest: Mapping[str, Any]) -> Non
 
 
 def images_fingerprint(digests: Mapping[str, str]) -> str:
-    """Return one fingerprint of all images, given their SHA-256 by path."""
+    """Return one fingerprint for all images, given the SHA-256 of each path."""
     return fingerprint_bytes(*(f"{path}\0{digests[path]}".encode() for path in sorted(digests)))
 
 
 def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
-    """Raise EchoError if an image differs by a byte from the one that the dataset was built from.
+    """Raise EchoError if an image differs in any byte from the one that the dataset was built from.
 
-    Missing images are ignored here; reading them reports the problem. Datasets without digests, built by an older
-    version, are not checked. Raises EchoError as `read_digests` does, too.
+    Missing images are ignored here, because reading them reports the problem. Datasets without digests, built by an
+    older version, are not checked. Also raises the errors of `read_digests`.
     """
     digests = read_digests(dataset)
     if digests is None:
@@ -145,9 +145,9 @@ def require_unchanged(dataset: Dataset, images: Iterable[str]) -> None:
 
 
 def read_digests(dataset: Dataset) -> dict[str, str] | None:
-    """Read the SHA-256 of each image of a dataset, by path; None if an older version built it.
+    """Read the SHA-256 of each image of a dataset, keyed by path. Returns None if an older version built the dataset.
 
-    Raises EchoError if the file is missing, broken, or that of another dataset.
+    Raises EchoError if the file is missing or broken, or belongs to another dataset.
     """
     path, expected = dataset.folder / DIGESTS, dataset.manifest.get("images_fingerprint")
     if expected is None:
@@ -164,7 +164,7 @@ def read_digests(dataset: Dataset) -> dict[str, str] | None:
 
 
 def is_changed(root: Path, image: str, digests: Mapping[str, str]) -> bool:
-    """Return whether an image differs by a byte from its SHA-256 in `digests`. A missing image does not."""
+    """Return whether an image no longer matches its SHA-256 in `digests`. A missing image counts as unchanged."""
     try:
         return content_hash(root / image).hex() != digests.get(image)
     except FileNotFoundError:
@@ -179,8 +179,8 @@ def load_cases(
     """Load the cases of one split, in dataset order: the images that have questions.
 
     `reference` selects the normal images that a case shows: `retrieved`, `random` (the control) or `none`. If the
-    source names a reference, `retrieved` shows only that one. Of several references, the `max_references` best ranked
-    are kept. Each keeps its rank, but `candidate_order` shuffles them. Raises EchoError for another `reference`.
+    source names a reference, `retrieved` shows only that one. At most `max_references` are kept, best-ranked first.
+    Each keeps its rank, but `candidate_order` shuffles them. Raises EchoError for any other `reference`.
     """
     folder = dataset.folder
     inspections = list(read_jsonl(folder / "inspections.jsonl", Inspection))
@@ -197,7 +197,7 @@ def load_cases(
 
 
 def _check_questions(path: Path, questions: Sequence[Question]) -> None:
-    """Raise EchoError for a question with fewer than two options, an answer outside them, or a second one of its id."""
+    """Raise EchoError for a question with fewer than two options, an answer outside them, or a duplicate id."""
     seen = set()
     for number, one in enumerate(questions, start=1):
         fault = None
@@ -225,7 +225,7 @@ def stored_knowledge(folder: Path) -> Knowledge:
 def without_held_out(knowledge: Knowledge, held_out: Sequence[str]) -> Knowledge:
     """Return the knowledge without the entries of conditions that are held out for the test.
 
-    In training, these conditions would be options and entries that are never right. The model would learn to avoid
+    In training, these conditions would only ever appear as wrong options and entries. The model would learn to avoid
     them in the test.
     """
     left: dict[str, dict[str, dict[str, str]]] = {}
@@ -308,7 +308,7 @@ def make_cases(
 
 
 def candidate_order(case_id: str, references: Sequence[Reference]) -> tuple[Reference, ...]:
-    """Shuffle references into a case's candidates. The order depends only on the id, so 1 is not always the best."""
+    """Shuffle references into a case's candidates. The order depends only on the id; the best is not always first."""
     ordered = sorted(references, key=lambda reference: (reference.method, reference.rank, reference.image))
     random.Random(f"candidates/{case_id}").shuffle(ordered)
     return tuple(ordered)

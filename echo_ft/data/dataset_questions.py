@@ -24,11 +24,11 @@ def write_dataset_questions(
 ) -> Iterator[Question]:
     """Yield the source's questions about each image if it has any, and written questions otherwise.
 
-    With `grounding`, the question of `write_box_question` follows them. A share `unanswerable` of the images, from 0 to
-    1, also gets the questions of `write_unanswerable_questions`.
+    With `grounding`, the question from `write_box_question` follows them. `unanswerable`, from 0 to 1, is the fraction
+    of images that also get the questions of `write_unanswerable_questions`.
 
-    Questions of the test split are written from `knowledge` and name all products. The others are written from
-    `training_knowledge` and name only the products outside the test split.
+    Questions about the test split are written from `knowledge` and name all products. All other questions are written
+    from `training_knowledge` and name only the products outside the test split.
     """
     given: dict[str, list[Question]] = defaultdict(list)
     for question in source_questions:
@@ -62,7 +62,7 @@ def write_dataset_questions(
 def _named_conditions(
     found: Mapping[tuple[str, str], Sequence[str]], knowledge: Knowledge, products: Sequence[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """Return the conditions in each product's images that its knowledge lists, by dataset and product."""
+    """Return the conditions that occur in each product's images and in its knowledge, keyed by dataset and product."""
     named: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for (dataset, product), conditions in found.items():
         if product in products:

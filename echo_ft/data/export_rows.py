@@ -1,7 +1,7 @@
 """Convert exchanges to rows for other trainers: one row per branch, with the same tokens as `echo_ft.model.rows`.
 
-Images come first, then the context and the branch's prompt as one text. This module depends only on the records,
-because the benchmarks use it in the environments of those trainers.
+Images come first, followed by the context and the branch's prompt as a single string. This module depends only on the
+records, because the benchmarks use it in the environments of those trainers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ SHAREGPT: dict[str, Any] = {
 
 
 def prompt_completion_rows(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row per branch for TRL (`images`, `prompt`, `completion`).
+    """Yield one row per branch for TRL (`images`, `prompt`, `completion`).
 
-    `images` are the paths that replace those of the exchange. Raises EchoError if a text contains a control token.
+    `images` are the paths that replace those of the exchange. Raises EchoError if any of the text contains a control
+    token.
     """
     for branch in exchange.branches:
         checked = replace(branch, completion=without_box_tokens(branch.completion or ""))
@@ -47,7 +48,7 @@ def prompt_completion_rows(exchange: Exchange, images: Sequence[str]) -> Iterato
 def message_rows(exchange: Exchange, images: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the same rows for LLaMA-Factory and ms-swift (`images`, `messages`), with one `<image>` per image.
 
-    Raises EchoError if a text contains a control token, `<image>` or another tag of these trainers.
+    Raises EchoError if any of the text contains a control token, `<image>` or another tag of these trainers.
     """
     for branch, row in zip(exchange.branches, prompt_completion_rows(exchange, images), strict=True):
         _refuse(TAGS, "a tag that LLaMA-Factory or ms-swift replaces", ", or convert to trl", exchange, branch)

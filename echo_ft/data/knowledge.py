@@ -1,8 +1,8 @@
 """Load domain knowledge: descriptions of each product's conditions, written by a person or taken from MMAD.
 
-A file is `{dataset: {product: {condition: text}}}` in JSON (MMAD's domain_knowledge.json) or YAML. The files of a
-folder count as one. Any text is valid. If it has several sentences, the first describes what the condition looks like
-and the last what follows from it.
+A file is `{dataset: {product: {condition: text}}}` in JSON (MMAD's domain_knowledge.json) or YAML. The files in a
+folder are merged. Any text is valid. If it has several sentences, the first describes what the condition looks like and
+the last describes its consequences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 from echo_ft.strict_yaml import read_json, read_yaml
 
 DATASET_ALIASES = {"DS-MVTec": "MVTec", "MVTec-AD": "MVTec"}
-"""Dataset name to the name that MMAD's file uses for it."""
+"""Maps a dataset name to the name that MMAD's file uses for it."""
 
 MAX_BRIEF_WORDS = 40
 """Longer descriptions are shortened in completions (`brief`)."""
@@ -46,10 +46,10 @@ EFFECT_WORDS = re.compile(
 
 
 def load_knowledge(path: Path) -> Knowledge:
-    """Load the knowledge from a JSON or YAML file, or from all such files of a folder, with unedited texts.
+    """Load the knowledge from a JSON or YAML file, or from all such files in a folder. Descriptions are left unedited.
 
-    Raises EchoError, naming file and key, if a file is missing, cannot be parsed or is nested differently, if a
-    condition has no text, or if two files of a folder describe the same product.
+    Raises EchoError, naming the file and the key, if a file is missing, cannot be parsed or is nested differently. Also
+    raises it if a condition has no text, or if two files describe the same product.
     """
     knowledge, files = read_knowledge(path)
     empty = [
@@ -67,7 +67,7 @@ def load_knowledge(path: Path) -> Knowledge:
 
 
 def read_knowledge(path: Path) -> tuple[Knowledge, dict[tuple[str, str], Path]]:
-    """Read knowledge like `load_knowledge`, but keep empty texts. Also return the file of each (dataset, product)."""
+    """Read knowledge like `load_knowledge`, but allow empty text. Also return the file of each (dataset, product)."""
     knowledge: dict[str, dict[str, dict[str, str]]] = {}
     files: dict[tuple[str, str], Path] = {}
     for file in knowledge_files(path) if path.is_dir() else [path]:
@@ -101,9 +101,9 @@ def _read_text(path: Path) -> str:
 
 
 def parse_knowledge(path: Path, content: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Parse the content of the file `path`. Names and texts are in NFC, and missing texts become empty strings.
+    """Parse the content of the file `path`. Everything is in NFC, and missing descriptions become empty strings.
 
-    Raises EchoError, naming file and key, as `load_knowledge` does, and for a control token in a name or text.
+    Raises EchoError as `load_knowledge` does, and also for a control token in a name or description.
     """
     try:
         parsed = read_json(content) if path.suffix == ".json" else read_yaml(content)
@@ -167,8 +167,8 @@ def entries_for(
 ) -> tuple[tuple[Entry, ...], bool]:
     """Return the entries of a product, `good` first, and whether the product has knowledge.
 
-    The other entries follow by name. All of them are included, even if no image shows the condition. A condition
-    without an entry is described only by its name.
+    The other entries follow, sorted by name. All of them are included, even if no image shows the condition. A
+    condition without an entry is described only by its name.
     """
     known = products_of(knowledge, dataset).get(product, {})
     names = sorted({*known, *conditions}, key=lambda name: (name != GOOD, name))
@@ -177,15 +177,15 @@ def entries_for(
 
 
 def products_of(knowledge: Knowledge, dataset: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the knowledge of a dataset's products, under its own name or the name in MMAD's file."""
+    """Return the knowledge of a dataset's products, listed under the dataset's own name or its name in MMAD's file."""
     return knowledge.get(dataset) or knowledge.get(DATASET_ALIASES.get(dataset, dataset)) or {}
 
 
 def likely_misspellings(known: Mapping[str, str], conditions: Sequence[str]) -> dict[str, str]:
-    """Map each entry that matches no condition in the images to the condition that was probably meant.
+    """Map each entry that matches no condition in the images to the condition its author probably meant.
 
-    The meant condition occurs in the images, has no entry and has a similar name. Entries without a similar condition
-    are left out, since knowledge may cover defects that no image shows.
+    The intended condition occurs in the images, has no entry and has a similar name. Entries without a similar
+    condition are left out, since knowledge may cover defects that no image shows.
     """
     undescribed = [condition for condition in conditions if condition not in known]
     near = {name: difflib.get_close_matches(name, undescribed, n=1) for name in known if name not in conditions}
@@ -213,10 +213,10 @@ def appearance(description: str) -> str:
 
 
 def effect(description: str) -> str | None:
-    """Return what follows from the condition: the last of at least two sentences, or None.
+    """Return the condition's consequences: the last of at least two sentences, or None.
 
-    Longer texts may end with something else. If there are three or more sentences, the last one must therefore name a
-    consequence (`affects`, `can lead to`, ...) with one of EFFECT_WORDS.
+    Longer descriptions may end with something else. If there are three or more sentences, the last one must therefore
+    contain a word from EFFECT_WORDS (`affects`, `can lead to`, ...).
     """
     parts = sentences(description)
     if len(parts) < 2 or (len(parts) > 2 and not EFFECT_WORDS.search(parts[-1])):
@@ -279,7 +279,7 @@ def knowledge_warnings(inspections: Sequence[Inspection], known: Knowledge) -> l
 
 
 def consequence_warnings(inspections: Sequence[Inspection], knowledge: Knowledge) -> list[str]:
-    """Return a sentence that names the described defects of the images without a consequence, if there are any."""
+    """Return a sentence that names the defects whose descriptions mention no consequence, if there are any."""
     found = [
         f"{dataset}/{product}/{condition}"
         for (dataset, product), conditions in conditions_of(inspections).items()
@@ -314,7 +314,7 @@ def _tag_warnings(inspections: Sequence[Inspection], known: Knowledge) -> list[s
 
 
 def near_duplicate_names(inspections: Sequence[Inspection]) -> list[str]:
-    """Return a sentence for each name of a product or condition that is also written with other case or punctuation."""
+    """Return a sentence for each product or condition whose name also occurs with different case or punctuation."""
     found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for (dataset, product), conditions in conditions_of(inspections).items():
         for what, name in (("products", product), *(("conditions", condition) for condition in conditions)):
@@ -328,5 +328,5 @@ def near_duplicate_names(inspections: Sequence[Inspection]) -> list[str]:
 
 
 def first_names(names: Collection[str], limit: int = 3) -> str:
-    """Join the first names, followed by the number of the others."""
+    """Join the first `limit` names, followed by the number of remaining names."""
     return ", ".join([*names][:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

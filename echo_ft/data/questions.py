@@ -1,7 +1,7 @@
 """Write multiple-choice questions about an image from its condition, mask and knowledge.
 
-The question types and wording are MMAD's. A type is left out if its right answer is not known. As in MMAD, questions
-about a defective part ask about the defect and questions about a normal part ask about the object.
+The question types and their wording come from MMAD. A type is left out if its correct answer is not known. As in MMAD,
+questions about a defective part ask about the defect and questions about a normal part ask about the object.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUESTION_TEXTS = {
     "Object Classification": "What kind of product is in the image?",
     "Object Analysis": "Which description fits the object in the image?",
 }
-"""The text of each question type. All but the last are MMAD's most frequent wording."""
+"""The text of each question type. All but the last use MMAD's most frequent wording."""
 
 GROUNDING_TEXT = "Where are the defects in the object, if there are any?"
 
@@ -44,7 +44,7 @@ def write_questions(
     root: Path,
     seed: int,
 ) -> list[Question]:
-    """Return the questions about `inspection` with a known answer, in the order of MMAD's tables.
+    """Return the questions about `inspection` whose answer is known, in the order of MMAD's tables.
 
     `knowledge` holds the product's entries (`entries_for`), `conditions` the conditions in its images, and `products`
     those of the whole dataset. Wrong options are other conditions of the product, their descriptions, places without
@@ -52,7 +52,7 @@ def write_questions(
     `seed` and the question's id. Raises EchoError if the mask cannot be used.
     """
     choices: dict[str, tuple[str, list[str]]] = {}
-    """Question type to the right option and the wrong ones."""
+    """Maps a question type to the correct option and the wrong options."""
     known = {entry.condition: entry.description for entry in knowledge if has_description(entry)}
     if inspection.condition == GOOD:
         choices["Anomaly Detection"] = "No.", ["Yes."]
@@ -74,7 +74,8 @@ def _defect_choices(
     own = inspection.condition
     choices = {}
     named = {**dict.fromkeys(conditions), **known}
-    # Another defect in the same image is not a wrong option. If the defects are not named, no option is surely wrong.
+    # Another defect in the same image is not a wrong option. If the defects are not named, no option is certainly
+    # wrong.
     others = [c for c in named if c != GOOD and own not in MIXED_CONDITIONS and not defects_of(c) <= defects_of(own)]
     choices["Defect Classification"] = readable_name(own), [readable_name(condition) for condition in others]
     place = defect_place(inspection, root)
@@ -90,14 +91,14 @@ def _defect_choices(
 
 
 def defect_place(inspection: Inspection, root: Path) -> tuple[str, list[str]] | None:
-    """Return the place of the defect and places without any of it; None if the defect is not marked.
+    """Return the place of the defect and the places that contain none of it, or None if the defect is not marked.
 
     Raises EchoError if the mask cannot be used.
     """
     region = _region(inspection, root)
     if region is None:
         return None
-    # A cell with some of the defect would be half right.
+    # A cell that contains part of the defect would be half right.
     free = [place for place in masks.PLACES if place not in region.cells]
     if region.place == masks.SPREAD:
         return region.place, free or [place for place in masks.PLACES if place != "center"]
@@ -129,8 +130,8 @@ def _make_question(inspection: Inspection, kind: str, right: str, wrong: Sequenc
 def write_box_question(inspection: Inspection, root: Path) -> Question | None:
     """Return the question about the boxes of an image's defects, or None if a defect is not marked.
 
-    The answer is the text of `boxes.target_boxes` in thousandths, or `none` for a normal part. Raises EchoError if the
-    mask cannot be used.
+    The answer lists the boxes from `boxes.target_boxes` in thousandths, or is `none` for a normal part. Raises
+    EchoError if the mask cannot be used.
     """
     found: tuple[boxes.Box, ...] = ()
     if inspection.condition != GOOD:
@@ -147,8 +148,9 @@ def write_box_question(inspection: Inspection, root: Path) -> Question | None:
 def open_questions(identifier: str, conditions: Sequence[str], grounding: bool = False) -> tuple[Question, ...]:
     """Return the questions about an image whose condition nobody knows. They have no answer.
 
-    `conditions` are those of its product. Whether there is a defect (A: yes, B: no) always comes first. Which one it is
-    follows if the product has two to `MAX_OPTIONS` known defects. With `grounding`, the boxes of the defects come last.
+    `conditions` are those of its product. The first question always asks whether there is a defect (A: yes, B: no). If
+    the product has two to `MAX_OPTIONS` known defects, a second question asks which one it is. With `grounding`, the
+    last question asks for the boxes of the defects.
     """
     kinds = {"Anomaly Detection": ["Yes.", "No."]}
     defects = [readable_name(condition) for condition in conditions if condition != GOOD]
@@ -164,5 +166,5 @@ def open_questions(identifier: str, conditions: Sequence[str], grounding: bool =
 
 
 def slug(kind: str) -> str:
-    """Return the form of a question type that its question ids contain: `defect-localization`."""
+    """Return a question type as it appears in question ids, such as `defect-localization`."""
     return kind.lower().replace(" ", "-")

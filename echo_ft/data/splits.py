@@ -1,9 +1,9 @@
-"""Splits into train, validation and test: seeded and stratified by condition, or with something held out for the test.
+"""Split a dataset into train, validation and test, stratified by condition or with something held out for the test.
 
 Holding out answers a question: does the model work on products, defects or datasets that training never saw?
 
 A group is all images of one physical part. Groups stay whole, because the nearest neighbour of an image is usually
-another image of the same part: a split by image would measure memory.
+another image of the same part. A split by image would therefore measure memorisation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from echo_ft.records import GOOD, Inspection
 SPLITS = ("train", "validation", "test")
 
 REFERENCE_SPLIT = "reference"
-"""The split of normal images that only serve as references: without questions and training rows."""
+"""The split of normal images that only serve as references. They have no questions or training rows."""
 
 LEFT_OUT = "left_out"
-"""The split of the fold that the training rows leave out."""
+"""The split of the fold that is left out of the training rows."""
 
 HELD_OUT_FIELDS = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
-"""Modes of `make_splits` that hold something out for the test, and the field that they hold out by."""
+"""Modes of `make_splits` that hold something out for the test, and the field that each mode uses."""
 
 DEFECT_SEPARATOR = "+"
 """Joins the names of several defects in one image: `bent+melt`."""
@@ -46,20 +46,21 @@ def make_splits(
     fractions: Sequence[float],
     held_out: Sequence[str] = (),
 ) -> tuple[list[Inspection], str, list[str]]:
-    """Give every inspection a split. Return them in the given order, a description, and the names held out.
+    """Return the inspections with splits, in the given order, along with a description and the held-out names.
 
-    `how` is one of
+    `how` is one of these modes:
 
-    - `given`: keep the source's splits and assign the inspections without one. If the source gives only train and
-      test, and the train split can train the roles (it has defects), take validation from train by group.
-    - `seeded`: assign every inspection again, by group and condition.
-    - `by_product`, `by_dataset`: the test split has other products or datasets than training. Their normal images that
-      the source assigns to training become `REFERENCE_SPLIT`, or train's share of them if it gives no splits.
-    - `by_condition`: the test split has other defects than training, its share of the normal images, and all other
-      images of the same parts.
+    - `given`: keep the source's splits and assign the inspections without one. If the source gives only train and test,
+      and train has defects (so it can train the roles), take validation from train by group.
+    - `seeded`: reassign every inspection, by group and condition.
+    - `by_product`, `by_dataset`: the test split has different products or datasets from training. Their normal images
+      that the source assigns to training become `REFERENCE_SPLIT`. If the source gives no splits, train's fraction of
+      them does.
+    - `by_condition`: the test split has different defects from training, its fraction of the normal images, and all
+      other images of the same parts.
 
-    `held_out` names what to hold out. By default, `seed` draws test's share of the names, but at least one.
-    Raises EchoError for unknown names and if nothing would be left to train on.
+    `held_out` names what to hold out. By default, the names are drawn with `seed`: the test fraction of them, but at
+    least one. Raises EchoError for unknown names and if nothing would be left to train on.
     """
     if how in HELD_OUT_FIELDS:
         check_fractions(fractions)
@@ -130,7 +131,7 @@ def _by_condition(
 
 
 def _choose(names: Collection[str], wanted: Sequence[str], field: str, seed: int, share: float) -> list[str]:
-    """Return the sorted names to hold out: the wanted ones, or a share of all names that the seed draws."""
+    """Return the sorted names to hold out: those in `wanted`, or a fraction of all names drawn with `seed`."""
     ordered = sorted(names)
     wanted = [unicodedata.normalize("NFC", name) for name in wanted]  # not text.nfc: runs load this module
     for name in wanted:
@@ -161,7 +162,7 @@ def _describe(how: str, held: Sequence[str], wanted: Sequence[str], seed: int, f
 
 
 def _training_shares(fractions: Sequence[float]) -> tuple[float, float, float]:
-    """Return the shares of train and validation if nothing goes to test."""
+    """Return the fractions rescaled so that nothing goes to test."""
     train, validation, _ = fractions
     return train / (train + validation), validation / (train + validation), 0.0
 
@@ -172,7 +173,7 @@ def _without_splits(inspections: Iterable[Inspection]) -> list[Inspection]:
 
 @lru_cache  # called for every image, with every condition and product
 def readable_name(name: str) -> str:
-    """Write out the name of a condition or product: `broken_large` is `broken large`, `good` is `free of defects`."""
+    """Write out a condition or product name: `broken_large` as `broken large`, and `good` as `free of defects`."""
     return "free of defects" if name == GOOD else " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
@@ -198,14 +199,14 @@ def has_training_defects(inspections: Sequence[Inspection]) -> bool:
 
 
 def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Sequence[float]) -> list[Inspection]:
-    """Assign a split to each inspection without one. The others keep theirs, and the rest of their group follows them.
+    """Assign a split to each inspection without one. Existing splits stay, and the rest of the same group joins them.
 
-    `fractions` are the shares of train, validation and test. Each group goes as a whole to the split that, in
-    proportion to its share, lacks most of the group's rarest condition. This is Webster's method with images as seats:
-    of three groups, two go to train and one to test. The result depends on the seed but not on the order of the
+    `fractions` are those of train, validation and test. Each group goes as a whole to the split that, relative to its
+    fraction, has the fewest images of the group's rarest condition. This is Webster's method with images as seats: of
+    three groups, two go to train and one to test. The result depends on the seed but not on the order of the
     inspections.
 
-    Raises EchoError if the fractions are not three shares of 1.
+    Raises EchoError if the fractions are not three numbers that add up to 1.
     """
     check_fractions(fractions)
     groups: dict[PartKey, list[Inspection]] = defaultdict(list)
@@ -238,7 +239,7 @@ def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Seque
 def leave_out_fold(inspections: Sequence[Inspection], folds: int, fold: int, seed: int) -> list[Inspection]:
     """Move one fold of the train split, `fold` from 0 to folds - 1, to the split `LEFT_OUT`.
 
-    Folds are assigned by group and condition, the rarest condition first. They depend on `seed` but not on the order
+    Groups are assigned to folds by condition, starting with the rarest one. They depend on `seed` but not on the order
     of the inspections. Raises EchoError if there is no such fold or if the other folds have no defect.
     """
     if not 0 <= fold < folds or folds < 2:
@@ -271,7 +272,7 @@ def leave_out_fold(inspections: Sequence[Inspection], folds: int, fold: int, see
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raise EchoError if the fractions are not three shares of 1."""
+    """Raise EchoError if the fractions are not three numbers that add up to 1."""
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise EchoError(
             f"fractions {list(fractions)} are not three shares of 1; write train, validation, test: 0.6 0.1 0.3"
@@ -279,7 +280,7 @@ def check_fractions(fractions: Sequence[float]) -> None:
 
 
 def divided_parts(inspections: Sequence[Inspection]) -> list[PartKey]:
-    """Return the parts with images in more than one split, which only splits given by a source can have."""
+    """Return the parts with images in more than one split. Only splits given by a source can contain such parts."""
     splits: dict[PartKey, set[str | None]] = defaultdict(set)
     for inspection in inspections:
         splits[part_key(inspection)].add(inspection.split)
@@ -292,7 +293,7 @@ def part_key(inspection: Inspection) -> PartKey:
 
 
 def stratum_of(inspection: Inspection) -> PartKey:
-    """Return (dataset, product, condition). Splits keep these strata in proportion."""
+    """Return (dataset, product, condition). Splits preserve the proportions of these strata."""
     return inspection.dataset, inspection.product, inspection.condition
 
 
@@ -320,9 +321,9 @@ def assign_synthetic(
 
 
 def queries(inspections: Sequence[Inspection]) -> list[Inspection]:
-    """Return the images that get questions: all except `REFERENCE_SPLIT` and a train split of only normal images.
+    """Return the images that get questions: all except `REFERENCE_SPLIT` and a train split that has only normal images.
 
-    Such a train split, as in MVTec AD and MMAD, cannot train the roles. It is the reference pool.
+    A train split without defects, as in MVTec AD and MMAD, cannot train the roles. It serves as the reference pool.
     """
     unasked = {REFERENCE_SPLIT} if has_training_defects(inspections) else {REFERENCE_SPLIT, "train"}
     return [inspection for inspection in inspections if inspection.split not in unasked]
@@ -334,7 +335,7 @@ def reference_pool(inspections: Sequence[Inspection]) -> list[Inspection]:
 
 
 def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], list[str]]:
-    """Return the conditions in each product's images, by (dataset, product): `good` first and the others by name."""
+    """Return the conditions in each product's images, keyed by (dataset, product): `good` first, the rest by name."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for inspection in inspections:
         found[inspection.dataset, inspection.product].add(inspection.condition)

@@ -12,7 +12,7 @@ CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 """A control token of a chat template, such as `<|im_end|>`."""
 
 STOPS = "。！？｡．।॥۔؟။។።፧։"
-"""Characters that end a sentence even without a space: those of Chinese, Japanese, Hindi, Urdu, Arabic, Burmese, ..."""
+"""Characters that end a sentence even without a space, in Chinese, Japanese, Hindi, Urdu, Arabic, Burmese, ..."""
 
 SENTENCE_ENDS = ".!?…" + STOPS
 """Characters that can end a sentence."""
@@ -20,17 +20,17 @@ SENTENCE_ENDS = ".!?…" + STOPS
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff9f\U00020000-\U0003ffff"
 )
-"""Ranges of the characters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
+"""Character ranges of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 
 UNSPACED_PER_WORD = 2
-"""Number of such characters that count as a word. Chinese words have about 1.5 characters, Thai words about 4."""
+"""Number of these characters that count as a word. Chinese words have about 1.5 characters, Thai words about 4."""
 
 _CLOSERS = "\"'”’»›」』）)】》]"
 _OPENERS = "\"'(„“‚‘«‹¿¡「『（[【《"
 _STOP = re.compile(rf"(?P<stop>[{re.escape(SENTENCE_ENDS)}]+)[{re.escape(_CLOSERS)}]*(?P<space>\s*)")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _ABBREVIATION = re.compile(r"\b(?:bzw|ca|evtl|ggf|inkl|max|vgl|approx|[a-zäöü]\.\s?\w)\.$")
-"""The end of a text after which a capital does not begin a sentence: `ca.`, `z. B.`, `e.g.`."""
+"""Abbreviations after which a capital does not begin a sentence: `ca.`, `z. B.`, `e.g.`."""
 _FIRST_LETTER = re.compile(r"\b[a-zäöü]\.$")
 _SECOND_LETTER = re.compile(r"\w\.(?!\w)")
 
@@ -43,7 +43,7 @@ _LIST_MARK = re.compile(
 def nfc(text: str) -> str:
     """Return the text in Unicode's composed form (NFC).
 
-    A letter with an accent can be one character or two. macOS stores file names with two; keyboards write one.
+    An accented letter can be one character or two. macOS stores two in file names, whereas keyboards produce one.
     """
     return unicodedata.normalize("NFC", text)
 
@@ -52,9 +52,9 @@ def nfc(text: str) -> str:
 def sentences(description: str) -> tuple[str, ...]:
     """Split a description into sentences.
 
-    A full stop, question or exclamation mark ends a sentence before a space and a capital, or a letter of a script
-    without capitals. The marks in STOPS end a sentence everywhere. This follows the rules of Unicode's UAX #29, except
-    that a number begins a sentence only in scripts without capitals, and that a few abbreviations end none.
+    A full stop, question mark or exclamation mark ends a sentence if a space and a capital follow, or a letter from a
+    script without capitals. The marks in STOPS end a sentence everywhere. These rules follow Unicode's UAX #29 with two
+    exceptions. A number begins a sentence only in scripts without capitals, and a few abbreviations never end one.
     """
     text = description.strip()
     parts, start = [], 0
@@ -66,10 +66,10 @@ def sentences(description: str) -> tuple[str, ...]:
 
 
 def without_list_marks(text: str) -> str:
-    """Return a text with the items of its lists as sentences: `1. dark spot 2. oil leaks` is `Dark spot. Oil leaks.`
+    """Rewrite the list items in a text as sentences: `1. dark spot 2. oil leaks` becomes `Dark spot. Oil leaks.`
 
-    A list begins with `1.`, `1)` or a bullet at the start of the text or a line, or after a colon. Its other items may
-    follow on the same line: the next number, or the same bullet before a capital.
+    A list begins with `1.`, `1)` or a bullet at the start of the text or a line, or after a colon. Further items may
+    follow on the same line, marked by the next number or by the same bullet before a capital.
     """
     items, start, count, bullet = list[str](), 0, 0, ""
     for match in _LIST_MARK.finditer(text):
@@ -91,7 +91,7 @@ def without_list_marks(text: str) -> str:
 
 
 def _as_sentence(item: str, capital: bool = False) -> str:
-    """Return an item with a mark at its end. Colons stay: what follows them belongs to the same sentence."""
+    """Return an item that ends with punctuation. A final colon stays, because the sentence continues after it."""
     item = item.strip().rstrip(",;，；、").rstrip()
     if not item:
         return ""
@@ -131,19 +131,19 @@ def visible(text: str) -> str:
 
 
 def spelling_key(name: str) -> str:
-    """Return what is left of a name without case, width and punctuation: names with equal keys look alike."""
+    """Normalise the case, width and punctuation of a name. Names with equal keys look alike."""
     plain = unicodedata.normalize("NFKC", visible(name)).casefold()
     # Vowel signs, as in Hindi, are marks (M): Python's \w excludes them.
     return " ".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in plain).split())
 
 
 def without_box_tokens(text: str) -> str:
-    """Return a completion without the tokens around boxes, the only control tokens that it may contain."""
+    """Return a completion without its box tokens, which are the only control tokens that it may contain."""
     return text.replace(BOX_START, "").replace(BOX_END, "")
 
 
 def control_token(*texts: str) -> str | None:
-    """Return the first control token in the texts, or None."""
+    """Return the first control token in any of the strings, or None."""
     return next((found.group() for found in map(CONTROL_TOKEN.search, texts) if found), None)
 
 
@@ -155,5 +155,5 @@ def word_count(text: str) -> int:
 
 @lru_cache(maxsize=1024)  # all images of a product share its texts
 def without_stop(text: str) -> str:
-    """Return a text for comparison: composed, in lower case, with single spaces and without its last full stops."""
+    """Normalise text for comparison: composed, in lower case, with single spaces and without trailing full stops."""
     return " ".join(nfc(text).casefold().split()).rstrip("." + STOPS)

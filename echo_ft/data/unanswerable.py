@@ -1,9 +1,9 @@
-"""Write questions that do not fit the image, and questions of the same form that do.
+"""Write questions that do not fit the image, and matching questions in the same form that do.
 
-An `Unanswerable` question names another product, or a defect that is not in the image. Its right option says so. A
-model that always chooses this option would seem reliable, and one trained on such questions alone would learn to.
-Therefore the same image also gets an `Answerable` question of the same form, with the same kind of option as a wrong
-one. Both are scored apart from MMAD's question types. RobustMAD (arXiv 2607.16243) asks such questions without twins.
+An `Unanswerable` question names another product, or a defect that is not in the image. Its correct option says so. A
+model that always chooses this option would seem reliable, and training on these questions alone would teach it to. The
+same image therefore also gets an `Answerable` question in the same form, in which that kind of option is wrong. Both
+are scored separately from MMAD's question types. RobustMAD (arXiv 2607.16243) asks such questions without twins.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def write_unanswerable_questions(
 ) -> list[Question]:
     """Return an unanswerable question about `inspection` and its answerable twin, or nothing.
 
-    A `share` of the images, from 0 to 1, is asked. `conditions` are those of each product of the inspection's dataset.
-    The question names another product or an absent defect, as the seed decides where both are possible. A question
-    about the place of an absent defect has no twin if the image has no marked defect. Raises EchoError if the mask
-    cannot be used.
+    `share`, from 0 to 1, is the fraction of images that get these questions. `conditions` are those of each product in
+    the inspection's dataset. The question names another product or an absent defect; if both are possible, the seed
+    decides. A question about the place of an absent defect has no twin if the image has no marked defect. Raises
+    EchoError if the mask cannot be used.
     """
     draw = random.Random(f"{seed}/{inspection.id}#{slug(UNANSWERABLE)}")
     if draw.random() >= share:
@@ -59,19 +59,19 @@ def write_unanswerable_questions(
 
 
 def _other_product(name: str, own: str) -> bool:
-    """Return whether an image of the product `own` surely does not show `name`: `pcb1` may look like `pcb2`."""
+    """Return whether an image of the product `own` certainly does not show `name`: `pcb1` may look like `pcb2`."""
     first, second = (re.sub(r"[\W_\d]+$", "", product).casefold() for product in (name, own))
     return first != second
 
 
 def _is_absent(condition: str, own: str) -> bool:
-    """Return whether an image with the condition `own` surely does not show the defects of `condition`."""
+    """Return whether an image with the condition `own` certainly does not show the defects of `condition`."""
     named = condition != GOOD and condition not in MIXED_CONDITIONS
     return named and own not in MIXED_CONDITIONS and not defects_of(condition) & defects_of(own)
 
 
 def _about_product(inspection: Inspection, product: str, conditions: Sequence[str], draw: random.Random) -> Question:
-    """Ask for the condition of a product, which fits the image if it is the product of the inspection."""
+    """Ask for the condition of a product. The question fits the image if the inspection is of that product."""
     fits, own = product == inspection.product, inspection.condition
     refusal = NO_PRODUCT.format(readable_name(product))
     right = (NO_DEFECT_STATED if own == GOOD else DEFECT_STATED.format(readable_name(own))) if fits else refusal
@@ -85,7 +85,7 @@ def _about_product(inspection: Inspection, product: str, conditions: Sequence[st
 def _about_place(
     inspection: Inspection, condition: str, place: str | None, free: Sequence[str], draw: random.Random
 ) -> Question:
-    """Ask where a defect is. `place` is its place, or None if the image does not show it; it is not in `free`."""
+    """Ask where a defect is. `place`, never one of `free`, is its location, or None if the image does not show it."""
     wrong = draw.sample(sorted(free), min(MAX_OPTIONS - 1 - (place is not None), len(free)))
     wrong += [] if place is None else [NO_SUCH_DEFECT]
     text = PLACE_TEXT.format(readable_name(condition))

@@ -24,7 +24,7 @@ _Array = NDArray[np.float32]
 
 ASSEMBLY = "assembly"
 STRUCTURAL_DEFECTS = ("absence", "displacement", "extra", "break", "bridge")
-"""Defects of a pattern: a component is gone, off its place or one too many; a line is cut, or neighbours are joined."""
+"""Defects of a pattern: a component is missing, misplaced or extra, a line is cut, or neighbours are joined."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Assembly:
 
 @lru_cache(maxsize=64)
 def plan_assembly(proportions: tuple[float, ...]) -> Assembly:
-    """Draw the geometry that belongs to a style's proportions."""
+    """Draw the geometry that a style's proportions determine."""
     rng = np.random.default_rng([int(x * 2**32) for x in proportions])
     base = str(rng.choice(["board", "board", "disc", "plate", "hexagon", "cushion", "rim"]))
     height = float(rng.uniform(0.5, 0.9))
@@ -66,7 +66,7 @@ def plan_assembly(proportions: tuple[float, ...]) -> Assembly:
 
 
 def part_layers(style: Style, u: _Array, v: _Array, defect: Defect | None = None) -> list[Layer]:
-    """Return the layers of any kind of part. `defect` is a structural one of an assembly, if any."""
+    """Return the layers of any kind of part. `defect` is the structural defect of an assembly, if it has one."""
     if style.kind != ASSEMBLY:
         return PART_SHAPES[style.kind](u, v, style.proportions)
     plan = plan_assembly(style.proportions)
@@ -117,7 +117,7 @@ def structural_names(style: Style) -> tuple[str, ...]:
 
 
 def structural_defect(rng: np.random.Generator, style: Style, name: str) -> Defect:
-    """Draw a structural defect, one of `structural_names`, at a random component."""
+    """Draw a structural defect at a random component. `name` is one of `structural_names`."""
     plan = plan_assembly(style.proportions)
     fits = {
         "break": lambda p: p.is_lines,
@@ -139,7 +139,7 @@ def structural_defect(rng: np.random.Generator, style: Style, name: str) -> Defe
 
 
 def _between(rng: np.random.Generator, pattern: Pattern, number: int, name: str) -> tuple[int, Pose, float]:
-    """Return the component, the point and the half length of a break or of a bridge to the next component."""
+    """Return the component, position and half length of a break, or of a bridge to the next component."""
     columns = pattern.counts[1]
     if not pattern.is_lines:
         number = number - 1 if pattern.layout == "grid" and columns > 1 and number % columns == columns - 1 else number

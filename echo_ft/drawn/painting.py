@@ -57,7 +57,7 @@ class Style:
     proportions: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5)
     """Proportions from 0 to 1. Their meaning depends on the kind."""
     marks: tuple[Defect, ...] = ()
-    """Marks that belong to the product and are therefore no defects."""
+    """Marks that belong to the product and are therefore not defects."""
 
 
 def paint_part(
@@ -70,10 +70,10 @@ def paint_part(
     rng: np.random.Generator,
     hidden: int = -1,
 ) -> tuple[_Array, _Array, _Array]:
-    """Paint the layers of a part with its printed marks before a backdrop (factor on the background's colour).
+    """Paint a part with its printed marks in front of a backdrop. `backdrop` is a factor on the background's colour.
 
-    `rng` draws the texture. Layers of the component number `hidden` are left out. Returns the canvas, the share of each
-    pixel that the part covers, and the share that the hidden component would cover.
+    `rng` draws the texture. The layers of component number `hidden` are left out. Returns the canvas, the fraction of
+    each pixel that the part covers, and the fraction that the hidden component would cover.
     """
     cover, shade, missing = np.zeros(u.shape, np.float32), np.ones(u.shape, np.float32), np.zeros(u.shape, np.float32)
     for layer in layers:
@@ -133,7 +133,7 @@ def paint_defect(
 ) -> _Array:
     """Paint a defect onto `canvas` (3, height, width) where the part covers it.
 
-    Returns the share of each pixel that the defect covers, (height, width).
+    Returns the fraction of each pixel that the defect covers, (height, width).
     """
     reach = 1.5 * defect.size + 2 * pixel
     near = (np.abs(u - np.float32(defect.u)) < reach) & (np.abs(v - np.float32(defect.v)) < reach)

@@ -1,6 +1,6 @@
 """Procedurally drawn images of industrial parts with defect masks. Everything that runs offline uses them.
 
-There are two sets that share no product and no defect. The pretraining set trains echo-tiny: PRETRAINING_KINDS in
+There are two sets, with no products or defects in common. The pretraining set trains echo-tiny: PRETRAINING_KINDS in
 random styles, with PRETRAINING_DEFECTS. The demo set consists of DEMO_PRODUCTS with DEMO_DEFECTS.
 
 Shapes are signed distances (negative inside) in part coordinates (u, v). Each axis runs from -1 to 1 across the image,
@@ -28,7 +28,7 @@ IMAGE_SIZE = (168, 168)
 
 @dataclass(frozen=True)
 class Part:
-    """One physical part. Images of it differ only in the camera."""
+    """One physical part. Its images differ only in the camera."""
 
     style: Style
     seed: int

@@ -1,7 +1,8 @@
-"""Patterns: many equal components in a grid or on a circle, or parallel lines, as layers of `echo_ft.drawn.shapes`.
+"""Patterns of identical components in a grid or on a circle, or of parallel lines, as layers of `echo_ft.drawn.shapes`.
 
-Neighbours may lie as close as 8 pixels at 168 x 168. For speed, a pattern is folded: each pixel gets coordinates (p, q)
-around its nearest component, so that all components cost as much as one. Arrays are float32 (height, width).
+Neighbours may be as close as 8 pixels at 168 x 168. For speed, a pattern is folded: each pixel gets coordinates (p, q)
+around its nearest component, so that drawing all components costs no more than drawing one. Arrays are float32 (height,
+width).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Pose = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Equal components in a grid, on a circle, or as parallel lines."""
+    """Identical components in a grid or on a circle, or parallel lines."""
 
     layout: str
     """`grid`, `circle`, `rows` (lines along u) or `columns` (lines along v)."""
@@ -31,23 +32,23 @@ class Pattern:
     counts: tuple[int, int]
     """Rows and columns of a grid; 1 and the number of components or lines otherwise."""
     pitch: tuple[float, float]
-    """Distance of neighbours along u and v. The first is the radius of a circle."""
+    """Distance between neighbours along u and v. For a circle, the first value is its radius."""
     size: float
     """Half width of a component or line."""
     ratio: float
-    """Half height over half width of a square component."""
+    """Half height divided by half width of a square component."""
     square: bool
     shade: float | None
     inner: float
-    """Size of the inner part over the size of the component, 0 for none."""
+    """Size of the inner part divided by the size of the component; 0 for no inner part."""
     inner_shade: float
     footprint: float
-    """Shade below a component, which shows where the component is gone. 1 is the bare base."""
+    """Shade under a component, visible where the component is missing. 1 is the bare base."""
     staggered: bool = False
     start: float = 0.0
     """Angle of a circle's first component."""
     knots: tuple[float, ...] = ()
-    """Course of all lines at equal steps along them."""
+    """Offsets of all lines from a straight course, at equal steps along them."""
     ends: tuple[tuple[float, float], ...] = ()
     """First and last coordinate of each line."""
 
@@ -148,13 +149,13 @@ def _fold(pattern: Pattern, u: _Array, v: _Array) -> tuple[_Array, _Array, NDArr
 
 
 def line_course(pattern: Pattern, along: _Array) -> _Array:
-    """Return how far the lines of a pattern lie off their straight course at each coordinate along them."""
+    """Return how far the lines of a pattern deviate from a straight course at each coordinate along them."""
     span = max(end for _, end in pattern.ends)
     return np.asarray(np.interp(along, np.linspace(-span, span, len(pattern.knots)), pattern.knots), np.float32)
 
 
 def component_centre(pattern: Pattern, number: int) -> Pose:
-    """Return the place of a component of a grid or circle."""
+    """Return the position of a component in a grid or on a circle."""
     if pattern.layout == "circle":
         angle = pattern.start + 2 * np.pi * number / pattern.counts[1]
         radius = pattern.pitch[0]

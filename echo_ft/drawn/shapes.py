@@ -1,4 +1,4 @@
-"""Outlines of parts and forms of defects as functions of part coordinates (see `echo_ft.drawn.parts`).
+"""Outlines of parts and shapes of defects as functions of part coordinates (see `echo_ft.drawn.parts`).
 
 Distances are signed, negative inside. Arrays are float32 (height, width).
 """
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
 
 def pixel_coverage(distance: _Array, pixel: float) -> _Array:
-    """Return the share of each pixel that lies inside a shape, given the distances and the width of a pixel."""
+    """Return the fraction of each pixel that lies inside a shape, given the distances and the width of a pixel."""
     return np.clip(0.5 - distance / np.float32(pixel), 0, 1)
 
 
@@ -159,7 +159,7 @@ COMPONENTS = {"flange": 6, "connector": 10, "bearing": 9}
 """Number of components of each kind that can be missing."""
 
 Form = Callable[[_Array, _Array, float, float, np.random.Generator], _Array]
-"""(p, q, size, pixel, rng) to a coverage from 0 to 1. p runs along the defect and q across it, both from its centre."""
+"""Maps (p, q, size, pixel, rng) to a coverage from 0 to 1. From the centre, p runs along the defect and q across it."""
 
 
 def _spot(p: _Array, q: _Array, size: float, pixel: float, rng: np.random.Generator) -> _Array:
@@ -176,7 +176,7 @@ def _rough(p: _Array, q: _Array, size: float, roughness: float, rng: np.random.G
 
 
 def _line(p: _Array, q: _Array, size: float, pixel: float, course: Sequence[float], width: float) -> _Array:
-    """Return the coverage of a line along p with the half width `width`. Its q follows the knots in `course`."""
+    """Return the coverage of a line along p with half width `width`. The knots in `course` give its offset in q."""
     knots = np.linspace(-size, size, len(course))
     path = np.interp(p, knots, np.asarray(course)).astype(np.float32)
     slope = np.float32(1 + np.abs(np.diff(course)).mean() / (knots[1] - knots[0]))

@@ -1,7 +1,7 @@
 """Inspection stations: the camera, lens, light and file format that all images of one product share.
 
-A station lights a canvas of `echo_ft.drawn.painting`, float32 (3, height, width) with colours from 0 to 1, and takes a
-uint8 image (height, width, 3) of it.
+A station lights a canvas from `echo_ft.drawn.painting`, float32 (3, height, width) with colours from 0 to 1, and
+photographs it as a uint8 image (height, width, 3).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class Station:
-    """How the images of one product are taken. Seeds differ from image to image, a station does not."""
+    """How the images of one product are taken. Seeds differ from image to image, but the station stays the same."""
 
     seed: int
     """Seeds the fixed pattern of the sensor."""
     mode: str
     """`colour`, `grey` or `binary` (black and white)."""
     threshold: float
-    """Grey level that divides black from white in a binary image."""
+    """Grey level that separates black from white in a binary image."""
     play: float
     """Size of the shift, rotation and zoom between two images; see `part_coordinates`."""
     tilt: tuple[float, float]
@@ -37,17 +37,17 @@ class Station:
     read_noise: float
     """Standard deviation of the noise in the dark. Colours range from 0 to 1."""
     shot_noise: float
-    """Standard deviation of the noise of a white pixel that comes from counting photons."""
+    """Standard deviation of the photon-counting noise of a white pixel."""
     fixed_noise: float
-    """Standard deviation of the sensor's fixed pattern: pixels and columns of different gain."""
+    """Standard deviation of the sensor's fixed-pattern noise: pixels and columns differ in gain."""
     vignette: float
-    """Loss of light in the corners beyond that of every camera."""
+    """Loss of light in the corners, in addition to the vignetting of every camera."""
     glare: float
-    """Brightness of a soft reflection that moves from image to image, 0 for none."""
+    """Brightness of a soft reflection whose position differs from image to image; 0 for none."""
     blur: float
-    """Standard deviation of the lens blur in pixels, 0 for none."""
+    """Standard deviation of the lens blur in pixels; 0 for none."""
     quality: int
-    """JPEG quality, 0 for no compression."""
+    """JPEG quality; 0 for no compression."""
 
 
 def random_station(rng: np.random.Generator) -> Station:
@@ -81,9 +81,9 @@ def station_coordinates(
 
 
 def light_canvases(station: Station, canvases: Sequence[_Array], rng: np.random.Generator) -> list[_Array]:
-    """Return canvases in the light of one image, clipped to 0 to 1. The first one sets the exposure.
+    """Light all canvases alike, as for one image, and clip them to 0 to 1. The first canvas sets the exposure.
 
-    Binary images come from even light, so only the clipping remains.
+    Binary images are taken in even light, so their canvases are only clipped.
     """
     if station.mode == "binary":
         return [np.clip(canvas, 0, 1) for canvas in canvases]
@@ -102,9 +102,9 @@ def light_canvases(station: Station, canvases: Sequence[_Array], rng: np.random.
 
 
 def visible_change(station: Station, before: _Array, after: _Array) -> NDArray[np.bool_]:
-    """Return the pixels (height, width) that a person tells apart in images of two canvases in the same light.
+    """Return the pixels (height, width) that a person can tell apart in images of two canvases in the same light.
 
-    A change counts from 6% of the range plus the noise of a medium grey. Without colour, only a change in grey counts.
+    A change must exceed 6% of the range plus the noise of a medium grey. Without colour, only changes in grey count.
     """
     if station.mode == "binary":
         return (_grey(before) > station.threshold) != (_grey(after) > station.threshold)
@@ -113,7 +113,7 @@ def visible_change(station: Station, before: _Array, after: _Array) -> NDArray[n
 
 
 def take_image(station: Station, canvas: _Array, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Take an image of a canvas in its light: sensor noise, then blur and compression."""
+    """Simulate photographing a lit canvas: add sensor noise, then blur and compress it."""
     size = canvas.shape[1:]
     if station.mode == "binary":
         plane = _grey(canvas) - np.float32(station.threshold) + 0.02 * white_noise(rng, size)
@@ -133,7 +133,7 @@ def _grey(canvas: _Array) -> _Array:
 
 
 def _develop(station: Station, canvas: _Array) -> NDArray[np.uint8]:
-    """Blur and compress a canvas of 3 planes or 1. The blur of the lens comes after the noise for speed."""
+    """Blur and compress a canvas of 1 or 3 planes. For speed, the lens blur is applied after the noise."""
     pixels = np.clip(255 * canvas, 0, 255).astype(np.uint8)
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if station.blur:

@@ -1,8 +1,9 @@
 """The wider world of drawn parts, for pretraining: more kinds, more defects, and real cameras.
 
-A product is a style with the station that takes its images. Kinds and defects are those of the pretraining set of
-`echo_ft.drawn.parts`, then assemblies and what can be wrong with them. What differs from a reference of the same
-product beyond camera, light and grain is a defect, and nothing else is. The demo's products and defects do not occur.
+A product is a style with the station that takes its images. Kinds and defects are those of the pretraining set in
+`echo_ft.drawn.parts`, plus assemblies and their structural defects. Any difference from a reference of the same product
+that camera, light and grain do not explain is a defect, and nothing else is. The demo's products and defects do not
+occur.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ WORLD_DEFECTS: Mapping[str, tuple[str, ...]] = {
     "roughness": ("",),
     **dict.fromkeys(STRUCTURAL_DEFECTS, ("",)),
 }
-"""The defects of the world, with the tones of each. The first ones are those of the pretraining set."""
+"""The defects of the world, with the tones of each. Those of the pretraining set come first."""
 MIN_VISIBLE_PIXELS = 12
 """A defect that changes fewer pixels is not visible."""
 
@@ -68,7 +69,7 @@ class Product:
 
 
 def random_product(rng: np.random.Generator) -> Product:
-    """Draw a product. Half of them are assemblies. Some carry printed marks that look like defects."""
+    """Draw a product. Half of all products are assemblies. Some carry printed marks that look like defects."""
     station = random_station(rng)
     if rng.random() < 0.5:
         style = random_style(rng, ASSEMBLY, marks=rng.random() < 0.15)
@@ -80,7 +81,7 @@ def random_product(rng: np.random.Generator) -> Product:
 def _binary(rng: np.random.Generator, style: Style, station: Station) -> Product:
     """Return a product in black and white.
 
-    Its base is medium grey, and the threshold lies far from its shades. Otherwise the grain would look like defects.
+    Its base is medium grey, and the threshold is far from its shades. Otherwise, its grain would look like defects.
     """
     background = (0.08, 0.08, 0.08) if rng.random() < 0.5 else (0.92, 0.92, 0.92)
     shade = plan_assembly(style.proportions).patterns[0].shade
@@ -91,7 +92,7 @@ def _binary(rng: np.random.Generator, style: Style, station: Station) -> Product
 
 
 def random_world_defect(rng: np.random.Generator, style: Style) -> Defect:
-    """Draw a defect for a style: about half of those of an assembly are structural."""
+    """Draw a defect for a style. About half of an assembly's defects are structural."""
     names = structural_names(style)
     if names and rng.random() < 0.55:
         return structural_defect(rng, style, str(rng.choice(names)))
@@ -112,9 +113,10 @@ def random_world_defect(rng: np.random.Generator, style: Style) -> Defect:
 def render_product(
     product: Product, part: int, exposure: int, defect: Defect | None = None, size: tuple[int, int] = IMAGE_SIZE
 ) -> RenderedPart:
-    """Render an image of part number `part` of a product; `exposure` seeds viewpoint, light and noise.
+    """Render an image of part number `part` of a product. `exposure` seeds the viewpoint, light and noise.
 
-    The mask has the pixels that the defect visibly changes. Images that differ only in `defect` differ nowhere else.
+    The mask contains the pixels that the defect visibly changes. Changing only `defect` makes no visible change
+    elsewhere.
     """
     style, station = product.style, product.station
     rng = np.random.default_rng((exposure, 12))
@@ -141,7 +143,7 @@ def render_product(
 def render_defective(product: Product, rng: np.random.Generator) -> tuple[RenderedPart, Defect | None]:
     """Render a new part with a random visible defect.
 
-    A defect that is not visible is drawn again, at most four times. Then the part stays normal, with None.
+    After four draws without a visible defect, the part stays normal and the returned defect is None.
     """
     part, exposure = rng.integers(2**31, size=2).tolist()
     for _ in range(4):
