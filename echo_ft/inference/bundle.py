@@ -34,7 +34,7 @@ EXAMPLE_PROMPTS = "prompts.json"
 """File with the prompts of all roles for one normal image, for readers who build them without echo-ft."""
 
 NOT_LOADED = ("README.md", "merged", EXAMPLE_PROMPTS)
-"""Files and folders of a bundle that nothing here loads, so that loading does not check them."""
+"""Files and folders of a bundle that are never loaded here, and so are not checked."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class BundleDescription:
     pipeline: PipelineConfig
     max_new_tokens: int
     calibration: Calibration | None
-    """The temperature and the threshold of P(defect); None if P(defect) is used as the model states it."""
+    """The temperature and the threshold of P(defect); None if P(defect) is used without calibration."""
     references: str
-    """How the bundle has the normal images, one of `REFERENCE_CHOICES`."""
+    """How the bundle stores the normal images, one of `REFERENCE_CHOICES`."""
     adapters: dict[str, str]
     """The fingerprint of each adapter, by role."""
     licences: dict[str, str]
@@ -65,9 +65,9 @@ class BundleDescription:
     """The smallest --max-lora-rank with which vLLM serves the adapters."""
     tower_is_adapted: bool
     largest_logit_difference: dict[str, float]
-    """The largest difference of a logit on the probe from that of the trained adapter, by part of the bundle."""
+    """The largest difference between logits of each part and those of the trained adapter on the probe."""
     share_of_the_update: dict[str, float]
-    """The RMS of these differences relative to the adapter's effect, by part of the bundle."""
+    """The RMS of these differences for each part, relative to the adapter's effect."""
     not_merged: dict[str, str]
     """Why a merged model is missing, by role."""
     format: str = field(default=BUNDLE_FORMAT)
@@ -148,7 +148,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Check all files of a bundle that are loaded. Hidden and system files do not count.
+    """Check all files of a bundle that are loaded. Hidden and system files are ignored.
 
     Raises EchoError if a file is missing, added or changed.
     """

@@ -1,4 +1,4 @@
-"""Decide from P(defect): calibrate it by a temperature, and compare it with a threshold."""
+"""Decide from P(defect): calibrate it with a temperature, and compare it with a threshold."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class Calibration:
 def load_calibration(report: Path) -> Calibration:
     """Read temperature and threshold from a report.json.
 
-    The threshold is that of the gate, the only one that is judged on parts. Without a gate it is the one that keeps the
-    share of false alarms on average over validation sets, else the best F1. Raises EchoError if the report has neither.
+    The threshold is that of the gate, the only one that is judged on parts. Without a gate, it is the one that keeps
+    the share of false alarms on average over validation sets, else the best F1. Raises EchoError if the report has
+    neither.
     """
     try:
         content = read_json_object(report)
         found, gate = content["calibration"], (content.get("gate") or {}).get("threshold")
         temperature = found["temperature"] if found else 1.0
         if gate is not None:
-            # A gate may flag nothing: its threshold is then above 1, where `score` would put it at that of 1.
+            # If a gate flags nothing, its threshold is above 1; `score` would clip it to 1.
             return Calibration(temperature, gate if gate > 1 else Calibration(temperature).score(gate))
         thresholds = found["thresholds"]
         return Calibration(temperature, thresholds.get("false_alarms", thresholds["f1"])["threshold"])
@@ -55,5 +56,5 @@ def log_odds(probabilities: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def temper(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Return the probabilities of logits of any shape that are divided by a temperature."""
+    """Divide logits of any shape by a temperature, and return their probabilities."""
     return np.asarray(expit(logits / temperature))

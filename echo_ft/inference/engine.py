@@ -4,8 +4,8 @@ For B exchanges with N branches, the prefix of Lp tokens runs once per exchange.
 continue from copies of its key-value cache. Decoding is greedy. The result equals that of generating each answer
 separately (tests/inference/test_engine.py compares with `generate`).
 
-Adapters that act after the prefix (rows.ADAPT_FROM) leave it to the base model. Its images then run once for all roles
-that see them in this order.
+If an adapter acts only after the prefix (rows.ADAPT_FROM), the base model computes the prefix. Its images then run once
+for all roles that see them in this order.
 """
 
 from __future__ import annotations
@@ -214,9 +214,9 @@ class Engine:
     def _prefill_after_images(
         self, prefixes: Sequence[Row], features: tuple[torch.Tensor, ...]
     ) -> tuple[DynamicCache, torch.Tensor]:
-        """As `_run_prefixes`, but the tokens up to the last image run only once for all calls in a row that need them.
+        """As `_run_prefixes`, but consecutive calls share one pass over the tokens up to the last image.
 
-        They run one exchange at a time: in a batch, the lowest bits would depend on what is there already.
+        These tokens run one exchange at a time: in a batch, the lowest bits would depend on which are stored already.
         """
         looks, rest, remaining = [], [], iter(features)
         for prefix in prefixes:

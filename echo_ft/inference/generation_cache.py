@@ -34,7 +34,7 @@ class GenerationCache:
         """Open the cache in `folder`; `process` numbers the file that this process appends to.
 
         `identities` holds, for each role, everything except the prompt that its generations depend on. Raises EchoError
-        for a line that has changed. Lines that killed processes cut off are reported and left out.
+        for a line that has changed. Lines that a killed process left incomplete are reported and left out.
         """
         self._identities = {role: json.dumps(identity, sort_keys=True) for role, identity in identities.items()}
         self._generations = dict(item for path in sorted(folder.glob("*.jsonl")) for item in _read(path))
@@ -118,7 +118,7 @@ def _read(path: Path) -> Iterator[tuple[str, Generation]]:
 
 def _generation(text: Any, letters: Any, cut: Any = False) -> Generation:
     """Return a stored generation; an older version stored no `cut`. Raises TypeError for values of another type."""
-    # A letter that is ruled out has the log-probability -Infinity, which Python's JSON can hold; only NaN is no value.
+    # A letter that is ruled out has the log-probability -Infinity, which Python's JSON can hold; only NaN is invalid.
     known = isinstance(letters, dict) and all(type(one) in (int, float) and one == one for one in letters.values())
     if not isinstance(text, str) or not known or not isinstance(cut, bool):
         raise TypeError("not a generation")

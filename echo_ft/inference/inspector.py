@@ -89,7 +89,7 @@ class Inspector:
         pipeline: PipelineConfig = PipelineConfig(),
         calibration: Calibration = Calibration(),
     ) -> None:
-        """`generate` is that of an engine, or of a server."""
+        """`generate` is the method of an engine or a server."""
         self.generate = generate
         self.products = products
         self.pipeline = pipeline
@@ -137,9 +137,9 @@ class Inspector:
     ) -> Inspector:
         """Load a bundle that `train.export` wrote. It needs no dataset.
 
-        `base_model` is the current folder of the base model, if it is not where training found it. `threshold` and
-        `dtype` replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a part does not
-        fit the others, or if an adapter does not act as in the export.
+        `base_model` is the current folder of the base model, if it has moved since training. `threshold` and `dtype`
+        replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a part does not fit the
+        others, or if an adapter does not act as in the export.
         """
         path = Path(folder)
         description = read_bundle(path)
@@ -165,7 +165,8 @@ class Inspector:
 
         `url` is that of an OpenAI-compatible server, and `model` the name of the adapters there, in which `{role}`
         stands for the role. If the server requires a key, set the environment variable OPENAI_API_KEY. Raises EchoError
-        if the server returns no token probabilities, counts other tokens, or does not answer as the bundle's adapters.
+        if the server returns no token probabilities, counts tokens differently, or does not answer like the bundle's
+        adapters.
         """
         from echo_ft.inference.server import Server, ServerThread
 
@@ -189,10 +190,10 @@ class Inspector:
     @overload
     def predict(self, images: Sequence[ImageInput], product: str | None = None) -> list[Result]: ...
     def predict(self, images: ImageInput | Sequence[ImageInput], product: str | None = None) -> Result | list[Result]:
-        """Inspect one image, or several, for which the result is a list.
+        """Inspect one image and return its result, or inspect several and return a list.
 
-        `product` names the product in all of them. Without it, the product of the most similar normal image counts.
-        Raises EchoError for an unknown product, and for an image that cannot be read.
+        `product` names the product in all of them. Without it, each image is assumed to show the product of the most
+        similar normal image. Raises EchoError for an unknown product, and for an image that cannot be read.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             return next(self.stream([images], product))

@@ -5,8 +5,8 @@ fault that leaves no other trace: applied twice, or without its weights in the v
 the adapter of the role. If it answers like another record, that record names the fault.
 
 An answer to the probe has the text of each branch and, where the backend returns them, the log-probabilities of the
-option letters at its first token. They decide; texts decide only without them, because small differences can change a
-text completely.
+option letters at its first token. The log-probabilities decide. The text decides only without them, because small
+differences can change it completely.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ PROBE_TOKENS = 12
 """Number of tokens that are generated for each branch of the probe."""
 
 TOLERANCES = {"float32": 0.01, "bfloat16": 0.3, "float16": 0.1}
-"""Smallest allowed distance from a recorded answer, in nats (RMS over the letters). Other machines round otherwise."""
+"""Smallest tolerated distance from a recorded answer, in nats (RMS over letters). Other machines round differently."""
 
 ALLOWED_SHARE = 0.1
-"""Allowed distance from the trained adapter's answers, as a share of their distance from the base model's, if they are
-not those of a recorded fault."""
+"""Allowed distance from the trained adapter's answers, as a fraction of the adapter's effect (`ProbeRecord.effect`). It
+applies only if no recorded fault explains the answers."""
 
 BASE, TWICE, WITHOUT_VISION = "base", "twice", "without vision"
 
@@ -100,7 +100,7 @@ class ProbeRecord:
 
 @contextmanager
 def make_probe() -> Iterator[Exchange]:
-    """Yield the probe, the same in every version of its record. Its two images lie in a temporary folder."""
+    """Yield the probe, which is the same in every version of its record. Its images are in a temporary folder."""
     values = np.random.default_rng(0).integers(0, 255, (2, 96, 128, 3), dtype=np.uint8)
     with scratch_folder("echo-ft-probe-") as folder:
         images = tuple(str(folder / f"{index}.png") for index in range(len(values)))
@@ -238,7 +238,7 @@ def find_fault(role: str, answer: ProbeAnswer, record: ProbeRecord, base: Callab
     }
     if near:
         return faults[min(near, key=lambda name: near[name])]
-    # Another precision may move the answers further, if the adapter moves them much more.
+    # Another precision may move the answers further, as long as the adapter moves them much more.
     if answer.equals(trained, ALLOWED_SHARE * record.effect(role)):
         return ""
     untuned, distance = base(), answer.distance(trained)
@@ -275,9 +275,9 @@ def check_adapters(
 ) -> None:
     """Check before the first answer that the adapter of every role acts, and say so.
 
-    With the `record` of an export, the answers must be those of the trained adapters. Without it, they are compared
-    with the base model's only. `where` names the backend in messages. Raises BackendError if an adapter does not act
-    as in the export; adapters whose answers the base model gives as well are named in a warning.
+    With the `record` of an export, the answers must be those of the trained adapters. Without it, they are only
+    compared with the base model's. `where` names the backend in messages. Raises BackendError if an adapter does not
+    act as in the export; a warning names adapters whose answers equal the base model's.
     """
     with make_probe() as probe:
         if record is not None and probe_tokens(row_builder, probe) != record.tokens:
@@ -312,7 +312,7 @@ def check_adapters(
 
 
 def _report(where: str, roles: Sequence[str], silent: Sequence[str], unknown: Sequence[str], recorded: bool) -> None:
-    """Say what was found about the adapters of `roles`."""
+    """Log which adapters of `roles` act, which do not, and which could not be compared."""
     acting = [role for role in roles if role not in silent and role not in unknown]
     if acting:
         equal = " and equal those of the trained adapter" if recorded else ""

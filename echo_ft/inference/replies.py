@@ -12,19 +12,19 @@ import openai
 
 from echo_ft.records import LETTERS
 
-# openai 2 sends requests with httpx, and openai 3 (3.54) with its fork httpx2, whose classes are others.
+# openai 2 sends requests with httpx, and openai 3 (3.54) with its fork httpx2, which has classes of its own.
 _HTTP: Any = sys.modules[openai.DefaultAsyncHttpxClient.__mro__[1].__module__]
 
 MAX_REPLY_BYTES = 2**24
-"""Size of the largest reply. One of a thousand tokens with 20 alternatives each has 2 MB."""
+"""Size of the largest accepted reply. A thousand tokens with 20 alternatives each take 2 MB."""
 
 MAX_LOGPROB = 1e-3
-"""Largest log-probability. Rounding may lift that of a certain token above 0."""
+"""Largest accepted log-probability. Rounding may lift the value of a certain token above 0."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server has answered, with the types that later code relies on."""
+    """The answer of a server, with the types that later code relies on."""
 
     text: str
     letters: dict[str, float]
@@ -36,7 +36,7 @@ class Completion:
 
 
 class ReplyError(ValueError):
-    """Raised with what is wrong about a reply."""
+    """Raised for an unusable reply; the message says what is wrong with it."""
 
 
 async def bound_reply(response: Any) -> None:
@@ -65,7 +65,7 @@ class _BoundedStream(_HTTP.AsyncByteStream):  # type: ignore[misc]
 def read_completion(reply: Any) -> Completion:
     """Return a chat completion, whose types the openai package (2.x) does not check.
 
-    Raises ReplyError, or what the package raises for a missing part.
+    Raises ReplyError, or whatever Python raises for a missing field.
     """
     choice, usage = reply.choices[0], reply.usage
     text = "" if choice.message.content is None else choice.message.content

@@ -79,8 +79,8 @@ class RunFolder:
         """Start a run, or resume the one in `folder`.
 
         All `processes` of a run call this, and wait here until the first one has read the folder. `provenance` must be
-        equal when a run is resumed. `notes` are also written to run.json but may differ; if a process that writes
-        answers has different notes from the first, they are added to `continued_with`.
+        equal when a run is resumed. `notes` are also written to run.json but may differ; if the notes of a process that
+        writes answers differ from the first process's, `continued_with` receives them.
 
         Raises EchoError if the provenance differs, another process is writing to the folder, the folder has other
         content, or the disk is full.
@@ -262,7 +262,7 @@ def read_cut_warning(folder: Path) -> str | None:
 
 
 def cut_warning(run: Mapping[str, Any]) -> str | None:
-    """Return a sentence about the texts that ended at max_new_tokens, or None; `run` is the content of run.json."""
+    """Return a sentence about the texts that max_new_tokens cut, or None; `run` is the content of run.json."""
     counts = ", ".join(f"{count} of the {role}" for role, count in run.get(CUT, {}).items())
     if not counts:
         return None
@@ -308,7 +308,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """Return the dotted name of the first value that differs, and both values; None stands for a missing part."""
+    """Return the dotted name of the first value that differs, and both values; None stands for a missing one."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             found = _difference(f"{name}.{key}" if name else key, before.get(key), now.get(key))

@@ -56,7 +56,7 @@ REJECTED_STATUSES = (400, 413, 422)
 """HTTP status codes of a server that rejects only this request."""
 
 NO_REPETITION_PENALTY = {"repetition_penalty": 1.0}
-"""Field of a request, beyond OpenAI's, by which vLLM ignores the penalty in the model's generation_config.json."""
+"""Extra request field, not part of OpenAI's API, that makes vLLM ignore the penalty in generation_config.json."""
 
 LONGEST_RETRY_AFTER = 86_400
 """Longest wait in seconds that a server may ask for."""
@@ -127,7 +127,7 @@ class Server:
 
         Returns whether all replies have token probabilities. If the server takes NO_REPETITION_PENALTY, later requests
         contain it; `transformers serve` (5.23) rejects unknown fields. Raises EchoError if the server is unreachable,
-        lacks a model, or counts another number of prompt tokens.
+        lacks a model, or counts a different number of prompt tokens.
         """
         side = (
             math.isqrt(self.row_builder.image_processor.size["longest_edge"])
@@ -167,7 +167,7 @@ class Server:
         return await asyncio.gather(*(complete(exchange) for exchange in exchanges))
 
     async def answer_probe(self, model: str, probe: Exchange, limit: int) -> list[Generation]:
-        """Return what a model of the server, or the model of a role, answers to the probe in at most `limit` tokens."""
+        """Return the answers to the probe of a server's model, or of the model of a role, in at most `limit` tokens."""
         encoded = [await self._encode(view) for view in views(probe, self.root)]
         return _generations(await self._complete(self.models.get(model, model), probe, encoded, limit, logprobs=True))
 
@@ -239,7 +239,7 @@ class Server:
         wait = FIRST_RETRY_WAIT
         while True:
             try:
-                # httpx (0.28) limits each read, so a reply of single bytes would have no end.
+                # httpx (0.28) limits each read, so a reply that arrives byte by byte would never time out.
                 async with asyncio.timeout(self.timeout):
                     reply = await self._client.chat.completions.create(**request)
                 completion = read_completion(reply)
@@ -274,7 +274,7 @@ class Server:
                 failing_since = now
                 warnings.warn(f"{self.url}: {reason}; retrying for {self.patience:g} s", stacklevel=2)
             if now + wait > failing_since + self.patience:
-                # If the server has answered other requests meanwhile, only this one fails.
+                # If the server has answered other requests in the meantime, only this one fails.
                 error_class = EchoError if self._last_reply > failing_since else BackendError
                 raise error_class(
                     f"{self.url} did not answer for {self.patience:g} s ({reason}); start the server and rerun the "

@@ -1,4 +1,4 @@
-"""Watch a folder for new images, finished files only and each once, and post results to a webhook."""
+"""Watch a folder for new images, yield each one once when its file is finished, and post results to a webhook."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ BROKEN_SECONDS = 30.0
 """How long an unreadable image must stay unchanged before it counts as broken, because a camera may write in pauses."""
 
 POLL_SECONDS = 0.5
-"""Time between two looks at the folder."""
+"""Time between two scans of the folder."""
 
 WEBHOOK_SECONDS, WEBHOOK_PATIENCE = 10.0, 600.0
-"""How long one request to a webhook may take, and how long requests are repeated."""
+"""How long one request to a webhook may take, and how long a failed request is repeated."""
 
 
 @dataclass(frozen=True)
 class InspectedFile:
-    """An image that is done. A file with another size or time counts as a new image."""
+    """An image that is done. A file with a different size or time counts as a new image."""
 
     image: str
     """The file name."""
@@ -63,7 +63,7 @@ class FolderWatch:
         self.folder, self.clock, self.sleep = folder, clock, sleep
         self._state = folder / STATE_FILE
         self._pending: dict[str, tuple[tuple[int, int], float]] = {}
-        """The size and time of each file that is not finished, and since when it has them."""
+        """The size and time of each file that is not finished, and when they were first seen."""
         try:
             self._lock = lock_folder(folder, "folder")
             present = {path.name for path in list_folder(folder)}
@@ -86,10 +86,10 @@ class FolderWatch:
                 file.close()
 
     def images(self) -> Iterator[tuple[Path, str | None]]:
-        """Yield each finished image, oldest first, and why it cannot be read, if so. Waits for new ones forever.
+        """Yield each finished image, oldest first, with the reason if it is unreadable. Waits for new ones forever.
 
-        An image is done when the next one is asked for. If the caller stops before, it is yielded again after a
-        restart. Raises EchoError if the folder cannot be read.
+        An image is done when the next one is asked for. If the caller stops before that, the image is yielded again
+        after a restart. Raises EchoError if the folder cannot be read.
         """
         while True:
             for path, version, error in self._finished():

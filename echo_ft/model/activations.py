@@ -1,6 +1,6 @@
 """Activations of a Qwen2-VL in training, counted from its architecture.
 
-The method is that of Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1): the tensors that the backward pass needs,
+The method follows Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1): the tensors that the backward pass needs,
 counted operation by operation. A frozen linear layer stores no input, so layers with LoRA are counted separately. Tests
 compare the estimate with what autograd saves on a small model, and with the peak at the true widths.
 """
@@ -46,7 +46,7 @@ class ActivationBytes:
     layer: int
     """With checkpointing: all activations of the largest layer, while it is recomputed."""
     backward: int
-    """What the largest layer holds besides while it runs backward."""
+    """What the largest layer holds in addition during its backward pass."""
     logits: int
     copies: int
     """16-bit copies of trained float32 weights, which autocast keeps until the end of the forward pass."""
@@ -61,7 +61,7 @@ class ActivationBytes:
 def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int | None = None) -> ActivationBytes:
     """Activation memory of an adapted Qwen2-VL with `echo_ft.model.attention`, at `width` bytes per value.
 
-    `stream` is the width of the residual stream and of what the norms return, by default `width`. With float32 weights
+    `stream` is the width of the residual stream and of the norms' outputs, by default `width`. With float32 weights
     under 16-bit autocast it is 4: the linear layers alone compute in 16 bits.
 
     A language model layer with hidden size h and MLP size f keeps, per token:
@@ -76,8 +76,8 @@ def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int 
     - 6E values for query, key, the projection that the values are a view of, and output
     - one float32 log-sum-exp per head, and 2M values for quick GELU
 
-    `_trained_layer_bytes` counts what LoRA layers and trained layers keep, `_backward_bytes` what a layer needs besides
-    while it runs backward.
+    `_trained_layer_bytes` counts what LoRA layers and trained layers keep, and `_backward_bytes` what a layer needs in
+    addition during its backward pass.
     """
     stream = stream or width
     text, vision = model.config.text_config, model.config.vision_config
@@ -118,12 +118,13 @@ def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int 
 
 
 def _backward_bytes(model: Any, width: int, stream: int) -> int:
-    """Bytes per token that a language model layer holds besides its activations while it runs backward.
+    """Bytes per token that a language model layer holds in addition to its activations during its backward pass.
 
-    With hidden size h and MLP size f, the larger of two moments counts:
+    With hidden size h and MLP size f, the larger of two peaks counts:
     - The end of its second forward pass: the last product of SwiGLU, the gradient of the layer's output and what the
       layer is about to return, 4h in all.
-    - The backward pass of SwiGLU: three gradients of f values and one of h. What the down projection kept is free.
+    - The backward pass of SwiGLU: three gradients of f values and one of h. The memory that the down projection kept is
+      free again.
     """
     text = model.config.text_config
     hidden, inner = text.hidden_size, text.intermediate_size
@@ -136,8 +137,8 @@ def _trained_layer_bytes(model: Any, width: int, stream: int, only: str = "") ->
 
     A LoRA layer keeps r values and its input. With dropout, the input is a copy, and each value has a byte for the
     mask. A trained linear layer keeps its input, and a trained norm the values that it scales. Layers with the same
-    input share it, unless dropout or a conversion from `stream` to `width` copies it. `only` is the end of the names
-    to count.
+    input share it, unless dropout or a conversion from `stream` to `width` copies it. With `only`, count just the
+    layers whose names end with it.
     """
     import torch
     from peft.tuners.lora import LoraLayer

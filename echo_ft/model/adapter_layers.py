@@ -16,7 +16,7 @@ def adapter_layers(model: Any) -> list[Any]:
 
 @contextmanager
 def switched_off(layers: Sequence[Any]) -> Iterator[None]:
-    """Let `adapter_layers` compute what the base model does.
+    """Make `adapter_layers` compute what the base model alone would compute.
 
     PEFT's `disable_adapter` (0.21) would also freeze the adapter's weights and thaw them later, under the hooks of DDP,
     ZeRO and FSDP.
@@ -32,7 +32,7 @@ def switched_off(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def act_when_switched_on(model: Any, role: str) -> None:
-    """Let an aLoRA act on all tokens that it is given, as a LoRA does; the engine switches it on after the prefix.
+    """Make an aLoRA act on all tokens that it is given, as a LoRA does; the engine switches it on after the prefix.
 
     PEFT (0.21) would look for the invocation tokens in every call, and find none when the engine decodes.
     """

@@ -32,7 +32,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 SAVE_REMEDY = "copy it again, or train it again"
 
 MAX_LORA_SCALE = 1000.0
-"""Largest factor of an adapter's update, alpha over rank. Usual ones are 0.5 to 64."""
+"""Largest accepted scale of an adapter's update, alpha over rank. Usual scales are 0.5 to 64."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class AdapterCard:
     leaks: dict[str, str] = field(default_factory=dict)
     """Verdicts of data_prep.audit, keyed by the fingerprint of the dataset that the training data overlap."""
     corrupted_share: float = 0.0
-    """Share of the training cases with a corrupted query."""
+    """Fraction of the training cases whose query is corrupted."""
     synthetic: dict[str, int] = field(default_factory=dict)
     """Number of training images with a synthetic defect, per method."""
     upstream: str = "gold"
@@ -63,17 +63,17 @@ class AdapterCard:
     quantization: str = ""
     """`4bit` or `8bit` if training quantized the base model; runs and exports load it unquantized."""
     mask_loss: float = 0.0
-    """Weight of the mask loss beside the loss of the completions."""
+    """Weight of the mask loss relative to the loss of the completions."""
     adapt_from: str = "prefix"
     """Where the adapter begins to act, one of rows.ADAPT_FROM."""
     invocation_tokens: list[int] = field(default_factory=list)
-    """The tokens from which an adapter acts that acts from the answer on."""
+    """For an adapter that acts from the answer on, the tokens at which it begins to act."""
     best_step: int = 0
     """Step of the checkpoint that load_best_model_at_end chose; 0 if these are the weights of the last step."""
     training: dict[str, Any] = field(default_factory=dict)
     """The options that decide what is learnt (echo_ft.training.checkpoints); empty in cards of older versions."""
     resumed: list[str] = field(default_factory=list)
-    """The options that a resume has changed, one sentence each."""
+    """The options that were changed when training resumed, one sentence each."""
 
 
 @dataclass(frozen=True)

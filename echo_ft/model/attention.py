@@ -67,7 +67,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Split:
-    """A packed row in two parts: the base model computes the first, and then an adapter the second."""
+    """A packed row in two parts: the base model computes the first, then an adapter computes the second."""
 
     base_tokens: torch.Tensor
     """(F,) ascending indices in the packed row."""

@@ -116,10 +116,10 @@ def make_attention_mask(segments: torch.Tensor) -> torch.Tensor:
 
 
 def float32_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits (N, vocabulary) of hidden states (N, hidden) in float32, whatever their precision.
+    """Return the logits (N, vocabulary) of hidden states (N, hidden) of any precision, in float32.
 
-    A bfloat16 product rounds logits near 20 to steps of 0.125. Two options that are closer than that would tie, and
-    the earlier letter would always win.
+    A bfloat16 product rounds logits near 20 to steps of 0.125. Two options with a smaller difference would tie, and the
+    earlier letter would always win.
     """
     import torch
 

@@ -31,9 +31,10 @@ def check_lora_targets(model: Any, targets: list[str] | str) -> list[str]:
     """Check that `targets`, as PEFT takes them, are linear layers of `model`, and return their names.
 
     A name in a list matches the end of a module's name. PEFT, however, ignores a name without matches if another name
-    has some. A text is `all-linear` (every linear layer but the output layer, so also the vision tower and the merger)
-    or a regular expression for full names. A text that is a name counts as a list, because TRL (1.16) turns `[q_proj]`
-    into `q_proj`. For `all-linear` and patterns, the result has the shortest names that match the same modules.
+    has some. A string is `all-linear` (every linear layer but the output layer, including the vision tower and the
+    merger) or a regular expression for full names. A string that is just a name counts as a list, because TRL (1.16)
+    turns `[q_proj]` into `q_proj`. For `all-linear` and patterns, the result has the shortest names that match the same
+    modules.
 
     Raises EchoError if a target matches no module, with the nearest valid name, or if it also matches the output layer
     or a module that is not linear (Qwen2-VL has a convolution named `proj`).
@@ -77,7 +78,7 @@ def _matches(target: str, modules: Iterable[str], pattern: bool) -> list[str]:
 
 
 def _shortest_names(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The shortest readable endings of names that match all `chosen` modules and none of the others."""
+    """The shortest readable endings of names that match all `chosen` modules and no other module."""
 
     def endings(name: str) -> list[str]:
         parts = name.split(".")
@@ -97,20 +98,20 @@ CONFIG_FILES = (
     "tokenizer_config.json",
     "video_preprocessor_config.json",
 )
-"""The JSON files by which transformers builds a model and its processor."""
+"""The JSON files from which transformers builds a model and its processor."""
 
 CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "trust_remote_code")
-"""Keys of CONFIG_FILES by which transformers (5.23) loads code of a model folder."""
+"""Keys of CONFIG_FILES that make transformers (5.23) load code from a model folder."""
 
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
-"""Keys of config.json by which transformers (5.23) fetches attention code from the hub."""
+"""Keys of config.json that make transformers (5.23) fetch attention code from the hub."""
 
 MAX_LAYERS = 1000
-"""Layers of the largest model. Building the modules of a million layers takes hours."""
+"""Largest accepted number of layers. Building the modules of a million layers would take hours."""
 
 
 def check_config_files(folder: Path) -> None:
-    """Raise EchoError if a config file of a model folder is broken, loads code, or describes no model of real size."""
+    """Raise EchoError if a config file of a model folder is broken, loads code, or describes a model of absurd size."""
     for path in (folder / name for name in CONFIG_FILES):
         if not path.is_file():
             continue
@@ -188,9 +189,10 @@ def load_model(model_name_or_path: str, revision: str | None = None, dtype: str 
 
 
 def require_finite(weights: Iterable[tuple[str, Any]], source: Path | str) -> None:
-    """Raise EchoError if one of the named weights of a model or adapter, from `source`, is not a number or infinite."""
+    """Raise EchoError if a named weight of a model or adapter, from `source`, is NaN or infinite."""
     for name, weight in weights:
-        # Quantized weights are integers, those of ZeRO-3 lie in other processes, and those of a plan have no values.
+        # Quantized weights are integers, weights under ZeRO-3 are spread over processes, and those of a plan have no
+        # values.
         if weight.is_floating_point() and weight.numel() and not weight.is_meta:
             low, high = weight.detach().aminmax()
             if not bool(low.isfinite() & high.isfinite()):
@@ -198,11 +200,12 @@ def require_finite(weights: Iterable[tuple[str, Any]], source: Path | str) -> No
 
 
 def project_patches(model: Any) -> None:
-    """Replace the convolution of a Qwen2-VL's patch embedding by a matrix product, which differs only in rounding.
+    """Replace the convolution of a Qwen2-VL's patch embedding with a matrix product, which differs only in rounding.
 
     The convolution has a single position, because each patch is a separate input. For this case, torch (2.15) takes
     five times as long on a CPU: 16% of a training step with one question per case. On GPUs, torch 2.9 was reported to
-    take 10 to 20 times as long in bfloat16 (pytorch #174051). This can go once torch treats it as a matrix product.
+    take 10 to 20 times as long in bfloat16 (pytorch #174051). This workaround can go once torch treats this case as a
+    matrix product.
     """
     convolution = model.model.visual.patch_embed.proj
     convolution.forward = MethodType(_project, convolution)
@@ -250,7 +253,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> str:
-    """Fingerprint a base model's weights cheaply, by the header and both ends of each safetensors file.
+    """Fingerprint a base model's weights cheaply, from the header and both ends of each safetensors file.
 
     Raises EchoError if a weight file is missing, cut off or not in safetensors format, or if their index is broken.
     """

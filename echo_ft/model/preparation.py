@@ -53,8 +53,9 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
 def run_base_first(model: Any) -> None:
     """Patch the language model of a Qwen2-VL to run a packed row in two parts if its spans are an `attention.Split`.
 
-    The base model computes the first part without a graph. The adapter computes the second one on the keys and values
-    of the first. Nothing of the first part depends on the adapter, so the gradients are those of the whole row.
+    The base model computes the first part without a graph. The adapter computes the second part from the keys and
+    values of the first. Nothing in the first part depends on the adapter, so the gradients equal those of the whole
+    row.
     """
     language = model.model.language_model
     run, layers = language.forward, adapter_layers(model)
@@ -83,8 +84,8 @@ def run_base_first(model: Any) -> None:
 def keep_adapter_input_dtype(model: Any) -> None:
     """Let LoRA layers take the inputs of bfloat16 autocast without converting them to float32 first.
 
-    PEFT (0.21) converts every input to the dtype of its float32 adapter, and autocast converts it back: 1.2 GiB of a
-    7B's peak memory and three more passes over each input, for the same result up to bfloat16 rounding.
+    PEFT (0.21) converts every input to the dtype of its float32 adapter, and autocast converts it back. That costs 1.2
+    GiB of a 7B's peak memory and three passes over each input, for the same result up to bfloat16 rounding.
     """
     for layer in adapter_layers(model):
         layer.cast_input_dtype_enabled = False

@@ -56,7 +56,7 @@ class Row:
         return int((self.segments == 0).sum())
 
     def select(self, tokens: Any) -> Row:
-        """Return the row with only some tokens, which index its arrays."""
+        """Return the row with only some tokens; `tokens` indexes the arrays."""
         arrays = (self.input_ids[tokens], self.labels[tokens], self.segments[tokens], self.positions[:, tokens])
         return Row(self.exchange, *arrays, self.grids)
 
@@ -98,7 +98,7 @@ class RowBuilder:
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (t, h, w) in patches for an image of this size in pixels, by the processor's resizing rule.
 
-        Raises EchoError if one side is more than 200 times as long as the other.
+        Raises EchoError if one side of the image is more than 200 times as long as the other.
         """
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -214,7 +214,8 @@ class RowBuilder:
         return self._templates[images]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # Templates and instructions recur in every row, so this cache does most of the work when a dataset is planned.
+        # Templates and instructions recur in every row, so this cache saves most of the tokenization when a dataset is
+        # planned.
         if len(self._encoded) > 50_000:
             self._encoded.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._encoded]

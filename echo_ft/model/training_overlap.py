@@ -41,8 +41,8 @@ def describe_training_data(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Describe what `adapters`, and a fine-tuned `BASE_MODEL`, were trained on; returns entries and warnings.
 
-    `images` are the images of `dataset`'s `split` that the run uses. An image counts as trained on if its content is
-    in an adapter's train split, under whatever name. The count is None if that dataset is missing or was rebuilt.
+    `images` are the images of `dataset`'s `split` that the run uses. An image counts as trained on if an adapter's
+    train split has its content, whatever the file name. The count is None if that dataset is missing or was rebuilt.
     """
     roles: dict[str, list[str]] = defaultdict(list)
     for role, adapter in adapters.items():

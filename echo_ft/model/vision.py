@@ -31,7 +31,7 @@ from echo_ft.provenance import code_fingerprint
 from echo_ft.terminal import LOGGER
 
 FEATURES_FORMAT = 2
-"""A file of features holds a safetensors file and its SHA-256. Earlier ones had no checksum and are not read."""
+"""A file of features holds a safetensors file and its SHA-256. Earlier formats had no checksum and are not read."""
 
 CORRUPTION_FINGERPRINT = code_fingerprint(Path(corruptions.__file__))
 """Fingerprint of the corruption code, which determines the features of corrupted images."""
@@ -197,7 +197,8 @@ class BatchImages:
 
 
 def require_frozen_tower(model: Any) -> None:
-    """Raise EchoError if `model` trains weights of the vision tower or the merger, so that features would not stay."""
+    """Raise EchoError if `model` trains the vision tower or the merger, because stored features would become
+    outdated."""
     if any(".visual." in f".{name}" and weight.requires_grad for name, weight in model.named_parameters()):
         raise EchoError(
             "features cannot be stored because the vision tower is trained; remove `features` from the config, or the "
