@@ -1,7 +1,7 @@
 """Boxes around defects: targets from masks, polygons or boxes, their text in Qwen2-VL's format, and their overlap.
 
-A box (x0, y0, x1, y1) ends before the column x1 and the row y1. Boxes in an image are in pixels, boxes in a text are in
-thousandths of the image's width and height. Training targets, scores and rewards share these functions.
+A box (x0, y0, x1, y1) ends before the column x1 and the row y1. Boxes in an image are in pixels, and boxes in text are
+in thousandths of the image's width and height. Training targets, scores and rewards share these functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_BOXES = "none"
 """The answer for an image without a defect."""
 
 NEAR = 0.02
-"""Boxes are joined if they overlap or have a gap of at most this share of the image's longer side."""
+"""Boxes are joined if they overlap, or if their gap is at most this fraction of the image's longer side."""
 
 MAX_BOXES = 5
 """Largest number of boxes in a target. A box has at most 23 tokens, so all fit into MAX_NEW_TOKENS."""
@@ -38,9 +38,9 @@ _ANSWER = re.compile("|".join(rf"{one}(?:,?\s*{one})*" for one in (_PAIR, _MARKE
 def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation: int = 1) -> tuple[Box, ...]:
     """Return the boxes of the defects that a record marks, in pixels; empty if nothing is marked.
 
-    `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. With mask files,
-    these are the `mask_boxes` of their union. Otherwise, each polygon and each box is a piece for `join_boxes`. Raises
-    EchoError as `masks.load_mask` does.
+    `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. For mask files,
+    the result is the `mask_boxes` of their union. Otherwise, `join_boxes` joins the boxes of all polygons and the
+    record's own boxes. Raises EchoError as `masks.load_mask` does.
     """
     if mask_files(marked):
         mask = load_mask(marked, root, size, orientation)
@@ -53,11 +53,11 @@ def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation:
 def mask_boxes(mask: Mask) -> tuple[Box, ...]:
     """Return the boxes of a mask (height, width), in pixels: those of its connected components after `join_boxes`.
 
-    Components are connected by edges or corners of pixels.
+    Pixels that share an edge or a corner are connected.
     """
     height, width = mask.shape
-    # Pixels in adjacent cells of this size have a gap that `join_boxes` closes anyway. With cells instead of pixels, a
-    # mask full of specks has a few thousand pieces at most.
+    # `join_boxes` would join pixels in adjacent cells of this size anyway. With cells instead of pixels, a mask full of
+    # specks has a few thousand pieces at most.
     cell = _largest_gap((width, height)) // 2 + 1
     padded = np.pad(mask, ((0, -height % cell), (0, -width % cell)))
     rows, columns = padded.shape[0] // cell, padded.shape[1] // cell
@@ -82,12 +82,12 @@ def _largest_gap(size: tuple[int, int]) -> int:
 
 
 def join_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> tuple[Box, ...]:
-    """Join near boxes and return at most MAX_BOXES, sorted from top to bottom, then from left to right.
+    """Join neighbouring boxes and return at most MAX_BOXES, sorted from top to bottom, then from left to right.
 
-    Boxes that overlap, or whose gap is small (NEAR), are replaced by their common bounding box, until there are no such
-    boxes. If more than MAX_BOXES are left, this is repeated with twice the gap. The gap of two boxes is the larger one
-    of their horizontal and vertical gap. The result does not depend on the order of `boxes`. `size` is (width, height)
-    in pixels.
+    Boxes that overlap or are close together (NEAR) are replaced by their common bounding box until no such boxes
+    remain. If more than MAX_BOXES are left, this is repeated with twice the gap. The gap between two boxes is the
+    larger of their horizontal and vertical gaps. The result does not depend on the order of `boxes`. `size` is (width,
+    height) in pixels.
     """
     gap = _largest_gap(size)
     joined = _join_near(np.array(boxes, dtype=np.int64).reshape(-1, 4), gap)
@@ -124,7 +124,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 def to_thousandths(box: Box, size: tuple[int, int]) -> Box:
-    """Convert a box from pixels of an image of (width, height) to thousandths, rounded outwards, so it is not empty."""
+    """Convert a box in an image of (width, height) from pixels to thousandths. Rounding outwards keeps it non-empty."""
     (width, height), (x0, y0, x1, y1) = size, box
     return x0 * 1000 // width, y0 * 1000 // height, -(-x1 * 1000 // width), -(-y1 * 1000 // height)
 
@@ -141,11 +141,12 @@ def format_boxes(boxes: Sequence[Box]) -> str:
 
 
 def parse_boxes(text: str) -> tuple[Box, ...] | None:
-    """Return the boxes in thousandths that an answer names, or None for an unparsed text. Boxes are never guessed.
+    """Return the boxes in thousandths that an answer names, or None if it cannot be parsed. Boxes are never guessed.
 
-    An answer is `none`, in any case and with or without a full stop, or a list of boxes and nothing else. Either all of
-    them have Qwen2-VL's tokens or none, because decoding drops special tokens. A comma or whitespace may separate
-    boxes. Coordinates are whole numbers from 0 to 1000, and each box has a positive width and height.
+    An answer is either `none`, in upper or lower case and with or without a full stop, or a list of boxes and nothing
+    else. Either all boxes have Qwen2-VL's tokens or none do, because decoding drops special tokens. A comma or
+    whitespace may separate boxes. Coordinates are whole numbers from 0 to 1000, and each box has a positive width and
+    height.
     """
     text = text.strip()
     if text.casefold() in (NO_BOXES, f"{NO_BOXES}."):
@@ -166,10 +167,10 @@ def box_ious(first: Sequence[Box], second: Sequence[Box]) -> np.ndarray:
 
 
 def matched_ious(predicted: Sequence[Box], true: Sequence[Box]) -> list[float]:
-    """Return the IoU of each true box with the predicted box that is matched to it; 0 for a missed one.
+    """Return the IoU of each true box with its matched predicted box, or 0 if no predicted box matches.
 
-    Each predicted box matches at most one true box. The matching has the largest sum of IoUs (Kuhn, "The Hungarian
-    method for the assignment problem", 1955). None of the boxes may be empty.
+    Each predicted box matches at most one true box. The matching maximises the sum of IoUs (Kuhn, "The Hungarian method
+    for the assignment problem", 1955). None of the boxes may be empty.
     """
     ious = box_ious(predicted, true)
     rows, columns = linear_sum_assignment(ious, maximize=True)

@@ -6,7 +6,7 @@ severity has the same effect on an image of any size after it is resized to a mo
 the exception: it works on the original pixels, as in a camera, and hurts small images more.
 
 Random draws depend only on the seed and the image name. All kinds and severities therefore use the same draw, and the
-result is the same on every machine. The image size stays the same, and so does everything derived from the file header.
+result is the same on every machine. The image size does not change, nor does anything derived from the file header.
 
 Only the query is corrupted. A factory selects its references carefully and keeps good ones.
 """
@@ -35,7 +35,7 @@ BLUR_SIGMAS = (1.0, 2.0, 3.0, 4.0, 6.0)
 """Standard deviation of the Gaussian blur in pixels, from ImageNet-C's gaussian_blur."""
 
 NOISE_SIGMAS = (0.08, 0.12, 0.18, 0.26, 0.38)
-"""Standard deviation of the Gaussian noise as a share of the value range, from ImageNet-C's gaussian_noise."""
+"""Standard deviation of the Gaussian noise as a fraction of the value range, from ImageNet-C's gaussian_noise."""
 
 JPEG_QUALITIES = (25, 18, 15, 10, 7)
 """JPEG quality, from ImageNet-C's jpeg_compression."""
@@ -43,11 +43,11 @@ JPEG_QUALITIES = (25, 18, 15, 10, 7)
 EXPOSURE_STOPS = (0.5, 1.0, 1.5, 2.0, 2.5)
 """Over- or underexposure in stops, in the half-stop steps of camera bracketing. The sign is drawn at random.
 
-ImageNet-C's brightness adds a constant instead, which no exposure does.
+ImageNet-C's brightness adds a constant instead, which no change of exposure does.
 """
 
 RESOLUTION_SHARES = (0.6, 0.5, 0.4, 0.3, 0.25)
-"""Scale factor of the downsampling, from ImageNet-C's pixelate. Upsampling is smooth here, as in image software."""
+"""Scale factor of the downsampling, from ImageNet-C's pixelate. Unlike ImageNet-C's, the upsampling is smooth."""
 
 MOTION_KERNELS = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
 """Radius and standard deviation of the motion blur in pixels, from ImageNet-C's motion_blur.
@@ -83,7 +83,8 @@ def _blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Ima
 
 
 def _noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    # A grain is as large as one pixel of ImageNet-C. Finer noise would vanish when a large image is downscaled.
+    # Each grain of noise is as large as one pixel of ImageNet-C. Finer noise would vanish when a large image is
+    # downscaled.
     grain = max(1.0, _scale(image))
     coarse = math.ceil(image.width / grain), math.ceil(image.height / grain)
     values = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
@@ -93,7 +94,7 @@ def _noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Im
 
 
 def _noise_layer(coarse: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Return noise of standard deviation 1, (height, width), from a `coarse` grid; both sizes are (width, height)."""
+    """Return noise (height, width) with standard deviation 1 from a `coarse` grid. Both sizes are (width, height)."""
     layer = Image.fromarray(rng.standard_normal(coarse[::-1], dtype=np.float32))
     values = np.asarray(layer.resize(size, Image.Resampling.BICUBIC))
     return values / max(float(values.std()), 1e-6)
@@ -155,7 +156,7 @@ CORRUPTIONS: Mapping[str, Callable[[Image.Image, int, np.random.Generator], Imag
     "low_resolution": _low_resolution,
     "motion": _motion,
 }
-"""The corruption function of each kind: (image, severity - 1, rng) to the corrupted image."""
+"""The function for each kind of corruption, which maps (image, severity - 1, rng) to the corrupted image."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ class Corruption:
 def draw_corruption(case: str, share: float, seed: int) -> Corruption | None:
     """Draw a corruption for the query of a training case, or None for a clean query.
 
-    On average, `share` of the cases get a corruption. The draw depends only on `case` and `seed`, so it is the same for
-    all four roles, in every epoch, on every rank and after a resume.
+    On average, a fraction `share` of the cases is corrupted. The draw depends only on `case` and `seed`, so it is the
+    same for all four roles, in every epoch, on every rank and after a resume.
     """
     rng = random.Random(f"{seed}/corruption/{case}")
     chosen, kind, severity = rng.random() < share, rng.choice([*CORRUPTIONS]), rng.choice(SEVERITIES)

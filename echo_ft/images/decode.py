@@ -1,13 +1,14 @@
-"""Image decoding for the whole project, with one rule for more than 8 bits per pixel.
+"""Image decoding for the whole project, with one rule for images that have more than 8 bits per pixel.
 
 Pillow clips 16-bit grey values to 255, which turns an image white. It keeps only the high byte of 16-bit colours, which
-turns the image of a 12-bit camera black. This module scales both to 8 bits instead. A 16-bit file does not say how many
+turns images from a 12-bit camera black. This module scales both to 8 bits instead. A 16-bit file does not say how many
 bits the camera used, so the scale is the smallest common bit depth (`BIT_DEPTHS`) that holds the brightest value. The
 brightest value itself is not stretched to white. Two exposures of a part therefore stay different, unless one is so
 dark that it fits a smaller bit depth. The build warns if the bit depths of a product differ. Transparency is dropped,
 because the colours below it are what the camera recorded.
 
-Images are turned upright by their EXIF orientation, as viewers show them. A file of several frames is refused.
+Images are turned upright according to their EXIF orientation, as viewers show them. Files with several frames are
+refused.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ from echo_ft.errors import EchoError
 from echo_ft.inputs import InputError, open_input
 
 DECODER_VERSION = "8bit-upright-colour"
-"""Name of the decoding rule. It is part of the key of every cache, so that none mixes images of different rules."""
+"""Name of the decoding rule. Every cache key includes it, so that no cache mixes images decoded in different ways."""
 
 READ_ERRORS = (OSError, ValueError)
 """The exceptions of `open_image` for unusable files."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""The image formats that are read, as Pillow names them; JPEG includes MPO. Pillow's other readers are seldom used and
-tested, and the one for EPS starts another program."""
+"""The supported image formats, by Pillow's names; JPEG includes MPO. Pillow's other readers are rarely used or tested,
+and the one for EPS starts another program."""
 
 MAX_PIXELS = 100_000_000
-"""Pixels of the largest image. It takes 300 MB in RGB, although its file may have only 20 KB."""
+"""Largest allowed number of pixels. Such an image takes 300 MB in RGB, although its file may have only 20 KB."""
 
 HIGH_DEPTH_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 """Pillow's greyscale modes with more than 8 bits per pixel."""
 
 BITS_PER_SAMPLE = 258
-"""The tag of a TIFF file with the bits of each channel."""
+"""The TIFF tag that holds the number of bits in each channel."""
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 """Common bit depths of camera images."""
 
 READER_THREADS = 4
-"""Threads that read images while the process does other work. Decoding and hashing release the GIL."""
+"""Number of threads that read images in the background. Decoding and hashing release the GIL."""
 
 
 class _RangeError(ValueError):
@@ -56,10 +57,10 @@ class _RangeError(ValueError):
 
 @contextmanager
 def open_image(file: Path | BinaryIO, any_frames: bool = False) -> Iterator[Image.Image]:
-    """Open an image file, or one in memory, to read its header and to decode it in the block.
+    """Open an image file, on disk or in memory, to read its header or decode it within the block.
 
     Raises InputError if it has more than MAX_PIXELS pixels or, without `any_frames`, several frames. Raises one of
-    READ_ERRORS if it is broken, also for what Pillow raises in the block.
+    READ_ERRORS if it is broken, and also converts the errors that Pillow raises within the block.
     """
     try:
         source = open_input(file) if isinstance(file, Path) else file
@@ -122,9 +123,9 @@ def load_image(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None =
 
 
 def decode(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image like `load_image`, but raise one of READ_ERRORS, which `describe_read_error` explains.
+    """Decode an image like `load_image`, but raise one of READ_ERRORS on failure. `describe_read_error` explains it.
 
-    This is for callers that report their own error.
+    Callers use it to report the error in their own way.
     """
     with open_image(path) as image:
         turn = _turn(image)
@@ -139,7 +140,7 @@ def decode(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = Non
 
 
 def describe_read_error(error: BaseException) -> str:
-    """Explain in one clause why an image is unusable, given one of READ_ERRORS."""
+    """Explain in one clause why an image is unusable. `error` is one of READ_ERRORS."""
     return str(error) if isinstance(error, (_RangeError, InputError)) else _broken(error)
 
 
@@ -148,7 +149,7 @@ def _broken(error: BaseException) -> str:
 
 
 def bit_depth(path: Path) -> int | None:
-    """Return the bit depth from which an image is scaled to 8 bits, or None if Pillow already delivers 8 bits.
+    """Return the bit depth from which an image is scaled to 8 bits, or None if Pillow already returns 8 bits.
 
     Raises one of READ_ERRORS if the file cannot be read.
     """
@@ -158,9 +159,9 @@ def bit_depth(path: Path) -> int | None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether an opened image, which is not decoded yet, has more than 8 bits per channel.
+    """Return whether an opened but not yet decoded image has more than 8 bits per channel.
 
-    JPEG 2000, AVIF and PPM state their bit depth, by which Pillow scales them to 8 bits itself.
+    JPEG 2000, AVIF and PPM state their bit depth, so Pillow itself scales them to 8 bits.
     """
     if image.mode in HIGH_DEPTH_MODES:
         return True
@@ -209,19 +210,19 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation. Without an entry, it is upright."""
+"""The operation that turns an image upright, keyed by EXIF orientation. Orientations not listed are already upright."""
 
 SIDEWAYS = (5, 6, 7, 8)
-"""The EXIF orientations that exchange width and height."""
+"""The EXIF orientations that swap width and height."""
 
 _SIDEWAYS = frozenset(TURNS[value] for value in SIDEWAYS)
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened image, from 1 (upright) to 8; 1 if it has none that viewers know."""
+    """Return the EXIF orientation of an opened image, from 1 (upright) to 8. Missing and invalid values count as 1."""
     try:
-        # PngImageFile.getexif decodes all pixels to find EXIF data behind them (Pillow 13.0.0); the method of the base
-        # class reads only what comes before, as browsers do.
+        # PngImageFile.getexif decodes all pixels to find EXIF data that follows them (Pillow 13.0.0). The method of the
+        # base class reads only the data before the pixels, as browsers do.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF data raises many kinds of errors, and viewers ignore it
         return 1
@@ -229,7 +230,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    # Pillow (13.0.0) turns TIFF files itself, also their size.
+    # Pillow (13.0.0) already turns TIFF files and their size.
     return None if image.format == "TIFF" else TURNS.get(orientation(image))
 
 
@@ -239,7 +240,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _bits_needed(values: NDArray[np.generic]) -> int:
-    """Return the smallest bit depth that holds all values; 1 for floats from 0 to 1."""
+    """Return the smallest bit depth that can hold all values, or 1 for floats from 0 to 1."""
     low, high = values.min(), values.max()
     if np.issubdtype(values.dtype, np.floating) and low >= 0 and high <= 1:
         return 1

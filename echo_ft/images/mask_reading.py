@@ -1,13 +1,14 @@
-"""Read a mask file as the picture that a viewer shows: which pixels mark the defect.
+"""Read a mask file the way an image viewer shows it, to find which pixels mark the defect.
 
 Every pixel that is not black marks the defect, whether the file stores grey values, colours, palette entries or bits.
-Label maps and soft edges need no other rule. Three kinds of files differ:
+Label maps and soft edges need no special rule. Three kinds of files are treated differently:
 
-- Lossy files have grey noise around every edge, so only pixels brighter than half count.
-- On a transparent layer, the opaque pixels are the mask, because people paint the defect there in any colour.
-- Without any black, the file has another ground. It is plain if there are two values, and one covers the whole border.
+- Lossy files have grey noise around every edge, so only pixels of more than half brightness count.
+- On a transparent layer, the opaque pixels are the mask, because people may paint the defect in any colour there.
+- A file without black has a background of another value. It is recognised only if the file has two values and one of
+  them covers the whole border.
 
-A file is refused if its readings disagree, and the message names the share of the image that each one marks.
+A file is refused if its readings disagree. The message gives the fraction of the image that each reading marks.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from echo_ft.inputs import InputError
 Mask = NDArray[np.bool_]
 
 LOSSY_FORMATS = frozenset({"JPEG", "MPO", "JPEG2000", "AVIF"})
-"""Pillow's names of formats that change pixels. WebP and TIFF do so in some files only."""
+"""Pillow's names for formats that alter pixels. WebP and TIFF do so only in some files."""
 
 SOFT_RATIO = 2.0
 """A mask is too soft if its widest reading marks more than this many times the area of its narrowest."""
 
 SOFT_SHARE = 0.01
-"""Readings that differ by at most this share of the image are alike. Among the magnetic tiles, readings that differ by
-the factor SOFT_RATIO differ by at most 0.0003 of the image."""
+"""Readings that differ by at most this fraction of the image count as equal. For the magnetic tiles, readings that
+differ by the factor SOFT_RATIO differ by at most 0.0003 of the image."""
 
 MAX_LABELS = 16
-"""With at most this many grey values, a file is a label map: its values are names of regions, not brightness."""
+"""With at most this many grey values, a file is a label map. Its values identify regions and do not mean brightness."""
 
 MIN_CONTRAST = 32
-"""Two values that are both higher than MAX_LABELS are meant as ground and defect if they differ by this much."""
+"""Two values above MAX_LABELS count as background and defect if they differ by at least this much."""
 
 MAX_HIDDEN = 0.1
-"""Share of the opaque pixels that may be black, as at the edge of a brush stroke."""
+"""Fraction of the opaque pixels that may be black, as at the edge of a brush stroke."""
 
 
 def read_mask_file(path: Path, name: str) -> Mask:
-    """Return the mask (height, width) of a file that messages call `name`.
+    """Return the mask (height, width) of a file. Error messages refer to the file as `name`.
 
-    Raises EchoError if the file cannot be read, or for the reasons of `marked_pixels`.
+    Raises EchoError if the file cannot be read, and also as `marked_pixels` does.
     """
     try:
         with open_image(path) as image:
@@ -60,9 +61,9 @@ def read_mask_file(path: Path, name: str) -> Mask:
 
 
 def marked_pixels(image: Image.Image, what: str) -> Mask:
-    """Return the mask (height, width) of an opened image that messages call `what`.
+    """Return the mask (height, width) of an opened image. Error messages refer to the image as `what`.
 
-    Raises EchoError if the image is rotated by viewers, or can be read in two ways. Raises one of READ_ERRORS if it is
+    Raises EchoError if viewers rotate the image, or if it can be read in two ways. Raises one of READ_ERRORS if it is
     broken.
     """
     if orientation(image) != 1:
@@ -90,15 +91,16 @@ def marked_pixels(image: Image.Image, what: str) -> Mask:
 
 
 def is_lossy(image: Image.Image) -> bool:
-    """Return whether the format of an opened image, which is not decoded yet, changes pixels."""
+    """Return whether the format of an opened but not yet decoded image alters pixels."""
     if image.format == "TIFF":
         return "jpeg" in str(image.info.get("compression"))
     return image.format in LOSSY_FORMATS or (image.format == "WEBP" and not _is_lossless_webp(image))
 
 
 def _is_lossless_webp(image: Image.Image) -> bool:
-    # Pillow 13.0.0 does not report it. In the file, a chunk VP8L holds a lossless picture and VP8 a lossy one; others,
-    # such as a colour profile, may come before it (https://developers.google.com/speed/webp/docs/riff_container).
+    # Pillow 13.0.0 does not report this. In the file, a VP8L chunk holds a lossless picture and a VP8 chunk a lossy
+    # one. Other chunks, such as a colour profile, may precede it
+    # (https://developers.google.com/speed/webp/docs/riff_container).
     if not isinstance(image, ImageFile.ImageFile) or image.fp is None:
         return False
     image.fp.seek(12)
@@ -106,13 +108,13 @@ def _is_lossless_webp(image: Image.Image) -> bool:
         name, size = header[:4], int.from_bytes(header[4:], "little")
         if name in (b"VP8L", b"VP8 "):
             return name == b"VP8L"
-        # A frame of an animation holds chunks of its own behind 16 bytes.
+        # A frame of an animation holds its own chunks, which follow 16 bytes.
         image.fp.seek(16 if name == b"ANMF" else size + size % 2, io.SEEK_CUR)
     return False
 
 
 def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
-    """Return grey values, or the brightest channel, and the opacity; both (height, width).
+    """Return the grey values, or the brightest channel, and the opacity, both (height, width).
 
     The opacity is None for an image without transparency.
     """
@@ -130,9 +132,9 @@ def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]
 
 
 def _on_ground(values: NDArray[Any], what: str) -> Mask:
-    """Return the pixels that differ from the ground of a mask without black, which is the value of its border.
+    """Return the pixels that differ from the background of a mask without black, which is the value of its border.
 
-    Raises EchoError if there are more values, or if the two are near each other.
+    Raises EchoError if there are more than two values, or if the two are too close to each other.
     """
     border = np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]])
     counted, counts = np.unique(border, return_counts=True)
@@ -146,10 +148,10 @@ def _on_ground(values: NDArray[Any], what: str) -> Mask:
 
 
 def _check_softness(values: NDArray[Any], thresholds: tuple[int, int] | None, what: str, word: str) -> None:
-    """Raise EchoError if it depends on the threshold what a mask marks, as in a heat map.
+    """Raise EchoError if the pixels that a mask marks depend on the threshold, as in a heat map.
 
-    The default thresholds are zero and half of the highest value; label maps may have any values then: few of them, or
-    regions that end abruptly. `word` compares values, such as `brighter`.
+    The default thresholds are zero and half of the highest value. With these, a file with few values, or with regions
+    that end abruptly, is accepted as a label map. `word`, such as `brighter`, compares values in the message.
     """
     low, high = thresholds or (0, values.max() / 2)
     wide, narrow = (float((values > threshold).mean()) for threshold in (low, high))
@@ -164,9 +166,9 @@ def _check_softness(values: NDArray[Any], thresholds: tuple[int, int] | None, wh
 
 
 def _ends_abruptly(values: NDArray[Any], high: float) -> bool:
-    """Return whether most pixels at the edge of those above `high` are zero beyond it.
+    """Return whether most pixels just outside the regions above `high` are zero.
 
-    The labels of single defects end so. Heat maps fade.
+    The labels of single defects end abruptly like this, whereas heat maps fade.
     """
     beyond = [
         np.minimum(one, other)[(one > high) != (other > high)]

@@ -1,4 +1,4 @@
-"""Defect masks: loading, filling, and measuring a defect's location, size, shape and contrast to the reference.
+"""Defect masks: loading, filling, and measuring a defect's location, size, shape and contrast with the reference.
 
 Masks are boolean arrays (height, width) that are True on the defect. Grey images are float32 arrays (height, width)
 from 0 to 1.
@@ -53,7 +53,7 @@ class Region:
     cells: tuple[str, ...]
     """All cells of the grid that the mask touches."""
     extent: float
-    """Share of the image area, from 0 to 1."""
+    """Fraction of the image area, from 0 to 1."""
     shape: str
     """`elongated`, `round`, `irregular`, or `scattered` if no piece covers most of the area."""
     count: int
@@ -119,18 +119,18 @@ def mask_files(marked: Marked) -> tuple[str, ...]:
 
 
 def is_marked(marked: Marked) -> bool:
-    """Return whether a record marks a defect by a mask, a polygon or a box."""
+    """Return whether a record marks a defect with a mask, a polygon or a box."""
     return bool(mask_files(marked) or marked.polygons or marked.boxes)
 
 
 def load_mask(marked: Marked, root: Path, size: tuple[int, int], orientation: int = 1) -> Mask | None:
-    """Load the mask (height, width) of an inspection or of a case's truth, or None if it marks nothing.
+    """Load the mask (height, width) of an inspection or a case's truth. Returns None if it marks nothing.
 
     `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. The mask is the
-    union of the mask files as `mask_reading` reads them. They are turned upright if their size says that they were
-    drawn on the image as stored. Without mask files, it is True inside any polygon or box; records store these for the
-    upright image. Raises EchoError if a mask cannot be read in one way or differs in size from the image, or if a
-    polygon or box lies outside it.
+    union of the mask files as `mask_reading` reads them. They are turned upright if their size shows that they were
+    drawn on the image as stored. Without mask files, the mask is True inside any polygon or box; records store these
+    for the upright image. Raises EchoError if a mask is ambiguous or differs in size from the image, or if a polygon or
+    box lies outside the image.
     """
     files = mask_files(marked)
     if files:
@@ -206,7 +206,7 @@ def fill_boxes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[i
 
 
 def load_grey(path: Path, size: tuple[int, int]) -> Grey:
-    """Load an image in grey, resized to `size` (width, height), as float32 (height, width) from 0 to 1.
+    """Load an image in greyscale, resized to `size` (width, height), as float32 (height, width) from 0 to 1.
 
     Raises EchoError if the image cannot be read.
     """
@@ -230,7 +230,7 @@ def outline_path(mask: Mask) -> str:
 
     lines = []
     for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):  # padded, to close lines at the image border
-        # Contours run through pixel centres; whole numbers in the SVG path are pixel corners.
+        # Contours run through pixel centres, but whole numbers in the SVG path are pixel corners.
         points = approximate_polygon(contour, 0.4)[:-1] - 0.5
         lines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points) + "Z")
     return "".join(lines)
@@ -248,7 +248,7 @@ def misfit(query: Grey, reference: Grey, mask: Mask | None) -> float:
 
 
 def contrast(query: Grey, mask: Mask, reference: Grey | None = None) -> float:
-    """Return how much brighter the masked region is than its surroundings, from -1 to 1; arrays are (height, width).
+    """Return how much brighter the masked region is than its surroundings, from -1 to 1. Arrays are (height, width).
 
     If a reference is given, its contrast in the same region is subtracted. Each image is compared with its own median
     outside the region, so differences in exposure cancel out.

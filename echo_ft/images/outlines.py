@@ -12,7 +12,7 @@ from echo_ft.images.masks import mask_files
 from echo_ft.records import Inspection
 
 TOLERANCE = 1.0
-"""Largest difference of a coordinate, in pixels, between outlines that count as equal. Tools round coordinates."""
+"""Outlines count as equal if no coordinate differs by more than this, in pixels. Tools round coordinates."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Synthetic defects on images of normal parts, for products without images of real defects.
+"""Make synthetic defects on images of normal parts, for products without images of real defects.
 
 There are four methods: `cutpaste` and `scar` (Li et al. 2021, CutPaste, arXiv 2104.04015), `perlin` (Zavrtanik et al.
 2021, DRAEM, arXiv 2108.07610) and `poisson` (Schlüter et al. 2022, NSA, arXiv 2109.15222). Their docstrings list the
@@ -28,8 +28,8 @@ ImageArray = NDArray[np.uint8]
 CHANGE_THRESHOLD = 8
 """Smallest change of a colour value, out of 255, at which a pixel belongs to the defect.
 
-The change is smoothed with a Gaussian of one pixel's standard deviation at WORKING_SIDE. Texture that is pasted onto
-the same texture is therefore no defect.
+The change is smoothed with a Gaussian whose standard deviation is one pixel at WORKING_SIDE. Texture that is pasted
+onto the same texture therefore does not count as a defect.
 """
 
 MIN_MEAN_CHANGE = 16
@@ -39,21 +39,21 @@ At 10, people cannot find the defect on a magnetic tile.
 """
 
 MIN_IMAGE_SHARE = 5e-4
-"""Smallest share of the image that a defect covers. Smaller and fainter defects are drawn again."""
+"""Smallest fraction of the image that a defect may cover. Smaller and fainter defects are drawn again."""
 
 MAX_PART_SHARE = 0.15
-"""Largest share of the part that a defect covers, from CutPaste's largest patch."""
+"""Largest fraction of the part that a defect may cover, from CutPaste's largest patch."""
 
 MAX_ATTEMPTS = 30
 """Number of draws after which an image is skipped."""
 
 WORKING_SIDE = 256
-"""Side in pixels at which the foreground is detected. CutPaste's lengths refer to images of the same side."""
+"""Side in pixels at which the foreground is detected. CutPaste's lengths refer to images of this size."""
 
 MIN_EXPLAINED_VARIANCE = 0.75
-"""Smallest share of the variance that Otsu's two classes must explain to count as part and background.
+"""Otsu's two classes must explain at least this fraction of the variance to count as part and background.
 
-The variance is that of the distance from the background colour. For noise and even gradients the classes explain less
+The variance is that of the distance from the background colour. For noise and even gradients, the classes explain less
 (0.64 for a Gaussian).
 """
 
@@ -68,17 +68,17 @@ class SyntheticDefect:
 
 @dataclass(frozen=True)
 class DefectMethod:
-    """A method that makes defects, with the condition and description of its defects."""
+    """A method that makes defects, and the condition and description of the defects it makes."""
 
     draw: Callable[[ImageArray, Mask, np.random.Generator], tuple[ImageArray, Mask]]
-    """(image, part mask, rng) to the changed image and the region in which it may differ."""
+    """Maps (image, part mask, rng) to the changed image and the region in which it may differ."""
     condition: str
     description: str
     """The appearance of the defect, then its consequences, as in knowledge files."""
 
 
 def make_defect(method: str, image: ImageArray, seed: str) -> SyntheticDefect | None:
-    """Make a defect on the foreground of a normal image (H, W, 3) by one of DEFECT_METHODS.
+    """Make a defect on the foreground of a normal image (H, W, 3). `method` is one of DEFECT_METHODS.
 
     `seed` determines the shape and location. Returns None if no draw changed the image visibly.
     """
@@ -96,8 +96,8 @@ def foreground(image: ImageArray) -> Mask:
     """Return the mask (H, W) of the part in an image (H, W, 3).
 
     Otsu's threshold splits the distances (CIE Lab) from the median colour of the image border into part and background.
-    The result is the whole image if there is no clear part: if the two classes are not well separated, if more than a
-    tenth of the border belongs to the part, or if almost nothing remains.
+    The mask covers the whole image if there is no clear part. This is so if the two classes are not well separated, if
+    more than a tenth of the border belongs to the part, or if almost nothing remains.
     """
     from skimage.color import rgb2lab
     from skimage.filters import threshold_otsu
@@ -154,8 +154,8 @@ def _visible_defect(image: ImageArray, changed_image: ImageArray, region: Mask) 
 def cutpaste(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
     """CutPaste: copy a rectangle of the part, jitter its colours by up to 0.1, and paste it elsewhere on the part.
 
-    The area share is 0.02 to 0.15 and the aspect ratio 0.3 to 3.3, as in the paper. Here the area is a share of the
-    part, not of the image.
+    As in the paper, the area is a fraction of 0.02 to 0.15 and the aspect ratio is 0.3 to 3.3. Here, however, the area
+    is a fraction of the part, not of the image.
     """
     area = rng.uniform(0.02, MAX_PART_SHARE) * part.sum()
     ratio = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
@@ -200,11 +200,11 @@ def perlin(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Ima
 
 
 def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
-    """NSA: resize a patch of the part by 0.7 to 1.3, mirror it at random, and blend it in elsewhere by Poisson editing.
+    """NSA: resize a patch of the part by 0.7 to 1.3, mirror it at random, and blend it in elsewhere (Poisson editing).
 
-    As in the paper's code, the sides are 0.03 to 0.4 of the image's, and the gradients are those of the patch or the
-    stronger of both. Unlike there, each image gets one patch, and the mask excludes pixels that hardly changed
-    (`CHANGE_THRESHOLD`). The blending is OpenCV's `seamlessClone` (Pérez et al. 2003).
+    As in the paper's code, the sides are 0.03 to 0.4 of the image's, and the gradients are the patch's or the stronger
+    of the patch's and the image's. Unlike there, each image gets one patch, and the mask excludes pixels that hardly
+    changed (`CHANGE_THRESHOLD`). OpenCV's `seamlessClone` does the blending (Pérez et al. 2003).
     """
     import cv2
 
@@ -236,8 +236,8 @@ def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Im
 def perlin_noise(size: tuple[int, int], cells: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
     """Return Perlin noise (height, width) from -1 to 1, on a randomly rotated lattice.
 
-    `size` is (height, width), and `cells` is the number of lattice cells (down, across) in the image. The method is
-    Perlin 2002, Improving Noise, but with gradients in all directions.
+    `size` is (height, width), and `cells` is the number of lattice cells (down, across) in the image. The method
+    follows Perlin 2002, Improving Noise, but uses gradients in all directions.
     """
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     angle = rng.uniform(-np.pi / 2, np.pi / 2)
@@ -272,7 +272,7 @@ def _marble(size: tuple[int, int], rng: np.random.Generator) -> ImageArray:
 
 
 def _altered(image: ImageArray, rng: np.random.Generator) -> ImageArray:
-    """Apply three of DRAEM's augmentations to an image, in Pillow's implementation."""
+    """Apply three of DRAEM's augmentations to an image, as implemented in Pillow."""
     operations: list[Callable[[Image.Image], Image.Image]] = [
         ImageOps.autocontrast,
         ImageOps.equalize,
@@ -304,7 +304,7 @@ def _pixel_size(part: Mask, height: float, width: float) -> tuple[int, int]:
 
 
 def _random_corner(part: Mask, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw (top, left) of a rectangle that is centred on a random pixel of the part and shifted into the image."""
+    """Draw (top, left) of a rectangle that is centred on a random pixel of the part, then shifted into the image."""
     inside = np.flatnonzero(part)
     row, column = divmod(int(rng.choice(inside)), part.shape[1])
     top = max(0, min(row - height // 2, part.shape[0] - height))
@@ -337,4 +337,4 @@ DEFECT_METHODS: Mapping[str, DefectMethod] = {
     "perlin": DefectMethod(perlin, "foreign texture", SYNTHETIC_DESCRIPTIONS["perlin"]),
     "poisson": DefectMethod(poisson, "deformation", SYNTHETIC_DESCRIPTIONS["poisson"]),
 }
-"""The methods that make defects, by name."""
+"""The methods that make defects, keyed by name."""

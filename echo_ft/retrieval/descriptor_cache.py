@@ -24,7 +24,7 @@ from echo_ft.records import Rejection
 from echo_ft.retrieval.descriptors import DescriptorExtractor, FloatArray
 
 SHARD_SIZE = 2048
-"""Number of files between two writes. A process that is killed loses at most this many descriptors."""
+"""Number of files between two writes. A killed process loses at most this many descriptors."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class DescriptorTable:
     """The descriptors of image files. Files with equal content share a row."""
 
     rows: dict[str, int]
-    """Row of `matrix` by path."""
+    """Maps a path to its row in `matrix`."""
     hashes: dict[str, str]
-    """SHA-256 of the file content by path, in hex."""
+    """Maps a path to the SHA-256 of the file's content, in hex."""
     matrix: FloatArray
     """(n, d) float32, rows of length 1."""
 
@@ -48,13 +48,13 @@ class DescriptorTable:
 
 
 class DescriptorCache:
-    """Descriptors by content hash, stored in shards: atomically written files, or memory if there is no folder.
+    """Descriptors keyed by content hash. Shards are atomically written files, or held in memory if there is no folder.
 
     Several processes may write to the same folder at once.
     """
 
     def __init__(self, extractor: DescriptorExtractor, cache: Path | None) -> None:
-        """Open the descriptors of `extractor` below the folder `cache`, or in memory if it is None."""
+        """Open the cache of `extractor` below the folder `cache`, or in memory if `cache` is None."""
         self.folder = cache / f"features-{extractor.key}" if cache else None
         for folder in (cache, self.folder) if cache and self.folder else ():
             remove_left_over_files(folder)
@@ -77,7 +77,7 @@ class DescriptorCache:
         return {digest for hashes, _ in self._shards() for digest in hashes}
 
     def gather(self, rows: Mapping[str, int]) -> FloatArray:
-        """Return the descriptors (len(rows), d), where `rows` maps a hash to its row.
+        """Return the descriptors (len(rows), d), where `rows` maps each hash to its row.
 
         Rows of unknown hashes are zero. Raises EchoError if a shard cannot be read or is damaged.
         """
@@ -112,7 +112,7 @@ def _read_vectors(path: Path) -> FloatArray:
 
 
 def require_unchanged_shard(path: Path) -> None:
-    """Raise EchoError if a shard differs from its name, which is its SHA-256. Older versions gave 16 other digits."""
+    """Raise EchoError if a shard does not match the SHA-256 in its name. Older versions used 16 other digits."""
     if len(path.stem) != 16 and content_hash(path).hex() != path.stem:
         raise EchoError(f"the descriptor cache {path} has changed since it was written; delete it")
 
@@ -126,7 +126,7 @@ def _read(path: Path, name: str) -> NDArray[Any]:
 
 
 def hash_files(paths: Sequence[str], root: Path) -> tuple[dict[str, str], list[Rejection]]:
-    """Return the SHA-256 of each file by path, in the given order, and a rejection for each unreadable file."""
+    """Return the SHA-256 of each file, keyed by path in the given order, and a rejection for each unreadable file."""
     hashes: dict[str, str] = {}
     rejections = []
     for path in paths:
@@ -141,9 +141,10 @@ def hash_files(paths: Sequence[str], root: Path) -> tuple[dict[str, str], list[R
 def extract_missing(
     hashes: dict[str, str], root: Path, extractor: DescriptorExtractor, cache: DescriptorCache
 ) -> Iterator[dict[str, str]]:
-    """Extract the descriptors that the cache lacks, SHARD_SIZE files at a time, and store each shard at once.
+    """Extract the descriptors that the cache lacks, SHARD_SIZE files at a time, and store each shard immediately.
 
-    `hashes` maps the path of each file to its SHA-256. For each shard, yields the errors of unreadable images by hash.
+    `hashes` maps the path of each file to its SHA-256. For each shard, yields the errors of unreadable images, keyed by
+    hash.
     """
     known = cache.known()
     new = list({digest: path for path, digest in reversed(hashes.items()) if digest not in known}.items())[::-1]
@@ -161,8 +162,8 @@ def extract_descriptors(
 ) -> tuple[DescriptorTable, list[Rejection]]:
     """Return the descriptors of all readable files, and a rejection for each other file, sorted by path.
 
-    If the folder `cache` is given, a file with known content is read only for its hash. Raises EchoError if a shard of
-    the cache cannot be read.
+    If the folder `cache` is given, a file whose content is known is read only to hash it. Raises EchoError if a shard
+    of the cache cannot be read.
     """
     hashes, rejections = hash_files(paths, root)
     descriptors = DescriptorCache(extractor, cache)

@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float32]
 _Prepared = TypeVar("_Prepared")
 
 IMAGES_PER_BATCH = 64
-"""Number of images in one forward pass, and of decoded images in memory at once."""
+"""Number of images in one forward pass, which is also the number of decoded images in memory at once."""
 
 OFFLINE_HINT = "or set `descriptor: skimage`, which needs no weights"
 
@@ -45,9 +45,9 @@ class DescriptorExtractor(Protocol):
 
 
 def load_extractor(name: str) -> DescriptorExtractor:
-    """Return the extractor that a config names: `skimage`, or an open_clip `<model>/<pretrained>`.
+    """Return the extractor that a config names: `skimage`, or `<model>/<pretrained>` from open_clip.
 
-    Raises EchoError if the model or pretrained tag does not exist. The message names the nearest one.
+    Raises EchoError if the model or the pretrained tag does not exist. The message suggests the closest match.
     """
     if name == "skimage":
         return ScikitImage()
@@ -71,11 +71,12 @@ def load_extractor(name: str) -> DescriptorExtractor:
 
 
 class ScikitImage:
-    """A weighted descriptor of a centred grey thumbnail, HOG, a grey histogram and a colour histogram.
+    """A weighted descriptor that combines a centred grey thumbnail, HOG, a grey histogram and a colour histogram.
 
     Each part is normalised to length 1 before weighting, so a small defect changes none of them much. The weights were
     tuned on magnetic tiles with drawn spots of 12% width. Outside the spot, the nearest normal image differs by 0.049
-    in mean grey value. The best possible choice has 0.045, HOG only 0.145, and a random normal image 0.181.
+    in mean grey value. The best possible choice differs by 0.045, HOG alone by 0.145, and a random normal image by
+    0.181.
     """
 
     key = f"skimage-1-{decode.DECODER_VERSION}"
@@ -105,8 +106,8 @@ class OpenClip:
     def __init__(self, model: str, pretrained: str | None) -> None:
         """Configure the model without loading it.
 
-        `model` is an open_clip name, or `local-dir:FOLDER` with config and weights. `pretrained` is an open_clip tag, a
-        checkpoint file, or None for random weights (in tests).
+        `model` is an open_clip name, or `local-dir:FOLDER` for a folder with config and weights. `pretrained` is an
+        open_clip tag, a checkpoint file, or None for random weights (in tests).
         """
         self.model, self.pretrained = model, pretrained
         self.key = re.sub(r"[^\w.]+", "-", f"{model}-{pretrained or ''}-{decode.DECODER_VERSION}").strip("-")

@@ -1,9 +1,9 @@
 """Nearest-neighbour search by cosine similarity in a FAISS index. The search may be approximate, but similarities are
 exact.
 
-There are three index types. `flat` compares a query with every vector. `hnsw` is the graph of the Echo paper's code
-(M = 64). `ivf_pq` searches the lists nearest to the query, using codes of about one byte per eight numbers, and reranks
-the results by the original vectors.
+There are three index types. `flat` compares a query with every vector. `hnsw` is the graph that the Echo paper's code
+uses (M = 64). `ivf_pq` searches the lists nearest to the query, using codes of about one byte per eight numbers, and
+reranks the results with the original vectors.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from echo_ft.retrieval.descriptors import FloatArray
 INDEX_TYPES = ("auto", "flat", "hnsw", "ivf_pq")
 
 MAX_FLAT_VECTORS, MAX_HNSW_VECTORS = 20_000, 100_000
-"""Largest numbers of vectors for which `auto` selects `flat` and `hnsw`. Beyond, it selects `ivf_pq`."""
+"""Largest numbers of vectors for which `auto` selects `flat` and `hnsw`. For more vectors, it selects `ivf_pq`."""
 
 MIN_IVF_VECTORS = 10_000
 """Smallest number of vectors for `ivf_pq`. With fewer, its codes cannot be trained and `flat` is used instead."""
 
 TRAINING_VECTORS_PER_LIST = 64
-"""Number of vectors per list on which the centroids of `ivf_pq` are trained."""
+"""Number of vectors per list used to train the centroids of `ivf_pq`."""
 
 PROBED_LISTS = 128
 """Number of lists that `ivf_pq` searches per query. In total there are 4 * sqrt(number of vectors) lists."""
 
 MIN_RERANKED = 512
-"""Smallest number of neighbours by code that are reranked by their vectors."""
+"""Smallest number of neighbours, found by their codes, to rerank with their vectors."""
 
 VECTORS_PER_CALL = 65_536
 """Number of vectors passed to FAISS at once."""
 
 
 def index_type_for(kind: str, count: int) -> str:
-    """Return the index type for `count` vectors: `kind`, or the type that `auto` selects.
+    """Return the index type for `count` vectors: `kind` itself, or the type that `auto` selects.
 
     Raises EchoError if the kind is unknown.
     """
@@ -58,8 +58,9 @@ class VectorIndex:
     def __init__(self, matrix: FloatArray, rows: NDArray[np.int64], kind: str, file: Path | None = None) -> None:
         """Build the index, or read it from `file`.
 
-        `matrix` (n, d) is kept without a copy, and `rows` is (m,). An approximate index is read from `file` if the file
-        exists, and otherwise built and written to it. Raises EchoError for an unknown kind and for a damaged file.
+        `matrix` (n, d) is kept without copying it, and `rows` is (m,). An approximate index is read from `file` if the
+        file exists; otherwise, it is built and written to `file`. Raises EchoError for an unknown kind and for a
+        damaged file.
         """
         self.matrix, self.rows, self.kind = matrix, rows, index_type_for(kind, len(rows))
         index_file = file if self.kind != "flat" else None

@@ -1,6 +1,6 @@
 """What an inspector knows about products: their conditions, their knowledge and their normal images.
 
-It comes from a dataset, or from the folder `references` of a bundle:
+This information comes from a dataset, or from the folder `references` of a bundle:
 
     products.json     the products with their conditions and normal images, the descriptor, and where the images are
     descriptors.npz   the descriptors of the normal images, the SHA-256 of each file, and their rows
@@ -30,10 +30,10 @@ from echo_ft.retrieval.descriptors import load_extractor
 from echo_ft.retrieval.references import ReferenceSearch
 
 REFERENCE_CHOICES = ("copy", "path", "none")
-"""How a bundle has the normal images: as copies, by the path of the dataset's images, or not at all."""
+"""How a bundle stores the normal images: as copies, as the path to the dataset's images, or not at all."""
 
 SAME_DESCRIPTOR = 0.999
-"""Smallest cosine of a normal image's stored descriptor and the one that is computed again when it is loaded."""
+"""Smallest cosine between a normal image's stored descriptor and the one that is recomputed on loading."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class ProductData:
     """What an inspector knows about products. The keys are (dataset, product)."""
 
     source: Path
-    """The dataset or the bundle, for messages."""
+    """The dataset or the bundle, named in error messages."""
     root: Path
-    """The folder to which the paths of the normal images are relative."""
+    """The folder that the paths of the normal images are relative to."""
     conditions: Mapping[tuple[str, str], Sequence[str]]
     """The conditions of each product, `good` first."""
     knowledge: Knowledge
@@ -55,10 +55,11 @@ class ProductData:
 
 
 def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
-    """Read the products of a dataset and describe its normal images. A search returns `k`, or the dataset's k.
+    """Read the products of a dataset and compute descriptors of its normal images. A search returns `k` references.
 
-    Conditions and knowledge are those of the test split, so defects that only synthetic images show are left out.
-    Raises EchoError if the dataset has no normal image that can be read, or if one has changed since it was built.
+    By default, `k` is the dataset's own. Conditions and knowledge are those of the test split, so defects that only
+    synthetic images show are left out. Raises EchoError if the dataset has no readable normal image, or if one has
+    changed since the build.
     """
     config = dataset.manifest["config"]
     inspections = list(read_jsonl(dataset.folder / "inspections.jsonl", Inspection))
@@ -133,10 +134,10 @@ def save_products(products: ProductData, folder: Path, choice: str) -> None:
 
 
 def load_products(folder: Path, source: Path) -> ProductData:
-    """Load the products that `save_products` wrote; `source` is the bundle, for messages.
+    """Load the products that `save_products` wrote. `source` is the bundle, named in error messages.
 
-    Raises EchoError if a file is damaged, if a normal image is missing or has changed, or if the descriptor of this
-    machine differs from the one that made the index.
+    Raises EchoError if a file is damaged, or if a normal image is missing or has changed. Also raises it if descriptors
+    on this machine differ from those in the index.
     """
     try:
         found = read_json_object(folder / "products.json")

@@ -1,6 +1,6 @@
 """Reference retrieval: for each query, the most similar normal images, and random ones as a control.
 
-Echo's Reference Extractor (arXiv 2501.15795) takes the nearest normal image by CLIP ViT-B/16 features in a FAISS index.
+Echo's Reference Extractor (arXiv 2501.15795) finds the nearest normal image with CLIP ViT-B/16 features and FAISS.
 Here, the search stays within the product unless `scope` is `all`. It never returns the query itself, a copy of it, or
 another image of the same part.
 """
@@ -31,23 +31,23 @@ QUERIES_PER_SEARCH = 256
 
 
 class ReferencePool:
-    """The normal images that can be references in one search, with an index over their descriptors.
+    """The normal images that can be references in one search, and an index over their descriptors.
 
-    Positions refer to `images`. Files with equal content share one position, under the first of their paths. `by_part`
-    lists that position for the part of each of these files.
+    Positions refer to `images`. Files with equal content share one position, listed under the first of their paths.
+    `by_part` lists that position under the part of each of these files.
     """
 
     def __init__(
         self, normals: Sequence[Inspection], descriptors: DescriptorTable, kind: str, key: str, cache: Path | None
     ) -> None:
-        """Index the `normals`, which all have descriptors. `key` is that of the extractor; `kind` is an index type.
+        """Index the `normals`, which all have descriptors. `key` is the extractor's key, and `kind` is an index type.
 
-        If the folder `cache` is given, an approximate index is stored in it. Raises EchoError like `VectorIndex`.
+        If the folder `cache` is given, an approximate index is stored in it. Raises EchoError as `VectorIndex` does.
         """
         self.positions: dict[str, int] = {}
-        """Position by content hash."""
+        """Maps a content hash to its position."""
         self.by_part: dict[PartKey, list[int]] = defaultdict(list)
-        """Positions by part."""
+        """Maps a part to its positions."""
         images: list[str] = []
         for normal in sorted(normals, key=lambda normal: normal.image):
             position = self.positions.setdefault(descriptors.hashes[normal.image], len(images))
@@ -61,7 +61,7 @@ class ReferencePool:
         self.index = VectorIndex(descriptors.matrix, rows, kind, cache / f"index-{name}.faiss" if cache else None)
 
     def excluded(self, query: Inspection, descriptors: DescriptorTable) -> set[int]:
-        """Return the positions that are no references for a query: images with its content and of its part."""
+        """Return the positions that may not be references for a query: images of its part and copies of the query."""
         copy = self.positions.get(descriptors.hashes[query.image])
         own = set(self.by_part.get(part_key(query), ()))
         return own if copy is None else own | {copy}
@@ -74,14 +74,14 @@ class SearchResults:
     pools: list[tuple[str, ...]]
     """The images of each pool."""
     pool_of: NDArray[np.int32]
-    """(q,) Index of each query's pool, or -1."""
+    """(q,) Index of each query's pool, or -1 if it has none."""
     positions: NDArray[np.int32]
     """(q, 2, k) Positions in the pool, retrieved and random; -1 if there are fewer than k."""
     similarities: NDArray[np.float32]
     """(q, 2, k) Cosine similarities."""
 
     def references_of(self, number: int, query: Inspection) -> Iterator[Reference]:
-        """Yield the references of the query with this number: first retrieved, then random."""
+        """Yield the references of the query with this number: first the retrieved ones, then the random ones."""
         if self.pool_of[number] < 0:
             return
         images = self.pools[self.pool_of[number]]
@@ -108,11 +108,11 @@ def find_references(
 
     The random references depend only on `seed` and the query's id. A reference that the query itself names is added
     with the method `given` and rank 1. Similarity is the cosine, from -1 to 1. If fewer than `k` normal images are
-    admissible, a query gets fewer references or none.
+    allowed, a query gets fewer references or none.
 
-    `descriptor` is an open_clip `<model>/<pretrained>` or `skimage`. `scope` is `product` or `all`. `index` is an index
-    type of `echo_ft.retrieval.index`; each product has its own index unless `scope` is `all`. The folder `cache` keeps
-    descriptors and approximate indexes between runs.
+    `descriptor` is `skimage`, or `<model>/<pretrained>` from open_clip. `scope` is `product` or `all`. `index` is an
+    index type of `echo_ft.retrieval.index`; each product has its own index unless `scope` is `all`. The folder `cache`
+    keeps descriptors and approximate indexes between runs.
 
     Returns an iterator over the references, in the order of the queries, and one rejection for each image that cannot
     be read. Such images are neither queries nor references. Raises EchoError for an unknown scope, index or descriptor,
@@ -178,7 +178,7 @@ def _search(
     seed: int,
     results: SearchResults,
 ) -> None:
-    """Write the references of `queries`, which have these `numbers`, to `results`."""
+    """Write the references of `queries` to `results`. `numbers` holds the number of each query."""
     k, count = results.positions.shape[2], len(pool.images)
     excluded = [pool.excluded(query, descriptors) for query in queries]
     # Search deep enough to skip the largest number of excluded positions.
@@ -221,7 +221,7 @@ def _rounded(similarity: float) -> float:
 
 
 class ReferenceSearch:
-    """Searches normal images for the ones that are most similar to an image that belongs to no dataset."""
+    """Finds the normal images that are most similar to an image from outside the dataset."""
 
     def __init__(
         self,
@@ -232,8 +232,8 @@ class ReferenceSearch:
     ) -> None:
         """Index the `normals`, the images of each (dataset, product). A search returns `k` references.
 
-        `extractor` made the `descriptors`. Images without a descriptor are left out, and files of equal content are
-        one reference.
+        `extractor` made the `descriptors`. Images without a descriptor are left out, and files with equal content count
+        as one reference.
         """
         self.k = k
         self.extractor = extractor
@@ -276,7 +276,7 @@ class ReferenceSearch:
 
 
 def references_in_left_out_fold(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
-    """Return the given references of training images that lie in the left-out fold, by inspection id.
+    """Return the given references of training images that are in the left-out fold, keyed by inspection id.
 
     Files are compared by content, so a copy of a left-out image counts as well.
     """
