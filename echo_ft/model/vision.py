@@ -197,8 +197,7 @@ class BatchImages:
 
 
 def require_frozen_tower(model: Any) -> None:
-    """Raise EchoError if `model` trains the vision tower or the merger, because stored features would become
-    outdated."""
+    """Raise EchoError if `model` trains the vision tower or the merger, because stored features would be outdated."""
     if any(".visual." in f".{name}" and weight.requires_grad for name, weight in model.named_parameters()):
         raise EchoError(
             "features cannot be stored because the vision tower is trained; remove `features` from the config, or the "

@@ -25,7 +25,7 @@ from echo_ft.training.config import EchoConfig
 from echo_ft.training.planning import Plan, case_starts, plan
 
 TEXT = pa.large_string()
-"""Text with 64-bit offsets: the texts of a column may exceed the 2 GiB that plain strings can address."""
+"""Strings with 64-bit offsets: a column may exceed the 2 GiB that ordinary Arrow strings can address."""
 
 EXCHANGE_SCHEMA = pa.schema(
     {
@@ -46,7 +46,7 @@ ROWS_PER_BATCH = 1000
 def load_training_cases(
     row_builder: RowBuilder, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str
 ) -> tuple[datasets.Dataset, Plan]:
-    """The usable cases of one split and their plan. Unusable rows go to rejected_<split>.jsonl in output_dir.
+    """The usable cases of one split, and their plan. Unusable rows go to rejected_<split>.jsonl in output_dir.
 
     Raises EchoError if the split has no usable row.
     """
@@ -98,7 +98,7 @@ def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
 
 
 def group_by_case(exchanges: pa.Table) -> datasets.Dataset:
-    """One row per case, with its adjacent `exchanges`, which have EXCHANGE_SCHEMA, as a list.
+    """One row per case; its field `exchanges` lists the adjacent exchanges of the case (EXCHANGE_SCHEMA).
 
     A training step takes whole cases, because the exchanges of a case share their images. TRL (1.16) accepts only this
     class of dataset. The rows stay in Arrow.
@@ -112,8 +112,8 @@ def group_by_case(exchanges: pa.Table) -> datasets.Dataset:
 def pad_cases(cases: datasets.Dataset, multiple: int) -> datasets.Dataset:
     """`cases` and copies of the first one without completions, up to a multiple of `multiple` cases.
 
-    Processes must take equally many batches. accelerate (1.15) repeats cases for this, which would count twice in an
-    evaluation. A case without completions has no trained tokens and counts nothing.
+    All processes must take the same number of batches. accelerate (1.15) repeats cases for this, which would count
+    twice in an evaluation. A case without completions has no trained tokens and adds nothing to the loss.
     """
     missing = -len(cases) % multiple
     if not missing:

@@ -36,7 +36,7 @@ FIXED = (
     "init_lora_weights", "rank_pattern", "alpha_pattern", "bnb_4bit_quant_type", "use_bnb_nested_quant",
     "bnb_4bit_quant_storage",
 )  # fmt: skip
-"""Options that a checkpoint determines. A resume with other values is refused.
+"""Options that a checkpoint determines. Training refuses to resume with other values.
 
 `cases_per_step` is the batch of all processes with accumulation, and `mixed_precision` comes from bf16 and fp16.
 """
@@ -47,10 +47,10 @@ FREE = (
     "max_grad_norm", "lora_dropout", "eval_strategy", "eval_steps", "eval_delay", "load_best_model_at_end",
     "early_stopping_patience", "early_stopping_threshold", "max_tokens", "ignore_data_skip",
 )  # fmt: skip
-"""Options that decide what is learnt and that a resume may change. They apply from the resumed step on."""
+"""Options that decide what is learnt, but may change when training resumes. They apply from the resumed step on."""
 
 IRRELEVANT = (
-    # The card has its own fields for the first ones.
+    # The card has its own fields for the first of these.
     "role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "adapt_from", "model_name_or_path",
     "model_revision", "load_in_4bit", "load_in_8bit", "features", "features_gib", "dry_run", "attn_implementation",
     "output_dir", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict", "use_cpu", "use_cache",
@@ -76,14 +76,14 @@ IRRELEVANT = (
 """Options that do not change what is learnt, or that the checkpoint's other files and card fields cover."""
 
 _ORDER = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
-"""Keys of accelerator_config that decide which cases a step takes. The others decide speed."""
+"""Keys of accelerator_config that decide which cases a step takes. The other keys affect only speed."""
 
 _PEFT_NAMES = {
     "r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules", "use_rslora": "use_rslora",
     "use_dora": "use_dora", "modules_to_save": "lora_modules_to_save", "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }  # fmt: skip
-"""Options that PEFT's adapter_config.json records too, also next to cards of older versions."""
+"""Options that PEFT's adapter_config.json records too, even where an older version wrote the card."""
 
 _MUST_MATCH = (
     "role", "dataset_fingerprint", "base_fingerprint", "prompt_version", "min_pixels", "max_pixels", "corrupted_share",
@@ -97,7 +97,7 @@ class Checkpoint:
 
     path: str
     resumed: list[str]
-    """The options that resumes have changed, also this one, one sentence each; for the card."""
+    """The options changed whenever training resumed, including this time, one sentence each; for the card."""
 
 
 def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
@@ -105,10 +105,10 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
     not exist, is incomplete or has changed. Raises EchoError if its adapter differs from `card` in role, dataset, base
-    model, prompt version, pixel budget, share of corrupted queries, quantization or an option in FIXED; options in FREE
-    that differ are logged. Raises EchoError if it has no optimizer state, or the ZeRO optimizer states of another
-    number of processes. Raises EchoError if a new run would replace a finished adapter or the checkpoints of an
-    earlier run.
+    model, prompt version, pixel budget, fraction of corrupted queries, quantization or an option in FIXED; options in
+    FREE that differ are logged. Raises EchoError if it has no optimizer state, or the ZeRO optimizer states of another
+    number of processes. Raises EchoError if a new run would replace a finished adapter or the checkpoints of an earlier
+    run.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     newest = wanted is not None and wanted.lower() == "true"
@@ -172,7 +172,7 @@ def _shown(value: Any) -> str:
 def _require_states(checkpoint: Path, sft: SFTConfig) -> None:
     """Raise EchoError unless `checkpoint` has the states of optimizer and schedule, in the form that this run reads.
 
-    transformers (5.23) starts the optimizer over, without a word, if it does not find its state.
+    transformers (5.23) silently starts the optimizer over if it does not find its state.
     """
     sharded = [*checkpoint.glob("global_step*/*_optim_states.pt")]
     fully_sharded = [*checkpoint.glob("optimizer_[0-9]*"), *checkpoint.glob("optimizer.bin")]
@@ -206,7 +206,7 @@ def _require_steps(checkpoint: Path, sft: SFTConfig) -> None:
 
 
 def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The options in FREE that differ, as sentences. Raises EchoError for one in FIXED, or one that cannot change."""
+    """One sentence per changed option in FREE. Raises EchoError if one in FIXED, or one that cannot change, differs."""
     if not before:  # a card of an older version
         before = _from_peft(checkpoint)
         LOGGER.warning(
@@ -215,7 +215,7 @@ def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, A
             checkpoint,
         )
     for name in FIXED:
-        # A run without a metric has no best value yet that another metric would be compared with.
+        # A run without a metric has no best value yet, so a metric may still be chosen.
         unset = name in ("metric_for_best_model", "greater_is_better") and None in (before.get(name), now.get(name))
         if name == "accelerator_config" and name in before:
             before, now = (
@@ -232,7 +232,7 @@ def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, A
     changed = [name for name in FREE if name in before and before[name] != now[name]]
     adaptive = {"reduce_lr_on_plateau", "greedy"} & {before.get("lr_scheduler_type"), now["lr_scheduler_type"]}
     for name in changed:
-        # These schedules keep rates in their state. A separate rate of one part needs its own optimizer group.
+        # These schedules keep learning rates in their state. A separate rate of one part needs its own optimizer group.
         part = name in ("vision_learning_rate", "merger_learning_rate") and None in (before[name], now[name])
         if part or (adaptive and ("rate" in name or "lr_" in name)):
             _require_equal(checkpoint, name, before[name], now[name])
@@ -272,13 +272,13 @@ def training_options(config: EchoConfig, sft: SFTConfig, base: ModelConfig, lora
 
 
 def optimizer_options(optimizer: Any) -> list[dict[str, Any]]:
-    """The options of each parameter group of `optimizer` that has weights, as a new optimizer has them."""
+    """The options of each nonempty parameter group of `optimizer`, as a new optimizer has them."""
     names, groups = ("lr", "weight_decay", "betas", "eps"), getattr(optimizer, "param_groups", ())
     return [{name: group[name] for name in names if name in group} for group in groups if group["params"]]
 
 
 def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
-    """Let a resumed run use `options`, those of a new optimizer, instead of the checkpoint's, from its next step on.
+    """Make a resumed run use `options`, those of a new optimizer, instead of the checkpoint's, from its next step on.
 
     torch's `load_state_dict` restores the options of optimizer and schedule together with their states. Schedules that
     are not a function of the step keep the checkpoint's learning rates.
@@ -288,7 +288,7 @@ def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
     optimizer = getattr(schedule, "optimizer", None)
     if optimizer is None:
         return
-    # Without weights that are exempt from weight decay, a group is empty. ZeRO (DeepSpeed 0.19) leaves it out.
+    # If no weight is exempt from weight decay, one group is empty. ZeRO (DeepSpeed 0.19) leaves it out.
     groups = optimizer.param_groups
     filled = [index for index, group in enumerate(groups) if group["params"]]
     for index, new in zip(filled, options, strict=True):
@@ -312,7 +312,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 
 def moved_best_checkpoint(state: Any, output: Path) -> str | None:
-    """The best checkpoint of a resumed run's `state`, also if `output` was moved since; None if there is none.
+    """The best checkpoint of a resumed run's `state`, even if `output` has moved since; None if there is none.
 
     transformers (5.23) forgets a best checkpoint whose recorded path does not exist, but not its step.
     """

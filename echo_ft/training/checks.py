@@ -1,7 +1,7 @@
 """Checks of the options of train/sft.py, before the dataset is read and the first weight is loaded.
 
-Where transformers, PEFT or torch have a check of their own, it runs here on dummies, so that a dry run refuses what the
-training would fail on.
+Where transformers, PEFT or torch have a check of their own, it runs here on dummies. A dry run then refuses whatever
+would make the training fail.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ _MOST = {
     "lora_r": 2**14, "lora_alpha": 2**20, "lora_dropout": 0.999, "adam_beta1": 0.99999, "adam_beta2": 0.99999,
     "corrupted_share": 1, "mask_loss": 1, "seed": 2**32 - 1, "ddp_timeout": 10**9, "max_length": 2**31,
 }  # fmt: skip
-"""Largest values. NumPy takes seeds of 32 bits. PEFT accepts any rank and alpha, also those that give infinities."""
+"""Largest values. NumPy takes seeds of 32 bits. PEFT accepts any rank and alpha, even values that give infinities."""
 
 METRICS = ("loss", "mean_token_accuracy")
-"""What an evaluation may choose the best checkpoint by, without the prefix `eval_`."""
+"""Metrics by which the best checkpoint may be chosen, without the prefix `eval_`."""
 
 
 def check_options(sft: SFTConfig, model: ModelConfig, config: EchoConfig | None = None) -> None:
@@ -159,7 +159,7 @@ def _check_parallel_options(sft: SFTConfig) -> None:
 
 
 def _try(option: str, check: Callable[[], Any], remedy: str) -> Any:
-    """Return what a library's own check returns. Raises EchoError for any error of it, with the name of the option."""
+    """Return the result of a library's own check. Turns any error into an EchoError that names the option."""
     try:
         return check()
     except Exception as error:  # the libraries raise what they like, from ImportError to KeyError
@@ -202,7 +202,7 @@ def _check_libraries(sft: SFTConfig) -> None:
 
 
 def check_optimizer(sft: SFTConfig, model: Any) -> None:
-    """Make the optimizer for a dummy weight. `model` is the model on the meta device, in which some optimizers look.
+    """Make the optimizer for a dummy weight. `model` is the model on the meta device, which some optimizers inspect.
 
     Raises EchoError if a package is missing or the optimizer refuses its arguments.
     """
@@ -220,7 +220,7 @@ def check_optimizer(sft: SFTConfig, model: Any) -> None:
 
 
 def check_precision(sft: SFTConfig, model: ModelConfig, on_cpu: bool) -> None:
-    """Raises EchoError for an option that the CPU cannot train with. `on_cpu` is False if the device is not known."""
+    """Raise EchoError for an option with which the CPU cannot train. `on_cpu` is False if the device is not known."""
     if not on_cpu:
         return
     for name in ("fp16", "fp16_full_eval"):
@@ -328,7 +328,7 @@ def check_trained_parts(model: Any, config: EchoConfig) -> None:
 
 
 def less_memory(args: TrainingArguments, max_pixels: int) -> str:
-    """The cheapest option that makes the largest batch smaller, with the value to set."""
+    """The option that shrinks the largest batch at the lowest cost, with the value to set."""
     batch = args.per_device_train_batch_size
     if not args.gradient_checkpointing:
         return "set gradient_checkpointing: true"

@@ -62,7 +62,7 @@ class Collator:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch by choice
 
     def set_epoch(self, epoch: int) -> None:
-        """Select the order of the options, for the data loader's workers too; every epoch has its own."""
+        """Set the epoch, also for the data loader's workers; every epoch has its own order of the options."""
         self._epoch.fill_(epoch)
 
     def __call__(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Options of train/sft.py that TRL does not have, checks of those that it has, and early stopping."""
+"""Options of train/sft.py that TRL lacks, checks of TRL's own options, and early stopping."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ class EchoConfig:
 
 @dataclass
 class TrainingConfig(SFTConfig):
-    """SFTConfig with checks of what transformers reports in its own terms, or only after hours of training."""
+    """SFTConfig with checks of mistakes that transformers reports obscurely, or only after hours of training."""
 
     def __post_init__(self) -> None:
-        # accelerate (1.15) passes `use_cpu: true` of its config on in this variable. transformers (5.23) then trains
+        # accelerate (1.15) passes on `use_cpu: true` from its config in this variable. transformers (5.23) then trains
         # on the CPU, but its check of bf16 reads only the option.
         self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         if (self.bf16 or self.bf16_full_eval) and not self.use_cpu and not is_torch_bf16_gpu_available():
@@ -155,7 +155,7 @@ class TrainingConfig(SFTConfig):
 
 
 def check_early_stopping(config: EchoConfig, sft: SFTConfig) -> None:
-    """Raise EchoError if the options of early stopping are out of range or contradict the others."""
+    """Raise EchoError if the options of early stopping are out of range or contradict other options."""
     patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
     if patience is None:
         if threshold:
@@ -171,7 +171,7 @@ def check_early_stopping(config: EchoConfig, sft: SFTConfig) -> None:
 
 
 def check_adapt_from(config: EchoConfig, base: ModelConfig, model: Any) -> None:
-    """Raise EchoError for options that an adapter cannot have that acts after the prefix.
+    """Raise EchoError for options that are incompatible with an adapter that acts after the prefix.
 
     `model` is what will be trained; it may be on the meta device.
     """
@@ -197,7 +197,7 @@ def check_adapt_from(config: EchoConfig, base: ModelConfig, model: Any) -> None:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' callback, which goes on counting if the run resumes.
+    """transformers' callback, but it continues counting when the run resumes.
 
     transformers (5.23) restores the count only together with the patience of the earlier run, and forgets that the run
     had stopped. It also fails to save a checkpoint if the earlier run had no such callback.
@@ -214,8 +214,8 @@ class EarlyStopping(EarlyStoppingCallback):
 def quantization_config(model: ModelConfig) -> Any:
     """The bitsandbytes config that TRL's options describe, or None. The vision tower is not quantized.
 
-    Otherwise the features of small defects would pass through 4 bits, and runs would use the adapter with a tower of
-    full precision. Keeping the 7B's tower (0.67 billion parameters) costs 0.9 GiB.
+    Otherwise, the features of small defects would pass through 4-bit weights, and runs would combine the adapter with a
+    full-precision tower. Keeping the 7B's tower (0.67 billion parameters) costs 0.9 GiB.
     """
     config = get_quantization_config(model)
     if config is not None:

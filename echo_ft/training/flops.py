@@ -45,9 +45,9 @@ class WorkCounts:
     patch_pairs: int = 0
     """Pairs of two patches of the same image."""
     base_tokens: int = 0
-    """Of the tokens, those that only the base model computes, without a backward pass."""
+    """The part of `tokens` that only the base model computes, without a backward pass."""
     base_pairs: int = 0
-    """Of the pairs, those of `base_tokens`."""
+    """The part of `pairs` that belongs to `base_tokens`."""
 
     def __add__(self, other: WorkCounts) -> WorkCounts:
         return WorkCounts(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
@@ -78,7 +78,7 @@ class UnitCosts:
 
 
 def text_work(rows: Iterable[Row], adapted: Sequence[NDArray[np.bool_]] | None = None) -> WorkCounts:
-    """The language model's work for `rows`. `adapted` says which tokens an adapter acts on; by default on all."""
+    """The language model's work for `rows`. `adapted` says which tokens an adapter acts on; by default, all of them."""
     total = WorkCounts()
     for index, row in enumerate(rows):
         prefix, *branches = np.bincount(row.segments).tolist()

@@ -32,7 +32,7 @@ MASK_HEADS = "mask_heads.safetensors"
 """File beside an adapter that holds the heads' weights."""
 
 MIN_TOKEN_SHARE = 1 / 32
-"""A token shows the defect if the mask covers at least this share of it, or the most of all tokens."""
+"""A token shows the defect if the mask covers at least this fraction of it, or covers no other token more."""
 
 
 class MaskHeads(torch.nn.Module):
@@ -114,7 +114,7 @@ def save_mask_heads(heads: MaskHeads, folder: Path, should_save: bool) -> None:
 
 
 def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
-    """Return a copy of a weight in main memory, collected from all processes if they share it."""
+    """Return a copy of a weight in main memory, gathered from all processes if it is sharded."""
     if hasattr(weight, "ds_id"):  # ZeRO-3
         import deepspeed
 
@@ -128,7 +128,7 @@ def load_marks(dataset: Dataset, report: bool) -> dict[str, Inspection]:
     """Return the inspections of training and validation, by id, whose mask is known.
 
     These are the good parts and the marked defects. With `report`, logs the counts of the training split. The result is
-    empty if that split has no marked defect, from which heads could learn.
+    empty if that split has no marked defect from which the heads could learn.
     """
     known: dict[str, Inspection] = {}
     good, marked, unmarked = 0, 0, 0
@@ -154,7 +154,7 @@ def load_marks(dataset: Dataset, report: bool) -> dict[str, Inspection]:
 
 
 def check_mask_metric(metric: str | None, marks: Mapping[str, Inspection]) -> None:
-    """Raise EchoError if the mask loss chooses the best checkpoint, but `marks` do not give it."""
+    """Raise EchoError if the mask loss is to choose the best checkpoint, but `marks` cannot provide it."""
     if metric is None or metric.removeprefix("eval_") != "mask_loss":
         return
     if not any(inspection.split == "validation" for inspection in marks.values()):
@@ -165,7 +165,8 @@ def check_mask_metric(metric: str | None, marks: Mapping[str, Inspection]) -> No
 def token_marks(mask: Mask, grid: tuple[int, int]) -> NDArray[np.bool_]:
     """Return which tokens of an image show the defect of its mask (height, width), row by row.
 
-    `grid` is (rows, columns) in tokens. The whole image is resized to the tokens, so each covers an equal part of it.
+    `grid` is (rows, columns) in tokens. The whole image is resized to the token grid, so each token covers an equal
+    part of it.
     """
     rows, columns = grid
     shares = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((columns, rows), Image.Resampling.BOX)).ravel()
@@ -176,7 +177,7 @@ def token_marks(mask: Mask, grid: tuple[int, int]) -> NDArray[np.bool_]:
 def token_weights(targets: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return weights (tokens,) that sum to `labels` (rows,) in each row; `targets` and `rows` are (tokens,).
 
-    Marked and unmarked tokens of a row weigh the same in total. `rows` has the row of each token.
+    The marked and the unmarked tokens of a row have the same total weight. `rows` has the row of each token.
     """
     zeros = torch.zeros(len(labels), device=targets.device)
     marked = zeros.index_add(0, rows, targets.float())
@@ -193,7 +194,7 @@ def mask_inputs(
     image_token: int,
     merge: int,
 ) -> dict[str, torch.Tensor]:
-    """Return the mask loss's part of a collated batch: all image tokens of the queries whose mask is known.
+    """Return the entries of a collated batch for the mask loss: all image tokens of the queries whose mask is known.
 
     `starts` has the index of the query's first token in the merger's output, per row. The result has mask_positions
     (tokens,) in the packed row, mask_features (tokens,) in the merger's output, mask_targets (tokens,), mask_rows

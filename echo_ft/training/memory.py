@@ -7,7 +7,7 @@ All numbers come from the real architecture on the meta device, with a PEFT adap
 - Activations (echo_ft/model/activations.py), the pixels of all micro-batches of a step, and an allowance for the CUDA
   context. Tests compare the sum with the peak that `python -m benchmarks.memory` measures on tensors without content.
 
-The estimates leave out fragmentation, kernel workspaces and DoRA's extra activations. Leave 10% of a GPU free.
+The estimates do not include fragmentation, kernel workspaces and DoRA's extra activations. Leave 10% of a GPU free.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def memory_table(estimate: TrainingEstimate, checkpointing: bool) -> str:
 def hold_step_memory(
     args: TrainingArguments, optimizer: Any, trained: Iterable[torch.Tensor], pixels: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Allocate what a step has on the device besides its largest batch, so that a check of this batch includes it.
+    """Allocate what a step needs on the device besides its largest batch, so that a check of this batch includes it.
 
     These are the `pixels` of all other micro-batches, and Adam's two states of the `trained` weights unless a resumed
     `optimizer` has them already. Paged states are in main memory. Release the list after the check.
@@ -216,7 +216,7 @@ def hold_step_memory(
 
 
 def peak_bytes(device: torch.device, held: Sequence[torch.Tensor]) -> int:
-    """The most memory that this process has had: allocated on a GPU, otherwise resident with what `held` will take."""
+    """The peak memory of this process: allocated on a GPU, otherwise resident and including what `held` will take."""
     import torch
 
     if device.type == "cuda":

@@ -44,7 +44,7 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The usable rows, and the rejected ones with the reason."""
+    """The usable rows, and the rejected ones with their reasons."""
 
     rows: list[PlannedRow] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def text(self) -> WorkCounts:
-        """Text work of all rows."""
+        """The language model's work for all rows."""
         return sum((row.text for row in self.rows), WorkCounts())
 
     def summary(self) -> str:
@@ -65,7 +65,7 @@ class Plan:
         )
 
     def long_completions(self) -> str | None:
-        """A warning of completions that a run would cut, or None."""
+        """A warning about completions that a run would cut, or None."""
         if not self.too_long:
             return None
         return (
@@ -95,8 +95,8 @@ class Plan:
 def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
     """Index of the first row of each case, followed by the number of rows. `rows` are (case, id of the first branch).
 
-    Balancing repeats cases. A row with the case and first id of the row that began the current case begins the case
-    again.
+    Balancing repeats cases. A row that has the same case and first id as the row that began the current case starts a
+    repeat.
     """
     starts: list[int] = []
     current, count = None, 0
@@ -151,7 +151,7 @@ def plan(
 def dry_run_report(
     planned: Plan, first: Exchange, row_builder: RowBuilder, root: Path, model: Any, sft: SFTConfig, base: ModelConfig
 ) -> str:
-    """What training `model` (adapted, on the meta device) on `planned` would take, as text for a terminal.
+    """The cost of training `model` (adapted, on the meta device) on `planned`, as text for a terminal.
 
     `first` is the exchange that is printed as the model will see it.
     """

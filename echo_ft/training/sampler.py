@@ -1,4 +1,4 @@
-"""The training sampler: random cases, balanced over processes. And the epoch, for all that draws anew in each."""
+"""The training sampler, random cases balanced over processes, and a callback that passes on the epoch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BalancedSampler(Sampler[int]):
         return len(self.tokens)
 
     def set_epoch(self, epoch: int) -> None:
-        """Select the order of the cases; every epoch has its own."""
+        """Set the epoch; every epoch has its own order of cases."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -64,7 +64,7 @@ class BalancedSampler(Sampler[int]):
 class DrawnEpoch(TrainerCallback):
     """Sets the epoch of the trainer's collator and balanced sampler.
 
-    accelerate (1.15) does not pass it on to the sampler when it skips batches.
+    When accelerate (1.15) skips batches, it does not pass the epoch on to the sampler.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -176,14 +176,14 @@ class PrefixSharingTrainer(SFTTrainer):
                 held = hold_step_memory(self.args, self.optimizer, own, inputs["pixel_values"])
                 model.train()
                 loss = self.compute_loss(model, inputs)
-                # With loss.backward(), DDP and DeepSpeed would take these gradients for those of step 1.
+                # With loss.backward(), DDP and DeepSpeed would treat these gradients as those of step 1.
                 found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             remedy = less_memory(self.args, self.config.max_pixels)
             raise EchoError(f"{summary} does not fit into memory; {remedy}") from error
-        # The heads have gradients even if none arrives at the adapter.
+        # The heads have gradients even if none reaches the adapter.
         check_gradients({name: one for name, one in zip(trained, found, strict=True) if "mask_heads." not in name})
         peak = peak_bytes(self.args.device, held) / 2**30
         del held
@@ -265,8 +265,8 @@ class PrefixSharingTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the Trainer does, except that an adapter under ZeRO-2 or FSDP2 is saved without the frozen weights.
 
-        transformers (5.23) would first copy all weights into main memory: that of every process under ZeRO-2, that of
-        the first one under FSDP2. It leaves out the frozen weights only under ZeRO-3.
+        transformers (5.23) would first copy all weights into main memory, in every process under ZeRO-2 and in the
+        first one under FSDP2. It leaves out the frozen weights only under ZeRO-3.
         """
         deepspeed, sharded = self.is_deepspeed_enabled, self.is_fsdp_enabled
         adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
@@ -292,7 +292,7 @@ class PrefixSharingTrainer(SFTTrainer):
             write_card(folder, self.card)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """A sampler that is balanced if there are several processes; `DrawnEpoch` sets its epoch."""
+        """The sampler, balanced if there are several processes; `DrawnEpoch` sets its epoch."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if args.world_size == 1 or args.train_sampling_strategy != "random":
@@ -327,7 +327,7 @@ class PrefixSharingTrainer(SFTTrainer):
 
     def _load_full_model(self, folder: str) -> None:
         # transformers (5.23) saves a full Qwen2-VL under the parameter names of older versions. The Trainer looks for
-        # the current names, finds none and keeps the weights that it has. from_pretrained knows both.
+        # the current names, finds none and keeps its current weights. from_pretrained knows both.
         self.accelerator.unwrap_model(self.model).load_state_dict(load_model(folder).state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
