@@ -215,8 +215,8 @@ def parse_best(text: str, count: int) -> int | None:
 def parse_letter(text: str, options: Mapping[str, str]) -> str | None:
     """Return the letter that a decision names, or None for an unparsed text. The letter is never guessed.
 
-    A text may be the letter with the usual punctuation (`B`, `B.`, `(B)`, `B:`), or the letter followed by exactly the
-    text of that option (`B. Crack.`).
+    The text may consist of the letter with the usual punctuation (`B`, `B.`, `(B)`, `B:`), or the letter followed by
+    exactly the text of that option (`B. Crack.`).
     """
     match = re.fullmatch(rf"\(?([{LETTERS}])\)?[.:]?(\s.*)?", text.strip(), flags=re.DOTALL)
     if not match or match.group(1) not in options:

@@ -31,12 +31,12 @@ def fit_calibration(table: PredictionTable, validation: PredictionTable, false_a
     """Calibrate P(defect) on a validation run, and evaluate the result on the test run `table`.
 
     The result has `expected_calibration_error`, `log_loss` and the bins of a `reliability` diagram for the test run,
-    before and after scaling by `temperature` (`fit_temperature`). A threshold applies to the calibrated P(defect);
+    before and after division by `temperature` (`fit_temperature`). A threshold applies to the calibrated P(defect);
     images that reach it are called defective. `thresholds` has recall, share of false alarms and F1 on both runs, with
     intervals on the test run, for three of them:
 
-    - `false_alarms` keeps that share of false alarms on normal images (`false_alarm_threshold`). It is missing if the
-      validation run has too few of them.
+    - `false_alarms` keeps the given share of false alarms on normal images (`false_alarm_threshold`). It is missing if
+      the validation run has too few normal images.
     - `f1` has the highest F1 on the validation run.
     - `best` has the highest F1 on the test run itself. It has no intervals, because it cannot be known in advance.
 
@@ -151,7 +151,7 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray) -> list[tuple[f
 
 
 def expected_calibration_error(bins: Sequence[tuple[float, float, int]]) -> float:
-    """Return the mean gap between probability and share over the bins of `reliability`, weighted by their counts.
+    """Return the mean gap between probability and share of positives over the `reliability` bins, weighted by count.
 
     Defined in Guo et al., "On Calibration of Modern Neural Networks", 2017.
     """
@@ -162,17 +162,17 @@ def false_alarm_threshold(negatives: np.ndarray, share: float) -> float | None:
     """Return the lowest threshold that a new negative reaches with a probability of at most `share`.
 
     This is the split conformal threshold (Vovk et al., "Algorithmic Learning in a Random World", 2005). It lies just
-    above the score of rank ceil((n + 1) (1 - share)) of the n `negatives`. It holds for any distribution of scores if
-    all negatives are independent draws from it, which images of one part are not. The promise is an average over draws
-    of `negatives`, not a bound for those at hand; `echo_ft.gate` gives one, for parts. At most that share of
-    `negatives` reaches it too. Return None if n is too small for the share.
+    above the score of rank ceil((n + 1) (1 - share)) of the n `negatives`. The probability holds for any distribution
+    of scores if all negatives are independent draws from it, which images of one part are not. It is an average over
+    draws of `negatives`, not a bound for those at hand; `echo_ft.gate` gives such a bound for parts. At most the same
+    share of `negatives` reaches it. Return None if n is too small for the share.
     """
     rank = math.ceil((len(negatives) + 1) * (1 - share) - 1e-9)  # 20 * (1 - 0.05) is slightly more than 19
     return float(np.nextafter(np.sort(negatives)[rank - 1], math.inf)) if rank <= len(negatives) else None
 
 
 def best_f1_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Return the score that, used as threshold, has the highest F1; the highest one in case of ties.
+    """Return the score that has the highest F1 as a threshold; the highest such score in case of ties.
 
     `scores` and `positive` are (N,) and must contain both classes.
     """
@@ -187,7 +187,8 @@ def best_f1_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
 def threshold_rates(weights: np.ndarray, called: np.ndarray, positive: np.ndarray) -> dict[str, np.ndarray]:
     """Return `recall`, `false_alarms` (their share of the negatives) and `f1`, each (R,).
 
-    `weights` are (R, N); `called` (N,) bool are the images that reach the threshold, `positive` (N,) bool the truth.
+    `weights` are (R, N); `called` (N,) bool are the images that reach the threshold, and `positive` (N,) bool is the
+    truth.
     """
     found, missed, alarms, passed = (
         weights[:, decision & of_class].sum(axis=1)

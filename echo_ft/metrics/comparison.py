@@ -117,7 +117,7 @@ def server_warnings(groups: Sequence[RunGroup]) -> list[str]:
 def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[str, dict[str, Any]]]:
     """Test each group against the baseline.
 
-    The tests over all questions, per type of MMAD's and per other type are three Holm families.
+    There are three Holm families: the tests over all questions, those per MMAD type, and those per other type.
     """
     tests = [mcnemar_tests(base, group) for group in others]
     for family in ([ALL_QUESTIONS], list(QUESTION_TYPES), base.tables[0].other_types):
@@ -128,10 +128,10 @@ def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[st
 
 
 def resample_runs(resampled: Sequence[dict[str, np.ndarray]], seed: int) -> dict[str, np.ndarray]:
-    """Return the mean of each metric over the runs of a group, (R,). If there are several, runs are resampled too.
+    """Return the mean of each metric over the runs of a group, (R,). If there are several runs, they are resampled too.
 
-    `resampled` holds the metrics of each run in the same resamples of the parts. A resample draws one run less than the
-    group has, so the variance of its mean is unbiased (Rao and Wu, 1988).
+    `resampled` holds the metrics of each run in the same resamples of the parts. A resample draws one run fewer than
+    the group has, so the variance of its mean is unbiased (Rao and Wu, 1988).
     """
     count = len(resampled)
     if count == 1:
@@ -175,7 +175,7 @@ def mean_over_runs(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _merge_provenance(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Keep values that all runs share, and list the value of each run for the others."""
+    """Keep each value that all runs share; for the other keys, list the value of every run."""
     merged: dict[str, Any] = {}
     for key in dict.fromkeys(key for one in provenances for key in one):
         values = [one.get(key) for one in provenances]
@@ -204,7 +204,7 @@ def mcnemar_tests(first: RunGroup, second: RunGroup) -> dict[str, dict[str, Any]
 
 
 def describe_difference(name: str, baseline: str, average: Mapping[str, Any], questions: int, cases: int) -> str:
-    """Describe the difference of two runs' strict averages in one sentence."""
+    """Describe the difference between two runs' strict averages in one sentence."""
     difference = average["difference"]
     where = f"on {questions} questions from {cases} cases"
     if average["interval"] is None:
@@ -228,7 +228,7 @@ def describe_difference(name: str, baseline: str, average: Mapping[str, Any], qu
 def compared_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Return the compared metrics (R,): the `Average` row and ALARM_METRICS in percent, and detection from 0 to 1.
 
-    Question types that are not MMAD's follow, in percent. If the table has no other, their mean comes first.
+    Question types that are not MMAD's follow, in percent. If the table has only such types, their mean comes first.
     """
     row = strict.strict_array(table, weights)[:, -1].T
     ours = _in_order(row, detection_metrics(table, weights), alarm_metrics(table, weights))
@@ -245,7 +245,7 @@ def compared_part_counts(table: PredictionTable) -> dict[str, int]:
 
 
 def headline(table: PredictionTable) -> str:
-    """Return the figure that sums up a run: MMAD's average, or that of the other types if it has none of MMAD's."""
+    """Return the figure that sums up a run: MMAD's average, or that of the other types if no type is MMAD's."""
     return AVERAGE if (table.type_index >= 0).any() else OTHER_AVERAGE
 
 

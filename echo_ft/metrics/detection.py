@@ -28,7 +28,7 @@ FLAGGED_FROM = 0.5
 
 @dataclass(frozen=True)
 class Units:
-    """Images or parts, whether each is defective, and how certain its defect is."""
+    """Images or parts: whether each is defective, and how certain its defect is."""
 
     image: np.ndarray
     """(M,): one image of each unit. Its weight is that of the unit, because images of a part are drawn together."""
@@ -151,7 +151,7 @@ def roc_points(table: PredictionTable) -> list[tuple[float, float]]:
 
 
 def answer_scores(table: PredictionTable) -> np.ndarray:
-    """Return (N,) 1 if an answer says that the image shows a defect, 0 if none does, nan if no answer is parsed."""
+    """Return (N,): 1 if an answer says that the image shows a defect, 0 if none does, nan if no answer is parsed."""
     scores = np.full(len(table.images), np.nan)
     for image, kind, prediction in zip(table.image_index, table.type_index, table.predictions, strict=True):
         if kind == DETECTION_INDEX and prediction.error is None and prediction.parsed is not None:
@@ -164,7 +164,7 @@ def detection_units(table: PredictionTable, scores: np.ndarray, members: np.ndar
     """Return the images (`by="images"`) or the parts (`by="parts"`) among the images `members`, (N,) bool.
 
     `scores` (N,) are the scores of the images, and a part has the highest score of its images. An image with the score
-    nan counts against the run: it flags a good part, and does not flag a defective one.
+    nan counts against the run: its part is flagged if it is good, and not if it is defective.
     """
     chosen = np.flatnonzero(members)
     keys = table.part_index[chosen] if by == "parts" else chosen
@@ -177,7 +177,7 @@ def detection_units(table: PredictionTable, scores: np.ndarray, members: np.ndar
 
 
 def alarm_rates(units: Units, weights: np.ndarray, threshold: float = FLAGGED_FROM) -> dict[str, np.ndarray]:
-    """Return `false_alarms`, the share of good units that are flagged, and `escapes`, of defective ones that are not.
+    """Return the shares `false_alarms`, of good units that are flagged, and `escapes`, of defective ones that are not.
 
     Both are (R,). Units are flagged if their score reaches the threshold.
     """
@@ -206,7 +206,7 @@ def alarm_part_counts(table: PredictionTable, members: np.ndarray) -> dict[str, 
 
 
 def alarm_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each of ALARM_METRICS of all images in percent, (R,); nan without a P(defect) or a class."""
+    """Return each of ALARM_METRICS for all images in percent, (R,); nan without any P(defect) or without a class."""
     units = alarm_units(table, detection_images(table))
     rates = {key: alarm_rates(one, weights) for key, one in units.items()}
     missing = np.full(len(weights), np.nan)

@@ -1,7 +1,7 @@
 """Scores of the experts before the decision: their outputs in a run, compared with what the truth implies.
 
-Outputs are parsed strictly, like decisions. Text that is not a possible answer of the role is wrong and counted as
-unparsed, never guessed. Intervals resample the same parts as those of the run's other scores
+Outputs are parsed strictly, like decisions. Text that is not a possible answer of the role is wrong and counts as
+unparsed; nothing is guessed. Intervals resample the same parts as the run's other intervals
 (`metric_values.share_with_interval`).
 """
 
@@ -62,9 +62,9 @@ class Judgement:
 def score_experts(table: PredictionTable, cases: Sequence[Case], traces: Iterable[Trace], root: Path) -> dict[str, Any]:
     """Score the experts before the decision.
 
-    `cases` are those of the run's dataset, `traces` those of the run, `root` is the folder of the images. A failed case
-    has no traces. The result is {`figures`: {metric: values from 0 to 1}, `conditions`: {condition: recall of
-    the guide}, `unreadable`: reasons why cases are left out}. Metrics of experts that did not run are left out.
+    `cases` come from the run's dataset and `traces` from the run; `root` is the folder of the images. A failed case has
+    no traces. The result is {`figures`: {metric: values from 0 to 1}, `conditions`: {condition: recall of the guide},
+    `unreadable`: reasons why cases are left out}. Metrics of experts that did not run are left out.
     """
     outputs: dict[str, dict[tuple[str, str], Trace]] = {}
     for trace in traces:
@@ -120,7 +120,7 @@ def _judge_all_by_images(
 def _score(
     table: PredictionTable, weights: np.ndarray, images: Mapping[str, int], judgements: Sequence[Judgement]
 ) -> dict[str, Any]:
-    """Return the share of correct outputs, its interval, its chance level, and the counts behind it."""
+    """Return the share of correct outputs with its interval, its chance level, and the counts behind it."""
     index = np.array([images[judgement.case] for judgement in judgements])
     correct = np.array([judgement.correct for judgement in judgements])
     value, interval = share_with_interval(table, weights, index, correct)
@@ -145,7 +145,7 @@ def mean_over_groups(
 ) -> dict[str, Any]:
     """Return the unweighted mean of the groups' shares of correct outputs, its interval, and its chance level.
 
-    Parts are resampled within their group, so no resample leaves a group empty. Each group takes one degree of freedom.
+    Parts are resampled within their group, so no resample leaves a group empty. Each group costs one degree of freedom.
     Resamples of n parts underestimate the standard deviation by a factor of sqrt(1 - 1 / n), which matters for groups
     of few parts and is corrected per group. A group of one part shows no variation, so there is no interval if any
     group has only one.
@@ -180,8 +180,8 @@ def judge_texts(
 ) -> list[Judgement]:
     """Judge what needs no image: the condition that the guide names, and whether conclusions agree with decisions.
 
-    `outputs` are the case's traces by role and branch, `decisions` the letters by case and question. The guide is not
-    judged on a case with a condition that has no knowledge entry, because it could not name it.
+    `outputs` are the case's traces by role and branch, and `decisions` are the letters by case and question. If a
+    case's condition has no knowledge entry, the guide is not judged on it, because it could not name the condition.
     """
     judgements = []
     guide = outputs.get(("knowledge_guide", "guide"))
@@ -201,8 +201,8 @@ def judge_texts(
 def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: Path) -> list[Judgement]:
     """Judge what needs the images or the mask: the chosen reference, and the locations that the reasoning names.
 
-    The best candidate is that of `targets.gold_upstream` among the candidates that the extractor saw. Raises EchoError
-    if an image or the mask cannot be read.
+    The best candidate is the one that `targets.gold_upstream` chooses among those that the extractor saw. Raises
+    EchoError if an image or the mask cannot be read.
     """
     judgements = []
     choice = outputs.get(("reference_extractor", "best"))
@@ -227,8 +227,8 @@ def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: 
 def named_condition(text: str, knowledge: Sequence[Entry]) -> str | None:
     """Return the condition that the knowledge guide names, such as `scratch` in `scratch: look for this. ...`.
 
-    Only the form of `roles.guide_completion` counts: one of the product's conditions, then a colon. Return None for
-    any other text.
+    Only the form that `roles.guide_completion` writes counts: one of the product's conditions, then a colon. Return
+    None for any other text.
     """
     line = one_line(text).casefold()
     found = [entry.condition for entry in knowledge if line.startswith(one_line(entry.condition).casefold() + ":")]
@@ -236,13 +236,13 @@ def named_condition(text: str, knowledge: Sequence[Entry]) -> str | None:
 
 
 def named_location(text: str) -> str | None:
-    """Return the only location in the reasoning expert's observation; None if there is none or several."""
+    """Return the location in the reasoning expert's observation; None if it names none or several."""
     found = set(_LOCATIONS.findall(_split_reasoning(text)[0]))
     return found.pop() if len(found) == 1 else None
 
 
 def concluded_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter of the option that the reasoning expert's conclusion quotes; None if none or several.
+    """Return the letter of the option that the reasoning expert's conclusion quotes; None if it quotes none or several.
 
     A conclusion that starts with an option's text and a punctuation mark means that option (`yes, there is a defect: no
     bolt`). An option inside a longer quoted option (`left` in `top left`) does not count.

@@ -29,7 +29,7 @@ BOOTSTRAP = {"unit": "part", "resamples": RESAMPLES, "seed": RESAMPLING_SEED, "l
 
 
 def resample(strata: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = RESAMPLING_SEED) -> np.ndarray:
-    """Return (R, N) how often each unit is drawn if every stratum is resampled to its own size with replacement.
+    """Return (R, N): how often each unit is drawn if every stratum is resampled to its own size with replacement.
 
     `strata` has the stratum of each unit. Equal strata in equal order with the same seed give the same draws.
     """
@@ -51,7 +51,7 @@ def percentile_interval(
     level: float = CONFIDENCE_LEVEL,
     classes: np.ndarray | float = 1,
 ) -> np.ndarray:
-    """Return the accelerated percentile interval (2, ...) of `values` (R, ...), widened for few units.
+    """Return the accelerated percentile interval (2, ...) of `values` (R, ...), widened if there are few units.
 
     The plain percentile interval contains the truth too rarely if there are few units or if most answers are correct.
     It underestimates the variance by a factor of (n - 1) / n, it uses normal quantiles instead of Student's t, and it
@@ -61,7 +61,7 @@ def percentile_interval(
     are a sixth of the resamples' skewness.
 
     If all resamples are equal (all answers correct, or all wrong), they do not reveal the uncertainty. The interval
-    then has the width of the exact interval of n out of n (Clopper and Pearson, 1934), scaled to the metric's range
+    then has the width of the exact interval for n out of n (Clopper and Pearson, 1934), scaled to the metric's range
     `bounds`. For the mean of two such shares (`classes` is 2), it has half that width.
 
     `units` is the number of units behind each metric. For a metric of two classes, it is the number in the smaller
@@ -113,7 +113,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for multiple tests by Holm's step-down method (Holm, 1979); the order is kept."""
+    """Adjust p-values for multiple tests with Holm's step-down method (Holm, 1979), in the given order."""
     count = len(p_values)
     adjusted = [0.0] * count
     largest = 0.0

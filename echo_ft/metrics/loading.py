@@ -26,10 +26,10 @@ TRAINED_APART = {
     "by_dataset": "across datasets",
     "by_condition": "across defects",
 }
-"""Splits of a build that hold out more than parts, and the protocol of a run on their test split."""
+"""Splits of a build that hold out more than parts, and the protocol that a run on their test split follows."""
 
 NOT_AUDITED = "not audited"
-"""What a protocol says if data_prep.audit has not compared the training data with the run's dataset."""
+"""Stated in a protocol if data_prep.audit has not compared the training data with the run's dataset."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def load_run(folder: Path) -> Run:
 
 
 def load_answers(path: Path, questions: Path | None = None) -> tuple[Run, GivenAnswers]:
-    """Load a file of answers made elsewhere, as a run and as the answers themselves.
+    """Load a file of answers made elsewhere; return it as a run, and the answers themselves.
 
     The file is in MMAD's format, JSON lines as `answer_files.plain` describes, or one that RobustMAD's authors publish.
-    The last needs the `questions`. Raises EchoError if the file is damaged or none of its rows can be scored.
+    The last format needs the `questions`. Raises EchoError if the file is damaged or none of its rows can be scored.
     """
     given = _read_given(path, questions)
     if not given.predictions:
@@ -138,7 +138,7 @@ def _json_list(path: Path) -> list[Any] | None:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Return whether a file is meant as JSON lines, by its name or because its first line is an object."""
+    """Return whether a file is JSON lines, judging from its name or from its first line, an object."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
     start = _content(path).partition(b"\n")[0]
@@ -164,7 +164,7 @@ def _incomplete_warnings(provenance: Mapping[str, Any], predictions: Sequence[Pr
 
 
 def _run_warnings(provenance: Mapping[str, Any]) -> list[str]:
-    """Collect the warnings of the run, from the first process and all that resumed it."""
+    """Collect the warnings of the run, from the first process and from all processes that resumed it."""
     notes = [provenance, *provenance.get(CONTINUED_WITH, [])]
     return list(dict.fromkeys(str(warning) for note in notes for warning in note.get("warnings", [])))
 
@@ -193,9 +193,9 @@ def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Predi
 
 
 def describe_protocol(run: Run) -> str:
-    """Say what the model was trained on compared with the run's images, what the audit found, and which references.
+    """State how the training data relate to the run's images, what the audit found, and which references were shown.
 
-    Published MMAD scores follow different protocols: MMAD's 1-shot without training, training on a share of MMAD's own
+    Published MMAD scores follow different protocols: MMAD's 1-shot without training, training on some of MMAD's own
     images, and training on other datasets. Scores of different protocols cannot be compared. The facts come from the
     run, the cards of its adapters, and the manifests of the datasets if they are still there and unchanged.
     """
@@ -238,7 +238,7 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest
 
 
 def _references(provenance: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Describe the normal references that every image is shown with, and whether that is MMAD's 1-shot."""
+    """Describe the normal references that accompany every image, and whether that is MMAD's 1-shot."""
     config, method = manifest.get("config", {}), provenance.get("reference") or "retrieved"
     count = provenance.get("references") or config.get("k")
     shown = "no reference" if method == "none" else f"{count or 'all'} {method} reference{'s' * (count != 1)} per image"

@@ -1,4 +1,4 @@
-"""Metrics as reports store them: score tables, JSON numbers, and intervals for metrics with enough parts."""
+"""The form in which reports store metrics: score tables, JSON numbers, and intervals if there are enough parts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ ALARM_METRICS = {
     "False alarms by P(defect), parts": ("p_defect", "parts", "false_alarms"),
     "Escapes by P(defect), parts": ("p_defect", "parts", "escapes"),
 }
-"""Names of false alarms and escapes in comparisons, and the place of each in `detection.score_alarms`."""
+"""Names of false alarms and escapes in comparisons, and where `detection.score_alarms` holds each."""
 
 MIN_PARTS = 5
-"""Smallest number of parts for which a metric gets an interval."""
+"""Smallest number of parts for which a metric has an interval."""
 
 
 def class_count(metric: str) -> int:
@@ -55,12 +55,12 @@ def json_interval(low: float | None, high: float | None) -> list[float] | None:
 def metric_interval(
     values: np.ndarray, parts: int, metric: str = "", difference: bool = False, percent: bool = False
 ) -> list[float] | None:
-    """Return the 95% interval of a metric with the resampled `values` (R,) from so many `parts`.
+    """Return the 95% interval of a metric with the resampled `values` (R,), which rest on this number of `parts`.
 
     `metric` is the name of a column of the strict table, of one of ALARM_METRICS or of a detection metric. All other
-    metrics are shares from 0 to 1, or percentages with `percent`. `difference` is true if the value is the difference
-    between two metrics. Return None if all values are nan, or if there are fewer than MIN_PARTS parts: too few to
-    resample.
+    metrics are fractions from 0 to 1, or percentages with `percent`. `difference` is true if the value is the
+    difference between two metrics. Return None if all values are nan, or if there are fewer than MIN_PARTS parts: too
+    few to resample.
     """
     if parts < MIN_PARTS:
         return None

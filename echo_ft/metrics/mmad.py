@@ -22,7 +22,7 @@ from echo_ft.metrics.metric_values import AVERAGE, ScoreTable
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Prediction, Rejection
 
 MERGED_TYPES = {"Object Structure": "Object Analysis", "Object Details": "Object Analysis"}
-"""Column of each type that shares one with another: MMAD's nine types become seven columns."""
+"""Column of each type that shares its column with another: MMAD's nine types become seven columns."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def parse_answer(text: str, options: dict[str, str]) -> str:
     """Return the option letter that MMAD's parser reads from an answer. It always finds one, even in unrelated text.
 
     It takes the last capital A to E that is a word of its own, including the article "A". Without one, it takes the
-    option with the text that difflib considers closest, however distant that is.
+    option whose text difflib considers closest, however distant that is.
     """
     letters = re.findall(r"\b([A-E])\b", text)
     if letters:
@@ -190,7 +190,7 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
 def from_predictions(predictions: Sequence[Prediction]) -> list[Answer]:
     """Convert predictions to the answers that MMAD's own scripts would have written, with the letters of their parser.
 
-    Questions of other types than MMAD's are left out.
+    Questions whose type is not one of MMAD's are left out.
 
     MMAD's scorer derives dataset and condition only from the path. Paths that do not start with the dataset, and paths
     of normal images without `good`, therefore get the prefix `dataset/product/condition/`. With it, the scorer counts

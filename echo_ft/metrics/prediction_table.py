@@ -18,7 +18,8 @@ from echo_ft.metrics import intervals
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 
 MISSPELT = 0.9
-"""difflib's similarity from which a question type counts as a misspelling of another. MMAD's own reach 0.76."""
+"""The difflib similarity from which a question type counts as a misspelling of another. MMAD's own types reach 0.76
+with each other."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PredictionTable:
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """(Q,) bool: whether each answer is correct. Unparsed and failed answers are not."""
+        """(Q,) bool: whether each answer is correct. Unparsed and failed answers are incorrect."""
         return np.array([is_correct(prediction) for prediction in self.predictions])
 
     @cached_property
@@ -49,7 +50,7 @@ class PredictionTable:
 
     @cached_property
     def other_types(self) -> tuple[str, ...]:
-        """The question types that are not MMAD's, sorted. They are scored apart and enter none of MMAD's tables."""
+        """The question types that are not MMAD's, sorted. They are scored separately, outside MMAD's tables."""
         return tuple(sorted({prediction.kind for prediction in self.predictions} - {*QUESTION_TYPES}))
 
     @cached_property
@@ -70,7 +71,7 @@ class PredictionTable:
 
     @cached_property
     def parts(self) -> list[tuple[str, str, str]]:
-        """N parts that the images show. Dataset, product and group identify a part, as in `splits.part_key`."""
+        """The part that each image shows. Dataset, product and group identify a part, as in `splits.part_key`."""
         group = {image_key(prediction): prediction.group for prediction in self.predictions}
         return [(image[0], image[1], group[image]) for image in self.images]
 
@@ -100,8 +101,8 @@ class PredictionTable:
         Images of one part are not independent, so they are drawn together. Each row of the table has three strata:
         parts with only normal images, parts with only defective images, and parts with both. Every stratum is
         resampled to its own number of parts, so each class of a row occurs in every resample. A part with images of
-        both classes is drawn as a whole. Drawing its classes separately would lose their correlation, and the
-        interval of Anomaly Detection, their mean, would be too narrow.
+        both classes is drawn as a whole. Drawing its classes separately would lose their correlation. The interval of
+        Anomaly Detection, the mean of both classes, would then be too narrow.
         """
         classes: dict[tuple[int, int], set[bool]] = {}
         units = list(zip(self.group_images(by)[1].tolist(), self.part_index.tolist(), strict=True))
@@ -152,7 +153,7 @@ def arrange_predictions(predictions: Sequence[Prediction]) -> PredictionTable:
 
 @lru_cache  # a run has few question types, and many questions
 def misspelt_type(kind: str) -> str | None:
-    """Return the type of MMAD's that a question type seems to mean but does not spell; None for all other types."""
+    """Return the MMAD type that `kind` seems to misspell; None if it is spelt correctly or resembles none."""
     folded = {known.casefold(): known for known in QUESTION_TYPES}
     near = difflib.get_close_matches(kind.casefold(), folded, n=1, cutoff=MISSPELT)
     return folded[near[0]] if near and kind not in QUESTION_TYPES else None

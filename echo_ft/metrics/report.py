@@ -62,7 +62,7 @@ def calibrate_run(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]
     cannot = f"{folder} cannot calibrate {run.folder}: "
     for key in (*SAME_MODEL_KEYS, "answer"):
         ours, theirs = run.provenance.get(key), validation.provenance.get(key)
-        # `generate` and `logits` read P(defect) from the same tokens. `averaged` averages over the orders of options.
+        # `generate` and `logits` read P(defect) from the same tokens. `averaged` averages over the option orders.
         if ours != theirs and (key != "answer" or "averaged" in (ours, theirs)):
             values = "" if isinstance(ours, dict) else f" ({ours} and {theirs})"
             raise EchoError(f"{cannot}their {key} differs{values}; run the validation split with the same options")
@@ -135,7 +135,7 @@ def build_report(
         "alarms": detection.score_alarms(table),
         "boxes": score_boxes(run.grounding),
         "calibration": calibration,
-        # If probabilities decide, no text is generated that could be compared with them.
+        # If probabilities decide, no text is generated to compare with them.
         "two_ways": strict.text_vs_logits(run.predictions) if generated else {},
         "option_order": option_order_report(run),
         "experts": expert_report(run, table),

@@ -193,10 +193,10 @@ def answer_counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def text_vs_logits(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
     """Compare answers parsed from the text with the most probable options: {question type or `Average`: scores}.
 
-    Only questions of MMAD's types that have both are used; without any, the result is empty. `agreement` (0 to 1, with
-    its interval) is the share of `questions` with a text that names the most probable option. Text that cannot be
-    parsed agrees with none of the options. `text` and `logits` are the strict scores in percent of the two ways to
-    answer. Their `Average` is that of the strict table.
+    Only questions of MMAD's types that have both are used; if there are none, the result is empty. `agreement` (0 to 1,
+    with its interval) is the share of `questions` whose text names the most probable option. Text that cannot be parsed
+    agrees with none of the options. `text` and `logits` are the strict scores, in percent, of the two ways to answer.
+    Their `Average` is computed as in the strict table.
     """
     both = [one for one in predictions if one.error is None and one.probabilities and one.kind in QUESTION_TYPES]
     if not both:

@@ -280,7 +280,7 @@ def test_an_exported_bundle_reproduces_the_adapters_and_runs(dataset, adapters, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_a_merge_that_loses_the_update_is_not_exported(copied, tmp_path, monkeypatch, dtype, scale):
-    """This also holds for a small update that changes no logit by more than a merge in bfloat16 may."""
+    """This also holds for an update so small that it changes no logit by more than a bfloat16 merge is allowed to."""
     scale_adapter(copied, scale)
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())
     with pytest.raises(EchoError, match="merged/decision_maker does not reproduce"):

@@ -1,4 +1,4 @@
-"""The pipeline runs the experts in order, applies switches and routing, and contains failures to their case."""
+"""The pipeline runs the experts in order, applies switches and routing, and confines each failure to its case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that were made elsewhere: files in MMAD's format, RobustMAD's, and JSON lines of our own."""
+"""Answers that were made elsewhere: files in MMAD's format, in RobustMAD's, and JSON lines in our own format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GivenAnswers:
     official: Sequence[Answer] = ()
     """The input of MMAD's official table."""
     letters: Mapping[str, str] = field(default_factory=dict)
-    """The letter that RobustMAD's authors read in each answer, by question."""
+    """The letter that RobustMAD's authors read from each answer, by question."""
     warnings: list[str] = field(default_factory=list)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What run.json says about the answers, besides the file itself."""
+    """Facts about the answers for run.json, besides the file itself."""

@@ -5,8 +5,8 @@
      "dataset": "line 3", "product": "cap", "part": "cap-001", "condition": "good"}
 
 The first six keys are required. `answer` is the right letter, and `text` what the model wrote; null means that it gave
-no answer. `kind` is a question type of MMAD, or any other name. Images of one `part` are resampled together; without
-it, each image is a part of its own.
+no answer. `kind` is a question type of MMAD, or any other name. Images of the same `part` are resampled together;
+without `part`, each image is a part of its own.
 
 A question of the type GROUNDING has no options, and `answer` is the text of its true boxes:
 
@@ -39,7 +39,7 @@ REQUIRED = ("image", "kind", "question", "options", "answer", "text")
 OPTIONAL = ("probabilities", "dataset", "product", "part", "condition")
 
 UNNAMED = "all"
-"""The dataset or product of a line that names none. It must not depend on the file, or models could not be compared."""
+"""The dataset or product if a line names none. It must not depend on the file, so that models can be compared."""
 
 STATED = {"yes": "defective", "no": GOOD}
 """The condition that the right answer to an Anomaly Detection question states."""
@@ -48,8 +48,8 @@ STATED = {"yes": "defective", "no": GOOD}
 def read_plain_answers(path: Path) -> GivenAnswers:
     """Return the answers in a file of JSON lines.
 
-    Raises EchoError with the line if one has another form or contradicts an earlier one, and if the condition of an
-    image with an Anomaly Detection question is not known.
+    Raises EchoError with the line if one has a different form or contradicts an earlier one. Also raises EchoError if
+    the condition of an image with an Anomaly Detection question is not known.
     """
     rows: list[tuple[str, Prediction]] = []
     try:
@@ -95,7 +95,7 @@ def _prediction(line: str, where: str) -> Prediction:
 
 
 def _parsed_boxes(text: str) -> str | None:
-    """Return the boxes that a text names as a run writes them, or None for an unparsed text."""
+    """Return the boxes that `text` names, in the form that a run writes, or None if the text cannot be parsed."""
     boxes = parse_boxes(text)
     return None if boxes is None else format_boxes(boxes)
 
@@ -180,8 +180,8 @@ def _require_consistent(rows: list[tuple[str, Prediction]]) -> None:
 def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
     """Return the predictions with the condition of their image.
 
-    It is the condition that a line names. Otherwise it is what the right answer to Anomaly Detection or the true boxes
-    state, `good` if a folder of the image has that name, or unknown.
+    A condition that a line names comes first, then the one that the right answer to Anomaly Detection or the true boxes
+    state. Otherwise it is `good` if a folder of the image has that name, or unknown.
     """
     named: dict[str, str] = {row.image: row.condition for _, row in rows if row.condition}
     stated: dict[str, dict[str, str]] = defaultdict(dict)

@@ -1,8 +1,8 @@
 """RobustMAD (TMLR 2026, arXiv 2607.16243): its questions, files of answers to them, and its authors' tables.
 
 Each of 410 images of MVTec AD and VisA has eleven questions with five options, in four categories. A second file asks
-the same questions about the same images under motion blur or in low light. The authors score the share of right
-answers per category, and again over the images of `general` and of `domain` difficulty.
+the same questions about the same images with motion blur or in low light. The authors score the share of right answers
+per category, and again for the `general` and the `domain` difficulty.
 
 The id of a question holds its difficulty, as in `MVTec-AD/bottle/test/good/014.png#general-5`. A degraded image has the
 id of the clean one, so that answers to both files can be compared in pairs.
@@ -33,7 +33,7 @@ CATEGORIES = {
     "Anomaly Understanding and Localization (Pair-wise comparison)": "pairwise",
     "Unanswerable or Misleading Query Detection": "unanswerable",
 }
-"""Row of the authors' tables by the category that their files name."""
+"""Row of the authors' tables for each category in their files."""
 
 DIFFICULTIES = ("general", "domain")
 
@@ -41,7 +41,7 @@ DEGRADATIONS = {"blur": "motion blur", "light": "low light"}
 """Folders of degraded images. `014.png` becomes `blur/014_blur.png` or `light/014_light.png`."""
 
 FAILED = "Error: "
-"""How the authors' scripts begin an answer if the model gave none."""
+"""Start of the text that the authors' scripts store if the model gave no answer."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load_robustmad(path: Path) -> tuple[list[AskedImage], list[Rejection]]:
 
 
 def _asked_image(row: Any) -> tuple[AskedImage, list[Rejection]]:
-    """Return an image with its usable questions, and the others rejected. Raises ValueError if there is no image."""
+    """Return an image with its usable questions, and the rejected ones. Raises ValueError if there is no image."""
     if not isinstance(row, dict):
         raise ValueError("it is not an object")
     for key in ("image_path", "dataset", "category", "specie_name"):
@@ -213,7 +213,7 @@ def _prediction(image: AskedImage, question: Question, text: str) -> Prediction:
 def parse_cut_letter(text: str, options: Mapping[str, str]) -> str | None:
     """Return the letter that an answer names, as `parse_letter` does, or None.
 
-    The authors cut most models after ten tokens, so the text of the option after its letter may also be cut.
+    The authors cut off most models after ten tokens, so the option's text after its letter may also be cut off.
     """
     letter = parse_letter(text, options)
     match = re.fullmatch(rf"\(?([{LETTERS}])\)?[.:]?\s(.+)", text.strip(), flags=re.DOTALL)
@@ -225,7 +225,7 @@ def parse_cut_letter(text: str, options: Mapping[str, str]) -> str | None:
 def guess_letter(text: str) -> str:
     """Return the letter that the authors' parser reads: the first lone letter, otherwise the first letter from A to E.
 
-    Case does not matter, so the article in `a capsule` is the answer A. Without any, the answer is empty.
+    Case does not matter, so the article in `a capsule` is the answer A. Empty if the text has no such letter.
     """
     found = re.search(r"\b([A-E])\b", text.upper()) or re.search(r"([A-E])", text.upper())
     return found[1] if found else ""
@@ -235,9 +235,9 @@ def robustmad_report(table: PredictionTable, letters: Mapping[str, str]) -> dict
     """Score RobustMAD's questions as its authors do (`official`) and strictly (`strict`, with `intervals`).
 
     Tables are {category: {`Average` or difficulty: percent}}; cells without a question are None. `letters` are the
-    letters that the authors read, by question; their parser reads the other answers. `guessed` counts the answers of
-    each category in which it read a letter although the answer names none strictly, and how many of these were right.
-    Empty if the table has no question of RobustMAD.
+    letters that the authors read, by question; their parser reads the other answers. For each category, `guessed`
+    counts the letters that were read from answers that strictly name none, and how many of them were right. Empty if
+    the table has no question of RobustMAD.
     """
     if not any(kind in table.other_types for kind in ROBUSTMAD_TYPES.values()):
         return {}

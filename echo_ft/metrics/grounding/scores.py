@@ -1,6 +1,6 @@
 """Scores of answers that name boxes: how well they overlap with the true boxes, and boxes on good images.
 
-An unparsed or failed answer finds no box. Intervals resample physical parts, as those of all other scores.
+An unparsed or failed answer finds no box. Intervals resample physical parts, as for all other scores.
 
 Shapes: R resamples, N images. Weights (R, N) are the number of times that each image is drawn.
 """
@@ -25,7 +25,7 @@ FOUND_AT = (0.1, 0.3, 0.5)
 """IoUs from which a true box counts as found."""
 
 BOXES_PER_GOOD_IMAGE = "boxes_per_good_image"
-"""The only metric that is not a share from 0 to 1."""
+"""The only metric that is not a fraction from 0 to 1."""
 
 
 def box_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -37,7 +37,7 @@ def box_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.nda
     - `none_on_good`: share of the good images with the answer `none`
     - `boxes_per_good_image`: mean number of boxes in the parsed answers about good images
 
-    Raises EchoError if the true answer of a question is not the text of boxes.
+    Raises EchoError if the true answer to a question does not name boxes.
     """
     sums = _sums_by_image(table)
     return {name: intervals.ratio(weights @ above, weights @ below) for name, (above, below) in sums.items()}
@@ -76,7 +76,7 @@ def named_boxes(prediction: Prediction) -> tuple[Box, ...] | None:
 
 
 def true_boxes(prediction: Prediction) -> tuple[Box, ...]:
-    """Return the true boxes in thousandths. Raises EchoError if the true answer is not the text of boxes."""
+    """Return the true boxes in thousandths. Raises EchoError if the true answer does not name boxes."""
     boxes = parse_boxes(prediction.answer)
     if boxes is None:
         raise EchoError(
@@ -89,7 +89,8 @@ def true_boxes(prediction: Prediction) -> tuple[Box, ...]:
 def box_interval(name: str, values: np.ndarray, parts: int, difference: bool = False) -> list[float] | None:
     """Return the 95% interval of a metric with the resampled `values` (R,), as `metric_values.metric_interval` does.
 
-    A good image may get any number of boxes. MAX_BOXES stands for the largest one, unless the values are larger.
+    An answer may name any number of boxes on a good image. MAX_BOXES stands for the largest number, unless the values
+    are larger.
     """
     if parts < MIN_PARTS:
         return None
@@ -101,7 +102,7 @@ def box_interval(name: str, values: np.ndarray, parts: int, difference: bool = F
 def score_boxes(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return counts of answers and boxes, and `figures`: each of `box_metrics` with its interval and its parts.
 
-    Empty without predictions.
+    The result is empty if there are no predictions.
     """
     if not predictions:
         return {}
