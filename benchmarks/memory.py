@@ -1,12 +1,12 @@
 """Measure peak memory without weights or a GPU: `python -m benchmarks.memory --recipe FILE [--run FILE]`.
 
-Training goes through the code of this project, but on tensors without content, so a 7B model takes seconds and no
-memory. The bytes of all live tensors are counted after each operation. The batch is that of `python -m train.memory`.
-With `--run`, the roles of a run with adapters like that of the recipe are measured instead.
+Training runs the code of this project, but on tensors without content, so a 7B model takes only seconds and no memory.
+The bytes of all live tensors are counted after each operation. The batch is the one that `python -m train.memory` uses.
+With `--run`, the command measures the roles of a run instead, with adapters like the one that the recipe trains.
 
-The count holds what PyTorch allocates on a GPU. It leaves out the CUDA context, fragmentation and the workspaces inside
-kernels. The frozen vision tower is not run, because it ends before the language model needs its memory. TRL's fused LM
-head is not run either, because its kernels need a GPU.
+The count covers what PyTorch allocates on a GPU. It leaves out the CUDA context, fragmentation and the workspaces
+inside kernels. The frozen vision tower is not run, because it ends before the language model needs its memory. TRL's
+fused LM head is not run either, because its kernels need a GPU.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def track(self, tensors: Any) -> None:
-        """Count all tensors in a nested structure that are not counted yet."""
+        """Count all tensors in a nested structure that have not been counted yet."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor) and tensor.device.type in ("cpu", "meta"):
                 storage = tensor.untyped_storage()
@@ -108,7 +108,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernels that PyTorch takes on a GPU: flash attention, or memory-efficient attention with a mask."""
+    """The kernels that PyTorch uses on a GPU: flash attention, or memory-efficient attention if there is a mask."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     if attn_mask is None:
@@ -126,7 +126,7 @@ def _dropout(values: torch.Tensor, p: float = 0.5, training: bool = True, inplac
 
 @contextlib.contextmanager
 def gpu_operations() -> Iterator[None]:
-    """Take the operations of a GPU, and skip a check of the model that needs the content of a tensor."""
+    """Use the operations of a GPU, and skip a check of the model that needs the content of a tensor."""
     functional, check = torch.nn.functional, "torch_compilable_check"
     saved = functional.scaled_dot_product_attention, functional.dropout, getattr(modeling_qwen2_vl, check)
     functional.scaled_dot_product_attention, functional.dropout = _attention, _dropout  # type: ignore[assignment]
@@ -141,8 +141,8 @@ def gpu_operations() -> Iterator[None]:
 def training_peak(model: Any, batch: BatchShape, sft: SFTConfig, dtype: torch.dtype) -> int:
     """Peak bytes of a micro-batch of `batch`, forward and backward, in the middle of a step.
 
-    `model` is a `trainable_meta_model`, which this changes. Its frozen weights get `dtype`, and in full tuning all
-    weights. Gradients, AdamW's two states and the pixels of the whole step exist already.
+    `model` is a `trainable_meta_model`, which this changes. Its frozen weights get `dtype`; in full fine-tuning, all
+    weights do. Gradients, AdamW's two states and the pixels of the whole step exist already.
     """
     adapted = hasattr(model, "peft_config")
     core = model.get_base_model() if adapted else model

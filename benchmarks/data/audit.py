@@ -7,8 +7,8 @@ back), or a version that is 20% brighter or darker. A second measurement splits 
 the audit also compares magnetic tiles, using only pixels, under a split by image and a split by group, with three
 seeds each.
 
-Grainy sheets are excluded. Their grain comes from one shared table, so different parts really do show the same surface
-at different positions.
+Grainy sheets are excluded. Their grain comes from one shared table, so different parts do show the same surface at
+different positions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DrawnImage:
     product: int
     part: int
     leak: str = ""
-    """One of LEAK_TYPES if the image is made from a training image."""
+    """One of LEAK_TYPES if the image was made from a training image."""
 
 
 def draw_splits(

@@ -1,4 +1,4 @@
-"""Compare describing images in batches and processes with describing them one by one.
+"""Compare describing images in batches, by several processes, with describing them one by one.
 
     python -m benchmarks.data.embedding [--descriptor ViT-B-16 ViT-B-32 skimage]
 
@@ -8,11 +8,11 @@ an open_clip model with random weights; trained weights take as long.
 The baseline does what a paper's code does: open the file, prepare it and encode a batch of one. It uses one process
 with --plain_threads threads, by default as many as torch chooses. The other contender does what each process of
 `data_prep.embed` does, in --processes processes, or in one process on a GPU. Each process reads and prepares images in
-up to 16 threads, but at most one per processor. For `skimage`, that is all the work there is. On a CPU, torch gets one
+up to 16 threads, but at most one per processor. For `skimage`, this is all there is to do. On a CPU, torch gets one
 thread per process; on a GPU, it chooses the number itself.
 
-Everything that is loaded once is loaded before the clock starts. The benchmark compares the features of both
-contenders. It then asks for all features once more, which takes only the time for hashing the files.
+Everything that needs loading only once is loaded before the clock starts. The benchmark compares the features of both
+contenders. It then requests all features once more, which takes only the time to hash the files.
 
 The contenders take turns, --repeats times each, and the median counts. Nothing else should run on the machine.
 """
@@ -90,7 +90,7 @@ def _baseline(extractor: DescriptorExtractor) -> Callable[[Path], FloatArray]:
 def _embed_share(
     names: list[str], root: Path, descriptor: str, cache: Path, threads: int | None, barrier: Barrier
 ) -> None:
-    """Load everything, wait for the other processes, then describe this process's share of the images."""
+    """Load everything, wait for the other processes, then describe the images assigned to this process."""
     if threads is not None:
         import torch
 
@@ -105,7 +105,7 @@ def _embed_share(
 
 
 def time_processes(names: list[str], root: Path, descriptor: str, cache: Path, processes: int, gpu: bool) -> float:
-    """Seconds that `processes` processes take to describe one share each into `cache`."""
+    """Seconds that `processes` processes take to describe equal parts of the images into `cache`."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
     threads = None if gpu else 1

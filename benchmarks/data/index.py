@@ -1,10 +1,10 @@
 """Measure recall, time and memory of vector search: `python -m benchmarks.data.index [--vectors 1000000]`.
 
 The vectors imitate descriptors of images, with 512 dimensions. Each is the normalised sum of four parts: what all
-images have in common (60% of the squared length), what the product has in common (25%), variation within the product
-(13%: 24 directions, the j-th with a share of 1/j), and noise in all directions (2%). Two images then have a cosine of
-0.6 on average, and two images of one product 0.85. The nearest of a thousand has about 0.94. All products (1,000, or
---products) have the same number of images. Queries are further draws from the same products.
+images have in common (60% of the squared length), what the images of a product have in common (25%), variation within
+the product (13%: 24 directions, the j-th with a weight of 1/j), and noise in all directions (2%). Two images then have
+a cosine of 0.6 on average, and two images of one product 0.85. The nearest of a thousand has about 0.94. All products
+(1,000, or --products) have the same number of images. Queries are drawn from the same products.
 
 The benchmark builds `echo_ft.retrieval.index.VectorIndex` in its own process and reports the peak memory of that
 process, which includes the vectors. Queries are searched in batches of 64; their time includes the exact reranking.
@@ -27,7 +27,7 @@ from echo_ft.retrieval.index import INDEX_TYPES, VectorIndex
 
 WIDTH, DIRECTIONS = 512, 24
 COMMON, PRODUCT, WITHIN, NOISE = 0.60, 0.25, 0.13, 0.02
-"""Shares of the four parts in the squared length."""
+"""Fractions of the squared length that the four parts take."""
 
 BATCH, QUERIES = 64, 1280
 
@@ -47,7 +47,7 @@ class Measurement:
     query_ms: float
     query_processor_ms: float
     recall: float
-    """Share of queries that return their nearest vector first."""
+    """Fraction of queries that return their nearest vector first."""
 
 
 def draw(vectors: int, queries: int, products: int, seed: int) -> tuple[Vectors, Vectors]:

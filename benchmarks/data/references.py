@@ -7,8 +7,8 @@ ones. The reference extractor is trained to choose the best one. Cases with a re
 out.
 
 The six exposures of one magnetic tile differ mostly in brightness. The benchmark therefore repeats both comparisons
-after subtracting the mean grey value outside the defect from each image. It prints shares of cases with 95% intervals
-that resample parts.
+after subtracting the mean grey value outside the defect from each image. It prints percentages of cases with 95%
+intervals that resample parts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def misfits(case: Case, root: Path) -> np.ndarray:
 def compare(dataset: Dataset, split: str) -> tuple[list[str], np.ndarray]:
     """Compare both methods in each case of a split; returns the part of each case and (cases, 4), 1 if retrieval won.
 
-    Cases without references of both methods are left out: a reference named by the source replaces the retrieved ones.
+    Cases that lack the references of either method are left out: a reference named by the source replaces the retrieved
+    ones.
     """
     parts, wins = [], []
     retrieved, random = (load_cases(dataset, split, method) for method in METHODS)
@@ -73,7 +74,7 @@ def compare(dataset: Dataset, split: str) -> tuple[list[str], np.ndarray]:
 
 
 def row(name: str, parts: Sequence[str], wins: np.ndarray) -> str:
-    """One line of the table: each share in percent with its interval."""
+    """One line of the table: each fraction in percent with its interval."""
     names, part_of_case = np.unique(np.array(parts), return_inverse=True)
     won, cases = np.zeros((len(names), len(COLUMNS))), np.bincount(part_of_case, minlength=len(names))
     np.add.at(won, part_of_case, wins)

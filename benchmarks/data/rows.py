@@ -2,7 +2,7 @@
 
 The manifest lists a few drawn images under many names (hard links). Each name counts as a separate part.
 `data_prep.build` reads, checks and describes every name, but the pixels repeat. There are three products, with three
-normal rows for every two defective ones. One defective row in four has a mask. The build uses scikit-image
+normal rows for every two defective ones. A quarter of the defective rows have masks. The build uses scikit-image
 descriptors, three references and all four roles. It runs in its own process, and the benchmark reports the peak memory
 of that process.
 

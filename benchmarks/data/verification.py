@@ -1,9 +1,10 @@
 """Measure what checksums and flushes add to a build and to a training: `python -m benchmarks.data.verification`.
 
 The manifest is that of `benchmarks.data.rows`. The dataset is built twice with the same descriptor cache. The second
-build overwrites the first and finds all descriptors in the cache. Added to it are the checksums of its records and of
-the cache, and the flushes. Training's start is its planning of one role's rows, without loading a model; added to it
-are the checksums of the dataset. Each image is also hashed when training first reads it, compared with its decoding.
+build overwrites the first and finds all descriptors in the cache. What is added are the checksums of its records and of
+the cache, and flushing files to the disk. The start of training means planning the rows of one role, without loading a
+model; what is added are the checksums of the dataset. Training also hashes each image when it first reads it; this time
+is compared with the time for decoding.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ADDED_TO_BUILD = (
     (echo_ft.files, "flush"),
     (echo_ft.files, "flush_tree"),
 )
-"""What a build does to be whole after a power failure and to notice changes."""
+"""What a build does to survive a power failure and to notice changes."""
 
 
 @contextmanager

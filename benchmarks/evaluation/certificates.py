@@ -1,10 +1,10 @@
-"""Measure how often a gate gives a verdict that is wrong: `python -m benchmarks.evaluation.certificates`.
+"""Measure how often a gate gives a wrong verdict: `python -m benchmarks.evaluation.certificates`.
 
 The benchmark simulates factories. In each one, good and defective parts have 1 to 6 images, and a gate with limits on
-false alarms and escapes is judged on them. The score of an image is the sum of a part effect and an image effect, so
-images of one part are correlated, and defective images have higher scores. The true shares of flagged good parts and
-missed defective parts follow from the threshold by integration. A pass is wrong if one of them is above its limit, and
-a fail is wrong if neither is. Thresholds and verdicts come from the functions that `evaluation.score --gate` uses.
+false alarms and escapes judges them. The score of an image is the sum of a part effect and an image effect, so images
+of one part are correlated, and defective images have higher scores. The true rates of flagged good parts and missed
+defective parts are computed from the threshold by integration. A pass is wrong if one of them is above its limit, and a
+fail is wrong if neither is. Thresholds and verdicts come from the functions that `evaluation.score --gate` uses.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CORRELATION = 0.5
 """Correlation of the scores of two images of a part."""
 
 BATCH = 500
-"""Factories that are simulated at once."""
+"""Number of factories that are simulated at once."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Factory:
     """A kind of factory."""
 
     parts: int
-    """Good parts, and defective parts, that choose the threshold. Twice as many are judged."""
+    """Number of good parts, and of defective parts, that choose the threshold. Twice as many are judged."""
     images: tuple[int, int]
-    """Fewest and most images of a part; all numbers between them are equally frequent."""
+    """Smallest and largest number of images of a part; all numbers between them are equally frequent."""
     chosen: bool
     """Whether the gate chooses the threshold. Otherwise it is fixed, as for a run that is judged by its answers."""
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Shares of the factories that passed, that passed wrongly, and that failed wrongly."""
+    """Fractions of the factories that passed, that passed wrongly, and that failed wrongly."""
 
     passed: float
     wrongly_passed: float
@@ -65,11 +65,12 @@ class Verdicts:
 PARTS, IMAGES = (50, 150, 500), ((1, 1), (1, 6), (6, 6))
 CHOSEN = ((0.3, 0.3), (0.9, 0.9), (1.1, 1.1), (2.0, 2.0))
 FIXED = ((0.3, 0.3), (0.98, 0.98), (1.02, 0.1), (0.1, 1.02), (1.02, 1.02))
-"""True shares over their limits. If the threshold is chosen, these are the shares at which both ratios are equal."""
+"""True rates divided by their limits. If the gate chooses the threshold, these are the rates at which both ratios are
+equal."""
 
 
 def flagged_share(threshold: np.ndarray | float, images: tuple[int, int]) -> np.ndarray:
-    """Return the share of parts whose highest score reaches a threshold; scores of images are standard normal."""
+    """Return the fraction of parts whose highest score reaches a threshold; scores of images are standard normal."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     part = (np.asarray(threshold)[..., None] - np.sqrt(CORRELATION) * nodes) / np.sqrt(1 - CORRELATION)
     below = np.mean([norm.cdf(part) ** count for count in range(images[0], images[1] + 1)], axis=0)
@@ -78,7 +79,7 @@ def flagged_share(threshold: np.ndarray | float, images: tuple[int, int]) -> np.
 
 @cache
 def threshold_with(share: float, images: tuple[int, int]) -> float:
-    """Return the threshold that this share of parts reaches."""
+    """Return the threshold that this fraction of parts reaches."""
     return brentq(lambda threshold: float(flagged_share(threshold, images)) - share, -8, 8)
 
 
@@ -97,10 +98,10 @@ def findings(errors: np.ndarray, parts: int, limit: float) -> np.ndarray:
 
 
 def simulate(factory: Factory, shares: Sequence[tuple[float, float]], factories: int, seed: int = 0) -> list[Verdicts]:
-    """Simulate factories with each pair of true `shares` of false alarms and escapes, and count their verdicts.
+    """Simulate factories with each pair of true rates (`shares`) of false alarms and escapes, and count their verdicts.
 
-    The shares are divided by their limits. If the gate chooses the threshold, it may be another one than the one with
-    these shares. All pairs use the same draws.
+    The rates are divided by their limits. A threshold that the gate chooses may differ from the one that gives these
+    rates. All pairs use the same draws.
     """
     random, counts = np.random.default_rng(seed), np.zeros((len(shares), 3))
     for start in range(0, factories, BATCH):
@@ -122,7 +123,7 @@ def count_verdicts(
 ) -> tuple[int, int, int]:
     """Judge parts (factories, parts) with thresholds (factories,). Count passes, wrong passes and wrong fails.
 
-    `shift` is what defective parts score more than good ones.
+    `shift` says by how much defective parts score higher than good ones.
     """
     true_alarms = flagged_share(thresholds, factory.images)
     true_escapes = 1 - flagged_share(thresholds - shift, factory.images)
@@ -167,7 +168,7 @@ def format_verdicts(one: Verdicts) -> str:
 
 
 def main() -> None:
-    """Print the tables in Markdown. The status is 1 if a wrong verdict is given too often."""
+    """Print the tables in Markdown. The exit status is 1 if wrong verdicts are too frequent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factories", type=int, default=10_000, help="Simulated factories per cell of the tables.")
     factories = parser.parse_args().factories

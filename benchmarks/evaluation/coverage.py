@@ -25,7 +25,8 @@ QUESTIONS = 5
 """Questions per image."""
 
 PART_VARIANCE, IMAGE_VARIANCE = 0.2, 0.3
-"""Shares of the latent variance. Images of a part correlate by the first, questions about an image by the sum."""
+"""Fractions of the latent variance. The first is the correlation between images of a part, and the sum is that between
+questions about an image."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of runs with an interval that contains the true value, lies above it or lies below it."""
+    """Fractions of runs whose interval contains the true value, lies above it, or lies below it."""
 
     contained: float
     above: float
@@ -84,7 +85,7 @@ def accuracy_coverage(setting: Setting, runs: int, seed: int = 0) -> dict[str, C
 
 
 def single_question_coverage(parts: int, accuracy: float, runs: int, seed: int = 0) -> Coverage:
-    """Coverage with one question per part, as for a single question type: often all answers are correct."""
+    """Coverage with one question per part, as for a single question type, where all answers are often correct."""
     correct = np.random.default_rng(seed).random((runs, parts)) < accuracy
     values = intervals.resample([0] * parts) @ correct.T / parts
     return coverage(intervals.percentile_interval(values, parts), accuracy)

@@ -23,7 +23,7 @@ from echo_ft.records import Exchange, Generation
 
 @dataclass
 class EngineTime:
-    """An inspector's backend that adds up the processor time of its calls."""
+    """The backend of an inspector, which adds up the processor time of its calls."""
 
     inspector: Inspector
     seconds: float = 0.0

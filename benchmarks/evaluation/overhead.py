@@ -21,7 +21,7 @@ from echo_ft.inference.run_folder import RunFolder
 from echo_ft.records import QUESTION_TYPES, Case, Entry, Exchange, Generation, Question, Reference, Seen, Truth
 
 SENTENCE = "Observe: a dark spot near the edge. Compare: the normal part is even there. Conclude: it is a stain. "
-"""Two of these make an output of the reasoning expert."""
+"""Two of these together make an output of the reasoning expert."""
 
 OUTPUTS = {
     "reasoning_expert": 2 * SENTENCE,
@@ -38,7 +38,7 @@ def generate(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]
 
 
 async def generate_async(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-    """The same backend as a server: other cases may run while it waits."""
+    """The same backend, acting like a server: other cases may run while it waits."""
     await asyncio.sleep(0)
     return generate(role, exchanges)
 

@@ -1,9 +1,9 @@
 """Test what RobustMAD concludes about models, with intervals: `python -m benchmarks.evaluation.robustmad FOLDER`.
 
 FOLDER holds `RobustMAD_MCQ.json`, `RobustMAD_MCQ_low.json` and the authors' files of answers to both,
-`answers_<model>.json` and `answers_<model>_low.json`. The tables show the strict score of each model, what degraded
-images cost it, what a reference gives it, and which of two models with neighbouring scores is better. The images are
-resampled, each with its eleven questions, and all models share the resamples.
+`answers_<model>.json` and `answers_<model>_low.json`. The tables show the strict score of each model, how much degraded
+images cost it, and how much a reference helps it. They also show which of two models with neighbouring scores is
+better. The images are resampled, each with its eleven questions, and all models share the resamples.
 
 `--picture FILE` also draws the scores as SVG.
 """
@@ -56,7 +56,7 @@ class Model:
     clean: PredictionTable
     degraded: PredictionTable
     unclear: int
-    """Number of answers without a clear letter, of both files. The authors' parser guesses one."""
+    """Number of answers without a clear letter in both files. The authors' parser guesses one."""
 
 
 def load_models(folder: Path) -> list[Model]:
@@ -166,7 +166,7 @@ def costs(before: Scores, after: Scores, parts: int) -> list[str]:
 
 
 def costs_by_degradation(folder: Path, model: Model, weights: np.ndarray) -> list[str]:
-    """Return what each degradation costs on the mean over the categories, over the images that have it, as text."""
+    """Return, as text, what each degradation costs on average over the categories, for the images that have it."""
     found = []
     for degradation in DEGRADATIONS:
         member = degraded_images(folder, model.clean, degradation)

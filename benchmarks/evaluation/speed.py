@@ -72,7 +72,7 @@ class Plain:
     max_new_tokens: int
 
     def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        """Every branch of every exchange, one after another."""
+        """Generate for every branch of every exchange, one after another."""
         if exchanges and hasattr(self.model, "peft_config"):
             self.model.set_adapter(role)
         return [[self.generate_one(exchange, branch) for branch in exchange.branches] for exchange in exchanges]
@@ -143,7 +143,7 @@ def recorded(base: Any) -> Iterator[list[Event]]:
 
 @torch.inference_mode()
 def replay(base: Any, events: Sequence[Event]) -> float:
-    """Repeat the recorded forward passes; returns how long they take, in seconds."""
+    """Repeat the recorded forward passes; returns their duration in seconds."""
     cache = DynamicCache(config=base.config.get_text_config())
     began = time.perf_counter()
     for name, recorded in events:

@@ -1,12 +1,12 @@
-"""Kill a training at random moments and resume it: `python -m benchmarks.reliability --minutes 60`.
+"""Kill a training at random times and resume it: `python -m benchmarks.reliability --minutes 60`.
 
-The command builds a small dataset and trains echo-tiny on it without a disturbance, on one process and on two. Then it
-trains again and again. After a random time, it kills a random process with SIGKILL, ends the others as torchrun does,
-and resumes. Whenever a training is complete, its losses and weights must be those of the undisturbed one: all bits on
-one process, and losses to 1e-6 on two. Memory, open files and temporary files must not grow.
+The command builds a small dataset and trains echo-tiny on it undisturbed, on one process and on two. Then it trains
+again and again. After a random time, it kills a random process with SIGKILL, ends the others as torchrun does, and
+resumes. Each completed training must match the undisturbed one: losses and weights in every bit on one process, and
+losses to within 1e-6 on two. Memory, open files and temporary files must not grow.
 
-The processes are forked from one that has imported everything, so that a kill costs seconds. They run train/sft.py as
-a launcher would. The exit status is 1 if anything differs.
+The processes are forked from one that has already imported everything, so that a kill costs only seconds. They run
+train/sft.py as a launcher would. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import psutil
 
 CASES_PER_STEP = 4
 TOLERANCE = {1: 0.0, 2: 1e-6}
-"""Largest difference of a loss, by the number of processes."""
+"""Largest allowed difference of a loss, by the number of processes."""
 LONGEST_END = 60
 """Seconds within which a process must end after another one has died."""
 LONGEST_RUN = 600
@@ -47,9 +47,9 @@ class Tally:
 
     kills: int = 0
     steps_before: list[int] = field(default_factory=list)
-    """The number of steps that were saved at each kill."""
+    """The number of steps that had been saved at each kill."""
     trainings: int = 0
-    """Trainings that were completed."""
+    """Number of completed trainings."""
     faults: list[str] = field(default_factory=list)
     largest_difference: float = 0.0
     slowest_end: float = 0.0
@@ -57,13 +57,13 @@ class Tally:
     megabytes: list[float] = field(default_factory=list)
     """Memory of the largest process at each kill."""
     handles: list[int] = field(default_factory=list)
-    """Most open files of a process at each kill."""
+    """Largest number of open files of a process at each kill."""
     temporary: list[int] = field(default_factory=list)
     """Temporary files after each kill."""
 
 
 class Loop:
-    """Trainings of one number of processes in a folder."""
+    """Trainings on a fixed number of processes, in a folder."""
 
     def __init__(self, folder: Path, dataset: Path, ranks: int, steps: int, draw: random.Random) -> None:
         self.folder, self.dataset, self.ranks, self.steps, self.draw = folder, dataset, ranks, steps, draw
@@ -171,7 +171,7 @@ class Loop:
                 self.fault(output, "its weights differ")
 
     def fault(self, output: Path, what: str) -> None:
-        """Record a fault with the end of the log of the first process."""
+        """Record a fault together with the end of the first process's log."""
         self.tally.faults.append(f"{output.name}: {what}")
         print(f"{output.name}: {what}\n{_end_of(output.with_suffix('.0.log'))}", file=sys.stderr, flush=True)
 

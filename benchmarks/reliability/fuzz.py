@@ -1,10 +1,10 @@
 """Run a parser on changed inputs: `python -m benchmarks.reliability.fuzz --parser coco --executions 100000`.
 
-A parser must return or refuse an input with its own kind of error, within SECONDS. Everything else is a find: the
-command writes the input and the traceback to `--output`, goes on, and exits with 1 at the end.
+A parser must return or refuse an input with its own kind of error, within SECONDS. Everything else is a finding: the
+command writes the input and the traceback to `--output`, continues, and exits with status 1 at the end.
 
-`--engine hypothesis` changes valid examples: parts of their JSON, and pieces of their text. `--engine atheris` changes
-bytes and keeps what reaches new lines of this project. It needs the package atheris (`pip install atheris`).
+`--engine hypothesis` changes parts of the JSON and pieces of the text in valid examples. `--engine atheris` changes
+bytes and keeps the inputs that reach new lines of this project. It needs the package atheris (`pip install atheris`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PIECES = (
     "Infinity", "1e400", "-1", "0", "9" * 50, "../", "/", "good", "&a ", "*a", "<<: ", "!!int ''", "!!binary x",
     "---\n", "<|im_end|>", "<|box_start|>", "[" * 100, "A", "B.", "yes",
 )  # fmt: skip
-"""What edits insert into a text."""
+"""Strings that edits insert into an example."""
 
 ODD_VALUES = st.one_of(
     st.none(),
@@ -57,14 +57,14 @@ ODD_VALUES = st.one_of(
 
 @dataclass
 class Found:
-    """What the executions of one parser have shown."""
+    """The results of executing one parser."""
 
     executions: int = 0
     refused: int = 0
     slowest: float = 0.0
     """Seconds of the longest execution."""
     finds: dict[str, tuple[bytes, str]] = field(default_factory=dict)
-    """The shortest input and its traceback, by the kind of the error and its place."""
+    """The shortest input and its traceback, by the type of the error and where it was raised."""
 
 
 class HangError(Exception):
@@ -88,7 +88,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def execute(parser: Parser, content: bytes, folder: Path, found: Found) -> None:
-    """Parse one input, and count what happened in `found`."""
+    """Parse one input, and record the result in `found`."""
     found.executions += 1
     started = time.perf_counter()
     try:
@@ -115,7 +115,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def changed_json(draw: st.DrawFn, example: bytes) -> bytes:
-    """An example with one to three parts of its JSON replaced, removed or repeated."""
+    """Return an example in which one to three parts of the JSON are replaced, removed or repeated."""
     value = json.loads(example)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(places(value))))
@@ -140,7 +140,7 @@ def changed_json(draw: st.DrawFn, example: bytes) -> bytes:
 
 @st.composite
 def changed_text(draw: st.DrawFn, example: bytes) -> bytes:
-    """An example with one to four pieces of its text replaced, removed or repeated."""
+    """Return an example in which one to four pieces of the text are replaced, removed or repeated."""
     content = example
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
@@ -156,7 +156,7 @@ def _bytes(piece: str) -> bytes:
 
 
 def contents(parser: Parser) -> st.SearchStrategy[bytes]:
-    """Changed examples of a parser, and a few inputs of bytes alone."""
+    """Changed examples of a parser, and a few inputs of arbitrary bytes."""
     options: list[st.SearchStrategy[bytes]] = [st.binary(max_size=40)]
     for example in parser.examples:
         options.append(changed_text(example))
@@ -166,7 +166,8 @@ def contents(parser: Parser) -> st.SearchStrategy[bytes]:
 
 
 def fuzz(parser: Parser, executions: int, folder: Path, seed: int = 0) -> Found:
-    """Execute a parser on `executions` inputs of hypothesis. Inputs are not shrunk: the shortest find is kept."""
+    """Execute a parser on `executions` inputs from hypothesis. Failing inputs are not shrunk; the shortest finding is
+    kept."""
     found = Found()
 
     @seeded(seed)
@@ -188,7 +189,7 @@ def fuzz(parser: Parser, executions: int, folder: Path, seed: int = 0) -> Found:
 
 
 def fuzz_bytes(name: str, executions: int, folder: Path, seed: int, output: Path) -> None:
-    """Execute a parser on `executions` inputs of atheris, write the finds to `output`, and end the process."""
+    """Execute a parser on `executions` inputs from atheris, write the findings to `output`, and end the process."""
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["echo_ft", "data_prep"]):
         parser = _parsers().PARSERS[name]
@@ -219,7 +220,7 @@ def _parsers() -> ModuleType:
 
 
 def report(name: str, found: Found, output: Path) -> None:
-    """Print what was found, and write each find to a file of its own."""
+    """Print what was found, and write each finding to a separate file."""
     print(
         f"{name}: {found.executions:,} executions, {found.refused:,} refused, {len(found.finds)} finds, "
         f"slowest {found.slowest:.2f} s",

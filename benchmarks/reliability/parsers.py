@@ -1,4 +1,4 @@
-"""Every parser of text from outside, as a function of bytes, with valid examples for a fuzzer to change."""
+"""Every parser of text from outside, as a function that takes bytes, with valid examples for a fuzzer to change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Parser:
 
 
 def prepare_folder(folder: Path) -> Path:
-    """Draw the image that the examples are about, and return the folder."""
+    """Draw the image that the examples describe, and return the folder."""
     Image.new("RGB", (48, 32), "grey").save(folder / "a.png")
     return folder
 
@@ -123,7 +123,7 @@ def _reply(content: bytes, folder: Path) -> None:
 
 
 REPLY_ERRORS = (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError)
-"""What `Server` takes for an unusable reply."""
+"""The errors by which `Server` recognises an unusable reply."""
 
 
 def _json(*values: Any) -> tuple[bytes, ...]:

@@ -1,4 +1,5 @@
-"""One training process of the kill loop. A fork server imports this module once, so that a start takes a second."""
+"""One training process of the kill loop. A fork server imports this module once, so that starting a process takes only
+a second."""
 
 from __future__ import annotations
 

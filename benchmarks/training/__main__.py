@@ -2,15 +2,15 @@
 
 All contenders train the same model on the same cases in the same order, ten questions per step. Each runs in its own
 process, and the contenders take turns. The first steps of each process are not counted. Ratios compare medians over
-runs. LLaMA-Factory and ms-swift are included if you pass the Python interpreter of an environment that has them.
+runs. LLaMA-Factory and ms-swift are included if you pass the Python interpreters of their environments.
 
 On a GPU, at the true sizes:
 
     python -m benchmarks.training --gpu --model Qwen/Qwen2-VL-2B-Instruct --rows 20
 
 The weights are then random, which changes neither speed nor memory. The text is tokenized by echo-tiny's tokenizer,
-which needs no download. Operations count only the necessary work, with each distinct image and token once, and are the
-same for all contenders. The MFU divides this useful work by the peak of the GPU.
+which needs no download. The count of operations covers only the necessary work, with each distinct image and token
+once, and is the same for all contenders. The MFU divides this useful work by the peak of the GPU.
 
 At the true widths, on a CPU:
 
@@ -57,7 +57,7 @@ WARM_UP_STEPS = 3
 def measure(command: Sequence[str], name: str, features: str, folder: Path, workload: Workload) -> dict[str, Any]:
     """Run one contender once: questions/s at steady state, first losses, work per step and peak memory.
 
-    Exits with the end of the contender's output if it fails.
+    If the contender fails, this exits with the end of its output.
     """
     count = workload.steps + (workload.steps_per_epoch if features == "stored" else WARM_UP_STEPS)
     described = json.dumps(asdict(replace(workload, steps=count)))
@@ -122,7 +122,7 @@ def random_model(name: str, folder: Path, layers: int | None = None) -> str:
 def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: int) -> str:
     """One line per contender, with medians over its runs of `rows` questions per step, then device and versions.
 
-    Ratios compare medians. Their lowest and highest value compare runs that took turns with each other.
+    Ratios compare medians. The lowest and highest ratios compare runs that took turns with each other.
     """
     rates = {contender: statistics.median(found["rate"] for found in runs) for contender, runs in results.items()}
     best = max((contender for contender in rates if contender[0] in OTHER_TRAINERS), key=rates.__getitem__)
@@ -157,7 +157,7 @@ def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: 
 
 
 def with_spread(value: float, runs: Sequence[float], digits: int = 2) -> str:
-    """`value` with the lowest and highest of its runs, if there are several."""
+    """Format `value`, with the lowest and highest value of its runs if there are several."""
     spread = f" ({min(runs):.{digits}f} to {max(runs):.{digits}f})" if len(runs) > 1 else ""
     return f"{value:.{digits}f}{spread}"
 

@@ -90,7 +90,7 @@ def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
 def trl_at_labels(folder: Path, workload: Workload, stored: bool) -> Steps:
     """TRL's trainer with logits only at the labels, as it computes them on a GPU.
 
-    On a CPU, TRL (1.16) computes the logits of every token. At true widths, this takes more time than two layers.
+    On a CPU, TRL (1.16) computes the logits of every token. At true widths, this takes longer than two layers.
     """
     from trl.trainer import utils
 
@@ -127,7 +127,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
 
 
 def add_operations(steps: Steps, core: Any) -> None:
-    """Replace the load of the first batch by its operations, counting each distinct image and token once."""
+    """Replace the load of the first batch with its operations, counting each distinct image and token once."""
     steps.work["operations"] = unit_costs(core).flops(WorkCounts(*steps.work.pop("work_counts")))
 
 

@@ -34,7 +34,7 @@ class Steps(TrainerCallback):
         self.turns = turns
         self.ends: list[float] = []
         self.starts: list[float] = []
-        """When the step after each of `ends` began: at once, or with the next turn."""
+        """When the step after each of `ends` began: immediately, or with the next turn."""
         self.losses: list[float] = []
         self.work: dict[str, Any] = {}
 
@@ -62,7 +62,7 @@ class Steps(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Called by the Trainer: build the first batch again with the contender's own loader."""
+        """Called by the Trainer. Builds the first batch again with the contender's own loader."""
         self.work = work(next(iter(train_dataloader)))
 
 

@@ -1,9 +1,9 @@
-"""Run LLaMA-Factory or ms-swift on the same rows, by its own training function and in its own environment.
+"""Run LLaMA-Factory or ms-swift on the same rows, with its own training function and in its own environment.
 
 `PYTHON -m benchmarks.training.other_trainers NAME FOLDER WORKLOAD computed`, with the interpreter of that environment.
 
 The options make the work equal (LoRA, precision, order of rows, optimizer, pixel budget) or are needed on a CPU. All
-others keep their defaults.
+other options keep their defaults.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measure planning of a large dataset before step 1: `python -m benchmarks.training.planning [--cases 100000]`.
 
-The rows are those of the decision maker: one exchange of two images and five questions per case. Every case has its
-own files, which are links to a few drawn images. Reading an image header takes the same time for every link. Decoding
-would take hours. The benchmark prints the time and the peak memory of the process.
+The rows are those of the decision maker: one exchange of two images and five questions per case. Every case has its own
+files, which are links to a few drawn images. Reading an image header takes the same time for every link. Decoding all
+images would take hours. The benchmark prints the time and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.training.workload import MODEL, Workload, make_exchanges
 
 DRAWN_CASES = 100
-"""Distinct cases. All others repeat them with other file names and questions."""
+"""Distinct cases. All other cases repeat them with other file names and questions."""
 
 
 def write_rows(folder: Path, cases: int) -> Path:

@@ -20,8 +20,8 @@ def take_turns(
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Run the contenders for `steps` steps, one step each in turn; returns one measurement per counted step.
 
-    Only the last `counted` steps count. `rate` is in questions/s, with `rows` questions per step. Exits with the end of
-    a contender's output if it fails.
+    Only the last `counted` steps count. `rate` is in questions/s, with `rows` questions per step. If a contender fails,
+    this exits with the end of its output.
     """
     results = {}
     with ExitStack() as stack:
