@@ -1,8 +1,8 @@
 """Run and compare many variants from one YAML file: `python -m evaluation.ablate --config FILE`.
 
-The file contains the options of evaluation.run, which all cells share, and `cells`. Each cell has a name and the
-options that are its own, and is compared with the cell `baseline`. Every cell has an ordinary run folder under
-`output`; cells with equal options share one.
+The file contains the options of evaluation.run, which all cells share, and `cells`. Each cell has a name and sets only
+the options that differ; it is compared with the cell `baseline`. Every cell has an ordinary run folder under `output`;
+cells with equal options share one.
 
 Cells share results. The model and the image features stay in memory from one cell to the next. `output/utterances`
 caches what the roles generate, so cells with the same prompts share it. Cells added later use the same cache. Rerun the
@@ -156,7 +156,7 @@ def order_runs(cells: Sequence[Cell]) -> list[RunConfig]:
     models: dict[str, list[RunConfig]] = {}
     for cell in distinct.values():
         try:
-            adapters = prepare_run(cell.config).adapters  # inputs are loaded again later, to hold those of one run only
+            adapters = prepare_run(cell.config).adapters  # loaded again later, so memory holds only one run's inputs
         except EchoError as error:
             raise EchoError(f"cell {cell.name}: {error}") from error
         models.setdefault(_model_key(cell.config, adapters), []).append(cell.config)

@@ -1,7 +1,7 @@
 """The case viewer of the report and comparison pages: its data and its images.
 
 A page filters a small index of all cases. The cases themselves are in compressed blocks, which it unpacks to show a
-case. So a page with 10,000 cases opens at once and needs no network.
+case. A page with 10,000 cases therefore opens at once and needs no network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CaseViewer:
     index: Mapping[str, Any]
     """The names of runs, question types, products and conditions, and the values of each case that the filters use."""
     blocks: Sequence[str]
-    """The cases, CASES_PER_BLOCK in each: JSON, compressed by gzip, in base64."""
+    """Blocks of CASES_PER_BLOCK cases: JSON, compressed with gzip, in base64."""
     images: ImageStore
 
 
@@ -105,7 +105,7 @@ def _dataset_cases(run: Run) -> tuple[Path | None, dict[str, Case]]:
         return None, {}
     try:
         return dataset.root, {case.id: case for case in load_cases(dataset, str(run.provenance.get("split")))}
-    except (EchoError, OSError, KeyError, ValueError):  # a page can do without masks
+    except (EchoError, OSError, KeyError, ValueError):  # a page works without masks
         return dataset.root, {}
 
 
@@ -138,7 +138,7 @@ def _describe_case(
     traces: Sequence[Sequence[Trace]],
     images: ImageStore,
 ) -> dict[str, Any]:
-    """Return what the page shows of one case. `questions` holds the answers of every run to each question."""
+    """Return the content of the page for one case. `questions` holds the answers of every run to each question."""
     first = questions[0][0]
     candidates = _candidates(first.image, case, traces)
     names = {first.image: "query", **{path: f"candidate {place}" for place, path in enumerate(candidates, start=1)}}

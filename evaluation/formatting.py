@@ -8,7 +8,7 @@ from typing import Any
 from echo_ft.metrics.detection import FLAGGED_FROM
 
 DETECTION_METRICS = ("AUROC", "recall", "specificity")
-"""Metrics shown from 0 to 1. All others are shown in percent."""
+"""Metrics shown from 0 to 1. All other metrics are shown in percent."""
 
 DETECTION_LABELS = {
     "auroc": "AUROC",
@@ -77,7 +77,7 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """Format a metric in its own unit: detection from 0 to 1, all others in percent."""
+    """Format a metric in its own unit: detection from 0 to 1, and all other metrics in percent."""
     return share_text(value) if name in DETECTION_METRICS else percent(value)
 
 

@@ -1,6 +1,7 @@
-"""The page of `python -m evaluation.inspect --serve`: drop an image, and read what the experts say as they say it.
+"""The page of `python -m evaluation.inspect --serve`: drop an image, and follow what the experts say.
 
-Gradio serves the page. It hears only this machine by default, sends nothing anywhere, and keeps no upload.
+Gradio serves the page. By default, it accepts only connections from this machine. It sends nothing elsewhere and keeps
+no upload.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from echo_ft.records import ROLES
 from evaluation.case_images import IMAGE_SIDE
 
 MAX_UPLOAD_BYTES = 64 * 2**20
-"""Size of the largest upload. `images.decode` limits the pixels of what it holds."""
+"""Largest accepted size of an upload. `images.decode` limits the pixels of the image in it."""
 
 UPLOAD_SECONDS = 300
-"""How long an upload that nobody asks about is kept. One that was inspected is removed at once."""
+"""How long an upload is kept if nobody inspects it. After an inspection, it is removed at once."""
 
 WAITING = 16
 """How many images may wait for their turn; the experts inspect one at a time."""
@@ -39,7 +40,7 @@ CONTENT_POLICY = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
-"""The browser loads nothing from elsewhere. Gradio (6.31) writes its own scripts and styles into the page, and
+"""The browser loads nothing from other addresses. Gradio (6.31) writes its own scripts and styles into the page, and
 compiles its templates there."""
 
 NEAREST = "found by similarity"
@@ -76,7 +77,7 @@ def serve(load: Callable[[], Inspector], host: str, port: int) -> None:
         require_gradio()
         import uvicorn
 
-        # The scratch folder would stay if SIGTERM, by which services are stopped, ended the process at once.
+        # SIGTERM, which stops services, would end the process at once and leave the scratch folder behind.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         app = make_app(load(), host, uploads)
         shown = f"[{host}]" if ":" in host else host
@@ -91,7 +92,7 @@ def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if host in LOOPBACK:  # else a foreign page whose name leads here could read the answers
+    if host in LOOPBACK:  # otherwise, a page whose host name resolves to this address could read the answers
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     @app.middleware("http")
@@ -126,7 +127,7 @@ def make_page(inspector: Inspector, uploads: Path) -> Any:
                 yield None, shown  # the empty field takes the next image
 
     products = sorted({product for _, product in inspector.products.conditions})
-    # Every `age` of UPLOAD_SECONDS, Gradio removes what was uploaded and never inspected.
+    # After UPLOAD_SECONDS, Gradio removes uploads that were never inspected.
     with gradio.Blocks(title="echo-ft", analytics_enabled=False, delete_cache=(60, UPLOAD_SECONDS)) as page:
         gradio.Markdown(INTRODUCTION)
         with gradio.Row():
@@ -152,7 +153,7 @@ def make_page(inspector: Inspector, uploads: Path) -> Any:
 
 
 def inspect_upload(inspector: Inspector, path: Path, product: str | None) -> Iterator[str]:
-    """Inspect an uploaded image, remove it, and yield what is known of it as HTML, also while the experts work."""
+    """Inspect an uploaded image and remove it. Yield HTML with what is known about it, even while experts work."""
     values: dict[str, Any] = {"query": None, "size": None}
     reference: str | None = None
     try:
@@ -172,7 +173,7 @@ def inspect_upload(inspector: Inspector, path: Path, product: str | None) -> Ite
 
 
 def show(step: Progress | Result | None, images: dict[str, Any], problem: str | None = None) -> str:
-    """Return what is known of an image as HTML. `images` has the addresses `query` and `reference`, and the `size`."""
+    """Return HTML with what is known about an image. `images` has the addresses `query` and `reference`, and `size`."""
     traces = () if step is None else step.trace
     asked = {} if step is None else _questions(step)
     return render_page(

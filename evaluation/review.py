@@ -62,7 +62,7 @@ class ReviewCase:
 
 
 def run_dataset(run: Run) -> Dataset:
-    """Load the dataset of a run. Raises EchoError if it is missing or was rebuilt since the run."""
+    """Load the dataset of a run. Raises EchoError if it is missing or was rebuilt after the run."""
     if "dataset" not in run.provenance:
         raise EchoError(f"{run.folder} is not the folder of a run; give one written by python -m evaluation.run")
     dataset = load_dataset(Path(str(run.provenance["dataset"])))
@@ -72,11 +72,11 @@ def run_dataset(run: Run) -> Dataset:
 
 
 def review_cases(run: Run, dataset: Dataset) -> list[ReviewCase]:
-    """Return the cases of a run in the order of its predictions. Raises EchoError if the dataset lacks one of them."""
+    """Return the cases of a run in the order of its predictions. Raises EchoError if the dataset lacks a case."""
     inspections = {one.id: one for one in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)}
     traces: dict[str, dict[tuple[str, str], Trace]] = {}
     for read in read_complete_rows(run.folder / TRACES, Trace):
-        trace = replace(read, context="", prompt="")  # prompts take most of the memory of a trace
+        trace = replace(read, context="", prompt="")  # prompts take most of a trace's memory
         traces.setdefault(trace.case, {})[trace.role, trace.branch] = trace
     # A case may have only a question about boxes.
     predictions: dict[str, list[Prediction]] = {one.case: [] for one in (*run.predictions, *run.grounding)}

@@ -147,7 +147,7 @@ def _question_text(question: ReviewQuestion) -> str:
 
 
 def write_coco(folder: Path, cases: Sequence[ReviewCase], root: Path, run: str) -> None:
-    """Write a COCO file with the truth as annotations. `review` in an image holds what the run says about it.
+    """Write a COCO file with the truth as annotations. `review` in an image holds the run's results for it.
 
     Its `predicted_boxes` are x0, y0, x1, y1 in thousandths of the image. A defect without an outline becomes an
     annotation without `bbox` and `segmentation`.

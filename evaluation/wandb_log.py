@@ -1,4 +1,4 @@
-"""What the evaluation commands log to Weights & Biases."""
+"""Logs of the evaluation commands in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COLUMNS = (
     "case", "product", "condition", "query", "reference", "kind", "question", "reference_extractor", "knowledge_guide",
     "reasoning_expert", "decision_maker", "P", "P(defect)", "answer", "truth", "right", "tags",
 )  # fmt: skip
-"""Columns of the table, which has a row per question. `P` is the probability of the true option."""
+"""Columns of the table, which has one row per question. `P` is the probability of the true option."""
 
 
 def log_evaluation(report: Mapping[str, Any], run: Run, output: Path, options: Any) -> None:

@@ -41,7 +41,7 @@ TOOLS = {
     "chromium": ("make pictures, and the tests of the pages", "apt install chromium"),
     "npm": ("the tests with the published vocabulary", "apt install npm"),
 }
-"""Programs, what they are for, and how to get them on Debian or Ubuntu. Nothing but the commands named needs them."""
+"""Programs, what they are for, and how to get them on Debian or Ubuntu. Only the commands named here need them."""
 
 ABILITIES = (
     ("run the 2B", 7.5),
@@ -77,7 +77,7 @@ class Check:
 
     @property
     def state(self) -> str:
-        """`ok`, `missing` if the demo needs it, or `optional`."""
+        """`ok`, or else `missing` if the demo needs it and `optional` if not."""
         return "ok" if not self.remedy else "missing" if self.needed else "optional"
 
 
@@ -131,7 +131,7 @@ def check_packages(requirements: Sequence[str]) -> list[Check]:
     for extra, members in wanted.items():
         faults = [fault for member in members if (fault := package_fault(member))]
         found = "; ".join(faults) or f"{len(members)} of {len(members)} installed"
-        # Gradio (6.31), in the extra serving, needs another Pillow than the one that constraints.txt pins.
+        # Gradio (6.31), in the extra serving, needs a different Pillow from the one that constraints.txt pins.
         remedies = {
             "": "pip install -c constraints.txt -e .",
             "serving": "python3 -m venv env-page && env-page/bin/pip install -e '.[serving]'",
@@ -142,7 +142,7 @@ def check_packages(requirements: Sequence[str]) -> list[Check]:
 
 
 def package_fault(requirement: Requirement) -> str:
-    """Return what is wrong with an installed package, or nothing."""
+    """Return what is wrong with a package; empty if nothing is."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:

@@ -4,8 +4,8 @@ This command finds every LoRA target in the real architecture, counts the parame
 each topology at the recipe's largest batch. echo_ft/training/memory.py describes the method and what it leaves out. No
 weights are downloaded, and no GPU is needed.
 
-`--run recipes/qwen2_vl_7b/run.yaml` also estimates a run with adapters like that of the recipe. The file may be a
-config of evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
+`--run recipes/qwen2_vl_7b/run.yaml` also estimates a run with adapters like the recipe's. The file may be a config of
+evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Export the tuned pipeline as a bundle, whose layout echo_ft.inference.bundle describes.
 
-Each part of the bundle is reloaded. Its logits on a synthetic probe are compared with those of the trained adapter, and
-the answers of the reloaded pipeline with those of the original one.
+Each part of the bundle is reloaded. Its logits on a synthetic probe are compared with the trained adapter's, and the
+reloaded pipeline's answers with those of the original.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def _merge(base: Any, adapter: Path, target: Path, processor: Any) -> None:
     """Write the merged model of a base model and an adapter, with the adapter's card and the processor."""
     save_model(attach_adapters(base, {adapter.name: adapter}).merge_and_unload(), target)
     save_processor(processor, target)
-    # The card lets a run on the merged model check what it was trained on.
+    # With the card, a run on the merged model can check which images it was trained on.
     shutil.copyfile(adapter / ADAPTER_CARD, target / ADAPTER_CARD)
     seal_folder(target)
 

@@ -16,7 +16,7 @@ from echo_ft.model.adapters import Adapter
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a report says about the pipeline that it measured."""
+    """The facts in a report about the pipeline that it measured."""
 
     report: Mapping[str, Any]
     pipeline: PipelineConfig
@@ -29,8 +29,8 @@ class Measurement:
 def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement:
     """Read a report.json and check that it measures the `adapters`.
 
-    Raises EchoError if it is not the report of a run, if the run used other adapters or another base model, or if an
-    inspector cannot repeat it. An inspector cannot repeat a run with corrupted queries or random references.
+    Raises EchoError if it is not the report of a run, if the run used different adapters or a different base model, or
+    if an inspector cannot repeat it. An inspector cannot repeat a run with corrupted queries or random references.
     """
     try:
         report = read_json_object(path)

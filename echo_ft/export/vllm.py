@@ -127,7 +127,7 @@ def vllm_refusal(config: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def vllm_rank(configs: Sequence[Mapping[str, Any]]) -> int:
     """Return the smallest --max-lora-rank that vLLM accepts for all of these adapter configs.
 
-    If a rank is too large for vLLM, return the largest rank; `vllm_refusal` names that adapter.
+    If a rank is too large for vLLM, return the largest rank of the configs; `vllm_refusal` rejects that adapter.
     """
     largest = max(map(_largest_rank, configs))
     return next((rank for rank in VLLM_RANKS if rank >= largest), largest)

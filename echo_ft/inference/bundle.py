@@ -74,7 +74,7 @@ class BundleDescription:
 
 
 def read_bundle(folder: Path) -> BundleDescription:
-    """Read the description of the bundle in `folder`, and check the files that inference loads by their checksums.
+    """Read the description of the bundle in `folder`, and verify the checksums of the files that inference loads.
 
     Raises EchoError if there is no bundle, if another version wrote it, or if a file is missing, added or changed.
     """

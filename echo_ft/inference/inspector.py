@@ -37,7 +37,7 @@ MAX_BATCH_TOKENS = 32_768
 
 @dataclass(frozen=True)
 class Result:
-    """What the experts say about one image. The names `image` and `pred_...` are those of anomalib."""
+    """What the experts say about one image. The names `image` and `pred_...` are the same as in anomalib."""
 
     image: str
     """The image file; empty for an image in memory."""
@@ -64,22 +64,22 @@ class Result:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the experts have said about one image so far."""
+    """The experts' outputs for one image so far."""
 
     role: str
-    """The role that works now."""
+    """The role that is at work now."""
     product: str
     questions: tuple[Question, ...]
     reference: str | None
-    """The normal image that the reference extractor chose; None until then, or if none is used."""
+    """The normal image that the reference extractor chose; None before that, or if no reference is used."""
     trace: tuple[Trace, ...]
 
 
 class Inspector:
     """The tuned pipeline for images without a known condition.
 
-    It holds the model with its adapters, or the server that has them, and what is known about the products: normal
-    images as references, knowledge and conditions.
+    It holds the model with its adapters, or the server that has loaded them. It also holds the normal images, knowledge
+    and conditions of the products.
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class Inspector:
     ) -> Inspector:
         """Use the adapters of a bundle that a server has loaded; the base model is not needed here.
 
-        `url` is that of an OpenAI-compatible server, and `model` the name of the adapters there, in which `{role}`
-        stands for the role. If the server requires a key, set the environment variable OPENAI_API_KEY. Raises EchoError
+        `url` is that of an OpenAI-compatible server, and `model` is the name of the adapters there, with `{role}` in
+        place of the role. If the server requires a key, set the environment variable OPENAI_API_KEY. Raises EchoError
         if the server returns no token probabilities, counts tokens differently, or does not answer like the bundle's
         adapters.
         """

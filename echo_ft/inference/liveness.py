@@ -2,7 +2,7 @@
 
 The export records what every adapter answers, what the base model answers, and what each adapter would answer under a
 fault that leaves no other trace: applied twice, or without its weights in the vision tower. The backend must answer as
-the adapter of the role. If it answers like another record, that record names the fault.
+the adapter of the role. If its answer matches another record, that record names the fault.
 
 An answer to the probe has the text of each branch and, where the backend returns them, the log-probabilities of the
 option letters at its first token. The log-probabilities decide. The text decides only without them, because small
@@ -125,7 +125,7 @@ def probe_tokens(row_builder: RowBuilder, probe: Exchange) -> str:
 
 
 def answer_probe(backend: ProbeBackend, role: str, probe: Exchange) -> ProbeAnswer:
-    """Return what a backend answers to the probe as `role`."""
+    """Return a backend's answer to the probe as `role`."""
     generations = backend(role, probe)
     return ProbeAnswer(tuple(one.text for one in generations), tuple(dict(one.letters) for one in generations))
 

@@ -80,9 +80,9 @@ def estimate_run(
 ) -> RunEstimate:
     """Memory of a run of `model`, a Qwen2-VL on the meta device without adapters, at `width` bytes per value.
 
-    `adapter_parameters` counts the parameters of one role's adapter; 0 means no adapters. `features_bytes` is what an
-    ablation keeps of image features. With hidden size h and MLP size f, a prefix token in a layer needs 3f + 5h values
-    for SwiGLU, the residual stream and the norms. With adapters, the sum of base layer and adapter adds f.
+    `adapter_parameters` counts the parameters of one role's adapter; 0 means no adapters. `features_bytes` is the size
+    of the image features that an ablation keeps. With hidden size h and MLP size f, a prefix token in a layer needs 3f
+    + 5h values for SwiGLU, the residual stream and the norms. With adapters, the sum of base layer and adapter adds f.
     """
     text = model.config.text_config
     hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
@@ -95,7 +95,7 @@ def estimate_run(
     branches = together * shape.branches
     started = branches * (prefix + shape.branch_tokens)
     decoded = started + branches * shape.max_new_tokens
-    # A branch's attention has a mask, for which transformers (5.23) repeats keys and values to all heads.
+    # A branch's attention has a mask, so transformers (5.23) repeats keys and values for all heads.
     repeated = width * 2 * hidden
     logits = _FP32 * (2 * branches * text.vocab_size + _HEAD_BLOCK * hidden)
     return RunEstimate(

@@ -1,4 +1,4 @@
-"""The folder of an evaluation run, which can be interrupted at any time, resumed, and never mixed with another run.
+"""The folder of an evaluation run, which can be interrupted at any time and resumed, and never mixes two runs.
 
 A single process writes directly to the run's files. Several processes write one shard each. The first process merges
 the shards when all are done, or when the run is resumed with any number of processes.
@@ -82,7 +82,7 @@ class RunFolder:
         equal when a run is resumed. `notes` are also written to run.json but may differ; if the notes of a process that
         writes answers differ from the first process's, `continued_with` receives them.
 
-        Raises EchoError if the provenance differs, another process is writing to the folder, the folder has other
+        Raises EchoError if the provenance differs, another process is writing to the folder, the folder has foreign
         content, or the disk is full.
         """
         self.folder = folder
@@ -169,7 +169,7 @@ class RunFolder:
                 self._write_description(complete=len(self.done) == len(self.cases))
 
     def _open(self) -> set[str]:
-        """Claim the folder, reduce its files to cases that are done, and return their ids."""
+        """Claim the folder, reduce its files to the finished cases, and return their ids."""
         own_files = {RUN_DESCRIPTION + PARTIAL, LOCK_FILE}
         description = self.folder / RUN_DESCRIPTION
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()

@@ -2,7 +2,7 @@
 
 Requests contain the rendered prompts: images first, then the shared context, then the branch. A server with a prefix
 cache therefore computes the shared part only once. The client resizes images to the pixel budget with the model's own
-processor and sends them losslessly, so that the server gets the images that training used. It also checks that the
+processor and sends them losslessly, so that the server receives the same pixels as in training. It also checks that the
 server counts the expected number of prompt tokens.
 """
 

@@ -104,7 +104,7 @@ class FolderWatch:
                 continue
             try:
                 stat = path.stat()
-            except OSError:  # deleted meanwhile
+            except OSError:  # deleted in the meantime
                 continue
             version = stat.st_size, stat.st_mtime_ns
             names.add(path.name)

@@ -31,7 +31,7 @@ class Units:
     """Images or parts: whether each is defective, and how certain its defect is."""
 
     image: np.ndarray
-    """(M,): one image of each unit. Its weight is that of the unit, because images of a part are drawn together."""
+    """(M,): one image of each unit. Its weight is the unit's weight, because images of a part are drawn together."""
     defective: np.ndarray
     """(M,) bool"""
     scores: np.ndarray

@@ -178,7 +178,7 @@ def mean_over_groups(
 def judge_texts(
     case: Case, outputs: Mapping[tuple[str, str], Trace], decisions: Mapping[tuple[str, str], str | None]
 ) -> list[Judgement]:
-    """Judge what needs no image: the condition that the guide names, and whether conclusions agree with decisions.
+    """Judge outputs without images: the condition that the guide names, and whether conclusions agree with decisions.
 
     `outputs` are the case's traces by role and branch, and `decisions` are the letters by case and question. If a
     case's condition has no knowledge entry, the guide is not judged on it, because it could not name the condition.
@@ -199,7 +199,7 @@ def judge_texts(
 
 
 def judge_by_images(case: Case, outputs: Mapping[tuple[str, str], Trace], root: Path) -> list[Judgement]:
-    """Judge what needs the images or the mask: the chosen reference, and the locations that the reasoning names.
+    """Judge outputs that require images or the mask: the chosen reference, and the locations that the reasoning names.
 
     The best candidate is the one that `targets.gold_upstream` chooses among those that the extractor saw. Raises
     EchoError if an image or the mask cannot be read.

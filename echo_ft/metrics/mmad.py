@@ -109,8 +109,8 @@ def _all_columns(row: dict[str, float]) -> dict[str, float | None]:
 def read_answers(path: Path) -> list[Answer]:
     """Read an answer file in MMAD's format, a JSON list of objects.
 
-    Raises EchoError if the file is missing or not such a list, or, with the row's number counted from 1, if a row has
-    another format or an unknown question type.
+    Raises EchoError if the file is missing or not such a list. Also raises EchoError, with the row's number counted
+    from 1, if a row has a different format or an unknown question type.
     """
     if not path.is_file():
         raise EchoError(f"there is no answer file {path}; give the path of a JSON file in MMAD's format")
@@ -150,7 +150,7 @@ def _answer(row: Any, where: str) -> Answer:
 
 
 def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Rejection]]:
-    """Convert answers to predictions for the strict scores, and reject rows with a correct answer that is no option.
+    """Convert answers to predictions for the strict scores, and reject rows whose correct answer is not an option.
 
     An image is normal if one of its folders is named exactly `good`. `roles.parse_letter` parses the answers.
     """

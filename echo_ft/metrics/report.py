@@ -53,7 +53,7 @@ SAME_MODEL_KEYS = (
 def calibrate_run(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
     """Calibrate a run on the validation run in `folder`: `fit_calibration`, warnings, and provenance of that run.
 
-    Raises EchoError if `false_alarms` is not between 0 and 1, if the validation run used another model or other
+    Raises EchoError if `false_alarms` is not between 0 and 1, if the validation run used a different model or different
     options, or if both runs contain the same parts.
     """
     if not 0 < false_alarms < 1:
@@ -163,7 +163,7 @@ def option_order_report(run: Run) -> dict[str, Any]:
 def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
     """Score the experts before the decision (`experts.score_experts`), or state why that is impossible (`unavailable`).
 
-    The scores need the dataset and its images, unchanged since the build. Empty for an answer file.
+    The scores require the dataset and its images, unchanged since the build. Empty for an answer file.
     """
     if "dataset" not in run.provenance:
         return {}

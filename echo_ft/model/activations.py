@@ -42,7 +42,7 @@ class ActivationBytes:
     full: int
     """What the forward pass keeps for the backward pass, without gradient checkpointing."""
     inputs: int
-    """The same with checkpointing: the input of every layer, and what lies between and after the layers."""
+    """The same with checkpointing: the input of every layer, and the tensors between and after the layers."""
     layer: int
     """With checkpointing: all activations of the largest layer, while it is recomputed."""
     backward: int
@@ -121,8 +121,8 @@ def _backward_bytes(model: Any, width: int, stream: int) -> int:
     """Bytes per token that a language model layer holds in addition to its activations during its backward pass.
 
     With hidden size h and MLP size f, the larger of two peaks counts:
-    - The end of its second forward pass: the last product of SwiGLU, the gradient of the layer's output and what the
-      layer is about to return, 4h in all.
+    - The end of its second forward pass: the last product of SwiGLU, the gradient of the layer's output, and the
+      tensors that the layer is about to return, 4h in all.
     - The backward pass of SwiGLU: three gradients of f values and one of h. The memory that the down projection kept is
       free again.
     """

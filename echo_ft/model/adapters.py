@@ -312,8 +312,8 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
 def gather_adapter(model: Any, device: Any) -> dict[str, Any]:
     """The trained weights of a model that FSDP2 shards, in main memory; empty in all processes but the first.
 
-    Every process must call this. The weights are gathered on `device`, one after the other. torch (2.15) could skip
-    the frozen ones too (`ignore_frozen_params`), but would gather a tied output layer.
+    Every process must call this. The weights are gathered on `device`, one at a time. torch (2.15) could skip the
+    frozen ones too (`ignore_frozen_params`), but would gather a tied output layer.
     """
     import torch.distributed as dist
 

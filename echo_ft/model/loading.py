@@ -30,10 +30,10 @@ def parameter_group(name: str) -> str:
 def check_lora_targets(model: Any, targets: list[str] | str) -> list[str]:
     """Check that `targets`, as PEFT takes them, are linear layers of `model`, and return their names.
 
-    A name in a list matches the end of a module's name. PEFT, however, ignores a name without matches if another name
-    has some. A string is `all-linear` (every linear layer but the output layer, including the vision tower and the
-    merger) or a regular expression for full names. A string that is just a name counts as a list, because TRL (1.16)
-    turns `[q_proj]` into `q_proj`. For `all-linear` and patterns, the result has the shortest names that match the same
+    A name in a list matches the end of a module's name. PEFT itself ignores a name without a match if another name has
+    one. A string is `all-linear` (every linear layer but the output layer, including the vision tower and the merger)
+    or a regular expression for full names. A string that is just a name counts as a list, because TRL (1.16) turns
+    `[q_proj]` into `q_proj`. For `all-linear` and patterns, the result has the shortest names that match the same
     modules.
 
     Raises EchoError if a target matches no module, with the nearest valid name, or if it also matches the output layer

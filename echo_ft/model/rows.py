@@ -112,8 +112,8 @@ class RowBuilder:
     def row(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Row:
         """Build the row of an exchange; `sizes` has the (width, height) of each image in pixels.
 
-        Raises EchoError if a text contains a control token of the chat template, if an image is too elongated, or if
-        the chat template has the wrong number of image placeholders.
+        Raises EchoError if a text contains a control token of the chat template, if an image is too long and narrow, or
+        if the chat template has the wrong number of image placeholders.
         """
         grids = np.array([self.grid(*size) for size in sizes], dtype=np.int64).reshape(-1, 3)
         encoded = self._encode(self._texts(exchange))

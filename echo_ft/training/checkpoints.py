@@ -73,7 +73,7 @@ IRRELEVANT = (
     "dataloader_in_order", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config",
 )  # fmt: skip
-"""Options that do not change what is learnt, or that the checkpoint's other files and card fields cover."""
+"""Options that do not change what is learnt, or that other files and card fields of the checkpoint cover."""
 
 _ORDER = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 """Keys of accelerator_config that decide which cases a step takes. The other keys affect only speed."""
@@ -232,7 +232,8 @@ def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, A
     changed = [name for name in FREE if name in before and before[name] != now[name]]
     adaptive = {"reduce_lr_on_plateau", "greedy"} & {before.get("lr_scheduler_type"), now["lr_scheduler_type"]}
     for name in changed:
-        # These schedules keep learning rates in their state. A separate rate of one part needs its own optimizer group.
+        # These schedules keep learning rates in their state. A separate rate for one part needs an optimizer group of
+        # its own.
         part = name in ("vision_learning_rate", "merger_learning_rate") and None in (before[name], now[name])
         if part or (adaptive and ("rate" in name or "lr_" in name)):
             _require_equal(checkpoint, name, before[name], now[name])
@@ -314,7 +315,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 def moved_best_checkpoint(state: Any, output: Path) -> str | None:
     """The best checkpoint of a resumed run's `state`, even if `output` has moved since; None if there is none.
 
-    transformers (5.23) forgets a best checkpoint whose recorded path does not exist, but not its step.
+    If the recorded path of the best checkpoint does not exist, transformers (5.23) forgets the path but not the step.
     """
     moved = output / f"checkpoint-{state.best_global_step}"
     if state.best_model_checkpoint is None and (moved / COMPLETE_MARKER).is_file():

@@ -83,7 +83,7 @@ def check_options(sft: SFTConfig, model: ModelConfig, config: EchoConfig | None 
     if sft.push_to_hub:
         _check_hub(sft, bool(config and config.dry_run))
     if sft.ddp_find_unused_parameters is None:  # TRL (1.16) would search for them in every step
-        sft.ddp_find_unused_parameters = False  # there are none: Collator has every process enter the tower
+        sft.ddp_find_unused_parameters = False  # there are none: Collator makes every process enter the tower
     sft.max_length = None
     sft.remove_unused_columns = False
     sft.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -162,7 +162,7 @@ def _try(option: str, check: Callable[[], Any], remedy: str) -> Any:
     """Return the result of a library's own check. Turns any error into an EchoError that names the option."""
     try:
         return check()
-    except Exception as error:  # the libraries raise what they like, from ImportError to KeyError
+    except Exception as error:  # the libraries may raise anything, from ImportError to KeyError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise EchoError(f"{option} cannot be used ({reason}); {remedy}") from error
 

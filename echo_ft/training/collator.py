@@ -45,8 +45,8 @@ class Collator:
         share the tower's weights or gradients and one process skips the tower, the others wait forever.
 
         `pixel_dtype` is the dtype of the model's weights, to which the model converts its pixels anyway. 16 bits halve
-        their size in the workers and on the GPU. `marks` has the inspections by case whose masks the mask loss learns
-        from; without it, there is no mask loss. `digests` has the SHA-256 of each image and mask; a file that differs
+        their size in the workers and on the GPU. `marks` has, by case, the inspections from whose masks the mask loss
+        learns; without it, there is no mask loss. `digests` has the SHA-256 of each image and mask; a file that differs
         raises EchoError when it is first read. `adapt_from`, one of rows.ADAPT_FROM, says where the adapter begins to
         act.
         """
@@ -59,7 +59,7 @@ class Collator:
         self.digests = digests
         self._verified: set[str] = set()
         self.adapt_from = adapt_from
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch by choice
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # an option lets workers outlive an epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also for the data loader's workers; every epoch has its own order of the options."""

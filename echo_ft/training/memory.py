@@ -135,7 +135,7 @@ def pixel_bytes(model: Any, batch: BatchShape, micro_batches: int, width: int) -
 
 
 def estimate_training(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConfig, gpus: int) -> TrainingEstimate:
-    """The memory that training `model` (a `trainable_meta_model`) takes, if `batch` is the largest batch of one GPU."""
+    """The memory for training `model` (a `trainable_meta_model`), if `batch` is the largest batch of one GPU."""
     counts = count_parameters(model)
     total, trainable = sum(count.total for count in counts), sum(count.trainable for count in counts)
     bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None

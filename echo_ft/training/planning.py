@@ -75,7 +75,7 @@ class Plan:
         )
 
     def cases(self) -> list[list[PlannedRow]]:
-        """Rows grouped by case, as cases.group_by_case groups them."""
+        """Rows grouped by case, just as in cases.group_by_case."""
         starts = case_starts((row.case, row.first_id) for row in self.rows)
         return [self.rows[start:end] for start, end in pairwise(starts)]
 

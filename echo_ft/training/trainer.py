@@ -45,7 +45,7 @@ class PrefixSharingTrainer(SFTTrainer):
     """SFTTrainer on packed prefix-sharing rows, with separate learning rates for tower and merger, and adapter cards.
 
     A batch has `per_device_train_batch_size` cases. With the loss, it logs cases/s, questions/s, tokens/s and TFLOP/s
-    of all processes since the previous log. On a GPU in flops.PEAK_FLOPS, it also logs the share of the peak (MFU).
+    of all processes since the previous log. On a GPU in flops.PEAK_FLOPS, it also logs the fraction of the peak (MFU).
     """
 
     def __init__(
