@@ -1,7 +1,7 @@
 """Configs: one YAML file per run, in which every key is also a flag (`--key value`).
 
-Unknown keys are an error that names the nearest known one. transformers' HfArgumentParser derives the flags, their
-types and their help from the dataclasses.
+An unknown key is an error, and the message suggests the closest known key. transformers' HfArgumentParser derives the
+flags, their types and their help from the dataclasses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from echo_ft.terminal import LOGGER, log_to_terminal
 COMMAND_LINE = "the command line"
 
 _LIST_OR_TEXT = ("lora_target_modules",)
-"""Options that TRL (1.16) declares as a list, and for which PEFT also takes a text (`all-linear` or a pattern)."""
+"""Options that TRL (1.16) declares as a list, but for which PEFT also accepts a string (`all-linear` or a pattern)."""
 
 DESCRIPTION = "--config FILE reads these options from a YAML file of key: value lines. Flags override the file."
 
@@ -42,17 +42,17 @@ DESCRIPTION = "--config FILE reads these options from a YAML file of key: value 
 def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """Build one instance of each dataclass in `types` from `--config FILE` and `--key value` flags.
 
-    Flags override the file. Raises EchoError if the file is missing or not a mapping, if a key is unknown (the message
-    names a known one that is near), if a value has the wrong type, or if a required value is missing.
+    Flags override the file. Raises EchoError if the file is missing or not a mapping. Also raises it if a key is
+    unknown (the message suggests a similar one), if a value has the wrong type, or if a required value is missing.
     """
     file, flags = _split([_with_home(flag) for flag in argv])
     return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)
 
 
 def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: Sequence[str] = ()) -> tuple[Any, ...]:
-    """Build the dataclasses from a mapping instead of a file. Raises EchoError like `parse`.
+    """Build the dataclasses from a mapping instead of a file. Raises EchoError as `parse` does.
 
-    Error messages call the mapping `source`. `flags` override its values.
+    Error messages refer to the mapping as `source`. `flags` override its values.
     """
     from transformers import HfArgumentParser  # takes seconds to import, which `--help` should not need
 
@@ -153,7 +153,7 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
 
 
 def _whole(item: Any) -> int:
-    """`int`, but it does not cut 2.7 to 2. Raises ArgumentTypeError, also for numbers of more than 64 bits."""
+    """Like `int`, but refuses 2.7 instead of truncating it. Raises ArgumentTypeError, also for more than 64 bits."""
     try:
         number = int(item)
     except (ValueError, OverflowError):
@@ -164,7 +164,7 @@ def _whole(item: Any) -> int:
 
 
 def _finite(item: Any) -> float:
-    """`float`, but it takes neither NaN nor infinity. Raises ArgumentTypeError."""
+    """Like `float`, but raises ArgumentTypeError for NaN and infinity."""
     try:
         number = float(item)
     except ValueError:
@@ -182,7 +182,7 @@ def _takes_mapping(kind: Any) -> bool:
 
 
 def _mapping(text: str) -> Any:
-    """Parse a JSON mapping; the name of an existing file stays text. Raises ArgumentTypeError for anything else."""
+    """Parse a JSON mapping, or return the name of an existing file. Raises ArgumentTypeError for anything else."""
     if text.startswith("{"):
         try:
             return _with_numbers(read_json(text))
@@ -194,7 +194,7 @@ def _mapping(text: str) -> Any:
 
 
 def _with_numbers(value: Any) -> Any:
-    """`value` with texts such as 1e-6 as numbers. YAML 1.1, which PyYAML (6.0) reads, has no float without a dot."""
+    """Convert strings such as 1e-6 to numbers. YAML 1.1, which PyYAML (6.0) reads, requires a dot in floats."""
     if isinstance(value, dict):
         return {name: _with_numbers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -206,7 +206,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _blamed(error: Exception, given: Mapping[str, Any]) -> str:
-    """`name: ` for the option that `error` is about, or nothing if the message names an option or none is found."""
+    """Return `name: ` for the option that caused `error`, or nothing if the message names one or none is found."""
     text = str(error)
     if any(re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in given):
         return ""
@@ -218,9 +218,9 @@ def _blamed(error: Exception, given: Mapping[str, Any]) -> str:
 
 
 def _with_home(text: str) -> str:
-    """Return a path, or `--option=path`, with the home folder instead of `~`. Shells expand it only after a space.
+    """Replace `~` with the home folder in a path or in `--option=path`. Shells expand it only after a space.
 
-    No option takes another text that starts with `~/`.
+    No option accepts any other value that starts with `~/`.
     """
     return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda found: (found[1] or "") + os.path.expanduser("~"), text)
 
@@ -244,18 +244,18 @@ def _error_handler(source: str) -> Callable[[str], None]:
 
 
 PARTLY_DONE = 3
-"""Exit status of a command that has finished although predictions failed, or images were rejected with --strict."""
+"""Exit status of a command that finished although predictions failed or, with --strict, images were rejected."""
 
 
 def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun the command to start again") -> None:
-    """Run a command's `main(argv)`, and end it with an exit status and, after an error, one sentence on stderr.
+    """Run a command's `main(argv)` and exit with its status. After an error, print one sentence to stderr.
 
-    The status is what `main` returns, by default 0; 2 for an error; 130 for Ctrl-C, 143 for SIGTERM and 141 for a
-    closed pipe, as in a shell. It is 1 only if a command says so, such as `evaluation.inspect` for a flagged image, and
-    `evaluation.score --gate` states its verdict by 1 and 3. After Ctrl-C, the sentence ends with `resume_hint`. The
-    traceback of an unexpected error goes to a file that the sentence names.
+    The status is what `main` returns (0 by default), or 2 for an error. As in a shell, it is 130 for Ctrl-C, 143 for
+    SIGTERM and 141 for a closed pipe. It is 1 only if a command returns 1, as `evaluation.inspect` does for a flagged
+    image. `evaluation.score --gate` expresses its verdict as 1 or 3. After Ctrl-C, the sentence ends with
+    `resume_hint`. The traceback of an unexpected error is written to a file that the sentence names.
     """
-    # When peft imports bitsandbytes (0.50), it warns that it falls back from a kernel of the Hugging Face Hub.
+    # When peft imports bitsandbytes (0.50), bitsandbytes warns that it does not use a kernel from the Hugging Face Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL (1.16) and peft (0.21) use names that transformers (5.23) has deprecated. Users cannot change them.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)

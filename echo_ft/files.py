@@ -1,4 +1,4 @@
-"""JSON lines, atomic files and folders, and one way to walk through folders of users."""
+"""JSON lines, atomic files and folders, and a single way to walk through users' folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SYSTEM_NAMES = frozenset(
         "system volume information", "thumbs.db",
     }
 )  # fmt: skip
-"""Files and folders that systems and network storage add, in lower case. Others are hidden: `.DS_Store`, `._a.png`."""
+"""Lower-case names that systems and network storage add. Names that start with a dot are skipped anyway."""
 
 
 def _fields(record: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def to_json(record: Any) -> str:
 
 
 def read_jsonl(path: Path, cls: type[Record], exclude: str = "") -> Iterator[Record]:
-    """Yield the records of a JSON-lines file. Lines that contain the text `exclude` are skipped without parsing.
+    """Yield the records of a JSON-lines file. Lines that contain the string `exclude` are skipped without parsing.
 
     Raises EchoError with the file and line number if the file cannot be read, or if a row is not a valid record of type
     `cls`.
@@ -75,12 +75,12 @@ def read_jsonl(path: Path, cls: type[Record], exclude: str = "") -> Iterator[Rec
 
 
 RESUME_REMEDY = "free some space and rerun the same command to resume"
-"""Remedy for a full disk if the command resumes."""
+"""What to do about a full disk if the command can resume."""
 
 
 @contextmanager
 def explain_full_disk(folder: Path, remedy: str, error_class: type[EchoError] = EchoError) -> Iterator[None]:
-    """Raise an `error_class` that names `folder` and `remedy` if a disk or quota is full in the block."""
+    """Raise an `error_class` that names `folder` and `remedy` if a disk or quota fills up within the block."""
     try:
         yield
     except Exception as error:
@@ -93,14 +93,14 @@ def explain_full_disk(folder: Path, remedy: str, error_class: type[EchoError] = 
 
 
 _FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-"""What errors without a code say if a disk is full."""
+"""Messages of errors without a code that mean that a disk is full."""
 
 _TORCH_FULL_DISK = ("iostream error", "unexpected pos")
-"""What torch says if a disk is full while it saves. A broken file that it loads may give the same words."""
+"""Messages of torch if a disk fills up while it saves. Loading a broken file may produce the same messages."""
 
 
 def _was_saving(error: Exception) -> bool:
-    """Return whether a function that saves raised the error, or called the one that did."""
+    """Return whether the error came from a saving function or from something that it called."""
     names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(name.lstrip("_").startswith("save") for name in names)
 
@@ -136,8 +136,8 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `output` if the block succeeds and is removed if it fails.
 
     At any moment, `output` is the old folder or the complete new one, even if the process is killed. This needs a file
-    system that can swap two folders; on others, the next call restores the old one. What killed commands left next to
-    `output` is removed. Raises EchoError if the parent folder of `output` is not writable.
+    system that can swap two folders. On other file systems, the next call restores the old folder. Anything that killed
+    commands left next to `output` is removed. Raises EchoError if the parent folder of `output` is not writable.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _swap(first: Path, second: Path) -> bool:
 
 
 def _remove_left_over(output: Path) -> None:
-    """Remove what `atomic_folder(output)` left in killed processes, and restore `output` if it is missing."""
+    """Remove what `atomic_folder(output)` left behind in killed processes, and restore `output` if it is missing."""
     for path in left_over_folders(output.parent, f".{output.name}."):
         if {one.name for one in path.iterdir()} <= {output.name, _REPLACED}:
             if (path / _REPLACED).exists() and not output.exists():
@@ -194,7 +194,7 @@ def _remove_left_over(output: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk, so that they survive a power failure."""
+    """Flush a file, or the names in a folder, to disk, so that they survive a power failure."""
     if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -208,7 +208,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Write everything below a folder to the disk, so that it survives a power failure. Links are not followed."""
+    """Flush everything below a folder to disk, so that it survives a power failure. Links are not followed."""
     paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in (*names, "")]
     with ThreadPoolExecutor(_FLUSHING_THREADS) as pool:  # the disk writes them together
         list(pool.map(flush, [path for path in paths if path.is_dir() or (path.is_file() and not path.is_symlink())]))
@@ -264,7 +264,7 @@ def read_complete_rows(path: Path, cls: type[Record]) -> Iterator[Record]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return the direct content of a folder, sorted by name, without hidden and system files.
+    """Return the entries directly in a folder, sorted by name, without hidden and system files.
 
     Raises EchoError if the folder cannot be read.
     """
@@ -285,8 +285,9 @@ def leads_outside(path: Path, root: Path) -> bool:
 def walk(folder: Path, root: Path | None = None) -> tuple[list[Path], list[Path]]:
     """Return the regular files at any depth in `folder`, and the linked folders that lead out of `root`, both sorted.
 
-    Pipes, devices, and hidden and system files are left out. Every folder is read once, so links may form circles: a
-    linked folder is read only if it lies in `root` (by default `folder`) and no path without a link leads to it.
+    Pipes, devices, hidden files and system files are left out. Every folder is read only once, so links may form
+    circles. A linked folder is read only if it is inside `root` (by default `folder`) and no path without links leads
+    to it.
     """
     root, seen = root or folder, set()
     files, outside, folders, links = [], [], [folder], list[Path]()

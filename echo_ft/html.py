@@ -1,6 +1,7 @@
-"""HTML pages with one look: template rendering, the policy against foreign content, and embedded JPEGs.
+"""HTML pages with a common look: template rendering, a policy against foreign content, and embedded JPEGs.
 
-Every page extends `base.html.jinja` in this folder. It needs no network: styles, scripts and data are inside.
+Every page extends `base.html.jinja` in this folder. Pages need no network, because they contain their styles, scripts
+and data.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def render_page(template: Path, filters: Mapping[str, Callable[..., str]] | None
 
 
 def _content_policy(script: str) -> str:
-    """Return the Content-Security-Policy of a page that runs only `script`, its text without the tags.
+    """Return the Content-Security-Policy of a page that runs only `script`, given as text without the tags.
 
-    Images may be embedded or lie in a folder next to the page. Everything else from outside is blocked. Text that
-    reached a page unescaped could not run, because the policy allows a script by its hash.
+    Images may be embedded or be in a folder next to the page. All other outside content is blocked. Even unescaped text
+    on a page could not run, because the policy allows scripts only by their hash.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     allowed = f"'sha256-{digest}'" if script else "'none'"

@@ -1,10 +1,11 @@
 """The one place that opens files from outside: images, lists, annotations, configs, datasets, runs, cards.
 
-Only regular files are opened. A pipe or a device could block a command for ever. Sizes and lengths are bounded, and
-text must be valid UTF-8. `strict_yaml` parses the text, `from_dict` checks the types of what it holds, and
+Only regular files are opened, because a pipe or a device could block a command forever. Sizes and lengths are bounded,
+and text must be valid UTF-8. `strict_yaml` parses the text, `from_dict` checks the types of the parsed values, and
 `images.decode` decodes the images.
 
-Errors are OSError or ValueError, and their text is the reason alone. Callers add the name of the file and the remedy.
+Errors are OSError or ValueError, and their message gives only the reason. Callers add the name of the file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from echo_ft.records import RelativePath
 from echo_ft.strict_yaml import read_json, read_yaml
 
 MAX_BYTES = 2**30
-"""Size of the largest file that is read as a whole. MMAD's mmad.json has 4% of it."""
+"""Size of the largest file that is read as a whole. MMAD's mmad.json is 4% as large."""
 
 MAX_YAML_BYTES = 2**24
-"""Size of the largest YAML file. PyYAML reads about 1 MB in ten seconds, and objects take 200 times the file's size."""
+"""Size of the largest YAML file. PyYAML takes about ten seconds per MB, and 200 times the file's size in memory."""
 
 MAX_LINE = 2**24
 """Length of the longest line, in characters."""
@@ -43,8 +44,8 @@ class InputError(ValueError):
 
 
 def open_input(path: Path | str) -> io.BufferedReader:
-    """Open a regular file for reading bytes. Raises InputError for any other kind of file, and OSError."""
-    # Without O_NONBLOCK, opening a pipe waits for its writer. Windows has neither.
+    """Open a regular file for reading bytes. Raises OSError, and InputError for any other kind of file."""
+    # Without O_NONBLOCK, opening a pipe waits for its writer. Windows has neither such pipes nor this flag.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -67,7 +68,7 @@ def lines(file: TextIO) -> Iterator[str]:
 
 
 def read_bytes(path: Path | str, limit: int = MAX_BYTES) -> bytes:
-    """Read a regular file. Raises InputError if it has more than `limit` bytes, and OSError."""
+    """Read a regular file. Raises OSError, and InputError if the file has more than `limit` bytes."""
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -87,7 +88,7 @@ def read_json_file(path: Path | str, unique_keys: bool = True) -> Any:
 
 
 def read_json_object(path: Path | str) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises InputError if it holds anything else, ValueError and OSError."""
+    """Read a JSON file that holds an object. Raises ValueError, OSError, and InputError for any other content."""
     content = read_json_file(path)
     if not isinstance(content, dict):
         raise InputError(f"it holds a {type(content).__name__}, not an object")
@@ -100,14 +101,14 @@ def read_yaml_file(path: Path | str) -> Any:
 
 
 def stays_inside(name: str) -> bool:
-    """Return whether the path of a record, relative to a root, stays in that root. Links are not followed."""
+    """Return whether a record's path, relative to a root, stays inside that root. Links are not followed."""
     return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
 
 
 def from_dict(cls: type[Record], row: Any) -> Record:
     """Build a record from parsed JSON, including nested records and tuples.
 
-    Raises TypeError if a field is missing, unknown or of another type. The message names the field.
+    Raises TypeError if a field is missing, unknown or of the wrong type. The message names the field.
     """
     if not isinstance(row, Mapping):
         raise TypeError(f"it is {_shown(row)}, not an object")
@@ -132,7 +133,7 @@ def _converters(cls: type) -> dict[str, Callable[[Any], Any]]:
 def _converter(hint: Any) -> Callable[[Any], Any]:
     """Return a function that checks a value of parsed JSON against a type, and restores tuples and records.
 
-    The function raises TypeError for a value of another type. Types that no record has are not checked.
+    The function raises TypeError for a value of the wrong type. Types that no record uses are not checked.
     """
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if hint == RelativePath:
@@ -164,7 +165,7 @@ _JSON_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((float, int), "a number"),
     bool: ((bool,), "true or false"),
 }
-"""The classes of parsed JSON that stand for a type, and what messages call it."""
+"""The classes that represent a type in parsed JSON, and the type's name in messages."""
 
 
 def _inside(value: Any) -> Any:

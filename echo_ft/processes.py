@@ -1,4 +1,4 @@
-"""Processes: their group, locks, what killed ones left, and how one ends that was told to stop."""
+"""Process handling: the process group, locks, leftovers of killed processes, and orderly endings after a signal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LONGEST_WAIT = timedelta(days=30)
-"""How long processes wait for the slowest one. One process may work longer than torch's default of ten minutes."""
+"""How long processes wait for the slowest one. A process may take longer than torch's default of ten minutes."""
 
 
 def join_processes() -> PartialState:
@@ -70,9 +70,9 @@ def lock_folder(folder: Path, option: str = "--output") -> TextIO:
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Lock a temporary file or folder while it is in use; yields whether the lock was free.
+    """Lock a temporary file or folder while it is in use. Yields whether the lock was free.
 
-    A lock that a living process holds, or that the system does not support, is not free.
+    A lock is not free if a living process holds it or if the system does not support it.
     """
     try:
         import fcntl
@@ -96,7 +96,7 @@ PARTIAL = ".partial"
 """Suffix of a file that is being written."""
 
 _YOUNG_SECONDS = 60
-"""An empty file or folder of less than this age may belong to a process that is about to lock it."""
+"""An empty file or folder younger than this may belong to a process that is about to lock it."""
 
 
 def left_over_folders(parent: Path, prefix: str) -> Iterator[Path]:
@@ -109,7 +109,7 @@ def left_over_folders(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def remove_left_over_files(folder: Path) -> None:
-    """Remove the files of `atomic_file(..., unique=True)` in a folder that killed processes left."""
+    """Remove files of `atomic_file(..., unique=True)` that killed processes left behind in a folder."""
     for path in sorted(folder.glob(f"*{PARTIAL}")):
         if re.search(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$", path.name) and path.is_file():
             with held(path) as free:
@@ -124,7 +124,7 @@ def _is_old(path: Path) -> bool:
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Yield a folder for temporary files, which is removed at the end, with those that killed processes left."""
+    """Yield a temporary folder that is removed at the end. First remove those that killed processes left behind."""
     _remove_left_over_scratch(prefix)
     with tempfile.TemporaryDirectory(prefix=prefix) as name, held(Path(name)):
         yield Path(name)
@@ -132,7 +132,7 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 @functools.cache
 def _remove_left_over_scratch(prefix: str) -> None:
-    """Remove this user's folders of `scratch_folder` that killed processes left, once per process."""
+    """Remove this user's folders of `scratch_folder` that killed processes left behind, once per process."""
     for path in left_over_folders(Path(tempfile.gettempdir()), prefix):
         if hasattr(os, "getuid") and path.stat().st_uid == os.getuid():
             LOGGER.warning("removing %s, which a killed command left", path)
@@ -140,7 +140,7 @@ def _remove_left_over_scratch(prefix: str) -> None:
 
 
 SAME_SIGNAL_SECONDS = 2.0
-"""A further signal within this time counts as the same one: torchrun sends each Ctrl-C on to processes that have it."""
+"""A signal within this time counts as the same one, because torchrun forwards a Ctrl-C that processes already got."""
 
 
 class TerminatedError(BaseException):
@@ -148,12 +148,12 @@ class TerminatedError(BaseException):
 
 
 class Ending:
-    """How a command ends that was told to stop: with one sentence, and the status of a shell."""
+    """Ends a command that was told to stop, with one sentence and the exit status that shells use."""
 
     def __init__(self, resume_hint: str) -> None:
         self.resume_hint = resume_hint
         self.signals: list[tuple[int, float]] = []
-        """The signals so far and when they came."""
+        """The signals received so far, and when they arrived."""
         self._said = False
         self._owner = os.getpid()
 
@@ -163,7 +163,7 @@ class Ending:
         return 128 + (self.signals[0][0] if self.signals else signal.SIGINT)
 
     def note(self, number: int, frame: Any) -> None:
-        """Handle a signal: the first one unwinds the command, and one that comes later ends it at once."""
+        """Handle a signal. The first one unwinds the command, and a later one ends it immediately."""
         if os.getpid() != self._owner:  # a forked worker
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -176,7 +176,7 @@ class Ending:
             os._exit(self.status)
 
     def stop(self) -> NoReturn:
-        """Say that the command was stopped, and exit."""
+        """Report that the command was stopped, and exit."""
         self._say()
         sys.exit(self.status)
 
@@ -199,10 +199,10 @@ class Ending:
 
 @contextmanager
 def handled_signals(resume_hint: str) -> Iterator[Ending]:
-    """Handle Ctrl-C and SIGTERM in the block, and until the process ends if one came."""
+    """Handle Ctrl-C and SIGTERM within the block, and afterwards until the process ends if either arrived."""
     ending = Ending(resume_hint)
     defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    # A shell ignores Ctrl-C for what it starts in the background.
+    # Commands that a shell starts in the background ignore Ctrl-C.
     handled = [number for number, usual in defaults.items() if signal.getsignal(number) is usual]
     for number in handled:
         signal.signal(number, ending.note)
@@ -225,17 +225,17 @@ def lost_process(error: Exception) -> bool:
 
 
 _DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
-"""Names of torch's errors of its group of processes. Gloo (torch 2.15) raises a plain RuntimeError."""
+"""Names of the errors that torch's process group raises. Gloo (torch 2.15) raises a plain RuntimeError."""
 
 WATCH_SECONDS = 5.0
-"""Seconds between two looks at the other processes of this machine."""
+"""Seconds between two checks of the other processes on this machine."""
 
 STOPPED_LOOKS = 4
-"""A process counts as stopped after so many looks in a row. Launchers then need up to 30 seconds to kill it."""
+"""A process counts as stopped after this many checks in a row. Launchers then need up to 30 seconds to kill it."""
 
 
 def _watch_siblings(resume_hint: str) -> None:
-    """End this process if another one of its launcher is stopped (SIGSTOP), because it would wait for it for ever."""
+    """End this process if another process of its launcher is stopped (SIGSTOP), because it would wait forever."""
     looks: dict[int, int] = {}
     last = time.monotonic()
     while True:
@@ -254,7 +254,7 @@ def _watch_siblings(resume_hint: str) -> None:
 
 
 def stopped_siblings(proc: Path = Path("/proc")) -> set[int]:
-    """Return the ids of stopped processes with the same parent as this one; none where there is no /proc."""
+    """Return the ids of stopped processes with the same parent as this one, or none on systems without /proc."""
     found = set()
     for path in proc.glob("[0-9]*/stat"):
         try:

@@ -31,7 +31,7 @@ PACKAGES = (
 )
 
 ANSWERING_PACKAGES = ("torch", "transformers", "peft")
-"""The PACKAGES that a model's answers depend on. The others build datasets, train and evaluate."""
+"""The PACKAGES that a model's answers depend on. The rest are for building datasets, training and evaluation."""
 
 ANSWERING_MODULES = (
     "inference.engine", "experts.pipeline", "inference.server", "data.dataset", "model.loading", "model.adapters",
@@ -96,9 +96,9 @@ def _module_file(package: Path, module: str) -> Path:
 
 
 def _imported(package: Path, source: str) -> list[str]:
-    """Return the modules of a package that a source text imports, also inside functions.
+    """Return the modules of a package that some source code imports, including imports inside functions.
 
-    Only absolute `from` imports count; this package uses no others for its own modules.
+    Only absolute `from` imports count, because this package imports its own modules in no other way.
     """
     froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
     named = [name for node in froms for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))]
@@ -120,7 +120,7 @@ def fingerprint_bytes(*chunks: bytes) -> str:
 
 
 def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
-    """Fingerprint files by content and by path relative to `root`, as 16 hex digits. Their order does not matter.
+    """Fingerprint the contents and paths (relative to `root`) of files, in any order, as 16 hex digits.
 
     Raises OSError if a file cannot be read.
     """
@@ -132,11 +132,11 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
 
 
 HASHING_THREADS = 8
-"""Files that are hashed at the same time. Hashing holds no lock of Python."""
+"""Number of files that are hashed at the same time. Hashing releases Python's lock."""
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of files in a folder, in hex by name, in the order of `names`.
+    """Return the hex SHA-256 of files in a folder, keyed by name in the order of `names`.
 
     Raises OSError or InputError if a file cannot be read.
     """
@@ -146,9 +146,9 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def first_change(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Return what is wrong with the first file that differs from its SHA-256, as `PATH has changed`, or None.
+    """Return what is wrong with the first file that does not match its SHA-256, such as `PATH has changed`, or None.
 
-    `digests` has the SHA-256 of files in `folder`, in hex by name.
+    `digests` maps names of files in `folder` to their hex SHA-256.
     """
     missing = [name for name in digests if not (folder / name).is_file()]
     if missing:
@@ -166,27 +166,27 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write CHECKSUMS with the SHA-256 of files in a folder, in hex by name."""
+    """Write CHECKSUMS with the hex SHA-256 of files in a folder, keyed by name."""
     write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Read what `write_sums` wrote. Raises OSError, and ValueError for another content."""
+    """Read what `write_sums` wrote. Raises OSError, and ValueError for any other content."""
     lines = read_text(folder / CHECKSUMS).removesuffix("\n").split("\n")
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
 
 
 def seal_folder(folder: Path) -> None:
-    """Write everything in a folder to the disk, and CHECKSUMS for all its files."""
+    """Flush everything in a folder to disk, and write CHECKSUMS for all its files."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     write_sums(folder, digests_of(folder, sorted(name for name in files if name != CHECKSUMS)))
     flush_tree(folder)
 
 
 def require_sealed(folder: Path, remedy: str) -> bool:
-    """Raise EchoError with `remedy` if a file that CHECKSUMS of a folder lists has changed or is missing.
+    """Raise EchoError with `remedy` if a file listed in the folder's CHECKSUMS has changed or is missing.
 
-    Returns False if there are no CHECKSUMS, as in folders of older versions.
+    Returns False if there are no CHECKSUMS, as in folders from older versions.
     """
     try:
         digests = read_sums(folder)

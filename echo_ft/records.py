@@ -15,7 +15,7 @@ GOOD = "good"
 """The condition of a part without a defect."""
 
 LETTERS = "ABCDE"
-"""The option letters that MMAD allows."""
+"""The letters that MMAD allows for options."""
 
 QUESTION_TYPES = (
     "Anomaly Detection",
@@ -29,13 +29,13 @@ QUESTION_TYPES = (
 """MMAD's seven question types, in the order of its tables."""
 
 GROUNDING = "Defect Grounding"
-"""Asks for the boxes of the defects (`images.boxes`). It has no options and is scored apart from MMAD's types."""
+"""Asks for the boxes of the defects (`images.boxes`). It has no options and is scored separately from MMAD's types."""
 
 BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
 """Qwen2-VL's tokens around a box (arXiv 2409.12191). They are special tokens, so decoding drops them."""
 
 UNANSWERABLE, ANSWERABLE = "Unanswerable", "Answerable"
-"""Questions that do not fit the image, and their twins that do (`data.unanswerable`). Never in MMAD's tables."""
+"""Questions that do not fit the image, and their twins that do (`data.unanswerable`). Left out of MMAD's tables."""
 
 ROBUSTMAD_TYPES = {
     "general": "RobustMAD General",
@@ -43,16 +43,16 @@ ROBUSTMAD_TYPES = {
     "pairwise": "RobustMAD Pairwise",
     "unanswerable": "RobustMAD Unanswerable",
 }
-"""The question types of RobustMAD by the rows of its tables. They are never in MMAD's tables."""
+"""The question types of RobustMAD, keyed by the rows of its tables. They are left out of MMAD's tables."""
 
 UNKNOWN_CONDITION = "unknown"
-"""The condition of an image if nobody says whether it shows a defect: answers made elsewhere may not."""
+"""The condition of an image if nobody says whether it shows a defect, as with some answers produced elsewhere."""
 
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
 """The four expert roles, in the order of the pipeline."""
 
 MAX_NEW_TOKENS = 128
-"""Number of tokens that an expert may generate in a run by default, as in MMAD's own scripts."""
+"""Default limit on the tokens that an expert may generate in a run, as in MMAD's own scripts."""
 
 SYNTHETIC_DESCRIPTIONS = {
     "cutpaste": "A rectangular patch of the surface lies where it does not belong, with hard straight edges. "
@@ -94,9 +94,9 @@ class Inspection:
     reference: RelativePath | None = None
     """The normal image that the source names as the reference. It is used as given."""
     masks: tuple[RelativePath, ...] = ()
-    """Several files that form one mask together, if the source has no single mask file."""
+    """Several files that together form one mask, if the source has no single mask file."""
     polygons: tuple[tuple[float, ...], ...] = ()
-    """Defect outlines as (x0, y0, x1, y1, ...) in pixels of the image, in addition to boxes or instead of them."""
+    """Defect outlines as (x0, y0, x1, y1, ...) in pixels of the image, in addition to or instead of boxes."""
     synthetic: str | None = None
     """The method of `echo_ft.images.synthetic_defects` that made the defect; None for a real image.
 
@@ -118,9 +118,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an inspection. `kind` is one of QUESTION_TYPES, with options, or GROUNDING, without any.
+    """A question about an inspection. `kind` is one of QUESTION_TYPES, with options, or GROUNDING, without options.
 
-    `answer` is a letter, or the text of boxes for GROUNDING. It is None in questions that the experts see.
+    `answer` is a letter, or for GROUNDING the boxes as text. It is None in questions that the experts see.
     """
 
     id: str
@@ -167,14 +167,14 @@ class Truth:
     mask: RelativePath | None
     boxes: tuple[tuple[float, float, float, float], ...]
     answers: dict[str, str]
-    """The correct letter, or the text of the boxes, by question id."""
+    """The correct letter, or the boxes as text, keyed by question id."""
     masks: tuple[RelativePath, ...] = ()
     polygons: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prepared inspection: what the experts may see, and the truth kept apart from it."""
+    """A prepared inspection: what the experts may see, and separately the truth."""
 
     id: str
     dataset: str
@@ -214,12 +214,12 @@ class Generation:
     letters: Mapping[str, float]
     """Log-probability of each option letter as the first token. A server may return only some letters."""
     cut: bool = False
-    """Whether the text ended at the token limit."""
+    """Whether the text was cut off at the token limit."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one question, with the truth and the keys that scoring groups by. `kind` is the question type."""
+    """The answer to one question, with the truth and the keys that group the scores. `kind` is the question type."""
 
     case: str
     question: str
@@ -234,7 +234,7 @@ class Prediction:
     answer: str
     text: str
     parsed: str | None
-    """The letter or the text of the boxes; None if the text is unparsed, which counts as wrong. Never guessed."""
+    """The letter or the boxes as text, never guessed; None if the answer is unparsed, which counts as wrong."""
     probabilities: dict[str, float] | None = None
     """P(letter) at the answer position, normalised over the question's options; None for GROUNDING."""
     error: str | None = None
@@ -252,7 +252,7 @@ class Trace:
     prompt: str
     text: str
     cut: bool = False
-    """Whether the text ended at the token limit and is not whole."""
+    """Whether the text was cut off at the token limit."""
 
 
 @dataclass(frozen=True)
@@ -264,4 +264,4 @@ class Upstream:
     normal: str = ""
     guide: str = ""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """The reasoning expert's text by question id."""
+    """The reasoning expert's text, keyed by question id."""

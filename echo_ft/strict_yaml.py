@@ -1,9 +1,9 @@
 """Strict and bounded parsers for YAML and JSON from outside.
 
-Duplicate keys are an error here; the standard parsers silently keep the last value. So are very long numbers, half of a
-surrogate pair, and values that are nested too deeply. YAML's aliases and merge keys may not repeat more than
-MAX_REPEATED values, because a few lines of them can stand for billions. Python's JSON has NaN and infinity; readers
-check for them.
+Duplicate keys are an error here, whereas the standard parsers silently keep the last value. Very long numbers, half a
+surrogate pair, and values that are nested too deeply are errors too. YAML's aliases and merge keys may not repeat more
+than MAX_REPEATED values, because a few lines of them can expand to billions. Python's JSON parser accepts NaN and
+infinity, so readers check for them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 64
-"""Levels of lists and mappings in each other. No file of this project or of its sources has more than ten."""
+"""Maximum nesting of lists and mappings. No file of this project or its sources has more than ten levels."""
 
 MAX_DIGITS = 40
-"""Digits of a whole number. Ids of annotation tools have up to 39, a hash of 128 bits."""
+"""Maximum digits of a whole number. Ids from annotation tools, which are 128-bit hashes, have up to 39."""
 
 MAX_REPEATED = 100_000
 """Number of values that aliases and merge keys may repeat in one YAML file."""
@@ -30,7 +30,7 @@ _CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, 
 
 
 class DuplicateKeyError(ValueError):
-    """Raised for a key that an object has twice."""
+    """Raised for a key that occurs twice in an object."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,7 +69,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise yaml.YAMLError if a parsed file exceeds the bounds of this module once its aliases are repeated."""
+    """Raise yaml.YAMLError if a parsed file exceeds the bounds of this module once its aliases are expanded."""
     sizes: dict[int, int] = {}
     stack: list[tuple[yaml.Node, bool]] = [(root, False)]
     open_nodes: set[int] = set()
@@ -114,7 +114,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
 
 
 def read_json(text: str, unique_keys: bool = True) -> Any:
-    """Parse JSON within the bounds of this module. Raises ValueError, and DuplicateKeyError with `unique_keys`."""
+    """Parse JSON within the bounds of this module. Raises ValueError and, with `unique_keys`, DuplicateKeyError."""
     try:
         value = (_UNIQUE if unique_keys else _ANY).decode(text)
     except RecursionError as error:

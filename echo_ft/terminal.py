@@ -31,9 +31,9 @@ class TerminalHandler(logging.Handler):
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes for what a terminal would obey or cannot show: control and format characters.
+    """Escape what a terminal would obey or cannot show: control and format characters.
 
-    Line breaks and tabs stay. Names of files and of products may hold anything.
+    Line breaks and tabs stay. Names of files and products may contain anything.
     """
     return "".join(char if char in "\n\t" or not _is_control(char) else ascii(char)[1:-1] for char in text)
 
@@ -44,9 +44,9 @@ def _is_control(char: str) -> bool:
 
 
 def log_to_terminal() -> None:
-    """Show the library's log records in the terminal. Every command calls this. Further calls have no effect.
+    """Show the library's log records in the terminal. Every command calls this. Repeated calls have no effect.
 
-    stdout and stderr then show half of a surrogate pair, as in names that are not UTF-8, as an escape.
+    stdout and stderr then escape half a surrogate pair, which occurs in names that are not UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -64,10 +64,10 @@ QUIET_SECONDS = 10
 def progress(
     items: Iterable[Any] | None, description: str, unit: str, total: int | None = None, disable: bool = False
 ) -> tqdm[Any]:
-    """Show on stderr how much work is done and left: a bar on a terminal, a line every QUIET_SECONDS in a log.
+    """Show progress on stderr: a bar on a terminal, or a line every QUIET_SECONDS in a log.
 
     Iterate over the result to get the `items`, or call its `update(count)` if they are None. `total` is the number of
-    items if they have no length, and `unit` their name in the plural. `disable` shows nothing.
+    items if they have no length, and `unit` is their name in the plural. `disable` hides it all.
     """
     if sys.stderr.isatty():
         return tqdm(items, description, total, unit=f" {unit}", disable=disable)
@@ -81,7 +81,7 @@ class _ProgressLines(tqdm):
 
     @staticmethod
     def status_printer(file: TextIO) -> Callable[[str], None]:
-        """Return a function that writes a status as a line of its own."""
+        """Return a function that writes each status on its own line."""
 
         def write(status: str) -> None:
             file.write(f"{status}\n")
@@ -95,12 +95,12 @@ class _ProgressLines(tqdm):
 
 
 def format_gib(count: int) -> str:
-    """`count` bytes as GiB with one decimal, or `<0.1` if a positive number would round to zero."""
+    """Format `count` bytes as GiB with one decimal, or as `<0.1` if a positive number would round to zero."""
     return "<0.1" if 0 < count < 0.05 * 2**30 else f"{count / 2**30:.1f}"
 
 
 def align_columns(rows: list[list[str]]) -> str:
-    """Text columns: the first aligned left, the others right."""
+    """Format rows as text columns. The first column is left-aligned, and the rest are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = (
         [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]

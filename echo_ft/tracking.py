@@ -2,8 +2,8 @@
 
 Every command with the option `report_to` starts one W&B run here. W&B's own environment variables apply, such as
 WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_NAME, WANDB_MODE and WANDB_DIR. Datasets, adapters, evaluations and bundles are
-artifacts. Each run uses those that it reads, which gives the lineage from the data to the bundle. In W&B, an artifact
-with unchanged content stays the same version, whichever run logs it.
+artifacts. Each run uses the artifacts that it reads, which records the lineage from the data to the bundle. In W&B, an
+artifact with unchanged content keeps its version, whichever run logs it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROJECT = "echo-ft"
 REPORT_FILES = ("report.json", "report.html")
 
 EVALUATION_FILES = ("run.json", "predictions.jsonl", "traces.jsonl", "permutations.jsonl", *REPORT_FILES)
-"""Files of a run folder in its artifact. `evaluation.compare` needs the first two."""
+"""Files of a run folder that its artifact contains. `evaluation.compare` needs the first two."""
 
 _RUN_PATH = re.compile(r"(https?://[^/]+/)?(\w[\w.-]*/\w[\w.-]*)/(?:runs/)?([\w-]+)/?(?:\?.*)?")
 
@@ -57,7 +57,7 @@ class Picture:
 
 
 def experiment_name(output: Path) -> str:
-    """Return the name of the experiment that an output folder belongs to: that of the folder around it.
+    """Return the name of an output folder's experiment, which is the name of the folder around it.
 
     It is `demo` for `runs/demo/tuned` and for the adapter `runs/demo/adapters/decision_maker`.
     """
@@ -116,7 +116,7 @@ def _start(job_type: str, name: str, group: str, config: Mapping[str, Any]) -> w
 
 
 def has_api_key() -> bool:
-    """Return whether W&B has an API key, in a variable, in .netrc or in its settings. Asks nobody for one."""
+    """Return whether W&B has an API key in a variable, in .netrc or in its settings. Never prompts for a key."""
     import wandb
     from wandb.sdk.lib import wbauth  # wandb (0.31) has no public function that does not ask
 
@@ -137,8 +137,8 @@ def use_artifact(run: wandb.Run, artifact: wandb.Artifact) -> None:
 def dataset_artifact(folder: Path, manifest: Mapping[str, Any]) -> wandb.Artifact:
     """Return the artifact of a dataset folder.
 
-    It refers to the records and copies only the manifest and the preview. The images are identified by digests.json,
-    which holds the SHA-256 of each.
+    It references the records and copies only the manifest and the preview pages. digests.json identifies the images by
+    their SHA-256.
     """
     audits = {name: found["verdict"] for name, found in manifest.get("audits", {}).items()}
     kept = ("fingerprint", "images_fingerprint", "config", "counts", "splits", "prompt_version", "commit", "warnings")
@@ -153,7 +153,7 @@ def dataset_artifact(folder: Path, manifest: Mapping[str, Any]) -> wandb.Artifac
 
 
 def adapter_artifact(folder: Path, card: Mapping[str, Any]) -> wandb.Artifact:
-    """Return the artifact of an adapter, or of a fully fine-tuned model, whose weights it only refers to."""
+    """Return the artifact of an adapter, or of a fully fine-tuned model, whose weights are only referenced."""
     artifact = _artifact(f"{experiment_name(folder)}-{folder.resolve().name}", "model", card)
     _add_files(artifact, folder, ("adapter_model.safetensors", "adapter_config.json", "echo_ft.json", "README.md"))
     if (folder / "config.json").is_file():
@@ -163,7 +163,7 @@ def adapter_artifact(folder: Path, card: Mapping[str, Any]) -> wandb.Artifact:
 
 
 def evaluation_artifact(folder: Path, report: Path | None = None) -> wandb.Artifact:
-    """Return the artifact of a run folder, which `download_run` reads back. Its report may lie in another folder."""
+    """Return the artifact of a run folder, which `download_run` reads back. Its report may be in another folder."""
     place = {"experiment": experiment_name(folder), "run": folder.resolve().name}
     artifact = _artifact(f"{place['experiment']}-{place['run']}", "evaluation", place)
     for name in EVALUATION_FILES:
@@ -172,7 +172,7 @@ def evaluation_artifact(folder: Path, report: Path | None = None) -> wandb.Artif
 
 
 def bundle_artifact(folder: Path, facts: Mapping[str, Any]) -> wandb.Artifact:
-    """Return the artifact of a bundle with all its files, which W&B reads from their place when it uploads them."""
+    """Return the artifact of a bundle with all its files. W&B reads them in place when it uploads them."""
     artifact = _artifact(f"{experiment_name(folder)}-{folder.resolve().name}", "model", facts)
     artifact.add_dir(str(folder), policy="immutable")
     return artifact
@@ -191,7 +191,7 @@ def _add_files(artifact: wandb.Artifact, folder: Path, names: Iterable[str]) -> 
 
 
 def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as JSON holds them. Paths become texts."""
+    """Return `values` as JSON represents them. Paths become strings."""
     found: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
     return found
 
@@ -209,7 +209,7 @@ def link_bundle(run: wandb.Run, artifact: wandb.Artifact, registry: str, aliases
 
 
 def numbers_by_path(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return every number in nested mappings by its path, such as `tables/strict/Average/Average`.
+    """Return every number in nested mappings, keyed by its path, such as `tables/strict/Average/Average`.
 
     The bounds of an interval end with `/low` and `/high`. Other lists are left out.
     """
@@ -231,7 +231,7 @@ def _is_number(value: Any) -> bool:
 
 
 def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> wandb.Table:
-    """Return a W&B table. Cells are texts, numbers, None or a `Picture`; one that occurs again is stored once."""
+    """Return a W&B table. Cells are strings, numbers, None or a `Picture`. A repeated picture is stored only once."""
     import wandb
 
     table = wandb.Table(columns=list(columns))
@@ -266,7 +266,7 @@ def _wandb_image(picture: Picture) -> wandb.Image:
 
 
 def local_run(text: str) -> Path:
-    """Return the folder of a run that a user names: a folder, or the path or address of a W&B run, which is downloaded.
+    """Return the folder of the run that a user names: a folder, or the path or URL of a W&B run to download.
 
     A W&B run has the path `entity/project/id`. An existing folder takes precedence. Raises EchoError if the run has no
     evaluation or cannot be downloaded.
@@ -283,9 +283,9 @@ def local_run(text: str) -> Path:
 
 
 def download_run(path: str, name: str) -> Path:
-    """Download the evaluation of the W&B run `path`, entity/project/id, and return its folder; `name` is for errors.
+    """Download the evaluation of the W&B run `path` (entity/project/id) and return its folder. Errors use `name`.
 
-    The folder lies in WANDB_ARTIFACT_DIR, by default `artifacts`, under the path of the run.
+    The folder is in WANDB_ARTIFACT_DIR (by default `artifacts`), under the path of the run.
     """
     import wandb
 

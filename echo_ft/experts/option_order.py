@@ -1,6 +1,6 @@
-"""Show a question's options in other orders: in training, and to measure how a letter's place affects the answers.
+"""Show a question's options in other orders, for training and to measure how an option's position affects the answers.
 
-Over all cyclic orders of a question, each letter is right equally often. A model that considers only the content of
+Over all cyclic orders of a question, each letter is correct equally often. A model that considers only the content of
 the options therefore chooses each letter equally often (Zheng et al., "Large Language Models Are Not Robust Multiple
 Choice Selectors", arXiv 2309.03882).
 """
@@ -31,7 +31,7 @@ class PermutedPrediction(Prediction):
 
 
 def rotate_options(question: Question, shift: int) -> Question:
-    """Move each option `shift` places further, the last ones to the front. Append the shift to the question's id."""
+    """Move each option down by `shift` places, wrapping at the end, and append the shift to the question's id."""
     if shift == 0:
         return question
     texts = [question.options[original_letter(letter, question.options, shift)] for letter in question.options]
@@ -39,10 +39,10 @@ def rotate_options(question: Question, shift: int) -> Question:
 
 
 def shuffle_options(branch: Branch, seed: str) -> Branch:
-    """Return a decision with its options in another order, and the letter of the right one there as completion.
+    """Return a decision with shuffled options, and with the letter that the correct option then has as its completion.
 
-    `seed` draws the order. Two options keep theirs: benchmarks always ask yes or no in the same order. A branch that is
-    not a decision, or has no letter as its completion, is returned as it is.
+    The order is drawn with `seed`. Two options are not shuffled, because benchmarks always ask yes or no in the same
+    order. A branch that is not a decision, or whose completion is not a letter, is returned unchanged.
     """
     parts = _DECISION.fullmatch(branch.prompt)
     options = parts.group(2).splitlines() if parts else []
@@ -71,21 +71,21 @@ def mean_distribution(distributions: Sequence[Mapping[str, float] | None]) -> di
 
 @dataclass(frozen=True)
 class LetterBias:
-    """How often one letter was chosen and right, over all questions with the same number of options."""
+    """How often one letter was chosen and correct, over all questions with the same number of options."""
 
     options: int
     letter: str
     chosen: float
-    """Share of all answers that were this letter. Unparsed answers count as answers."""
+    """Fraction of all answers that were this letter. Unparsed answers count as answers."""
     right: float
-    """Share of all answers for which this letter was right."""
+    """Fraction of all answers for which this letter was correct."""
     recall: float | None
-    """Share of the answers for which this letter was right that were this letter; None without such answers."""
+    """Fraction of the questions with this correct letter that were answered with it; None if there are none."""
     answers: int
 
 
 def position_bias(rows: Iterable[PermutedPrediction]) -> list[LetterBias]:
-    """Return how often each letter was chosen and was right, per number of options, without failed cases."""
+    """Return how often each letter was chosen and was correct, per number of options. Failed cases are left out."""
     chosen: defaultdict[tuple[str, ...], Counter[str | None]] = defaultdict(Counter)
     right: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     both: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
@@ -93,7 +93,7 @@ def position_bias(rows: Iterable[PermutedPrediction]) -> list[LetterBias]:
         if row.error is not None:
             continue
         letters = tuple(row.options)
-        # The inverse rotation leads back to the letters as shown.
+        # The inverse rotation restores the letters as shown.
         answer = original_letter(row.answer, row.options, -row.shift)
         predicted = None if row.parsed is None else original_letter(row.parsed, row.options, -row.shift)
         chosen[letters][predicted] += 1
@@ -112,9 +112,10 @@ def position_bias(rows: Iterable[PermutedPrediction]) -> list[LetterBias]:
 
 
 def answer_consistency(rows: Iterable[PermutedPrediction]) -> tuple[float, int] | None:
-    """Return the share of questions with the same answer in every order, and the number of questions.
+    """Return the fraction of questions with the same answer in every order, and the number of questions.
 
-    A question with an unparsed answer is not consistent. Failed cases are left out. Returns None without questions.
+    A question with an unparsed answer is not consistent. Failed cases are left out. Returns None if there are no
+    questions.
     """
     answers: defaultdict[tuple[str, str], set[str | None]] = defaultdict(set)
     for row in rows:
@@ -127,5 +128,5 @@ def answer_consistency(rows: Iterable[PermutedPrediction]) -> tuple[float, int] 
 
 
 def most_probable(probabilities: Mapping[str, float] | None) -> str | None:
-    """Return the first option with the highest probability, or None without probabilities."""
+    """Return the first option with the highest probability, or None if there are no probabilities."""
     return max(probabilities, key=probabilities.__getitem__) if probabilities else None

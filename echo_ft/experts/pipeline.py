@@ -30,12 +30,12 @@ AsyncGenerate = Callable[[str, Sequence[Exchange]], Awaitable[Sequence[Sequence[
 
 
 class BackendError(EchoError):
-    """The backend does not work: the run stops and marks no case as failed."""
+    """The backend does not work. The run stops without marking any case as failed."""
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Which experts are consulted: a routing per question type, switches that turn an expert off, and how to decide."""
+    """Which experts to consult, by question type and with switches that turn an expert off, and how to decide."""
 
     routing: str = "full"
     reference: str = "retrieved"
@@ -45,7 +45,7 @@ class PipelineConfig:
     reasoning: str = "on"
     answer: str = "generate"
     """What decides: `generate` parses the text strictly, `logits` takes the most probable option, and `averaged` takes
-    the most probable option on average over the option orders. Boxes are always parsed from the text."""
+    the most probable option on average over the option orders. Boxes are always parsed from text."""
     option_order: str = "given"
     """`given`, or `cyclic` to ask the decision maker in every cyclic order of the options."""
 
@@ -70,7 +70,7 @@ class Outcome:
     predictions: list[Prediction]
     traces: list[Trace]
     permuted: list[PermutedPrediction] = field(default_factory=list)
-    """With `option_order="cyclic"`: a prediction per order of each question, including the given one."""
+    """With `option_order="cyclic"`, one prediction for each order of each question, including the given order."""
 
 
 def run_cases(cases: Sequence[Case], generate: Generate, config: PipelineConfig) -> list[Outcome]:
@@ -91,7 +91,7 @@ def run_cases(cases: Sequence[Case], generate: Generate, config: PipelineConfig)
 
 
 def run_or_fail(cases: Sequence[Case], generate: Generate, config: PipelineConfig) -> list[Outcome]:
-    """Run cases as `run_cases` does, but if a case has a broken image, fail only that case.
+    """Run cases as `run_cases` does, but fail only the cases whose images are broken.
 
     The predictions of a failed case carry the error. Raises BackendError if the backend itself fails.
     """
@@ -114,8 +114,8 @@ async def run_cases_async(
 ) -> None:
     """Run the experts on an asynchronous backend, with `concurrency` independent cases in flight.
 
-    Each outcome is passed to `write` as soon as it is complete. Broken cases fail as in `run_or_fail`, and BackendError
-    is raised if the backend itself fails.
+    Each outcome is passed to `write` as soon as it is complete. Broken cases fail as in `run_or_fail`. Raises
+    BackendError if the backend itself fails.
     """
     remaining = iter(cases)
 
@@ -151,8 +151,8 @@ def run_case(
 ) -> Generator[tuple[str, list[Exchange]], Sequence[Sequence[Generation]], Outcome]:
     """Run the experts on one case. The caller drives the generator and owns the backend.
 
-    Yields each role with its exchanges, of which there may be none, receives their generations, and returns the
-    outcome. A caller that wants to show what the roles say before the end passes an empty list, `traces`, which grows.
+    Yields each role with its exchanges (possibly none), receives their generations, and returns the outcome. A caller
+    that wants to show what the roles say before the end passes an empty list, `traces`, which grows.
     """
     routes = config.routes()
     upstream = Upstream()
@@ -169,7 +169,7 @@ def run_case(
             for branch, generation in zip(exchange.branches, generations, strict=True):
                 generated[branch.id] = generation
                 context = exchange.images, exchange.context
-                # If probabilities decide, the text of a letter is not used, and may be a single token on purpose.
+                # If probabilities decide, the generated letter is not used and may be limited to one token on purpose.
                 used = role != "decision_maker" or config.answer == "generate" or branch.id in boxed
                 cut = generation.cut and used
                 traces.append(Trace(exchange.case, role, branch.id, *context, branch.prompt, generation.text, cut))
@@ -191,7 +191,7 @@ def run_case(
 
 
 def _in_every_order(seen: Seen, upstream: Upstream) -> tuple[Seen, Upstream]:
-    """Repeat each question in all cyclic orders, each with the same reasoning, which was generated without options."""
+    """Repeat each question in all cyclic orders. All share the same reasoning, which was generated without options."""
     orders = [
         (rotate_options(question, shift), upstream.reasons.get(question.id, ""))
         for question in seen.questions
@@ -224,7 +224,7 @@ def _predict(case: Case, question: Question, generation: Generation, config: Pip
         own = {original_letter(letter, shown, shift): value for letter, value in probabilities.items()}
         probabilities = {letter: own[letter] for letter in probabilities}
     if config.answer != "generate":
-        # A server returns only the most probable tokens. A missing letter is less probable than the returned ones.
+        # A server returns only the most probable tokens, so a missing letter is less probable than those returned.
         returned = {
             original_letter(letter, shown, shift): generation.letters[letter]
             for letter in shown
@@ -239,7 +239,7 @@ def _predict(case: Case, question: Question, generation: Generation, config: Pip
 
 
 def _predict_boxes(case: Case, question: Question, generation: Generation) -> Prediction:
-    """Return the boxes that the text names. A text that ended at the token limit may lack some, so it is unparsed."""
+    """Return the boxes that the text names. Text that was cut off may lack boxes, so it counts as unparsed."""
     found = None if generation.cut else parse_boxes(generation.text)
     return _prediction(case, question, generation.text, parsed=None if found is None else format_boxes(found))
 

@@ -1,10 +1,10 @@
 """The four roles of Echo (arXiv 2501.15795): render their prompts and parse their outputs.
 
 `render` makes all prompts, for training and inference. It receives `Seen` and the outputs of the earlier roles, but
-never the truth. In training rows these outputs are gold, which means derived from the truth. Images come first, then
-the context that all branches of a case share, then the branch (`Exchange`), so shared parts are computed only once.
+never the truth. In training rows, these outputs are gold, which means derived from the truth. Images come first, then
+the context that all branches of a case share, and then the branch (`Exchange`), so shared parts are computed only once.
 
-If you change the text of a prompt, raise `PROMPT_VERSION`. The golden files in tests/golden pin both.
+If you change the text of a prompt, increase `PROMPT_VERSION`. The golden files in tests/golden pin both.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Route:
 
 
 ROUTINGS: Mapping[str, Mapping[str, Route]] = {
-    # A product's knowledge names the product, which is the answer to Object Classification. The description of a
-    # normal part is knowledge too: in training rows it is the `good` entry, word for word.
+    # A product's knowledge names the product, which is the answer to Object Classification. Knowledge includes the
+    # description of a normal part; in training rows, it is the `good` entry, word for word.
     "full": {kind: Route(knowledge=kind != "Object Classification") for kind in (*QUESTION_TYPES, GROUNDING)}
     | {
-        # Knowledge would tell these whether the question names another product.
+        # Knowledge would reveal whether the question names another product.
         UNANSWERABLE: Route(knowledge=False),
         ANSWERABLE: Route(knowledge=False),
         ROBUSTMAD_TYPES["general"]: Route(reference=False, knowledge=False),
@@ -56,8 +56,8 @@ ROUTINGS: Mapping[str, Mapping[str, Route]] = {
         ROBUSTMAD_TYPES["pairwise"]: Route(),
         ROBUSTMAD_TYPES["unanswerable"]: Route(reference=False, knowledge=False),
     },
-    # As in the published code of Echo. It does not support the two Object types, which get only the reference here.
-    # Echo has no Defect Grounding, which gets the reference as Anomaly Detection does.
+    # As in Echo's published code. Echo does not support the two Object types, which get only the reference here. Nor
+    # does it have Defect Grounding, which gets the reference as Anomaly Detection does.
     "paper": {
         "Anomaly Detection": Route(True, False, False),
         "Defect Classification": Route(True, True, False),
@@ -88,7 +88,7 @@ GROUND_INSTRUCTION = (
 def group_by_route(
     questions: tuple[Question, ...], routes: Mapping[str, Route]
 ) -> list[tuple[Route, tuple[Question, ...]]]:
-    """Group questions by route, in order of first appearance. A group shares its images and context."""
+    """Group questions by route, in order of first appearance. The questions in a group share images and context."""
     grouped: dict[Route, list[Question]] = {}
     for question in questions:
         grouped.setdefault(routes[question.kind], []).append(question)
@@ -205,15 +205,15 @@ def guide_completion(condition: str, hint: str, description: str) -> str:
 
 
 def parse_best(text: str, count: int) -> int | None:
-    """Return the candidate that the text names, counted from 0, or None if it names none of the `count` candidates."""
-    # Nine digits: `int` refuses thousands of them. Without strip(), the spaces at the end take quadratic time.
+    """Return the candidate that the text names, counting from 0, or None if it names none of the `count` candidates."""
+    # At most nine digits, because `int` refuses thousands. Without strip(), trailing spaces take quadratic time.
     match = re.fullmatch(r"(?:candidate\s*)?(\d{1,9})\s*\.?", text.strip(), flags=re.IGNORECASE)
     number = int(match.group(1)) if match else 0
     return number - 1 if 1 <= number <= count else None
 
 
 def parse_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter that a decision names, or None for an unparsed text. The letter is never guessed.
+    """Return the letter that a decision names, or None if the text cannot be parsed. The letter is never guessed.
 
     The text may consist of the letter with the usual punctuation (`B`, `B.`, `(B)`, `B:`), or the letter followed by
     exactly the text of that option (`B. Crack.`).

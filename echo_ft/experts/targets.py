@@ -1,4 +1,4 @@
-"""Derive the completions of each role from the truth of a case: the rows that the four adapters are trained on."""
+"""Derive the completions of each role from the truth of a case, for the rows that the four adapters are trained on."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ CACHED_IMAGES = 256
 """Number of most recently used images that stay in memory at COMPARED_SIZE."""
 
 COARSE_GRID = 64
-"""Cells per side of the grid on which candidates are compared: coarse, because parts are never placed exactly alike."""
+"""Cells per side of the grid on which candidates are compared. Parts are never placed exactly alike, so it is
+coarse."""
 
-# Phrasings of about equal length. The id of the case or question selects one of them. Each contains place, size, shape,
-# tone, condition and option verbatim, so that metrics can parse them.
+# Phrasings of about equal length. The id of the case or question selects one of them. Each contains the place, size,
+# shape, tone, condition and option verbatim, so that metrics can parse them.
 
 HINTS = ("look for this.", "check the part for this.", "this matters here.")
 MARKS = ("a {tone} {size} {shape} mark", "a {size} {tone} {shape} mark")
@@ -58,7 +59,7 @@ SUBJECTS = {
     "Defect Analysis": "the effect of the defect",
     "Object Classification": "the product",
 }
-"""Subject of the conclusion, by question type. The last sentence ends with the text of the right option."""
+"""Subject of the conclusion, by question type. The last sentence ends with the text of the correct option."""
 
 
 def training_exchanges(
@@ -73,8 +74,8 @@ def training_exchanges(
 
     `upstream` holds the outputs of the earlier roles, which are gold by default. Pass `gold`, the result of
     `gold_upstream(case, root, upstream)`, to share it between roles, because computing it reads the images. Branches
-    without a known completion are left out, and so are exchanges without branches. Raises EchoError for an unknown role
-    or routing, or if the mask or an image cannot be read.
+    without a known completion are left out, as are exchanges without branches. Raises EchoError for an unknown role or
+    routing, or if the mask or an image cannot be read.
     """
     if routing not in roles.ROUTINGS:
         raise EchoError(f"routing cannot be {routing!r}; choose from {', '.join(roles.ROUTINGS)}")
@@ -97,8 +98,8 @@ def gold_upstream(case: Case, root: Path, upstream: Upstream | None = None) -> U
     """Return the gold outputs of the first three roles for a case. Outputs without a known truth are empty.
 
     The best reference is the first candidate with the smallest mean absolute grey difference from the query outside the
-    defect. The tone of a defect is relative to the reference shown with it: the one chosen in `upstream` if given, and
-    the best one otherwise. The ids of the case and its questions select the phrasing.
+    defect. The tone of a defect is relative to the reference shown with it: the one that `upstream` chose if given,
+    otherwise the best one. The ids of the case and its questions select the phrasing.
 
     Raises EchoError if the mask or an image cannot be read.
     """
@@ -143,9 +144,10 @@ def _completions(case: Case, role: str, gold: Upstream) -> dict[str, str]:
 
 
 def _right_answer(case: Case, question: Question) -> str | None:
-    """Return the text of the right option or of the boxes.
+    """Return the text of the correct option or of the boxes.
 
-    None if the truth names none of the question's options, or if the boxes are unknown or contradict the condition.
+    Returns None if the truth names none of the question's options, or if the boxes are unknown or contradict the
+    condition.
     """
     answer = case.truth.answers.get(question.id, "")
     if question.kind != GROUNDING:
@@ -203,7 +205,7 @@ def _mark(mask: masks.Mask | None, query: masks.Grey, reference: masks.Grey | No
 
 
 def _observe(case: Case, mark: tuple[masks.Region, str] | None, draw: random.Random) -> str:
-    """Describe what is visible: a mark and its place, a defect of unknown place, or no mark."""
+    """Describe what is visible: a mark and its place, a defect at an unknown place, or no mark."""
     reference = "the reference" if case.seen.references else "a normal part"
     if case.truth.condition == GOOD:
         observation, comparison = draw.choice(NORMAL_OBSERVATIONS), draw.choice(NORMAL_COMPARISONS)
@@ -228,7 +230,7 @@ def _reason(case: Case, question: Question, mark: tuple[masks.Region, str] | Non
     if question.kind == GROUNDING or question.text == QUESTION_TEXTS["Anomaly Detection"]:
         if question.kind != GROUNDING and answer.casefold() != ("no" if normal else "yes"):
             return None  # the answer contradicts the condition
-        # Reasoning about boxes concludes whether there is a defect. It names the place in words.
+        # Reasoning about boxes concludes whether there is a defect, and names its place in words.
         conclusion = draw.choice(NO_DEFECT_CONCLUSIONS if normal else DEFECT_CONCLUSIONS).format(
             name=readable_name(case.truth.condition)
         )

@@ -1,10 +1,11 @@
-"""Find images that show the same surface: copies, altered copies, and one part under different light.
+"""Find images that show the same surface: copies, altered copies, and the same part under different light.
 
 Images of one product look alike, so plain similarity says little. The search has three steps for each query. A
 perceptual hash finds the training images that have the most similar crops (`echo_ft.leakage.perceptual_hash`). These
-candidates are aligned with the query to a fraction of a pixel. Then the details are compared where the product has
-little structure (texture, scratches, sensor grain): first directly, then beyond what the other candidates explain. Two
-parts of a product agree in what the product has; two images of one part agree in what no other part has.
+candidates are aligned with the query to a fraction of a pixel. Then details such as texture, scratches and sensor grain
+are compared where the product has little structure: first directly, then beyond what the other candidates explain. Two
+parts of a product agree in the features of the product, whereas two images of one part agree in features that no other
+part has.
 
 Images must be upright. Rotated and mirrored copies are not found.
 """
@@ -38,16 +39,16 @@ from echo_ft.provenance import content_hash
 _Array = NDArray[np.float32]
 
 ALIGNMENT_SIDES = (32, 64)
-"""Sides in pixels at which a pair of images is aligned, one after the other."""
+"""Sides in pixels at which a pair of images is aligned, in this order."""
 
 MIN_SIMILARITY, MIN_EXCESS = 0.6, 0.7
 """Thresholds of `similarity` and `excess` for two images of the same surface; see `evidence`."""
 
 MIN_PRODUCT_IMAGES = 3
-"""Fewest other candidates of a product that show how alike its parts are. With fewer, all candidates are used."""
+"""Fewest other candidates that can show how alike a product's parts are. With fewer, all candidates are used."""
 
 MIN_USABLE_SHARE = 0.05
-"""Smallest usable share of an image. With less, clipped and flat pixels are compared as well."""
+"""Smallest usable fraction of an image. Below it, clipped and flat pixels are compared as well."""
 
 QUERIES_PER_PASS = 1024
 """Number of queries in memory at once. Each pass reads the training images again."""
@@ -55,19 +56,19 @@ QUERIES_PER_PASS = 1024
 
 @dataclass(frozen=True)
 class Match:
-    """A training image and a query that show the same surface, by their indices in the compared sequences."""
+    """The indices, in the compared sequences, of a training image and a query that show the same surface."""
 
     train_index: int
     query_index: int
     similarity: float
-    """Mean correlation of small windows with little structure, from MIN_SIMILARITY to 1; 1 for equal files."""
+    """Mean correlation of small windows with little structure, from MIN_SIMILARITY to 1, which means equal files."""
     copy: bool = False
     """Whether the files have equal content."""
 
 
 @dataclass(frozen=True)
 class _Query:
-    """The data of a query's INNER_BOX that the comparison needs."""
+    """The data that the comparison needs from a query's INNER_BOX."""
 
     hash: _Array
     """(d,) Perceptual hash."""
@@ -76,22 +77,23 @@ class _Query:
     detail: _Array
     """(s, s) Detail in grey levels."""
     unclipped: _Array
-    """(s, s) 1 where the image is neither clipped to black nor to white, else 0."""
+    """(s, s) 1 where the image is clipped neither to black nor to white, else 0."""
 
 
 def find_matches(training: Sequence[Path], products: Sequence[str], queries: Sequence[Path]) -> list[Match]:
     """Find all pairs of a training image and a query that show the same surface, in the order of the queries.
 
     `products` holds the product of each training image; it shows how alike two parts of one product are. Files with
-    equal content match without a comparison. Apart from about 100 bytes per file and 20 MB for each product with more
-    than NEAREST_HASHES images, memory does not depend on the number of images.
+    equal content match without a comparison. Memory use does not depend on the number of images, apart from about 100
+    bytes per file and 20 MB for each product with more than NEAREST_HASHES images.
 
-    Raises EchoError if an image is missing or cannot be read, because an image that was not compared is not clean.
+    Raises EchoError if an image is missing or cannot be read, because only an image that was compared can count as
+    clean.
     """
     equal: dict[bytes, list[int]] = defaultdict(list)
     for index, digest in enumerate(file_digests(training)):
         equal[digest].append(index)
-    # Compare one of several equal files: the others would explain everything that it shares with a query.
+    # Compare only one of several equal files, because its copies would explain everything that it shares with a query.
     duplicates = list(equal.values())
     unique, unique_products = [training[group[0]] for group in duplicates], [products[group[0]] for group in duplicates]
     matches = []
@@ -108,7 +110,8 @@ def find_matches(training: Sequence[Path], products: Sequence[str], queries: Seq
 def _near_duplicates(
     training: Sequence[Path], products: Sequence[str], paths: Sequence[Path]
 ) -> list[tuple[int, int, float]]:
-    """Return (training index, query index, similarity) for each pair of the same surface; `paths` are the queries."""
+    """Return (training index, query index, similarity) of each pair that shows the same surface. `paths` are
+    queries."""
     if not training or not paths:
         return []
     queries = list(map_ordered(_load_query, paths))
@@ -141,15 +144,15 @@ def _near_duplicates(
 def evidence(detail: _Array, unclipped: _Array, candidates: _Array, products: Sequence[str]) -> tuple[_Array, _Array]:
     """Return two scores, `similarity` (n,) and `excess` (n,), for a query and each of its aligned candidates.
 
-    `detail` (s, s) is the query's detail and `candidates` (n, s, s) that of the candidates. `unclipped` (s, s) is 0
-    where the query's light is clipped, else 1. `products` names the product of each candidate.
+    `detail` (s, s) is the query's detail, and `candidates` (n, s, s) holds the details of the candidates. `unclipped`
+    (s, s) is 0 where the query's light is clipped, else 1. `products` names the product of each candidate.
 
     `similarity` is the mean correlation of small windows with little structure. `excess` measures what a pair shares
-    beyond the product. It is the sum of two terms. The first is the partial correlation given all other candidates,
-    which is near 0 for two different parts. The second is half the margin, in Fisher's z, by which the similarity
-    exceeds that of the least similar third of the product's other candidates. It remains high if several candidates
-    show the same part and therefore explain each other. Both scores are relative: if a product has fewer than about ten
-    images, different parts of it may pass for the same part.
+    beyond the features of the product. It is the sum of two terms. The first is the partial correlation given all other
+    candidates, which is near 0 for two different parts. The second is half the margin, in Fisher's z, between the
+    similarity and that of the least similar third of the product's other candidates. It remains high if several
+    candidates show the same part and therefore explain each other. Both scores are relative: if a product has fewer
+    than about ten images, different parts of it may pass for the same part.
     """
     similarity = np.array([_agreement(detail, candidate) for candidate in candidates], np.float32)
     weight = unclipped if unclipped.mean() >= MIN_USABLE_SHARE else np.ones_like(unclipped)
@@ -171,8 +174,8 @@ def evidence(detail: _Array, unclipped: _Array, candidates: _Array, products: Se
 def _agreement(one: _Array, other: _Array, window: int = 5, share: float = 1 / 3) -> float:
     """Return the mean correlation of two details (s, s) over their least structured windows.
 
-    Windows count only if both images vary by at least one grey level there. Of these, the `share` with the least
-    structure is used.
+    Windows count only if both images vary by at least one grey level there. Of these, the fraction `share` with the
+    least structure is used.
     """
     interior = (slice(window // 2, -(window // 2)),) * 2
 

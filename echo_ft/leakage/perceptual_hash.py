@@ -1,8 +1,8 @@
-"""Perceptual hashes of images and their crops, and the search for the nearest images.
+"""Perceptual hashes of images and their crops, and a search for the nearest images.
 
-Images of one product look alike, so the nearest images do not have to show the same surface. `echo_ft.leakage.matches`
-compares them closely. Grey images are squares of GREY_SIDE pixels, whatever the shape of the file. Boxes are (x, y,
-width, height) as shares of the side.
+Images of one product look alike, so the nearest images need not show the same surface. `echo_ft.leakage.matches`
+compares them closely. Grey images are squares with a side of GREY_SIDE pixels, whatever the shape of the file. Boxes
+are (x, y, width, height) as fractions of the side.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 GREY_SIDE = 160
-"""Side of the grey images in pixels."""
+"""Side length of the grey images in pixels."""
 
 INNER_BOX = np.array([0.1, 0.1, 0.8, 0.8], np.float32)
 """The region of a query that is searched for in training images. Any crop of 90% of each side contains all of it."""
@@ -35,7 +35,7 @@ HASH_SIDE = 16
 """Number of lowest frequencies per axis in a hash."""
 
 NEAREST_HASHES = 256
-"""Number of nearest images by plain hash. Their whitened similarity determines the candidates."""
+"""Number of images with the nearest plain hashes. The candidates are chosen from these by whitened similarity."""
 
 EXTRA_CANDIDATES = 128
 """Extra images from products with more than NEAREST_HASHES images, ranked by whitened similarity.
@@ -55,7 +55,7 @@ IMAGES_PER_BLOCK = 128
 
 @dataclass(frozen=True)
 class GreyImage:
-    """An image in the forms that the comparison needs, all of GREY_SIDE x GREY_SIDE pixels."""
+    """An image in the forms that the comparison needs, each of GREY_SIDE x GREY_SIDE pixels."""
 
     detail: Image.Image
     """Difference from the local mean, in grey levels."""
@@ -107,8 +107,8 @@ def perceptual_hashes(grey: GreyImage, boxes: _Array) -> _Array:
 def _crop_boxes() -> _Array:
     """Return the boxes (n, 4) in which a training image may show a query's INNER_BOX.
 
-    They cover the cases in which either image is a crop of the other. A crop keeps the share `kept` of each side, and
-    its possible positions are sampled at steps of at most 0.05.
+    They cover the cases in which either image is a crop of the other. A crop keeps a fraction `kept` of each side, and
+    its possible positions are sampled in steps of at most 0.05.
     """
     boxes = []
     for kept in (0.9, 0.925, 0.95, 0.975):
@@ -127,7 +127,7 @@ def _crop_boxes() -> _Array:
 
 
 def clip_boxes(boxes: _Array) -> _Array:
-    """Limit the sides of boxes (..., 4) to 0.6 to 1 and shift the boxes into the image."""
+    """Limit the sides of boxes (..., 4) to the range 0.6 to 1 and shift the boxes into the image."""
     size = np.clip(boxes[..., 2:], 0.6, 1)
     return np.concatenate([np.clip(boxes[..., :2], 0, 1 - size), size], axis=-1)
 
@@ -178,7 +178,7 @@ def find_candidates(
 
 
 def _top(plain: _Array, whitened: _Array, size: int) -> NDArray[np.int64]:
-    """Return the columns (n, size) to keep: the NEAREST_HASHES best by `plain` (n, m), then the best by `whitened`."""
+    """Return the columns (n, size) to keep: the NEAREST_HASHES best in `plain` (n, m), then the best in `whitened`."""
     top = np.argpartition(-plain, NEAREST_HASHES - 1, axis=1)
     if size == NEAREST_HASHES:
         return top[:, :NEAREST_HASHES]
@@ -191,7 +191,7 @@ class _Whitener:
     """Whitens hashes by the usual variation within a product that has more than NEAREST_HASHES images."""
 
     def __init__(self, training: Sequence[Path], members: NDArray[np.int64]) -> None:
-        """Estimate mean and covariance per crop box from up to WHITENING_SAMPLES evenly spaced images.
+        """Estimate the mean and covariance per crop box from up to WHITENING_SAMPLES evenly spaced images.
 
         `members` (k,) are the indices of the product's images in `training`.
         """
@@ -201,7 +201,8 @@ class _Whitener:
         self.factors = np.stack([_cholesky(hashes[:, box] - mean) for box, mean in enumerate(self.means)])
 
     def cosines(self, hashes: _Array, block: _Array) -> _Array:
-        """Return the whitened cosines (n, m) of hashes (n, d) and images (m, boxes, d), the maximum over all boxes."""
+        """Return the whitened cosines (n, m) between hashes (n, d) and images (m, boxes, d), as the maximum over
+        boxes."""
         highest = np.full((len(hashes), len(block)), -1, np.float32)
         for box, (mean, factor) in enumerate(zip(self.means, self.factors, strict=True)):
             rows = np.concatenate([hashes, block[:, box]]) - mean
@@ -214,7 +215,7 @@ class _Whitener:
 def _whitened_cosines(
     hashes: _Array, block: _Array, products: Sequence[str], whiteners: Mapping[str, _Whitener]
 ) -> _Array:
-    """Return the whitened cosines (n, m) of hashes (n, d) and images (m, boxes, d); -1 without a whitener."""
+    """Return the whitened cosines (n, m) between hashes (n, d) and images (m, boxes, d), or -1 without a whitener."""
     cosines = np.full((len(hashes), len(block)), -1, np.float32)
     for product in set(products) & whiteners.keys():
         own = np.flatnonzero(np.array(products) == product)
@@ -230,10 +231,10 @@ def _cholesky(centred: _Array) -> _Array:
 
 
 def _discriminant_scores(query: _Array, neighbours: _Array) -> _Array:
-    """Return the cosines (n,) of a hash (d,) and its neighbours (n, d), whitened by the neighbours' covariance.
+    """Return the cosines (n,) between a hash (d,) and its neighbours (n, d), whitened with the neighbours' covariance.
 
-    Common variation, such as pose and light, counts little; individual features count much. This is the linear
-    discriminant of an exemplar (Hariharan, Malik, Ramanan: Discriminative decorrelation, ECCV 2012) as a cosine.
+    Common variation, such as pose and light, counts for little, and individual features count for much. This is the
+    linear discriminant of an exemplar (Hariharan, Malik, Ramanan: Discriminative decorrelation, ECCV 2012) as a cosine.
     """
     mean = neighbours.mean(axis=0)
     centred = neighbours - mean
