@@ -14,6 +14,7 @@ import io
 import math
 import os
 import random
+import re
 import threading
 import time
 import warnings
@@ -90,6 +91,8 @@ class Server:
         or if the server is unreachable or overloaded. `answer_tokens` and `corruption` work as in `Engine`. If the
         server requires a key, set the environment variable OPENAI_API_KEY.
         """
+        if not re.match(r"https?://[^/\s]", url):
+            raise EchoError(f"the server {url} is not an address that starts with http:// or https://; correct it")
         self.url = url
         self.models = {role: model.replace("{role}", role) for role in ROLES}
         self.row_builder = row_builder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,25 @@ def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
             raise EchoError(f"{dataset.folder} has been rebuilt since the run; restore the dataset of the run")
         cases = load_cases(dataset, str(run.provenance.get("split")))
         # Drop the prompts, which take most of the memory of a trace.
-        traces = [replace(one, context="", prompt="") for one in read_complete_rows(run.folder / TRACES, Trace)]
+        traces = [replace(one, context="", prompt="") for one in _read_traces(run)]
         used = {image for trace in traces for image in trace.images}
         require_unchanged(dataset, [*sorted(used), *(name for case in cases for name in mask_files(case.truth))])
     except (EchoError, OSError) as error:
         return {"unavailable": str(error)}
     return experts.score_experts(table, cases, traces, dataset.root)
+
+
+def _read_traces(run: Run) -> Iterator[Trace]:
+    """Yield the traces of a run. Raises EchoError if an answered case has none."""
+    path, cases = run.folder / TRACES, set[str]()
+    for trace in read_complete_rows(path, Trace):  # a run that was killed may have half of a line
+        cases.add(trace.case)
+        yield trace
+    lost = sorted({one.case for one in run.predictions if one.error is None} - cases)
+    if lost:
+        raise EchoError(
+            f"{path} has no row of {len(lost)} cases (first: {lost[0]}); restore it, or run into another output"
+        )
 
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from echo_ft.errors import EchoError
+from echo_ft.inputs import read_json_object
+
+PATTERN_SECONDS = 10
+"""Time that the patterns of an adapter may take on all names of modules. Usual ones take milliseconds."""
+
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.fullmatch(pattern, name)
+        re.match(rf"(.*\\.)?({pattern})$", name)
+"""
+"""What PEFT (0.21) does with the patterns of an adapter, in a process of its own, which can be stopped."""
 
 
 def adapter_layers(model: Any) -> list[Any]:
@@ -40,3 +60,21 @@ def act_when_switched_on(model: Any, role: str) -> None:
         model.peft_config[role].alora_invocation_tokens = None
         for layer in adapter_layers(model):
             layer.lora_variant.pop(role, None)
+
+
+def check_patterns(folder: Path, names: Iterable[str]) -> None:
+    """Raise EchoError if PEFT would take very long to match a pattern of an adapter with the `names` of modules."""
+    config = read_json_object(folder / "adapter_config.json")
+    patterns = [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += config.get(key) or {}
+    if not patterns:
+        return
+    sent = json.dumps([patterns, [*names]])
+    try:
+        subprocess.run([sys.executable, "-c", _MATCH_ALL], input=sent, text=True, timeout=PATTERN_SECONDS, check=True)
+    except subprocess.TimeoutExpired as error:
+        raise EchoError(
+            f"the patterns in {folder / 'adapter_config.json'} take more than {PATTERN_SECONDS} s to match; list the "
+            "names of the modules instead"
+        ) from error

@@ -16,7 +16,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import flush, write_json, write_text
 from echo_ft.inputs import from_dict, read_json_object
-from echo_ft.model.adapter_layers import act_when_switched_on
+from echo_ft.model.adapter_layers import act_when_switched_on, check_patterns
 from echo_ft.model.loading import base_fingerprint, require_finite, why_unusable
 from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, versions, write_sums
 from echo_ft.records import ROLES
@@ -283,6 +283,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
     starts = {role: read_card(path).adapt_from for role, path in adapters.items()}
     for role, path in adapters.items():
         try:
+            check_patterns(path, (name for name, _ in model.named_modules()))
             if isinstance(model, PeftModel):
                 result = model.load_adapter(
                     str(path), adapter_name=role, low_cpu_mem_usage=True, autocast_adapter_dtype=False

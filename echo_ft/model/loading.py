@@ -9,6 +9,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from PIL import Image
+
 from echo_ft.errors import EchoError
 from echo_ft.inputs import open_input, read_json_object, restore
 from echo_ft.provenance import fingerprint_bytes
@@ -103,6 +105,12 @@ CONFIG_FILES = (
 CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "trust_remote_code")
 """Keys of CONFIG_FILES that make transformers (5.23) load code from a model folder."""
 
+_PROBE_SIDE = 56
+"""Side in pixels of a small image that every processor takes."""
+
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of CONFIG_FILES that hold the number of a token, or several."""
+
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 """Keys of config.json that make transformers (5.23) fetch attention code from the hub."""
 
@@ -129,6 +137,11 @@ def check_config_files(folder: Path) -> None:
             for key in ATTENTION_KEYS:
                 if part.get(key) not in (None, "eager", "sdpa"):
                     raise EchoError(f"{path} sets {key} to {part[key]!r}, which may load code; remove the key")
+            for key in TOKEN_KEYS:
+                numbers = part.get(key)
+                numbers = numbers if isinstance(numbers, list) else [numbers]
+                if not all(number is None or type(number) is int for number in numbers):
+                    raise EchoError(f"{path} sets {key} to {part[key]!r}; use the config of a Qwen2-VL model")
             for key in ("num_hidden_layers", "depth"):
                 value = part.get(key, 1)
                 if type(value) is not int or not 1 <= value <= MAX_LAYERS:
@@ -161,6 +174,13 @@ def load_processor(model_name_or_path: str, revision: str | None, min_pixels: in
     size = processor.image_processor.size
     if (size["shortest_edge"], size["longest_edge"]) != (min_pixels, max_pixels):
         raise EchoError(f"the processor of {model_name_or_path} ignores the pixel budget; use a Qwen2-VL model")
+    try:
+        processor.image_processor(Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE)))
+    except Exception as error:  # its config sets the arguments of many functions
+        raise EchoError(
+            f"the processor of {model_name_or_path} cannot process an image ({why_unusable(error)}); copy or download "
+            "the model again"
+        ) from error
     return processor
 
 

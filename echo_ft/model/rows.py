@@ -14,7 +14,6 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +84,7 @@ class RowBuilder:
     """Builds rows with one processor (tokenizer, chat template, pixel budget)."""
 
     def __init__(self, processor: Any) -> None:
+        """Raises EchoError if the chat template fails."""
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
@@ -94,6 +94,8 @@ class RowBuilder:
         self._control = sorted(token for token in self.tokenizer.get_added_vocab() if token.startswith("<|"))
         self._encoded: dict[str, list[int]] = {}
         self._templates: dict[int, tuple[str, str, str]] = {}
+        self.generation_prompt = self._generation_prompt()
+        """The tokens with which the chat template begins every answer."""
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (t, h, w) in patches for an image of this size in pixels, by the processor's resizing rule.
@@ -153,12 +155,9 @@ class RowBuilder:
                 adapted[prompt[: -len(self.generation_prompt)]] = False
         return adapted
 
-    @cached_property
-    def generation_prompt(self) -> list[int]:
-        """The tokens with which the chat template begins every answer."""
+    def _generation_prompt(self) -> list[int]:
         messages = [{"role": "user", "content": [{"type": "text", "text": _PLACEHOLDER}]}]
-        question = self.processor.apply_chat_template(messages, tokenize=False)
-        prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question, prompt = self._rendered(messages), self._rendered(messages, add_generation_prompt=True)
         return self._encode([prompt.removeprefix(question)])[0]
 
     def load_row(self, exchange: Exchange, root: Path) -> Row:
@@ -206,12 +205,21 @@ class RowBuilder:
         if images not in self._templates:
             content = [*({"type": "image"} for _ in exchange.images), {"type": "text", "text": _PLACEHOLDER}]
             messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-            prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            head, opening = prompt.rsplit(_PLACEHOLDER, 1)
+            head, opening = self._rendered(messages, add_generation_prompt=True).rsplit(_PLACEHOLDER, 1)
             messages.append({"role": "assistant", "content": [{"type": "text", "text": _PLACEHOLDER}]})
-            conversation = self.processor.apply_chat_template(messages, tokenize=False)
-            self._templates[images] = (head, opening, conversation.rsplit(_PLACEHOLDER, 1)[1])
+            self._templates[images] = (head, opening, self._rendered(messages).rsplit(_PLACEHOLDER, 1)[1])
         return self._templates[images]
+
+    def _rendered(self, messages: list[dict[str, Any]], **options: bool) -> str:
+        """Render a conversation that ends with the placeholder. Raises EchoError if the chat template does not."""
+        try:
+            text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
+            reason = None if _PLACEHOLDER in text else "it leaves out the text of a message"
+        except Exception as error:  # a template is a program
+            reason = str(error) or type(error).__name__
+        if reason:
+            raise EchoError(f"the chat template of the model fails ({reason}); use that of a Qwen2-VL model")
+        return text
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # Templates and instructions recur in every row, so this cache saves most of the tokenization when a dataset is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
+from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.images.corruptions import draw_corruption
 from echo_ft.inputs import lines, open_text
@@ -53,7 +54,7 @@ def load_training_cases(
     path = dataset.folder / "sft" / config.role / f"{split}.jsonl"
     if not path.is_file():
         raise EchoError(f"there is no {path}; rebuild the dataset with data_prep.build")
-    planned = plan(row_builder, read_jsonl(path, Exchange), dataset.root, config.max_tokens, config.adapt_from)
+    planned = plan(row_builder, _read_rows(path, config.role), dataset.root, config.max_tokens, config.adapt_from)
     if sft.process_index == 0:
         if not config.dry_run:
             write_jsonl(Path(str(sft.output_dir)) / f"rejected_{split}.jsonl", planned.rejected)
@@ -80,6 +81,21 @@ def load_training_cases(
         column = [None if corruption is None else asdict(corruption) for corruption in drawn]
         cases = cases.add_column("corruption", column)
     return cases, planned
+
+
+def _read_rows(path: Path, role: str) -> Iterator[Exchange]:
+    """Yield the rows of a file. Raises EchoError for one that is not a training row of the role."""
+    for number, row in enumerate(read_jsonl(path, Exchange), start=1):
+        fault = (
+            f"of the role {row.role}" if row.role != role
+            else f"of the prompt version {row.prompt_version}" if row.prompt_version != PROMPT_VERSION
+            else "without branches" if not row.branches
+            else "without a completion" if not all(branch.completion for branch in row.branches)
+            else None
+        )  # fmt: skip
+        if fault:
+            raise EchoError(f"{path}:{number} is a row {fault}, so {role} cannot learn from it; rebuild the dataset")
+        yield row
 
 
 def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:

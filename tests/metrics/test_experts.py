@@ -299,6 +299,11 @@ def test_report_scores_the_experts_or_states_why_it_cannot(tmp_path: Path, capsy
         file.write('{"case": "test/0", "ro')  # the run was killed while it wrote this line
     assert report()[0] == found
 
+    whole = (folder / "traces.jsonl").read_text()
+    (folder / "traces.jsonl").write_text("".join(line for line in whole.splitlines(True) if '"test/1"' not in line))
+    assert "traces.jsonl has no row of 1 cases (first: test/1); restore it" in report()[0]["unavailable"]
+    (folder / "traces.jsonl").write_text(whole)
+
     changed = dataset / "images" / "test_0_2.png"
     original = changed.read_bytes()
     changed.write_bytes(original + b" ")
