@@ -23,7 +23,7 @@ MIN_PIXELS, MAX_PIXELS = 28 * 28, 112 * 112
 
 @pytest.fixture(scope="session", autouse=True)
 def _terminal():
-    """Show the library's log records on stdout and stderr, as in a command."""
+    """Show the library's log records on stdout and stderr, as a command does."""
     from echo_ft.terminal import log_to_terminal
 
     log_to_terminal()
@@ -104,7 +104,7 @@ def case(tmp_path) -> Case:
 
 
 def make_dataset(folder: Path, train: int = 8, validation: int = 2, test: int = 3) -> Path:
-    """Write a dataset folder like data_prep.build, with drawn cases and training rows for all roles."""
+    """Write a dataset folder as data_prep.build does, with drawn cases and training rows for all roles."""
     import hashlib
     import json
 
@@ -152,7 +152,7 @@ def random_adapters(
     targets: dict[str, list[str]] | None = None,
     adapt_from: dict[str, str] | None = None,
 ) -> Path:
-    """Write four random adapters of echo-tiny like train/sft.py does.
+    """Write four random adapters of echo-tiny as train/sft.py does.
 
     `targets` maps a role to its target modules, and `adapt_from` to where its adapter begins to act.
     """

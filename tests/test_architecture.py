@@ -34,7 +34,8 @@ STREETS = {
     "gate": {"metrics"},
     "export": {"data", "retrieval", "experts", "model", "inference"},
 }
-"""Which street of echo_ft may import which. All may import the files on the ground floor, which import no street."""
+"""Which subpackages of echo_ft each one may import. All may import the ground-floor files, which import none of
+them."""
 
 SAME_NAME = {
     "main": "the entry point of every command",
@@ -74,7 +75,7 @@ def module_file(module: str) -> Path | None:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules that an import statement names, ours as deep as they go."""
+    """The modules that an import statement names; for our own modules, down to the deepest submodule."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -189,7 +190,7 @@ def test_command_help_loads_no_heavy_package():
 def test_models_load_from_safetensors_and_never_run_remote_code():
     text = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
     assert not re.search(r"trust_remote_code\s*=\s*True", text)
-    # Without the argument, transformers asks on stdin, and `y` runs the model folder's own code.
+    # Without the argument, transformers asks on stdin, and the answer `y` runs the model folder's own code.
     loads = [node for path in CODE for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     loads = [node for node in loads if isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"]
     automatic = [node for node in loads if ast.unparse(node.func).lower().startswith("auto")]
@@ -203,7 +204,7 @@ OPENERS = re.compile(
     r"^open$|\.(open|read_text|read_bytes|fromfile|loadtxt|read_index|read_csv)$|(^|\.)(safe_open|load_file)$"
     r"|^(json|yaml|np|numpy|torch|pickle|tomllib)\.(load|loads|safe_load|compose)$"
 )
-"""Calls that open or parse a file."""
+"""Functions that open or parse a file."""
 
 DOORS = ("echo_ft/inputs.py", "echo_ft/images/decode.py")
 """The modules that open files from outside."""
@@ -231,7 +232,7 @@ OTHER_OPENERS = {
     ("echo_ft/training/mask_loss.py", "load_file"): "heads that training saved, by safetensors",
     ("train/doctor.py", "limit.read_text"): "the memory limit of a container, from the kernel",
 }
-"""Other calls that open or parse files in the library and the commands, and what they read."""
+"""All other calls in the library and the commands that open or parse files, and what they read."""
 
 
 def writes(call: ast.Call) -> bool:

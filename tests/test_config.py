@@ -110,7 +110,7 @@ def test_ctrl_c_says_how_to_resume(monkeypatch, capsys):
 
 
 def ended_by(error: BaseException | int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit status of a command whose main raises an error or returns a status."""
+    """The exit status of a command whose main function raises an error or returns a status."""
 
     def main(argv: list[str]) -> int:
         if isinstance(error, int):
@@ -241,7 +241,7 @@ def test_a_name_that_is_not_near_is_no_hint(write):
 
 @dataclass
 class Checked:
-    """Checks its values like a class of another library, in its own terms."""
+    """Checks its values in its own terms, as a class from another library does."""
 
     kind: str = "plain"
     share: float = 0.5

@@ -45,7 +45,7 @@ def options(module: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def flags(command: str) -> list[tuple[str, list[str]]]:
-    """Each command of this project in a line of a document, as a module, with the flags that follow it."""
+    """The commands of this project in a line of a document, as (module, flags that follow it)."""
     found = []
     for part in re.split(r"[;|&]|\s#", command):
         named = re.search(rf"-m (?!train\.launch\b)({MODULES})|\b(train/\w+)\.py", part)

@@ -1,4 +1,4 @@
-"""One module opens files from outside: only regular files, within bounds, and records of the right types."""
+"""One module opens files from outside, and accepts only regular files within limits and records of the right types."""
 
 from __future__ import annotations
 

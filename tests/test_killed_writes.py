@@ -1,4 +1,4 @@
-"""A file or folder that is written anew is the old one or the new one at any moment, and kills leave nothing behind."""
+"""A file or folder that is replaced is at any time either the old or the new one, and kills leave nothing behind."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from echo_ft.files import atomic_file, atomic_folder, write_json
 from echo_ft.processes import remove_left_over_files, scratch_folder
 
 KILLABLE = ((os, "rename"), (os, "replace"), (files, "_swap"), (shutil, "rmtree"))
-"""The calls that change what names stand for."""
+"""The calls that change what a file name refers to."""
 
 
 def every_call() -> Iterator[tuple[int, bool]]:
-    """Yield (number, whether after it) of calls, without end."""
+    """Yield (number of a call, whether to kill after it), without end."""
     return ((place, after) for place in itertools.count() for after in (False, True))
 
 

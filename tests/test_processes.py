@@ -1,4 +1,4 @@
-"""A command that is told to stop ends with one sentence and the status of a shell, however often it is told."""
+"""A command that is told to stop ends with one sentence and a shell's exit status, however often it is told."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ time.sleep(60)
 
 
 def start(cleaning: float, **environment: str) -> subprocess.Popen[str]:
-    """Start a command that waits, and then needs `cleaning` seconds to end."""
+    """Start a command that waits, and then needs `cleaning` seconds to clean up."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(cleaning)],
         cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

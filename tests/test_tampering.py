@@ -1,4 +1,4 @@
-"""A byte that changes in a dataset is named by the next command that uses it."""
+"""If a byte of a dataset changes, the next command that uses it names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work shows a bar on a terminal and plain lines in a log."""
+"""Long operations show a progress bar on a terminal and plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from echo_ft.terminal import progress
 
 
 class Stream(io.StringIO):
-    """A stream that may claim to be a terminal."""
+    """A stream that can claim to be a terminal."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Stream(io.StringIO):
 
 
 def run(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, seconds: float = 0.0, **options) -> str:
-    """What three items of work write to stderr if each of them takes some seconds."""
+    """What three items write to stderr if each of them takes some seconds."""
     stream = Stream(is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)
     assert [item for item in progress("abc", "reading", "records", **options) if not time.sleep(seconds)] == [*"abc"]

@@ -111,7 +111,7 @@ def write_adapter(folder: Path) -> Adapter:
 
 
 def train(patch: pytest.MonkeyPatch, dataset: Any, output: str) -> None:
-    """What train/sft.py logs around a training, which here logs one loss."""
+    """What train/sft.py logs around a training that itself logs one loss."""
     options = SimpleNamespace(
         report_to=["wandb"], process_index=0, output_dir=output, run_name=None, resume_from_checkpoint=None
     )
@@ -247,7 +247,7 @@ def test_a_registry_is_linked_online_only(runs, capsys, folder):
 
 @pytest.fixture
 def no_variables(offline, monkeypatch) -> Path:
-    """As `offline`, but without WANDB_MODE, and with no API key anywhere."""
+    """Like `offline`, but without WANDB_MODE, and with no API key anywhere."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(offline / "netrc"))
     return offline
@@ -429,7 +429,7 @@ def test_a_real_training_logs_its_curves_into_the_run(offline, tmp_path):
 
 
 def test_the_agent_of_the_sweep_starts_a_training_with_its_options(tmp_path, monkeypatch):
-    """The agent of wandb makes the command. It sets WANDB_RUN_ID, and bash must pass every option on."""
+    """wandb's agent composes the command. It sets WANDB_RUN_ID, and bash must pass on every option."""
     from wandb.sdk.launch.sweeps import utils
 
     sweep = utils.load_sweep_config(str(ROOT / "recipes/sweeps/decision_maker_lora.yaml"))

@@ -65,8 +65,7 @@ class Verdicts:
 PARTS, IMAGES = (50, 150, 500), ((1, 1), (1, 6), (6, 6))
 CHOSEN = ((0.3, 0.3), (0.9, 0.9), (1.1, 1.1), (2.0, 2.0))
 FIXED = ((0.3, 0.3), (0.98, 0.98), (1.02, 0.1), (0.1, 1.02), (1.02, 1.02))
-"""True rates divided by their limits. If the gate chooses the threshold, these are the rates at which both ratios are
-equal."""
+"""True rates divided by their limits. If the gate chooses the threshold, they apply where both ratios are equal."""
 
 
 def flagged_share(threshold: np.ndarray | float, images: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of the table for lists, annotations and options that people or tools write, changed in one place each."""
+"""Rows of the table for lists, annotations and options that people or tools write, each changed in one place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.faults.inputs import (
     picture,
 )
 
-# Cells of a list. The only row is rejected with its line, so the build ends with the reason.
+# Cells of a list. The rejection of the only row names its line, so the build ends with the reason.
 
 CELLS: dict[str, tuple[Sequence[Any], str]] = {
     "image": ((None, True, ["odd.png"], {}, "", " "), r"parts\.jsonl:1: image is"),
@@ -217,7 +217,7 @@ MMAD_REASONS = {
 
 
 def mmad_files() -> Iterator[Fault]:
-    """A query that cannot be used ends the build, which has no other. A question is rejected, and the rest is used."""
+    """An unusable query ends the build, because there is no other. A bad question is rejected, and the rest is used."""
     for field, value in table(MMAD):
         make = mmad(lambda rows, field=field, value=value: only(rows, **{field: value}))
         yield Fault(f"mmad {field} {named(value)}", make, rf"000\.JPG: it(s| has no) {field}")

@@ -23,7 +23,7 @@ NO_PATH = ("../a.png", "/a.png", "images/../../a.png", "..", "a\0.png")
 
 
 def without(row: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """The row with another value of a field, or without it."""
+    """The row with a different value in one field, or without that field."""
     return {key: old for key, old in row.items() if key != name} | ({} if value is MISSING else {name: value})
 
 
@@ -32,7 +32,7 @@ def named(value: Any) -> str:
 
 
 def changed_line(name: str, field: str, value: Any) -> Callable[[Path], object]:
-    """Change a field of the first record of a file of a dataset."""
+    """Change a field in the first record of one of a dataset's files."""
 
     def change(folder: Path) -> None:
         path = folder / name

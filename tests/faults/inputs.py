@@ -1,4 +1,4 @@
-"""Hostile and broken inputs: a function that writes each, the command that reads it, and the sentence it must give."""
+"""Hostile and broken inputs: a function that writes each, the command that reads it, and the sentence expected."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def picture(path: Path, seed: int = 0, **saving: Any) -> Path:
     return path
 
 
-# Images, each alone in a list: the build ends with the reason why it cannot be used.
+# Images, each alone in a list: the build ends with the reason why the image cannot be used.
 
 
 def listed(write: Callable[[Path], object], name: str = "odd.png", **cells: Any) -> Callable[[Path], Arguments]:
@@ -69,7 +69,7 @@ def frames(path: Path) -> None:
 
 
 def changed(path: Path, form: str) -> None:
-    """An image with bytes that differ from byte 60 on."""
+    """An image whose bytes differ from byte 60 onwards."""
     picture(path, format=form)
     content = bytearray(path.read_bytes())
     content[60:] = bytes(255 - value for value in content[60:])

@@ -1,4 +1,4 @@
-"""Every hostile or broken input of the table gets its sentence: no traceback, no hang, no other meaning."""
+"""Every hostile or broken input in the table gives its own sentence, without a traceback or a hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.faults.folders import FOLDERS
 from tests.faults.inputs import FAULTS, Fault
 
 SECONDS = 60
-"""Time limit of a command, which takes less than a second on an idle machine."""
+"""Time limit for a command, which takes less than a second on an idle machine."""
 
 TABLE = [*FAULTS, *FIELDS, *ANNOTATIONS, *FOLDERS]
 

@@ -13,7 +13,7 @@ from echo_ft.model.rows import Row, RowBuilder
 
 
 def plain_inputs(row_builder: RowBuilder, root: Path, row: Row) -> dict[str, torch.Tensor]:
-    """What transformers takes for a row of one branch."""
+    """The inputs that transformers takes for a row with one branch."""
     ids = torch.from_numpy(row.input_ids)[None]
     images = [Image.open(root / image).convert("RGB") for image in row.exchange.images]
     return {

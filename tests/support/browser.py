@@ -18,11 +18,12 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 120
-"""Seconds to wait for an answer. The machine that runs the tests may be busy."""
+"""Seconds to wait for an answer, because the machine that runs the tests may be busy."""
 
 
 class Browser:
-    """One tab. `messages` are what the pages wrote to the console or threw; `requests` are the addresses they asked."""
+    """One tab. `messages` has what the pages wrote to the console or threw; `requests` has the addresses they
+    requested."""
 
     def __init__(self, process: subprocess.Popen[bytes], to_browser: int, from_browser: int) -> None:
         self._process, self._to, self._from = process, to_browser, from_browser
@@ -36,7 +37,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol and return its result. Events that arrive meanwhile are noted."""
+        """Call a method of the protocol and return its result. Events that arrive meanwhile are recorded."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -77,7 +78,7 @@ class Browser:
             self.requests.append(event["request"]["url"])
 
     def open(self, path: Path | str, fragment: str = "") -> float:
-        """Open a file or an address in a fresh page and return the seconds until it had loaded."""
+        """Open a file or an address in a fresh page and return how many seconds it took to load."""
         self._navigate("about:blank")
         self.messages.clear()
         self.requests.clear()
@@ -109,18 +110,18 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=medium, features=[scheme])
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        """Write what the window shows, or the whole page, as PNG."""
+        """Save what the window shows, or the whole page, as PNG."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
 
     def foreign_requests(self) -> list[str]:
-        """The requests that left the machine's own files."""
+        """The requests for anything other than local files."""
         return [address for address in self.requests if not address.startswith(("file:", "data:", "about:"))]
 
 
 @contextmanager
 def start_browser(folder: Path) -> Iterator[Browser]:
-    """Start Chromium with a profile in `folder`. Skips the test if there is no Chromium."""
+    """Start Chromium with a profile in `folder`. Skips the test if Chromium is not installed."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium on the PATH; install it to test the pages in a browser")
     (browser_reads, we_write), (we_read, browser_writes) = os.pipe(), os.pipe()

@@ -1,4 +1,4 @@
-"""Commands of the documents: expand them with bash, add smoke-size options, run them or only parse them."""
+"""Commands in the documents: expand them with bash, add options for a small size, and run or only parse them."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ SMOKE_OPTIONS = {
     "evaluation.inspect": ["--threshold", "1.1"],  # the status is 1 if an image is flagged
     "evaluation.ablate": [*TINY_PIXELS, "--max_new_tokens", "3"],
 }  # fmt: skip
-"""Options that are added per module: echo-tiny, few pixels, one step, short outputs, no weights to download."""
+"""Options added per module, so that commands use echo-tiny, few pixels, one step, short outputs and no downloads."""
 
 VERDICTS = {"evaluation.score": (1, 3)}
-"""Exit statuses per module that state a result: with random weights, a gate fails or has not enough parts."""
+"""Exit statuses that state a result, per module: with random weights, a gate fails or does not have enough parts."""
 
 SMALL_DEMO = ["--parts", "12", "--fractions", "0.4", "0.3", "0.3"]
-"""Options added to builds of the demo's dataset. Each split still has normal and defective parts."""
+"""Options added to builds of the demo's dataset. With them, each split still has normal and defective parts."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a document after expansion."""
+    """One command from a document, after expansion."""
 
     environment: dict[str, str]
     launcher: list[str]
-    """`python`, or `python -m train.launch` or `torchrun` with its options; empty for other programs."""
+    """`python`, or `python -m train.launch` or `torchrun` with their options; empty for other programs."""
     module: str | None
     """The module of this project that the command starts, such as `train.sft`; None for other programs."""
     words: list[str]
@@ -131,14 +131,14 @@ def check_launcher(command: Command) -> None:
 
 
 class ConfigParsedError(BaseException):
-    """Stops a command after it has parsed its config. It is no Exception, which the parser turns into an EchoError."""
+    """Stops a command after it has parsed its config. The parser would turn an Exception into an EchoError."""
 
 
 def check_config(command: Command, arguments: list[str]) -> None:
     """Parse the config and all options with the command's own parser, without running the command.
 
     Raises EchoError for an unknown key or option and for a value of the wrong type. Stops before the options become
-    dataclasses, because some of those need the processes of the launcher.
+    dataclasses, because some dataclasses need the processes of the launcher.
     """
     from transformers import HfArgumentParser
 
@@ -160,7 +160,7 @@ def run_in_process(command: Command, arguments: list[str]) -> None:
 
 
 def run_in_shell(command: Command, arguments: list[str]) -> None:
-    """Start the command as a reader does, with its launcher and environment. Fails unless it exits with 0."""
+    """Start the command as a reader does, with its launcher and environment. Fails unless its exit status is 0."""
     bin_folder, end = Path(sys.executable).parent, len(command.words) - len(command.arguments)
     done = subprocess.run(
         [str(bin_folder / command.words[0]), *command.words[1:end], *arguments],
@@ -173,7 +173,7 @@ def run_in_shell(command: Command, arguments: list[str]) -> None:
 
 
 def smoke_arguments(command: Command, replacements: Mapping[str, str]) -> list[str]:
-    """The arguments of a command after `replacements`, with the options of the smoke size added."""
+    """The arguments of a command after `replacements`, with the options for a small size added."""
     text = "\0".join(command.arguments)
     for old, new in replacements.items():
         text = text.replace(old.replace(" ", "\0"), new.replace(" ", "\0"))

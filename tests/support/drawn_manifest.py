@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 
 def draw_part(path: Path, seed: int, defect: bool = False, shade: float = 1.0) -> None:
-    """A noisy 48 x 40 part, darker by `shade`, with a black square and a mask `<stem>_mask.png` if defective."""
+    """Draw a noisy 48 x 40 part, darker by `shade`. A defective one has a black square and a mask `<stem>_mask.png`."""
     rng = np.random.default_rng(seed)
     pixels = (np.linspace(60, 200, 48)[None, :] * shade + rng.normal(0, 12, (40, 48))).clip(0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def draw_manifest(root: Path, products: tuple[str, ...], normals: int, defects: 
 
 
 def make_config(manifest: Path, output: Path, **changes) -> BuildConfig:
-    """The config of a build from the manifest with small descriptors, except for `changes`."""
+    """The config of a build from the manifest with small descriptors; `changes` override its options."""
     values = {"source": "manifest", "annotations": manifest, "output": output, "descriptor": "skimage", "k": 2}
     return BuildConfig(**{**values, **changes})
 
@@ -80,5 +80,5 @@ def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def flags(**values: object) -> list[str]:
-    """The options of a command as it gets them from a terminal."""
+    """The options of a command as they would be typed in a terminal."""
     return [text for key, value in values.items() for text in (f"--{key}", *str(value).split())]

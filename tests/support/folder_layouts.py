@@ -64,7 +64,7 @@ class DatasetLayout:
     masked: tuple[str, ...]
     """The images with a mask, polygon or box in their records."""
     groups: int | None = None
-    """Number of physical parts, if it differs from the number of images."""
+    """Number of physical parts, if that differs from the number of images."""
 
 
 def mvtec_ad(folder: Path) -> DatasetLayout:
@@ -369,4 +369,4 @@ LAYOUTS: dict[str, Callable[[Path], DatasetLayout]] = {
     "real_iad": real_iad,
     "visa": visa,
 }
-"""Source, with its format if it reads several, to the function that draws its layout. `synthetic` draws its own."""
+"""Source, with its format if it reads several, to the function that draws its layout. `synthetic` needs none."""

@@ -1,4 +1,4 @@
-"""Under FSDP2 on two processes, gradients and adapter equal those of one process, and the base is never gathered.
+"""Under FSDP2 on two processes, gradients and adapter equal those on one process, and the base model is never gathered.
 
 One of the two processes has no image.
 
@@ -30,7 +30,7 @@ from tests.conftest import ECHO_TINY, draw
 
 
 class GatheredSizes(TorchDispatchMode):
-    """Records the number of values in each tensor that is gathered from all processes."""
+    """Records the size of each tensor that is gathered from all processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def check_adapter(model: Any, whole: bytes) -> None:
         weights = gather_adapter(model, "cpu")
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     assert len(gathered.sizes) == len(trained)
-    # A shard is padded if the processes cannot share the rows of a weight equally.
+    # A shard is padded if the rows of a weight cannot be divided equally among the processes.
     padded = [-(-weight.shape[0] // 2) * 2 * weight[0].numel() for weight in trained]
     assert sorted(gathered.sizes) == sorted(padded)
     if dist.get_rank() == 0:

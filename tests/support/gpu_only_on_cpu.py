@@ -18,7 +18,7 @@ import echo_ft.training.config
 
 
 def allow_cpu() -> None:
-    """Let accelerate treat processes on CPUs like those of one kind of accelerator, and bf16 as supported."""
+    """Make accelerate treat CPU processes like those on a supported accelerator, and bf16 as supported."""
     kinds: Any = {kind.name: kind for kind in DistributedType}
     accelerate.state.DistributedType = SimpleNamespace(**{**kinds, "MULTI_HPU": DistributedType.MULTI_CPU})
     for module in (transformers.training_args, echo_ft.training.config):

@@ -1,4 +1,4 @@
-"""Run commands of this project and measure the memory that they take."""
+"""Run commands of this project and measure how much memory they use."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.conftest import ROOT
 def run_measured(*command: object) -> tuple[str, float]:
     """Run a command, which must succeed; returns its output and the peak memory of all its processes in GiB.
 
-    Memory is the proportional set size, in which processes that share a page share its size. It is sampled five times
-    a second.
+    Memory is the proportional set size, which divides the size of a shared page among the processes that share it. It
+    is sampled five times a second.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     peak = 0

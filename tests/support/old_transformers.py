@@ -18,7 +18,7 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, __versi
 
 
 def answer(model: str) -> dict[str, Any]:
-    """Load the model and its processor, and run them on a drawn image with a question."""
+    """Load the model and its processor, and run them on a drawn image and a question."""
     loaded, info = Qwen2VLForConditionalGeneration.from_pretrained(model, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(model)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8))

@@ -25,7 +25,7 @@ def make_prediction(
     product: str = "p",
     group: str = "",
 ) -> Prediction:
-    """Answer a question with the options Yes (A) and No (B); by default, each image shows a part of its own."""
+    """Answer a question with the options Yes (A) and No (B); by default, each image shows a separate part."""
     options = {"A": "Yes.", "B": "No."}
     answer = "B" if condition == GOOD else "A"
     parsed = answer if correct else {"A": "B", "B": "A"}[answer]
@@ -48,7 +48,7 @@ def make_prediction(
 
 
 def mixed_predictions(seed: int = 0, images: int = 40) -> list[Prediction]:
-    """Answer several questions per image, on two datasets with two products, normal and defective."""
+    """Answer several questions per image, about normal and defective images of two products in each of two datasets."""
     draw = random.Random(seed)
     rows = []
     for image in range(images):
@@ -63,7 +63,7 @@ def mixed_predictions(seed: int = 0, images: int = 40) -> list[Prediction]:
 
 
 def uncertain_predictions(count: int, seed: int, sharpness: float = 4.0) -> list[Prediction]:
-    """Answer only Anomaly Detection questions. P(defect) is calibrated at a sharpness of 1, overconfident above."""
+    """Answer only Anomaly Detection questions. P(defect) is calibrated at a sharpness of 1, else overconfident."""
     draw = np.random.default_rng(seed)
     rows = []
     for image in range(count):

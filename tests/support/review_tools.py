@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 
 
 def labelstudio(folder: Path) -> dict[str, Any]:
-    """What Label Studio's SDK finds wrong, and the number of tasks, regions and tasks with outlines for its COCO."""
+    """The faults that Label Studio's SDK finds, and its numbers of tasks, regions and tasks with outlines for COCO."""
     from label_studio_sdk.label_interface import LabelInterface
 
     interface = LabelInterface((folder / "config.xml").read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ def labelstudio(folder: Path) -> dict[str, Any]:
 
 
 def coco(folder: Path) -> dict[str, Any]:
-    """The images and the boxes that pycocotools reads, and the pixels of its masks."""
+    """The images and boxes that pycocotools reads, and the pixels of its masks."""
     from pycocotools.coco import COCO
 
     loaded = COCO(str(folder / "instances.json"))

@@ -1,4 +1,4 @@
-"""Small files in the form of RobustMAD: questions about drawn products, and answers of a model to them."""
+"""Small files in RobustMAD's format: questions about drawn products, and a model's answers to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from echo_ft.metrics.answer_files.robustmad import CATEGORIES
 
 PRODUCTS = {"bottle": "general", "cable": "domain"}
-"""Products of the file, and their difficulty."""
+"""The products in the file, and their difficulty."""
 
 OPTIONS = {"A": "Object is normal, no major defects", "B": "Scratch on the rim", "C": "Dent", "D": "Hole", "E": "Chip"}
 
@@ -51,7 +51,7 @@ def questions_file(images: int = 6, degraded: bool = False) -> dict[str, Any]:
 
 
 def answers_file(questions: dict[str, Any]) -> list[dict[str, Any]]:
-    """Answer every question of a file correctly, by its letter."""
+    """Answer every question of a file correctly, with its letter."""
     return [
         {
             "image_path": image["image_path"],

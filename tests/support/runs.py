@@ -69,7 +69,7 @@ def require_self_contained(page: str) -> None:
 
 
 def run_evaluation(dataset, output, *more) -> None:
-    """Run `evaluation.run` with echo-tiny and short outputs in this process."""
+    """Run `evaluation.run` in this process, with echo-tiny and short outputs."""
     options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
     run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])

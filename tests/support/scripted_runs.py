@@ -23,7 +23,7 @@ WORDS = {
 
 
 def write_scripted_run(folder: Path, dataset: Path, words: Mapping[str, str] = WORDS, **changes: Any) -> Path:
-    """Write the complete run in which every role says the same about every case. `changes` override run.json."""
+    """Write a complete run in which each role says the same about every case. `changes` override run.json."""
     loaded = load_dataset(dataset)
     cases = load_cases(loaded, "test")
     outcomes = run_cases(cases, ScriptedBackend(dict(words)), PipelineConfig())

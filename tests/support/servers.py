@@ -38,7 +38,7 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def completion(body: dict[str, Any], logprobs: bool = True) -> dict[str, Any]:
-    """Reply with a text that depends only on the prompt, as that of a greedy model."""
+    """Reply with text that depends only on the prompt, like that of a greedy model."""
     prompt = text_of(body)
     text = (
         "2"
@@ -114,8 +114,8 @@ class FakeServer:
 def model_answers(model: Any, row_builder: RowBuilder, folder: Path, served: Callable[[str], str]) -> Answer:
     """Answer requests with a model that has adapters named after the roles, and count the tokens of the prompt.
 
-    `served` maps the model name of a request to the adapter that answers; any other name is the base model. `folder`
-    holds the images of the requests.
+    `served` maps the model name in a request to the adapter that answers; the base model answers to any other name.
+    `folder` holds the images of the requests.
     """
     lock, engine = threading.Lock(), Engine(model, row_builder, folder)
 

@@ -1,4 +1,4 @@
-"""Start train/sft.py on echo-tiny, and read the losses that it logged."""
+"""Start train/sft.py on echo-tiny, and read the losses that it logs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BEST_OF_SIX = [
     "--lora_target_modules", "q_proj", "v_proj", "--load_best_model_at_end", "true",
     "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
 ]  # fmt: skip
-"""Options for runs of six steps whose learning rate ruins the model after the first, which therefore is the best."""
+"""Options for runs of six steps whose learning rate ruins the model after the first, which is therefore the best."""
 
 
 def logged_state(output: Path) -> dict[str, Any]:
-    """What the Trainer recorded of a run."""
+    """What the Trainer recorded about a run."""
     state: dict[str, Any] = json.loads((output / "trainer_state.json").read_text())
     return state
 

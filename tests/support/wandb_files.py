@@ -20,18 +20,18 @@ FULL, LAST = 1, 4
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What an offline run holds."""
+    """The content of an offline run."""
 
     run: Any
     config: dict[str, Any]
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     artifacts: dict[str, Any]
-    """The artifacts that the run logs or uses, by name."""
+    """The artifacts that the run logs or uses, keyed by name."""
     exit_code: int | None
 
     def names(self, used: bool) -> set[str]:
-        """The artifacts that the run uses, or those that it logs, without W&B's own for tables."""
+        """The artifacts that the run uses, or those that it logs, except for those that W&B creates for tables."""
         return {
             name for name, one in self.artifacts.items() if one.use_after_commit == used and one.type != "run_table"
         }
@@ -45,7 +45,7 @@ class LoggedRun:
         return {entry.path: entry for entry in self.artifacts[name].manifest.contents}
 
     def table(self, key: str) -> dict[str, Any]:
-        """The table that was logged under a key, from its artifact."""
+        """Read the table that was logged under a key from its artifact."""
         artifact = next(one for one in self.artifacts.values() if one.type == "run_table" and key in one.name)
         (entry,) = [one for one in artifact.manifest.contents if one.path == f"{key}.table.json"]
         found: dict[str, Any] = json.loads(Path(entry.local_path).read_text())
@@ -53,7 +53,7 @@ class LoggedRun:
 
 
 def read_runs(folder: Path) -> list[LoggedRun]:
-    """The offline runs in WANDB_DIR, in the order of their start."""
+    """The offline runs in WANDB_DIR, in the order in which they started."""
     paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns)
     return [read_run(path) for path in paths]
 
