@@ -90,7 +90,7 @@ def _compare_cells(
 ) -> tuple[dict[Path, Any], dict[Path, Any], dict[str, list[str]]]:
     """Return the scores of each run, its difference from the baseline, and {warning: names of cells}.
 
-    Runs with the questions of the baseline are compared together, so they share resamples.
+    Runs that answer the baseline's questions are compared together, so they share resamples.
     """
     base = groups[base_folder]
     same_questions, scores, differences = [base], dict[Path, Any](), dict[Path, Any]()

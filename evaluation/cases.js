@@ -1,5 +1,5 @@
 "use strict";
-// The address holds the case and the filters (#answers=wrong&condition=dent&case=ID), so that a view is a link.
+// The address holds the case and the filters (#answers=wrong&condition=dent&case=ID), so that every view has a link.
 (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
 const CASES_PER_BLOCK = index.block, ROW = 60;
@@ -91,7 +91,7 @@ function applyFilters(wanted) {
   rows.style.height = `${matching.length * ROW}px`;  // the caller draws the rows, once it knows the current case
 }
 
-// ---- The list. Only the rows in sight exist.
+// ---- The list. Only the visible rows exist in the document.
 
 function dots(one) {
   const names = {"1": "right", "0": "wrong", "-": "unparsed", "!": "failed"};

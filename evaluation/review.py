@@ -51,7 +51,7 @@ class ReviewCase:
     guide: str
     p_defect: float | None
     predicted: tuple[Box, ...]
-    """The boxes that the run answers to Defect Grounding, in thousandths of the image's width and height."""
+    """The boxes in the run's answer to Defect Grounding, in thousandths of the image's width and height."""
     questions: tuple[ReviewQuestion, ...]
 
     @property

@@ -23,7 +23,7 @@ def read_groups(specs: Sequence[str], compared: Sequence[str] = ()) -> list[RunG
     """Load the groups of runs given as `[NAME=]DIR[,DIR...]`.
 
     The runs may differ in the keys of PROTOCOL listed in `compared`. Raises EchoError if a run cannot be loaded, if the
-    runs cannot be compared, or if the runs of a group differ in more than the training of their adapters.
+    runs cannot be compared, or if a group's runs differ in more than the training of their adapters.
     """
     labels, folders = zip(*map(_parse_spec, specs), strict=True)
     names = run_names([folder for some in folders for folder in some])

@@ -147,7 +147,7 @@ def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Non
     if sft.process_index != 0:
         return
     dataset, cases = checked.dataset, checked.cases
-    # Training verifies each image as it reads it. Hashing all images first would keep its GPUs waiting.
+    # Training verifies each image as it reads it. Hashing all images first would keep the GPUs waiting.
     names = (name for case in cases for exchange in case["exchanges"] for name in exchange["images"])
     require_unchanged(dataset, names)
     first = from_dict(Exchange, cases[0]["exchanges"][0])
@@ -213,7 +213,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
 
 @contextmanager
 def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[None]:
-    """Log the training in the block to Weights & Biases if `report_to` says so, with dataset, card and adapter.
+    """Log the training in this block to Weights & Biases if `report_to` names it, with dataset, card and adapter.
 
     transformers' callback logs its curves and options into the run that it finds.
     """

@@ -240,7 +240,7 @@ def _inspect(model: Any, row_builder: RowBuilder, products: ProductData | None, 
 def _check_reloaded(folder: Path, model: Any, expected: Sequence[Result], plan: ExportPlan) -> None:
     """Read the bundle as an inspector does, and compare the answers of `model`, to which its adapters are attached.
 
-    Raises EchoError if a letter, a text, a reference or a probability differs from the `expected` one.
+    Raises EchoError if a letter, an output text, a reference or a probability differs from the `expected` one.
     """
     described = read_bundle(folder)
     adapters = bundle_adapters(folder, described, next(iter(plan.adapters.values())).card.base_model)

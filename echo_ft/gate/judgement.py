@@ -39,7 +39,7 @@ WORDS = {FALSE_ALARMS: ("good", "flagged"), ESCAPES: ("defective", "missed")}
 def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = None) -> dict[str, Any]:
     """Return `gate` of report.json: limits, threshold, the parts on both sides, findings, verdict and sentences.
 
-    A threshold of P(defect) is chosen on the parts of `validation`, or else on one in CHOOSING parts of the run, and
+    A threshold of P(defect) is chosen on the parts of `validation`, or else on one in CHOOSING parts of the run. It is
     judged on all other parts of the run. A run without any P(defect) is judged by its answers, on all of its parts.
 
     If a class has no part to choose the threshold on, no part is judged. Raises EchoError if the run is incomplete, has

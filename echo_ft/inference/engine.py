@@ -162,7 +162,7 @@ class Engine:
     def _prefill_in_groups(
         self, rows: Sequence[Row], features: Sequence[Sequence[torch.Tensor]]
     ) -> tuple[DynamicCache, torch.Tensor, list[int]]:
-        """As `_prefill`, in groups of at most PREFILL_TOKENS, because activations grow with the tokens of a group."""
+        """Like `_prefill`, but in groups of at most PREFILL_TOKENS, because activations grow with a group's tokens."""
         boundaries, longest = [0], 0
         for index, row in enumerate(rows):
             longest = max(longest, row.prefix_length)
@@ -214,7 +214,7 @@ class Engine:
     def _prefill_after_images(
         self, prefixes: Sequence[Row], features: tuple[torch.Tensor, ...]
     ) -> tuple[DynamicCache, torch.Tensor]:
-        """As `_run_prefixes`, but consecutive calls share one pass over the tokens up to the last image.
+        """Like `_run_prefixes`, but consecutive calls share one pass over the tokens up to the last image.
 
         These tokens run one exchange at a time: in a batch, the lowest bits would depend on which are stored already.
         """

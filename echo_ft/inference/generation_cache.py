@@ -64,7 +64,7 @@ class GenerationCache:
         return cached
 
     def _missing(self, role: str, exchanges: Sequence[Exchange]) -> list[Exchange]:
-        """Return the exchanges reduced to branches that are not in the cache, without exchanges that have none."""
+        """Return the exchanges with only the branches that are not in the cache; exchanges without any are left out."""
         missing = []
         for exchange in exchanges:
             new = [key not in self._generations for key in self._keys(role, exchange)]

@@ -1,7 +1,7 @@
 """Prove that adapters act: compare their answers to a fixed probe with those of the base model and of the export.
 
-The export records what every adapter answers, what the base model answers, and what each adapter would answer under a
-fault that leaves no other trace: applied twice, or without its weights in the vision tower. The backend must answer as
+The export records the answers of every adapter and of the base model. It also records each adapter's answers under two
+faults that leave no other trace: applied twice, or without its weights in the vision tower. The backend must answer as
 the adapter of the role. If its answer matches another record, that record names the fault.
 
 An answer to the probe has the text of each branch and, where the backend returns them, the log-probabilities of the
@@ -58,7 +58,7 @@ ProbeBackend = Callable[[str, Exchange], Sequence[Generation]]
 
 @dataclass(frozen=True)
 class ProbeAnswer:
-    """The answer to the probe: per branch, a text and the log-probability of each letter as the first token."""
+    """The answer to the probe: per branch, the text and the log-probability of each letter as the first token."""
 
     texts: tuple[str, ...]
     letters: tuple[Letters, ...]

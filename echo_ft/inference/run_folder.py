@@ -42,7 +42,7 @@ CONTINUED_WITH = "continued_with"
 """Key in run.json for notes of later processes that resumed the run with other settings."""
 
 CUT = "cut"
-"""Key in run.json for the number of texts of each role that ended at max_new_tokens."""
+"""Key in run.json for the number of outputs of each role that max_new_tokens cut off."""
 
 RunRecord = TypeVar("RunRecord", Prediction, Trace, PermutedPrediction)
 
@@ -262,7 +262,7 @@ def read_cut_warning(folder: Path) -> str | None:
 
 
 def cut_warning(run: Mapping[str, Any]) -> str | None:
-    """Return a sentence about the texts that max_new_tokens cut, or None; `run` is the content of run.json."""
+    """Return a sentence about the outputs that max_new_tokens cut off, or None; `run` is the content of run.json."""
     counts = ", ".join(f"{count} of the {role}" for role, count in run.get(CUT, {}).items())
     if not counts:
         return None

@@ -260,7 +260,7 @@ def _with_other_types(table: PredictionTable, ours: Mapping[str, Any], row: Iter
 
 
 def _in_order(row: Iterable[Any], detection: Mapping[str, Any], alarms: Mapping[str, Any]) -> dict[str, Any]:
-    """Combine a row of the strict table with detection values and ALARM_METRICS, the average first."""
+    """Combine a row of the strict table with detection values and ALARM_METRICS; the average comes first."""
     columns = dict(zip([*QUESTION_TYPES, AVERAGE], row, strict=True))
     chosen = {"AUROC": detection["auroc"], "recall": detection["recall"], "specificity": detection["specificity"]}
     first = {name: columns.pop(name) for name in (AVERAGE, "Anomaly Detection")}

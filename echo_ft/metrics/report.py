@@ -163,7 +163,7 @@ def option_order_report(run: Run) -> dict[str, Any]:
 def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
     """Score the experts before the decision (`experts.score_experts`), or state why that is impossible (`unavailable`).
 
-    The scores require the dataset and its images, unchanged since the build. Empty for an answer file.
+    The scores require the dataset and its images, unchanged since the build. The result is empty for an answer file.
     """
     if "dataset" not in run.provenance:
         return {}
@@ -197,7 +197,8 @@ def _read_traces(run: Run) -> Iterator[Trace]:
 
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:
-    """Warn about rejected rows, cut texts, missing or small classes, and misleading paths in the official scores."""
+    """Warn about rejected rows, truncated outputs, missing or small classes, and misleading paths in official
+    scores."""
     warnings = []
     if run.rejections:
         first = run.rejections[0]

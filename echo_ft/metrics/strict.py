@@ -37,7 +37,7 @@ from echo_ft.records import GOOD, QUESTION_TYPES, UNKNOWN_CONDITION, Prediction
 
 
 def strict_array(table: PredictionTable, weights: np.ndarray, by: str = "dataset") -> np.ndarray:
-    """Return the strict table in percent for each resample, (R, D + 1, K + 1), with averages in last row and column.
+    """Return the strict table in percent per resample, (R, D + 1, K + 1), with averages in the last row and column.
 
     The average of a row is the mean over its question types. The last row is the unweighted mean over the rows that
     have a score. Cells without a question are nan.
@@ -66,8 +66,8 @@ def strict_array(table: PredictionTable, weights: np.ndarray, by: str = "dataset
 def strict_part_counts(table: PredictionTable, by: str = "dataset") -> np.ndarray:
     """Count the parts behind each score of `strict_array`, (D + 1, K + 1).
 
-    Anomaly Detection has the count of its smaller class, and a mean of rows that of its smallest row, because classes
-    and rows have equal weights.
+    Classes and rows have equal weights. Anomaly Detection therefore takes the count of its smaller class, and a mean
+    over rows takes the count of its smallest row.
     """
     names, row_index = table.group_images(by)
     shown = np.zeros((table.part_index.max() + 1, len(names), 2, len(QUESTION_TYPES)), dtype=bool)

@@ -123,8 +123,8 @@ def count_parameters(model: Any) -> list[ParameterCount]:
 def frozen_bytes(model: Any, width: int, bits: int | None = None, nested: bool = False) -> int:
     """Bytes of the frozen weights at `width` bytes each.
 
-    With `bits` 4 or 8, bitsandbytes quantizes the linear layers of the language model, except the LM head. 4 bits need
-    a scale for every 64 weights: 4 bytes, or with `nested` 1 byte and a fraction of a second scale (QLoRA, arXiv
+    With `bits` 4 or 8, bitsandbytes quantizes the linear layers of the language model, except the LM head. With 4 bits,
+    every 64 weights need a scale: 4 bytes, or with `nested` 1 byte and a fraction of a second scale (QLoRA, arXiv
     2305.14314, section 3).
     """
     import torch

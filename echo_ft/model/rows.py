@@ -267,7 +267,7 @@ class RowBuilder:
 
 
 def _checked_text(branch: Branch) -> str:
-    """Return the texts of a branch in which no control token is allowed."""
+    """Return the text of a branch that may not contain control tokens."""
     return branch.prompt + without_box_tokens(branch.completion or "")
 
 

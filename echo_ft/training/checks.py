@@ -57,7 +57,7 @@ _MOST = {
     "lora_r": 2**14, "lora_alpha": 2**20, "lora_dropout": 0.999, "adam_beta1": 0.99999, "adam_beta2": 0.99999,
     "corrupted_share": 1, "mask_loss": 1, "seed": 2**32 - 1, "ddp_timeout": 10**9, "max_length": 2**31,
 }  # fmt: skip
-"""Largest values. NumPy takes seeds of 32 bits. PEFT accepts any rank and alpha, even values that give infinities."""
+"""Largest values. NumPy takes 32-bit seeds. PEFT accepts any rank and alpha, even values that give infinities."""
 
 METRICS = ("loss", "mean_token_accuracy")
 """Metrics by which the best checkpoint may be chosen, without the prefix `eval_`."""

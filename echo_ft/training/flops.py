@@ -115,7 +115,7 @@ def unit_costs(model: Any) -> UnitCosts:
     """FLOPs per unit of work when training this Qwen2-VL, with or without PEFT adapters, on any device.
 
     A linear layer with W weights costs 2 W per token in the forward pass. The gradient of its input costs another 2 W
-    if anything before the layer is trained, and the gradient of its weights costs another 2 W if they are trained.
+    if anything before the layer is trained. The gradient of its weights costs another 2 W if they are trained.
     """
     import torch
 

@@ -198,8 +198,8 @@ def mask_inputs(
 
     `starts` has the index of the query's first token in the merger's output, per row. The result has mask_positions
     (tokens,) in the packed row, mask_features (tokens,) in the merger's output, mask_targets (tokens,), mask_rows
-    (tokens,), and mask_labels (rows,): the number of labels of each row. As a row's tokens weigh as much as its labels,
-    the loss of a step is a mean over cases, for any packing, accumulation and number of processes.
+    (tokens,), and mask_labels (rows,): the number of labels of each row. A row's tokens weigh as much as its labels.
+    The loss of a step is therefore a mean over cases for any packing, accumulation and number of processes.
     """
     none = np.zeros(0, dtype=np.int64)
     positions, features, targets, numbers = [none], [none], [none.astype(np.bool_)], [none]

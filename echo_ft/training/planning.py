@@ -1,4 +1,4 @@
-"""The training plan: rows, tokens, steps and operations, from texts and image headers. No image is decoded."""
+"""The training plan: rows, tokens, steps and operations, from text and image headers. No image is decoded."""
 
 from __future__ import annotations
 

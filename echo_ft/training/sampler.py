@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 class BalancedSampler(Sampler[int]):
     """Random order of cases in which all processes get about the same number of tokens in each step.
 
-    The cases of a step depend only on seed and epoch and match torch's RandomSampler under accelerate, so a run on
-    several processes sees the same steps as a run on one. Within a step, cases of similar length form a micro-batch. In
-    a micro-batch, the longest case goes to the process with the fewest tokens so far. (transformers 5.23's
-    batch_rebalance counts padding tokens and restarts an epoch with the wrong cases on resume.)
+    The cases of a step depend only on seed and epoch, and match torch's RandomSampler under accelerate. A run on
+    several processes therefore takes the same steps as a run on one. Within a step, cases of similar length form a
+    micro-batch. In a micro-batch, the longest case goes to the process with the fewest tokens so far. (transformers
+    5.23's batch_rebalance counts padding tokens and restarts an epoch with the wrong cases on resume.)
     """
 
     def __init__(self, tokens: Sequence[int], batch: int, processes: int, accumulation: int, seed: int) -> None:

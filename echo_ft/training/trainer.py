@@ -222,7 +222,7 @@ class PrefixSharingTrainer(SFTTrainer):
         return output._replace(metrics={**(output.metrics or {}), **loss})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with the throughput since the last log."""
+        """Log as TRL does, and add the throughput since the last log."""
         if "loss" in logs:
             now = time.monotonic()
             rates = self._work_done / (now - self._last_log)
