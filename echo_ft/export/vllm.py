@@ -1,4 +1,4 @@
-"""How vLLM serves the parts of a bundle: its command, and what it refuses."""
+"""How vLLM serves the parts of a bundle: the command, and the adapters that vLLM refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VLLM_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 @dataclass(frozen=True)
 class LoraFiles:
-    """What decides how vLLM serves an adapter."""
+    """The properties of an adapter that decide how vLLM serves it."""
 
     config: dict[str, Any]
     """The content of adapter_config.json."""

@@ -1,4 +1,4 @@
-"""Judge a run by the limits of a gate: its parts, the threshold, the verdict and the sentence that states it."""
+"""Judge a run against the limits of a gate: its parts, the threshold, the verdict and the sentence that states it."""
 
 from __future__ import annotations
 

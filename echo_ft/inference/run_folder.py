@@ -39,7 +39,7 @@ SHARDS = "shards"
 """Folder with one subfolder per process, named by its index, while several processes write."""
 
 CONTINUED_WITH = "continued_with"
-"""Key in run.json for notes of later processes that resumed the run with other settings."""
+"""Key in run.json for the notes of processes that later resumed the run with different settings."""
 
 CUT = "cut"
 """Key in run.json for the number of outputs of each role that max_new_tokens cut off."""

@@ -197,8 +197,7 @@ def _read_traces(run: Run) -> Iterator[Trace]:
 
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:
-    """Warn about rejected rows, truncated outputs, missing or small classes, and misleading paths in official
-    scores."""
+    """Warn about rejected rows, truncated outputs, missing or small classes, and misleading paths."""
     warnings = []
     if run.rejections:
         first = run.rejections[0]

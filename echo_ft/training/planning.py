@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 ROWS_PER_TOKENIZER_CALL = 256
-"""Number of rows whose texts are tokenized together."""
+"""Number of rows whose text is tokenized together."""
 
 
 @dataclass(frozen=True)
