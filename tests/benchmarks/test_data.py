@@ -1,4 +1,4 @@
-"""The data benchmarks draw what they state and measure what a build really does; checked at a small size."""
+"""At a small size, the data benchmarks draw what they claim to draw and measure what a build really does."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_recall_is_relative_to_exact_search(kind):
 
 @pytest.mark.slow
 def test_ivf_pq_finds_the_nearest_image_within_one_product():
-    """Within one product, no clusters guide the search."""
+    """Within a single product, there are no clusters to guide the search."""
     found = index._measure("ivf_pq", 12_000, products=1, queries=512, seed=0)
     assert found.kind == "ivf_pq"
     assert found.recall > 0.99

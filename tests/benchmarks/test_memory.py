@@ -1,4 +1,4 @@
-"""The memory estimates match the peaks that tensors without content reach, operation by operation."""
+"""The memory estimates match the peaks counted on tensors without content, operation by operation."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_run_takes_what_is_estimated_to_a_twentieth(two_layers, shape, tuned):
 def test_a_run_of_the_recipes_fits_with_adapters(size, most):
     shapes = run_shapes(read_run(str(ROOT / "recipes" / f"qwen2_vl_{size}" / "run.yaml")))
     for full in shapes.values():
-        # The cache at the end of decoding is what counts. Two steps on longer branches fill it much faster.
+        # The size of the cache at the end of decoding decides. Two steps on longer branches fill it much faster.
         shape = replace(full, branch_tokens=full.branch_tokens + full.max_new_tokens - 2, max_new_tokens=2)
         peak, expected = running(size, shape)
         assert peak == pytest.approx(expected, rel=0.05)

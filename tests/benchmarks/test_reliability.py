@@ -1,4 +1,4 @@
-"""The fuzzers find what a parser may not raise, and no parser of the project raises it; the kill loop sees a fault."""
+"""The fuzzers find errors that no parser may raise, and find none in this project; the kill loop notices a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of RobustMAD orders models, and finds what degraded images cost and what a reference gives."""
+"""The RobustMAD benchmark ranks models, and finds how much degraded images cost and how much a reference helps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.robustmad import answers_file, questions_file
 
 
 def write_answers(folder: Path, name: str, wrong: dict[str, int], degraded: bool = False) -> None:
-    """Write questions, and a model's answers of which the first `wrong` of each named category are wrong."""
+    """Write questions and a model's answers; the first `wrong` answers in each named category are wrong."""
     suffix = "_low" if degraded else ""
     questions = questions_file(images=10, degraded=degraded)
     rows = answers_file(questions)

@@ -1,6 +1,6 @@
 """The training benchmark gives every trainer the same rows and counts their work correctly.
 
-The environments of the other trainers are not needed.
+These tests do not need the environments of the other trainers.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def test_trl_at_the_labels_gives_the_losses_of_stock_trl(tmp_path, monkeypatch):
     at_labels = trl_at_labels(tmp_path, workload, stored=False)
     assert at_labels.losses == pytest.approx(stock.losses, rel=1e-4)
     assert at_labels.work == stock.work
-    # Stock TRL scores every position but the last of its two rows; the other only the labels.
+    # Stock TRL scores every position except the last in its two rows; the other contender scores only the labels.
     assert scored == [stock.work["tokens"] - 2] * 2 + [stock.work["labels"]] * 2
 
 

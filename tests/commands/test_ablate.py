@@ -72,7 +72,7 @@ def write_config(folder: Path, options: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(shared, tmp_path_factory):
-    """An uninterrupted ablation, run from the command line. Its output is in the file `printed`."""
+    """An uninterrupted ablation, run from the command line. The file `printed` has its output."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "printed").write_text(run_command([sys.executable], write_config(folder, shared)))
     return folder
@@ -212,7 +212,7 @@ def test_nothing_is_computed_twice_and_a_finished_ablation_not_at_all(done, shar
 
 @pytest.mark.parametrize("stopped", [2, 11])
 def test_a_resumed_ablation_is_byte_identical(done, shared, tmp_path, monkeypatch, stopped):
-    """Stop before writing this case: one is in the first cell, the other in a cell that uses much of the cache."""
+    """Stop before writing case number `stopped`: 2 is in the first cell, 11 in a cell that uses much of the cache."""
     write, cases = RunFolder.write, []
 
     def stop_at_case(self, case, outcome):
@@ -336,7 +336,8 @@ def test_the_best_ranked_references_are_shown_first(dataset):
 
 
 def test_a_cell_with_other_questions_is_compared_on_the_shared_ones(tmp_path):
-    """Of forty images, the second dataset has the last ten, and ten of its own. The third shares no question."""
+    """The second dataset has the last ten of the first's forty images, and ten new ones. The third shares no
+    question."""
     first, second = predictions(0.9), predictions(0.4, seed=1, images=50)[60:]
     third = [dataclasses.replace(row, question_text="Another one?") for row in predictions(0.5)]
     folders = {
@@ -383,7 +384,7 @@ def test_a_cell_with_more_or_fewer_questions_names_the_shared_number(tmp_path, s
 
 
 def test_few_parts_one_class_and_failures_are_reported(tmp_path):
-    """The second cell shares three images with the first, all of them defective. One prediction of the third failed."""
+    """The second cell shares three images with the first, all of them defective. The third has a failed prediction."""
     few = [row for row in predictions_of(30, 46) if row.condition != "good" or int(row.case.split("-")[1]) >= 40]
     few = [row for row in few if int(row.case.split("-")[1]) >= 34]
     broken = [

@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 
 def dataset(folder: Path, rows: list[Inspection], references: list[Reference] = [], **config: str) -> Path:  # noqa: B006
-    """Write what the audit reads of a dataset folder, with images in `folder.parent`."""
+    """Write the files of a dataset folder that the audit reads, with images in `folder.parent`."""
     folder.mkdir()
     write_jsonl(folder / "inspections.jsonl", rows)
     write_jsonl(folder / "references.jsonl", references)
@@ -42,7 +42,7 @@ def dataset(folder: Path, rows: list[Inspection], references: list[Reference] = 
 
 
 def noise_inspection(root: Path, name: str, split: str, seed: int, product: str = "cap", group: str = "") -> Inspection:
-    """Write an image of noise, which depends only on `seed`, and return its inspection."""
+    """Write a noise image that depends only on `seed`, and return its inspection."""
     pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC)
     image.save(root / name)
@@ -123,7 +123,7 @@ def test_clean_dataset_exits_with_0_and_gets_a_report(tmp_path):
 
 
 def audit_findings(config: AuditConfig) -> dict[str, tuple[int, bool]]:
-    """Return (count, is a leak) by the name of each finding."""
+    """Return (count, whether it is a leak) by the name of each finding."""
     return {one["name"]: (one["count"], one["leak"]) for one in audit(config)["findings"]}
 
 

@@ -1,4 +1,4 @@
-"""A build writes a complete dataset folder and keeps what it promises about splits, rows and warnings."""
+"""A build writes a complete dataset folder and keeps its promises about splits, rows and warnings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
 
 
 def test_training_rows_are_those_of_each_case_in_balanced_order(built):
-    """The buffers that hold the rows until their order is known change nothing."""
+    """The buffers that hold the rows until their order is known do not change them."""
     dataset = load_dataset(built)
     inspections = {i.id: i for i in read_rows(built, "inspections.jsonl", Inspection)}
     for role in ROLES:
@@ -110,7 +110,7 @@ def test_training_rows_have_every_role_and_are_half_normal(built):
 
 
 def test_manifest_counts_rows_by_side_and_warns_of_missing_sides(raw, built, tmp_path):
-    """The paper's routing consults two roles about defects only."""
+    """The paper's routing consults two of the roles only about defects."""
     paper = build(make_config(raw, tmp_path / "paper", routing="paper", knowledge=write_part_knowledge(tmp_path)))
     full = json.loads((built / "manifest.json").read_text())
     for manifest, folder in ((paper, tmp_path / "paper"), (full, built)):
@@ -156,7 +156,7 @@ def test_rows_of_a_repeated_case_are_never_adjacent_in_any_role(small_manifest, 
 
 
 def test_images_that_balancing_leaves_out_are_counted_and_named(tmp_path):
-    """In each product, at most four times as many images of one side as of the other are trained on."""
+    """For each product, training uses at most four times as many images of one side as of the other."""
     parts_file = draw_manifest(tmp_path / "raw", ("cap",), normals=20, defects=1)
     edit_rows(parts_file, lambda row: row.update(split="test" if row["condition"] == "stain" else "train"))
     manifest = build(make_config(parts_file, tmp_path / "balanced", split="given"))

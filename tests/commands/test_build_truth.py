@@ -1,4 +1,4 @@
-"""A build says what it made of the source: conditions, merged images, what was left out, and what looks wrong."""
+"""A build says how it read the source: conditions, merged images, what was left out, and what looks wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows_of(manifest: Path) -> list[dict]:
 
 
 def with_boxes(manifest: Path) -> list[dict]:
-    """The rows with two boxes instead of the mask of each defect; some defects are two in one image."""
+    """The rows, with two boxes instead of each mask; some of these images have two defects."""
     rows = rows_of(manifest)
     for number, row in enumerate(row for row in rows if row.pop("mask", None)):
         row["boxes"] = [[4, 4, 12, 12], [24, 20, 40, 32]]

@@ -1,4 +1,4 @@
-"""The case viewer of the report and comparison pages holds what the runs hold, and finds it in a browser."""
+"""The case viewer in the report and comparison pages contains everything in the runs, and finds it in a browser."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answer(case: Case, place: int, letter: str, **changes: Any) -> Prediction:
 
 
 def make_traces(case: Case, root: Path, said: str) -> list[Trace]:
-    """The words of all experts about a case, which chose its second candidate."""
+    """Traces in which all experts say `said` about a case, and the second candidate was chosen."""
     traces = []
     for role in ROLES:
         for exchange in training_exchanges(case, role, root, "full"):
@@ -313,7 +313,7 @@ def test_images_in_a_folder_are_shown(browser: Browser, runs: tuple[Path, Path],
 
 
 def set_filter(browser: Browser, name: str, value: str) -> float:
-    """Clear a filter, set it, and return the seconds from setting it until the browser has drawn the result."""
+    """Clear a filter, set it, and return how many seconds the browser takes from then until it has drawn the result."""
     choose(browser, name, "")
     return browser.run(
         f"(async () => {{ const start = performance.now(); const one = document.getElementById('filters').elements"

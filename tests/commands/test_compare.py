@@ -117,7 +117,7 @@ def test_runs_of_several_seeds_are_shown_as_mean_and_spread(tmp_path: Path, caps
 
 
 def test_the_interval_of_several_runs_includes_their_variation(tmp_path: Path) -> None:
-    """Compare three runs that differ much on the same images with three equal runs of the same mean."""
+    """Compare three very different runs on the same images with three equal runs that have the same mean."""
     base = make_run(tmp_path / "base", predictions(0.7, seed=9))
     widths = []
     for name, skills in (("alike", (0.7, 0.7, 0.7)), ("apart", (0.4, 0.7, 1.0))):

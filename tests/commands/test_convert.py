@@ -1,4 +1,4 @@
-"""Other trainers load converted rows as the same tokens, labels and pixels that this project trains on."""
+"""Other trainers load the converted rows with the same tokens, labels and pixels that this project trains on."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_llamafactory_and_ms_swift_rows_give_the_same_tokens(form, name, parts, 
     expected = single_rows(parts, name, row_builder)
     assert len(found) == len(expected) > 0
     for row, own in zip(found, expected, strict=True):
-        # Both name the template of Qwen2-VL qwen2_vl, and replace each <image> with an image.
+        # Both call Qwen2-VL's template qwen2_vl, and replace each <image> with an image.
         start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         text = f"{start}{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['completion']}<|im_end|>\n"
         text = text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
@@ -185,7 +185,7 @@ def test_images_that_libraries_read_differently_are_copied_as_rgb(form, tmp_path
 
 
 def images_of(tmp_path: Path, form: str) -> list[list[Image.Image]]:
-    """The images of each row of the reference extractor, opened with the library of the format."""
+    """The images in each row of the reference extractor, opened with the library that the format's trainer uses."""
     folder = tmp_path / "rows" / "reference_extractor"
     if form == "trl":
         return [row["images"] for row in trl_rows(folder, tmp_path / "cache")["train"]]

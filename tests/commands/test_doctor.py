@@ -1,4 +1,4 @@
-"""`train.doctor` says what a machine can run, and names the command for what is missing."""
+"""`train.doctor` says what a machine can run, and names the command to get whatever is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.doctor import ABILITIES, GIB, TOOLS, WEIGHTS, Check, list_abilities
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test asks the real hub or depends on what this machine stores."""
+    """No test contacts the real hub or depends on what this machine stores."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there"))
 
@@ -98,7 +98,7 @@ def test_estimates_are_those_of_the_readme() -> None:
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    """A server that answers every request with 404, as a mirror may."""
+    """A server that answers every request with 404, as a mirror might."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign]
     threading.Thread(target=server.serve_forever, daemon=True).start()

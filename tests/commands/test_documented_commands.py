@@ -1,4 +1,4 @@
-"""Commands and Python in the documents run in smoke size. Those that cannot run here are parsed, with a reason.
+"""Commands and Python code in the documents run at a small size. Those that cannot run here are parsed, with a reason.
 
 tests/test_documents.py checks that commands, options and links exist.
 """
@@ -43,7 +43,7 @@ NOT_RUN = {
     "RobustMAD_MCQ.json": "needs RobustMAD",
     "train.tiny.pretrain": "takes more than an hour",
 }
-"""Part of a command to the reason why it does not run. Commands of this project are still parsed completely."""
+"""Part of a command to the reason why it does not run here. Commands of this project are still parsed completely."""
 
 SLOW = {
     "torchrun --nproc_per_node 2": "starts two processes",
@@ -53,7 +53,7 @@ SLOW = {
 """Part of a command to the reason why only the slow tests run it. By default it is parsed completely."""
 
 REPLACEMENTS = {"--root FOLDER --output data/parts": "--root mvtec_anomaly_detection --output data/folder"}
-"""Arguments that name something of the reader's."""
+"""Arguments that stand for something the reader has, and what the tests use instead."""
 
 BUILDS_PARTS = "--config recipes/data/manifest.yaml"
 """A document with this build creates data/parts itself."""

@@ -1,4 +1,4 @@
-"""echo-tiny has Qwen2-VL's classes, tokens and chat template, and trains on inputs equal to those of its processor."""
+"""echo-tiny has Qwen2-VL's classes, tokens and chat template, and trains on the same inputs as its processor makes."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_stages_wait_for_those_that_they_start_from(tmp_path: Path) -> None:
 
 
 def without_training(card: str) -> str:
-    """A model card without its paragraph on training and its figures, on one line."""
+    """A model card on one line, without its figures and its paragraph on training."""
     start, end = card.index("- **Training**"), card.index("- **Data**")
     lines = (card[:start] + card[end:]).splitlines()
     text = " ".join(" ".join(line for line in lines if not line.startswith("|")).split())

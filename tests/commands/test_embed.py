@@ -1,4 +1,4 @@
-"""Descriptors computed ahead of a build are kept in shards, and several processes compute none of them twice."""
+"""Descriptors computed ahead of a build are kept in shards, and several processes never compute one twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL_SHARDS = (
     "from data_prep.embed import main; from echo_ft.config import run_main\n"
     "run_main(main)\n"
 )
-"""`python -m data_prep.embed` with shards of four images, because a test has no thousands of them."""
+"""`python -m data_prep.embed` with shards of four images, because a test does not have thousands of images."""
 
 BIN = Path(sys.executable).parent
 

@@ -1,4 +1,4 @@
-"""A review in Label Studio or COCO goes back into the dataset: unchanged files change nothing, corrections count."""
+"""A review in Label Studio or COCO can be read back: unchanged files change nothing, and corrections take effect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRUTH = ("condition", "mask", "boxes", "polygons")
 
 @dataclasses.dataclass(frozen=True)
 class Project:
-    """A dataset of the test split alone and a run on it, in a folder."""
+    """A folder with a dataset that has only a test split, and a run on it."""
 
     folder: Path
     manifest: Path
@@ -41,7 +41,7 @@ class Project:
         return make_config(self.manifest, self.folder / output, split="given", **changes)
 
     def inspections(self, **changes: Any) -> dict[str, Inspection]:
-        """What a build would read, by image."""
+        """What a build would read about each image."""
         return {
             one.image: one for one in usable_images(self.build_config("unused", **changes), self.folder).inspections
         }
@@ -49,7 +49,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
-    """Masks, boxes, several boxes, a defect without a mark, two defects of one image, and good parts."""
+    """Masks, single and several boxes, a defect without a mark, two defects in one image, and good parts."""
     folder = tmp_path_factory.mktemp("review")
     manifest = draw_manifest(folder / "raw", ("cap",), normals=6, defects=3)
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -87,7 +87,7 @@ def test_a_round_trip_changes_nothing(project, tmp_path, form, capsys):
 
 
 def correct_tasks(path: Path, changes: dict[str, Callable[[dict[str, Any]], None]]) -> Path:
-    """Apply changes to the annotation of tasks, by image, as a reviewer would in Label Studio."""
+    """Change the annotations of tasks, given by image, as a reviewer would in Label Studio."""
     tasks = json.loads(path.read_text())
     for task in tasks:
         if task["data"]["path"] in changes:
@@ -108,7 +108,7 @@ def relabel(task: dict[str, Any], name: str) -> None:
 
 
 def outline(task: dict[str, Any], name: str) -> None:
-    """Draw the left upper quarter as a rectangle, and a triangle, on a part that was good."""
+    """Mark the upper left quarter with a rectangle, and add a triangle, on a part that was good."""
     common = {"to_name": "image", "original_width": 48, "original_height": 40}
     box = {"x": 0, "y": 0, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": [name]}
     triangle = {"points": [[50, 50], [100, 50], [100, 100]], "polygonlabels": [name]}
@@ -221,7 +221,7 @@ def test_a_task_that_nobody_annotated_and_a_foreign_image_are_told_apart(project
 
 
 def shown_by_image(form: str, content: Any, root: Path) -> dict[str, Any]:
-    """What a file shows about each image."""
+    """What a review file shows about each image."""
     if form == "labelstudio":
         return {task["data"]["path"]: task["data"] for task in content}
     if form == "coco":

@@ -16,7 +16,7 @@ from tests.support.runs import make_run, predictions, require_self_contained, ru
 
 
 def sure(images: int, name: str = "part", alarms: int = 0) -> list[Prediction]:
-    """Answer Anomaly Detection with a sure P(defect); the first `alarms` good parts are flagged."""
+    """Answer Anomaly Detection with an extreme P(defect); the first `alarms` good parts are flagged."""
     rows = []
     for place, row in enumerate(predictions(1.0, images=images)[::2]):
         bad = row.condition != GOOD or place < 2 * alarms

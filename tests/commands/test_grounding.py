@@ -101,7 +101,7 @@ def test_the_preview_draws_the_boxes_and_shows_the_answers(built: Path) -> None:
 
 
 def box_rows(shift: int) -> list[Prediction]:
-    """Answers about boxes in the images of `predictions`, off by `shift` thousandths."""
+    """Answers about boxes in the images of `predictions`, displaced by `shift` thousandths."""
     rows = []
     for row in predictions(0.8)[::2]:
         true = () if row.condition == GOOD else ((100, 100, 300, 300),)

@@ -1,4 +1,4 @@
-"""Names and texts in any script build, convert and train; control tokens in them are told at the build."""
+"""Names and text in any script can be built, converted and trained on; a build reports control tokens in them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def in_form(form: str, text: str) -> str:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """Images whose names on disk are decomposed, and a manifest that composes every second row."""
+    """Images whose file names use decomposed Unicode, and a manifest that uses composed Unicode in every second row."""
     rows = []
     for condition in (GOOD, DENT, SCRATCH):
         for number, split in enumerate(SPLITS):

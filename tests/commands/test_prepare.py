@@ -57,7 +57,7 @@ def test_balancing_repeats_no_case_too_often():
 
 @pytest.mark.parametrize(("normals", "dents"), [(1, 9), (2, 2), (2, 9), (40, 3), (9, 30), (100, 1)])
 def test_a_repeated_case_never_follows_itself(normals, dents):
-    """Training would read adjacent rows of one case as one case of double size."""
+    """Training would read adjacent rows of the same case as a single case of double size."""
     found = [small_case(f"a{i}", "a", "good") for i in range(normals)]
     found += [small_case(f"d{i}", "a", "dent") for i in range(dents)]
     for seed in range(40):
@@ -87,7 +87,7 @@ def test_names_that_differ_only_in_spelling_are_reported():
 
 @pytest.mark.parametrize("method", ["retrieved", "given", "random"])
 def test_training_skips_exactly_the_random_references(tmp_path, method):
-    """The text that marks them may even occur in the names of parts and images."""
+    """Even names of parts and images that contain the text of the mark do not matter."""
     reference = Reference(f"part {RANDOM_REFERENCE_MARK}", f"{RANDOM_REFERENCE_MARK}.png", 1.0, 1, method)
     write_jsonl(tmp_path / "references.jsonl", [reference])
     found = list(read_jsonl(tmp_path / "references.jsonl", Reference, exclude=RANDOM_REFERENCE_MARK))
@@ -123,7 +123,7 @@ def write_knowledge(folder: Path, **datasets: dict) -> Path:
 
 
 def test_only_a_misspelt_condition_of_the_knowledge_is_a_warning(small_manifest, tmp_path, capsys):
-    """A condition without an image is no mistake."""
+    """A condition without an image is not a mistake."""
     text = {"good": "An even ramp.", "dnet": "A black square.", "stain": "A blot.", "burr": "A sharp edge."}
     given = {"source": "manifest", "annotations": small_manifest, "descriptor": "skimage", "output": tmp_path / "out"}
     main(flags(**given, knowledge=write_knowledge(tmp_path, parts={"cap": text})))
@@ -163,7 +163,7 @@ def test_a_warning_about_missing_knowledge_names_the_existing_keys(small_manifes
     [([0.1, 0.1, 0.3, 0.3], False), ([0, 0, 0.99, 0.99], False), ([4, 4, 4.5, 12], True), ([4, 4, 5, 5], True)],
 )
 def test_boxes_in_fractions_of_the_image_are_refused(small_manifest, tmp_path, box, used):
-    """Numbers from 0 to 1 cannot mark more than a pixel, but a scratch may be narrower than a pixel."""
+    """A box within 0 to 1 cannot mark more than a pixel, but a scratch may be narrower than a pixel."""
 
     def mark(row: dict) -> None:
         if row["image"] == "cap/dent-0-1.png":

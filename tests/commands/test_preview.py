@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.support.browser import Browser, start_browser
 
 METHOD = "cut&paste"
-"""A made-up method of synthesis. Both HTML and URLs must escape it."""
+"""A made-up synthesis method. Both HTML and URLs must escape its name."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_page_states_how_many_cases_it_shows(built, tmp_path, monkeypatch):
 
 
 def filled(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """A mask of the pixels with centres inside an SVG path of straight lines, by the even-odd rule."""
+    """A mask of the pixels whose centres lie inside an SVG path of straight lines, by the even-odd rule."""
     inside = np.zeros(shape, dtype=bool)
     for line in path.removeprefix("M").removesuffix("Z").split("ZM"):
         points = np.array([point.split() for point in line.split("L")], dtype=float)
@@ -114,7 +114,7 @@ def test_outlines_are_the_borders_of_the_mask():
 
 
 class Page(HTMLParser):
-    """The text of a page, its cases and whether they are shown, the open roles of each, and the values of filters."""
+    """The text of a page, its cases and whether each is shown, the open roles of each, and the filters' values."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def browser(tmp_path_factory):
 
 
 def browse(browser: Browser, folder: Path, fragment: str = "") -> Page:
-    """The preview in a browser, checked to print no message and to request nothing."""
+    """The preview in a browser. Checks that it prints no message and requests nothing."""
     browser.open(folder / "preview.html", fragment)
     assert (browser.messages, browser.foreign_requests()) == ([], [])
     return Page(browser.run("document.documentElement.outerHTML"))
@@ -203,7 +203,7 @@ def test_requests_and_errors_are_noticed_and_the_page_blocks_both(browser, built
 
 
 def matching(folder: Path, wanted: dict[str, str | None]) -> set[str]:
-    """Ids of the inspections with these values according to the records. A `role` selects those with rows for it."""
+    """Ids of the inspections whose records have these values. `role` selects inspections with rows for that role."""
     wanted = dict(wanted)
     role = wanted.pop("role", None)
     splits = ("train", "validation")

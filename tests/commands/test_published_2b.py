@@ -49,13 +49,14 @@ BUDGET = ["--min_pixels", PIXELS, "--max_pixels", PIXELS]
 STEPS = [
     "--max_steps", 2, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "no",
     "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--dataloader_num_workers", 1,
-    # A merge in bfloat16 is refused if the adapter has hardly any effect, as after two steps at the recipe's rate.
+    # A merge in bfloat16 is refused if the adapter has hardly any effect, as after two steps at the recipe's learning
+    # rate.
     "--learning_rate", 1e-2, "--warmup_steps", 0,
 ]  # fmt: skip
 
 
 def run(*command: object) -> str:
-    """Run a command within MOST_GIB; returns its output."""
+    """Run a command that must stay within MOST_GIB of memory; returns its output."""
     output, peak = run_measured(*command)
     print(f"{peak:.1f} GiB: {' '.join(map(str, command[1:]))}")
     assert peak < MOST_GIB
@@ -177,7 +178,7 @@ def conversation(exchange: Exchange, branch: Branch) -> list[dict]:
 
 
 def test_parts_of_a_row_are_the_tokens_of_the_whole_conversation(builder, dataset):
-    """The tokenizer sees prefix, prompt and completion separately, and must not merge over their edges."""
+    """The tokenizer sees prefix, prompt and completion separately, and must not merge tokens across them."""
     root, compared = image_root(dataset), 0
     for exchange in training_exchanges(dataset):
         row = builder.load_row(exchange, root)
@@ -277,7 +278,8 @@ def test_a_run_answers_every_question_with_the_adapters(adapters, base, dataset,
 
 
 def test_an_exported_adapter_and_a_merged_model_reload(adapters, bundle, base, builder, dataset):
-    """The logits of one question, from the trained adapter, the bundle's by two loaders, and the merged model."""
+    """Compare a question's logits: from the trained adapter, the bundle's adapter by two loaders, and the merged
+    model."""
     exchange = next(read_jsonl(dataset / "sft" / "decision_maker" / "train.jsonl", Exchange))
     branch = exchange.branches[0]
     single = Exchange(exchange.role, exchange.case, exchange.images, exchange.context, (branch,), "1")

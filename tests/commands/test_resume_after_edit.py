@@ -29,7 +29,7 @@ def code(tmp_path_factory) -> Path:
 
 
 def evaluate(code: Path, dataset: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    """The real command, run by the copy of the code."""
+    """The real command, run from the copy of the code."""
     values = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     values |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 4, "batch_size": 1}
     options = [str(part) for name, value in values.items() for part in (f"--{name}", value)]

@@ -1,4 +1,4 @@
-"""Adapters run through the pipeline, survive an export, and are rejected if they do not fit the run."""
+"""Adapters work in the pipeline, survive an export, and are rejected if they do not fit the run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, dataset):
-    """Four adapters; that of the reasoning expert also changes the vision tower."""
+    """Four adapters; the reasoning expert's adapter also changes the vision tower."""
     return random_adapters(tmp_path_factory.mktemp("adapters"), dataset, TARGETS)
 
 

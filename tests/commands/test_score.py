@@ -97,7 +97,7 @@ def test_report_shows_the_bias_towards_a_letter(tmp_path: Path, capsys: pytest.C
     permuted = []
     for row in rows:
         for shift in range(2):
-            # Always the first letter: option A in the given order, option B if the options are swapped.
+            # Always answer the first letter: option A in the given order, option B if the options are swapped.
             chosen = "AB"[shift]
             changes = {"text": "A", "parsed": chosen, "shift": shift}
             permuted.append(PermutedPrediction(**{**dataclasses.asdict(row), **changes}))

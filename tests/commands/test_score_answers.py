@@ -21,7 +21,7 @@ def write(path: Path, content: Any) -> Path:
 
 
 def score_robustmad(folder: Path, name: str, wrong: int, degraded: bool = False) -> Path:
-    """Score answers to RobustMAD of which the first `wrong` unanswerable questions are answered wrongly."""
+    """Score answers to RobustMAD; those to the first `wrong` unanswerable questions are wrong."""
     questions = questions_file(images=10, degraded=degraded)
     rows = answers_file(questions)
     for row in [row for row in rows if row["robustness_category"].startswith("Unanswerable")][:wrong]:

@@ -248,7 +248,7 @@ def test_training_starts_after_decoding_only_its_first_batches(tmp_path, monkeyp
     one_step = ["--max_steps", 1, "--per_device_train_batch_size", 2, "--dataloader_num_workers", 0]
     run_in_process(*tiny_options("decision_maker", folder, tmp_path / "out", *SHORT, *one_step))
     seen = [case for case, names in images.items() if any(Path(name).name in decoded for name in names)]
-    # The checked largest batch, the first batch, and the one that the loader prefetches after it.
+    # These are the largest batch that is checked, the first batch, and the one that the loader prefetches after it.
     assert 2 <= len(seen) <= 6
     assert len(images) == 40
 

@@ -119,9 +119,9 @@ def test_another_number_of_processes_resumes_after_one_is_killed(dataset, uninte
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_like_an_uninterrupted_run(tmp_path):
-    """Kill runs at random moments within the duration of an uninterrupted run.
+    """Kill runs at random times within the duration of an uninterrupted run.
 
-    If a run completes before it is killed, the next moment belongs to a new run.
+    If a run completes before it is killed, the next kill applies to a new run.
     """
     dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=40)
     started_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""`data_prep.synthesize` adds synthetic defects, and only training ever sees them."""
+"""`data_prep.synthesize` adds synthetic defects that only training ever sees."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_build_trains_on_synthetic_defects_and_tests_on_real_images(synthesized,
     for case in load_cases(dataset, "train"):
         assert all(by_id[one.image].synthetic is None for one in case.seen.references)
         assert all(by_id[one.image].group != by_id[case.id].group for one in case.seen.references)
-    # Test questions are the same as without synthetic defects: no option or knowledge entry mentions one.
+    # The test questions are the same as without synthetic defects: no option or knowledge entry mentions such a defect.
     invented = {method.condition for method in DEFECT_METHODS.values()} - {"scar"}  # the user described scars
     tested = load_cases(dataset, "test")
     assert {case.truth.condition for case in tested} == {GOOD, "dent"}

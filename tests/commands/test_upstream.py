@@ -26,7 +26,7 @@ ROUTING = "full"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Images of one product, two of each part."""
+    """Images of one product, with two images of each part."""
     folder = tmp_path_factory.mktemp("upstream")
     draw_manifest(folder / "raw", ("cap",), normals=6, defects=4)
     write_part_knowledge(folder / "raw")
@@ -232,7 +232,7 @@ def completions(made: list[Exchange]) -> list[tuple[str, str | None]]:
 
 
 def test_a_run_on_training_cases_of_its_adapters_is_refused(place, runs, clean, tmp_path):
-    """The error names run, case and remedy. Images are recognised by content, even in another folder."""
+    """The error names the run, the case and the remedy. Images are recognised by content, even in another folder."""
     leaking = runs["fold0 train"]
     case = read_rows(leaking, "traces.jsonl", Trace)[0].case
     with pytest.raises(EchoError) as caught:

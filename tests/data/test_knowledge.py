@@ -184,7 +184,7 @@ def test_folder_without_or_with_duplicate_knowledge_is_rejected(tmp_path: Path) 
 
 
 def built_dataset(folder: Path, knowledge: dict[str, dict[str, dict[str, str]]] | None = None, *more: str) -> Dataset:
-    """The parts of a dataset of two products that concern knowledge: records of images and knowledge.json."""
+    """The parts of a two-product dataset that concern knowledge: the records of images, and knowledge.json."""
     shown = ["d/cap/good", "d/cap/good", "d/cap/no", "d/cap/dent", "d/nut: 5/good", "d/nut: 5/crack", *more]
     inspections = []
     for number, place in enumerate(shown):

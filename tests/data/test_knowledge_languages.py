@@ -1,4 +1,4 @@
-"""Knowledge in any language gives the questions that English gives, and control tokens in it are refused by name."""
+"""Knowledge in any language gives the same questions as in English, and control tokens in it are refused by name."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ TEXTS = {
         "crack": ("يمر خط رفيع عبر الحلقة.", "سوف تنكسر."),
     },
 }
-"""Language to condition to what it looks like and what follows from it."""
+"""Language to condition to (what it looks like, what it leads to)."""
 
 SPACES = {"zh": "", "hi": ""}
-"""What stands between two sentences, if not a space."""
+"""What separates two sentences, if not a space."""
 
 
 def inspection(condition: str, product: str = "gasket") -> Inspection:

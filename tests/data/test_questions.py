@@ -1,4 +1,4 @@
-"""Questions are honest: their answers follow from condition, mask and knowledge; masks are read in every format."""
+"""The answers to questions follow from condition, mask and knowledge, and masks are read in every format."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_by_condition_holds_out_every_image_with_the_defect():
 
 
 def test_by_condition_holds_out_whole_parts():
-    """One image of the part shows a held-out defect, the others show none or another defect."""
+    """One image of the part shows a held-out defect; its other images show none or a different one."""
     parts = make_products({"tile": {"good": 12, "crack": 8, "fray": 4}})
     moved = [
         dataclasses.replace(i, group="tile-fray-0") if i.group in ("tile-good-0", "tile-crack-0") else i for i in parts

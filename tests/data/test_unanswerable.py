@@ -1,4 +1,4 @@
-"""Unanswerable questions never fit their image, their twins always do, and neither gives itself away by its form."""
+"""Unanswerable questions never fit their image, their answerable twins always do, and the form reveals neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool is the same wherever it is drawn, appears whole or not at all, and says what its images show."""
+"""A pool is the same however it is drawn, appears complete or not at all, and says what its images show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wider drawn world keeps the demo out, and its masks hold what a defect visibly changes."""
+"""The wider drawn world contains nothing from the demo, and its masks mark what a defect visibly changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sharp_product(seed: int, kind: str) -> world.Product:
 
 
 def product_with(name: str, seed: int) -> tuple[world.Product, parts.Defect]:
-    """A product and a defect of this name."""
+    """A product and a defect with this name."""
     rng = np.random.default_rng(seed)
     for attempt in range(100):
         product = sharp_product(1000 * seed + attempt, ASSEMBLY if name in STRUCTURAL_DEFECTS else "plate")
@@ -52,7 +52,7 @@ def product_with(name: str, seed: int) -> tuple[world.Product, parts.Defect]:
 
 
 def called(function: Callable[[], Any]) -> set[CodeType]:
-    """The code of every Python function that runs."""
+    """The code objects of all Python functions that run during a call."""
     found: set[CodeType] = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:

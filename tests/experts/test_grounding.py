@@ -1,4 +1,4 @@
-"""Questions about boxes: their prompts, training rows and answers, and that other questions do not notice them."""
+"""Questions about boxes have the right prompts, training rows and answers, and do not affect other questions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_boxes(case: Case, answer: str = BOXES, condition: str = "stain") -> Cas
 
 
 class BoxBackend(ScriptedBackend):
-    """Answers questions about boxes with `says`."""
+    """Answers every question about boxes with `says`."""
 
     says = "(10,20),(300,400)"
     cut = False

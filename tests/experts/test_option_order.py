@@ -36,7 +36,7 @@ def test_rotation_moves_every_option_and_the_last_to_the_front():
 
 
 def decision(options, reason="", kind="Defect Classification"):
-    """A decision with the completion B, as it stands in a training row."""
+    """A decision with the completion B, as in a training row."""
     question = replace(QUESTION, kind=kind, options=options)
     seen = Seen("query.png", (), (), (question,))
     (exchange,) = roles.render("decision_maker", "c", seen, Upstream(reasons={"q": reason}))
@@ -91,7 +91,7 @@ def test_shown_letter_maps_back_to_its_original_option(letters):
 
 @dataclass(frozen=True)
 class ContentBackend:
-    """Chooses the option with a text in `right_texts`. The first option gets `bias` more, in log-odds."""
+    """Chooses the option with a text in `right_texts`. The log-odds of the first option are higher by `bias`."""
 
     right_texts: tuple[str, ...]
     bias: float = 0.0
@@ -156,7 +156,7 @@ def test_bias_uses_shown_letters_and_counts_unparsed_answers():
         )
         return PermutedPrediction(*about, options, answer, "", parsed, error=error, shift=shift)
 
-    # Shown: A for A; after rotation, B (originally A) for B (A); unparsed; and A (originally B) for B (A).
+    # Shown answer (true letter): A (A); after rotation, B (B); unparsed; after rotation, A (B).
     rows = [row(0, "A"), row(1, "A"), row(0, None), row(1, "B"), row(0, "B", error="broken")]
     a, b = position_bias(rows)
     assert (a.chosen, a.right, a.recall, a.answers) == (0.5, 0.5, 0.5, 4)

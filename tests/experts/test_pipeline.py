@@ -120,7 +120,7 @@ def test_answer_logits_without_probabilities_gives_no_answer(case):
 
 @dataclass
 class SlowBackend:
-    """An asynchronous backend that answers in another order than it was asked."""
+    """An asynchronous backend that answers in a different order from the one in which it was asked."""
 
     backend: ScriptedBackend = field(default_factory=ScriptedBackend)
     running: int = 0

@@ -221,7 +221,7 @@ def strip(exchange: Exchange) -> Exchange:
 
 
 def test_best_candidate_is_the_closest_outside_the_defect(root: Path) -> None:
-    # This candidate is as dark as the defect at the same place. It would win if the defect were compared.
+    # This candidate is as dark as the defect in the same place. It would win if the comparison included the defect.
     decoy = np.array(Image.open(root / "query.png")).astype(int)
     decoy = np.clip(decoy + 12, 0, 255)
     decoy[14:17, 4:28] = 10
@@ -241,7 +241,7 @@ def test_best_candidate_is_the_closest_outside_the_defect(root: Path) -> None:
     ],
 )
 def test_benchmark_counts_wins_of_the_retrieved_reference(root: Path, retrieved, won) -> None:
-    """It compares the first and then the closest of each method, with and without brightness."""
+    """It compares the first and then the closest reference of each method, with and without brightness."""
     twin, other = (np.array(Image.open(root / name)).astype(float) for name in ("twin.png", "n1.png"))
     for name, pixels in (("bright", twin.clip(0, 205) + 50), ("mixed", 0.8 * twin + 0.2 * other)):
         Image.fromarray(pixels.astype(np.uint8)).save(root / f"{name}.png")
@@ -339,7 +339,7 @@ def test_truth_reaches_prompts_only_through_earlier_outputs(root: Path) -> None:
             assert [without_outputs(exchange, gold) for exchange in before] == [
                 without_outputs(exchange, changed) for exchange in after
             ]
-    # The prompts of the rows are among those rendered from the changed outputs.
+    # The prompts in the rows are among those rendered from the changed outputs.
     prompts = {
         (role, branch.prompt)
         for role in ROLES

@@ -1,4 +1,4 @@
-"""A bundle keeps what works, and its files are right for every reader that its README names."""
+"""A bundle keeps the parts that work, and every tool that its README names can read its files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NO_IMAGES = ("--references", "none")
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Four adapters; that of the decision maker also trains the output layer."""
+    """Four adapters; the decision maker's adapter also trains the output layer."""
     dataset = make_dataset(tmp_path_factory.mktemp("data"), train=1, validation=1, test=1)
     folder = random_adapters(tmp_path_factory.mktemp("adapters"), dataset)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
@@ -118,7 +118,7 @@ def test_an_adapter_that_is_not_reproduced_still_stops_the_export(adapters, tmp_
 
 
 def make_report(path, adapters, changes=None):
-    """A report.json of a run with the adapters, as short as the export reads it."""
+    """A report.json of a run with the adapters, with only the fields that the export reads."""
     found = find(adapters)
     provenance = {
         "split": "test", "dataset": "data/line", "questions": 70, "cases": 10, "routing": "full",
@@ -140,7 +140,7 @@ def make_report(path, adapters, changes=None):
 
 
 def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters, tmp_path):
-    """With calibration, the bundle decides as the run did that was measured."""
+    """With a calibration, the bundle decides as the scored run did."""
     options = ["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), *NO_IMAGES, "--merge", "none"]
     export_main([*options, "--report", str(make_report(tmp_path / "report.json", adapters))])
     described = read_bundle(tmp_path / "bundle")
@@ -209,7 +209,8 @@ def test_a_full_disk_is_named(adapters, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("role", "tied"), [("decision_maker", False), ("knowledge_guide", True)])
 def test_a_merged_model_has_the_published_form(exported, role, tied):
-    """transformers 4 and vLLM read this form. With a nested `text_config`, transformers 4 takes other frequencies."""
+    """transformers 4 and vLLM read this format. With a nested `text_config`, transformers 4 would use other
+    frequencies."""
     folder = exported / "merged" / role
     config, base = (json.loads((path / "config.json").read_text()) for path in (folder, ECHO_TINY))
     text = base["text_config"]

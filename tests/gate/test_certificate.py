@@ -117,7 +117,7 @@ def test_a_wrong_verdict_has_at_most_five_percent_exactly(parts: int, alarms: fl
 
 
 def test_the_error_budget_is_used_and_not_wasted() -> None:
-    """Two limits need no stricter upper bounds, because one share above its limit is enough to prevent a pass."""
+    """Two limits need no stricter upper bounds, because a single rate above its limit is enough to prevent a pass."""
     passed, _ = wrong_verdicts(0.0501, 0.0, 400, BOTH)
     _, failed = wrong_verdicts(0.0499, 0.0999, 400, BOTH)
     assert 0.03 < passed <= 0.05
@@ -156,7 +156,7 @@ def test_the_threshold_favours_the_stricter_limit() -> None:
     strict_escapes = choose_threshold(overlapping, {FALSE_ALARMS: 0.2, ESCAPES: 0.01})
     assert strict_alarms == pytest.approx(0.7)
     assert strict_escapes == pytest.approx(0.3)
-    # A gate for one of them alone still counts the other.
+    # A gate with only one of the limits still counts the other error.
     assert choose_threshold(overlapping, {FALSE_ALARMS: 0.01}) == pytest.approx(0.7)
     assert choose_threshold(overlapping, {ESCAPES: 0.01}) == pytest.approx(0.3)
 

@@ -1,4 +1,4 @@
-"""A run is judged on parts that did not choose its threshold, and only if it can stand for new parts."""
+"""A run is judged on parts that did not choose its threshold, and only if it can represent new parts."""
 
 from __future__ import annotations
 

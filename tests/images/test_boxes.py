@@ -1,4 +1,4 @@
-"""Boxes of defects follow from masks by a fixed rule, survive their text, and are never guessed."""
+"""Boxes of defects follow from masks by a fixed rule, survive conversion to text and back, and are never guessed."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_boxes_are_parsed_strictly(text: str, boxes: tuple[Box, ...] | None) -> 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_broken_answers_are_refused_and_never_guessed() -> None:
-    """Texts near valid answers: an accepted one says the parsed boxes and nothing else, digit by digit."""
+    """Try near-valid answers. An accepted one states the parsed boxes, digit by digit, and nothing else."""
     draw = random.Random(0)
     parts = [
         BOX_START,

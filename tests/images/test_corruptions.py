@@ -73,7 +73,7 @@ def test_same_seed_gives_the_same_image_and_keeps_the_original(kind):
 
 @pytest.mark.parametrize("kind", ["blur", "low_resolution", "motion", "noise"])
 def test_severity_has_the_same_effect_at_any_image_size(kind):
-    """An image and a version with sides three times as long change equally, measured at the same size."""
+    """An image and a version with sides three times as long change equally when compared at the same size."""
     small, large = pattern(224, 224), pattern(672, 672)
     found = change(small, corrupt(small, kind, 3, 0))
     shown = change(small, corrupt(large, kind, 3, 0).resize(small.size, Image.Resampling.BOX))

@@ -1,4 +1,4 @@
-"""Every encoding of a mask marks what a viewer shows, and a mask with two readings is refused with both shares."""
+"""Every encoding of a mask marks what a viewer shows, and a mask with two readings is refused with both percentages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DENT[28:36, 4:14] = True
 
 
 def inspect(root: Path, mask: Image.Image | None, name: str = "mask.png", condition: str = "dent", **saving):
-    """Return what is left of an inspection with this mask after the checks of a build, and the reason of a fault."""
+    """Return what a build's checks leave of an inspection with this mask, and the reason if something is refused."""
     if not (root / "part.png").exists():
         Image.new("L", SIZE, 90).save(root / "part.png")
     if mask is not None:
@@ -208,7 +208,7 @@ def test_mask_with_two_readings_or_an_implausible_one_is_refused(tmp_path, case)
 
 
 def test_mask_that_does_not_fit_its_image_rejects_it(tmp_path):
-    """It may be the mask of another image, and its condition too."""
+    """The mask may belong to another image, and so may the condition."""
     for name, mask in {"small.png": greys(DENT[:-1]), "soft.png": REFUSED["heat map"][0]().resize((9, 9))}.items():
         kept, reason = inspect(tmp_path, mask, name)
         assert kept is None
@@ -218,7 +218,7 @@ def test_mask_that_does_not_fit_its_image_rejects_it(tmp_path):
 
 
 def test_labels_of_single_defects_are_no_heat_map(tmp_path):
-    """Label 200 marks a few pixels, and labels 1 to 16 nearly all others."""
+    """Label 200 marks a few pixels, and labels 1 to 16 mark nearly all others."""
     labels = np.zeros_like(DENT, dtype=np.uint8)
     for number in range(16):
         y, x = divmod(number, 8)

@@ -63,7 +63,7 @@ def mixed_predictions(seed: int = 0, images: int = 40) -> list[Prediction]:
 
 
 def uncertain_predictions(count: int, seed: int, sharpness: float = 4.0) -> list[Prediction]:
-    """Answer only Anomaly Detection questions. P(defect) is calibrated at a sharpness of 1, else overconfident."""
+    """Answer only Anomaly Detection questions. P(defect) is calibrated at a sharpness of 1 and overconfident above."""
     draw = np.random.default_rng(seed)
     rows = []
     for image in range(count):
