@@ -336,8 +336,7 @@ def test_the_best_ranked_references_are_shown_first(dataset):
 
 
 def test_a_cell_with_other_questions_is_compared_on_the_shared_ones(tmp_path):
-    """The second dataset has the last ten of the first's forty images, and ten new ones. The third shares no
-    question."""
+    """The second dataset has the last ten of the first's forty images and ten new ones. The third shares nothing."""
     first, second = predictions(0.9), predictions(0.4, seed=1, images=50)[60:]
     third = [dataclasses.replace(row, question_text="Another one?") for row in predictions(0.5)]
     folders = {

@@ -278,8 +278,7 @@ def test_a_run_answers_every_question_with_the_adapters(adapters, base, dataset,
 
 
 def test_an_exported_adapter_and_a_merged_model_reload(adapters, bundle, base, builder, dataset):
-    """Compare a question's logits: from the trained adapter, the bundle's adapter by two loaders, and the merged
-    model."""
+    """Compare the logits of the trained adapter, the bundle's adapter with two loaders, and the merged model."""
     exchange = next(read_jsonl(dataset / "sft" / "decision_maker" / "train.jsonl", Exchange))
     branch = exchange.branches[0]
     single = Exchange(exchange.role, exchange.case, exchange.images, exchange.context, (branch,), "1")

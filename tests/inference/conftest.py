@@ -1,4 +1,4 @@
-"""A small dataset of two products, random adapters that were trained on it, and their bundle."""
+"""A small dataset of two products, random adapters whose cards say that they were trained on it, and their bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With adapters that act after the prefix, the engine answers as PEFT does, and looks at images once for all roles."""
+"""With adapters that act after the prefix, the engine answers as PEFT does and encodes images once for all roles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def exchanges(tmp_path):
 
 @torch.no_grad()
 def plain_answer(plain, start, row_builder, root, exchange):
-    """The generated tokens and the letters' probabilities of an exchange with one branch, without any cache of ours."""
+    """The generated tokens and the letters' probabilities for an exchange with one branch, without our own caches."""
     row = row_builder.load_row(exchange, root)
     inputs = plain_inputs(row_builder, root, row)
     tokens, letters = [], {}

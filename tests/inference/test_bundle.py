@@ -1,4 +1,4 @@
-"""A bundle is the whole pipeline: it inspects without its dataset, and says which part is missing or has changed."""
+"""A bundle contains the whole pipeline: it works without its dataset, and names any part that is missing or changed."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_single_answer_token_needs_no_decoding_step(model, row_builder, exchan
 def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
     row_builder, exchanges, tmp_path, monkeypatch
 ):
-    """In bfloat16, the convolution of the patch embedding may be more than ten times slower than the equal product."""
+    """In bfloat16, the patch embedding can be over ten times slower as a convolution than as a matrix product."""
     with monkeypatch.context() as patch:
         patch.setattr("echo_ft.inference.engine.project_patches", lambda model: None)
         convolved = Engine(load_model(str(ECHO_TINY), dtype="float32"), row_builder, tmp_path, max_new_tokens=8)
@@ -119,7 +119,7 @@ def test_batches_order_and_cached_features_do_not_change_answers(model, row_buil
 
 @pytest.mark.parametrize("budget", [1, 900, 2500, 10**6])
 def test_a_token_budget_splits_batches_and_changes_no_answer(model, row_builder, tmp_path, monkeypatch, budget):
-    """Every batch is within the budget or has a single exchange; cases differ in images and number of questions."""
+    """Every batch stays within the budget or has a single exchange; cases differ in images and number of questions."""
     cases = [
         make_case(tmp_path, f"line/part/{i}", ((60 + 20 * i, 50), (56, 90), (64, 64)), seed=5 * i) for i in range(5)
     ]
@@ -167,7 +167,7 @@ def test_an_image_is_encoded_only_once(model, row_builder, exchanges, tmp_path, 
 
 
 def test_later_engines_find_the_first_features_that_fit(model, row_builder, exchanges, tmp_path, monkeypatch):
-    """Engines visit the same images one after another; the second cache holds only half of them."""
+    """Two engines visit the same images one after another; the second engine's cache holds only half of them."""
     monkeypatch.setattr("echo_ft.model.vision.RECENT_IMAGES", 1)
     loaded, load = [], ImageEncoder._load
     monkeypatch.setattr(ImageEncoder, "_load", lambda self, view: loaded.append(view) or load(self, view))
@@ -197,7 +197,7 @@ def test_an_exchange_without_references_is_answered(model, row_builder, case, tm
 def require_equal_answers(folder, recipe, *build):
     """Compare a run on a recipe's test split with one `generate` call per question and expert.
 
-    The adapters are those of the recipe, trained for a few steps. Every question consults all experts.
+    The adapters are the recipe's, trained for a few steps. Every question consults all experts.
     """
     data, adapters = folder / "data", folder / "adapters"
     recipe_config = yaml.safe_load((ROOT / recipe / "run.yaml").read_text())
@@ -226,7 +226,7 @@ def require_equal_answers(folder, recipe, *build):
     generations = {}
 
     def generate(role, exchanges):
-        """Generate for each prompt separately, and only once for prompts that several questions of a case share."""
+        """Generate separately for each prompt, but only once for a prompt that several questions of a case share."""
         for exchange in exchanges:
             for branch in exchange.branches:
                 prompt = role, exchange.images, exchange.context, branch.prompt

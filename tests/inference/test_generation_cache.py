@@ -19,7 +19,7 @@ IDENTITIES = {role: {"adapter": role} for role in ROLES}
 
 
 class Backend:
-    """Gives a different answer on every call, and records the ids of the branches."""
+    """Gives a different answer on every call, and records the ids of the branches it was given."""
 
     def __init__(self):
         self.branches = []

@@ -1,4 +1,4 @@
-"""The inspector answers about any image as the pipeline does, with what the adapters' cards name."""
+"""The inspector answers about any image as the pipeline does, using what the adapters' cards name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_file_an_image_and_an_array_give_the_same_result(inspector, image):
 
 
 def test_images_in_memory_and_overwritten_files_are_seen_afresh(inspector, tmp_path):
-    """The engine remembers features by path, so no image may take the path of another one."""
+    """The engine caches features by path, so no two images may have the same path."""
     images = [np.random.default_rng(index).integers(0, 255, (60, 60, 3), dtype=np.uint8) for index in range(10)]
     results = inspector.predict(images, "washer")
     for index in (0, 8, 9):
@@ -75,7 +75,7 @@ def test_batches_do_not_change_results(inspector, tmp_path):
 
 
 def test_the_experts_see_what_they_see_in_a_run(inspector, dataset):
-    """With the references and questions of a dataset's case, the inspector's prompts are those of a run."""
+    """Given the references and questions of a dataset's case, the inspector makes the same prompts as a run."""
     loaded = load_dataset(dataset)
     case = load_cases(loaded, "test")[0]
     result = inspector.predict(loaded.root / case.seen.query, "washer")

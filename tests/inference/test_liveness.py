@@ -1,4 +1,4 @@
-"""An adapter that does not act as trained is named, with the cause, before the first answer counts."""
+"""An adapter that does not act as it was trained to is named, with the cause, before the first answer counts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _short_waits(monkeypatch):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """What the library says in the terminal."""
+    """What the library prints in the terminal."""
     monkeypatch.setattr(logging.getLogger("echo_ft"), "propagate", True)
     caplog.set_level(logging.INFO, logger="echo_ft")
     return caplog
@@ -74,7 +74,7 @@ def builder(bundle, max_pixels=MAX_PIXELS, words=("", "")):
 
 
 def changed_base(bundle, change):
-    """A tuned model whose base has other weights in the language model's layers."""
+    """A tuned model whose base model has different weights in the layers of the language model."""
     base = load_model(str(ECHO_TINY), dtype="float32")
     with torch.no_grad():
         for name, weight in base.named_parameters():
@@ -84,7 +84,7 @@ def changed_base(bundle, change):
 
 
 def rounded(weight):
-    """Round to 15 levels per row, as a base of 4 bits."""
+    """Round to 15 levels per row, as in a 4-bit base model."""
     step = weight.abs().amax(dim=1, keepdim=True) / 7
     return (weight / step).round() * step
 
@@ -209,7 +209,7 @@ def test_an_inspector_trusts_a_server_only_with_the_adapters_of_the_bundle(
 
 
 def test_a_run_stops_before_its_first_answer_if_two_roles_are_swapped(bundle, dataset, tmp_path):
-    """The cards are swapped too, so that only the answers tell."""
+    """The cards are swapped too, so that only the answers reveal it."""
     folder = tmp_path / "adapters"
     shutil.copytree(bundle / "adapters", folder)
     (folder / GUIDE).rename(tmp_path / "other")
@@ -245,7 +245,7 @@ def test_weights_with_wrong_module_names_are_named(bundle, dataset, tmp_path):
 
 
 def test_an_edited_template_of_a_bundle_is_named(bundle, tmp_path):
-    """The checksums are written again, so that only the tokens tell."""
+    """The checksums are written again, so that only the tokens reveal it."""
     folder = copy_bundle(bundle, tmp_path)
     path = folder / "processor" / "chat_template.jinja"
     path.write_text(path.read_text().replace("a helpful", "helpful a"))

@@ -195,7 +195,7 @@ def test_a_partial_run_json_does_not_block_the_folder(tmp_path, cases):
 
 
 class FullDisk(io.FileIO):
-    """A file on a disk with a few bytes left: it takes what fits and then fails."""
+    """A file on a disk with only a few bytes left. It accepts what fits and then fails."""
 
     left = 0
 
@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_when_a_run_starts_or_ends_is_named_too(tmp_path, ca
 
 def test_cut_texts_are_counted_per_role_over_resumes_and_processes(tmp_path, many):
     def cutting(role, exchanges):
-        """Cut the first reason of each of a case's two exchanges, and every text of the decision maker."""
+        """Mark the first reasoning in each of a case's two exchanges as cut, and all output of the decision maker."""
         return [
             [replace(one, cut=role == "decision_maker" or (role == "reasoning_expert" and not i)) for i, one in whole]
             for whole in map(enumerate, ScriptedBackend()(role, exchanges))

@@ -1,4 +1,4 @@
-"""A server gets the engine's prompts and pixels, yields the same records, and loses no answer on a bad connection."""
+"""A server gets the engine's prompts and pixels, yields the same records, and no bad connection loses an answer."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_reply_that_ends_at_the_token_limit_is_marked(fake, row_builder, case,
 
 @pytest.mark.parametrize("takes", [True, False])
 def test_the_penalty_of_the_models_config_is_switched_off_where_the_server_takes_it(fake, dataset, tmp_path, takes):
-    """vLLM takes the field; `transformers serve` rejects unknown fields, and reads frequency_penalty instead."""
+    """vLLM accepts this field; `transformers serve` rejects unknown fields and reads frequency_penalty instead."""
 
     def strict(body):
         return completion(body) if takes or "repetition_penalty" not in body else (422, {"detail": "Unexpected fields"})
@@ -242,7 +242,7 @@ def test_retries_slow_down_and_respect_the_servers_retry_after(
 
 
 def changed(**changes: Any) -> Answer:
-    """A completion whose choice has other values."""
+    """A completion whose choice has these values instead."""
 
     def answer(body: dict[str, Any]) -> dict[str, Any]:
         reply = completion(body)
@@ -360,7 +360,7 @@ def test_a_run_resumes_on_another_server_like_an_uninterrupted_one(dataset, fake
     run(dataset, tmp_path / "whole", "--server", fake.url)
     remaining = iter(range(40))
     fake.answer = lambda body: completion(body) if next(remaining, None) is not None else None
-    # One request at a time: if another request succeeded meanwhile, only the case of the failing one would fail.
+    # Send one request at a time: if another request succeeded meanwhile, only the case of the failing one would fail.
     with pytest.raises(BackendError, match="did not answer"):
         run(dataset, tmp_path / "cut", "--server", fake.url, "--server_patience", 0.2, "--batch_size", 1)
     done = {one.case for one in rows(tmp_path / "cut", "predictions.jsonl", Prediction)}

@@ -1,4 +1,4 @@
-"""A watched folder gives finished images only, each once, also after a restart. Results go to the webhook alone."""
+"""A watched folder yields only finished images, each once, even after a restart. Results go only to the webhook."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EndOfTestError(Exception):
 
 
 class Clock:
-    """A clock that runs only while the watch sleeps, and does something at given times."""
+    """A clock that runs only while the watch sleeps, and performs actions at given times."""
 
     def __init__(self, end: float, **actions) -> None:
         self.now, self.end = 0.0, end
@@ -75,7 +75,7 @@ def test_an_image_counts_once_it_has_not_changed_for_a_while(folder, whole):
 
 
 def test_a_pause_in_writing_is_not_the_end(folder, whole):
-    """A camera may pause for longer than a finished file stays unchanged."""
+    """A camera may pause for longer than the time after which an unchanged file counts as finished."""
     path = folder / "paused.png"
     path.write_bytes(whole[: len(whole) // 2])
     found = seen(folder, end=20, at_8=lambda: path.write_bytes(whole))

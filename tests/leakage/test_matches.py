@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("ECHO_FT_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory) -> tuple[list[DrawnImage], list[DrawnImage]]:
-    """220 training images of 5 products, and 80 test images: 55 of other parts and 25 leaks."""
+    """220 training images of 5 products, and 80 test images: 55 show other parts, and 25 are leaks."""
     return draw_splits(tmp_path_factory.mktemp("drawn"), products=5, training=44, clean=11, leaks=5, seed=1)
 
 
@@ -40,7 +40,7 @@ def test_every_planted_leak_is_found_without_false_alarms(splits):
 
 
 def test_crop_is_found_among_many_images_of_its_product(tmp_path, monkeypatch):
-    """By plain hash, a third of the product's other images are closer to a crop than its source."""
+    """Measured by plain hashes, a third of the product's other images are closer to a crop than its source is."""
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.NEAREST_HASHES", 24)
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.EXTRA_CANDIDATES", 12)
     training, _ = draw_splits(tmp_path, products=1, training=120, clean=0, leaks=0, seed=0)

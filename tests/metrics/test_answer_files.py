@@ -1,4 +1,4 @@
-"""Answers made elsewhere are scored as RobustMAD's authors do and strictly, and bad lines are refused by name."""
+"""Answers made elsewhere are scored both strictly and as by RobustMAD's authors, and bad lines are refused by name."""
 
 from __future__ import annotations
 

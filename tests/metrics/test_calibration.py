@@ -1,4 +1,4 @@
-"""Calibration corrects overconfidence, equals scikit-learn's, and judges its thresholds on another run."""
+"""Calibration corrects overconfidence, agrees with scikit-learn, and judges its thresholds on another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection metrics equal those of scikit-learn, in a resample too; false alarms and escapes equal counts by hand."""
+"""Detection metrics equal scikit-learn's, even in a resample; false alarms and escapes equal counts made by hand."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_detection_without_probabilities_scores_the_decisions() -> None:
 
 
 def six_parts() -> list[Prediction]:
-    """Three good and three defective parts. The last one also has a good image, which is the only one flagged."""
+    """Three good and three defective parts. The last part also has a good image, which is its only flagged image."""
     images = [
         ("good, one image flagged", GOOD, True, 0.2),
         ("good, one image flagged", GOOD, False, 0.7),
@@ -88,7 +88,8 @@ def test_false_alarms_and_escapes_are_counted_by_image_and_by_part() -> None:
     assert shares == {
         ("answers", "images"): (6, 3 / 6, 4, 3 / 4),
         ("answers", "parts"): (3, 2 / 3, 3, 1 / 3),
-        # Flagged from P(defect) 0.5. The part whose defective image has none is not flagged.
+        # Images are flagged if P(defect) is at least 0.5. The part whose defective image has no P(defect) is not
+        # flagged.
         ("p_defect", "images"): (6, 2 / 6, 4, 2 / 4),
         ("p_defect", "parts"): (3, 2 / 3, 3, 1 / 3),
     }
@@ -96,7 +97,7 @@ def test_false_alarms_and_escapes_are_counted_by_image_and_by_part() -> None:
 
 
 def test_a_resample_draws_all_images_of_a_part() -> None:
-    """One part has all false alarms, and it is drawn twice."""
+    """One part has all the false alarms, and it is drawn twice."""
     table = make_prediction_table(six_parts()[:4])
     assert table.part_index.tolist() == [1, 1, 0, 0]
     found = alarm_metrics(table, np.array([[2.0, 2.0, 1.0, 1.0]]))

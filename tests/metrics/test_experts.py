@@ -1,4 +1,4 @@
-"""Outputs of the experts before the decision are scored strictly against the truth, with counts and intervals."""
+"""The experts' outputs before the decision are scored strictly against the truth, with counts and intervals."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_unparsed_outputs_are_wrong_and_counted_and_never_guessed(cases: list[Ca
 
 
 def test_shares_equal_those_counted_by_hand(cases: list[Case], tmp_path: Path) -> None:
-    """The texts are always `1`, `stain` and `top left`. 12 of 18 cases are stains, and 2 of 12 marks are there."""
+    """The outputs always say `1`, `stain` and `top left`. 12 of 18 cases are stains; 2 of their marks are there."""
     texts = {
         "reference_extractor": "1",
         "knowledge_guide": "stain: look for this.",
@@ -187,7 +187,7 @@ def test_shares_equal_those_counted_by_hand(cases: list[Case], tmp_path: Path) -
 
 
 def test_condition_of_one_part_leaves_the_mean_without_an_interval(cases: list[Case], tmp_path: Path) -> None:
-    """The text is always `good`, which is right for one condition of three. The one part of `dent` has no spread."""
+    """The output is always `good`, which is right for one condition of three. `dent` has one part, so no spread."""
     knowledge = (*cases[0].seen.knowledge, Entry("dent", "Deep."))
     cases = [replace(case, seen=replace(case.seen, knowledge=knowledge)) for case in cases]
     cases[0] = replace(cases[0], truth=replace(cases[0].truth, condition="dent"))
@@ -224,7 +224,8 @@ def test_interval_of_the_mean_over_conditions_contains_the_truth(conditions: int
     images = {f"{number}": number for number in range(count)}
     contained = []
     for _ in range(400):
-        # The accuracy on a part varies around that of its condition. Answers are drawn from the part's accuracy.
+        # The accuracy on a part varies around the accuracy on its condition. Answers are drawn with the part's
+        # accuracy.
         of_parts = random.beta(4 * accuracies[:, None], 4 * (1 - accuracies[:, None]), (conditions, parts))
         correct = (random.random((conditions, parts, 3)) < of_parts[..., None]).reshape(conditions, -1)
         groups = [

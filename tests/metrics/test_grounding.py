@@ -1,4 +1,4 @@
-"""Scores of boxes agree with counts by hand, and unparsed answers never improve them."""
+"""Scores of boxes agree with counts made by hand, and unparsed answers never improve them."""
 
 from __future__ import annotations
 

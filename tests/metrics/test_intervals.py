@@ -118,7 +118,7 @@ def test_holm_multiplies_step_by_step_and_never_decreases() -> None:
 
 
 def require_coverage(found: Coverage, runs: int) -> None:
-    """Require a coverage of 93% to 97%, up to the noise of so many runs.
+    """Require a coverage of 93% to 97%, allowing for the noise of this many runs.
 
     If the true coverage is in this range, the check fails once in a thousand times.
     """

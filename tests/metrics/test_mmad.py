@@ -133,7 +133,7 @@ def test_official_equals_the_reimplemented_scorer_on_any_answers(rows: list[dict
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", ["clean", "unparsed"])
 def test_reimplemented_scorer_gives_the_table_of_mmads_scorer(name: str) -> None:
-    """The test above is then a statement about MMAD's scorer, not only about the reimplementation."""
+    """The test above therefore says something about MMAD's scorer, not only about the reimplementation."""
     if not DATA.is_dir():
         pytest.skip(f"no folder {DATA}; set ECHO_FT_DATA")
     with open(DATA / f"answers_{name}_accuracy.csv", encoding="utf-8") as file:

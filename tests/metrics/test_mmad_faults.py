@@ -58,7 +58,7 @@ def test_fault_2_strict_does_not_reward_refusing(tmp_path: Path) -> None:
 
 
 def test_fault_3_strict_means_leave_out_missing_question_types(tmp_path: Path) -> None:
-    """D has two types, 100 and 0; E has one, 100. Official: (50 + 50) / 2. Strict: (50 + 100) / 2."""
+    """D has two types with 100 and 0; E has one with 100. Official: (50 + 50) / 2. Strict: (50 + 100) / 2."""
     rows = [make_answer(), make_answer(kind="Object Details", given="B"), make_answer("E/p/bad/0.png")]
     official, strict, _ = both_tables(tmp_path, rows)
     assert (official["E"]["Object Analysis"], strict["E"]["Object Analysis"]) == (0.0, None)
@@ -81,7 +81,7 @@ def test_fault_4_strict_images_are_normal_only_by_folder_name(tmp_path: Path) ->
 
 
 def test_fault_5_strict_never_guesses_a_letter(tmp_path: Path) -> None:
-    """Two of five answers name the option: by its letter, and by its letter and text. Guessing gets all five."""
+    """Two of five answers name the option: by its letter, and by letter and text. Guessing would count all five."""
     texts = ["A", "A. Yes.", "A crack runs across the part", "yes, surely", "It is either B or A"]
     rows = [
         Answer(f"D/p/bad/{index}.png", ANALYSIS, "A", text, "Defect?", {"A": "Yes.", "B": "No."})

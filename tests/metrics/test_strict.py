@@ -101,7 +101,7 @@ def test_every_score_lies_in_its_interval() -> None:
 
 
 def test_images_of_one_part_are_resampled_together() -> None:
-    """Six images of a part say hardly more than one, so the interval must not shrink as it would for six parts."""
+    """Six images of a part hold little more information than one, so the interval must not shrink as for six parts."""
     draw = random.Random(1)
     correct_by_part = {part: draw.random() < 0.6 for part in range(30)}
     one_image = [make_prediction(part, DETECTION, correct) for part, correct in correct_by_part.items()]

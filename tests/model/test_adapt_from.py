@@ -1,4 +1,4 @@
-"""An adapter that acts after the prefix has the gradients of separate rows, whose prefix the base model computes."""
+"""An adapter that acts after the prefix has the gradients of separate rows whose prefix the base model computes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def adapted(model, **options):
-    """A copy of the model with a random adapter of all its language layers."""
+    """A copy of the model with a random adapter on all layers of its language model."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=rf".*language_model.*\.({'|'.join(TARGETS)})", init_lora_weights=False)
     for name, value in options.items():
@@ -104,7 +104,7 @@ def test_a_packed_row_has_the_gradients_of_single_rows_in_float32(row_builder, m
 
 @pytest.fixture(scope="module")
 def double(model):
-    """The model in double precision, whose rounding cannot hide or imitate a difference."""
+    """The model in double precision, so that rounding can neither hide nor imitate a difference."""
     return copy.deepcopy(model).double()
 
 
@@ -147,7 +147,7 @@ def test_flex_attention_blocks_equal_those_of_the_mask_of_sdpa(row_builder, case
 
 
 def test_flex_attention_gives_the_hidden_states_of_sdpa(row_builder, model, case, tmp_path, monkeypatch):
-    """With torch's plain implementation, which needs no compiler; it has no backward pass on a CPU."""
+    """Uses torch's plain implementation, which needs no compiler but has no backward pass on a CPU."""
 
     def plain(module, query, key, value, spans, scaling=None, **kwargs):
         found = flex_attention(query, key, value, block_mask=spans, scale=scaling, enable_gqa=True)

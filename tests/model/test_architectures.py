@@ -1,4 +1,4 @@
-"""Configs of models load without running code that a model folder brings along."""
+"""Model configs load without running any code that comes with a model folder."""
 
 from __future__ import annotations
 

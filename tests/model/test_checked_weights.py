@@ -1,4 +1,4 @@
-"""Changed, missing, extra or absurd weights of an adapter or of the base model are refused by name."""
+"""Changed, missing, extra or absurd weights of an adapter or the base model are refused by name."""
 
 from __future__ import annotations
 

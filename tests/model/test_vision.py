@@ -1,4 +1,4 @@
-"""Each image is encoded once per batch, or once across epochs and runs if there is a feature store."""
+"""Each image is encoded once per batch, or only once across epochs and runs if there is a feature store."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_loader_workers_find_features_that_are_stored_meanwhile(row_builder, fro
 
 
 def test_a_corrupted_query_is_not_confused_with_the_clean_image(row_builder, frozen, tmp_path):
-    """Image 1 is the clean query of the first case and a reference in the second, which has a corrupted query."""
+    """Image 1 is the clean query of the first case and a reference in the second case, whose query is corrupted."""
     exchanges = exchanges_over(tmp_path, (0, 1), (1, 2), (2, 1))
     corruptions = [None, Corruption("blur", 5), Corruption("blur", 5)]
     prepared, store = copy.deepcopy(frozen), TowerFeatureStore(tmp_path / "kept", "a tower", GIB)

@@ -1,4 +1,4 @@
-"""Approximate indexes find what the exact search finds and are the same for every build."""
+"""Approximate indexes find what exact search finds and are the same in every build."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mixture(count: int, width: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def small_ivf_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow `ivf_pq` from 256 vectors, so that tests do not need ten thousand."""
+    """Allow `ivf_pq` from 256 vectors upwards, so that tests do not need ten thousand."""
     monkeypatch.setattr(index, "MIN_IVF_VECTORS", 256)
 
 

@@ -226,7 +226,7 @@ def test_graph_skips_excluded_normals_like_the_exact_search(tmp_path: Path, norm
 
 
 def test_normals_missed_by_the_approximate_search_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All near neighbours show the query's own part, so the search finds only excluded images at first."""
+    """All near neighbours show the query's own part, so the search at first finds only excluded images."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(600, 16)).astype(np.float32)
     vectors[:300] = vectors[0] + 0.01 * vectors[:300]

@@ -1,4 +1,4 @@
-"""COCO and labelme files keep their outlines and boxes in the records, and unreadable entries are reported."""
+"""The outlines and boxes of COCO and labelme files are kept in the records, and unreadable entries are reported."""
 
 from __future__ import annotations
 
@@ -272,7 +272,8 @@ def test_labelme_circles_end_at_the_border_of_the_image(tmp_path, centre):
 
 
 def mask_shape(marked: np.ndarray, picture: Image.Image | None = None) -> dict:
-    """Return the labelme shape of a mask with its top left corner at (4, 6), saved as `picture` if that is given."""
+    """Return the labelme shape of a mask with its top left corner at (4, 6). If given, `picture` is where it is
+    saved."""
     buffer = io.BytesIO()
     (picture or Image.fromarray(marked.astype(np.uint8) * 255)).save(buffer, "PNG")
     height, width = marked.shape

@@ -1,4 +1,4 @@
-"""A condition is what the source says: several names in any form, declared words for `good`, never a guess."""
+"""Conditions are read as the source states them, with several names in any form and declared words for `good`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEFECT_WORDS = (
 
 
 def read_cell(root: Path, cell: object, good: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
-    """The condition of an image with this cell in a JSONL manifest, and the reasons of rejections."""
+    """The condition of an image with this cell in a JSONL manifest, and the reasons for rejections."""
     draw(root / "a.png")
     path = root / "parts.jsonl"
     path.write_text(json.dumps({"image": "a.png", "product": "cap", "condition": cell}))
@@ -207,7 +207,7 @@ def test_folder_names_follow_the_same_rules(tmp_path):
 
 
 def read_coco(root: Path, labels: dict[str, list[str]], good: tuple[str, ...] = (), **changes: object):
-    """The usable inspections by image of a COCO file whose images have boxes with these labels."""
+    """The usable inspections, by image, of a COCO file whose images have boxes with these labels."""
     images, rows, names = [], [], sorted({label for found in labels.values() for label in found})
     for number, (name, found) in enumerate(labels.items()):
         draw(root / name)
@@ -280,7 +280,7 @@ def test_lost_annotations_are_reported_once(tmp_path):
 
 
 def read_flags(root: Path, flags: object, shapes: list | None = None, good: tuple[str, ...] = ()):
-    """The condition of an image with these flags and shapes, or the reason of its rejection."""
+    """The condition of an image with these flags and shapes, or the reason for its rejection."""
     draw(root / "part.png")
     write_json(root / "part.json", labelme_file("part.png", shapes or []) | {"flags": flags})
     kept, _, rejections = collect(manifest.read(SourceConfig(root, good=good)), root)

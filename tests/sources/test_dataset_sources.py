@@ -1,4 +1,4 @@
-"""Every source keeps its contract on files drawn in the exact layout of its dataset."""
+"""Every source fulfils its contract on files drawn in the exact layout of its dataset."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.folder_layouts import (
 )
 
 MANIFEST_SOURCES = ("manifest", "manifest-coco", "mmad")
-"""Sources that read a manifest: the folders around the images may contain anything."""
+"""Sources that read a manifest, so that the folders around the images may contain anything."""
 
 
 @pytest.fixture(params=sorted(LAYOUTS))
@@ -68,7 +68,7 @@ SQUARE[6:10, 4:12] = True
 
 
 OWN_TESTS = {"synthetic", "robustmad"}
-"""Sources without a layout here: drawn parts have no folder, and test_robustmad.py draws questions with its images."""
+"""Sources without a layout here: drawn parts have no folder, and test_robustmad.py draws its own."""
 
 
 def test_every_source_has_a_drawn_layout():

@@ -1,4 +1,4 @@
-"""A list of images is read in every plain format that spreadsheets export, and any other file gets its remedy."""
+"""A list of images is read in every plain format that spreadsheets export; other files get an error with a remedy."""
 
 from __future__ import annotations
 

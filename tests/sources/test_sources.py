@@ -345,7 +345,7 @@ def test_marks_in_columns_that_are_not_read_are_refused(tmp_path, kind, columns)
 
 
 def test_manifest_rejects_a_row_with_more_cells_than_columns(tmp_path):
-    """An unquoted comma shifts all later cells to the next column. Trailing empty cells are harmless."""
+    """An unquoted comma shifts all later cells by one column. Trailing empty cells are harmless."""
     for name in "abc":
         draw(tmp_path / f"{name}.png")
     path = tmp_path / "parts.csv"

@@ -1,4 +1,4 @@
-"""Folder trees that people have are read where their meaning is plain; otherwise one sentence says what to do."""
+"""Folder trees that people have are read if their meaning is clear; otherwise, one sentence says what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.folder_layouts import draw, draw_mask, split_items
 
 
 def make(root: Path, *places: str) -> Path:
-    """Draw an image at each place, or a mask if one of its folders is named like a folder of masks."""
+    """Draw an image at each path, or a mask if one of its folders is named like a folder of masks."""
     for place in places:
         is_mask = {"ground_truth", "masks", "mask"} & set(place.casefold().split("/"))
         (draw_mask if is_mask else draw)(root / f"{place}.png")

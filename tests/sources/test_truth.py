@@ -1,4 +1,4 @@
-"""What a source says about one image at several places is put together, or the whole image is rejected."""
+"""If a source describes an image in several places, the entries are combined, or the whole image is rejected."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def expected(truth: dict) -> dict[str, tuple]:
 
 
 def parts_of(data: st.DataObject, found: set) -> list[set]:
-    """The defects divided over any number of places, some of them repeated."""
+    """The defects, distributed over any number of places, with some of them repeated."""
     if not found:
         return [set()] * data.draw(st.integers(1, 2))
     listed = sorted(found)
@@ -192,7 +192,7 @@ def test_a_row_with_an_unquoted_comma_rejects_its_image(root):
 
 
 def test_marks_of_only_some_defects_are_left_out(root):
-    """The place of the crack would count as a place without a defect."""
+    """Otherwise, the location of the crack would count as free of defects."""
     rows = [DENT, {"image": "a.png", "product": "cap", "condition": "crack"}, DENT | {"image": "b.png"}]
     found, (rejection,) = usable(root, write_rows(root, rows))
     assert (found["a.png"].condition, found["a.png"].boxes) == ("crack+dent", ())
@@ -203,7 +203,7 @@ def test_marks_of_only_some_defects_are_left_out(root):
 
 
 def test_an_unmarked_place_of_a_marked_defect_counts(root):
-    """The second dent lies elsewhere. A repeated row, and a row of a good part, say nothing else."""
+    """The unmarked row may be about a second dent. A repeated row, or a row about a good part, adds nothing."""
     unmarked = {"image": "a.png", "product": "cap", "condition": "dent"}
     for rows in itertools.permutations([DENT, DENT, unmarked]):
         found, (rejection,) = usable(root, write_rows(root, list(rows)))
@@ -243,7 +243,7 @@ def test_a_coco_image_is_rejected_with_any_of_its_entries(root):
 
 
 def test_two_coco_images_of_one_id_are_both_rejected(root):
-    """Each of them may own the annotations."""
+    """The annotations may belong to either of them."""
     images = [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}, {"id": 2, "file_name": "cap/c.png"}]
     rows = [{"image_id": 1, "category_id": 1, "bbox": [4, 6, 8, 4]}]
     content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "dent"}]}

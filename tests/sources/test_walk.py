@@ -1,4 +1,4 @@
-"""Every source walks alike: no system files, no pipes, each folder once, and no link out of the root."""
+"""Every source walks folders in the same way: no system files or pipes, each folder once, no links out of the root."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(name: str, config: SourceConfig):
 
 
 def add_system_files(root: Path) -> None:
-    """Add what systems and network storage leave behind: a companion of each file, and their own files and folders."""
+    """Add what systems and network storage leave behind: a companion for each file, and their own files and folders."""
     for path in sorted(root.rglob("*")):
         if path.is_file():
             path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7metadata")
@@ -53,7 +53,7 @@ def test_system_files_and_companions_change_nothing(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["folder", "magnetic_tile", "manifest-labelme", "mmad", "mvtec_loco", "visa"])
 def test_pipes_are_never_opened(tmp_path, name):
-    """Opening a pipe that nobody writes to waits forever."""
+    """Opening a pipe to which nobody writes would wait forever."""
     layout = LAYOUTS[name](tmp_path)
     inspections, *_ = read(name, layout.config)
     for place in {(layout.config.root / i.image).parent for i in inspections}:
@@ -196,7 +196,7 @@ def test_deeper_links_and_unused_folders_of_a_linked_product_are_named(tmp_path)
 
 
 def test_folder_layout_may_be_made_of_links(tmp_path):
-    """Each image is read once, at the place that no link leads to, or else at the first link."""
+    """Each image is read once: at its path without links if there is one, otherwise through the first link."""
     root = tmp_path / "line"
     draw(root / "raw/nut-v3/train/good/0.png"), draw(root / "raw/nut-v3/test/dent/0.png")
     draw(root / "bolt/test/dent/0.png"), draw(root / "cap/train/good/0.png")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that check options without training."""
+"""Fixtures for tests that check options without training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import ECHO_TINY, ROOT
 
 @pytest.fixture(scope="module")
 def recipe() -> dict[str, Any]:
-    """The options of the decision maker of echo-tiny, on a CPU."""
+    """The options of echo-tiny's decision maker, on a CPU."""
     options: dict[str, Any] = yaml.safe_load((ROOT / "recipes/tiny/decision_maker.yaml").read_text())
     return {**options, "model_name_or_path": str(ECHO_TINY), "use_cpu": True}
 

@@ -1,4 +1,4 @@
-"""Training reads the rows of exactly the dataset that it names, and copies them nowhere."""
+"""Training reads the rows of exactly the dataset that it names, and does not copy them anywhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEIGHBOURS = [
     ("**", "parts"),
     ("부품[가-힣]", "부품품"),
 ]
-"""The name of a dataset, and that of another one that fits it if it is read as a pattern."""
+"""The name of a dataset, and the name of another one that would match the first if it were read as a pattern."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of datasets, empty."""
+    """The empty cache of Hugging Face Datasets."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 

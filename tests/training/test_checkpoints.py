@@ -1,4 +1,4 @@
-"""A run that was killed at any moment resumes from its newest complete checkpoint and in its W&B run."""
+"""A run that is killed at any time resumes from its newest complete checkpoint and continues its W&B run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def uninterrupted(dataset, tmp_path_factory):
 
 
 # A run takes about three seconds from its first checkpoint to its end. The default tier kills it once, during a save;
-# the slow tier adds 19 random moments.
+# the slow tier kills it at 19 random points too.
 RANDOM = random.Random(0)
 MOMENTS = [0.0, *(pytest.param(RANDOM.uniform(0, 3), marks=pytest.mark.slow) for _ in range(19))]
 
@@ -85,7 +85,8 @@ def test_a_killed_run_resumes_to_the_adapter_of_an_uninterrupted_run(uninterrupt
 
 @pytest.mark.parametrize("save", ["_save_optimizer_and_scheduler", "_save"])
 def test_a_full_disk_costs_nothing_that_was_saved(uninterrupted, dataset, tmp_path, monkeypatch, save):
-    """torch's words for a full disk while it saves the optimizer, and safetensors' while it saves the adapter."""
+    """torch reports a full disk in its own words while it saves the optimizer, and so does safetensors for the
+    adapter."""
     output = tmp_path / "full"
     options = tiny_options("reference_extractor", dataset, output, *STEPS)
     errors = {

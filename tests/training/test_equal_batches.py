@@ -1,4 +1,4 @@
-"""The same cases per step give the same adapter, however they are divided, also over a resume; merged models train."""
+"""The same cases per step give the same adapter, however they are divided, even after a resume; merged models train."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train_whole(dataset, output):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Eight cases. Seven would be padded on two processes."""
+    """Eight cases. Seven cases would be padded on two processes."""
     return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 

@@ -1,4 +1,4 @@
-"""GPU kernels, bfloat16, and topologies that accelerate supports only on GPUs give the losses of a plain run."""
+"""GPU kernels, bfloat16 and the topologies that accelerate supports only on GPUs give the losses of a plain run."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ def trained(dataset, tmp_path_factory):
 
 
 def assert_same_weights(found, expected, different=0.0, **tolerance):
-    """Check that weights are equal within the tolerance, except for a share `different` of each tensor.
+    """Check that weights are equal within the tolerance, except for a fraction `different` of each tensor.
 
-    Adam turns the rounding of a gradient near zero into a step of full size.
+    Adam turns a rounding error in a gradient near zero into a step of full size.
     """
     for name in ("adapter_model.safetensors", MASK_HEADS):
         weights = load_file(expected / name)

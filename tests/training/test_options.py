@@ -1,4 +1,4 @@
-"""What training would fail on is refused before the first weight is loaded, with the name of the option."""
+"""Options that would make training fail are refused by name before the first weight is loaded."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ FREE_TEXT = {
     "bnb_4bit_quant_storage": "read with load_in_4bit",
     "metric_for_best_model": "read with an evaluation, and tried below",
 }
-"""Options in which any text is right at first, and why."""
+"""Options for which any text is accepted at first, and why."""
 
 NO_MAPPING_CHECK = {"liger_kernel_config": "read with use_liger_kernel", "fsdp_config": "read with fsdp"}
-"""Mappings that nothing reads in a plain run."""
+"""Options with a mapping that nothing reads in a plain run."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def check(recipe, architecture):
 
 
 def broken_values(name: str, hint: Any) -> list[Any]:
-    """Values that no option of this type can have, and numbers that are out of every range."""
+    """Values that no option of this type can have, and numbers that are outside every range."""
     text = str(hint)
     values: list[Any] = []
     if "bool" in text or name not in FREE_TEXT:

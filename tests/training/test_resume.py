@@ -1,4 +1,4 @@
-"""A resume compares how the checkpoint was trained: it refuses what it cannot honour, and applies and says the rest."""
+"""A resume compares its options with the checkpoint's: it refuses changes it cannot honour and reports the others."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ FREE_VALUES: dict[str, Any] = {
     "ignore_data_skip": True,
 }
 SET_ONLY = {"tf32": "needs a GPU", "bnb_4bit_quant_type": "", "use_bnb_nested_quant": "", "bnb_4bit_quant_storage": ""}
-"""Options in FIXED that matter only on a GPU or with a quantized model, which has its own test below."""
+"""Options in FIXED that matter only on a GPU or for a quantized model, which has its own test below."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def card_of(recipe, dataset, architecture):
 
 @pytest.fixture
 def resume(card_of, tmp_path):
-    """Look for a checkpoint of the recipe, trained with `before`, on behalf of a run with `now`."""
+    """Look for a checkpoint of the recipe that was trained with `before`, for a run with `now`."""
 
     def resume(now: dict[str, Any], before: dict[str, Any] | None = None, files: tuple[str, ...] = ("optimizer.pt",)):
         checkpoint = tmp_path / "checkpoint-2"
@@ -303,7 +303,7 @@ def stopped(dataset, tmp_path_factory):
 
 
 def switch(option: str, value: Any, trainer: Any, optimizer: Any, schedule: Any) -> None:
-    """Change an option of a training that is running. The trainer's own code for resumes is not used."""
+    """Change an option while a training is running, without the trainer's own code for resumes."""
     groups = optimizer.param_groups
     for group in groups:
         if option == "learning_rate":

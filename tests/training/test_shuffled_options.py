@@ -18,7 +18,7 @@ EPOCHS = [
     *SAME_TRAINING, "--max_steps", 4, "--per_device_train_batch_size", 4, "--shuffle_options", "true",
     "--lora_target_modules", "q_proj", "v_proj", "--save_strategy", "steps", "--save_steps", 3,
 ]  # fmt: skip
-"""Two epochs of two steps, with a checkpoint within the second."""
+"""Two epochs of two steps, with a checkpoint during the second epoch."""
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ FULL_TUNING = [*SAME_TRAINING, "--save_strategy", "no", "--use_peft", "false", "
 
 
 def keep_one_question(folder, split):
-    """Make the cases of a split differ in length: every other one keeps one question to the reasoning expert."""
+    """Make the cases of a split differ in length: every other case keeps only one question to the reasoning expert."""
     path = folder / "sft" / "reasoning_expert" / f"{split}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -83,21 +83,21 @@ def assert_same_adapter(found, expected):
 
 
 def test_two_ranks_give_the_losses_and_the_adapter_of_one(one_rank, dataset, tmp_path):
-    # Five validation cases fill one batch of two on each process, and then one and a half.
+    # Five validation cases fill one batch of two on each process; one case remains for the next pair of batches.
     launch(*tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS, *EVALUATED, 2), ranks=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
     assert evaluation(tmp_path / "two") == pytest.approx(evaluation(one_rank), rel=1e-4)
     assert_same_adapter(tmp_path / "two", one_rank)
 
 
-# Offload first compiles DeepSpeed's AdamW for the CPU, which takes minutes.
+# With offload, DeepSpeed first compiles its AdamW for the CPU, which takes minutes.
 @pytest.mark.parametrize(
     "recipe", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "zero3_offload"))]
 )
 def test_two_deepspeed_ranks_give_the_losses_and_adapter_of_one(one_rank, dataset, tmp_path, recipe):
     checkpoint = ["--save_strategy", "steps", "--save_steps", 3, *EVALUATED, 8]
     launch_deepspeed(recipe, *tiny_options("reasoning_expert", dataset, tmp_path / "two", *TWO_RANKS, *checkpoint))
-    # Each process saved its share of the optimizer states, so DeepSpeed was in use.
+    # Each process saved its part of the optimizer states, so DeepSpeed was in use.
     assert len(list((tmp_path / "two" / "checkpoint-3" / "global_step3").glob("*rank_[01]*optim_states.pt"))) == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=1e-4)
     assert evaluation(tmp_path / "two") == pytest.approx(evaluation(one_rank), rel=1e-4)

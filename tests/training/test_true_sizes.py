@@ -1,4 +1,4 @@
-"""What matters only at the sizes of the published models: precision, memory and large collections."""
+"""Precision, memory and large collections, which matter only at the sizes of the published models."""
 
 from __future__ import annotations
 

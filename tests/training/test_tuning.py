@@ -34,7 +34,7 @@ def plain(dataset, tmp_path_factory):
 
 
 def test_dora_trains_magnitudes_and_starts_with_the_loss_of_the_base(plain, dataset, tmp_path):
-    # DoRA divides by the norm of a row, and q_proj and k_proj of echo-tiny have rows of zeros.
+    # DoRA divides by the norm of each row, and echo-tiny's q_proj and k_proj have rows of zeros, so they are left out.
     dora = [*SHORT, "--use_dora", "true", "--lora_target_modules", "v_proj", "o_proj", "gate_proj"]
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *dora))
     weights = load_file(tmp_path / "adapter_model.safetensors")
