@@ -3,8 +3,8 @@
     python -m data_prep.audit TRAIN EVAL [--output DIR] [--shared_products]
     python -m data_prep.audit DATASET
 
-Both are dataset folders of data_prep.build. The audit compares what is trained on in TRAIN (the train and validation
-splits and their references) with the test split of EVAL. A single folder is compared with itself.
+Both are dataset folders from data_prep.build. The audit compares the data that TRAIN trains on (the train and
+validation splits and their references) with the test split of EVAL. A single folder is compared with itself.
 
 These are leaks:
 
@@ -12,12 +12,12 @@ These are leaks:
 - a test image that shows the same surface as a training image (re-encoded, resized, cropped, brighter, or the same part
   under another light);
 - a test image that was shown as a normal reference in training;
-- a part that has images on both sides according to the records;
-- a product on both sides that should be on one side only: in two folders unless --shared_products is given, or in a
-  dataset that is split by product or by dataset.
+- a part that, according to the records, has images on both sides;
+- a product on both sides that should be on only one: in two folders without --shared_products, or in a dataset that is
+  split by product or by dataset.
 
-Writes audit.json and audit.html into `output` (default: TRAIN), and the verdict into the manifest.json of TRAIN, from
-which training copies it into the adapter card. Exits with status 0 without a leak, 1 with one, and 2 after an error.
+Writes audit.json and audit.html into `output` (default: TRAIN), and the verdict into TRAIN's manifest.json, from which
+training copies it into the adapter card. The exit status is 0 without a leak, 1 with a leak, and 2 after an error.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ TRAINING_SPLITS, EVALUATION_SPLITS = ("train", "validation"), ("test",)
 """Splits that training uses, and splits that evaluation uses."""
 
 DISJOINT_PRODUCT_SPLITS = ("by_product", "by_dataset")
-"""Values of a build's `split` that promise each product on one side only."""
+"""Values of a build's `split` that promise that each product is on only one side."""
 
 FEW_IMAGES = 20
-"""Training images of a product below which two of its parts may pass for one: too few show how alike its parts are."""
+"""With fewer training images of a product, two of its parts may pass for one: too few show how alike its parts are."""
 
 MAX_PAIRS = 60
-"""Pairs on the page at most."""
+"""Maximum number of pairs on the page."""
 
 PAIR_SIDE = 224
 """Longer side of the images on the page, in pixels."""
@@ -83,11 +83,11 @@ class Side:
 
     dataset: Dataset
     cases: dict[str, Inspection]
-    """Path to inspection, of the images that are trained on or evaluated."""
+    """Maps the path of each image that is trained on or evaluated to its inspection."""
     references: frozenset[str]
     """Paths of the normal references of these cases."""
     products: dict[str, str]
-    """Path to `dataset/product`, of all images in the records of the dataset."""
+    """Maps the path of every image in the dataset's records to `dataset/product`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Finding:
     """Whether a count above 0 is a leak."""
     count: int
     words: str
-    """What the count means, as the rest of a sentence that starts with it."""
+    """What the count means, phrased as the rest of a sentence that starts with the count."""
     examples: tuple[str, ...]
 
 
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:
-    """Compare both sides and write audit.json, audit.html and the verdict in the manifest; returns the report.
+    """Compare both sides and write audit.json, audit.html and the verdict in the manifest. Returns the report.
 
     Raises EchoError for folders that are not datasets, for a side without images, and for images that are missing or
     have changed since the dataset was built.
@@ -174,7 +174,7 @@ def _load_side(dataset: Dataset, splits: Sequence[str]) -> Side:
 
 
 def _products_must_differ(config: AuditConfig, train: Dataset) -> bool:
-    """Whether a product on both sides is a leak."""
+    """Return whether a product on both sides is a leak."""
     if len(config.folders) == 2:
         return not config.shared_products
     return train.manifest["config"].get("split") in DISJOINT_PRODUCT_SPLITS
@@ -261,21 +261,21 @@ def _findings_by_records(training: Side, evaluated: Side, products_must_differ: 
 
 
 def _groups(side: Side, separate_roots: bool) -> set[tuple[str, ...]]:
-    """The parts of a side's cases.
+    """Return the parts of a side's cases.
 
-    An image without a group uses its path as group. If both sides have `separate_roots`, the same path is another file,
-    so these groups are skipped.
+    The group of an image without one is its path. If the two sides have `separate_roots`, the same path may be a
+    different file on each side, so these groups are skipped.
     """
     return {part_key(one) for one in side.cases.values() if not (separate_roots and one.group == one.image)}
 
 
 def _contents(side: Side, images: Sequence[str]) -> dict[bytes, str]:
-    """Digest of each file to its path."""
+    """Map the digest of each file to its path."""
     return dict(zip(file_digests([side.dataset.root / image for image in images]), images, strict=True))
 
 
 def _products(side: Side) -> set[tuple[str, ...]]:
-    """(dataset, product) of a side's cases. Dataset names of MMAD are replaced by one common name."""
+    """Return the (dataset, product) pairs of a side's cases. MMAD's dataset names are replaced with a common name."""
     return {(DATASET_ALIASES.get(one.dataset, one.dataset), one.product) for one in side.cases.values()}
 
 
@@ -319,7 +319,7 @@ def _write_report(report: Mapping[str, Any], training: Side, evaluated: Side, ou
 
 
 def _render(report: Mapping[str, Any], training: Side, evaluated: Side) -> str:
-    """The self-contained page. It shows the most similar pair of each leaked test image, the least certain first."""
+    """Render the self-contained page with the most similar pair of each leaked test image, the least certain first."""
     best = {pair["asked"]: pair for pair in sorted(report["pairs"], key=lambda pair: pair["similarity"])}
     order = sorted(best.values(), key=lambda pair: pair["similarity"])
     shown = [order[index * len(order) // MAX_PAIRS] for index in range(MAX_PAIRS)] if len(order) > MAX_PAIRS else order

@@ -5,14 +5,14 @@
 Writes inspections.jsonl, references.jsonl, questions.jsonl, knowledge.json, sft/<role>/{train,validation}.jsonl,
 manifest.json, rejected.jsonl and preview.html. The same inputs and config give byte-identical JSON lines.
 
-For every role that is consulted about both, half of the training cases of each product are normal and half are
-defective. With `routing: paper`, the knowledge guide and the reasoning expert are consulted about defects only, in
-evaluation as in training. They are not consulted about Anomaly Detection and the two Object question types, and normal
-parts get no other questions. The manifest counts each role's cases and rows by side (`counts.sft_sides`) and warns if a
-side is missing.
+For every role that is consulted about both normal and defective parts, half of each product's training cases are normal
+and half are defective. With `routing: paper`, the knowledge guide and the reasoning expert are consulted only about
+defects, in evaluation as in training. They are not consulted about Anomaly Detection and the two Object question types,
+and normal parts get no other questions. The manifest counts each role's cases and rows for each side
+(`counts.sft_sides`) and warns if a side is missing.
 
-`--folds N --fold I` keeps a part of the train split out of the training rows, for adapters that have not seen it.
-`--upstream predicted --traces RUN RUN ...` shows each role the outputs of earlier roles from runs with such adapters.
+`--folds N --fold I` keeps part of the train split out of the training rows, to train adapters that have not seen it.
+`--upstream predicted --traces RUN RUN ...` shows each role what earlier roles produced in runs with such adapters.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def log_build(config: BuildConfig, manifest: dict[str, Any]) -> None:
 
 
 def build(config: BuildConfig) -> dict[str, Any]:
-    """Build the dataset folder `config.output`, completely or not at all; returns its manifest.
+    """Build the dataset folder `config.output`, completely or not at all, and return its manifest.
 
-    Raises EchoError for an unknown source, a missing root, an output folder that must not be replaced, traces that do
-    not fit, or if no usable image is left.
+    Raises EchoError for an unknown source, a missing root, an output folder that must not be replaced, or traces that
+    do not fit. Also raises it if no usable image is left.
     """
     check_config(config)
     runs = read_runs(config.traces, config.routing)

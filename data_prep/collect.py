@@ -25,20 +25,20 @@ from echo_ft.records import GOOD, Inspection, Question, Rejection
 from echo_ft.terminal import progress
 
 CheckFile = Callable[..., ImageCheck]
-"""`check_image`, which keeps its results."""
+"""A version of `check_image` that keeps its results."""
 
 DECLARING_SOURCES = ("folder", "manifest")
-"""The sources whose parts without a defect may have another condition than `good`, declared with `good`."""
+"""The sources in which the option `good` may declare other conditions that mean a part without a defect."""
 
 MAX_REFERENCES = 1000
 """Largest `k`. A prompt shows a few references, and a search reserves memory for all of them."""
 
 MAX_SEED = 2**32 - 1
-"""Largest seed of numpy and of training."""
+"""Largest seed that numpy and training accept."""
 
 
 def check_config(config: BuildConfig) -> None:
-    """Raise EchoError for every mistake in the config that can be found before images are read."""
+    """Raise EchoError for any mistake in the config that can be found before images are read."""
     _source(config.source)
     for key in ("annotations", "corrections", "knowledge"):
         path = getattr(config, key)
@@ -74,14 +74,14 @@ def check_config(config: BuildConfig) -> None:
 
 @dataclass(frozen=True)
 class Readings:
-    """How the usable images are read, as far as it may surprise their owner."""
+    """How the usable images are read, where this may surprise their owner."""
 
     rotated: list[str]
     """Images that are turned upright by their EXIF orientation."""
     lossy: list[str]
     """Images with a mask in a lossy format."""
     bits: dict[str, int]
-    """The bit depth from which an image is scaled to 8 bits, if it has more."""
+    """The bit depth of each image that has more than 8 bits and is therefore scaled down."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class UsableImages:
     questions: list[Question]
     rejections: list[Rejection]
     merged_count: int
-    """Number of images whose truth was put together from several places of the source."""
+    """Number of images whose truth was combined from several places in the source."""
     unannotated: list[str]
     """Images that are `good` because their annotation file marks and names nothing."""
     readings: Readings
 
 
 def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
-    """The usable records of the config's source (see `check_records`).
+    """Return the usable records of the config's source (see `check_records`).
 
-    A source that draws its images writes them into `folder`. Raises EchoError if no image can be used.
+    Sources that draw their images write them into `folder`. Raises EchoError if no image can be used.
     """
     root, items = source_items(config, folder)
     records = merge_records(progress(items, "reading", "records"))
@@ -118,7 +118,7 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
 
 
 def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
-    """The root of the config's source and the records that it yields.
+    """Return the root of the config's source and the records that it yields.
 
     A source that draws its images writes them into `folder`.
     """
@@ -131,11 +131,11 @@ def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items
 
 
 def check_records(records: SourceRecords, root: Path, below_links: bool | None = None) -> UsableImages:
-    """The inspections and questions whose files can be used, and a rejection with a reason for everything else.
+    """Return the inspections and questions whose files can be used, and a rejection with a reason for everything else.
 
-    If a mask contradicts its image or seems to belong to another one, the image is rejected too. It is kept if the
-    source has its own questions about it: the questions of a benchmark are valid without a mask. `below_links` is that
-    of `link_fault`; None allows all links.
+    If a mask contradicts its image or seems to belong to another image, the image is rejected too. The image is kept if
+    the source has its own questions about it, because a benchmark's questions are valid without a mask. `below_links`
+    is passed to `link_fault`; None allows all links.
     """
     rejections = [*records.rejections]
     with_questions = {question.inspection for question in records.questions}
@@ -177,7 +177,7 @@ def check_records(records: SourceRecords, root: Path, below_links: bool | None =
 def _checked(
     item: Inspection, records: SourceRecords, root: Path, check: CheckFile, has_questions: bool
 ) -> tuple[Inspection | None, Rejection | None]:
-    """What can be used of an inspection, or None, and the rejection of it or of its marks."""
+    """Return the usable part of an inspection, or None, and the rejection of the inspection or its marks."""
     fault = name_fault(item) or check(root / item.image).fault
     if fault:
         return None, Rejection(item.image, fault)
@@ -199,14 +199,14 @@ def _checked(
             continue
         if not mask.image_usable and not has_questions:
             return None, Rejection(item.image, mask.reason)
-        # The boxes of a merged record mark the defects of some of its places only.
+        # The boxes of a merged record mark only the defects of some of its places.
         unmasked = dataclasses.replace(item, mask=None, masks=(), boxes=() if merged else item.boxes)
         return unmasked, Rejection(item.image, f"{mask.reason}; the image is used without it", "mask")
     return item, None
 
 
 def _with_place(rejection: Rejection, inspection: Inspection, records: SourceRecords) -> Rejection:
-    """The rejection with the places where the source lists the inspection, if it names them."""
+    """Return the rejection with the places where the source lists the inspection, if the source names them."""
     place = records.places.get(inspection.id)
     return dataclasses.replace(rejection, reason=f"{rejection.reason} ({place})") if place else rejection
 
@@ -214,7 +214,7 @@ def _with_place(rejection: Rejection, inspection: Inspection, records: SourceRec
 def _drop_references(
     inspections: dict[str, Inspection], records: SourceRecords, root: Path, check: CheckFile
 ) -> list[Rejection]:
-    """Remove the references that cannot be used from `inspections`; returns a rejection for each."""
+    """Remove unusable references from `inspections`, and return a rejection for each."""
     by_image = {inspection.image: inspection for inspection in inspections.values()}
     unusable = {*records.rejected, *(one.image for one in records.inspections)} - {*by_image}
     rejections = []
@@ -234,7 +234,7 @@ def _drop_references(
 
 
 def _reference_fault(reference: Inspection | None, inspection: Inspection) -> str | None:
-    """Why an image of the source cannot be the reference of `inspection`, or None."""
+    """Return why an image from the source cannot be the reference of `inspection`, or None."""
     if reference is inspection:
         return "the image is its own reference"
     if reference is None or reference.condition == GOOD:
@@ -243,7 +243,7 @@ def _reference_fault(reference: Inspection | None, inspection: Inspection) -> st
 
 
 def _source(name: str) -> Any:
-    """The module of a source. Raises EchoError for an unknown name, with the nearest known one."""
+    """Return the module of a source. Raises EchoError for an unknown name, and suggests the closest known name."""
     if name not in sources.SOURCE_NAMES:
         near = difflib.get_close_matches(name, sources.SOURCE_NAMES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sources.SOURCE_NAMES)}"
@@ -252,12 +252,12 @@ def _source(name: str) -> Any:
 
 
 def _root(config: BuildConfig, folder: Path) -> Path:
-    """The folder that image paths are relative to. Raises EchoError if the config names none.
+    """Return the folder that image paths are relative to. Raises EchoError if the config names none.
 
     A source that draws its images uses `folder`.
     """
     if config.source == "synthetic":
-        return folder  # it draws into images/ and masks/ there
+        return folder  # the source draws into images/ and masks/ there
     if config.root is not None:
         return config.root
     if config.annotations is not None:

@@ -134,7 +134,7 @@ class BuildConfig:
     report_to: str = field(default="none", metadata=REPORT_TO)
 
     def dataset_options(self) -> dict[str, Any]:
-        """The options that determine the dataset, in types that JSON can hold."""
+        """Return the options that determine the dataset, as types that JSON can hold."""
         values = dataclasses.asdict(self)
         for key in ("output", "overwrite", "cache", "report_to", "strict"):
             del values[key]

@@ -4,8 +4,8 @@
 
 Writes `<role>/<split>.parquet` for TRL, `<role>/<split>.jsonl` and `dataset_info.json` for LLaMA-Factory, or
 `<role>/<split>.jsonl` for ms-swift, and a manifest.json that records the source of the rows. Rows refer to images by
-absolute path. Images stay in place unless some library would read them differently from `echo_ft.images.decode`; of
-these, `images/` gets 8-bit copies.
+absolute path. Images stay in place unless some library would read them differently from `echo_ft.images.decode`. Such
+images are copied to `images/` in 8 bits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ConvertConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Convert the rows; print their numbers and how to use them."""
+    """Convert the rows, then print how many there are and how to use them."""
     (config,) = parse([ConvertConfig], argv)
     counts = convert(load_dataset(config.dataset), config.format, config.output)
     for name, count in counts.items():
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> None:
 def convert(dataset: Dataset, row_format: str, output: Path) -> dict[str, int]:
     """Write the rows of every role and split into a new folder, completely or not at all.
 
-    Returns the number of rows by `<role>/<split>`. Raises EchoError if the folder is not empty or its path is a
-    pattern, if an image cannot be read or has changed since the dataset was built, or if a text contains a special
+    Returns the number of rows of each `<role>/<split>`. Raises EchoError if the folder is not empty or its path is a
+    pattern, or if an image cannot be read or has changed since the build. Also raises it if any text contains a special
     token of a trainer.
     """
     target = str(output.resolve())
@@ -99,13 +99,13 @@ class ImagePaths:
     """Absolute image paths for other libraries. An image that they may misread is copied as 8-bit RGB."""
 
     def __init__(self, root: Path, copies: Path, final_copies: Path) -> None:
-        """Image names are relative to `root`. Copies are written to `copies`, renamed to `final_copies` later."""
+        """Image names are relative to `root`. Copies are written to `copies`, later renamed to `final_copies`."""
         self.root, self.copies, self.final_copies = root, copies, final_copies
         self.resolved: dict[str, str] = {}
-        """Name of each image to its absolute path."""
+        """Maps the name of each image to its absolute path."""
 
     def resolve(self, name: str) -> str:
-        """The absolute path of an image. Raises EchoError if it cannot be read."""
+        """Return the absolute path of an image. Raises EchoError if it cannot be read."""
         if name not in self.resolved:
             self.resolved[name] = self._resolve(name)
         return self.resolved[name]
@@ -120,10 +120,10 @@ class ImagePaths:
 
 
 def is_portable(path: Path) -> bool:
-    """Whether every library reads the same 8-bit pixels from an image.
+    """Return whether every library reads the same 8-bit pixels from an image.
 
-    Pillow clips 16-bit values. Some libraries drop transparency, others blend it. `datasets` rotates an image by its
-    EXIF orientation but leaves its mask unchanged.
+    Pillow clips 16-bit values. Some libraries drop transparency, whereas others blend it. `datasets` rotates an image
+    according to its EXIF orientation but leaves its mask unchanged.
     """
     try:
         with open_image(path) as image:
@@ -133,7 +133,7 @@ def is_portable(path: Path) -> bool:
 
 
 def _write_rows(exchanges: Iterable[Exchange], paths: ImagePaths, row_format: str, path: Path) -> int:
-    """Write one file of rows, or no file if there are no rows; returns their number."""
+    """Write one file of rows, or no file if there are no rows. Returns the number of rows."""
     convert_exchange = prompt_completion_rows if row_format == "trl" else message_rows
     rows = (
         row
@@ -149,7 +149,7 @@ def _write_rows(exchanges: Iterable[Exchange], paths: ImagePaths, row_format: st
 
 
 def write_parquet(path: Path, rows: Iterator[Mapping[str, Any]]) -> int:
-    """Write rows for TRL in constant memory, with images as paths that `datasets` opens; returns their number."""
+    """Write rows for TRL in constant memory, with images as paths that `datasets` opens. Returns the number of rows."""
     import datasets
     import pyarrow
     from pyarrow.parquet import ParquetWriter
@@ -176,7 +176,7 @@ def _write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> int:
 
 
 def _manifest(dataset: Dataset, row_format: str, counts: Mapping[str, int]) -> dict[str, Any]:
-    """The source of the rows, and the versions that converted them."""
+    """Return the source of the rows and the versions that converted them."""
     return {
         "format": row_format,
         "dataset": str(dataset.folder.resolve()),
@@ -190,7 +190,7 @@ def _manifest(dataset: Dataset, row_format: str, counts: Mapping[str, int]) -> d
 
 
 def _dataset_info(counts: Mapping[str, int]) -> dict[str, Any]:
-    """The dataset_info.json of LLaMA-Factory, with a dataset `<role>_<split>` per file."""
+    """Return LLaMA-Factory's dataset_info.json, with a dataset `<role>_<split>` for each file."""
     names = [name for name, count in counts.items() if count]
     return {name.replace("/", "_"): {"file_name": f"{name}.jsonl", **SHAREGPT} for name in names}
 

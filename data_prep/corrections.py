@@ -1,7 +1,8 @@
-"""Corrections of a source's truth, exported from Label Studio or as COCO after a review.
+"""Apply corrections of a source's truth, exported from Label Studio or as COCO after a review.
 
-`evaluation.export_review` writes the files that people correct. A corrected file has the condition and the outlines of
-each reviewed image. An outline that nobody has moved leaves the record as the source has it, with its mask.
+`evaluation.export_review` writes the files that people correct. A corrected file contains the condition and the
+outlines of each reviewed image. If nobody has moved the outlines, the record keeps the marks from its source, including
+the mask.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from echo_ft.terminal import LOGGER
 def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tuple[str, ...]) -> SourceRecords:
     """Return the records with the conditions and outlines of a corrected file.
 
-    Products, groups, splits and references stay those of the source. Tasks that nobody has annotated change nothing.
-    Raises EchoError if an entry of the file cannot be used or names an image that the source does not have.
+    Products, groups, splits and references still come from the source. Tasks that nobody has annotated change nothing.
+    Raises EchoError if an entry in the file cannot be used or names an image that the source does not have.
     """
     read = read_labelstudio if is_task_list(path) else read_coco
     corrected = merge_records(read(root, path, good))
@@ -48,7 +49,7 @@ def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tupl
 
 
 def _corrected(before: Inspection, after: Inspection, root: Path) -> Inspection:
-    """Return a record of the source with the truth of its correction."""
+    """Return a record from the source with the truth from its correction."""
     marks = Outlines(after.boxes, after.polygons)
     unmarked = dataclasses.replace(before, condition=after.condition, mask=None, masks=(), boxes=(), polygons=())
     if after.condition == GOOD:

@@ -4,9 +4,9 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m data_prep.embed --config FILE [--key value ...]
 
 FILE is the config of a build. The descriptors go into the folder `cache`, and builds with the same cache read them from
-there. Each process takes its share of the images and writes descriptors in shards that are complete or absent. If the
-command is killed, rerun it with any number of processes to resume; finished shards are not recomputed. The cache is
-keyed by file content, so the descriptor of a changed image is recomputed.
+there. Each process handles its part of the images and writes descriptors in shards that are either complete or absent.
+If the command is killed, rerun it with any number of processes to resume; finished shards are not recomputed. The cache
+is keyed by file content, so the descriptor of a changed image is recomputed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from echo_ft.terminal import progress
 
 
 def main(argv: list[str]) -> None:
-    """Compute this process's share of the descriptors and print a summary."""
+    """Compute this process's part of the descriptors and print a summary."""
     (config,) = parse([BuildConfig], argv)
     embed(config)
 
 
 def embed(config: BuildConfig) -> None:
-    """Compute this process's share of the descriptors that the cache lacks; the first process prints a summary of all.
+    """Compute this process's part of the descriptors that the cache lacks. The first process prints the full summary.
 
-    Raises EchoError without a cache, for a source that draws its images, and for a config that cannot be built.
+    Raises EchoError if no cache is given, if the source draws its images, or if the config cannot be built.
     """
     from accelerate.utils import gather_object
 

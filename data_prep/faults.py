@@ -1,4 +1,4 @@
-"""Checks of image files before a build: are they readable and complete, and does a mask fit its image?"""
+"""Check image files before a build: are they readable and complete, and does each mask fit its image?"""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from echo_ft.records import GOOD, Inspection
 
 MAX_SHARE = 0.5
 MAX_BORDER = 0.75
-"""A mask seems inverted if it marks more than these shares of the image and of its border. No mask of the magnetic
+"""A mask seems inverted if it marks more than these fractions of the image and of its border. No mask of the magnetic
 tiles marks more than 0.50 and 0.49."""
 
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""A terminal obeys these characters, or shows the rest of the line in another order."""
+"""Characters that a terminal obeys, or that make it show the rest of the line in another order."""
 
 MAX_ASPECT = 200
-"""Largest ratio of the sides of an image. transformers' processor of Qwen2-VL refuses a larger one."""
+"""Largest aspect ratio of an image. Qwen2-VL's processor in transformers refuses larger ones."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
 
 def list_images(folder: Path) -> Iterator[Path]:
-    """The image files directly in `folder`, sorted by name; none if there is no such folder."""
+    """Yield the image files directly in `folder`, sorted by name, or none if the folder does not exist."""
     if folder.is_dir():
         yield from (path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def name_fault(inspection: Inspection) -> str | None:
-    """Why the names of a record cannot be stored or shown to a model, or None.
+    """Return why the names of a record cannot be stored or shown to a model, or None.
 
     Linux allows file names that are not valid UTF-8.
     """
@@ -70,21 +70,21 @@ class ImageCheck:
     """What the check of an image or mask file found. Without a fault, everything is known."""
 
     fault: str | None = None
-    """Why the file cannot be used as an image, or None."""
+    """The reason why the file cannot be used as an image, or None."""
     size: tuple[int, int] = (0, 0)
     """(width, height) of the upright image in pixels."""
     orientation: int = 1
     """The EXIF orientation, from 1 (upright) to 8."""
     lossy: bool = False
-    """Whether its format changes pixels."""
+    """Whether the file's format alters pixels."""
     bits: int | None = None
-    """The bit depth from which an image, not a mask, is scaled to 8 bits; None if it has 8."""
+    """The bit depth from which an image (but not a mask) is scaled to 8 bits; None if it already has 8."""
 
 
 def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
-    """Check a file that is to be used as an image. Finds truncated files without decoding them at full size.
+    """Check a file before it is used as an image. Finds truncated files without decoding them at full size.
 
-    An image, unlike a mask, must also have grey values that can be scaled to 8 bits.
+    Unlike a mask, an image must also have grey values that can be scaled to 8 bits.
     """
     if not path.is_file():
         return ImageCheck("the file is missing")
@@ -125,11 +125,11 @@ class MaskFault:
 
 
 def mask_fault(inspection: Inspection, root: Path, image: ImageCheck, files: Sequence[ImageCheck]) -> MaskFault | None:
-    """Why the mask files of a readable image cannot be used; None if they can, or if it has none.
+    """Return why the mask files of a readable image cannot be used, or None if they can or if there are none.
 
-    `image` is the check of the image, and `files` are those of the mask files. A mask that cannot be read in
-    one way, or marks an implausible part of the image, leaves the condition of a defect undisputed. A broken mask or
-    one of another size may belong to another image.
+    `image` is the check of the image, and `files` are the checks of the mask files. A mask that is ambiguous or marks
+    an implausible part of the image does not cast doubt on the condition of a defect. A broken mask, or a mask of
+    another size, may belong to another image.
     """
     names = masks.mask_files(inspection)
     if not names:
@@ -156,10 +156,10 @@ def mask_fault(inspection: Inspection, root: Path, image: ImageCheck, files: Seq
 
 
 def _inversion_fault(mask: masks.Mask) -> str | None:
-    """Why a mask (height, width) seems to mark the background or everything, or None.
+    """Return why a mask (height, width) seems to mark the background or everything, or None.
 
-    The border tells an inverted mask from a large defect: a defect that covers most of an image seldom covers all of
-    its border.
+    The border distinguishes an inverted mask from a large defect, because a defect that covers most of an image rarely
+    covers all of its border.
     """
     share = mask.mean()
     border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]).mean()
@@ -174,7 +174,7 @@ def _inversion_fault(mask: masks.Mask) -> str | None:
 
 
 def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
-    """Why the boxes or polygons of an image of `size` (width, height) cannot be used, or None."""
+    """Return why the boxes or polygons of an image of `size` (width, height) cannot be used, or None."""
     outlines = [*inspection.boxes, *inspection.polygons]
     if not outlines:
         return None
@@ -200,9 +200,10 @@ def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
 
 
 def orientation_fault(inspection: Inspection, image: ImageCheck) -> str | None:
-    """Why the boxes or polygons of a defect are ambiguous because viewers rotate the image, or None.
+    """Return why a defect's boxes or polygons are ambiguous because viewers rotate the image, or None.
 
-    If the rotation exchanges width and height, the source has told from its stated size which view they are for.
+    If the rotation swaps width and height, the source has already inferred from the stated size which view they are
+    for.
     """
     outlined = inspection.boxes or inspection.polygons
     if image.orientation == 1 or not outlined or inspection.condition == GOOD:

@@ -4,9 +4,9 @@
     python -m data_prep.knowledge --dataset data/parts --check knowledge
 
 The first command writes one YAML file per product, `<dataset>/<product>.yaml`, with one line per condition that its
-images show. Existing files are kept and only completed. `--check` reports missing, misspelt or too short descriptions
-and unknown products or datasets, and exits with status 1 if it finds any. Conditions without an image are allowed. To
-use the files in a build, set `knowledge: FOLDER`.
+images show. Existing files are kept; missing conditions are added to them. `--check` reports missing, misspelt or too
+short descriptions and unknown products or datasets, and exits with status 1 if it finds any. Conditions without an
+image are allowed. To use the files in a build, set `knowledge: FOLDER`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from echo_ft.inputs import read_bytes
 from echo_ft.records import GOOD, Entry, Inspection, Knowledge
 
 MIN_WORDS = 4
-"""Words of the shortest acceptable description; fewer are just a name."""
+"""Fewest words in an acceptable description. Anything shorter is just a name."""
 
 FILE_HEADER = """\
 # Knowledge about the product {product} of {dataset}: two or more sentences per condition.
@@ -55,7 +55,7 @@ FILE_HEADER = """\
 """Comment at the top of a new file."""
 
 ImageCounts = Mapping[tuple[str, str], Mapping[str, int]]
-"""(dataset, product) to the number of images per condition, `good` first and the others by name."""
+"""Maps (dataset, product) to the number of images per condition, with `good` first and the rest sorted by name."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 def count_images(dataset: Dataset) -> ImageCounts:
-    """The number of images of each product that show each condition."""
+    """Return the number of images of each product that show each condition."""
     shown = Counter(
         tuple(map(nfc, (i.dataset, i.product, i.condition)))
         for i in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)
@@ -98,10 +98,10 @@ def count_images(dataset: Dataset) -> ImageCounts:
 
 
 def write_template(dataset: Dataset, folder: Path) -> list[str]:
-    """Complete a folder of knowledge, reusing the descriptions that the dataset was built with; returns a report.
+    """Complete a folder of knowledge with the descriptions that the dataset was built with, and return a report.
 
-    Raises EchoError before anything is written if a file cannot be read, or cannot be completed without changing what
-    it contains.
+    Raises EchoError before anything is written if a file cannot be read, or cannot be completed without changing its
+    content.
     """
     if folder.exists() and not folder.is_dir():
         raise EchoError(f"{folder} is a file; give a folder, in which one file per product is written")
@@ -137,7 +137,7 @@ def write_template(dataset: Dataset, folder: Path) -> list[str]:
 
 
 def _descriptions(counts: Mapping[str, int], known: Mapping[str, str]) -> dict[str, str]:
-    """Each condition with images or knowledge, and its description; empty if that is only the condition's name."""
+    """Return the description of each condition with images or knowledge, or an empty one if it is just the name."""
     names = sorted({*counts, *known}, key=lambda condition: (condition != GOOD, condition))
     texts = {name: clean(known.get(name, "")) for name in names}
     return {name: text if has_description(Entry(name, text)) else "" for name, text in texts.items()}
@@ -156,7 +156,7 @@ def _slug(name: str) -> str:
 
 
 def _free_path(folder: Path, stem: str, taken: Mapping[Path, str]) -> Path:
-    """A path for a new file. Two products may have the same slug, and a file may hold another product."""
+    """Return a path for a new file. Two products may have the same slug, and a file may hold another product."""
     path, number = folder / f"{stem}.yaml", 1
     while path in taken or path.exists():
         number += 1
@@ -165,12 +165,12 @@ def _free_path(folder: Path, stem: str, taken: Mapping[Path, str]) -> Path:
 
 
 def _yaml_key(name: str) -> str:
-    """A name as a YAML key that is read back as this text."""
+    """Return a YAML key that is read back as exactly this name."""
     return yaml.safe_dump({name: None}, allow_unicode=True, width=sys.maxsize).removesuffix(": null\n")
 
 
 def _yaml_entry(condition: str, text: str, count: int, indent: int) -> str:
-    """The lines of a condition: a comment with its number of images, and its description or an empty value."""
+    """Return the lines of a condition: a comment with its number of images, and its description or an empty value."""
     line = yaml.safe_dump({condition: text}, allow_unicode=True, width=100) if text else f"{_yaml_key(condition)}:\n"
     return textwrap.indent(f"# {_format_images(count)}\n{line}", " " * indent)
 
@@ -178,9 +178,9 @@ def _yaml_entry(condition: str, text: str, count: int, indent: int) -> str:
 def _add_conditions(
     path: Path, content: str, product: tuple[str, str], missing: Mapping[str, str], counts: Mapping[str, int]
 ) -> str:
-    """The content of a file with more conditions, after the last one of their product; the rest keeps every byte.
+    """Add conditions after the last one of their product, and return the new content. All other bytes stay.
 
-    Raises EchoError if that is not possible.
+    Raises EchoError if this is not possible.
     """
     wanted = parse_knowledge(path, content)
     wanted[product[0]][product[1]] |= missing
@@ -211,7 +211,7 @@ def _insert_lines(content: str, product: tuple[str, str], missing: Mapping[str, 
 
 
 def check_knowledge(knowledge: Knowledge, files: Mapping[tuple[str, str], Path], counts: ImageCounts) -> Iterator[str]:
-    """Disagreements between the knowledge (see `read_knowledge`) and the images, one sentence each."""
+    """Yield a sentence for each disagreement between the knowledge (see `read_knowledge`) and the images."""
     names = {
         dataset: dataset if dataset in knowledge else DATASET_ALIASES.get(dataset, dataset) for dataset, _ in counts
     }
@@ -250,7 +250,7 @@ def _check_product(where: str, texts: Mapping[str, str], shown: Mapping[str, int
 
 
 def coverage_summary(knowledge: Knowledge, counts: ImageCounts, findings: int) -> str:
-    """How many conditions are described, and how many descriptions of defects name no consequence."""
+    """Say how many conditions are described, and how many descriptions of defects name no consequence."""
     texts = {
         (dataset, product, condition): clean(text)
         for (dataset, product), shown in counts.items()

@@ -23,7 +23,7 @@ from echo_ft.records import GOOD, Inspection
 from echo_ft.terminal import progress
 
 MAX_CONDITIONS = 6
-"""Number of defects that a summary names. It counts the rarer ones together."""
+"""Number of defects that a summary names. Rarer defects are counted together."""
 
 
 def make_manifest(
@@ -34,10 +34,10 @@ def make_manifest(
     root: Path,
     config: BuildConfig,
 ) -> dict[str, Any]:
-    """The manifest as JSON-compatible values; also writes the digests of the images into the dataset folder.
+    """Return the manifest as JSON-compatible values. Also write the images' digests into the dataset folder.
 
-    `side_counts` and `unused` come from `write_training_rows`, `digests` from `image_digests`. Images are relative to
-    `root`.
+    `side_counts` and `unused` come from `write_training_rows`, and `digests` from `image_digests`. Image paths are
+    relative to `root`.
     """
     folder = draft.folder
     write_json(folder / DIGESTS, digests)
@@ -69,7 +69,7 @@ def make_manifest(
 
 
 def rejection_summary(manifest: Mapping[str, Any]) -> str:
-    """How many items were rejected, and what was dropped from images that are still used."""
+    """Say how many items were rejected, and what was dropped from images that are still used."""
     dropped = [f"{count} {what}{'s' if count > 1 else ''} dropped" for what, count in manifest["dropped"].items()]
     summary = f"{manifest['rejected']} rejected"
     if dropped:
@@ -78,7 +78,7 @@ def rejection_summary(manifest: Mapping[str, Any]) -> str:
 
 
 def condition_summary(manifest: Mapping[str, Any]) -> str:
-    """How many images have each condition, `good` first, the others by number, and how many images were merged."""
+    """Say how many images have each condition (`good` first, then the most frequent) and how many were merged."""
     counts = Counter(manifest["counts"]["conditions"])
     defects = sorted((name for name in counts if name != GOOD), key=lambda name: (-counts[name], name))
     shown, others = defects[:MAX_CONDITIONS], defects[MAX_CONDITIONS:]
@@ -118,6 +118,6 @@ def _sorted_counts(counter: Counter[str]) -> dict[str, int]:
 
 
 def image_digests(inspections: Sequence[Inspection], root: Path) -> dict[str, str]:
-    """SHA-256 of every image, mask and named reference, by path relative to `root`."""
+    """Return the SHA-256 of every image, mask and named reference, keyed by path relative to `root`."""
     paths = {path for i in inspections for path in (i.image, *mask_files(i), i.reference) if path is not None}
     return {path: content_hash(os.path.join(root, path)).hex() for path in progress(sorted(paths), "hashing", "files")}

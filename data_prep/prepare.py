@@ -41,10 +41,10 @@ SYNTHETIC_ELSEWHERE = (
 REFERENCE_LEFT_OUT = "the named reference belongs to the left-out fold, so no training row may show it"
 
 RANDOM_REFERENCE_MARK = to_json({"method": "random"}).strip("{}")
-"""Text of the lines of references.jsonl that no training row shows, as the encoder writes it.
+"""Text, as the encoder writes it, that identifies lines of references.jsonl that no training row shows.
 
-They are half of the lines. JSON escapes quotation marks inside of strings, so no other line contains this text. A line
-that slips through would cost only the time to parse it, because `make_cases` selects references by method.
+Half of the lines are like this. JSON escapes quotation marks inside strings, so no other line contains this text. A
+line that slips through would cost only the time to parse it, because `make_cases` selects references by method.
 """
 
 TRAINING_SPLITS = ("train", "validation")
@@ -53,10 +53,10 @@ TRAINING_SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class WriteSummary:
-    """What was written to a file of records that belong to inspections."""
+    """A summary of the records, each belonging to an inspection, that were written to a file."""
 
     counts: Counter[str]
-    """Records by question type or reference method."""
+    """Number of records per question type or reference method."""
     inspections: set[str]
     """Ids of the inspections that have a record."""
 
@@ -65,7 +65,7 @@ class WriteSummary:
 class DatasetDraft:
     """The records of a dataset before its rows are written.
 
-    References and questions are on disk already: those of a million images do not fit into memory.
+    References and questions are already on disk, because those of a million images do not fit into memory.
     """
 
     folder: Path
@@ -79,22 +79,22 @@ class DatasetDraft:
     unknown_products: list[str]
     """Products without knowledge, as `dataset/product`."""
     knowledge_warnings: list[str]
-    """Disagreements between the knowledge and the images, one sentence each."""
+    """One sentence for each disagreement between the knowledge and the images."""
     training_knowledge: Knowledge
     """The knowledge without the conditions that training must not see."""
     merged_count: int
-    """Number of images whose truth was put together from several places of the source."""
+    """Number of images whose truth was combined from several places in the source."""
     unannotated: list[str]
     """Images that are `good` because their annotation file marks and names nothing."""
     readings: Readings
-    """How the usable images of the source are read. They may include images that the dataset leaves out."""
+    """How the usable images of the source are read, including any that the dataset leaves out."""
 
     def queries(self, split: str) -> list[Inspection]:
-        """The inspections of one split that have questions."""
+        """Return the inspections of one split that have questions."""
         return [one for one in self.inspections if one.split == split and one.id in self.questions.inspections]
 
     def training_cases(self) -> Iterator[tuple[Inspection, Case]]:
-        """Each inspection of TRAINING_SPLITS with questions, and its case as `load_cases` of the dataset returns it."""
+        """Yield each inspection of TRAINING_SPLITS with questions, and its case as `load_cases` would return it."""
         path = self.folder / "references.jsonl"
         references = group_by_inspection(self.inspections, read_jsonl(path, Reference, exclude=RANDOM_REFERENCE_MARK))
         questions = group_by_inspection(self.inspections, read_jsonl(self.folder / "questions.jsonl", Question))
@@ -105,9 +105,9 @@ class DatasetDraft:
 
 
 def group_by_inspection(inspections: Iterable[Inspection], records: Iterable[_R]) -> Iterator[list[_R]]:
-    """The records of each inspection. They must come in the order of the inspections.
+    """Yield the records of each inspection. Records must come in the order of the inspections.
 
-    Raises ValueError at the end if they do not, or if one belongs to no inspection.
+    Raises ValueError at the end if they do not, or if a record belongs to no inspection.
     """
     groups = groupby(records, key=lambda record: record.inspection)
     waiting = next(groups, None)
@@ -136,7 +136,7 @@ def write_records(path: Path, records: Iterable[_R], category: Callable[[_R], st
 
 
 def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> DatasetDraft:
-    """Assign splits and references, describe products and write questions; the records go into files in `folder`.
+    """Assign splits and references, describe products and write questions. The records go into files in `folder`.
 
     Raises EchoError if a split, reference or knowledge option cannot be satisfied, or if there is nothing to ask.
     """
@@ -198,12 +198,12 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
 def assign_configured_splits(
     inspections: Sequence[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], str, list[str]]:
-    """The inspections with the splits that the config asks for, a summary of how, and what is held out.
+    """Assign the splits that the config asks for. Return the inspections, a summary, and the held-out names.
 
-    A dataset name that comes from the annotations file or the root folder has no influence. Otherwise renaming
-    parts.csv to parts_v2.csv would re-split the data and train on former test images. With by_dataset these names
-    define the split, so they do count. Synthetic defects do not change any split; one that training may not use gets no
-    split.
+    A dataset name that comes from the annotations file or the root folder has no influence. Otherwise, renaming
+    parts.csv to parts_v2.csv would re-split the data and train on former test images. With by_dataset, these names
+    define the split, so they do count. Synthetic defects do not change any split. A synthetic image that training may
+    not use gets no split.
     """
     name = None
     if config.split != "by_dataset":
@@ -220,7 +220,7 @@ def assign_configured_splits(
 
 
 def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
-    """How to get images of defects, or normal ones, into a train split that has none."""
+    """Say how to get images of defects, or normal images, into a train split that has none."""
     if not any((inspection.condition != GOOD) == defects for inspection in inspections):
         return "add images of defects" if defects else f"add normal images, with condition {GOOD!r}"
     if config.split == "given":
@@ -233,10 +233,10 @@ def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, d
 def find_all_references(
     inspections: list[Inspection], root: Path, config: BuildConfig
 ) -> tuple[list[Inspection], Iterator[Reference], list[Rejection]]:
-    """The inspections that the descriptor could read, the references of all queries in their order, and rejections.
+    """Return the readable inspections, the references of all queries in the queries' order, and rejections.
 
-    If a fold is left out, training shows nothing of it, not even as a reference that the source names. The left-out
-    fold and the other splits keep the references that they have without folds.
+    If a fold is left out, training shows none of its images, not even as a reference that the source names. The
+    left-out fold and the other splits keep the references that they would have without folds.
 
     Raises EchoError if the train split has no normal image and the source does not name all references.
     """

@@ -29,13 +29,13 @@ from echo_ft.strict_yaml import read_json
 _R = TypeVar("_R")
 
 TYPICAL_CARDS = 48
-"""Cases on the page if these suffice to show every condition of every product."""
+"""Number of cases on the page if this is enough to show every condition of every product."""
 
 MAX_CARDS = 400
-"""Cases on the page at most, so that it opens in any browser."""
+"""Maximum number of cases on the page, so that it opens in any browser."""
 
 LARGE_SIDE, SMALL_SIDE = 224, 144
-"""Longer sides of the images on the page, in pixels: of the query and its best reference, and of other references."""
+"""Longer sides of images on the page, in pixels: for the query and its best reference, and for other references."""
 
 CASE_FIELD = re.compile(r'"(?:case|inspection)": ("[^"\\]*(?:\\.[^"\\]*)*")')
 """Finds the case that a line of JSON belongs to. Parsing all 200,000 rows to show a few would take most of the time."""
@@ -63,17 +63,17 @@ class Card:
     inspection: Inspection
     query: Picture
     references: tuple[tuple[int, Picture, Reference], ...]
-    """Candidate number, image and record of each reference: the best rank first, then the others by number."""
+    """Candidate number, image and record of each reference: the best-ranked first, then the rest by number."""
     targets: Mapping[str, Sequence[Exchange]]
-    """Role to its training rows."""
+    """Maps each role to its training rows."""
 
     def names(self) -> dict[str, str]:
-        """Path of each image to its name on the page."""
+        """Map the path of each image to its name on the page."""
         named = {row.image: f"candidate {number}" for number, _, row in self.references}
         return {**named, self.case.seen.query: "query"}
 
     def filters(self) -> dict[str, str]:
-        """The values that the filters of the page compare; `role` lists all roles that the case has rows for."""
+        """Return the values that the page's filters compare. `role` lists all roles that the case has rows for."""
         return {
             "dataset": self.inspection.dataset,
             "product": self.inspection.product,
@@ -91,13 +91,13 @@ class Chart:
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, Sequence[int]]]
-    """Name of each row and its count per column."""
+    """The name of each row and its count per column."""
     filter: str = ""
-    """The filter to which the names of the rows belong, if any."""
+    """The filter that the names of the rows belong to, if any."""
 
     @property
     def longest(self) -> int:
-        """The total of the longest bar, at least 1."""
+        """Return the total of the longest bar, or 1 if it is less."""
         return max((sum(counts) for _, counts in self.rows), default=0) or 1
 
 
@@ -128,7 +128,7 @@ def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], draft: 
 
 
 def _charts(counts: Mapping[str, Any]) -> list[Chart]:
-    """Four charts that summarise the dataset."""
+    """Return four charts that summarise the dataset."""
     charts = []
     for title, key, name in (("Cases by condition", "cases", "condition"), ("Cases by product", "products", "product")):
         labels = {label for found in counts[key].values() for label in found}
@@ -146,7 +146,7 @@ def _charts(counts: Mapping[str, Any]) -> list[Chart]:
 
 
 def _filters(cards: Sequence[Card]) -> dict[str, list[str]]:
-    """The values of each filter: `good` first, splits and roles in their own order, everything else by name."""
+    """Return the values of each filter: `good` first, splits and roles in their usual order, the rest by name."""
     found: dict[str, set[str]] = defaultdict(set)
     for card in cards:
         for name, value in card.filters().items():
@@ -159,7 +159,7 @@ def _filters(cards: Sequence[Card]) -> dict[str, list[str]]:
 
 
 def _rows(path: Path, cls: type[_R], cases: Collection[str]) -> Iterator[_R]:
-    """The rows of a file that belong to these cases."""
+    """Yield the rows of a file that belong to these cases."""
     encoded = {to_json(case) for case in cases}
     with open_text(path) as file:
         for line in file:
@@ -192,10 +192,10 @@ def _cards(sampled: Sequence[Inspection], folder: Path, root: Path) -> list[Card
 
 
 def sample_inspections(inspections: Sequence[Inspection], typical: int, limit: int) -> list[Inspection]:
-    """A sample that covers every condition of every product first, then these in every split, then repeats.
+    """Return a sample that covers every condition of every product first, then these in every split, then repeats.
 
-    It has `typical` inspections, or as many as every condition of every product needs, but never more than `limit`.
-    Inspections of one split, product and condition are adjacent, those of the training split come first.
+    It has `typical` inspections, or more if needed to cover every condition of every product, but never more than
+    `limit`. Inspections of one split, product and condition are adjacent, and those of the training split come first.
     """
     split_order = {split: index for index, split in enumerate((*SPLITS, LEFT_OUT))}
     strata: dict[tuple[Any, ...], list[Inspection]] = defaultdict(list)
@@ -215,7 +215,7 @@ def sample_inspections(inspections: Sequence[Inspection], typical: int, limit: i
 
 
 def _query_picture(case: Case, root: Path) -> Picture:
-    """The query image with the outlines of its defect and the boxes that a question asks for."""
+    """Return the query image with the outlines of its defect and the boxes that a question asks for."""
     path = root / case.seen.query
     image = load_scaled(path)
     asked = [case.truth.answers[question.id] for question in case.seen.questions if question.kind == GROUNDING]
@@ -229,7 +229,7 @@ def _query_picture(case: Case, root: Path) -> Picture:
 
 
 def load_scaled(path: Path, side: int = LARGE_SIDE) -> Image.Image:
-    """An image with a longer side of `side` pixels. Small images are enlarged, so that outlines stay sharp.
+    """Load an image, scaled so that its longer side is `side` pixels. Small images are enlarged to keep outlines sharp.
 
     Raises EchoError if the image is missing or cannot be read.
     """

@@ -13,13 +13,13 @@ Takes the config of a build and uses its source, root, annotations, knowledge an
 - knowledge.yaml, with the given knowledge and a description of each synthetic condition;
 - rejected.jsonl, and manifest.json with the options and versions.
 
-The manifest of images is named after the source's annotations file, or after its folder if that names the dataset, so
-that a build splits the images as it splits those of the source. Otherwise it is parts.jsonl. The source is only read,
-and the same input and seed give the same files.
+The manifest of images is named after the source's annotations file, or after its folder if the folder names the
+dataset. A build therefore splits the images as it splits those of the source. Otherwise, the manifest is called
+parts.jsonl. The source is never changed, and the same input and seed give the same files.
 
-A synthetic image belongs to the same part as the normal image that it was made from, and is for training only. No image
-of the source's validation or test split is used. A build that assigns the splits itself rejects a synthetic image if
-its part is not in the train split, or if its condition is held out for the test split.
+A synthetic image belongs to the same part as the normal image it was made from, and is only for training. No image from
+the source's validation or test split is used. A build that assigns the splits itself rejects a synthetic image if its
+part is not in the train split, or if its condition is held out for the test split.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def main(argv: list[str]) -> None:
 
 
 def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
-    """Write the folder `source.output`, completely or not at all; returns its manifest.json.
+    """Write the folder `source.output`, completely or not at all, and return its manifest.json.
 
-    Raises EchoError if the build config is wrong, if the output is not empty, if the source has questions (a manifest
-    has no place for them) or no normal image for training, or if no defect can be made.
+    Raises EchoError if the build config is wrong, if the output is not empty, or if no defect can be made. Also raises
+    it if the source has questions, which a manifest cannot hold, or no normal image for training.
     """
     check_config(source)
     if config.per_normal < 1:
@@ -153,9 +153,9 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
 def normals_for_training(
     source: BuildConfig, inspections: Sequence[Inspection], questions: Sequence[Question]
 ) -> list[Inspection]:
-    """The normal images that training may see.
+    """Return the normal images that training may see.
 
-    Raises EchoError if there is none, or if a manifest cannot hold the source.
+    Raises EchoError if there are none, or if a manifest cannot represent the source.
     """
     if questions:
         raise EchoError(
@@ -177,7 +177,7 @@ def normals_for_training(
 def draw_defects(
     normals: Sequence[Inspection], root: Path, folder: Path, seed: int, config: SynthesizeConfig
 ) -> Iterator[Inspection | Rejection]:
-    """The synthetic images made from each normal image, saved in `folder`, and a rejection for each that failed."""
+    """Yield the synthetic images of each normal image, saved in `folder`, and a rejection for each failure."""
     for normal in progress(normals, "drawing defects", "images"):
         try:
             image = np.asarray(decode(root / normal.image))
@@ -212,9 +212,9 @@ def save_defect(defect: SyntheticDefect, method: str, stem: str, normal: Inspect
 
 
 def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, Any]:
-    """Link or copy an image of the source with its mask and its reference into `folder`; returns its manifest row.
+    """Link or copy an image of the source, its mask and its reference into `folder`. Returns its manifest row.
 
-    Several masks, and polygons, are merged into one mask, because a manifest has one column for it.
+    Several masks, and polygons, are merged into one mask, because a manifest has only one column for masks.
     """
     one = inspection
     if one.masks or one.polygons:
@@ -235,14 +235,14 @@ def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, 
 
 
 def manifest_row(inspection: Inspection) -> dict[str, Any]:
-    """An inspection as a row for the source `manifest`, without empty columns."""
+    """Return an inspection as a row for the source `manifest`, without empty columns."""
     columns = {name: getattr(inspection, name) for name in COLUMNS}
     columns["condition"] = condition_cell(inspection.condition)
     return {name: value for name, value in columns.items() if value}
 
 
 def extend_knowledge(known: Knowledge, synthetic: Sequence[Inspection]) -> dict[str, dict[str, dict[str, str]]]:
-    """The knowledge with a description of each product's synthetic conditions. Existing descriptions are kept."""
+    """Add a description of each product's synthetic conditions to the knowledge. Existing descriptions are kept."""
 
     def copied(products: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
         return {product: dict(entries) for product, entries in products.items()}

@@ -22,13 +22,13 @@ from echo_ft.records import GOOD, ROLES, Case, Exchange, Inspection
 from echo_ft.terminal import progress
 
 SideCounts = dict[str, dict[str, int]]
-"""Number of `cases` (with repeats) and `rows` of the `normal` and the `defective` side in a file of training rows.
+"""Number of `cases` (with repeats) and `rows` on the `normal` and `defective` sides of a file of training rows.
 
 Balancing works on cases. A defective case has more questions, and more rows if their routes differ.
 """
 
 MAX_REPEATS = 4
-"""How often balancing uses a case at most. With more repeats a model memorises the image instead of the defect."""
+"""Maximum number of times that balancing uses a case. With more, a model memorises the image instead of the defect."""
 
 
 class RowBuffer:
@@ -49,7 +49,7 @@ class RowBuffer:
         self._counts.append(len(rows))
 
     def write(self, order: Sequence[Inspection], path: Path) -> SideCounts:
-        """Write the rows of these cases to `path`; returns their numbers by side."""
+        """Write the rows of these cases to `path`, and return their number per side."""
         positions = {case.id: position for position, case in enumerate(self.cases)}
         sides = {side: {"cases": 0, "rows": 0} for side in ("normal", "defective")}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ class RowBuffer:
 def write_training_rows(
     draft: DatasetDraft, root: Path, config: BuildConfig, runs: Sequence[UpstreamRun] = ()
 ) -> tuple[dict[str, SideCounts], list[Inspection]]:
-    """Write the train and validation rows of each role; `balance_cases` orders and repeats those of the train split.
+    """Write the train and validation rows of each role. `balance_cases` orders and repeats those of the train split.
 
-    Outputs of earlier roles are taken from `runs`; without runs they are gold. Only cases that have rows for a role are
-    balanced for it, so a role that is consulted about defects only has nothing to balance.
+    Outputs of earlier roles come from `runs`; without runs, they are gold. Only cases that have rows for a role are
+    balanced for it, so a role that is consulted only about defects has nothing to balance.
 
-    Returns the counts of each file in sft by `<role>/<split>`, and the inspections that balancing left out of all.
-    Raises EchoError if a run does not match the dataset (see `predicted_upstream`).
+    Returns the counts for each file in sft, keyed by `<role>/<split>`, and the inspections that balancing left out of
+    every file. Raises EchoError if a run does not match the dataset (see `predicted_upstream`).
     """
     counts = {}
     with_rows, used = dict[str, Inspection](), set[str]()
@@ -102,9 +102,9 @@ def write_training_rows(
 
 
 def prefetch_images(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Iterator[tuple[Inspection, Case]]:
-    """The cases in their order. Threads load the images of a chunk of cases before the first of them is yielded.
+    """Yield the cases in order. Threads load the images of a chunk of cases before the chunk's first case is yielded.
 
-    No image is loaded while rows are written: loading and writing would compete for the interpreter lock.
+    No image is loaded while rows are written, because loading and writing would compete for the interpreter lock.
     """
 
     def load(images: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ def prefetch_images(cases: Iterable[tuple[Inspection, Case]], root: Path) -> Ite
 
 
 def _chunks(cases: Iterable[tuple[Inspection, Case]]) -> Iterator[tuple[list[tuple[Inspection, Case]], list[str]]]:
-    """Chunks of cases with their images: as many cases as have at most CACHED_IMAGES together, but at least one."""
+    """Yield chunks of cases and their images. A chunk has at most CACHED_IMAGES images but at least one case."""
     chunk: list[tuple[Inspection, Case]] = []
     images: dict[str, None] = {}
     for inspection, case in cases:
@@ -134,11 +134,11 @@ def _chunks(cases: Iterable[tuple[Inspection, Case]]) -> Iterator[tuple[list[tup
 
 
 def balance_cases(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
-    """As many normal as defective cases per product, in a seeded random order in which no case follows itself.
+    """Return as many normal as defective cases per product, in a seeded random order in which no case follows itself.
 
-    The rarer side is repeated, up to MAX_REPEATS times, and none of its images is left out. If that does not suffice,
-    the other side is subsampled. Balancing is per product, because the product itself would predict the answer if it
-    had more defects than others. A product that has only one side stays as it is.
+    Cases on the rarer side are repeated up to MAX_REPEATS times, and none of them is left out. If that is not enough,
+    the other side is subsampled. Balancing is per product, because a product with more defects than others would itself
+    predict the answer. A product that has only one side stays as it is.
     """
     rng = random.Random(f"{seed}/balance")
     sides: dict[tuple[str, str], tuple[list[Inspection], list[Inspection]]] = defaultdict(lambda: ([], []))
@@ -158,10 +158,10 @@ def balance_cases(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
 
 
 def _separate_repeats(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
-    """The cases in their order, except that a case that follows itself moves to a place without an equal neighbour.
+    """Return the cases in order, but move any case that follows itself to a place where it has no equal neighbour.
 
-    Training reads neighbouring rows of one case as a single case. A free place always exists: there are at least as
-    many cases of the other side as repeats of a case, and each of them occurs once.
+    Training reads neighbouring rows of one case as a single case. A free place always exists, because the other side
+    has at least as many cases as a case has repeats, and each of those occurs once.
     """
     order: list[Inspection] = []
     displaced: list[Inspection] = []

@@ -1,8 +1,8 @@
-"""Put together what a source says about each image.
+"""Combine what a source says about each image.
 
-A source may list an image several times: a row per box, two exports in one COCO file, two labelme files. Everything
-that it says becomes one record, or the image is rejected with all places named. The order does not matter, and neither
-does the number of places over which the truth is spread.
+A source may list an image several times, such as in one row per box, two exports in one COCO file or two labelme files.
+Everything that it says becomes one record, or the image is rejected and all places are named. Neither the order nor the
+number of the places matters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from echo_ft.images.masks import is_marked, mask_files
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
 AGREED_FIELDS = ("dataset", "product", "group", "split", "reference", "synthetic")
-"""Fields of an inspection that all places must agree on. A place may leave one out if it is optional."""
+"""Fields of an inspection that all places must agree on. A place may leave out an optional field."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Statement:
     place: str
     inspection: Inspection
     unannotated: bool = False
-    """Whether the image is `good` there by convention alone (see `ItemPlace`)."""
+    """Whether the image is `good` there only by convention (see `ItemPlace`)."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class SourceRecords:
     questions: list[Question]
     rejections: list[Rejection]
     places: dict[str, str]
-    """The places of an inspection by its id, such as `parts.csv:3, parts.csv:7`, if the source names them."""
+    """The places of each inspection, keyed by its id, such as `parts.csv:3, parts.csv:7`, if the source names them."""
     rejected: frozenset[str]
     """Ids of the images whose truth is contradictory or incomplete."""
     merged: frozenset[str]
-    """Ids of the inspections that were put together from several places."""
+    """Ids of the inspections that were combined from several places."""
     unannotated: frozenset[str]
-    """Ids of the inspections that are `good` by convention alone."""
+    """Ids of the inspections that are `good` only by convention."""
 
 
 def merge_records(items: Iterable[Item]) -> SourceRecords:
-    """Return the records of a source with one inspection per image, in the order of their first places.
+    """Return the records of a source with one inspection per image, in the order of their first occurrence.
 
-    An image is rejected if its places contradict each other, or if one of them cannot be used: without it, the truth
-    might be incomplete.
+    An image is rejected if its places contradict each other, or if one of them cannot be used, because the truth might
+    then be incomplete.
     """
     statements: dict[str, list[Statement]] = {}
     unusable: dict[str, list[str]] = {}
@@ -116,12 +116,12 @@ def with_composed_names(inspection: Inspection) -> Inspection:
 
 
 def merge_statements(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:
-    """Return the inspection that the statements about one image amount to.
+    """Return the inspection that results from all statements about one image.
 
-    Defects, masks, boxes and polygons add up. If a place names a defect without a mark while another place has one, all
-    marks are left out: they would present the defect as normal, also if both have one name. A labelme file marks in its
-    shapes what its flags name. The second value is the reason, or None. Raises RowError if the statements contradict
-    each other.
+    Defects, masks, boxes and polygons add up. If one place names a defect without marking it while another place has
+    marks, all marks are left out. They would present the unmarked defect as normal, even if both have the same name. A
+    labelme file's shapes mark what its flags name. The second value is the reason, or None. Raises RowError if the
+    statements contradict each other.
     """
     if len(statements) == 1:
         return statements[0].inspection, None
@@ -158,7 +158,7 @@ def _defects(statement: Statement) -> set[str]:
 
 
 def _agreed(field: str, statements: Sequence[Statement]) -> Any:
-    """Return the value of a field that is the same at all places that have one, or None."""
+    """Return the value of a field on which all places that have the field agree, or None if no place has it."""
 
     def value(inspection: Inspection) -> Any:
         found = getattr(inspection, field)
@@ -173,7 +173,7 @@ def _agreed(field: str, statements: Sequence[Statement]) -> Any:
 
 
 def _with_marks(inspection: Inspection, marked: Sequence[Inspection]) -> Inspection:
-    """Return the inspection with the masks, boxes and polygons of all `marked`, each once and in one order."""
+    """Return the inspection with the masks, boxes and polygons of all `marked`, deduplicated and in a fixed order."""
     files = sorted({name for one in marked for name in mask_files(one)})
     return dataclasses.replace(
         inspection,

@@ -1,8 +1,8 @@
-"""Predicted upstream outputs for training rows (`upstream: predicted`), from the traces of runs.
+"""Predicted upstream outputs for training rows (`upstream: predicted`), read from the traces of runs.
 
-The adapters of a run must not have been trained on the cases that it covers. Each case is replayed as in the run:
-every role's prompt is rendered from the outputs of the roles before it. It must equal the prompt in the trace, so that
-the outputs fit the training rows that show them.
+The adapters of a run must not have been trained on the cases that it covers. Each case is replayed as in the run: every
+role's prompt is rendered from the outputs of earlier roles. The prompt must equal that in the trace, so that the
+outputs fit the training rows that show them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from echo_ft.records import ROLES, Case, Trace, Upstream
 from echo_ft.strict_yaml import read_json
 
 UPSTREAM_ROLES = ROLES[:-1]
-"""The roles whose outputs later roles are shown."""
+"""The roles whose outputs are shown to later roles."""
 
 REQUIRED_OPTIONS = {
     "reference": "retrieved",
@@ -37,7 +37,7 @@ REQUIRED_OPTIONS = {
     "reasoning": "on",
     "corruption": None,
 }
-"""Values that a run must have for the options that change what roles are shown."""
+"""Values that a run must have for options that change what the roles see."""
 
 TRACES_REMEDY = (
     f"for one run per fold, use data_prep.build --folds N --fold I, training, and evaluation.run --split {LEFT_OUT}"
@@ -52,7 +52,7 @@ class UpstreamRun:
     description: Mapping[str, Any]
     """The content of its run.json."""
     trace_offsets: Mapping[str, int]
-    """Case id to the offset in traces.jsonl, in bytes, of the case's first trace. Its traces are contiguous."""
+    """Maps a case id to the byte offset of the case's first trace in traces.jsonl. Its traces are contiguous."""
 
 
 def read_runs(folders: Sequence[Path], routing: str) -> list[UpstreamRun]:
@@ -88,8 +88,8 @@ def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
 def check_runs(runs: Sequence[UpstreamRun], draft: DatasetDraft, root: Path) -> None:
     """Raise EchoError if no run covers a train or validation case, or its adapters were trained on that case.
 
-    Images of the training dataset are compared by content; the adapter cards name that dataset. It is an error too if
-    that dataset is missing or was rebuilt, because then nothing is known about its images.
+    The adapter cards name the training dataset, and its images are compared by content. A missing or rebuilt training
+    dataset is also an error, because then nothing is known about its images.
     """
     inspections = [*draft.queries("train"), *draft.queries("validation")]
     uncovered = [one for one in inspections if not any(one.id in run.trace_offsets for run in runs)]
@@ -118,9 +118,9 @@ def check_runs(runs: Sequence[UpstreamRun], draft: DatasetDraft, root: Path) -> 
 
 
 def _training_sets(run: UpstreamRun) -> dict[tuple[str, str], str]:
-    """(dataset, fingerprint) of all training data behind a run's upstream outputs, with the weights trained on it.
+    """Map the (dataset, fingerprint) of all training data behind a run's upstream outputs to the weights trained on it.
 
-    Raises EchoError if a server answered with models whose training data is unknown.
+    Raises EchoError if the run used a server whose models have unknown training data.
     """
     roles_of: dict[tuple[str, str], list[str]] = defaultdict(list)
     for role in UPSTREAM_ROLES:
@@ -142,9 +142,7 @@ def _training_sets(run: UpstreamRun) -> dict[tuple[str, str], str]:
 
 
 def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
-    """Raise EchoError if the images of a run's dataset differ from those of the dataset being built, or if it has
-    been rebuilt since.
-    """
+    """Raise EchoError if a run's dataset has other images than the dataset being built, or was rebuilt after the run."""
     for run in runs:
         folder = run.description["dataset"]
         dataset = load_dataset(Path(folder))
@@ -158,9 +156,9 @@ def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
 
 
 def predicted_upstream(case: Case, runs: Sequence[UpstreamRun], routing: str) -> Upstream:
-    """The outputs of earlier roles for a case, from the first run that covers it.
+    """Return the outputs of earlier roles for a case, from the first run that covers it.
 
-    Raises EchoError if a role's output is missing, or if its prompt or images were not those that it would get now.
+    Raises EchoError if a role's output is missing, or if its prompt or images differ from those that it would get now.
     """
     run = next(run for run in runs if case.id in run.trace_offsets)
     traces = {(trace.role, trace.branch): trace for trace in _read_traces(run, case.id)}
@@ -197,7 +195,7 @@ def _read_traces(run: UpstreamRun, case: str) -> Iterator[Trace]:
 
 
 def describe_runs(runs: Sequence[UpstreamRun]) -> list[dict[str, Any]]:
-    """The runs as the manifest lists them: their outputs, adapters and datasets, by fingerprint."""
+    """Return the runs as the manifest lists them: their outputs, adapters and datasets, each with a fingerprint."""
     return [
         {
             "run": str(run.folder),

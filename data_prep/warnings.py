@@ -1,4 +1,4 @@
-"""Warnings of a build: what to know before trusting numbers from the dataset."""
+"""Warnings of a build: what users should know before they trust figures from the dataset."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def build_warnings(
     unused: Sequence[Inspection],
     config: BuildConfig,
 ) -> list[str]:
-    """All warnings of a build, one sentence each.
+    """Return all warnings of a build, one sentence each.
 
-    `digests` is the SHA-256 of each image by path, `counts` the counts of the manifest, and `unused` the inspections
-    that balancing left out of all training rows.
+    `digests` maps the path of each image to its SHA-256, `counts` holds the manifest's counts, and `unused` lists the
+    inspections that balancing left out of all training rows.
     """
     cases = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
     return [
@@ -45,7 +45,7 @@ def build_warnings(
 
 
 def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator[str]:
-    """Images that are good by convention alone, copies with different conditions, and masks of different parts."""
+    """Warn about images that are good only by convention, conflicting copies, and masks of different parts."""
     if draft.unannotated:
         yield (
             f"{len(draft.unannotated)} images without annotations were read as {GOOD}: "
@@ -82,7 +82,7 @@ def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator
 def _split_warnings(
     inspections: Sequence[Inspection], cases: Sequence[Inspection], config: BuildConfig
 ) -> Iterator[str]:
-    """Splits without cases, and splits or products with only normal or only defective cases."""
+    """Warn about splits without cases, and about splits or products with only normal or only defective cases."""
     if not any(inspection.split == "train" for inspection in cases):
         yield (
             "the train split has only normal images: they serve as references and the training rows are empty; "
@@ -110,7 +110,7 @@ def _split_warnings(
 
 
 def _training_image_warnings(draft: DatasetDraft) -> Iterator[str]:
-    """Synthetic defects, and named references that training may not show."""
+    """Warn about synthetic defects, and about named references that training may not show."""
     synthetic = Counter(inspection.synthetic for inspection in draft.inspections if inspection.synthetic)
     if synthetic:
         methods = ", ".join(f"{count} by {method}" for method, count in sorted(synthetic.items()))
@@ -127,7 +127,7 @@ def _training_image_warnings(draft: DatasetDraft) -> Iterator[str]:
 
 
 def _leakage_warnings(draft: DatasetDraft, cases: Sequence[Inspection], digests: Mapping[str, str]) -> Iterator[str]:
-    """Cases without a reference, parts in several splits, and test images that occur elsewhere."""
+    """Warn about cases without a reference, parts in several splits, and test images that occur elsewhere."""
     without_reference = [one.image for one in cases if one.id not in draft.references.inspections]
     if without_reference:
         yield f"{len(without_reference)} cases have no reference: {first_names(without_reference)}"
@@ -147,7 +147,7 @@ def _leakage_warnings(draft: DatasetDraft, cases: Sequence[Inspection], digests:
 
 
 def _one_sided_roles(counts: Mapping[str, Any], routing: str) -> Iterator[str]:
-    """Roles that are trained on one side only although the training cases have both."""
+    """Warn about roles that are trained on only one side although the training cases have both."""
     cases = counts["cases"]["train"]
     if not 0 < cases.get(GOOD, 0) < sum(cases.values()):
         return
@@ -164,7 +164,7 @@ def _one_sided_roles(counts: Mapping[str, Any], routing: str) -> Iterator[str]:
 
 
 def _without_boxes(cases: Sequence[Inspection]) -> Iterator[str]:
-    """Defective images without marks: nothing is known about their boxes."""
+    """Warn about defective images without marks, because nothing is known about their boxes."""
     defective = [one for one in cases if one.condition != GOOD]
     unmarked = [one.image for one in defective if not is_marked(one)]
     if unmarked:
@@ -175,7 +175,7 @@ def _without_boxes(cases: Sequence[Inspection]) -> Iterator[str]:
 
 
 def _balanced_away(draft: DatasetDraft, unused: Sequence[Inspection]) -> Iterator[str]:
-    """Training images that balancing leaves out of all rows, by product."""
+    """Warn about training images that balancing leaves out of all rows, by product."""
     if not unused:
         return
     total = Counter((i.dataset, i.product, i.condition == GOOD) for i in draft.queries("train"))
@@ -192,7 +192,7 @@ def _balanced_away(draft: DatasetDraft, unused: Sequence[Inspection]) -> Iterato
 
 
 def _uneven_depths(draft: DatasetDraft) -> Iterator[str]:
-    """Products with images of more than 8 bits that are scaled in different ways."""
+    """Warn about products whose images of more than 8 bits are scaled in different ways."""
     depths: dict[str, Counter[int]] = defaultdict(Counter)
     for inspection in draft.inspections:
         bits = draft.readings.bits.get(inspection.image)
@@ -210,7 +210,7 @@ def _uneven_depths(draft: DatasetDraft) -> Iterator[str]:
 
 
 def _readings(draft: DatasetDraft) -> Iterator[str]:
-    """Images and masks that are read in another way than a viewer shows them."""
+    """Warn about images and masks that are read differently from how a viewer shows them."""
     used = {inspection.image for inspection in draft.inspections}
     rotated = [image for image in draft.readings.rotated if image in used]
     if rotated:
@@ -227,7 +227,7 @@ def _readings(draft: DatasetDraft) -> Iterator[str]:
 
 
 def _links(draft: DatasetDraft) -> Iterator[str]:
-    """Linked folders that lead out of the root."""
+    """Warn about linked folders that lead out of the root."""
     links = [rejection.item for rejection in draft.rejections if isinstance(rejection, LinkOutside)]
     if links:
         yield (

@@ -1,4 +1,4 @@
-"""The output folder of a build, replaced as a whole or not at all, and only if it holds a dataset of ours."""
+"""The output folder of a build, replaced as a whole or not at all, and only if a build wrote what it holds."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ DATASET_ENTRIES = frozenset(
         "sft",
     }
 )
-"""Files and folders at the top of a dataset folder. A folder that holds anything else is never removed."""
+"""Files and folders at the top level of a dataset folder. A folder that contains anything else is never removed."""
 
 
 @contextmanager
 def workspace(output: Path, config: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
-    """A temporary folder to build in. It replaces `output` if the block succeeds and is removed otherwise.
+    """Yield a temporary folder to build in. It replaces `output` if the block succeeds; otherwise, it is removed.
 
     Raises EchoError before anything is built if `output` is not a dataset, or was built with another config. With
     `overwrite`, the config may differ.
@@ -71,7 +71,7 @@ def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool)
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of one of our datasets, of any version, or None."""
+    """Return the manifest of a dataset that any version of the build wrote, or None."""
     try:
         manifest = read_json_object(path)
     except (OSError, ValueError):

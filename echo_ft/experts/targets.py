@@ -29,8 +29,7 @@ CACHED_IMAGES = 256
 """Number of most recently used images that stay in memory at COMPARED_SIZE."""
 
 COARSE_GRID = 64
-"""Cells per side of the grid on which candidates are compared. Parts are never placed exactly alike, so it is
-coarse."""
+"""Cells per side of the comparison grid for candidates. It is coarse because parts are never placed exactly alike."""
 
 # Phrasings of about equal length. The id of the case or question selects one of them. Each contains the place, size,
 # shape, tone, condition and option verbatim, so that metrics can parse them.

@@ -110,8 +110,7 @@ def find_matches(training: Sequence[Path], products: Sequence[str], queries: Seq
 def _near_duplicates(
     training: Sequence[Path], products: Sequence[str], paths: Sequence[Path]
 ) -> list[tuple[int, int, float]]:
-    """Return (training index, query index, similarity) of each pair that shows the same surface. `paths` are
-    queries."""
+    """Return (training index, query index, similarity) of each pair with the same surface. `paths` are the queries."""
     if not training or not paths:
         return []
     queries = list(map_ordered(_load_query, paths))

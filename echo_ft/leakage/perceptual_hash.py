@@ -201,8 +201,7 @@ class _Whitener:
         self.factors = np.stack([_cholesky(hashes[:, box] - mean) for box, mean in enumerate(self.means)])
 
     def cosines(self, hashes: _Array, block: _Array) -> _Array:
-        """Return the whitened cosines (n, m) between hashes (n, d) and images (m, boxes, d), as the maximum over
-        boxes."""
+        """Return whitened cosines (n, m) between hashes (n, d) and images (m, boxes, d): the maximum over all boxes."""
         highest = np.full((len(hashes), len(block)), -1, np.float32)
         for box, (mean, factor) in enumerate(zip(self.means, self.factors, strict=True)):
             rows = np.concatenate([hashes, block[:, box]]) - mean
