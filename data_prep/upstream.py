@@ -142,7 +142,7 @@ def _training_sets(run: UpstreamRun) -> dict[tuple[str, str], str]:
 
 
 def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
-    """Raise EchoError if a run's dataset has other images than the dataset being built, or was rebuilt after the run."""
+    """Raise EchoError if a run's dataset has other images than the dataset being built or was rebuilt after the run."""
     for run in runs:
         folder = run.description["dataset"]
         dataset = load_dataset(Path(folder))

@@ -2,14 +2,14 @@
 
 A source yields an `Inspection` followed by its `Question`s, or a `Rejection` for an image or row that cannot be used.
 Paths in records are relative to `SourceConfig.root`, which sources only read. Outlines without a mask file are stored
-in the record. If a dataset lacks something, such as a mask or the name of a defect, its records lack it too. Files in
-the dataset that are not used are named in a `Rejection`.
+in the record. If a dataset lacks something, such as a mask or the name of a defect, so do its records. A `Rejection`
+names files in the dataset that are not used.
 
-A source that reads a manifest yields an `ItemPlace` before what it says about an image, to say where it lists it. It
-may list an image at several places: `data_prep.truth` puts them together. If it rejects one of these places, the image
-is rejected with it.
+A source that reads a manifest yields an `ItemPlace` before each item, to say where the manifest lists the image. A
+manifest may list an image in several places, and `data_prep.truth` combines them. If the source rejects one of these
+places, the whole image is rejected.
 
-Modules with a leading underscore are not sources. They contain what several sources share.
+Modules with a leading underscore are not sources. They contain code that several sources share.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ SOURCE_NAMES = tuple(
 
 @dataclass(frozen=True)
 class ItemPlace:
-    """The place of an inspection in its manifest, such as `parts.csv:3`. It is reported if the image is unusable.
+    """The place of an inspection in its manifest, such as `parts.csv:3`, which is reported if the image is unusable.
 
-    The next `Inspection` with this id, or the next `Rejection` of this place, is what the manifest says there.
+    What the manifest says there follows as the next `Inspection` with this id or the next `Rejection` of this place.
     """
 
     inspection: str
     place: str
     unannotated: bool = False
-    """Whether no annotation marks or names anything there, so that the image is `good` by convention alone."""
+    """Whether no annotation marks or names anything there, so that the image is `good` only by convention."""
 
 
 Item = Inspection | Question | Rejection | ItemPlace
@@ -69,7 +69,7 @@ class SourceConfig:
     parts: int = 0
     """Number of parts per product that `synthetic` draws."""
     good: tuple[str, ...] = ()
-    """Words of the dataset, besides `good`, that mean a part without a defect."""
+    """Words in the dataset, besides `good`, that mean a part without a defect."""
     split: str = "given"
     """How the build splits the images. With `given`, a folder layout must name the splits."""
 
@@ -80,7 +80,7 @@ T = TypeVar("T", bound=tuple[float, ...])
 
 
 def inferred_dataset_name(source: str, root: Path, annotations: Path | None) -> str | None:
-    """Return the dataset name that a source takes from its manifest or root, or None if the source has its own name."""
+    """Return the dataset name that a source takes from its manifest or root, or None if the source has a fixed name."""
     if source == "manifest" and annotations is not None:
         return annotations.stem
     return root.resolve().name if source in ("folder", "manifest") else None
@@ -96,9 +96,9 @@ def spelling(name: str) -> str:
 
 
 def join_conditions(conditions: Collection[str]) -> str:
-    """Return the condition of an image that has all of these.
+    """Return the condition of an image that has all of these conditions.
 
-    Raises RowError if `good` is one of several, or if two names differ only in spelling.
+    Raises RowError if `good` occurs together with others, or if two names differ only in spelling.
     """
     names = {name for condition in conditions for name in condition.split(DEFECT_SEPARATOR)}
     if GOOD in names and len(names) > 1:
@@ -118,8 +118,8 @@ def in_order(outlines: Iterable[T]) -> tuple[T, ...]:
 def locate(root: Path, text: str, what: str) -> str:
     """Return the path `text` as records store it: relative to the root, with forward slashes.
 
-    A file whose name differs only in its Unicode form is found too; records store the name on disk. `what` names the
-    file in messages. Raises RowError if the path is outside the root or no file exists.
+    A file whose name differs only in its Unicode form is also found; records store the name as on disk. `what` names
+    the file in messages. Raises RowError if the path is outside the root or no file exists.
     """
     base = os.path.join(os.path.abspath(root), "")  # do not resolve links below the root
     path = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
@@ -135,7 +135,7 @@ def locate(root: Path, text: str, what: str) -> str:
 def _on_disk(folder: str, place: str) -> str:
     """Return the path of `place` below `folder`, with each name as the disk spells it.
 
-    A name can be composed (NFC) in a list and decomposed on disk, as macOS writes it, or the other way around.
+    A name can be composed (NFC) in a list but decomposed on disk, as macOS writes it, or the other way around.
     """
     path = folder
     for part in place.split(os.sep):
@@ -152,23 +152,23 @@ def _names_by_form(folder: str, modified: int) -> dict[str, str]:
 
 
 def subfolders(root: Path, folder: Path) -> list[Path]:
-    """Return the folders directly in `folder`, except links that are not followed, which `reject_unused` names.
+    """Return the folders directly in `folder`, except links that are not followed; `reject_unused` names these.
 
-    Links directly in the root are followed, because people keep products on other disks. Deeper ones must stay in the
-    root, or in the linked folder that they lie in.
+    Links directly in the root are followed, because people keep products on other disks. Deeper links must stay inside
+    the root, or inside the linked folder that contains them.
     """
     return [path for path in list_folder(folder) if path.is_dir() and not leads_outside(path, link_base(root, path))]
 
 
 def walk_below(root: Path, folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return what `walk` does for a folder below the root. It follows the links that `subfolders` follows."""
+    """Return what `walk` returns for a folder below the root, but follow the same links as `subfolders`."""
     return walk(folder, link_base(root, folder))
 
 
 def link_base(root: Path, folder: Path) -> Path:
     """Return the folder that links must not leave: the root, or a linked folder directly in it that holds `folder`.
 
-    A link to a folder around the root would read the root again.
+    A link to a folder that contains the root would cause the root to be read again.
     """
     if not leads_outside(folder, root):
         return root
@@ -177,9 +177,9 @@ def link_base(root: Path, folder: Path) -> Path:
 
 
 def link_fault(inspection: Inspection, root: Path, below_links: bool) -> str | None:
-    """Why the files of a record may not be read because a link leads out of the root, or None.
+    """Return why a record's files may not be read because a link leads out of the root, or None.
 
-    With `below_links`, files may lie below a link directly in the root, as in folder layouts.
+    With `below_links`, files may be below a link directly in the root, as in folder layouts.
     """
     for name in (inspection.image, *mask_files(inspection), *filter(None, [inspection.reference])):
         path = root / name
@@ -235,7 +235,7 @@ def reject_unused(
 def reject_unlisted(root: Path, folder: Path, used: Collection[str], reason: str) -> Items:
     """Yield rejections for the files at any depth in `folder` that are not `used`.
 
-    One rejection covers all images, as in `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own.
+    A single rejection covers all images: `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own.
     """
     files, outside = walk_below(root, folder)
     for link in outside:

@@ -1,11 +1,10 @@
 """Read images and defects from COCO JSON, the format of CVAT, Label Studio, Roboflow and others.
 
-By the convention of these tools, an image without annotations is `good`; the build counts such images. Otherwise the
-category names form the condition. If several entries of `images` name one file, their annotations add up. The outline
-of an annotation counts (`segmentation` as polygons), or its `bbox` if it has none. One with neither names the condition
-and marks nothing. `product`, `group` and `split` are
-read from the image if it has these fields. By default, the product is the first folder of `file_name`, which is
-relative to the root.
+By these tools' convention, an image without annotations is `good`; the build counts these images. Otherwise, the
+category names form the condition. If several entries of `images` name one file, their annotations add up. An
+annotation's outline (`segmentation` as polygons) is used, or its `bbox` if it has no outline. An annotation with
+neither names the condition and marks nothing. `product`, `group` and `split` are read from the image if it has these
+fields. By default, the product is the first folder of `file_name`, which is relative to the root.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ REQUIRED_LISTS = ("images", "annotations", "categories")
 
 
 def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
-    """Yield the images of a COCO JSON file in its order, once per entry.
+    """Yield the images of a COCO JSON file in file order, once per entry.
 
-    `good` are category names, besides `good`, of regions without a defect. Raises EchoError if the file has another
+    `good` lists category names, besides `good`, for regions without a defect. Raises EchoError if the file has another
     format, or if two categories share an id.
     """
     content = _load(path)
@@ -75,7 +74,7 @@ def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
 
 
 def _key(identifier: Any) -> str:
-    """Return an id as text: some tools write the same id as a number and as a string."""
+    """Return an id as a string, because some tools write the same id both as a number and as a string."""
     return str(identifier)
 
 

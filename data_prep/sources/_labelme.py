@@ -1,8 +1,8 @@
-"""Read images and defects from labelme, which writes one JSON file per image.
+"""Read images and defects from files of labelme, which writes one JSON file per image.
 
 The labels of the shapes and the flags that are set (`labelme --flags`) form the condition. By convention, a file with
-neither is a `good` part; the build counts such images. Records store circles as polygons, and rectangles and the pixels
-of masks as boxes. The product is the first folder of the image's path below the root.
+neither is a `good` part; the build counts these images. Records store circles as polygons, and store rectangles and the
+pixels of masks as boxes. The product is the first folder of the image's path below the root.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from echo_ft.records import GOOD, Inspection, Rejection
 def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     """Yield the images of all labelme files under the root, sorted by path.
 
-    `good` are labels and flags, besides `good`, that mean a part without a defect. Raises EchoError if there is no
+    `good` lists labels and flags, besides `good`, that mean a part without a defect. Raises EchoError if there is no
     file.
     """
     files, outside = walk(root)
@@ -76,12 +76,12 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     unusable: dict[str, str] = {}
     for path in annotations:
         item = path.relative_to(root).as_posix()
-        claimed = beside = images[path.with_suffix("")]  # as long as the file does not say which it is
+        claimed = beside = images[path.with_suffix("")]  # until the file says which image it annotates
         try:
             content = _load(path)
             stated = _image(root, path, content)
             claimed = [stated]
-            if beside and stated not in beside:  # a copy of another file has its imagePath
+            if beside and stated not in beside:  # a copied file still has the original's imagePath
                 claimed = [*beside, stated]
                 raise RowError(
                     f"it lies beside {beside[0]}, but its imagePath names {stated}; correct its imagePath, or give the "
@@ -125,9 +125,9 @@ def _image(root: Path, path: Path, content: Mapping[str, Any]) -> str:
 
 
 def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple[str, ...]) -> list[Inspection]:
-    """Return what the shapes say about an image, and what its flags say. Raises RowError if they contradict each other.
+    """Return what the shapes and the flags say about an image. Raises RowError if they contradict each other.
 
-    An empty list means that the file has no shapes, and no flag that should be set.
+    An empty list means that the file has no shapes and that none of its flags should be set.
     """
     frame = frame_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
     said = [_shapes(root, image, frame, content, good)] if content["shapes"] else []
@@ -138,7 +138,7 @@ def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple
     chosen = {name for name, value in flags.items() if value}
     reviewed = {name for name in chosen if plain_word(name) in REVIEW_FLAGS and not means_good(name, good)}
     if said or chosen - reviewed:
-        chosen -= reviewed  # they describe the annotations
+        chosen -= reviewed  # review flags describe the annotations
     if not said and not chosen and for_good:
         raise RowError(f"it has no shapes, and none of its flags ({', '.join(flags)}) is set; set the one that applies")
     if chosen:

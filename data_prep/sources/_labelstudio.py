@@ -2,8 +2,8 @@
 
 A task is one image. Its path below the root is `data.path`, or the `d` of a local file in `data.image`. Rectangles and
 polygons mark defects, and their labels name the condition. `Choices` name the condition of the whole image, such as
-`good` or a defect that nobody can outline. An annotation without either is a `good` part by convention; the build
-counts such images. `product`, `group` and `split` are read from `data` if it has these fields.
+`good` or a defect that nobody can outline. By convention, an annotation with neither is a `good` part; the build counts
+these images. `product`, `group` and `split` are read from `data` if it has these fields.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ IGNORED_RESULTS = ("textarea", "rating", "relation", "number", "datetime")
 """Types of results that describe no defect, such as a comment."""
 
 NOT_ANNOTATED = "nobody has annotated the task"
-"""Start of the reason why a task without an annotation is not used."""
+"""Start of the reason that is given for not using a task without an annotation."""
 
 
 def is_task_list(path: Path) -> bool:
-    """Return whether a JSON file holds a list, as Label Studio exports it, rather than an object, as COCO is."""
+    """Return whether a JSON file holds a list, as Label Studio exports, rather than an object, as in COCO."""
     try:
         with open_text(path) as file:
             return file.read(4096).lstrip().startswith("[")
-    except (OSError, ValueError):  # its reader reports it
+    except (OSError, ValueError):  # the reader of the file reports this
         return False
 
 
 def read_labelstudio(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
-    """Yield the images of a file in its order. `good` are labels and choices, besides `good`, for good parts.
+    """Yield the images of a file in file order. `good` lists labels and choices, besides `good`, for good parts.
 
     Raises EchoError if the file has another format.
     """
@@ -116,7 +116,7 @@ def _results(annotation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _names(result: Mapping[str, Any], key: str) -> list[str]:
-    """Return the labels or choices of a result. Raises RowError if they are not texts."""
+    """Return the labels or choices of a result. Raises RowError if they are not strings."""
     found = result["value"].get(key) or [""]
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise RowError(f"its {key} {str(found)[:60]} are not a list of names")
@@ -170,7 +170,7 @@ def _inspection(
 
 
 def _condition(labels: Sequence[str], choices: Sequence[str], good: tuple[str, ...]) -> str:
-    """Return the condition that the labels of outlines and the choices name. Raises RowError if they differ."""
+    """Return the condition that the outlines' labels and the choices name. Raises RowError if they differ."""
     outlined = condition_of(labels, good) if labels else None
     chosen = join_conditions({named_condition(name.strip(), good) for name in choices}) if choices else None
     if outlined is not None and chosen is not None and outlined != chosen:
@@ -181,7 +181,7 @@ def _condition(labels: Sequence[str], choices: Sequence[str], good: tuple[str, .
 def _corners(kind: str, value: Mapping[str, Any], size: tuple[int, int]) -> list[tuple[float, float]]:
     """Return the corners of an outline in pixels, clockwise. Label Studio stores percentages of the image's `size`.
 
-    A rectangle turns around its top left corner. Raises RowError for values that are not finite numbers.
+    A rectangle is rotated around its top left corner. Raises RowError for values that are not finite numbers.
     """
     width, height = size
     try:

@@ -13,7 +13,7 @@ from echo_ft.inputs import InputError, lines, open_input, open_text
 SPREADSHEETS = frozenset({".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"})
 
 BINARY_STARTS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
-"""First bytes of spreadsheets whatever their name: ZIP (Excel since 2007, LibreOffice) and OLE (older Excel)."""
+"""First bytes of spreadsheets, whatever their names: ZIP (Excel since 2007, LibreOffice) and OLE (older Excel)."""
 
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t]*', re.IGNORECASE)
 """The line that Excel writes or reads before the header. Programs that save the file again may quote or pad it."""
@@ -31,9 +31,9 @@ class ListFormat:
 
 
 def list_format(path: Path) -> ListFormat:
-    """Return the format of a list: from its name if that is .csv, .tsv or .jsonl, and else from its first line.
+    """Return the format of a list, based on its suffix if that is .csv, .tsv or .jsonl, otherwise on its first line.
 
-    Raises EchoError for a spreadsheet and for a file that is not text in UTF-8, or in UTF-16 with a byte order mark.
+    Raises EchoError for a spreadsheet, and for a file that is neither UTF-8 nor UTF-16 with a byte order mark.
     """
     with open_input(path) as file:
         start = file.read(4)

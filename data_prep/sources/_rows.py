@@ -1,4 +1,4 @@
-"""Parse the values of manifests and annotation files: texts, conditions, splits, products and outlines."""
+"""Parse the values in manifests and annotation files: strings, conditions, splits, products and outlines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from echo_ft.records import GOOD
 Box = tuple[float, float, float, float]
 
 LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
-"""What separates the defects of one image in a cell. A label, a category or a folder is one class: only `+` does."""
+"""Characters that separate the defects of one image in a cell. In a label, category or folder name, only `+` does."""
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
@@ -44,7 +44,7 @@ def required_text(row: Mapping[str, Any], column: str) -> str:
 
 def number_of(value: Any) -> float:
     """Return a coordinate as a number. Raises TypeError, ValueError or OverflowError for anything else."""
-    if isinstance(value, bool):  # Python takes true for 1
+    if isinstance(value, bool):  # Python treats true as 1
         raise TypeError("a truth value is not a number")
     return float(value)
 
@@ -64,7 +64,7 @@ def spellings(words: tuple[str, ...]) -> frozenset[str]:
 
 
 def means_good(name: str, good: tuple[str, ...]) -> bool:
-    """Return whether a name is `good` in any case, or one of the words `good` that the config declares to mean it."""
+    """Return whether a name is `good`, ignoring case, or one of the words that the config declares in `good`."""
     alike = tuple(word for word in good if is_doubtful(word) == is_doubtful(name))  # `ok` does not declare `ok?`
     return name.casefold() == GOOD or (bool(name) and spelling(name) in spellings(alike))
 
@@ -76,9 +76,9 @@ def sounds_good(name: str) -> bool:
 
 
 def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
-    """Return the name of a defect in NFC, or `good` for `good` and the words `good` that the config declares.
+    """Return the name of a defect in NFC, or `good` if the name is `good` or one of the words that the config declares.
 
-    Raises RowError for other words that mean `good` and for words that say nothing.
+    Raises RowError for other words that mean `good` and for words that leave the condition open.
     """
     if means_good(name, good):
         return GOOD
@@ -99,11 +99,11 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
 
 @lru_cache(maxsize=4096)  # a long list has few conditions
 def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -> str:
-    """Return the condition that a text names: one defect, several ones (`bent + melt`) or `good`.
+    """Return the condition that a text names: one defect, several defects (`bent + melt`) or `good`.
 
-    In the `cell` of a manifest, each of LIST_MARKS separates defects (`melt;bent`), and a slash may do so. Raises
-    RowError as `check_condition` does, for a control token, for a slash in a cell, or if a defect is joined with `good`
-    or nothing.
+    In a manifest's `cell`, any of LIST_MARKS separates defects (`melt;bent`), but a slash is ambiguous. Raises RowError
+    as `check_condition` does, for a control token, for a slash in a cell, or if a defect is joined with `good` or
+    nothing.
     """
     token = control_token(text)
     if token:  # before its bars separate defects
@@ -122,10 +122,10 @@ def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -
 
 
 def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
-    """Return the condition of a row: a text, a JSON list of names, or such a list as the text of a cell.
+    """Return the condition of a row, which may be a string, a JSON list of names, or a cell that contains a list.
 
-    A name in a list may hold list marks and slashes: `["crack, long"]` is one defect. Raises RowError as
-    `named_condition` does, or if there is none.
+    A name in a list may contain list marks and slashes: `["crack, long"]` is one defect. Raises RowError as
+    `named_condition` does, or if there is no condition.
     """
     value = row.get("condition")
     if isinstance(value, str) and value.strip().startswith("["):
@@ -134,7 +134,7 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise RowError(f"condition {value[:60]!r} is not a list of names; write bent+melt") from error
     if value is False:
-        return named_condition(str(value), good, cell=True)  # which says how to write it
+        return named_condition(str(value), good, cell=True)  # its error says how to write the condition
     if value is True:
         raise RowError("condition is true, which names no defect; write the name of the defect")
     if not isinstance(value, list):
@@ -147,7 +147,7 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
 
 
 def condition_cell(condition: str) -> str | list[str]:
-    """Return a condition as `condition_in` reads it back: a text, or a list if a name may look like several ones."""
+    """Return a condition as `condition_in` reads it back: a string, or a list if a name may look like several names."""
     names = condition.split(DEFECT_SEPARATOR)
     unclear = any(LIST_MARKS.search(name) or name.startswith("[") or re.search(r"[/\\]", name) for name in names)
     return names if unclear else condition
@@ -156,8 +156,8 @@ def condition_cell(condition: str) -> str | list[str]:
 def condition_of(labels: Iterable[str], good: tuple[str, ...] = ()) -> str:
     """Return the condition of an image whose regions have these labels.
 
-    It is `good` without labels, or if all of them are among the words `good` that the config declares. Raises RowError
-    as `named_condition` does, if a label is empty, or if it is `good` without being declared.
+    It is `good` if there are no labels, or if the config declares all of them in `good`. Raises RowError as
+    `named_condition` does, if a label is empty, or if a label is `good` without being declared.
     """
     conditions = set()
     for label in map(str.strip, labels):
@@ -182,7 +182,7 @@ class Frame:
     size: tuple[int, int]
     """(width, height) of the view in pixels."""
     orientation: int | None = 1
-    """The EXIF orientation if they are drawn on the image as stored, 1 on the upright image, None if unknown."""
+    """The EXIF orientation if the view is the image as stored, 1 if it is the upright image, None if unknown."""
 
     def boxes(self, boxes: Iterable[Box]) -> tuple[Box, ...]:
         """Return boxes for the upright image, in order. Raises RowError if the view is unknown."""
@@ -193,7 +193,7 @@ class Frame:
 
     def polygons(self, polygons: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
         """Return polygons for the upright image, in order. Raises RowError if the view is unknown."""
-        # Boxes end at the borders of pixels, and the corners of polygons lie in the middle of pixels.
+        # Boxes end at the borders of pixels, whereas the corners of polygons are in the middle of pixels.
         turned = [self._turned(zip(polygon[::2], polygon[1::2], strict=True), 1) for polygon in polygons]
         return in_order(tuple(value for corner in corners for value in corner) for corners in turned)
 
@@ -215,9 +215,9 @@ class Frame:
 
 
 def frame_of(root: Path, image: str, stated: tuple[object, object]) -> Frame:
-    """Return the view of an image that annotations with the stated (width, height) are drawn on.
+    """Return the view of an image that the annotations, with their stated (width, height), are drawn on.
 
-    Raises RowError if the image is unreadable or has another size.
+    Raises RowError if the image is unreadable or differs in size.
     """
     try:
         size, orientation = image_frame(root / image)

@@ -1,4 +1,4 @@
-"""Words for a part without a defect, and words that do not say what a part shows, in several languages."""
+"""Words in several languages for a part without a defect, and words that leave open what a part shows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from echo_ft.data.text import visible
 
 
 def plain_word(text: str) -> str:
-    """Return a text without case, accents, spaces, dots, dashes and underscores: `No_Defect` becomes `nodefect`.
+    """Strip case, accents, spaces, dots, dashes and underscores from `text`: `No_Defect` becomes `nodefect`.
 
-    Characters that nobody sees, such as a soft hyphen, are left out too. Use it only to look a text up in the lists
-    below. It makes different names equal if they differ in an accent.
+    Invisible characters, such as a soft hyphen, are also stripped. Use the result only to look words up in the lists
+    below, because names that differ only in an accent become equal.
     """
     decomposed = unicodedata.normalize("NFKD", visible(text)).casefold()
     return "".join(c for c in decomposed if not (c.isspace() or c in IGNORED or c in ACCENTS))
 
 
 ACCENTS = frozenset(map(chr, range(0x300, 0x370)))
-"""Combining accents of European scripts. The marks of other scripts are letters: they tell `バリ` from `ハリ`."""
+"""Combining accents of European scripts. In other scripts, marks distinguish words, as in `バリ` and `ハリ`."""
 
 
 IGNORED = frozenset("_-\u2010\u2011\u2012\u2013\u2014\u2212.!'\u2019\u00b7")
@@ -70,16 +70,16 @@ GOOD_WORDS = plain_words(
         "정상", "정상품", "양품", "합격", "양호", "결함 없음", "불량 없음", "이상 없음", "무결함", "없음",
     )
 )  # fmt: skip
-"""Words that plainly mean a part without a defect, as `plain_word` returns them. A text of dashes alone is one."""
+"""Words that plainly mean a part without a defect, as `plain_word` returns them. Dashes alone count as such a word."""
 
 GOOD_PHRASE = re.compile(
     r"(no|non|not|without)(any|visible|apparent|obvious|surface)*"
     r"(anomal|crack|damage|defect|fault|finding|flaw|scratch)(s|es|d|ed|y|ies)?(found|detected|visible)?"
     r"|(good|ok|okay)(back|bottom|front|left|part|piece|rear|right|sample|side|top|unit|\d+)+"
 )
-"""Several words that mean a part without a defect, as `plain_word` returns them: `no visible crack`, `ok_front`.
+"""Phrases that mean a part without a defect, as `plain_word` returns them: `no visible crack`, `ok_front`.
 
-Only these words count: `no solder` is a defect."""
+Only these phrases count, because `no solder` is a defect."""
 
 UNKNOWN_WORDS = plain_words(
     (
@@ -92,19 +92,19 @@ UNKNOWN_WORDS = plain_words(
         "desconhecida", "未知", "未标注", "未標註", "待定", "不明", "未定", "未確認", "미정", "알 수 없음",
     )
 )  # fmt: skip
-"""Words that do not say whether a part has a defect, as `plain_word` returns them."""
+"""Words that leave open whether a part has a defect, as `plain_word` returns them."""
 
 
 def is_doubtful(text: str) -> bool:
-    """Return whether a text does not say whether a part has a defect: one of UNKNOWN_WORDS, or `good?`."""
+    """Return whether a text leaves open whether a part has a defect, like UNKNOWN_WORDS and `good?`."""
     word = plain_word(text)
     return word in UNKNOWN_WORDS or word.endswith("?")
 
 
 GOOD_FLAGS = plain_words(("good", "ok", "okay", "no defect", "no defects", "defect-free"))
-"""Flags of an image that mean a part without a defect even if they are not declared, as `plain_word` returns them.
+"""Image flags that mean a part without a defect even if they are not declared, as `plain_word` returns them.
 
-Other words may describe the annotation: an image can be `accepted`, and a label `correct`."""
+Other words may describe the annotation: an image can be `accepted`, and a label can be `correct`."""
 
 REVIEW_FLAGS = plain_words(("checked", "verified", "reviewed", "done"))
-"""Flags of an image that say that somebody looked at its annotations, as `plain_word` returns them."""
+"""Image flags that mean that somebody has checked its annotations, as `plain_word` returns them."""

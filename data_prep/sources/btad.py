@@ -1,7 +1,7 @@
 """BTAD, beanTech Anomaly Detection (Mishra et al., ISIE 2021, arXiv 2104.10036): three products, with masks.
 
-Layout: that of `folder` in `BTech_Dataset_transformed/{01,02,03}`, except that normal parts are in `ok` and defective
-parts in `ko`. Masks are `ground_truth/ko/<stem>.png` or `.bmp`. BTAD does not name its defects.
+Layout: the same as for `folder`, in `BTech_Dataset_transformed/{01,02,03}`, except that normal parts are in `ok` and
+defective parts in `ko`. Masks are `ground_truth/ko/<stem>.png` or `.bmp`. BTAD does not name its defects.
 """
 
 from __future__ import annotations

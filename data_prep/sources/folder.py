@@ -1,19 +1,19 @@
 """Read the folder layout of MVTec AD: `<product>/<split>/<condition>/<image>`.
 
 Splits are `train`, `validation` (or `val`) and `test`. The condition of normal parts is `good`. The optional mask of a
-defect is `<product>/ground_truth/<condition>/<stem>_mask.png` or `<stem>.png`, in any image format. A folder
-`<stem>` of several masks is also accepted. All masks of an image count as one: their union. The case of these names
-does not matter.
+defect is `<product>/ground_truth/<condition>/<stem>_mask.png` or `<stem>.png`, in any image format. A folder `<stem>`
+with several masks is also accepted. All masks of an image are merged into their union. The case of these names does not
+matter.
 
-If the build makes the splits, a product may also be flat, as in anomalib's `Folder`: `<product>/<condition>/<image>`
-or `<product>/images/<condition>/<image>`. One condition is `good`, and all other folders are defects, except for the
-masks in `ground_truth`, `masks` or `mask`. The root may be a flat product itself. Folders such as `gt` or `labels` are
-rejected, because they seem to hold masks, and so is `<stem>_mask` next to its image.
+If the build makes the splits, a product may also be flat, as in anomalib's `Folder`: `<product>/<condition>/<image>` or
+`<product>/images/<condition>/<image>`. One condition is `good`, and all other folders are defects, except for the masks
+in `ground_truth`, `masks` or `mask`. The root may be a flat product itself. Folders such as `gt` or `labels` are
+rejected because they seem to hold masks, as is `<stem>_mask` next to its image.
 
 Product folders may be links to other disks.
 
-Everything else in the layout is rejected with a reason, and a whole folder with one. Text files next to the products
-and splits (`license.txt`, `readme.md`) and system files are ignored.
+Everything else in the layout is rejected with a reason; a whole folder gets a single rejection. Text files next to the
+products and splits (`license.txt`, `readme.md`) and system files are ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from echo_ft.files import list_folder
 from echo_ft.records import GOOD, Inspection, Rejection
 
 SPLIT_FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
-"""Folder name to split."""
+"""Maps a folder name to a split."""
 
 MASK_FOLDER = "ground_truth"
 
@@ -47,17 +47,17 @@ IMAGE_FOLDER = "images"
 ANNOTATION_FOLDER = re.compile(
     r"(gts?|ground[ _-]?truths?|masks?|annotations?|seg|segmentations?)([ _-].*)?|labels?", re.IGNORECASE
 )
-"""Names of folders in a flat product that seem to hold masks or labels. `label_torn` may be a defect."""
+"""Matches folders in a flat product that seem to hold masks or labels. `label_torn` may be a defect."""
 
 MASK_STEM = re.compile(r"(.+)[ _-](masks?|gt|ground[_-]?truth|label|seg)", re.IGNORECASE)
-"""The stem of a mask that lies next to its image, whose stem is the first group."""
+"""Matches the stem of a mask next to its image. The first group is the stem of the image."""
 
 
 @dataclass(frozen=True)
 class _Product:
     folder: Path
     containers: tuple[tuple[str | None, Path], ...]
-    """Split and folder of condition folders. A flat product has one, without a split."""
+    """Pairs of a split and the folder of its condition folders. A flat product has one pair, without a split."""
     masks: Path | None
     """The folder of its masks."""
 
@@ -66,7 +66,7 @@ class _Product:
         return self.containers[0][0] is None
 
     def conditions(self, root: Path, container: Path) -> list[Path]:
-        """The condition folders in one of the containers."""
+        """Return the condition folders in one of the containers."""
         return [folder for folder in subfolders(root, container) if folder != self.masks]
 
 
@@ -87,9 +87,10 @@ def read_folder_layout(
 ) -> Items:
     """Yield the images of a dataset with this folder layout, under the name `dataset`.
 
-    `conditions` maps folder names to conditions. `companions` are names of other files that belong in a product folder.
-    `good` are names of condition folders, besides `good`, for parts without a defect. `flat` says whether products may
-    be flat; they are used only if the build makes the splits (`splits_made`). Raises EchoError if there is no product.
+    `conditions` maps folder names to conditions. `companions` lists other files that belong in a product folder. `good`
+    lists names of condition folders, besides `good`, for parts without a defect. `flat` says whether products may be
+    flat; flat products are used only if the build makes the splits (`splits_made`). Raises EchoError if there is no
+    product.
     """
     found = _products(root, flat, good)
     products = [product for product in found if splits_made or not product.flat]
@@ -138,7 +139,7 @@ def read_folder_layout(
 def _condition(name: str, good: tuple[str, ...], flat: bool) -> str:
     """Return the condition that a folder names.
 
-    Raises RowError as `named_condition` does, and for a name in a flat product that seems to mean masks.
+    Raises RowError as `named_condition` does, and also if a name in a flat product seems to mean masks.
     """
     if flat and ANNOTATION_FOLDER.fullmatch(nfc(name)):
         raise RowError(
@@ -160,13 +161,13 @@ def _products(root: Path, flat: bool, good: tuple[str, ...]) -> list[_Product]:
 
 
 def _is_part(name: str, own: bool) -> bool:
-    """Return whether a folder in the root is no product. `label` may be one, unless the root is a product (`own`)."""
+    """Return whether a folder in the root is not a product. `label` may be one, unless the root is one (`own`)."""
     parts = (*SPLIT_FOLDERS, *FLAT_MASK_FOLDERS, IMAGE_FOLDER)
     return name.casefold() in parts or (own and bool(ANNOTATION_FOLDER.fullmatch(nfc(name))))
 
 
 def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -> _Product | None:
-    """Return the product in a folder, or None if it holds neither splits nor, with `flat`, a flat product."""
+    """Return the product in a folder, or None if the folder holds neither splits nor, with `flat`, a flat product."""
     inside = subfolders(root, folder)
     order = list(SPLIT_FOLDERS)
     splits = [path for path in inside if path.name.casefold() in SPLIT_FOLDERS]
@@ -179,7 +180,7 @@ def _product(root: Path, folder: Path, flat: bool, good: tuple[str, ...] = ()) -
 
 
 def _flat_product(root: Path, folder: Path) -> _Product:
-    """Return a folder as a flat product, whether it is one or not."""
+    """Return a folder as a flat product, whether or not it is one."""
     inside = subfolders(root, folder)
     images = _named(inside, (IMAGE_FOLDER,))
     container = images if images is not None and subfolders(root, images) else folder
@@ -192,7 +193,7 @@ def _image_folders(root: Path, product: _Product) -> list[str]:
 
 
 def _undeclared(root: Path, folders: Collection[Path], splits_made: bool) -> dict[Path, str]:
-    """Return which folders would be flat products if a word for `good` were declared, and how to declare it."""
+    """Map each folder that would be a flat product if a word for `good` were declared to how to declare it."""
     remedies = {}
     for folder in folders:
         word = next(filter(sounds_good, _image_folders(root, _flat_product(root, folder))), None)
@@ -203,12 +204,12 @@ def _undeclared(root: Path, folders: Collection[Path], splits_made: bool) -> dic
 
 
 def _named(folders: Collection[Path], names: Collection[str]) -> Path | None:
-    """Return the first folder with one of the names in any case and Unicode form, or None."""
+    """Return the first folder whose name is in `names`, ignoring case and Unicode form, or None."""
     return next((path for path in folders if nfc(path.name).casefold() in names), None)
 
 
 def _owners(root: Path, products: Collection[_Product]) -> dict[Path, Path]:
-    """Return the condition folder that reads each real folder: one that no link leads to, if there is one."""
+    """Map each real folder to the condition folder that reads it, preferably one that is reached without a link."""
     every = [
         folder
         for product in products
@@ -223,7 +224,7 @@ def _owners(root: Path, products: Collection[_Product]) -> dict[Path, Path]:
 
 
 def _reject_unused(root: Path, product: _Product, companions: Collection[str], reason: str) -> Items:
-    """Yield rejections for what lies in a product next to its split, condition and mask folders."""
+    """Yield rejections for anything in a product besides its split, condition and mask folders."""
     images = "the image is not in <product>/<split>/<condition>"
     if product.flat:
         place = product.containers[0][1].relative_to(root).as_posix().removeprefix(".")
@@ -241,7 +242,7 @@ def _reject_unused(root: Path, product: _Product, companions: Collection[str], r
 
 
 def _hint(root: Path, flat_products: Collection[_Product], flat: bool, splits_made: bool) -> str:
-    """Say what the root holds instead of products, and the remedy. `flat_products` are its products without splits."""
+    """Say what the root holds instead of products, and what to do. `flat_products` are its products without splits."""
     manifest = "list the images in a CSV file (source manifest)"
     for product in flat_products:
         conditions = ", ".join(folder.name for folder in product.conditions(root, product.containers[0][1]))
@@ -340,7 +341,7 @@ def _mask_folder(root: Path, product: _Product, condition: str) -> Path | None:
 
 
 def _unused_masks(root: Path, masks: Path, used: Collection[Path]) -> Items:
-    """Yield rejections for files in the folder of masks that are not the mask of an image."""
+    """Yield rejections for files in the mask folder that are not the mask of an image."""
     reason = "no image has this name and condition"
     folders = {path.parent for path in used}
     yield from reject_unused(root, masks, folders, reason, reason)

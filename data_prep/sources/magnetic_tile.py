@@ -1,9 +1,9 @@
 """Magnetic tiles (Huang, Qiu, Yuan: Surface defect saliency of magnetic tile, The Visual Computer 2020).
 
 Layout: `MT_<Kind>/Imgs/<name>.jpg`, each with a pixel mask `<name>.png`. Files `exp<e>_num_<n>` are exposures of one
-tile with numbers a few dozen apart. In the order of `n` over all kinds, a gap of more than 60 starts the next tile.
-Some tiles were photographed again after a larger gap; REPEATED_RUNS lists them. The images of one tile form a group,
-because a split by image would show tiles of the test split in training.
+tile whose numbers are a few dozen apart. With all kinds sorted by `n`, a gap of more than 60 starts the next tile. Some
+tiles were photographed again after a larger gap; REPEATED_RUNS lists them. The images of one tile form a group, because
+a split by image would show tiles from the test split in training.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ REPEATED_RUNS = (
     258703), (262480, 262572), (271361, 271512), (283203, 283465), (293709, 293876), (339819, 339932), (348629,
     348888), (355636, 358102),
 )  # fmt: skip
-"""First numbers of the runs of images that show the same tile in spite of a larger gap, one tuple per tile.
+"""First numbers of the runs of images that show the same tile despite a larger gap, one tuple per tile.
 
 `data_prep.audit` found these by comparing pixels, and each pair was checked by eye."""
 
 FIRST_RUN = {f"tile-{number}": f"tile-{numbers[0]}" for numbers in REPEATED_RUNS for number in numbers}
-"""Group of such a run to the group of the first run of its tile."""
+"""Maps the group of each of these runs to the group of the first run of its tile."""
 
 
 def read(config: SourceConfig) -> Items:

@@ -1,17 +1,18 @@
 """Read a manifest of images that a person or an annotation tool wrote.
 
-- CSV with a header, or JSON lines, one row per image, or several that `data_prep.truth` puts together, such as one per
-  box. A .tsv file has tabs instead of commas, and a first line such as `sep=;` names another separator. Required
-  columns: `image`, `product` and `condition` (`good` for a part without a defect; join several defects in any order,
-  such as `bent+melt`, or `melt;bent` as other tools write). Optional columns: `mask` (an image
-  file), `boxes` ([[x0, y0, x1, y1], ...] in pixels, used if there is no mask), `group` (shared by the images of one
-  physical part), `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset`
-  (by default the name of the manifest) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made the
-  defect, written by `data_prep.synthesize`).
+- CSV with a header, or JSON lines, with one row per image, or several rows that `data_prep.truth` combines, such as one
+  per box. A .tsv file has tabs instead of commas, and a first line such as `sep=;` names another separator. Required
+  columns: `image`, `product` and `condition` (`good` for a part without a defect; several defects are joined in any
+  order, as in `bent+melt`, or `melt;bent` as other tools write). Optional columns: `mask` (an image file), `boxes`
+  ([[x0, y0, x1, y1], ...] in pixels, used if there is no mask), `group` (shared by the images of one physical part),
+  `split` (`train`, `validation` or `test`), `reference` (the normal image to compare with), `dataset` (by default the
+  name of the manifest) and `synthetic` (the method of `echo_ft.images.synthetic_defects` that made the defect, written
+  by `data_prep.synthesize`).
 - COCO JSON: see `_coco`. The JSON export of Label Studio: see `_labelstudio`.
-- No manifest: the labelme files under the root, see `_labelme`.
+- Without a manifest, the labelme files under the root: see `_labelme`.
 
-Paths are relative to the root. Splits depend on the rows of a manifest, but not on its name. Adding rows re-splits it.
+Paths are relative to the root. Splits depend on the rows of a manifest, but not on its name. Adding rows changes the
+splits.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from echo_ft.records import GOOD, Inspection, Rejection
 from echo_ft.strict_yaml import DuplicateKeyError, read_json
 
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
-"""The image of a line of JSON, also if the rest of the line is broken."""
+"""Finds the image that a line of JSON names, even if the rest of the line is broken."""
 
 UNREAD_MARKS = re.compile(r"(bbox_?|box_?)?[xy][ _]?(\d|min|max)|bbox(es)?|box|polygons?|segmentations?", re.IGNORECASE)
-"""Names of columns that seem to mark defects but are not read."""
+"""Matches the names of columns that seem to mark defects but are not read."""
 
 LINE_BREAK = re.compile(r"[\r\n]+")
 
@@ -50,7 +51,7 @@ COLUMNS = (*REQUIRED, "mask", "boxes", "group", "split", "reference", "dataset",
 ONE_LINE_COLUMNS = tuple(column for column in COLUMNS if column != "boxes")
 
 Row = tuple[int, Mapping[str, Any], str | None]
-"""The line number of a row, its cells as far as they are readable, and why the row cannot be used or None."""
+"""The line number of a row, its readable cells, and the reason why the row cannot be used, or None."""
 
 
 def read(config: SourceConfig) -> Items:
@@ -102,7 +103,7 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
                 cells: dict[Any, Any] = row
                 surplus = cells.pop(None, [])
                 fault = None
-                if any(cell.strip() for cell in surplus):  # spreadsheets append empty ones
+                if any(cell.strip() for cell in surplus):  # spreadsheets append empty cells
                     fault = "it has more cells than the header has columns; quote cells that contain a comma"
                 elif any(LINE_BREAK.search(cells.get(name) or "") for name in ONE_LINE_COLUMNS):
                     fault = "a cell has a line break; remove it"
@@ -119,10 +120,10 @@ def _csv_rows(path: Path, form: ListFormat) -> Iterator[Row]:
 
 
 def _check_quotes(place: str, row: Mapping[str, str | None], surplus: Collection[str], separator: str) -> None:
-    """Raise EchoError if a cell holds a whole row: a quotation mark that is not closed hides the next rows.
+    """Raise EchoError if a cell holds a whole row, because an unclosed quotation mark hides the rows that follow.
 
-    A line of the cell is a row if it has as many columns, and one of them looks like the path of an image. `surplus`
-    are the cells after the last column.
+    A line within a cell counts as a row if it has as many columns, and one of them looks like an image path. `surplus`
+    holds the cells after the last column.
     """
     suffixes = {*IMAGE_SUFFIXES, Path(row["image"] or "").suffix.lower()} - {""}
     for cell in filter(None, (*row.values(), *surplus)):
@@ -148,14 +149,14 @@ def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
 
 
 def _parsed(path: Path, line: str) -> tuple[Mapping[str, Any], str | None]:
-    """Return the cells of a line of JSON as far as they are readable, and why the row cannot be used or None."""
+    """Return the readable cells of a line of JSON, and the reason why the row cannot be used, or None."""
     fault = None
     try:
         row = read_json(line)
     except DuplicateKeyError as error:
         row, fault = read_json(line, unique_keys=False), f"the line is ambiguous ({error}); remove one of the two"
     except ValueError as error:
-        image = IMAGE_KEY.search(line)  # so that other lines about it are not taken for the whole truth
+        image = IMAGE_KEY.search(line)  # so that other lines about this image are not taken for the whole truth
         return {"image": read_json(image[1])} if image else {}, f"the line is not JSON ({error})"
     if not isinstance(row, dict):
         return {}, "the line is not a JSON object"
@@ -189,7 +190,7 @@ def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) ->
 
 
 def _found(names: Collection[str]) -> str:
-    """Describe the columns that were found instead of the required ones, and the remedy."""
+    """Describe the columns that were found instead of the required ones, and say what to do."""
     if not names:
         return "the file is empty; its first line must name the columns"
     found = ", ".join(map(repr, names))

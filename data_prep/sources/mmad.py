@@ -1,9 +1,9 @@
 """MMAD (Jiang et al., ICLR 2025, arXiv 2410.09453): mmad.json and the images of its four datasets.
 
-A key of mmad.json is the path of a query image, `<dataset>/<product>/...`; its folder is the condition. Masks are under
-`rbg_mask` or `rgb_mask` (DS-MVTec) or `ground_truth`. Normal images are in `<dataset>/<product>/train/good`; DS-MVTec
-uses those of MVTec AD, in `MVTec-AD`. Queries form the test split and normal images the train split. Any other file in
-a folder of queries or normal images is rejected by name. Other folders are not read.
+A key in mmad.json is the path of a query image, `<dataset>/<product>/...`, and its folder is the condition. Masks are
+under `rbg_mask` or `rgb_mask` (DS-MVTec) or `ground_truth`. Normal images are in `<dataset>/<product>/train/good`;
+DS-MVTec uses MVTec AD's, in `MVTec-AD`. Queries form the test split, and normal images form the train split. Any other
+file in a folder of queries or normal images is rejected and named. Other folders are not read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from echo_ft.metrics.mmad import MERGED_TYPES
 from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, Inspection, Question, Rejection
 
 NORMAL_FOLDERS = {"DS-MVTec": "MVTec-AD"}
-"""Dataset to the folder with its normal images, if that is not its own folder."""
+"""Maps a dataset to the folder with its normal images, if that is not its own folder."""
 
 
 def read(config: SourceConfig) -> Items:
@@ -114,7 +114,7 @@ def _exists(root: Path, name: str) -> bool:
 
 
 def _row_fault(key: str, row: Any) -> str | None:
-    """Return why a query of mmad.json cannot be used, or None."""
+    """Return why a query in mmad.json cannot be used, or None."""
     if len(key.split("/")) < 4 or not stays_inside(key) or not isinstance(row, dict):
         return "the key is not <dataset>/<product>/.../<condition>/<file>, or its value is not an object"
     for name, kind, what in (
@@ -136,7 +136,7 @@ def _row_fault(key: str, row: Any) -> str | None:
 
 
 def _mask(path: str, root: Path) -> str:
-    """Return the path of a mask, in the other spelling of its folder if only that one exists."""
+    """Return the path of a mask, with the other spelling of its folder if only that one exists."""
     if _exists(root, path):
         return path
     here, other = ("rbg_mask", "rgb_mask") if "rbg_mask" in path else ("rgb_mask", "rbg_mask")

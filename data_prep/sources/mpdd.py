@@ -1,7 +1,7 @@
 """MPDD, Metal Parts Defect Detection (Jezek et al., ICUMT 2021): six metal parts, with masks.
 
-Layout: that of `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. One condition combines two defects.
-It is renamed to both names, because a split by condition must know them.
+Layout: the same as for `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. One condition combines two
+defects. It is renamed to both defects' names, because a split by condition must know them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MVTec AD (Bergmann et al., CVPR 2019): 15 products and textures, 73 defect types, a mask for each defect.
 
-Layout: that of `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. The train split has only
-normal parts. `combined` (cable, pill, wood, zipper) shows several defects of its product at once without naming them.
+Layout: the same as for `folder`, with `<product>/ground_truth/<condition>/<stem>_mask.png`. The train split has only
+normal parts. `combined` (cable, pill, wood, zipper) shows several defects at once without naming them.
 """
 
 from __future__ import annotations

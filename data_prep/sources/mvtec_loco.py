@@ -1,9 +1,9 @@
 """MVTec LOCO AD (Bergmann et al., IJCV 2022): five products with structural defects, such as dents, and logical
 defects, such as missing or surplus parts.
 
-Layout: that of `folder` with train, validation and test; the conditions are `good`, `logical_anomalies` and
-`structural_anomalies`. A defective image has a folder of masks, `ground_truth/<condition>/<stem>/000.png` and so
-on: one per defect, or per place where a missing part could be. They count as one mask here.
+Layout: the same as for `folder`, with train, validation and test. The conditions are `good`, `logical_anomalies` and
+`structural_anomalies`. A defective image has a folder of masks, `ground_truth/<condition>/<stem>/000.png` and so on:
+one per defect, or per place where a missing part could be. They count as one mask here.
 """
 
 from __future__ import annotations

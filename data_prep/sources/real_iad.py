@@ -2,9 +2,9 @@
 
 Layout: the root is `realiad_1024/<product>/...` (or `realiad_512`, `_256`, `_raw`). The manifests are next to it in
 `realiad_jsons/<product>.json`, or in `realiad_jsons/realiad_jsons/<product>.json` as the archive unpacks them. Set
-`annotations` to use the manifest of one product instead, such as one of a single view (`realiad_jsons_sv`). A manifest
-is `{"meta": {"prefix", "normal_class"}, "train": [...], "test": [...]}` with rows of `{"category", "anomaly_class",
-"image_path", "mask_path"}`, and paths are relative to `<root>/<prefix>`.
+`annotations` to use the manifest of one product instead, such as a single-view manifest (`realiad_jsons_sv`). A
+manifest is `{"meta": {"prefix", "normal_class"}, "train": [...], "test": [...]}` with rows of `{"category",
+"anomaly_class", "image_path", "mask_path"}`, and paths are relative to `<root>/<prefix>`.
 
 The views of a sample, `<product>_<number>_<OK or NG_kind>_C<view>_<time>.jpg`, form a group. As in the authors' own
 loader, a view without a mask is normal, because the defect is not visible in it.
@@ -33,7 +33,7 @@ CONDITIONS = {
     "YW": "foreign_objects",
     "ZW": "contamination",
 }
-"""Defect codes of the dataset to conditions."""
+"""Maps the dataset's defect codes to conditions."""
 
 VIEW = re.compile(r"(.+)_C\d+_[^/]*$")
 

@@ -1,12 +1,12 @@
-"""RobustMAD (TMLR 2026, arXiv 2607.16243): its questions about images of MVTec AD and VisA, which it does not contain.
+"""RobustMAD (TMLR 2026, arXiv 2607.16243): questions about images of MVTec AD and VisA, which it does not include.
 
-`annotations` is `RobustMAD_MCQ.json` or `RobustMAD_MCQ_low.json`. The root holds the user's own copies, as `MVTec-AD`
-and `VisA`; links to them will do. VisA may have its published layout (`<product>/Data/Images/Normal/<name>.JPG`) or
-MVTec AD's (`<product>/test/good/<name>.JPG`), as its own script converts it. Degraded images are those that RobustMAD's
-`utils/generate_LoQ_images.py` writes next to the clean ones.
+`annotations` is `RobustMAD_MCQ.json` or `RobustMAD_MCQ_low.json`. The root holds the user's own copies of these, or
+links to them, as `MVTec-AD` and `VisA`. VisA may have its published layout (`<product>/Data/Images/Normal/<name>.JPG`)
+or MVTec AD's (`<product>/test/good/<name>.JPG`), which VisA's own script produces. RobustMAD's
+`utils/generate_LoQ_images.py` writes the degraded images next to the clean ones.
 
-The images in question form the test split. The reference that RobustMAD names is used as given. The training images of
-the same products are the train split. Other images are not read.
+The images that the questions are about form the test split. The reference that RobustMAD names is used as given. The
+training images of the same products form the train split. Other images are not read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PUBLISHED_FOLDERS = {GOOD: "Data/Images/Normal", "bad": "Data/Images/Anomaly"}
 
 
 def read(config: SourceConfig) -> Items:
-    """Yield the images in question with their questions and reference, then the normal images of their products.
+    """Yield the queries with their questions and reference, then the normal images of their products.
 
     Raises EchoError if the file of questions cannot be read or if none of its images is found.
     """
@@ -67,19 +67,19 @@ def _asked(image: AskedImage, place: str, root: Path) -> Items:
 
 
 def _locate(root: Path, name: str) -> str | None:
-    """Return the path of an image in the layout on disk, or None if it is in neither."""
+    """Return the path of an image in the layout that is on disk, or None if it exists in neither layout."""
     return next((place for place in (name, *_published(name)) if (root / place).is_file()), None)
 
 
 def _published(name: str) -> Iterator[str]:
-    """Yield the path of an image in VisA's published layout, if it is one of VisA's."""
+    """Yield the path of an image in VisA's published layout, if the image is from VisA."""
     parts = PurePosixPath(name).parts
     if len(parts) > 4 and parts[0] == "VisA" and parts[3] in PUBLISHED_FOLDERS:
         yield "/".join((*parts[:2], PUBLISHED_FOLDERS[parts[3]], *parts[4:]))
 
 
 def _mask_names(image: AskedImage) -> Iterator[str]:
-    """Yield where the mask of a defect may be. Blur and low light do not move the defect."""
+    """Yield paths where the mask of a defect may be. Blur and low light do not move the defect."""
     if image.condition == GOOD:
         return
     stem = PurePosixPath(image.id).stem
@@ -91,7 +91,7 @@ def _mask_names(image: AskedImage) -> Iterator[str]:
 def _normals(root: Path, dataset: str, product: str, used: set[str]) -> Items:
     """Yield the normal images of a product that no question is about.
 
-    VisA's published layout has no folder of training images, so all its other normal images count as such.
+    VisA's published layout has no folder of training images, so all its other normal images count as training images.
     """
     folder = root / dataset / product / "train" / GOOD
     if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""The built-in demo dataset: images of three drawn products, half of the parts with a defect.
+"""The built-in demo dataset: images of three drawn products. Half of the parts have a defect.
 
-`read` draws into `config.root`: `images/<product>/<part>_<exposure>.png`, and for a defective part a mask of the same
-name under `masks/`. Every fourth part has two images with different exposures. The appearance of a part does not depend
-on the number of parts.
+`read` draws `images/<product>/<part>_<exposure>.png` in `config.root`, and for a defective part also a mask with the
+same name under `masks/`. Every fourth part has two images with different exposures. The appearance of a part does not
+depend on the number of parts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _render(inspection: Inspection, seed: int) -> parts.RenderedPart:
         part_seed, *cameras = rng.integers(2**31, size=3).tolist()
         made = parts.demo_part(inspection.product, inspection.condition, part_seed)
         renders = [parts.render_part(made, camera) for camera in cameras]
-        # The choice must not depend on the exposure, or two images of a part would show different parts.
+        # The choice must not depend on the exposure. Otherwise, two images of one part would show different parts.
         if inspection.condition == GOOD or all(render.mask.sum() >= _MIN_VISIBLE_PIXELS for render in renders):
             return renders[int(exposure) - 1]
 

@@ -2,10 +2,10 @@
 
 Layout: `<product>/Data/Images/{Normal,Anomaly}/<name>.JPG`, masks `<product>/Data/Masks/Anomaly/<name>.png`, and
 `split_csv/1cls.csv`, `2cls_fewshot.csv` or `2cls_highshot.csv` with the columns object, split, label, image, mask.
-`annotations` selects one of them. The default is `1cls.csv`, whose train split has only normal parts.
+`annotations` selects one of these files. The default is `1cls.csv`, whose train split has only normal parts.
 
 The split files only say `anomaly`. `<product>/image_anno.csv` (image, label, mask) names the defects; `bent,melt` means
-two defects in one image. Without that file, defects have no name.
+two defects in one image. Without this file, defects have no names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEFECT_NAMES_FILE = "image_anno.csv"
 
 
 def read(config: SourceConfig) -> Items:
-    """Yield the images of one split file with its splits. Raises EchoError if the file is missing or malformed."""
+    """Yield the images and splits that one split file lists. Raises EchoError if the file is missing or malformed."""
     root = config.root
     path = config.annotations or root / SPLIT_FILES / "1cls.csv"
     rows = list(_rows(path, ("object", "split", "label", "image", "mask")))
@@ -89,7 +89,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
 
 
 def _defect_names(path: Path) -> dict[str, str]:
-    """Return the defect names, or `normal`, of each image; empty if the product has no such file."""
+    """Return the defect names, or `normal`, of each image. Empty if the product has no file that names them."""
     names: dict[str, str] = {}
     for _, row in _rows(path, ("image", "label", "mask")) if path.is_file() else ():
         names[row["image"]] = ",".join(filter(None, (names.get(row["image"]), row["label"])))

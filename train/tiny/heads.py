@@ -1,7 +1,7 @@
 """Linear heads that pretraining adds to echo-tiny, and their losses on masks. The saved model has none of them.
 
-A completion says one word about a defect that covers one image token in thirty. The heads say at every patch, image
-token and text token what is there, which teaches more in the same time.
+A completion contains only one word about a defect, which covers one image token in thirty. The heads predict what is at
+every patch, image token and text token, which teaches more in the same time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PATCHES = 4
 """Patches along one side of an image token."""
 
 MIN_PATCH_SHARE, MIN_TOKEN_SHARE = 0.15, 0.03
-"""A patch or an image token shows a defect if the mask covers at least this share of it."""
+"""A patch or an image token shows a defect if the mask covers more than this fraction of it."""
 POSITIVE_WEIGHT = 3.0
-"""Weight of the patches and tokens on a defect, which are few."""
+"""Weight of the few patches and tokens that are on a defect."""
 
 
 class Heads(torch.nn.Module):
@@ -44,19 +44,19 @@ class Heads(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Targets:
-    """What the heads should say about B query images."""
+    """What the heads should predict for B query images."""
 
     shares: Any
-    """(B, 24, 24): share of each patch on the defect, from 0 to 1."""
+    """(B, 24, 24): fraction of each patch that is on the defect, from 0 to 1."""
     defect: Any
-    """(B,): index into DEFECT_NAMES, or -1 without a defect. The next three are indices, and -1 if unknown."""
+    """(B,): index into DEFECT_NAMES, or -1 without a defect. The next three are indices too, or -1 if unknown."""
     tone: Any
     kind: Any
     hue: Any
 
     @property
     def token_shares(self) -> Any:
-        """(B, 36): share of each image token on the defect."""
+        """(B, 36): fraction of each image token that is on the defect."""
         count = len(self.shares)
         return self.shares.view(count, SIDE, PATCHES, SIDE, PATCHES).mean((2, 4)).flatten(1)
 
@@ -67,7 +67,7 @@ class Targets:
 
 
 def place_indices(shares: Any) -> Any:
-    """Index into PLACES of the centre of each defect in `shares` (B, 24, 24). Meaningless without a defect."""
+    """Return the index into PLACES of each defect's centre in `shares` (B, 24, 24). Meaningless without a defect."""
     total, third = shares.sum((1, 2)).clamp(min=1e-6), shares.shape[1] // 3
     middle = torch.arange(shares.shape[1]) + 0.5
     row, column = ((shares.sum(axis) @ middle / total / third).long().clamp(0, 2) for axis in (2, 1))
@@ -75,7 +75,7 @@ def place_indices(shares: Any) -> Any:
 
 
 def tower_loss(heads: Heads, patches: Any, tokens: Any, targets: Targets) -> Any:
-    """Loss at patches (B, 24, 24, width) and merged tokens (B, 6, 6, hidden) of the tower."""
+    """Return the loss at the tower's patches (B, 24, 24, width) and merged tokens (B, 6, 6, hidden)."""
     shown = targets.shares > MIN_PATCH_SHARE
     at_patches = heads.patch(normal(patches))
     loss = _presence(at_patches[..., 0], shown)
@@ -92,7 +92,7 @@ def tower_loss(heads: Heads, patches: Any, tokens: Any, targets: Targets) -> Any
 
 
 def token_loss(head: torch.nn.Linear, states: Any, targets: Targets) -> Any:
-    """Loss of `heads.compared` or `heads.final` at hidden states (B, 36, hidden) of the queries' image tokens."""
+    """Return the loss of `head` at hidden states (B, 36, hidden) of the queries' image tokens."""
     covered = targets.token_shares > MIN_TOKEN_SHARE
     logits = head(normal(states))
     names, rows, columns = logits[..., 1:].split([len(DEFECT_NAMES), SIDE, SIDE], dim=-1)
@@ -102,12 +102,12 @@ def token_loss(head: torch.nn.Linear, states: Any, targets: Targets) -> Any:
 
 
 def reference_loss(head: torch.nn.Linear, states: Any) -> Any:
-    """Loss at hidden states (B, 36, hidden) of normal references, which have no defect."""
+    """Return the loss at hidden states (B, 36, hidden) of normal references, which have no defect."""
     return softplus(head(normal(states))[..., 0]).mean()
 
 
 def text_loss(heads: Heads, states: Any, after: Any, targets: Targets) -> Any:
-    """Loss at hidden states (B, L, hidden) of the text tokens selected by `after` (B, L), which follow the images."""
+    """Return the loss at hidden states (B, L, hidden) of the text after the images, which `after` (B, L) selects."""
     present = targets.defect >= 0
     logits = heads.text(normal(states[after]))
     row = after.nonzero()[:, 0]
@@ -121,7 +121,7 @@ def text_loss(heads: Heads, states: Any, after: Any, targets: Targets) -> Any:
 
 
 def _grid(count: int) -> tuple[Any, Any]:
-    """(count * 36,) rows and columns of the image tokens of `count` images."""
+    """Return the rows and columns, each (count * 36,), of the image tokens of `count` images."""
     token = torch.arange(SIDE * SIDE).repeat(count)
     return token // SIDE, token % SIDE
 
@@ -131,11 +131,11 @@ def _presence(logits: Any, shown: Any) -> Any:
 
 
 def _named(logits: Any, shown: Any, names: Any) -> Any:
-    """Mean loss of the class at the places that show it; `names` is one class per image."""
+    """Return the mean loss of the class at the places that show it. `names` holds one class per image."""
     classes = names.view(-1, *(1,) * (shown.ndim - 1)).expand_as(shown)[shown]
     return _known(logits[shown], classes)
 
 
 def _known(logits: Any, classes: Any) -> Any:
-    """Mean loss of the known classes, and 0 if none is known."""
+    """Return the mean loss of the known classes, or 0 if none is known."""
     return cross_entropy(logits, classes, ignore_index=-1, reduction="sum") / (classes >= 0).sum().clamp(min=1)

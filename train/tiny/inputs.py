@@ -1,4 +1,4 @@
-"""Inputs of echo-tiny: rows drawn from a pool, their tokens and batches, and the states of the language model."""
+"""Inputs of echo-tiny: rows drawn from a pool, their tokens and batches, and the language model's states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.tiny.lessons import LessonRow, PartLabels, image_lessons
 from train.tiny.pool import COLOUR_NAMES, DEFECT_NAMES, EXTENT_NAMES, IMAGES_PER_PRODUCT, KIND_NAMES, TONE_NAMES, Pool
 
 QUERY_SHARES = (0.4, 0.3, 0.3)
-"""Share of normal parts and of the two defective ones among the queries."""
+"""Fractions of queries that show the normal part and each of the two defective parts."""
 
 TOKEN_SIDE = 28
 """Side of one image token in pixels: 4 x 4 merged patches of 7 pixels."""
@@ -28,16 +28,16 @@ TURN_END = "<|im_end|>\n"
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A row as L tokens: one prefix, then its branches, which do not attend to each other."""
+    """A row as L tokens: a prefix followed by its branches, which do not attend to each other."""
 
     ids: np.ndarray
     """(L,)"""
     positions: np.ndarray
     """(3, L): M-RoPE positions in time, height and width. Every branch starts right after the prefix."""
     branch: np.ndarray
-    """(L,): 0 in the prefix, then the number of the branch."""
+    """(L,): 0 in the prefix, otherwise the number of the branch."""
     trained: np.ndarray
-    """(L,): true for the tokens that are trained."""
+    """(L,): true for tokens that contribute to the loss."""
 
 
 def encode_row(row: LessonRow, tokenizer: Any) -> TokenRow:
@@ -74,14 +74,14 @@ def encode_row(row: LessonRow, tokenizer: Any) -> TokenRow:
         prompt, completion = encode(lesson.prompt + ASSISTANT_OPENING), encode(lesson.completion + TURN_END)
         add(prompt + completion, position)
         branch.append(np.full(len(prompt) + len(completion), number))
-        # In rows of text, prompts are trained too: they repeat the words of options, which teaches copying.
-        # No loss is computed on the first token, because in a row it follows another branch.
+        # In rows of text, prompts are trained too, because they repeat the words of options, which teaches copying. No
+        # loss is computed on the first token, because in a row it follows another branch.
         trained.append(np.repeat([False, not row.images, True], [1, len(prompt) - 1, len(completion)]))
     return TokenRow(*(np.concatenate(parts, axis=-1) for parts in (ids, positions, branch, trained)))
 
 
 def collate_rows(rows: list[LessonRow], tokenizer: Any) -> dict[str, Any]:
-    """Rows as tensors padded to length L: ids and labels (B, L), positions (3, B, L), attention mask (B, 1, L, L).
+    """Pad rows to length L. Return ids and labels (B, L), positions (3, B, L) and the attention mask (B, 1, L, L).
 
     `is_image` (B, L) is true for image tokens.
     """
@@ -111,7 +111,7 @@ def text_states(language: Any, batch: dict[str, Any], tokens: Any, first: int, l
     """Run layers `first` to `last` - 1 of a language model on a batch of rows.
 
     `tokens` are the merged image tokens of all images in order, (images, ..., hidden), or None without images. Returns
-    the embeddings and then each layer's output, (B, L, hidden).
+    the embeddings and then each layer's output, all (B, L, hidden).
     """
     states = language.embed_tokens(batch["ids"])
     if tokens is not None:
@@ -125,7 +125,7 @@ def text_states(language: Any, batch: dict[str, Any], tokens: Any, first: int, l
 
 
 def trained_logits(model: Any, batch: dict[str, Any], states: Any) -> tuple[Any, Any]:
-    """Logits (N, vocabulary) for the N trained tokens of a batch, and these tokens (N,).
+    """Return the logits (N, vocabulary) for the N trained tokens of a batch, and these tokens (N,).
 
     `states` (B, L, hidden) is the output of the last layer.
     """
@@ -134,25 +134,25 @@ def trained_logits(model: Any, batch: dict[str, Any], states: Any) -> tuple[Any,
 
 
 def query_tokens(batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Index of the tokens (B, 36) of each row's last image in hidden states (B, L, hidden)."""
+    """Return indices into hidden states (B, L, hidden) of the tokens (B, 36) of each row's last image."""
     at = torch.stack([row.nonzero()[-(SIDE**2) :, 0] for row in batch["is_image"]])
     return torch.arange(len(at))[:, None], at
 
 
 @dataclass(frozen=True)
 class DrawnRows:
-    """Rows on images of a pool, with the targets of their queries."""
+    """Rows about images from a pool, with the targets of their queries."""
 
     rows: tuple[LessonRow, ...]
     targets: Targets
     images: Any
-    """(images, 168, 168, 3): all images in order, in the light of their row."""
+    """(images, 168, 168, 3): all images in order, each in its row's light."""
     queries: Any
-    """(B,): index of the query of each row among the images. It is the last image of the row."""
+    """(B,): index among the images of each row's query, which is the last image of the row."""
 
 
 def draw_rows(rng: np.random.Generator, pool: Pool, count: int, branches: int) -> DrawnRows:
-    """Draw rows with at most `branches` lessons: most have one reference, some have none or two candidates."""
+    """Draw rows with at most `branches` lessons. Most have one reference; some have none or two candidates."""
     rows, images, shares, indices, lights = [], [], [], [], []
     for _ in range(count):
         normals = int(rng.choice([0, 1, 2], p=[0.18, 0.7, 0.12]))
@@ -160,7 +160,7 @@ def draw_rows(rng: np.random.Generator, pool: Pool, count: int, branches: int) -
         first = IMAGES_PER_PRODUCT * product
         index = first + int(rng.choice([1, 2, 3], p=QUERY_SHARES))
         shown = [first] * min(1, normals)
-        if normals == 2:  # the other candidate is another part of the product, or of another product
+        if normals == 2:  # the other candidate is another part of the same product, or of another product
             foreign = index == first + 1 or rng.random() < 0.5
             shown.append(IMAGES_PER_PRODUCT * int(rng.integers(pool.products)) if foreign else first + 1)
             shown = [shown[n] for n in rng.permutation(2)]
@@ -183,13 +183,13 @@ def draw_rows(rng: np.random.Generator, pool: Pool, count: int, branches: int) -
 
 
 def turn(array: NDArray[Any], turns: int, mirrored: bool) -> NDArray[Any]:
-    """Turn an array (height, width, ...) by quarters, and mirror it."""
+    """Turn an array (height, width, ...) by quarter turns, and mirror it if requested."""
     turned = np.rot90(array, turns)
     return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
 
 
 def part_labels(pool: Pool, index: int, shares: NDArray[np.uint8]) -> PartLabels:
-    """Return what lessons can ask about image `index`, whose turned `shares` give the place."""
+    """Return what lessons can ask about image `index`. Its turned `shares` give the defect's place."""
     label = pool.labels[index]
 
     def name(field: str, names: Sequence[str]) -> str:
@@ -207,7 +207,7 @@ def _misfit(image: NDArray[np.uint8], query: NDArray[np.uint8]) -> float:
 
 
 def targets_of(pool: Pool, indices: NDArray[np.int64], shares: Any) -> Targets:
-    """Return what the heads should say about images `indices` (B,), whose turned `shares` (B, 24, 24) reach 255."""
+    """Return what the heads should predict for images `indices` (B,). Their turned `shares` (B, 24, 24) reach 255."""
     labels = pool.labels[indices]
     fields = (torch.from_numpy(labels[field].astype(np.int64)) for field in ("defect", "tone", "kind", "colour"))
     return Targets(shares.float() / 255, *fields)

@@ -1,4 +1,4 @@
-"""The training loop of a pretraining stage. A stage that was stopped resumes, and ends in the same weights."""
+"""The training loop of a pretraining stage. A stopped stage can resume and then produces the same weights."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ WARMUP_STEPS = 50
 MAX_GRADIENT_NORM = 1.0
 
 StepLosses = Callable[[np.random.Generator, float], dict[str, torch.Tensor]]
-"""Draws a batch and returns its losses, weighted. Everything random comes from the generator of the step.
+"""Draws a batch and returns its weighted losses. All randomness comes from the step's generator.
 
-The second argument is the share of the stage's steps that are done.
+The second argument is the fraction of the stage's steps that are done.
 """
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and learning rate of a stage: linear warm-up, constant, then linear decay to zero."""
+    """Length and learning rate of a stage: linear warm-up, a constant phase, then linear decay to zero."""
 
     steps: int
     decay_share: float = 0.4
 
     def factor(self, step: int) -> float:
-        """Return the share of the peak learning rate at `step`."""
+        """Return the learning rate at `step` as a fraction of its peak."""
         rest = 1 - step / self.steps
         return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, rest / self.decay_share)
 
@@ -50,9 +50,9 @@ def train_stage(
     losses: StepLosses,
     schedule: Schedule,
 ) -> float:
-    """Train a stage, or what is left of it, and save `trained` as `NAME.pt` in `folder`. Returns the minutes it took.
+    """Train a stage, or the rest of it, and save `trained` as `NAME.pt` in `folder`. Returns the minutes that it took.
 
-    A finished stage is loaded. The learning rate that each parameter group has at the start is its peak.
+    A finished stage is only loaded. Each parameter group's initial learning rate is its peak.
     """
     finished, partial, minutes, first = folder / f"{name}.pt", folder / f"{name}.partial.pt", 0.0, 0
     if finished.is_file():
@@ -74,7 +74,7 @@ def train_stage(
     def spent() -> float:
         return minutes + (time.monotonic() - started) / 60
 
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading made new ones
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading created new groups
     weights = [weight for group in groups for weight in group["params"]]
     for step in range(first, schedule.steps):
         for group, peak in zip(groups, peaks, strict=True):
@@ -104,19 +104,19 @@ def train_stage(
 
 
 def save(value: dict[str, Any], path: Path) -> None:
-    """Save so that the file is whole or absent at any moment."""
+    """Save atomically, so that the file is always either complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as new:
         torch.save(value, new)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load what `save` saved."""
+    """Load a file that `save` wrote."""
     return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
 
 
 def adamw(weights: Sequence[torch.nn.Parameter], lr: float, decay: float = 0.05) -> torch.optim.AdamW:
-    """AdamW with weight decay only for matrices."""
+    """Return AdamW with weight decay only for matrices."""
     groups = [
         {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": decay},
         {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},

@@ -1,7 +1,8 @@
-"""What pretraining measures after each stage, on held-out products of the world and on the demo's products.
+"""Measure each pretraining stage, on held-out products of the world and on the demo's products.
 
-The tower, the comparing layer and the text tell a defect by their heads, the whole model by the letter it answers. Each
-is read with a normal reference of the same product, with one of another product, and without.
+At the tower, the comparing layer and the text, heads detect a defect. The whole model detects it by the letter that it
+answers. All but the tower, which sees only the query, are measured with a normal reference of the same product, with
+one of another product, and with none.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def draw_demo_pool(folder: Path, products: int, first: int) -> None:
 
 
 def held_out_pools(folder: Path, products: int) -> dict[str, Pool]:
-    """Return the pools of `known` and `new` products in a folder, and draw them if they are missing.
+    """Return the pools of `known` and `new` products in a folder. Draw them first if they are missing.
 
-    `known` are products of the world that pretraining did not see; `new` are those of the demo.
+    `known` products are from the world but were not seen in pretraining; `new` products are those of the demo.
     """
     for name, draw in (("known", draw_pool), ("new", draw_demo_pool)):
         if not (folder / name).is_dir():
@@ -73,7 +74,7 @@ def measure_stage(stage: str, student: Student, pools: dict[str, Pool]) -> dict[
 
 
 def measure_text(student: Student, rows: int = 64) -> float:
-    """Share of right letters in held-out rows of text."""
+    """Return the fraction of correct letters in held-out rows of text."""
     batch = collate_rows([draw_text_row(seed) for seed in range(rows)], student.tokenizer)
     first = 0 if student.language.layers[COMPARING].self_attn.o_proj.weight.any() else BRINGING + 1
     states = text_states(student.language, batch, None, first, len(student.language.layers))[-1]
@@ -83,7 +84,7 @@ def measure_text(student: Student, rows: int = 64) -> float:
 
 
 def measure_detection(stage: str, student: Student, pool: Pool) -> dict[str, float]:
-    """AUROC of the defect on the first normal and the first defective image of each product, by place in the model."""
+    """Return the AUROC of detection on each product's normal and first defective query, keyed by place in the model."""
     defective = np.tile([False, True], pool.products)
     figures = {}
     for references in REFERENCES if stage != "look" else ("none",):
@@ -93,7 +94,7 @@ def measure_detection(stage: str, student: Student, pool: Pool) -> dict[str, flo
                 scores.setdefault(place, []).append(values)
         for place, values in scores.items():
             if place == "tower" and references != "none":
-                continue  # it sees the query alone
+                continue  # the tower sees only the query
             value = auroc(np.ones((1, len(defective))), torch.cat(values).double().numpy(), defective)
             figures[f"{place}, {references} reference" if place != "tower" else place] = float(value[0])
     return figures
@@ -114,7 +115,7 @@ def _detection_batches(pool: Pool, references: str) -> Iterator[list[LessonRow]]
 
 
 def _detection_scores(stage: str, student: Student, rows: Sequence[LessonRow]) -> dict[str, Any]:
-    """(B,) scores of rows with one lesson, by the places that the stage has trained."""
+    """Return the scores (B,) of rows with one lesson, keyed by the places that the stage has trained."""
     heads, language, count = student.heads, student.language, len(rows[0].images)
     images = np.stack([image for row in rows for image in row.images])
     _, tokens = student.look(torch.from_numpy(images).float())
@@ -139,7 +140,7 @@ def _detection_scores(stage: str, student: Student, rows: Sequence[LessonRow]) -
 
 
 def measure_letters(student: Student, pool: Pool) -> dict[str, float]:
-    """Share of right letters by skill, on held-out products with a reference of their own."""
+    """Return the fraction of correct letters per skill, on held-out products with a reference of the same product."""
     hits: dict[str, list[bool]] = {}
     for start in range(0, pool.products, BATCH):
         rows, skills = [], []

@@ -42,18 +42,18 @@ SPECIAL_TOKENS = (
 VOCABULARY_SIZE = 3072
 
 PATCH_SIZE, MERGE_SIZE = 7, 4
-"""A token has 28 x 28 pixels, as in Qwen2-VL, in 4 x 4 patches: small patterns are learned at 16 places a token."""
+"""A token has 28 x 28 pixels, as in Qwen2-VL, but 4 x 4 patches, so it learns small patterns at 16 places."""
 COMPARING, BRINGING = 0, 1
-"""Layers of the language model that compare the query with the reference, and bring the result to the text.
+"""Layers of the language model that compare the query with the reference and bring the result to the text.
 
-Text without images passes through them unchanged. The layers after them read and answer.
+Text without images passes through these layers unchanged. The layers after them read and answer.
 """
 READING = slice(2, 6)
 """The layers that read and answer."""
 
 
 def build_tokenizer(rows: Iterable[LessonRow]) -> Any:
-    """Train a byte-level BPE tokenizer on lessons, words and phrases, with Qwen2's pre-tokenizer and special tokens."""
+    """Train a byte-level BPE tokenizer with Qwen2's pre-tokenizer and special tokens on lessons, words and phrases."""
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -90,7 +90,7 @@ def build_tokenizer(rows: Iterable[LessonRow]) -> Any:
 
 
 def build_processor(tokenizer: Any) -> Any:
-    """Qwen2-VL's processor. By default, an image becomes at most 36 image tokens, as in pretraining."""
+    """Return Qwen2-VL's processor. By default, an image becomes at most 36 image tokens, as in pretraining."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     size = {"shortest_edge": 112 * 112, "longest_edge": 168 * 168}
@@ -104,7 +104,7 @@ def build_processor(tokenizer: Any) -> Any:
 
 
 def build_model(tokenizer: Any) -> Any:
-    """A small Qwen2-VL with float32 weights: random, except for the prepared embeddings and attention."""
+    """Return a small Qwen2-VL with float32 weights, random except for the prepared embeddings and attention."""
     from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     token = tokenizer.convert_tokens_to_ids
@@ -121,8 +121,8 @@ def build_model(tokenizer: Any) -> Any:
             "max_position_embeddings": 4096,
             "initializer_range": 0.05,
             # Qwen2-VL assigns its highest frequencies to time and its lowest to width. With its theta and sections,
-            # heads of 32 channels could not distinguish adjacent columns in a grid of 6. The slowest channels must
-            # stay, because they match words at any distance.
+            # heads of 32 channels could not distinguish adjacent columns in a grid of 6. The slowest channels must be
+            # kept, because they match words at any distance.
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [1, 1, 14]},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
@@ -163,9 +163,10 @@ def build_model(tokenizer: Any) -> Any:
 
 
 def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
-    """Initialise the spellings of a word (upper and lower case, with and without a leading space) near each other.
+    """Initialise all spellings of a word (upper or lower case, with or without a leading space) close to each other.
 
-    The embeddings are also the output matrix. If they were smaller, a copied token could hardly raise its own logit.
+    The embeddings also serve as the output matrix. If they were smaller, a copied token could hardly raise its own
+    logit.
     """
     import torch
 
@@ -178,14 +179,14 @@ def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
 
 
 def _prepare_attention(model: Any, answer: int) -> None:
-    """Initialise attention so that the model can answer by letter. Random weights do not learn this in so short a time.
+    """Initialise attention so that the model can answer with a letter. Random weights do not learn this in the time.
 
     Three groups of channels hold a token's own word, a word to search for, and a letter. The first reading layer writes
-    an option's letter next to its words (two and three tokens back). The second to last layer fetches the words before
-    the instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter.
-    Training then learns to find answers elsewhere: further back in the text, and in images. The second reading layer
-    starts with queries equal to keys, and every output matrix undoes its value matrix, as in mimetic initialization
-    (Trockman and Kolter, arXiv 2305.09828). The other heads attend to all tokens alike.
+    an option's letter next to its words (two and three tokens back). The second-to-last layer fetches the words before
+    the instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter. In
+    training, the model then learns to find answers elsewhere: further back in the text, and in images. The second
+    reading layer starts with queries equal to keys, and every output matrix undoes its value matrix, as in mimetic
+    initialization (Trockman and Kolter, arXiv 2305.09828). The other heads attend equally to all tokens.
     """
     import torch
 
@@ -217,9 +218,9 @@ def _prepare_attention(model: Any, answer: int) -> None:
 
 
 def prepare_comparison(model: Any) -> None:
-    """Let two heads of the comparing layer start at the token of the image before, at the same place.
+    """Initialise two heads of the comparing layer to attend to the token at the same place in the previous image.
 
-    The grids of two images of 6 x 6 tokens lie 8 positions apart in time, height and width: 6 of the image and one for
+    The grids of two images of 6 x 6 tokens are 8 positions apart in time, height and width: 6 for the image and one for
     each of the two special tokens between them. The layer's output starts small.
     """
     import torch
@@ -243,9 +244,9 @@ def prepare_comparison(model: Any) -> None:
 
 
 def prepare_bringing(model: Any, found: Any) -> None:
-    """Let two heads of the bringing layer start at the image tokens that show a defect.
+    """Initialise two heads of the bringing layer to attend to the image tokens that show a defect.
 
-    `found` (hidden,) is the direction in which the comparing layer writes that a token shows a defect.
+    `found` (hidden,) is the direction in which the comparing layer encodes that a token shows a defect.
     """
     import torch
 
@@ -267,7 +268,7 @@ def prepare_bringing(model: Any, found: Any) -> None:
 
 
 def _reset_layer(layer: Any) -> None:
-    """Initialise a layer, and let it write nothing yet."""
+    """Initialise a layer so that it has no effect yet."""
     import torch
 
     with torch.no_grad():
@@ -281,12 +282,12 @@ def _reset_layer(layer: Any) -> None:
 
 
 def _heads(matrix: Any, width: int) -> Any:
-    """The rows of a projection (heads x width, hidden) as (heads, width, hidden), without a copy."""
+    """Return a view of a projection's rows (heads x width, hidden) as (heads, width, hidden)."""
     return matrix.view(-1, width, matrix.shape[1])
 
 
 def _init_mimetic(attention: Any, equal_queries: bool) -> None:
-    """Initialise keys and values as orthogonal, and the output as the transpose of the values."""
+    """Initialise keys and values as orthogonal matrices, and the output as the transpose of the values."""
     import torch
 
     width, group = attention.head_dim, attention.num_key_value_groups
@@ -300,7 +301,7 @@ def _init_mimetic(attention: Any, equal_queries: bool) -> None:
 
 
 def _attend_back(attention: Any, frequencies: Any, distances: tuple[int, ...]) -> None:
-    """Let each head attend to the token at its distance, by position only."""
+    """Make each head attend to the token at its distance, by position only."""
     import torch
 
     half = len(frequencies)
@@ -314,19 +315,19 @@ def _attend_back(attention: Any, frequencies: Any, distances: tuple[int, ...]) -
 
 
 def _write_to(attention: Any, head: int, channels: Any) -> None:
-    """Let a head write its output (width) to `channels` (width, hidden)."""
+    """Make a head write its output (width) to `channels` (width, hidden)."""
     output = attention.o_proj.weight
     output.view(output.shape[0], -1, channels.shape[0])[:, head] = channels.T
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """Save the model and its processor, and round the weights of `model` to bfloat16.
+    """Save the model and its processor. Also round the weights of `model` to bfloat16.
 
-    bfloat16 halves the size of the file. The weights load as float32, in which a CPU computes.
+    bfloat16 halves the size of the file. The weights load as float32, which CPUs compute in.
     """
     import torch
 
     processor.save_pretrained(folder)
     halves = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    model.save_pretrained(folder, state_dict=halves)  # the output matrix is the embeddings
+    model.save_pretrained(folder, state_dict=halves)  # the embeddings serve as the output matrix
     model.load_state_dict(halves, strict=False)  # later measurements use the saved weights

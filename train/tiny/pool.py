@@ -1,7 +1,7 @@
 """Pools: drawn images in memory-mapped files, which pretraining reads.
 
-A product has four images in a row: a normal reference, a normal part and two defective parts, all different parts. Each
-product is drawn from its own seed, so processes can draw ranges of one endless sequence side by side.
+A product has four consecutive images of different parts: a normal reference, a normal part and two defective parts.
+Each product is drawn from its own seed, so processes can draw ranges of one endless sequence in parallel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from echo_ft.files import atomic_folder
 
 IMAGES_PER_PRODUCT = 4
 PATCH = 7
-"""Side of a patch of the vision tower in pixels. `shares` has one value for each."""
+"""Side of a vision tower patch in pixels. `shares` has one value for each patch."""
 
 KIND_NAMES = WORLD_KINDS
 COLOUR_NAMES = tuple(COLOURS)
@@ -36,7 +36,7 @@ TONE_NAMES = ("", "dark", "bright", *COLOURS)
 EXTENT_NAMES = ("small", "medium", "large")
 
 LABELS = np.dtype([(name, np.int16) for name in ("kind", "colour", "defect", "tone", "extent")])
-"""Indices into the names above; -1 where there is none. Images without colour have no colour and no coloured tone."""
+"""Indices into the names above, or -1 for none. Images without colour have no colour and no coloured tone."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pool:
     images: NDArray[np.uint8]
     """(4 products, 168, 168, 3)."""
     shares: NDArray[np.uint8]
-    """(4 products, 24, 24): 255 times the share of each patch that lies on the defect."""
+    """(4 products, 24, 24): 255 times the fraction of each patch that is on the defect."""
     labels: NDArray[np.void]
     """(4 products,) of type LABELS."""
 
@@ -56,7 +56,7 @@ class Pool:
 
 
 def draw_pool(folder: Path, products: int, first: int) -> None:
-    """Draw products number `first` to `first + products - 1` into a folder, which appears once it is complete.
+    """Draw products `first` to `first + products - 1` into a folder, which appears once it is complete.
 
     It replaces a folder of the same name. Raises EchoError if the parent folder is not writable.
     """
@@ -89,7 +89,7 @@ def draw_product(seed: int) -> tuple[Product, list[tuple[RenderedPart, Defect | 
 
 
 def patch_shares(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return 255 times the share of each patch of 7 x 7 pixels that a mask (height, width) covers."""
+    """Return 255 times the fraction of each patch of 7 x 7 pixels that a mask (height, width) covers."""
     rows, columns = mask.shape[0] // PATCH, mask.shape[1] // PATCH
     return np.rint(255 * mask.reshape(rows, PATCH, columns, PATCH).mean((1, 3))).astype(np.uint8)
 

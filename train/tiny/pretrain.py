@@ -1,8 +1,8 @@
 """Pretrain echo-tiny from scratch on drawn parts: `python -m train.tiny.pretrain --output DIR`.
 
 echo-tiny is a Qwen2-VL with three million parameters and Qwen2-VL's own classes, special tokens and chat template. It
-learns in five stages (train.tiny.stages). A stage that was stopped resumes at its last checkpoint; finished stages are
-kept in `--work`. The first two do not depend on each other, and `--stages` can run them side by side.
+learns in five stages (train.tiny.stages). A stopped stage resumes from its last checkpoint, and finished stages are
+kept in `--work`. The first two stages do not depend on each other, so `--stages` can run them in parallel.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from train.tiny.pool import DEFECT_NAMES, KIND_NAMES, draw_pool, open_pool
 STEPS = {"read": 3000, "look": 3200, "compare": 1300, "bring": 450, "answer": 1000}
 """Steps of each stage."""
 BEFORE = {"read": (), "look": (), "compare": ("look",), "bring": ("compare",), "answer": ("bring", "read")}
-"""The stages whose weights a stage starts from. What a later one in the list has trained counts."""
+"""The stages whose weights a stage starts from. Weights that a later stage in the list trained take precedence."""
 DATA = """- **Data**: {images:,} images drawn by `echo_ft/drawn`. The kinds of parts are {kinds}. The defects are
 {defects}. The model has never seen the products or defects of the demo. Their names occur only in rows of randomly
 combined words. The lessons are in `train/tiny/lessons.py`."""
-"""A paragraph of the card."""
+"""A paragraph of the model card."""
 REFERENCES = ("own", "other", "none")
 """A normal reference of the same product, one of another product, or no reference."""
 LETTER = "known: letter by skill, "
-"""Start of the figures on letters."""
+"""Prefix of the names of figures about letters."""
 CARD = """# echo-tiny
 
 A small Qwen2-VL with {millions} M parameters. It uses Qwen2-VL's own classes, special tokens and chat template. With
@@ -66,8 +66,8 @@ Limits: it knows drawn surfaces, about 850 words and short answers, and little a
 words that its lessons did not contain.
 """
 MINIMA = {"products": 8, "held_out": 5, "threads": 1, "seed": 0}
-"""The smallest value of each option: a batch has images of eight products, and the reference of another product is that
-four further on."""
+"""The smallest value of each option. A batch has images of eight products, and the reference of another product comes
+from the product four places later."""
 FIRST_TRAINING_PRODUCT = 10**6
 """Products with smaller numbers are never trained on."""
 
@@ -91,7 +91,7 @@ class PretrainConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Draw the images, train the stages that are not finished, measure each, and write the model and its card."""
+    """Draw the images, train and measure each unfinished stage, and write the model and its card."""
     (config,) = parse([PretrainConfig], argv)
     output, work = Path(config.output), Path(config.work)
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_work(config: PretrainConfig, work: Path) -> None:
-    """Record the options in a new work folder. Raises EchoError if its stages were trained with other ones."""
+    """Record the options in a new work folder. Raises EchoError if its stages were trained with other options."""
     options = {name: getattr(config, name) for name in ("seed", "products", "steps_share", "held_out")}
     file = work / "options.json"
     if not file.is_file():
@@ -131,9 +131,9 @@ def check_work(config: PretrainConfig, work: Path) -> None:
 
 
 def check_tokens(vocabulary: Mapping[str, int], work: Path) -> None:
-    """Record the tokens in a new work folder. Raises EchoError if its stages were trained with other ones.
+    """Record the tokens in a new work folder. Raises EchoError if its stages were trained with other tokens.
 
-    The tokens follow from the words of the lessons and prompts, so an edit of these can change them between stages.
+    The tokens depend on the words in lessons and prompts, so editing these can change the tokens between stages.
     """
     file = work / "tokens.json"
     if not file.is_file():
@@ -195,7 +195,7 @@ def train(stage: str, config: PretrainConfig, work: Path) -> None:
 
 
 def training_pool(config: PretrainConfig, work: Path) -> Any:
-    """Return the pool to train on, and draw it first if it is missing."""
+    """Return the pool to train on. Draw it first if it is missing."""
     folder = work / "pool"
     if not folder.is_dir():
         LOGGER.info("drawing %d images", 4 * config.products)
@@ -251,7 +251,7 @@ def detection_rows(results: Mapping[str, Any]) -> list[str]:
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """Names as they are listed in a sentence."""
+    """Return the names as a sentence would list them."""
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -1,9 +1,9 @@
-"""The vision tower as a small convolutional network: attention heads that start as shifts to one neighbour.
+"""The vision tower as a small convolutional network, whose attention heads start as shifts to one neighbour.
 
-A head whose queries and keys are fixed, and which rotary positions point at one offset, copies the value of that
-neighbour. While pretraining keeps it fixed, the copy is computed directly (`encode_as_shifts`), which is ten times
-faster than softmax over 576 patches. The weights are those of transformers' own tower at every moment, and softmax
-attention gives the same features up to a small share of its neighbours. Later training may change the queries and keys.
+A head with fixed queries and keys, whose rotary positions point to one offset, copies the value of the neighbour there.
+While pretraining keeps it fixed, the copy is computed directly (`encode_as_shifts`), ten times faster than softmax over
+576 patches. The weights always fit transformers' own tower, whose softmax attention gives the same features apart from
+a small contribution of other patches. Later training may change the queries and keys.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ BLOCKS: tuple[tuple[Offset | None, ...], ...] = (
 """The offset of each head, by block. None is the mean of all patches."""
 
 ROTARY_SHARES = (1.0, 12.0, 0.0, 0.0)
-"""Weight of each rotary frequency (1, 0.1, 0.01, 0.001 per patch). The second one rules out patches a period away."""
+"""Weight of each rotary frequency (1, 0.1, 0.01, 0.001 per patch). The second rules out patches one period away."""
 SHARPNESS = 50.0
-"""Logit at the offset per unit of ROTARY_SHARES, before attention's scaling. Adjacent patches get 1/10,000 of it."""
+"""Logit at the offset per unit of ROTARY_SHARES, before attention's scaling. Adjacent patches get 1/10,000 as much."""
 QUICK_GELU = 1.702
-"""quick_gelu(x) = silu(1.702 x) / 1.702. silu is faster here, with the factors moved into the weights."""
+"""quick_gelu(x) = silu(1.702 x) / 1.702. silu is faster here, because the factors move into the weights."""
 
 
 def prepare_shifts(visual: Any) -> None:
-    """Initialise a Qwen2-VL vision tower: attention as shifts, other matrices by the number of their inputs."""
+    """Initialise a Qwen2-VL vision tower: attention as shifts, other matrices at random, scaled by their fan-in."""
     width, head = visual.config.embed_dim, visual.config.embed_dim // visual.config.num_heads
     frequencies = visual.rotary_pos_emb.inv_freq
     count = len(frequencies)
@@ -66,7 +66,7 @@ def prepare_shifts(visual: Any) -> None:
 
 
 def normalize(images: Any, patch: int) -> Any:
-    """Images (B, height, width, 3) from 0 to 255 as normalised patches (B, rows, columns, 3 * patch * patch)."""
+    """Return images (B, height, width, 3) from 0 to 255 as normalised patches (B, rows, columns, 3 * patch * patch)."""
     mean, deviation = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
     count, height, width, _ = images.shape
     pixels = (images / 255 - mean) / deviation
@@ -75,7 +75,7 @@ def normalize(images: Any, patch: int) -> Any:
 
 
 def encode_as_shifts(visual: Any, patches: Any) -> tuple[Any, Any]:
-    """Encode patches (B, rows, columns, values) by the weights of a Qwen2-VL tower whose attention is shifts.
+    """Encode patches (B, rows, columns, values) with the weights of a Qwen2-VL tower whose attention heads are shifts.
 
     Returns the last block's features (B, rows, columns, width) and the merged tokens (B, rows / merge, columns / merge,
     hidden).
@@ -98,7 +98,7 @@ def encode_as_shifts(visual: Any, patches: Any) -> tuple[Any, Any]:
 
 
 def _copy(values: Any, offset: Offset | None) -> Any:
-    """Move `values` (B, rows, columns, channels) by an offset; patches at the border repeat."""
+    """Shift `values` (B, rows, columns, channels) by an offset. Patches at the border repeat."""
     if offset is None:
         return values.mean((1, 2), keepdim=True).expand_as(values)
     for axis, distance in enumerate(offset, start=1):
@@ -112,7 +112,7 @@ def _copy(values: Any, offset: Offset | None) -> Any:
 
 
 def scale_tokens(visual: Any, tokens: Any, deviation: float) -> None:
-    """Scale the merger's output so that `tokens`, a sample of it, would have this standard deviation."""
+    """Scale the merger's output so that `tokens`, a sample of that output, would have this standard deviation."""
     factor = deviation / tokens.std()
     with torch.no_grad():
         visual.merger.mlp[2].weight.mul_(factor)
@@ -120,5 +120,5 @@ def scale_tokens(visual: Any, tokens: Any, deviation: float) -> None:
 
 
 def normal(states: Any) -> Any:
-    """Hidden states in float32 with mean 0 and deviation 1 over their channels."""
+    """Return hidden states in float32, normalised to mean 0 and standard deviation 1 over their channels."""
     return layer_norm(states.float(), states.shape[-1:])

@@ -1,13 +1,13 @@
 """The five stages of echo-tiny's pretraining, each a function that returns the losses of one drawn step.
 
-1. `read`: the reading layers learn to answer by letter what a text states. They do not see images yet.
+1. `read`: the reading layers learn to answer questions about text with a letter. They do not see images yet.
 2. `look`: the vision tower learns what patches and image tokens show.
 3. `compare`: the comparing layer learns what differs from a normal reference at the same place.
 4. `bring`: the bringing layer tells the text after the images what was found, and where.
 5. `answer`: all layers learn to answer about images.
 
-The heads of earlier stages stay on. The two new layers learn to leave text without images as it is, so that the letters
-of the first stage are kept.
+The heads of earlier stages stay active. The comparing and bringing layers learn to leave text without images unchanged,
+so that the model keeps the letters it learned in the first stage.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from train.tiny.pool import IMAGES_PER_PRODUCT, Pool
 from train.tiny.shifts import encode_as_shifts, normalize, scale_tokens
 
 READ_BATCH, LOOK_BATCH, PAIR_BATCH, ROW_BATCH, TEXT_ROWS = 8, 32, 16, 16, 4
-"""Rows of text, images, pairs and rows with images per step, and rows of text beside the latter two."""
+"""Number per step of rows of text, images, pairs and rows with images, and of rows of text next to the last two."""
 TOKEN_DEVIATION = 0.22
 """Standard deviation of image tokens for the language model: one and a half times that of its embeddings."""
 KEEP_TEXT = 3.0
-"""Weight of the loss that keeps text without images as it is."""
+"""Weight of the loss that keeps text without images unchanged."""
 LETTER_WEIGHT = 2.0
-"""Weight of letters among the trained tokens: they are few, and the hardest to learn."""
+"""Weight of letters among the trained tokens, because they are few and the hardest to learn."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """All that pretraining trains."""
+    """Everything that pretraining trains."""
 
     model: Any
     """A Qwen2VLForConditionalGeneration."""
@@ -66,7 +66,7 @@ class Student:
 
     @property
     def seeing(self) -> Any:
-        """The comparing and the bringing layer."""
+        """The comparing layer and the bringing layer."""
         return self.language.layers[: READING.start]
 
     @property
@@ -94,7 +94,7 @@ class Stage:
 
 
 def read(student: Student, pool: None) -> Stage:
-    """Learn to read on rows of text alone: first what was just read, then what was read earlier. Needs no pool."""
+    """Learn to read from rows of text alone: first what was just read, then what was read earlier. Needs no pool."""
     weights = list(student.reading.parameters())
 
     def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def read(student: Student, pool: None) -> Stage:
 
 
 def draw_reading_row(rng: np.random.Generator, done: float) -> LessonRow:
-    """Draw a row of text: at first, letters are bound to words just read, then to words read earlier, then all rows."""
+    """Draw a row of text: letters bound to words just read, then also to earlier words, then rows of all kinds."""
     seed = int(rng.integers(2**40))
     if done < 0.05:
         return draw_binding_row(seed, after_share=1.0)
@@ -120,7 +120,7 @@ def look(student: Student, pool: Pool) -> Stage:
     optimizers = [_muon(matrices, 6e-3), adamw([*others, *student.heads.parameters()], 2e-3)]
 
     def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
-        # Sorted indices read the memory-mapped file in order.
+        # Sort the indices, so that the memory-mapped file is read in order.
         indices = np.sort(rng.choice(len(pool.images), LOOK_BATCH, replace=False))
         images, shares = _turn(rng, torch.from_numpy(pool.images[indices]), torch.from_numpy(pool.shares[indices]))
         gain, offset = _light(rng, LOOK_BATCH)
@@ -172,7 +172,7 @@ def compare(student: Student, pool: Pool) -> Stage:
 
 
 def bring(student: Student, pool: Pool) -> Stage:
-    """Learn to tell the text after the images what was found."""
+    """Learn to bring what was found to the text after the images."""
     prepare_bringing(student.model, student.heads.compared.weight[0])
     optimizers = [
         adamw([*student.seeing.parameters(), *student.heads.parameters()], 1.5e-3, decay=0.01),
@@ -190,7 +190,7 @@ def bring(student: Student, pool: Pool) -> Stage:
 
 
 def answer(student: Student, pool: Pool) -> Stage:
-    """Learn to answer about images. Three in ten steps are on text, so that letters in text are kept."""
+    """Learn to answer about images. Three in ten steps use text, so that the model keeps answering about text."""
     layers = student.language.layers
     optimizers = [
         adamw(list(student.seeing.parameters()), 6e-4),
@@ -224,7 +224,7 @@ STAGES: dict[str, Callable[[Student, Any], Stage]] = {
 
 
 def _turn(rng: np.random.Generator, *batches: Any) -> list[Any]:
-    """Turn and mirror each quarter of batches (B, height, width, ...) in its own way, alike in all batches."""
+    """Turn and mirror each quarter of the batches (B, height, width, ...) differently, but all batches alike."""
     ways = [(int(rng.integers(4)), rng.random() < 0.5) for _ in range(4)]
     turned = []
     for batch in batches:
@@ -237,14 +237,14 @@ def _turn(rng: np.random.Generator, *batches: Any) -> list[Any]:
 
 
 def _light(rng: np.random.Generator, count: int) -> tuple[Any, Any]:
-    """Gain and offset (count, 1, 1, 1) of images in other light."""
+    """Draw a gain and an offset, both (count, 1, 1, 1), that put images in a different light."""
     gain = rng.uniform(0.5, 1.15, (count, 1, 1, 1)).astype(np.float32)
     offset = rng.uniform(-25, 60, (count, 1, 1, 1)).astype(np.float32)
     return torch.from_numpy(gain), torch.from_numpy(offset * (1.15 - gain))
 
 
 def _tower_parts(student: Student, drawn: DrawnRows) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Loss of the tower at the queries, the batch of the rows, and the tokens of all images."""
+    """Return the tower's loss at the queries, the batch of the rows, and the tokens of all images."""
     batch = collate_rows(list(drawn.rows), student.tokenizer)
     patches, tokens = student.look(drawn.images)
     at = drawn.queries
@@ -252,7 +252,7 @@ def _tower_parts(student: Student, drawn: DrawnRows) -> tuple[dict[str, Any], di
 
 
 def _found_parts(student: Student, drawn: DrawnRows, batch: dict[str, Any], states: list[Any]) -> dict[str, Any]:
-    """Losses of the comparing layer at the queries, and of the bringing layer at the text after them."""
+    """Return the losses of the comparing layer at the queries and of the bringing layer at the text after them."""
     rows, at = query_tokens(batch)
     after = torch.arange(batch["ids"].shape[1])[None] > at[:, -1:]
     after = after & (batch["ids"] != student.tokenizer.pad_token_id)
@@ -264,20 +264,20 @@ def _found_parts(student: Student, drawn: DrawnRows, batch: dict[str, Any], stat
 
 
 def _change_of_text(student: Student, rng: np.random.Generator, layers: int) -> Any:
-    """Change of rows of text by the first layers."""
+    """Return how much the first `layers` layers change rows of text."""
     rows = [draw_text_row(int(rng.integers(2**40))) for _ in range(TEXT_ROWS)]
     return _change(text_states(student.language, collate_rows(rows, student.tokenizer), None, 0, layers))
 
 
 def _change(states: list[Any]) -> Any:
-    """Relative squared change from the first states to each of the others, summed."""
+    """Return the sum of the relative squared changes from the first states to each later one."""
     before, *after = states
     before = before.detach()
     return torch.stack([(states - before).square().mean() / before.square().mean() for states in after]).sum()
 
 
 def _weighted_words(student: Student, batch: dict[str, Any], states: Any) -> Any:
-    """Loss of the trained tokens, with letters apart and more weight on them."""
+    """Return the loss of the trained tokens. Letters are averaged separately and weighted more."""
     logits, labels = trained_logits(student.model, batch, states)
     losses = cross_entropy(logits, labels, reduction="none")
     is_letter = letter_mask(student.tokenizer, batch)
@@ -286,7 +286,7 @@ def _weighted_words(student: Student, batch: dict[str, Any], states: Any) -> Any
 
 
 def letter_mask(tokenizer: Any, batch: dict[str, Any]) -> Any:
-    """(N,) bool: which of the N trained tokens of a batch are a letter that is the whole completion."""
+    """Return which of a batch's N trained tokens are letters that form the whole completion, as booleans (N,)."""
     letters = torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCD")))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     labels = batch["labels"][:, 1:]

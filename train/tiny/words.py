@@ -1,4 +1,4 @@
-"""The words and phrases that echo-tiny reads: those of inspection tasks, in no order."""
+"""The words and phrases that echo-tiny reads, from inspection tasks and in no particular order."""
 
 from __future__ import annotations
 
@@ -58,4 +58,4 @@ PHRASES = (
     "there is no defect.",
     "Yes. No.",
 )
-"""Phrases of other tasks, for the tokenizer's vocabulary."""
+"""Phrases from other tasks, for the tokenizer's vocabulary."""
