@@ -272,8 +272,7 @@ def test_labelme_circles_end_at_the_border_of_the_image(tmp_path, centre):
 
 
 def mask_shape(marked: np.ndarray, picture: Image.Image | None = None) -> dict:
-    """Return the labelme shape of a mask with its top left corner at (4, 6). If given, `picture` is where it is
-    saved."""
+    """Return the labelme shape of a mask with its top left corner at (4, 6), stored as `picture` if that is given."""
     buffer = io.BytesIO()
     (picture or Image.fromarray(marked.astype(np.uint8) * 255)).save(buffer, "PNG")
     height, width = marked.shape
