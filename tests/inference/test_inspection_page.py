@@ -1,4 +1,4 @@
-"""The page shows what the experts say as they say it, and keeps no upload."""
+"""The page shows each expert's words as soon as that expert is done, and does not keep uploads."""
 
 from __future__ import annotations
 

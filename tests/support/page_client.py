@@ -1,4 +1,4 @@
-"""Use the page of `evaluation.inspect --serve` by Gradio's own client, and misuse it by hand.
+"""Use the page of `evaluation.inspect --serve` with Gradio's own client, and misuse it with handmade requests.
 
 `PYTHON -m tests.support.page_client ADDRESS IMAGE LARGE` prints one line of JSON. PYTHON is the interpreter of an
 environment with echo-ft and Gradio. IMAGE is inspected; LARGE is a file that is too large.
@@ -23,14 +23,15 @@ def inspected(client: Client, image: str) -> list[str]:
 
 
 def asked(address: str, path: str) -> str:
-    """Ask for a file that was not uploaded, which the client would upload first, and return the events of the reply."""
+    """Request a file that was not uploaded, which Gradio's client would upload first, and return the events in the
+    reply."""
     data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "washer"]
     started = httpx.post(f"{address}/gradio_api/call/inspect", json={"data": data})
     return httpx.get(f"{address}/gradio_api/call/inspect/{started.json()['event_id']}", timeout=60).text
 
 
 def main(address: str, image: str, large: str) -> dict[str, Any]:
-    """What the page answers to an upload, to misuse, and to requests for other hosts and files."""
+    """How the page answers an upload, misuse, and requests for other hosts and files."""
     client = Client(address, verbose=False)
     page = httpx.get(address)
     with open(large, "rb") as file:
