@@ -118,8 +118,8 @@ def main(argv: list[str]) -> None:
 def audit(config: AuditConfig) -> dict[str, Any]:
     """Compare both sides and write audit.json, audit.html and the verdict in the manifest. Returns the report.
 
-    Raises EchoError for folders that are not datasets, for a side without images, and for images that are missing or
-    have changed since the dataset was built.
+    Raises EchoError if a folder is not a dataset, if a side has no images, or if an image is missing or has changed
+    since the build.
     """
     if not 1 <= len(config.folders) <= 2:
         raise EchoError(
@@ -263,7 +263,7 @@ def _findings_by_records(training: Side, evaluated: Side, products_must_differ: 
 def _groups(side: Side, separate_roots: bool) -> set[tuple[str, ...]]:
     """Return the parts of a side's cases.
 
-    The group of an image without one is its path. If the two sides have `separate_roots`, the same path may be a
+    An image without a group uses its path as its group. If the two sides have `separate_roots`, the same path may be a
     different file on each side, so these groups are skipped.
     """
     return {part_key(one) for one in side.cases.values() if not (separate_roots and one.group == one.image)}

@@ -69,7 +69,7 @@ def convert(dataset: Dataset, row_format: str, output: Path) -> dict[str, int]:
     """Write the rows of every role and split into a new folder, completely or not at all.
 
     Returns the number of rows of each `<role>/<split>`. Raises EchoError if the folder is not empty or its path is a
-    pattern, or if an image cannot be read or has changed since the build. Also raises it if any text contains a special
+    pattern. Also raises it if an image cannot be read or has changed since the build, or if any text contains a special
     token of a trainer.
     """
     target = str(output.resolve())

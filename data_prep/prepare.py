@@ -1,4 +1,4 @@
-"""Turn the records of a source into those of a dataset: splits, references, knowledge and questions."""
+"""Turn a source's records into a dataset's records: splits, references, knowledge and questions."""
 
 from __future__ import annotations
 

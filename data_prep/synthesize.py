@@ -18,8 +18,8 @@ dataset. A build therefore splits the images as it splits those of the source. O
 parts.jsonl. The source is never changed, and the same input and seed give the same files.
 
 A synthetic image belongs to the same part as the normal image it was made from, and is only for training. No image from
-the source's validation or test split is used. A build that assigns the splits itself rejects a synthetic image if its
-part is not in the train split, or if its condition is held out for the test split.
+the source's validation or test split is used. A build may assign the splits itself. It then rejects a synthetic image
+whose part is not in the train split or whose condition is held out for the test split.
 """
 
 from __future__ import annotations

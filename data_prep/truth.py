@@ -1,8 +1,8 @@
 """Combine what a source says about each image.
 
-A source may list an image several times, such as in one row per box, two exports in one COCO file or two labelme files.
-Everything that it says becomes one record, or the image is rejected and all places are named. Neither the order nor the
-number of the places matters.
+A source may list an image several times: in one row per box, in two exports merged into one COCO file, or in two
+labelme files. Everything that it says becomes one record, or the image is rejected and all places are named. Neither
+the order nor the number of the places matters.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _agreed(field: str, statements: Sequence[Statement]) -> Any:
 
 
 def _with_marks(inspection: Inspection, marked: Sequence[Inspection]) -> Inspection:
-    """Return the inspection with the masks, boxes and polygons of all `marked`, deduplicated and in a fixed order."""
+    """Return the inspection with all masks, boxes and polygons of `marked`, deduplicated and in a fixed order."""
     files = sorted({name for one in marked for name in mask_files(one)})
     return dataclasses.replace(
         inspection,

@@ -25,7 +25,7 @@ def build_warnings(
 ) -> list[str]:
     """Return all warnings of a build, one sentence each.
 
-    `digests` maps the path of each image to its SHA-256, `counts` holds the manifest's counts, and `unused` lists the
+    `digests` maps the path of each image to its SHA-256, and `counts` holds the manifest's counts. `unused` lists the
     inspections that balancing left out of all training rows.
     """
     cases = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]

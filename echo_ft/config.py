@@ -43,7 +43,7 @@ def parse(types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """Build one instance of each dataclass in `types` from `--config FILE` and `--key value` flags.
 
     Flags override the file. Raises EchoError if the file is missing or not a mapping. Also raises it if a key is
-    unknown (the message suggests a similar one), if a value has the wrong type, or if a required value is missing.
+    unknown (the message suggests a similar one), or if a value is missing or has the wrong type.
     """
     file, flags = _split([_with_home(flag) for flag in argv])
     return build(types, _load(Path(file)) if file else {}, file or COMMAND_LINE, flags)
@@ -153,7 +153,7 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
 
 
 def _whole(item: Any) -> int:
-    """Like `int`, but refuses 2.7 instead of truncating it. Raises ArgumentTypeError, also for more than 64 bits."""
+    """Like `int`, but raises ArgumentTypeError for 2.7 instead of truncating it, and for more than 64 bits."""
     try:
         number = int(item)
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The one place that opens files from outside: images, lists, annotations, configs, datasets, runs, cards.
+"""The only module that opens files from outside: images, lists, annotations, configs, datasets, runs and cards.
 
 Only regular files are opened, because a pipe or a device could block a command forever. Sizes and lengths are bounded,
 and text must be valid UTF-8. `strict_yaml` parses the text, `from_dict` checks the types of the parsed values, and

@@ -50,8 +50,8 @@ LOCK_FILE = ".lock"
 def lock_folder(folder: Path, option: str = "--output") -> TextIO:
     """Lock a folder and return the open lock file. Closing the file releases the lock.
 
-    The kernel also releases it when the process ends for any reason. Raises EchoError if another process holds the
-    lock; the message names `option`, which chooses another folder.
+    The kernel also releases the lock when the process ends for any reason. Raises EchoError if another process holds
+    the lock; the message names `option`, which chooses another folder.
     """
     import fcntl  # missing on Windows, which can still score runs from other machines
 

@@ -43,7 +43,7 @@ SUPPORTING_MODULES = ("errors", "processes", "provenance", "terminal")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of all PACKAGES by name; `absent` if a package is not installed."""
+    """Return the versions of Python and all PACKAGES, keyed by name. A package that is not installed is `absent`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

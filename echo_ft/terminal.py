@@ -22,7 +22,7 @@ class TerminalHandler(logging.Handler):
     """A log handler that writes progress to stdout, and warnings and errors with their level to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record to the current `sys.stdout` or `sys.stderr`, which may have been replaced since start-up."""
+        """Write a record to the current `sys.stdout` or `sys.stderr`, which may have been replaced since start-up."""
         severe = record.levelno >= logging.WARNING
         stream = sys.stderr if severe else sys.stdout
         prefix = f"{record.levelname.lower()}: " if severe else ""

@@ -30,7 +30,7 @@ REPORT_TO = {
     "help": "Where to log besides the terminal and files. wandb: Weights & Biases, offline without an API key.",
     "choices": ["none", "wandb"],
 }
-"""Metadata of the option `report_to`, which is the one that train/sft.py inherits from transformers."""
+"""Metadata of the option `report_to`, the same option that train/sft.py inherits from transformers."""
 
 PROJECT = "echo-ft"
 """The W&B project if WANDB_PROJECT names none."""

@@ -2,8 +2,8 @@
 
 A source yields an `Inspection` followed by its `Question`s, or a `Rejection` for an image or row that cannot be used.
 Paths in records are relative to `SourceConfig.root`, which sources only read. Outlines without a mask file are stored
-in the record. If a dataset lacks something, such as a mask or the name of a defect, so do its records. A `Rejection`
-names files in the dataset that are not used.
+in the record. If a dataset lacks something, such as a mask or the name of a defect, its records lack it too. A
+`Rejection` names files in the dataset that are not used.
 
 A source that reads a manifest yields an `ItemPlace` before each item, to say where the manifest lists the image. A
 manifest may list an image in several places, and `data_prep.truth` combines them. If the source rejects one of these

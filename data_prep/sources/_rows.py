@@ -76,7 +76,7 @@ def sounds_good(name: str) -> bool:
 
 
 def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
-    """Return the name of a defect in NFC, or `good` if the name is `good` or one of the words that the config declares.
+    """Return the name of a defect in NFC, or `good` for `good` itself and for words that the config declares.
 
     Raises RowError for other words that mean `good` and for words that leave the condition open.
     """

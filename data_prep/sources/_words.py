@@ -70,7 +70,7 @@ GOOD_WORDS = plain_words(
         "정상", "정상품", "양품", "합격", "양호", "결함 없음", "불량 없음", "이상 없음", "무결함", "없음",
     )
 )  # fmt: skip
-"""Words that plainly mean a part without a defect, as `plain_word` returns them. Dashes alone count as such a word."""
+"""Words that plainly mean a part without a defect, as `plain_word` returns them. A cell of only dashes counts too."""
 
 GOOD_PHRASE = re.compile(
     r"(no|non|not|without)(any|visible|apparent|obvious|surface)*"
@@ -96,7 +96,7 @@ UNKNOWN_WORDS = plain_words(
 
 
 def is_doubtful(text: str) -> bool:
-    """Return whether a text leaves open whether a part has a defect, like UNKNOWN_WORDS and `good?`."""
+    """Return whether words such as UNKNOWN_WORDS or `good?` leave open if a part has a defect."""
     word = plain_word(text)
     return word in UNKNOWN_WORDS or word.endswith("?")
 

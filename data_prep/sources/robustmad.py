@@ -1,9 +1,9 @@
 """RobustMAD (TMLR 2026, arXiv 2607.16243): questions about images of MVTec AD and VisA, which it does not include.
 
-`annotations` is `RobustMAD_MCQ.json` or `RobustMAD_MCQ_low.json`. The root holds the user's own copies of these, or
-links to them, as `MVTec-AD` and `VisA`. VisA may have its published layout (`<product>/Data/Images/Normal/<name>.JPG`)
-or MVTec AD's (`<product>/test/good/<name>.JPG`), which VisA's own script produces. RobustMAD's
-`utils/generate_LoQ_images.py` writes the degraded images next to the clean ones.
+`annotations` is `RobustMAD_MCQ.json` or `RobustMAD_MCQ_low.json`. The root holds the user's own copies of both
+datasets, or links to them, as `MVTec-AD` and `VisA`. VisA may have its published layout
+(`<product>/Data/Images/Normal/<name>.JPG`) or MVTec AD's (`<product>/test/good/<name>.JPG`), which VisA's own script
+produces. RobustMAD's `utils/generate_LoQ_images.py` writes the degraded images next to the clean ones.
 
 The images that the questions are about form the test split. The reference that RobustMAD names is used as given. The
 training images of the same products form the train split. Other images are not read.

@@ -58,9 +58,9 @@ class Dataset:
 def load_dataset(folder: Path) -> Dataset:
     """Load the dataset in `folder`.
 
-    Raises EchoError if there is no dataset, if another version built it, if its images have moved, or if a record has
-    changed since it was built. The images themselves are not read (`require_unchanged`), and the records of datasets
-    that older versions built have no checksums.
+    Raises EchoError if there is no dataset or another version built it, or if images have moved or records have changed
+    since then. The images themselves are not read (`require_unchanged`), and the records of datasets that older
+    versions built have no checksums.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -240,9 +240,9 @@ def without_held_out(knowledge: Knowledge, held_out: Sequence[str]) -> Knowledge
 def without_synthetic(knowledge: Knowledge, inspections: Sequence[Inspection]) -> Knowledge:
     """Return the knowledge without the entries that exist only because of synthetic defects.
 
-    Only synthetic images show such a condition, and its text is the method's default description or the condition's
-    name. A description written by a person stays, even if no real image shows the defect. The test is therefore the
-    same with and without synthetic defects in training.
+    Only synthetic images show these conditions, and their text is the method's default description or just the name. A
+    description written by a person stays, even if no real image shows the defect. The test is therefore the same with
+    and without synthetic defects in training.
     """
     generic = set(SYNTHETIC_DESCRIPTIONS.values())
     real = {(i.dataset, i.product, i.condition) for i in inspections if i.synthetic is None}

@@ -18,8 +18,8 @@ def part_coordinates(
     """Return the part coordinates u and v of every pixel, each (height, width), and the width of a pixel.
 
     The camera adds a small shift, rotation and zoom, all proportional to `play`. In an image of 168 x 168, a play of 1
-    moves the centre by up to 3 pixels along each axis, and a corner by up to 12. A `surface` fills the image and gets
-    less zoom.
+    moves the centre by up to 3 pixels per axis and a corner by up to 12. A `surface` fills the image and gets less
+    zoom.
     """
     height, width = size
     x = np.linspace(-1 + 1 / width, 1 - 1 / width, width, dtype=np.float32)[None, :]

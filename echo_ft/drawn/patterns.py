@@ -1,7 +1,7 @@
 """Patterns of identical components in a grid or on a circle, or of parallel lines, as layers of `echo_ft.drawn.shapes`.
 
 Neighbours may be as close as 8 pixels at 168 x 168. For speed, a pattern is folded: each pixel gets coordinates (p, q)
-around its nearest component, so that drawing all components costs no more than drawing one. Arrays are float32 (height,
+around its nearest component, so drawing all components costs no more than drawing one. Arrays are float32 (height,
 width).
 """
 

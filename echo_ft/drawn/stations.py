@@ -1,7 +1,7 @@
 """Inspection stations: the camera, lens, light and file format that all images of one product share.
 
-A station lights a canvas from `echo_ft.drawn.painting`, float32 (3, height, width) with colours from 0 to 1, and
-photographs it as a uint8 image (height, width, 3).
+A station lights a canvas from `echo_ft.drawn.painting`, which is float32 (3, height, width) with colours from 0 to 1.
+It then photographs the canvas as a uint8 image (height, width, 3).
 """
 
 from __future__ import annotations

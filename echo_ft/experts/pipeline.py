@@ -151,8 +151,8 @@ def run_case(
 ) -> Generator[tuple[str, list[Exchange]], Sequence[Sequence[Generation]], Outcome]:
     """Run the experts on one case. The caller drives the generator and owns the backend.
 
-    Yields each role with its exchanges (possibly none), receives their generations, and returns the outcome. A caller
-    that wants to show what the roles say before the end passes an empty list, `traces`, which grows.
+    Yields each role with its exchanges (possibly none), receives their generations, and returns the outcome. To show
+    the roles' outputs before the end, pass an empty list as `traces`; each role's traces are appended to it.
     """
     routes = config.routes()
     upstream = Upstream()

@@ -69,7 +69,7 @@ def training_exchanges(
     upstream: Upstream | None = None,
     gold: Upstream | None = None,
 ) -> list[Exchange]:
-    """Return the exchanges that `role` is trained on for a case: those of `roles.render`, with completions.
+    """Return the exchanges that `role` is trained on for a case: the result of `roles.render`, with completions.
 
     `upstream` holds the outputs of the earlier roles, which are gold by default. Pass `gold`, the result of
     `gold_upstream(case, root, upstream)`, to share it between roles, because computing it reads the images. Branches

@@ -51,7 +51,7 @@ def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation:
 
 
 def mask_boxes(mask: Mask) -> tuple[Box, ...]:
-    """Return the boxes of a mask (height, width), in pixels: those of its connected components after `join_boxes`.
+    """Return the boxes, in pixels, around the connected components of a mask (height, width), after `join_boxes`.
 
     Pixels that share an edge or a corner are connected.
     """

@@ -81,7 +81,7 @@ def measure(mask: Mask) -> Region | None:
 
     The place is `SPREAD` if five cells of the 3 x 3 grid each contain at least a twentieth of the region. Otherwise it
     is the cell of the centroid. If that cell contains less than a fifth of the region, as for a ring or several pieces,
-    the place is the cell that contains the most.
+    the cell that contains the most is used.
     """
     total = int(mask.sum())
     if total == 0:

@@ -1,4 +1,4 @@
-"""Images as an inspection takes them: files, folders and images in memory, copied so that nothing changes them."""
+"""Images as an inspection accepts them: files, folders and images in memory, copied so that nothing can change them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ImageInput = str | Path | Image.Image | NDArray[Any]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, by name. Raises EchoError if there are none."""
+    """Return the image files directly in a folder, sorted by name. Raises EchoError if there are none."""
     if not folder.is_dir():
         raise EchoError(f"there is no folder {folder}; give a folder of images")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

@@ -53,8 +53,8 @@ WORKING_SIDE = 256
 MIN_EXPLAINED_VARIANCE = 0.75
 """Otsu's two classes must explain at least this fraction of the variance to count as part and background.
 
-The variance is that of the distance from the background colour. For noise and even gradients, the classes explain less
-(0.64 for a Gaussian).
+The variance in question is that of the distance from the background colour. For noise and even gradients, the classes
+explain less (0.64 for a Gaussian).
 """
 
 
@@ -96,8 +96,8 @@ def foreground(image: ImageArray) -> Mask:
     """Return the mask (H, W) of the part in an image (H, W, 3).
 
     Otsu's threshold splits the distances (CIE Lab) from the median colour of the image border into part and background.
-    The mask covers the whole image if there is no clear part. This is so if the two classes are not well separated, if
-    more than a tenth of the border belongs to the part, or if almost nothing remains.
+    The mask covers the whole image if there is no clear part. There is none if the two classes are not well separated,
+    if the part covers over a tenth of the border, or if almost nothing remains.
     """
     from skimage.color import rgb2lab
     from skimage.filters import threshold_otsu
@@ -202,8 +202,8 @@ def perlin(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Ima
 def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
     """NSA: resize a patch of the part by 0.7 to 1.3, mirror it at random, and blend it in elsewhere (Poisson editing).
 
-    As in the paper's code, the sides are 0.03 to 0.4 of the image's, and the gradients are the patch's or the stronger
-    of the patch's and the image's. Unlike there, each image gets one patch, and the mask excludes pixels that hardly
+    As in the paper's code, the sides are 0.03 to 0.4 of the image's. The gradients are the patch's, or the stronger of
+    the patch's and the image's. Unlike there, each image gets one patch, and the mask excludes pixels that hardly
     changed (`CHANGE_THRESHOLD`). OpenCV's `seamlessClone` does the blending (Pérez et al. 2003).
     """
     import cv2

@@ -83,9 +83,9 @@ class _Query:
 def find_matches(training: Sequence[Path], products: Sequence[str], queries: Sequence[Path]) -> list[Match]:
     """Find all pairs of a training image and a query that show the same surface, in the order of the queries.
 
-    `products` holds the product of each training image; it shows how alike two parts of one product are. Files with
-    equal content match without a comparison. Memory use does not depend on the number of images, apart from about 100
-    bytes per file and 20 MB for each product with more than NEAREST_HASHES images.
+    `products` holds the product of each training image, which shows how alike two parts of one product are. Files with
+    equal content match without a comparison. Memory use grows by only about 100 bytes per file, and by 20 MB for each
+    product with more than NEAREST_HASHES images.
 
     Raises EchoError if an image is missing or cannot be read, because only an image that was compared can count as
     clean.

@@ -40,7 +40,7 @@ NEAREST_HASHES = 256
 EXTRA_CANDIDATES = 128
 """Extra images from products with more than NEAREST_HASHES images, ranked by whitened similarity.
 
-In such large products, many other images are closer to a crop, by plain hash distance, than the image it was cut from.
+In products this large, many other images have a plain hash closer to a crop's than the image it was cut from.
 """
 
 WHITENING_SAMPLES = 256

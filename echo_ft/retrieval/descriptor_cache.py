@@ -160,7 +160,7 @@ def extract_missing(
 def extract_descriptors(
     paths: Sequence[str], root: Path, extractor: DescriptorExtractor, cache: Path | None
 ) -> tuple[DescriptorTable, list[Rejection]]:
-    """Return the descriptors of all readable files, and a rejection for each other file, sorted by path.
+    """Return the descriptors of all readable files, and rejections of all other files, sorted by path.
 
     If the folder `cache` is given, a file whose content is known is read only to hash it. Raises EchoError if a shard
     of the cache cannot be read.

@@ -250,7 +250,7 @@ class ReferenceSearch:
         }
 
     def find(self, path: Path, keys: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], list[Reference]]:
-        """Return the (dataset, product) among `keys` with the most similar normal image, and its `k` best references.
+        """Return the (dataset, product) in `keys` that has the most similar normal image, and its `k` best references.
 
         The image itself is never its own reference. Raises EchoError if no product among `keys` has a normal image, or
         if the image cannot be read.

@@ -1,8 +1,8 @@
 """Measure each pretraining stage, on held-out products of the world and on the demo's products.
 
 At the tower, the comparing layer and the text, heads detect a defect. The whole model detects it by the letter that it
-answers. All but the tower, which sees only the query, are measured with a normal reference of the same product, with
-one of another product, and with none.
+answers. The tower sees only the query. All others are measured with a normal reference of the same product, with one of
+another product, and with none.
 """
 
 from __future__ import annotations

@@ -220,8 +220,8 @@ def _prepare_attention(model: Any, answer: int) -> None:
 def prepare_comparison(model: Any) -> None:
     """Initialise two heads of the comparing layer to attend to the token at the same place in the previous image.
 
-    The grids of two images of 6 x 6 tokens are 8 positions apart in time, height and width: 6 for the image and one for
-    each of the two special tokens between them. The layer's output starts small.
+    The grids of two images of 6 x 6 tokens are 8 positions apart in time, height and width. The image takes 6, and the
+    two special tokens between them take one each. The layer's output starts small.
     """
     import torch
 
