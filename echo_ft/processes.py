@@ -143,6 +143,10 @@ SAME_SIGNAL_SECONDS = 2.0
 """A signal within this time counts as the same one, because torchrun forwards a Ctrl-C that processes already got."""
 
 
+LONGEST_END_SECONDS = 45
+"""Time that a process of a group may take to end after it was told to."""
+
+
 class TerminatedError(BaseException):
     """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C, so that files and folders are cleaned up."""
 
@@ -170,6 +174,10 @@ class Ending:
             return
         self.signals.append((number, time.monotonic()))
         if len(self.signals) == 1:
+            if _world_size() > 1 and hasattr(signal, "alarm"):
+                # torch may wait for a lost process where no Python code runs. The kernel ends this process then.
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(LONGEST_END_SECONDS)
             raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError
         if self.signals[-1][1] - self.signals[0][1] > SAME_SIGNAL_SECONDS:
             self._say()

@@ -67,6 +67,17 @@ def test_a_later_ctrl_c_ends_a_command_that_does_not():
     assert (err, process.returncode) == ("stopped by Ctrl-C; run it again\n", 130)
 
 
+def test_a_process_of_a_group_ends_although_its_clean_up_does_not(monkeypatch):
+    short = COMMAND.replace(
+        "run_main(main", "import echo_ft.processes as p; p.LONGEST_END_SECONDS = 1; run_main(main", 1
+    )
+    monkeypatch.setattr(sys.modules[__name__], "COMMAND", short)
+    process = start(60, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGALRM
+
+
 def test_only_the_first_process_of_a_machine_speaks_of_ctrl_c_and_each_of_an_end_by_its_launcher():
     for number, said in (
         (signal.SIGINT, ""),

@@ -9,6 +9,7 @@ reranks the results with the original vectors.
 from __future__ import annotations
 
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_ft.errors import EchoError
-from echo_ft.files import atomic_file
+from echo_ft.files import flush
+from echo_ft.processes import PARTIAL, held
+from echo_ft.provenance import content_hash
 from echo_ft.retrieval.descriptors import FloatArray
 
 INDEX_TYPES = ("auto", "flat", "hnsw", "ivf_pq")
@@ -58,14 +61,15 @@ class VectorIndex:
     def __init__(self, matrix: FloatArray, rows: NDArray[np.int64], kind: str, file: Path | None = None) -> None:
         """Build the index, or read it from `file`.
 
-        `matrix` (n, d) is kept without copying it, and `rows` is (m,). An approximate index is read from `file` if the
-        file exists; otherwise, it is built and written to `file`. Raises EchoError for an unknown kind and for a
-        damaged file.
+        `matrix` (n, d) is kept without copying it, and `rows` is (m,). An approximate index is read if one was written
+        for `file`; otherwise, it is built and written. The SHA-256 of its content is added to the name of the file.
+        Raises EchoError for an unknown kind, and for a file that has changed since it was written.
         """
         self.matrix, self.rows, self.kind = matrix, rows, index_type_for(kind, len(rows))
         index_file = file if self.kind != "flat" else None
-        if index_file is not None and index_file.is_file():
-            self.faiss = _read(index_file, len(rows))
+        written = sorted(index_file.parent.glob(f"{index_file.stem}-*{index_file.suffix}")) if index_file else []
+        if written:  # several processes may have written it at once
+            self.faiss = _read(written[0], len(rows))
         else:
             self.faiss = self._build()
             if index_file is not None:
@@ -130,18 +134,28 @@ def _read(file: Path, count: int) -> Any:
     import faiss
 
     try:
+        # faiss follows the links of a graph without checking them, so a changed file could crash the process.
+        if content_hash(file).hex() != file.stem.rpartition("-")[2]:
+            raise EchoError(f"the index {file} has changed since it was written; delete it")
         index = faiss.read_index(str(file))
-    except RuntimeError:
-        index = None
-    if index is None or index.ntotal != count:
-        raise EchoError(f"the index {file} is damaged; delete it")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EchoError(f"the index {file} cannot be read ({type(error).__name__}); delete it") from error
+    if index.ntotal != count:
+        raise EchoError(f"the index {file} has {index.ntotal} vectors instead of {count}; delete it")
     return index
 
 
 def _write(index: Any, file: Path) -> None:
-    """Write the index atomically."""
+    """Write the index atomically, with the SHA-256 of its content in its name."""
     import faiss
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file, unique=True) as partial:
-        faiss.write_index(index, str(partial))
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}{PARTIAL}")  # the cache removes what a killed process left
+    partial.touch()
+    with held(partial):
+        try:
+            faiss.write_index(index, str(partial))
+            flush(partial)
+            partial.replace(file.with_name(f"{file.stem}-{content_hash(partial).hex()}{file.suffix}"))
+        finally:
+            partial.unlink(missing_ok=True)

@@ -92,5 +92,11 @@ def test_approximate_index_is_written_once_and_read_again(
     read = VectorIndex(vectors, np.arange(600), "ivf_pq", file).search(vectors[:30], 4)
     assert (built[0] == read[0]).all()
     assert (built[1] == read[1]).all()
-    with pytest.raises(EchoError, match=r"index\.faiss is damaged; delete it"):
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(EchoError, match=r"index-\w+\.faiss has 600 vectors instead of 599; delete it"):
         VectorIndex(vectors, np.arange(599), "ivf_pq", file)
+    content = path.read_bytes()
+    for place in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(EchoError, match=r"index-\w+\.faiss has changed since it was written; delete it"):
+            VectorIndex(vectors, np.arange(600), "ivf_pq", file)

@@ -197,7 +197,7 @@ def test_damaged_cache_error_says_what_to_delete(tmp_path: Path, normals: list[I
     cache = tmp_path / "cache"
     find_all(normals[:1], normals, tmp_path, cache=cache, kind="hnsw")
     next(cache.glob("index-*.faiss")).write_bytes(b"cut")
-    with pytest.raises(EchoError, match=r"the index .*index-.*faiss is damaged; delete it"):
+    with pytest.raises(EchoError, match=r"the index .*index-.*faiss has changed since it was written; delete it"):
         find_all(normals[:1], normals, tmp_path, cache=cache, kind="hnsw")
     next(cache.glob("features-skimage*/*.npz")).write_bytes(b"cut")
     with pytest.raises(EchoError, match=r"features-skimage.*npz cannot be read .*; delete it"):
