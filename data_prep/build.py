@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def log_build(config: BuildConfig, manifest: dict[str, Any]) -> None:
-    """Log the dataset to Weights & Biases, with the counts of its images."""
+    """Log the dataset to Weights & Biases, with its image counts."""
     name = config.output.resolve().name
     with log_run("build", name, name, config.dataset_options()) as run:
         run.log(numbers_by_path({"counts": manifest["counts"], "rejected": manifest["rejected"]}))

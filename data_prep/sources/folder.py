@@ -40,7 +40,7 @@ SPLIT_FOLDERS = {**{split: split for split in SPLITS}, "val": "validation"}
 MASK_FOLDER = "ground_truth"
 
 FLAT_MASK_FOLDERS = (MASK_FOLDER, "masks", "mask")
-"""Names of the folder of masks in a flat product."""
+"""Names that the mask folder of a flat product may have."""
 
 IMAGE_FOLDER = "images"
 
@@ -333,7 +333,7 @@ def _images(
 
 
 def _mask_folder(root: Path, product: _Product, condition: str) -> Path | None:
-    """Return the folder of the masks of a condition folder, or None."""
+    """Return the folder with the masks of a condition folder, or None."""
     if product.masks is None:
         return None
     folders = subfolders(root, product.masks)

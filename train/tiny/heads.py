@@ -35,10 +35,10 @@ class Heads(torch.nn.Module):
         self.patch = torch.nn.Linear(patch_width, 1 + len(DEFECT_NAMES))
         self.token = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + len(TONE_NAMES))
         self.image = torch.nn.Linear(width, len(KIND_NAMES) + len(COLOUR_NAMES))
-        # In the language model, at image tokens: defect, its kind, row and column of the token.
+        # In the language model, at image tokens: whether there is a defect, its kind, and the token's row and column.
         self.compared = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + 2 * SIDE)
         self.final = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + 2 * SIDE)
-        # In the language model, at text tokens: defect, its kind and its place.
+        # In the language model, at text tokens: whether there is a defect, its kind and its place.
         self.text = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + len(PLACES))
 
 
