@@ -32,7 +32,7 @@ from typing import Any
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged, write_manifest
 from echo_ft.data.knowledge import DATASET_ALIASES
-from echo_ft.data.splits import part_key
+from echo_ft.data.splits import UNLABELLED_SPLIT, part_key
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json, write_text
 from echo_ft.html import jpeg_uri, render_page, thumbnail
@@ -143,6 +143,9 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         *_findings_by_pixels(pairs, training, evaluated),
         *_findings_by_records(training, evaluated, _products_must_differ(config, train)),
     ]
+    unlabelled = evaluation.manifest.get("counts", {}).get("photographs", {}).get(UNLABELLED_SPLIT, 0)
+    if unlabelled:
+        findings.append(Finding("unlabelled", False, unlabelled, "images without a condition were skipped", ()))
     leaks = [finding for finding in findings if finding.leak and finding.count]
     output = config.output or train.folder
     report = {

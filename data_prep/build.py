@@ -30,12 +30,16 @@ from data_prep.upstream import check_images, check_runs, describe_runs, read_run
 from data_prep.workspace import workspace
 from echo_ft.config import PARTLY_DONE, parse, run_main
 from echo_ft.data.dataset import images_fingerprint, write_manifest
+from echo_ft.data.splits import UNLABELLED_SPLIT
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json, write_jsonl
 from echo_ft.records import GOOD, Rejection
 from echo_ft.retrieval.descriptors import load_extractor
 from echo_ft.terminal import LOGGER, printable
 from echo_ft.tracking import dataset_artifact, log_run, numbers_by_path
+
+UNLABELLED_USE = "without a condition, so only for runs: no training, no audit, no scores"
+"""What the summary says about UNLABELLED_SPLIT."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +50,8 @@ def main(argv: list[str]) -> int:
     print(f"{config.output}: {sum(counts['photographs'].values())} images, split {manifest['splits']}")
     for split, conditions in counts["cases"].items():
         total, good = sum(conditions.values()), conditions.get(GOOD, 0)
-        print(f"  {split:<10} {total:>6} cases: {good} normal, {total - good} defective")
+        sides = f"{good} normal, {total - good} defective" if split != UNLABELLED_SPLIT else UNLABELLED_USE
+        print(f"  {split:<10} {total:>6} cases: {sides}")
     print(f"  conditions {condition_summary(manifest)}")
     print(f"  references {counts['reference_pool']:>6} normal images")
     for warning in manifest["warnings"]:

@@ -21,7 +21,7 @@ from echo_ft.data.splits import check_fractions
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
 from echo_ft.images.masks import mask_files
-from echo_ft.records import GOOD, Inspection, Question, Rejection
+from echo_ft.records import GOOD, UNLABELLED, Inspection, Question, Rejection
 from echo_ft.terminal import progress
 
 CheckFile = Callable[..., ImageCheck]
@@ -239,6 +239,8 @@ def _reference_fault(reference: Inspection | None, inspection: Inspection) -> st
         return "the image is its own reference"
     if reference is None or reference.condition == GOOD:
         return None
+    if reference.condition == UNLABELLED:
+        return "the reference has no condition, so it may show a defect"
     return f"the reference shows a defect ({reference.condition})"
 
 

@@ -41,7 +41,7 @@ from echo_ft.data.text import nfc, word_count
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_text
 from echo_ft.inputs import read_bytes
-from echo_ft.records import GOOD, Entry, Inspection, Knowledge
+from echo_ft.records import GOOD, UNLABELLED, Entry, Inspection, Knowledge
 
 MIN_WORDS = 4
 """Fewest words in an acceptable description. Anything shorter is just a name."""
@@ -90,6 +90,7 @@ def count_images(dataset: Dataset) -> ImageCounts:
     shown = Counter(
         tuple(map(nfc, (i.dataset, i.product, i.condition)))
         for i in read_jsonl(dataset.folder / "inspections.jsonl", Inspection)
+        if i.condition != UNLABELLED
     )
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for dataset_name, product, condition in sorted(shown, key=lambda key: (*key[:2], key[2] != GOOD, key[2])):

@@ -13,13 +13,13 @@ from data_prep.prepare import DatasetDraft
 from data_prep.training_rows import SideCounts
 from data_prep.warnings import build_warnings
 from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint, record_digests
-from echo_ft.data.splits import LEFT_OUT, SPLITS, reference_pool
+from echo_ft.data.splits import LEFT_OUT, SPLITS, UNLABELLED_SPLIT, reference_pool
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import write_json
 from echo_ft.images.masks import mask_files
 from echo_ft.inputs import read_bytes
 from echo_ft.provenance import commit, content_hash, fingerprint_bytes, fingerprint_files, versions
-from echo_ft.records import GOOD, Inspection
+from echo_ft.records import GOOD, UNLABELLED, Inspection
 from echo_ft.terminal import progress
 
 MAX_CONDITIONS = 6
@@ -90,7 +90,8 @@ def condition_summary(manifest: Mapping[str, Any]) -> str:
 
 
 def _counts(draft: DatasetDraft, side_counts: Mapping[str, SideCounts]) -> dict[str, Any]:
-    splits = (*SPLITS, LEFT_OUT) if any(i.split == LEFT_OUT for i in draft.inspections) else SPLITS
+    present = {inspection.split for inspection in draft.inspections}
+    splits = (*SPLITS, *(split for split in (LEFT_OUT, UNLABELLED_SPLIT) if split in present))
     cases: dict[str, Counter[str]] = {split: Counter() for split in splits}
     products: dict[str, Counter[str]] = {split: Counter() for split in splits}
     for inspection in draft.inspections:
@@ -99,7 +100,7 @@ def _counts(draft: DatasetDraft, side_counts: Mapping[str, SideCounts]) -> dict[
             products[str(inspection.split)][inspection.product] += 1
     return {
         "photographs": _sorted_counts(Counter(str(inspection.split) for inspection in draft.inspections)),
-        "conditions": _sorted_counts(Counter(inspection.condition for inspection in draft.inspections)),
+        "conditions": _sorted_counts(Counter(i.condition for i in draft.inspections if i.condition != UNLABELLED)),
         "merged": draft.merged_count,
         "unannotated": len(draft.unannotated),
         "reference_pool": len(reference_pool(draft.inspections)),

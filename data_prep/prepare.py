@@ -19,6 +19,7 @@ from echo_ft.data.knowledge import consequence_warnings, describe_products, know
 from echo_ft.data.splits import (
     HELD_OUT_FIELDS,
     LEFT_OUT,
+    UNLABELLED_SPLIT,
     assign_synthetic,
     leave_out_fold,
     make_splits,
@@ -27,7 +28,7 @@ from echo_ft.data.splits import (
 )
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, to_json, write_jsonl
-from echo_ft.records import GOOD, Case, Inspection, Knowledge, Question, Reference, Rejection
+from echo_ft.records import GOOD, UNLABELLED, Case, Inspection, Knowledge, Question, Reference, Rejection
 from echo_ft.retrieval.references import find_references, references_in_left_out_fold
 from echo_ft.terminal import progress
 
@@ -203,8 +204,10 @@ def assign_configured_splits(
     A dataset name that comes from the annotations file or the root folder has no influence. Otherwise, renaming
     parts.csv to parts_v2.csv would re-split the data and train on former test images. With by_dataset, these names
     define the split, so they do count. Synthetic defects do not change any split. A synthetic image that training may
-    not use gets no split.
+    not use gets no split. Unlabelled images do not change any split either and form their own.
     """
+    everything = inspections
+    inspections = [one for one in everything if one.condition != UNLABELLED]
     name = None
     if config.split != "by_dataset":
         name = inferred_dataset_name(config.source, root, config.annotations)
@@ -215,8 +218,9 @@ def assign_configured_splits(
     if config.folds is not None and config.fold is not None:
         done = leave_out_fold(done, config.folds, config.fold, config.seed)
         summary += f"; fold {config.fold} of {config.folds} (0 to {config.folds - 1}) of train is {LEFT_OUT}"
-    splits = (one.split for one in done)
-    return [dataclasses.replace(i, split=s) for i, s in zip(inspections, splits, strict=True)], summary, held_out
+    splits = iter([one.split for one in done])
+    where = [UNLABELLED_SPLIT if one.condition == UNLABELLED else next(splits) for one in everything]
+    return [dataclasses.replace(i, split=s) for i, s in zip(everything, where, strict=True)], summary, held_out
 
 
 def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:

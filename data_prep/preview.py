@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.manifest import rejection_summary
 from data_prep.prepare import TRAINING_SPLITS, DatasetDraft
 from echo_ft.data.dataset import make_cases
-from echo_ft.data.splits import LEFT_OUT, REFERENCE_SPLIT, SPLITS, stratum_of
+from echo_ft.data.splits import LEFT_OUT, REFERENCE_SPLIT, SPLITS, UNLABELLED_SPLIT, stratum_of
 from echo_ft.files import to_json
 from echo_ft.html import jpeg_uri, render_page
 from echo_ft.images import masks
@@ -103,7 +103,8 @@ class Chart:
 
 def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], draft: DatasetDraft) -> None:
     """Write preview.html into the dataset folder: counts, warnings, and cases of every product and condition."""
-    inspections = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
+    asked = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
+    inspections = [inspection for inspection in asked if inspection.split != UNLABELLED_SPLIT]  # nothing to look up
     sampled = sample_inspections(inspections, TYPICAL_CARDS, MAX_CARDS)
     cards = _cards(sampled, folder, root)
     strata = set(map(stratum_of, inspections))

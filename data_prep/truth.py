@@ -16,7 +16,7 @@ from data_prep.sources import Item, ItemPlace, RowError, in_order, join_conditio
 from echo_ft.data.splits import DEFECT_SEPARATOR
 from echo_ft.data.text import nfc
 from echo_ft.images.masks import is_marked, mask_files
-from echo_ft.records import GOOD, Inspection, Question, Rejection
+from echo_ft.records import GOOD, UNLABELLED, Inspection, Question, Rejection
 
 AGREED_FIELDS = ("dataset", "product", "group", "split", "reference", "synthetic")
 """Fields of an inspection that all places must agree on. A place may leave out an optional field."""
@@ -127,7 +127,7 @@ def merge_statements(statements: Sequence[Statement]) -> tuple[Inspection, str |
         return statements[0].inspection, None
     fields = {field: _agreed(field, statements) for field in AGREED_FIELDS}
     annotated = [one for one in statements if not one.unannotated] or statements
-    if len({one.inspection.condition == GOOD for one in annotated}) > 1:
+    if any(len({one.inspection.condition == name for one in annotated}) > 1 for name in (GOOD, UNLABELLED)):
         raise RowError(f"its condition is {_by_place(annotated, 'condition')}; correct the wrong ones")
     files = [one for one in annotated if mask_files(one.inspection)]
     outlined = [one for one in annotated if is_marked(one.inspection) and one not in files]

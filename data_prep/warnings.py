@@ -13,7 +13,7 @@ from data_prep.training_rows import MAX_REPEATS
 from echo_ft.data.knowledge import first_names
 from echo_ft.data.splits import divided_parts, part_key
 from echo_ft.images.masks import is_marked, mask_files
-from echo_ft.records import GOOD, ROLES, Inspection
+from echo_ft.records import GOOD, ROLES, UNLABELLED, Inspection
 
 
 def build_warnings(
@@ -60,7 +60,7 @@ def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator
     contradicting = [
         " = ".join(f"{one.image} ({one.condition})" for one in found)
         for found in copies.values()
-        if len({one.condition for one in found}) > 1
+        if len({one.condition for one in found} - {UNLABELLED}) > 1
     ]
     if contradicting:
         yield (
@@ -165,7 +165,7 @@ def _one_sided_roles(counts: Mapping[str, Any], routing: str) -> Iterator[str]:
 
 def _without_boxes(cases: Sequence[Inspection]) -> Iterator[str]:
     """Warn about defective images without marks, because nothing is known about their boxes."""
-    defective = [one for one in cases if one.condition != GOOD]
+    defective = [one for one in cases if one.condition not in (GOOD, UNLABELLED)]
     unmarked = [one.image for one in defective if not is_marked(one)]
     if unmarked:
         yield (

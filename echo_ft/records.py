@@ -14,6 +14,9 @@ from typing import Annotated
 GOOD = "good"
 """The condition of a part without a defect."""
 
+UNLABELLED = ""
+"""The condition of an image if nobody knows it. Its questions have the answer `""`, and no score counts them."""
+
 LETTERS = "ABCDE"
 """The letters that MMAD allows for options."""
 
@@ -120,7 +123,8 @@ class Reference:
 class Question:
     """A question about an inspection. `kind` is one of QUESTION_TYPES, with options, or GROUNDING, without options.
 
-    `answer` is a letter, or for GROUNDING the boxes as text. It is None in questions that the experts see.
+    `answer` is a letter, or for GROUNDING the boxes as text. It is empty if nobody knows it, and
+    None in questions that the experts see.
     """
 
     id: str

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echo_ft.data.splits import LEFT_OUT, SPLITS
+from echo_ft.data.splits import LEFT_OUT, SPLITS, UNLABELLED_SPLIT
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.images.corruptions import CORRUPTIONS, SEVERITIES, Corruption
@@ -41,7 +41,9 @@ class RunConfig:
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
-    split: str = field(default="test", metadata={"help": "Split to run.", "choices": [*SPLITS, LEFT_OUT]})
+    split: str = field(
+        default="test", metadata={"help": "Split to run.", "choices": [*SPLITS, LEFT_OUT, UNLABELLED_SPLIT]}
+    )
     routing: str = field(
         default="full", metadata={"help": "Experts to consult for each question type.", "choices": ["full", "paper"]}
     )

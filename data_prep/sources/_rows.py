@@ -18,7 +18,7 @@ from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
 from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import SIDEWAYS, image_frame
-from echo_ft.records import GOOD
+from echo_ft.records import GOOD, UNLABELLED
 
 Box = tuple[float, float, float, float]
 
@@ -125,9 +125,11 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
     """Return the condition of a row, which may be a string, a JSON list of names, or a cell that contains a list.
 
     A name in a list may contain list marks and slashes: `["crack, long"]` is one defect. Raises RowError as
-    `named_condition` does, or if there is no condition.
+    `named_condition` does, or if there is no condition. An empty text is UNLABELLED.
     """
     value = row.get("condition")
+    if isinstance(value, str) and not value.strip():
+        return UNLABELLED
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())  # pandas writes ['bent', 'melt']

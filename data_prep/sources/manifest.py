@@ -35,7 +35,7 @@ from data_prep.sources._rows import condition_in, frame_of, number_of, required_
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.inputs import InputError, lines, open_text
-from echo_ft.records import GOOD, Inspection, Rejection
+from echo_ft.records import GOOD, UNLABELLED, Inspection, Rejection
 from echo_ft.strict_yaml import DuplicateKeyError, read_json
 
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
@@ -212,11 +212,15 @@ def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, datase
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
         raise RowError(f"it has boxes although its condition is {GOOD!r}")
+    if condition == UNLABELLED and split is not None:
+        raise RowError(f"its condition is empty, so it cannot be in the split {split}; name the condition or no split")
     mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
     if synthetic and synthetic not in DEFECT_METHODS:
         raise RowError(
             f"synthetic is {synthetic!r}, not one of {', '.join(DEFECT_METHODS)}; leave it empty for a real image"
         )
+    if condition == UNLABELLED and (mask or boxes or synthetic):
+        raise RowError(f"it marks a defect although its condition is empty; name the defect, or write {GOOD!r}")
     if synthetic and condition == GOOD:
         raise RowError(f"its defect is synthetic although its condition is {GOOD!r}")
     return Inspection(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_ft.data.splits import held_out_conditions, readable_name
+from echo_ft.data.splits import UNLABELLED_SPLIT, held_out_conditions, readable_name
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json
 from echo_ft.images.decode import READER_THREADS
@@ -188,9 +188,10 @@ def load_cases(
     questions = list(read_jsonl(folder / "questions.jsonl", Question))
     _check_questions(folder / "questions.jsonl", questions)
     knowledge = stored_knowledge(folder)
-    if split != "test" and dataset.manifest["config"].get("split") == "by_condition":
+    untrained = split in ("test", UNLABELLED_SPLIT)
+    if not untrained and dataset.manifest["config"].get("split") == "by_condition":
         knowledge = without_held_out(knowledge, dataset.manifest["held_out"])
-    if split == "test":
+    if untrained:
         knowledge = without_synthetic(knowledge, inspections)
     chosen = [inspection for inspection in inspections if inspection.split == split]
     return make_cases(chosen, references, questions, knowledge, reference, max_references)
@@ -205,7 +206,7 @@ def _check_questions(path: Path, questions: Sequence[Question]) -> None:
             fault = f"the id {one.id!r} occurs twice"
         elif one.kind != GROUNDING and len(one.options) < 2:
             fault = "it has fewer than two options"
-        elif one.kind != GROUNDING and one.answer is not None and one.answer not in one.options:
+        elif one.kind != GROUNDING and one.answer and one.answer not in one.options:
             fault = f"the answer {one.answer!r} is not one of its options"
         if fault:
             raise EchoError(f"{path}:{number} is not a question that can be asked ({fault}); rebuild the dataset")

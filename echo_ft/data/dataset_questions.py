@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from echo_ft.data.questions import write_box_question, write_questions
-from echo_ft.data.splits import conditions_of, queries
+from echo_ft.data.questions import open_questions, write_box_question, write_questions
+from echo_ft.data.splits import UNLABELLED_SPLIT, conditions_of, queries
 from echo_ft.data.unanswerable import write_unanswerable_questions
-from echo_ft.records import Entry, Inspection, Knowledge, Question
+from echo_ft.records import UNLABELLED, Entry, Inspection, Knowledge, Question
 
 
 def write_dataset_questions(
@@ -25,7 +25,8 @@ def write_dataset_questions(
     """Yield the source's questions about each image if it has any, and written questions otherwise.
 
     With `grounding`, the question from `write_box_question` follows them. `unanswerable`, from 0 to 1, is the fraction
-    of images that also get the questions of `write_unanswerable_questions`.
+    of images that also get the questions of `write_unanswerable_questions`. An unlabelled image gets
+    `open_questions` instead.
 
     Questions about the test split are written from `knowledge` and name all products. All other questions are written
     from `training_knowledge` and name only the products outside the test split.
@@ -33,17 +34,23 @@ def write_dataset_questions(
     given: dict[str, list[Question]] = defaultdict(list)
     for question in source_questions:
         given[question.inspection].append(question)
-    real = queries([inspection for inspection in inspections if inspection.synthetic is None])
+    labelled = [inspection for inspection in inspections if inspection.condition != UNLABELLED]
+    real = queries([inspection for inspection in labelled if inspection.synthetic is None])
     tested = conditions_of(real)  # the test has the same questions with and without synthetic defects in training
     conditions = conditions_of(inspections)
     products = sorted({inspection.product for inspection in real})
-    trained = sorted({inspection.product for inspection in inspections if inspection.split != "test"})
+    untrained = ("test", UNLABELLED_SPLIT)
+    trained = sorted({inspection.product for inspection in inspections if inspection.split not in untrained})
     premises = {
         True: _named_conditions(tested, knowledge, products),
         False: _named_conditions(conditions, training_knowledge, trained),
     }
     for inspection in inspections:
         test = inspection.split == "test"
+        if inspection.condition == UNLABELLED:
+            named = tested.get((inspection.dataset, inspection.product), [])
+            yield from open_questions(inspection.id, named, grounding, answer="")
+            continue
         if inspection.id in given:
             yield from given[inspection.id]
         else:
@@ -55,8 +62,8 @@ def write_dataset_questions(
         if grounding and (about_boxes := write_box_question(inspection, root)):
             yield about_boxes
         if unanswerable:
-            named = premises[test].get(inspection.dataset, {})
-            yield from write_unanswerable_questions(inspection, named, root, unanswerable, seed)
+            others = premises[test].get(inspection.dataset, {})
+            yield from write_unanswerable_questions(inspection, others, root, unanswerable, seed)
 
 
 def _named_conditions(

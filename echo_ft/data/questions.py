@@ -145,8 +145,10 @@ def write_box_question(inspection: Inspection, root: Path) -> Question | None:
     return Question(identifier, inspection.id, GROUNDING, GROUNDING_TEXT, {}, boxes.format_boxes(found))
 
 
-def open_questions(identifier: str, conditions: Sequence[str], grounding: bool = False) -> tuple[Question, ...]:
-    """Return the questions about an image whose condition nobody knows. They have no answer.
+def open_questions(
+    identifier: str, conditions: Sequence[str], grounding: bool = False, answer: str | None = None
+) -> tuple[Question, ...]:
+    """Return the questions about an image whose condition nobody knows. `answer` is None, or empty in a dataset.
 
     `conditions` are those of its product. The first question always asks whether there is a defect (A: yes, B: no). If
     the product has two to `MAX_OPTIONS` known defects, a second question asks which one it is. With `grounding`, the
@@ -160,8 +162,9 @@ def open_questions(identifier: str, conditions: Sequence[str], grounding: bool =
         kinds[GROUNDING] = []
     texts = {**QUESTION_TEXTS, GROUNDING: GROUNDING_TEXT}
     return tuple(
-        Question(f"{identifier}#{slug(kind)}", identifier, kind, texts[kind], dict(zip(LETTERS, options, strict=False)))
+        Question(f"{identifier}#{slug(kind)}", identifier, kind, texts[kind], lettered, answer)
         for kind, options in kinds.items()
+        for lettered in [dict(zip(LETTERS, options, strict=False))]
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 from echo_ft.errors import EchoError
-from echo_ft.records import GOOD, Inspection
+from echo_ft.records import GOOD, UNLABELLED, Inspection
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,6 +26,9 @@ REFERENCE_SPLIT = "reference"
 
 LEFT_OUT = "left_out"
 """The split of the fold that is left out of the training rows."""
+
+UNLABELLED_SPLIT = "unlabelled"
+"""The split of images whose condition nobody knows: they can be run, but neither trained on nor scored."""
 
 HELD_OUT_FIELDS = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
 """Modes of `make_splits` that hold something out for the test, and the field that each mode uses."""
@@ -280,10 +283,14 @@ def check_fractions(fractions: Sequence[float]) -> None:
 
 
 def divided_parts(inspections: Sequence[Inspection]) -> list[PartKey]:
-    """Return the parts with images in more than one split. Only splits given by a source can contain such parts."""
+    """Return the parts with images in more than one split. Only splits given by a source can contain such parts.
+
+    Unlabelled images do not count.
+    """
     splits: dict[PartKey, set[str | None]] = defaultdict(set)
     for inspection in inspections:
-        splits[part_key(inspection)].add(inspection.split)
+        if inspection.split != UNLABELLED_SPLIT:
+            splits[part_key(inspection)].add(inspection.split)
     return sorted(name for name, found in splits.items() if len(found) > 1)
 
 
@@ -338,5 +345,5 @@ def conditions_of(inspections: Sequence[Inspection]) -> dict[tuple[str, str], li
     """Return the conditions in each product's images, keyed by (dataset, product): `good` first, the rest by name."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for inspection in inspections:
-        found[inspection.dataset, inspection.product].add(inspection.condition)
+        found[inspection.dataset, inspection.product] |= {inspection.condition} - {UNLABELLED}
     return {place: sorted(names, key=lambda name: (name != GOOD, name)) for place, names in sorted(found.items())}

@@ -18,7 +18,7 @@ from echo_ft.metrics.answer_files.plain import read_plain_answers
 from echo_ft.metrics.answer_files.robustmad import read_robustmad_answers
 from echo_ft.metrics.mmad import Answer, read_answers, to_predictions
 from echo_ft.provenance import fingerprint_bytes
-from echo_ft.records import GROUNDING, Prediction, Rejection
+from echo_ft.records import GROUNDING, UNLABELLED, Prediction, Rejection
 from echo_ft.strict_yaml import read_json
 
 TRAINED_APART = {
@@ -67,9 +67,15 @@ def load_run(folder: Path) -> Run:
     if not predictions:
         raise EchoError(f"{rows} is empty; rerun the same evaluation.run command to resume")
     incomplete = _incomplete_warnings(provenance, predictions)
-    warnings = [*incomplete, *_run_warnings(provenance)]
+    known = [one for one in predictions if one.condition != UNLABELLED]
+    if not known:
+        raise EchoError(
+            f"{rows} has only answers about images without a condition, so there is nothing to score; read them there, "
+            "or run another split"
+        )
+    warnings = [*incomplete, *_unlabelled_warnings(predictions, known), *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
-    others, grounding = _split_off_boxes(predictions)
+    others, grounding = _split_off_boxes(known)
     return Run(folder, others, provenance, warnings, rejections, grounding, complete=not incomplete)
 
 
@@ -161,6 +167,14 @@ def _incomplete_warnings(provenance: Mapping[str, Any], predictions: Sequence[Pr
         f"THE RUN IS NOT COMPLETE: {done} of {expected} {what}; the scores cover only these; rerun the same "
         "evaluation.run command to resume"
     ]
+
+
+def _unlabelled_warnings(predictions: Sequence[Prediction], known: Sequence[Prediction]) -> list[str]:
+    """Say how many answers about images without a condition are left out."""
+    left_out = len(predictions) - len(known)
+    images = {one.case for one in predictions} - {one.case for one in known}
+    text = f"{left_out} answers about {len(images)} images without a condition are left out of all scores"
+    return [text] if left_out else []
 
 
 def _run_warnings(provenance: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,105 @@
+"""Images without a condition are run, and change nothing else: no split, training row, audit or score."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from data_prep import audit
+from data_prep.build import build
+from data_prep.build import main as build_main
+from echo_ft.data.dataset import load_cases, load_dataset
+from echo_ft.data.splits import UNLABELLED_SPLIT
+from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import PipelineConfig, run_cases
+from echo_ft.files import write_jsonl
+from echo_ft.metrics.loading import load_run
+from echo_ft.records import GROUNDING, UNLABELLED, Inspection, Prediction, Question
+from echo_ft.retrieval.products import read_products
+from evaluation import score
+from tests.support.backends import ScriptedBackend
+from tests.support.drawn_manifest import draw_manifest, draw_part, flags, make_config, read_rows
+from tests.support.scripted_runs import WORDS, write_scripted_run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """The same parts as two datasets: one of them has three more images, without a condition."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    manifest = draw_manifest(folder, ("cap", "ring"), normals=5, defects=4)
+    build(make_config(manifest, folder / "labelled", grounding=True))
+    names = [f"cap/new-{number}.png" for number in range(3)]
+    for number, name in enumerate(names):
+        draw_part(folder / name, 500 + number, defect=number == 1)
+    rows = [{"image": name, "product": "cap", "condition": ""} for name in names]
+    with open(manifest, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    build(make_config(manifest, folder / "mixed", grounding=True))
+    return folder / "labelled", folder / "mixed"
+
+
+def test_they_change_nothing_about_the_labelled_images(folders):
+    labelled, mixed = folders
+    for name, cls in (("inspections.jsonl", Inspection), ("questions.jsonl", Question)):
+        kept = [row for row in read_rows(mixed, name, cls) if "new-" not in row.id]
+        assert kept == read_rows(labelled, name, cls)
+    rows = sorted(path.relative_to(labelled) for path in (labelled / "sft").rglob("*.jsonl"))
+    assert len(rows) == 8
+    assert all((labelled / path).read_bytes() == (mixed / path).read_bytes() for path in rows)
+    assert read_products(load_dataset(mixed)).conditions == read_products(load_dataset(labelled)).conditions
+
+
+def test_their_questions_depend_on_no_truth(folders):
+    cases = load_cases(load_dataset(folders[1]), UNLABELLED_SPLIT)
+    assert [case.seen.query for case in cases] == [f"cap/new-{number}.png" for number in range(3)]
+    for case in cases:
+        asked = [(one.kind, list(one.options.values())) for one in case.seen.questions]
+        assert asked == [
+            ("Anomaly Detection", ["Yes.", "No."]),
+            ("Defect Classification", ["dent", "stain"]),
+            (GROUNDING, []),
+        ]
+        assert case.truth.condition == UNLABELLED
+        assert {*case.truth.answers.values()} == {""}
+        assert case.seen.references
+
+
+def test_the_build_and_the_audit_say_that_they_skip_them(folders, tmp_path, capsys):
+    manifest = folders[0].parent / "parts.jsonl"
+    options = flags(source="manifest", annotations=manifest, output=tmp_path / "built", descriptor="skimage", k=2)
+    build_main(options)
+    printed = capsys.readouterr().out
+    assert "unlabelled      3 cases: without a condition, so only for runs" in printed
+    with suppress(SystemExit):  # parts this small look alike, so there may be a leak
+        audit.main([str(folders[1])])
+    assert "unlabelled            3  images without a condition were skipped" in capsys.readouterr().out
+
+
+def test_scores_leave_them_out_and_say_how_many(folders, tmp_path, capsys):
+    labelled = write_scripted_run(tmp_path / "labelled", folders[0])
+    mixed = write_scripted_run(tmp_path / "mixed", folders[1])
+    cases = load_cases(load_dataset(folders[1]), UNLABELLED_SPLIT)
+    outcomes = run_cases(cases, ScriptedBackend(dict(WORDS)), PipelineConfig())
+    answers = [one for outcome in outcomes for one in outcome.predictions]
+    assert [one.answer for one in answers] == [""] * 9
+    known = read_rows(mixed, "predictions.jsonl", Prediction)
+    write_jsonl(mixed / "predictions.jsonl", [*known, *answers])
+    run = json.loads((mixed / "run.json").read_text())
+    (mixed / "run.json").write_text(json.dumps(run | {"cases": run["cases"] + 3}))
+    found = load_run(mixed)
+    assert [*found.predictions, *found.grounding] == [
+        *load_run(labelled).predictions,
+        *load_run(labelled).grounding,
+    ]
+    score.main([str(mixed)])
+    said = "9 answers about 3 images without a condition are left out of all scores"
+    report = json.loads((mixed / "report.json").read_text())
+    assert said in report["warnings"]
+    score.main([str(labelled)])
+    assert report["tables"] == json.loads((labelled / "report.json").read_text())["tables"]
+    write_jsonl(mixed / "predictions.jsonl", answers)
+    with pytest.raises(EchoError, match="has only answers about images without a condition"):
+        load_run(mixed)
