@@ -37,6 +37,7 @@ NOT_RUN = {
     "transformers serve": "starts a server that never ends",
     "--watch": "waits for images until Ctrl-C",
     "--serve": "serves until Ctrl-C",
+    "curl": "needs a server that runs",
     "ddp.yaml --num_processes 4": "needs four GPUs",
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",
