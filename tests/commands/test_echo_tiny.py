@@ -17,7 +17,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from train.tiny import inputs, loop, pretrain, stages
 from train.tiny import model as tiny_model
-from train.tiny.lessons import LessonRow, draw_text_row
+from train.tiny.lessons import STATEMENTS, LessonRow, draw_text_row, image_lessons, random_labels
 from train.tiny.pool import Pool, draw_pool, open_pool
 from train.tiny.shifts import encode_as_shifts, normalize
 
@@ -193,6 +193,21 @@ def test_the_letter_names_the_stated_option() -> None:
                 stated = lesson.prompt.split(": the ", 1)[1].split(" is ", 1)[1].splitlines()[0]
                 option = next(line for line in lesson.prompt.splitlines() if line.startswith(f"{lesson.completion}. "))
                 assert option[3:].lower() == stated.lower()
+
+
+def test_the_letter_names_what_is_stated_beside_images() -> None:
+    asked = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        context, branches = image_lessons(rng, random_labels(rng), normals=1)
+        for lesson in branches:
+            if lesson.skill == "stated":
+                options = {line[0]: line[3:] for line in lesson.prompt.splitlines() if line[1:3] == ". "}
+                statements = [line for line in f"{context}{lesson.prompt}".splitlines() if line.startswith(STATEMENTS)]
+                named = [letter for letter, option in options.items() if option.lower()[:-1] in statements[0].lower()]
+                assert lesson.completion in named
+                asked += 1
+    assert asked > 20
 
 
 TINY = ["--steps_share", "0.0005", "--products", "10", "--held_out", "6"]

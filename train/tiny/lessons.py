@@ -100,6 +100,10 @@ def image_lessons(
         prompt = "Which note fits the part?"
         branches.append(Lesson(prompt, f"{name}: {notes[name]}", "note"))
         branches.append(_choice(rng, prompt, notes[name], list(notes.values()), "note"))
+    elif rng.random() < STATED_SHARE:
+        stated, lessons = _stated(rng, labels)
+        context += stated
+        branches += lessons
     questions = _questions(labels)
     for index in rng.permutation(len(questions))[: max(1, 4 - len(branches))]:
         text, answer, answers, skill = questions[index]
@@ -111,6 +115,10 @@ def image_lessons(
     return context, tuple(branches[index] for index in order)
 
 
+STATED_SHARE = 0.4
+"""Share of the other rows with images whose text states answers."""
+STATEMENTS = ("Note", "Hint", "Remark", "Guide", "Reasoning")
+"""Words before a statement."""
 _BEST_PROMPTS = (
     "Which candidate is most like the last image? Answer with its number.",
     "Which candidate fits the last image best? Answer with its number.",
@@ -128,6 +136,23 @@ _CONTEXTS = (
         "Normal parts come first. The last image is to be checked.\n",
     ),
 )
+
+
+def _stated(rng: np.random.Generator, labels: PartLabels) -> tuple[str, list[Lesson]]:
+    """Draw two questions beside images that text answers: a note in the returned context, or a line of the prompt."""
+    if rng.random() < 0.5:
+        name = labels.defect or "good"
+        notes = _notes(rng, name, ("good", *DEFECT_NAMES), 3)
+        kind = _choice(rng, "What is the type of the defect?", name, ["good", *DEFECT_NAMES], "stated")
+        look = _choice(rng, "What is the appearance of the defect?", notes[name], list(notes.values()), "stated")
+        return f"{_pick(rng, STATEMENTS)}: {name}: {notes[name]}\n", [kind, look]
+    lessons = []
+    for _ in range(2):
+        answers = [_phrase(rng) if rng.random() < 0.5 else _sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
+        subject, seen = _pick(rng, WORDS), labels.place and f"at the {labels.place} a {labels.extent} {labels.mark}. "
+        stated = f"{_pick(rng, STATEMENTS)}: {seen}the {subject} is: {answers[0]}\n"
+        lessons.append(_choice(rng, f"What is the {subject}?", answers[0], answers, "stated", stated, after_share=0.7))
+    return "", lessons
 
 
 def _caption(rng: np.random.Generator, labels: PartLabels, normals: int) -> Lesson:
