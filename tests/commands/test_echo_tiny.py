@@ -59,9 +59,9 @@ def compared(drawn: inputs.DrawnRows) -> LessonRow:
 
 
 @pytest.fixture
-def student() -> stages.Student:
+def student(tmp_path_factory: pytest.TempPathFactory) -> stages.Student:
     """echo-tiny before its pretraining."""
-    return pretrain.build_student(0, Path(), ())  # type: ignore[no-any-return]
+    return pretrain.build_student(0, tmp_path_factory.mktemp("work"), ())  # type: ignore[no-any-return]
 
 
 def messages(row: LessonRow, branch: int) -> list[dict[str, Any]]:
