@@ -102,7 +102,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
     """This project's trainer; `stored` reuses the features of the frozen vision tower across epochs."""
     row_builder = RowBuilder(processor_of(workload))
     store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if stored else None
-    collator = Collator(row_builder, folder, store)
+    collator = Collator(row_builder, folder, store, adapt_from=workload.adapt_from)
     rows = pa.Table.from_pylist([asdict(exchange) for exchange in make_exchanges(folder, workload)], EXCHANGE_SCHEMA)
     args = arguments(folder, workload.cases_per_step, workload)
     args.remove_unused_columns = False
@@ -115,7 +115,7 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
         train_dataset=group_by_case(rows),
         processing_class=row_builder.processor,
         peft_config=lora(),
-        config=EchoConfig("decision_maker", str(folder), workload.pixels, workload.pixels),
+        config=EchoConfig(workload.role, str(folder), workload.pixels, workload.pixels, adapt_from=workload.adapt_from),
         card=card(folder, workload),
         store=store,
         callbacks=[steps],

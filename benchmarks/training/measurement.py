@@ -1,7 +1,7 @@
 """Measure one contender in its own process. Needs only transformers, so that it runs in other trainers' environments.
 
-Prints one line of JSON: seconds per step, losses, the work of a step, peak memory (of the process or of its GPU),
-device, precision and versions.
+Prints one line of JSON: seconds and CPU seconds per step, losses, the work of a step, peak memory (of the process or of
+its GPU), device, precision and versions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Steps(TrainerCallback):
         self.ends: list[float] = []
         self.starts: list[float] = []
         """When the step after each of `ends` began: immediately, or with the next turn."""
+        self.cpu: list[float] = []
+        """The process's CPU time at each of `ends`. Waiting for a turn takes none."""
         self.losses: list[float] = []
         self.work: dict[str, Any] = {}
 
@@ -45,6 +48,7 @@ class Steps(TrainerCallback):
     def end_step(self) -> None:
         """Record the end of a step, and wait for the next turn if contenders take turns."""
         self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
         if self.turns:
             print(TURN, flush=True)
             if not sys.stdin.readline():
@@ -105,6 +109,7 @@ def main(
     gpu = torch.cuda.is_available()
     found = {
         "seconds": measured.seconds,
+        "cpu_seconds": [end - start for start, end in pairwise(measured.cpu)],
         "losses": measured.losses,
         "peak_mib": (
             torch.cuda.max_memory_allocated() / 2**20 if gpu

@@ -16,6 +16,14 @@ from echo_ft.records import Branch, Exchange
 MODEL = "recipes/tiny/echo-tiny"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTEXT = "The first image shows a normal part, the second the part under inspection.\n"
+PROMPTS = {
+    "reference_extractor": "Which candidate is the best baseline, and what does it look like?",
+    "knowledge_guide": "Which entry matters for this image, and what should one look for?",
+    "reasoning_expert": "Question: Is there mark number {index} in the object?\nObserve, compare and conclude.",
+    "decision_maker": "Question: Is there mark number {index} in the object?\nA. Yes.\nB. No.\n" + DECIDE_INSTRUCTION,
+}
+PER_QUESTION = ("reasoning_expert", "decision_maker")
+SENTENCE = "The part is round and its surface is even, without a mark, a scratch or a hole that the normal part lacks."
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Workload:
     """Height and width of an image in pixels."""
     turns: bool = False
     """Whether TRL and this project wait for their next turn after every step."""
+    role: str = "decision_maker"
+    adapt_from: str = "prefix"
+    """Where the adapter of this project's trainer begins to act."""
 
     @property
     def cases_per_step(self) -> int:
@@ -50,7 +61,10 @@ class Workload:
 
 
 def make_exchanges(folder: Path, workload: Workload) -> list[Exchange]:
-    """Draw images into `folder`; returns one exchange per case, each with its own reference and query image."""
+    """Draw images into `folder`; returns one exchange per case, each with its own reference and query image.
+
+    The reference extractor and the knowledge guide get one prompt per case, the other roles one per question.
+    """
     found = []
     for case in range(workload.cases):
         answers = np.random.default_rng((case, 0))
@@ -64,15 +78,15 @@ def make_exchanges(folder: Path, workload: Workload) -> list[Exchange]:
                 )
             names.append(name)
         branches = tuple(
-            Branch(
-                str(index),
-                f"Question: Is there mark number {index} in the object?\nA. Yes.\nB. No.\n{DECIDE_INSTRUCTION}",
-                "AB"[int(answers.integers(2))],
-            )
-            for index in range(workload.questions)
+            Branch(str(index), PROMPTS[workload.role].format(index=index), _completion(workload.role, answers))
+            for index in range(workload.questions if workload.role in PER_QUESTION else 1)
         )
-        found.append(Exchange("decision_maker", f"case {case}", tuple(names), CONTEXT, branches, PROMPT_VERSION))
+        found.append(Exchange(workload.role, f"case {case}", tuple(names), CONTEXT, branches, PROMPT_VERSION))
     return found
+
+
+def _completion(role: str, rng: np.random.Generator) -> str:
+    return "AB"[int(rng.integers(2))] if role == "decision_maker" else SENTENCE
 
 
 def rows_for(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
-from benchmarks.evaluation import certificates, overhead, speed
+from benchmarks.evaluation import certificates, late_adapters, overhead, speed
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION
-from echo_ft.records import Prediction
-from tests.conftest import make_case
+from echo_ft.model.adapters import attach_adapters
+from echo_ft.model.loading import load_model
+from echo_ft.records import ROLES, Prediction
+from tests.conftest import ECHO_TINY, make_case, make_dataset, random_adapters
 
 MAX_NEW_TOKENS = 5
 
@@ -37,6 +40,29 @@ def test_plain_transformers_and_the_engine_give_the_same_answers(model, row_buil
     question, (_, probabilities) = next(iter(expected.items()))
     with pytest.raises(SystemExit, match=f"{question}: found 'Z'"):
         speed.require_same_answers({question: ("Z", probabilities)}, found)
+
+
+@pytest.mark.parametrize("start", ["prefix", "branch", "answer"])
+def test_plain_transformers_and_the_engine_switch_adapters_on_at_the_same_token(row_builder, cases, tmp_path, start):
+    folder = random_adapters(
+        tmp_path / "adapters", make_dataset(tmp_path / "data", 1, 1, 1), adapt_from=dict.fromkeys(ROLES, start)
+    )
+    model = attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {role: folder / role for role in ROLES})
+    few = [replace(cases[0], seen=replace(cases[0].seen, questions=cases[0].seen.questions[:2]))]
+    engine = Engine(model, row_builder, tmp_path, MAX_NEW_TOKENS)
+    found = speed.answers(run_cases(few, engine.generate, PipelineConfig()))
+    plain = late_adapters.PlainLate(model, row_builder, tmp_path, start, MAX_NEW_TOKENS)
+    expected = speed.answers(run_cases(few, plain.generate, PipelineConfig()))
+    assert speed.require_same_answers(expected, found) < 1e-5
+    other = {"prefix": "branch", "branch": "answer", "answer": "prefix"}[start]
+    elsewhere = late_adapters.PlainLate(model, row_builder, tmp_path, other, MAX_NEW_TOKENS)
+    differs = speed.answers(run_cases(few, elsewhere.generate, PipelineConfig()))
+    assert differs != expected, "where the adapter acts matters"
+
+
+def test_rates_of_late_adapters_are_relative_to_prefix():
+    rates = {"prefix": [1.0, 2.0, 3.0], "branch": [2.0, 6.0, 3.0]}
+    assert late_adapters.table(rates).splitlines()[3] == "| branch | 3.00 (2.00 to 6.00) | 1.50 (1.00 to 3.00) |"
 
 
 def test_the_ideal_repeats_the_computation_of_the_engine(model, row_builder, cases, tmp_path):

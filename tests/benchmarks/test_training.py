@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from benchmarks.training import __main__ as benchmark
+from benchmarks.training import roles
 from benchmarks.training.measurement import TURN, Steps, work
 from benchmarks.training.other_trainers import copy_with_budget, write_rows
 from benchmarks.training.turns import take_turns
@@ -235,6 +236,53 @@ def test_the_comparison_at_other_widths_prints_one_table(tmp_path, monkeypatch, 
     assert tokens[0] == tokens[1] > 2 * tokens[2]
     assert tokens[2] == tokens[3]
     assert len(set(labels)) == 1
+
+
+def test_runs_of_a_role_train_the_same_tokens_wherever_the_adapter_acts(tmp_path):
+    from benchmarks.training.contender import echo_ft_trainer
+
+    base = Workload(2, 5, 1, model=small_random_model(tmp_path), side=56)
+    for role, labels in (("knowledge_guide", 2), ("decision_maker", 10)):
+        found = {
+            start: echo_ft_trainer(tmp_path, dataclasses.replace(base, role=role, adapt_from=start), stored=False)
+            for start in ("prefix", "branch", "answer")
+        }
+        # A new adapter changes nothing, so the first loss does not depend on where it acts.
+        assert len({round(steps.losses[0], 4) for steps in found.values()}) == 1
+        work = {start: steps.work.pop("operations") for start, steps in found.items()}
+        assert work["prefix"] > work["branch"] > work["answer"]
+        assert found["prefix"].work == found["branch"].work == found["answer"].work
+        assert found["prefix"].work["labels"] % labels == 0
+        assert len(make_exchanges(tmp_path, dataclasses.replace(base, role=role))[0].branches) == labels // 2
+
+
+def test_the_steps_of_all_roles_are_added_and_compared_turn_by_turn(tmp_path, monkeypatch):
+    steps = {"prefix": [9.0, 4.0, 2.0, 3.0], "branch": [9.0, 1.0, 1.0, 2.0], "answer": [9.0, 3.0, 3.0, 3.0]}
+
+    def measured(command, name, features, folder, workload):
+        return {"cpu_seconds": steps[workload.adapt_from], "peak_mib": len(workload.role), "operations": 2e11}
+
+    monkeypatch.setattr(roles, "measure", measured)
+    found = roles.measure_roles(tmp_path, Workload(2, 5, 3))
+    assert found["branch"] == roles.FourRuns(4 * 1.0, len("reference_extractor"), 8e11)
+    runs = {"prefix": [found["prefix"], roles.FourRuns(20.0, 1.0, 8e11)], "branch": [found["branch"], found["branch"]]}
+    assert roles.table(runs).splitlines()[3] == "| branch | 4.00 (4.00 to 4.00) | 4.00 (3.00 to 5.00) | 0.800 | 19 |"
+
+
+def test_counted_operations_are_those_that_the_trainer_reports(tmp_path, monkeypatch):
+    from benchmarks.training.contender import echo_ft_trainer
+
+    model = small_random_model(tmp_path)
+    workload = Workload(1, 2, 1, model=model, rows=2, side=56)
+    monkeypatch.setattr(roles, "ROLES", ["decision_maker"])
+    counted = roles.count_operations(model, workload, tmp_path)
+    trained = echo_ft_trainer(tmp_path, dataclasses.replace(workload, adapt_from="branch"), stored=False)
+    assert counted["branch"][0] == pytest.approx(trained.work["operations"])
+    assert counted["prefix"][1] > counted["branch"][1] > counted["answer"][1]
+    computed, stored = counted["branch"]
+    row = roles.count_table({"small": counted}).splitlines()[3].split(" | ")
+    assert float(row[3]) == pytest.approx(counted["prefix"][0] / computed, abs=0.005)
+    assert float(row[5].strip(" |")) == pytest.approx(counted["prefix"][1] / stored, abs=0.005)
 
 
 def test_trainer_and_ideal_loop_agree_on_random_weights(tmp_path):

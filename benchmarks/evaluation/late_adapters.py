@@ -1,0 +1,188 @@
+"""Measure the engine by where the adapters act: `python -m benchmarks.evaluation.late_adapters [--cases 16]`.
+
+The workload is that of benchmarks/evaluation/speed.py: the full pipeline on drawn parts of 448 x 448 pixels, with three
+references and five questions per case. All four roles have LoRA adapters of all language layers with small random
+weights, the same for every value of adapt_from. The values take turns. Their answers must equal those of plain
+transformers, which runs one question at a time and switches the adapter on only where it acts.
+
+Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. Adapters that act
+elsewhere give other texts of other lengths. With `--max_new_tokens 1`, the work is equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import DynamicCache
+
+from benchmarks.evaluation.speed import (
+    MAX_NEW_TOKENS,
+    MODEL,
+    SIDE,
+    answers,
+    draw_cases,
+    require_same_answers,
+)
+from benchmarks.training.__main__ import with_spread
+from benchmarks.training.workload import TARGETS
+from echo_ft.data.dataset import load_dataset
+from echo_ft.experts.pipeline import PipelineConfig, run_cases
+from echo_ft.inference.engine import Engine
+from echo_ft.model.adapters import attach_adapters, make_card, write_card
+from echo_ft.model.loading import load_model, load_processor
+from echo_ft.model.rows import ADAPT_FROM, RowBuilder
+from echo_ft.records import LETTERS, ROLES, Branch, Exchange, Generation
+
+SCALE = 0.02
+"""Standard deviation of the adapters' output weights: enough to change texts, too little to make them nonsense."""
+
+
+def write_adapters(folder: Path, data: Path, row_builder: RowBuilder, start: str) -> dict[str, Path]:
+    """Write a random adapter per role that acts from `start` on; returns their folders."""
+    lora = LoraConfig(r=8, target_modules=r".*language_model.*\.(" + "|".join(TARGETS) + ")", task_type="CAUSAL_LM")
+    for seed, role in enumerate(ROLES):
+        torch.manual_seed(seed)
+        tuned = get_peft_model(load_model(MODEL, None, "float32"), lora)
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=SCALE)
+        tuned.save_pretrained(str(folder / role))
+        tokens = row_builder.generation_prompt if start == "answer" else ()
+        card = make_card(
+            role, MODEL, None, SIDE**2, SIDE**2, load_dataset(data), adapt_from=start, invocation_tokens=tokens
+        )
+        write_card(folder / role, card)
+    return {role: folder / role for role in ROLES}
+
+
+@dataclass(frozen=True)
+class PlainLate:
+    """Plain transformers: one question at a time, without padding. The adapter is off before it acts."""
+
+    model: Any
+    """With the adapters of all roles."""
+    row_builder: RowBuilder
+    root: Path
+    start: str
+    max_new_tokens: int
+
+    def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        """Every branch of every exchange, one after another."""
+        self.model.set_adapter(role)
+        return [[self.generate_one(exchange, branch) for branch in exchange.branches] for exchange in exchanges]
+
+    @torch.inference_mode()
+    def generate_one(self, exchange: Exchange, branch: Branch) -> Generation:
+        """Generate the output for one prompt."""
+        row = self.row_builder.load_row(replace(exchange, branches=(branch,)), self.root)
+        ids, positions = torch.from_numpy(row.input_ids)[None], torch.from_numpy(row.positions)[:, None]
+        images = [Image.open(self.root / image).convert("RGB") for image in exchange.images]
+        whole = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "mm_token_type_ids": (ids == self.row_builder.image_token_id).int(),
+        }
+        pixels = self.row_builder.image_processor(images=images, return_tensors="pt")
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        own = len(self.row_builder.generation_prompt)
+        first = {"prefix": 0, "branch": row.prefix_length, "answer": ids.shape[1] - own}[self.start]
+        step: dict[str, Any] = whole | dict(pixels)
+        if first:
+            before = {name: tensor[..., :first] for name, tensor in whole.items()}
+            with self.model.disable_adapter():
+                self.model(**before, **pixels, past_key_values=cache, use_cache=True)
+            step = {name: tensor[..., first:] for name, tensor in whole.items()}
+        found: list[int] = []
+        letters: dict[str, float] = {}
+        tokenizer, position = self.row_builder.tokenizer, positions.max()
+        while len(found) < self.max_new_tokens:
+            logits = self.model(**step, past_key_values=cache, use_cache=True).logits[0, -1].float()
+            scores = torch.log_softmax(logits, dim=-1)
+            letters = letters or {one: float(scores[tokenizer.convert_tokens_to_ids(one)]) for one in LETTERS}
+            token = int(logits.argmax())
+            if token in self.model.generation_config.eos_token_id:
+                break
+            found.append(token)
+            step = {"input_ids": torch.tensor([[token]]), "position_ids": (position + len(found)).expand(3, 1, 1)}
+        return Generation(tokenizer.decode(found, skip_special_tokens=True).strip(), letters)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], float]:
+    """Measure the values of adapt_from in turn; returns their rates and the largest difference of a probability."""
+    root, cases = draw_cases(folder / "data", options.cases)
+    row_builder = RowBuilder(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
+    models = {}
+    for start in ADAPT_FROM:
+        adapters = write_adapters(folder / start, folder / "data", row_builder, start)
+        models[start] = attach_adapters(load_model(MODEL, None, "float32"), adapters)
+    rates: dict[str, list[float]] = {start: [] for start in ADAPT_FROM}
+    largest = 0.0
+    for number in range(options.runs + 1):
+        for start, model in models.items():
+            engine = Engine(model, row_builder, root, options.max_new_tokens)
+            began = time.process_time()
+            found = answers(
+                [
+                    outcome
+                    for first in range(0, len(cases), options.batch_size)
+                    for outcome in run_cases(
+                        cases[first : first + options.batch_size], engine.generate, PipelineConfig()
+                    )
+                ]
+            )
+            if number:  # the first pass of a process is slower
+                rates[start].append(len(found) / (time.process_time() - began))
+                print(
+                    f"run {number}: {start}: {rates[start][-1]:.2f} questions per CPU second",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                continue
+            plain = PlainLate(model, row_builder, root, start, options.max_new_tokens)
+            outcomes = [run_cases([case], plain.generate, PipelineConfig())[0] for case in cases[: options.plain_cases]]
+            largest = max(largest, require_same_answers(answers(outcomes), found))
+    return rates, largest
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=16, help="Cases of a run.")
+    parser.add_argument("--plain_cases", type=int, default=4, help="How many of them plain transformers runs.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch, as in recipes/tiny/run.yaml.")
+    parser.add_argument("--runs", type=int, default=3, help="Runs of each value of adapt_from.")
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="Maximum tokens per output.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if not 1 <= options.plain_cases <= options.cases:
+        parser.error("--plain_cases must be between 1 and --cases")
+    with tempfile.TemporaryDirectory() as name:
+        rates, largest = measure(options, Path(name))
+    print(table(rates))
+    print(f"\nPlain transformers gives the same answers. Option probabilities differ by at most {largest:.1e}.")
+
+
+def table(rates: Mapping[str, Sequence[float]]) -> str:
+    """One line per value of adapt_from. Ratios compare medians; their spread compares runs that took turns."""
+    prefix = statistics.median(rates["prefix"])
+    lines = ["| adapt_from | questions per CPU second | times as fast as prefix |", "|---|---|---|"]
+    for start, values in rates.items():
+        ratios = [own / first for own, first in zip(values, rates["prefix"], strict=True)]
+        median = statistics.median(values)
+        lines.append(f"| {start} | {with_spread(median, values)} | {with_spread(median / prefix, ratios)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Compare the training of all four roles by where the adapters act: `python -m benchmarks.training.roles`.
+
+A case has two images and five questions. The reference extractor and the knowledge guide answer once per case, the
+others once per question. For each value of adapt_from, four runs train one role each, with this project's trainer and
+computed image features. The values take turns, role by role, each in its own process.
+
+A step's time is the CPU time of its process, on one thread, so it depends little on what else the machine does. That of
+all roles is the sum of the roles' medians. The peak is the highest of the four processes.
+
+At the true widths, with random float32 weights: `python -m benchmarks.training.roles --widths 2b --layers 2`.
+
+`--count` trains nothing and counts the operations of a step at the full sizes, on the meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+
+from benchmarks.training.__main__ import WIDTHS, measure, random_model, with_spread
+from benchmarks.training.contender import lora
+from benchmarks.training.workload import MODEL, Workload, make_exchanges
+from echo_ft.model.architectures import meta_model
+from echo_ft.model.loading import load_processor
+from echo_ft.model.rows import ADAPT_FROM, RowBuilder
+from echo_ft.records import ROLES
+from echo_ft.training.flops import WorkCounts, image_work, text_work, unit_costs
+
+
+@dataclass(frozen=True)
+class FourRuns:
+    """What the training of all roles took, with one value of adapt_from."""
+
+    seconds: float
+    """CPU time of a step of each role, together."""
+    peak_mib: float
+    operations: float
+    """Of a step of each role, together: forward and backward, each distinct image and token once."""
+
+
+def measure_roles(folder: Path, workload: Workload) -> dict[str, FourRuns]:
+    """Train the roles one after another, with the values of adapt_from in turn."""
+    command = [sys.executable, "-m", "benchmarks.training.contender"]
+    found = {start: FourRuns(0.0, 0.0, 0.0) for start in ADAPT_FROM}
+    for role in ROLES:
+        for start, before in found.items():
+            run = measure(command, "echo-ft", "computed", folder, replace(workload, role=role, adapt_from=start))
+            seconds = statistics.median(run["cpu_seconds"][-workload.steps :])
+            found[start] = FourRuns(
+                before.seconds + seconds,
+                max(before.peak_mib, run["peak_mib"]),
+                before.operations + run["operations"],
+            )
+            print(f"{role}, {start}: {seconds:.3f} s, {run['peak_mib']:.0f} MiB", file=sys.stderr, flush=True)
+    return found
+
+
+def table(results: Mapping[str, Sequence[FourRuns]]) -> str:
+    """One line per value of adapt_from. Ratios compare medians; their spread compares runs that took turns."""
+    medians = {start: statistics.median(run.seconds for run in runs) for start, runs in results.items()}
+    lines = [
+        "| adapt_from | CPU s per step of all roles | times as fast as prefix | TFLOP | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for start, runs in results.items():
+        ratios = [first.seconds / own.seconds for first, own in zip(results["prefix"], runs, strict=True)]
+        lines.append(
+            f"| {start} | {with_spread(medians[start], [run.seconds for run in runs])} "
+            f"| {with_spread(medians['prefix'] / medians[start], ratios)} "
+            f"| {runs[0].operations / 1e12:.3f} | {max(run.peak_mib for run in runs):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def count_operations(name: str, workload: Workload, folder: Path) -> dict[str, tuple[float, float]]:
+    """Count the operations of a step of all roles, with computed and with stored image features, by adapt_from.
+
+    `name` is the name of a published model or a folder with a config.json.
+    """
+    model = meta_model(name)
+    processor = load_processor(MODEL, None, workload.pixels, workload.pixels)
+    vision, reader = model.config.vision_config, processor.image_processor
+    reader.patch_size, reader.merge_size = vision.patch_size, vision.spatial_merge_size
+    row_builder = RowBuilder(processor)
+    core: Any = get_peft_model(model, lora()).get_base_model()
+    costs = unit_costs(core)
+    found = {}
+    for start in ADAPT_FROM:
+        text, images = WorkCounts(), WorkCounts()
+        for role in ROLES:
+            rows = [row_builder.load_row(row, folder) for row in make_exchanges(folder, replace(workload, role=role))]
+            text += text_work(rows, [row_builder.adapted_tokens(row, start) for row in rows])
+            images += image_work(grid for row in rows for grid in row.grids.tolist())
+        found[start] = costs.flops(text + images), costs.flops(text)
+    return found
+
+
+def count_table(counts: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    """One line per model and value of adapt_from: TFLOP, and how many times fewer than those of prefix."""
+    lines = [
+        "| model | adapt_from | TFLOP, features computed | times fewer | TFLOP, features stored | times fewer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in counts.items():
+        for start, each in found.items():
+            cells = (f"{own / 1e12:.3g} | {first / own:.2f}" for own, first in zip(each, found["prefix"], strict=True))
+            lines.append(f"| {name} | {start} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure or count, and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1, help="Runs of each role and value of adapt_from.")
+    parser.add_argument("--steps", type=int, default=10, help="Steps that count in each run.")
+    parser.add_argument("--cases_per_step", type=int, default=2, help="Cases per step.")
+    parser.add_argument("--widths", choices=list(WIDTHS), help="Random weights at this model's widths, not echo-tiny.")
+    parser.add_argument("--layers", type=int, help="Layers of language model and tower with --widths.")
+    parser.add_argument("--count", action="store_true", help="Count the operations at the full sizes instead.")
+    options = parser.parse_args()
+    if options.layers is not None and not options.widths:
+        parser.error(f"--layers {options.layers} needs random weights; add --widths")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    questions, cases = 5, 10 * options.cases_per_step
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.count:
+            counted = Workload(options.cases_per_step, questions, 1, rows=questions * options.cases_per_step)
+            models = {"echo-tiny": MODEL, **{f"Qwen2-VL {size.upper()}": model for size, model in WIDTHS.items()}}
+            counts = {name: count_operations(model, counted, folder) for name, model in models.items()}
+            print(count_table(counts))
+            return
+        model = random_model(WIDTHS[options.widths], folder / "model", options.layers) if options.widths else MODEL
+        workload = Workload(cases, questions, options.steps, model=model, rows=questions * options.cases_per_step)
+        results: dict[str, list[FourRuns]] = {start: [] for start in ADAPT_FROM}
+        for _ in range(options.runs):
+            for start, found in measure_roles(folder, workload).items():
+                results[start].append(found)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
