@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,8 @@ def load_cases(
     inspections = list(read_jsonl(folder / "inspections.jsonl", Inspection))
     references = list(read_jsonl(folder / "references.jsonl", Reference))
     questions = list(read_jsonl(folder / "questions.jsonl", Question))
-    _check_questions(folder / "questions.jsonl", questions)
+    unlabelled = {inspection.id for inspection in inspections if inspection.split == UNLABELLED_SPLIT}
+    _check_questions(folder / "questions.jsonl", questions, unlabelled)
     knowledge = stored_knowledge(folder)
     untrained = split in ("test", UNLABELLED_SPLIT)
     if not untrained and dataset.manifest["config"].get("split") == "by_condition":
@@ -197,8 +198,11 @@ def load_cases(
     return make_cases(chosen, references, questions, knowledge, reference, max_references)
 
 
-def _check_questions(path: Path, questions: Sequence[Question]) -> None:
-    """Raise EchoError for a question with fewer than two options, an answer outside them, or a duplicate id."""
+def _check_questions(path: Path, questions: Sequence[Question], unlabelled: Collection[str]) -> None:
+    """Raise EchoError for a question with fewer than two options, an answer outside them, or a duplicate id.
+
+    Only questions about the inspections in `unlabelled` may have no answer.
+    """
     seen = set()
     for number, one in enumerate(questions, start=1):
         fault = None
@@ -206,7 +210,9 @@ def _check_questions(path: Path, questions: Sequence[Question]) -> None:
             fault = f"the id {one.id!r} occurs twice"
         elif one.kind != GROUNDING and len(one.options) < 2:
             fault = "it has fewer than two options"
-        elif one.kind != GROUNDING and one.answer and one.answer not in one.options:
+        elif (
+            one.kind != GROUNDING and one.answer not in one.options and (one.answer or one.inspection not in unlabelled)
+        ):
             fault = f"the answer {one.answer!r} is not one of its options"
         if fault:
             raise EchoError(f"{path}:{number} is not a question that can be asked ({fault}); rebuild the dataset")

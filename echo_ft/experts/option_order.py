@@ -21,6 +21,11 @@ _DECISION = re.compile(
 )
 """A decision as `roles.render` makes it, in three groups: before the options, the options, and after them."""
 
+_NAMES_OTHERS = re.compile(
+    rf"(?i:\b(?:all|any|both|either|neither|none|some) of (?:the|these)\b)|\b[{LETTERS}] (?:and|or) [{LETTERS}]\b"
+)
+"""Part of an option that refers to other options, such as `none of the above`. It must keep its place."""
+
 
 @dataclass(frozen=True)
 class PermutedPrediction(Prediction):
@@ -42,12 +47,15 @@ def shuffle_options(branch: Branch, seed: str) -> Branch:
     """Return a decision with shuffled options, and with the letter that the correct option then has as its completion.
 
     The order is drawn with `seed`. Two options are not shuffled, because benchmarks always ask yes or no in the same
-    order. A branch that is not a decision, or whose completion is not a letter, is returned unchanged.
+    order. Options of which one refers to others, such as `none of the above`, are not shuffled either. A branch that
+    is not a decision, or whose completion is not a letter, is returned unchanged.
     """
     parts = _DECISION.fullmatch(branch.prompt)
     options = parts.group(2).splitlines() if parts else []
     letters = [option[0] for option in options]
     if parts is None or len(options) < 3 or branch.completion not in letters:
+        return branch
+    if any(_NAMES_OTHERS.search(option[3:]) for option in options):
         return branch
     order = random.Random(f"options/{seed}/{branch.id}").sample(range(len(options)), len(options))
     lines = "".join(f"{letter}{options[source][1:]}\n" for letter, source in zip(letters, order, strict=True))

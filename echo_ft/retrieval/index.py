@@ -74,6 +74,7 @@ class VectorIndex:
             self.faiss = self._build()
             if index_file is not None:
                 _write(self.faiss, index_file)
+                index_file.unlink(missing_ok=True)  # an older version wrote it, without a checksum
 
     def search(self, queries: FloatArray, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the similarities and positions, both (n, depth), of the neighbours of `queries` (n, d), best first.

@@ -71,6 +71,8 @@ def test_shuffled_options_keep_the_right_one(letters, reason):
     [
         decision({"A": "Yes.", "B": "No."}),
         decision({}, kind=GROUNDING),
+        decision({"A": "Crack.", "B": "Dent.", "C": "None of the above."}),
+        decision({"A": "Crack.", "B": "Dent.", "C": "Both A and B."}),
         replace(decision(QUESTION.options), completion=None),
         Branch("q", "Question: Which?\nA. one\nB. two\nC. three\nObserve, then conclude.", "B"),
     ],

@@ -45,6 +45,7 @@ DERIVED = {
 """Options that the card records under another name, with a changed value."""
 
 REFUSED_VALUES: dict[str, Any] = {
+    "shuffle_options": False,
     "seed": 1,
     "data_seed": 1,
     "train_sampling_strategy": "sequential",
