@@ -214,7 +214,8 @@ def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, A
             "compared, so check the others, such as seed and batch size",
             checkpoint,
         )
-    before = {"shuffle_options": False, **before}  # cards did not have it before it existed
+    else:
+        before = {"shuffle_options": False, **before}  # cards of versions without this option leave it out
     for name in FIXED:
         # A run without a metric has no best value yet, so a metric may still be chosen.
         unset = name in ("metric_for_best_model", "greater_is_better") and None in (before.get(name), now.get(name))
