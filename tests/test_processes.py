@@ -129,3 +129,39 @@ def test_the_launcher_keeps_the_status_of_its_process(tmp_path):
         )  # fmt: skip
         assert done.returncode == status, done.stderr
         assert re.findall(".*sentence|.*Traceback.*", done.stderr) == ["one sentence"]
+
+
+@pytest.mark.slow  # importing accelerate takes ten seconds
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_launcher_passes_a_signal_to_its_process(tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(COMMAND)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "train.launch", "--config_file", "recipes/accelerate/cpu.yaml", script, "0.2"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert launcher.stdout is not None
+    while launcher.stdout.readline() != "ready\n":  # accelerate prints too
+        assert launcher.poll() is None
+    launcher.send_signal(number)
+    out, err = launcher.communicate(timeout=60)
+    assert (out, launcher.returncode) == ("cleaned up\n", 128 + number)
+    assert re.findall(".*run it again.*|.*Traceback.*", err) == [
+        f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}; run it again"
+    ]
+
+
+def test_the_launcher_ends_at_a_ctrl_c_during_its_imports(tmp_path):
+    """With a stand-in for accelerate, whose import takes a minute."""
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "__init__.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "train.launch", "script.py"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode in (130, -signal.SIGINT)

@@ -11,6 +11,9 @@ import logging
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+
+import psutil
 
 
 def main(argv: list[str]) -> int:
@@ -22,6 +25,10 @@ def main(argv: list[str]) -> int:
     options = launch_command_parser().parse_args(argv)
     options.quiet = False  # a quiet launcher hides the status
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Not earlier: a signal during the imports must end this process. Unlike an ignored signal, a handler is not
+    # inherited by the processes; torchrun replaces it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _pass_on)
     try:
         launch_command(options)
     except subprocess.CalledProcessError as error:
@@ -34,12 +41,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _pass_on(number: int, _: object) -> None:
+    """Send a signal to the process that accelerate waits for; end if there is none yet.
+
+    After Ctrl-C in a terminal, that process gets the signal twice. `echo_ft.processes` takes both as one. accelerate
+    brings psutil.
+    """
+    children = psutil.Process().children()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
+    if not children:
+        sys.exit(128 + number)
+
+
 def _shell_status(code: int) -> int:
     return 128 - code if code < 0 else code  # Python writes the number of a signal as a negative status
 
 
 if __name__ == "__main__":
-    # The processes get Ctrl-C too. This one waits until they have ended. Unlike an ignored signal, an empty handler is
-    # not inherited by them; torchrun replaces it.
-    signal.signal(signal.SIGINT, lambda *_: None)
     sys.exit(main(sys.argv[1:]))
