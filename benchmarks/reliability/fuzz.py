@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -67,8 +68,11 @@ class Found:
     """The shortest input and its traceback, by the type of the error and where it was raised."""
 
 
-class HangError(Exception):
-    """Raised in an execution that exceeds its time limit."""
+class HangError(BaseException):
+    """Raised in an execution that exceeds its time limit.
+
+    It is no Exception, because `except Exception` in a parser would turn it into a refusal.
+    """
 
 
 @contextmanager
@@ -96,7 +100,7 @@ def execute(parser: Parser, content: bytes, folder: Path, found: Found) -> None:
             parser.read(content, folder)
     except parser.refusals:
         found.refused += 1
-    except Exception as error:
+    except (Exception, HangError) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "benchmarks" not in frame.filename]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "result"
         name = f"{type(error).__name__} at {place}"
@@ -189,7 +193,8 @@ def fuzz(parser: Parser, executions: int, folder: Path, seed: int = 0) -> Found:
 
 
 def fuzz_bytes(name: str, executions: int, folder: Path, seed: int, output: Path) -> None:
-    """Execute a parser on `executions` inputs from atheris, write the findings to `output`, and end the process."""
+    """Execute a parser on `executions` inputs from atheris and write the findings to `output`. Then remove `folder` and
+    end the process."""
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["echo_ft", "data_prep"]):
         parser = _parsers().PARSERS[name]
@@ -208,6 +213,7 @@ def fuzz_bytes(name: str, executions: int, folder: Path, seed: int, output: Path
         if found.executions >= executions:  # libFuzzer ends the process itself, without Python's clean-up
             report(name, found, output)
             sys.stdout.flush()
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(1 if found.finds else 0)
 
     limits = ["-max_len=4096", "-rss_limit_mb=3000", f"-seed={seed + 1}", "-verbosity=0", f"-dict={words}"]

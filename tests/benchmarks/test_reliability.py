@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.reliability.fuzz import Found, execute, fuzz, report
+from benchmarks.reliability.__main__ import Loop, kill_loop
+from benchmarks.reliability.fuzz import Found, execute, fuzz, fuzz_bytes, report
 from benchmarks.reliability.parsers import PARSERS, Parser, prepare_folder
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import parse_best
@@ -35,9 +45,12 @@ def test_fuzzer_keeps_the_shortest_input_of_each_find(tmp_path, capsys, monkeypa
         if b"a" in content:
             raise KeyError(content)
         if b"h" in content:
-            time.sleep(9)
+            try:
+                time.sleep(9)
+            except Exception as error:  # as the library does around other packages
+                raise EchoError("unreadable") from error
 
-    monkeypatch.setattr("benchmarks.reliability.fuzz.SECONDS", 0.01)
+    monkeypatch.setattr("benchmarks.reliability.fuzz.SECONDS", 0.2)
     found = Found()
     for content in (b"", b"bcd", b"bcda", b"bca", b"hhh"):
         execute(Parser(read, ()), content, tmp_path, found)
@@ -58,3 +71,84 @@ def test_numbers_of_an_answer_may_be_long_and_are_parsed_in_linear_time():
     assert parse_best(" " * 1_000_000 + "candidate" + " " * 1_000_000 + "2", 3) == 1
     assert parse_cut_letter("A x" + " " * 1_000_000 + "y", {"A": "x z"}) is None
     assert time.process_time() - start < 5  # the square of a million steps takes hours
+
+
+def test_atheris_leaves_no_corpus_behind(tmp_path, monkeypatch):
+    """With a stand-in for atheris, and for `os._exit`, which skips Python's clean-up."""
+    runs = []
+    fake = SimpleNamespace(
+        instrument_imports=lambda include: nullcontext(),
+        Setup=lambda arguments, run: runs.append(run),
+        Fuzz=lambda: runs[0](b"A"),
+    )
+    monkeypatch.setitem(sys.modules, "atheris", fake)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    with pytest.raises(SystemExit, match="0"):
+        fuzz_bytes("letters", 1, folder, 0, tmp_path / "finds")
+    assert not folder.exists()
+
+
+class Stub:
+    """A process of a training, as multiprocessing shows it, that runs a shell command."""
+
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen(["sh", "-c", f"exec {command}"])
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.poll()
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def join(self, seconds: float | None = None) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+
+class StubLoop(Loop):
+    """Trainings that are shell commands and have always logged `loss`."""
+
+    def __init__(self, folder: Path, *commands: str) -> None:
+        super().__init__(folder, folder, len(commands), 1, random.Random(0))
+        self.commands, self.loss, self.started = commands, 1.0, []
+
+    def start(self, output: Path) -> list[Stub]:
+        output.mkdir()
+        history = [{"step": 1, "loss": self.loss}]
+        (output / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        (output / "adapter_model.safetensors").write_bytes(b"")
+        self.started = [Stub(command) for command in self.commands]
+        return self.started
+
+
+def test_a_kill_is_no_fault(tmp_path):
+    loop = StubLoop(tmp_path, "sleep 60", "sleep 60")
+    assert not loop.run(tmp_path / "x", 0.1)
+    assert (loop.tally.kills, loop.tally.faults) == (1, [])
+
+
+def test_a_process_that_fails_beside_a_blocked_one_is_a_fault(tmp_path, capsys):
+    loop = StubLoop(tmp_path, "sh -c 'exit 3'", "sleep 60")
+    assert loop.run(tmp_path / "x", 2)
+    assert (loop.tally.kills, loop.tally.faults) == (0, ["x: status [3, None]"])
+    assert not any(process.is_alive() for process in loop.started)
+
+
+@pytest.mark.parametrize(("loss", "faults"), [(1.0, []), (1.1, ["training-0: a loss differs by 0.1"])])
+def test_the_kill_loop_notices_another_loss(tmp_path, capsys, monkeypatch, loss, faults):
+    loop = StubLoop(tmp_path, "true")
+    undisturbed = loop.undisturbed
+    monkeypatch.setattr(loop, "undisturbed", lambda: (undisturbed(), setattr(loop, "loss", loss))[0])
+    tally = kill_loop(loop, minutes=0, kills=0)
+    assert (tally.trainings, tally.faults) == (2, faults)
+
+
+def test_a_hanging_training_is_ended_before_the_loop_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.reliability.__main__.LONGEST_RUN", 0.1)
+    loop = StubLoop(tmp_path, "sleep 60")
+    with pytest.raises(SystemExit, match="the undisturbed training hangs"):
+        loop.undisturbed()
+    assert not loop.started[0].is_alive()
