@@ -6,11 +6,12 @@ no upload.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
-import signal
+import secrets
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,21 @@ from evaluation.case_images import IMAGE_SIDE
 MAX_UPLOAD_BYTES = 64 * 2**20
 """Largest accepted size of an upload. `images.decode` limits the pixels of the image in it."""
 
-UPLOAD_SECONDS = 300
-"""How long an upload is kept if nobody inspects it. After an inspection, it is removed at once."""
+FORM_BYTES = 2**20
+"""What a request may have in addition to one upload."""
 
 WAITING = 16
 """How many images may wait for their turn; the experts inspect one at a time."""
+
+UPLOAD_SECONDS = 24 * 60 * 60
+"""How long Gradio keeps an upload that is not inspected, for example because the browser was closed while it waited.
+
+Gradio also removes uploads that still wait, so this leaves more than an hour for each of `WAITING` images. After an
+inspection, the upload is removed at once.
+"""
+
+CLOSING_SECONDS = 5
+"""How long the page waits for open connections after Ctrl-C or SIGTERM. An expert at work still finishes its answer."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -77,18 +88,37 @@ def serve(load: Callable[[], Inspector], host: str, port: int) -> None:
         require_gradio()
         import uvicorn
 
-        # SIGTERM, which stops services, would end the process at once and leave the scratch folder behind.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         app = make_app(load(), host, uploads)
         shown = f"[{host}]" if ":" in host else host
         print(f"the page is at http://{shown}:{listening.getsockname()[1]}; Ctrl-C stops it", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+        # uvicorn (0.54) logs a traceback for each connection that it ends.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+        )
+        uvicorn.Server(settings).run(sockets=[listening])
+
+
+def refusal(headers: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return the HTTP status and the reason if a request with these headers is refused. Their names are lower-case.
+
+    Other websites may make a browser send requests to this machine, and one request may have many uploads.
+    """
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
+        return 403, "requests from other websites are refused; open the page itself"
+    if "transfer-encoding" in headers:
+        return 411, "requests of unknown size are refused; send Content-Length"
+    if int(headers.get("content-length", "0")) > MAX_UPLOAD_BYTES + FORM_BYTES:
+        return 413, f"the request is larger than {MAX_UPLOAD_BYTES // 2**20} MiB; send one image per request"
+    return None
 
 
 def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
-    """Return the page as a FastAPI application with its limits: hosts, content policy and size of uploads."""
+    """Return the page as a FastAPI application with its limits: hosts, origins, content policy and size of uploads."""
     import gradio
     from fastapi import FastAPI, Request
+    from fastapi.responses import PlainTextResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -97,10 +127,12 @@ def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
 
     @app.middleware("http")
     async def add_policy(request: Request, call_next: Any) -> Any:
-        response = await call_next(request)
+        refused = refusal(request.headers)
+        response = await call_next(request) if refused is None else PlainTextResponse(refused[1], refused[0])
         response.headers["Content-Security-Policy"] = CONTENT_POLICY
         return response
 
+    separate_uploads()
     return gradio.mount_gradio_app(
         app,
         make_page(inspector, uploads),
@@ -117,6 +149,21 @@ def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
     )
 
 
+def separate_uploads() -> None:
+    """Give each upload its own path. Gradio (6.31) takes the folder's name from the content.
+
+    Of two uploads of the same file, the first inspection would remove the other's file.
+    """
+    from gradio import route_utils
+
+    class SeparateUpload(route_utils.GradioUploadFile):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.sha.update(secrets.token_bytes(16))
+
+    route_utils.GradioUploadFile = SeparateUpload
+
+
 def make_page(inspector: Inspector, uploads: Path) -> Any:
     """Return the page as Gradio's Blocks. Its only function, `inspect`, takes a file in `uploads` and a product."""
     import gradio
@@ -127,7 +174,6 @@ def make_page(inspector: Inspector, uploads: Path) -> Any:
                 yield None, shown  # the empty field takes the next image
 
     products = sorted({product for _, product in inspector.products.conditions})
-    # After UPLOAD_SECONDS, Gradio removes uploads that were never inspected.
     with gradio.Blocks(title="echo-ft", analytics_enabled=False, delete_cache=(60, UPLOAD_SECONDS)) as page:
         gradio.Markdown(INTRODUCTION)
         with gradio.Row():

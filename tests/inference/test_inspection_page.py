@@ -22,6 +22,8 @@ from echo_ft.records import GROUNDING, ROLES, Generation
 from evaluation import inspect, inspection_page
 from tests.conftest import ROOT, draw
 
+STOPPED = "stopped by SIGTERM; rerun the same command; with --watch, it goes on where it stopped"
+
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
@@ -95,6 +97,27 @@ def test_an_upload_goes_also_if_the_reader_leaves(inspector, image):
     assert not image.exists()
 
 
+def test_other_websites_and_more_than_one_upload_are_refused():
+    largest = inspection_page.MAX_UPLOAD_BYTES + inspection_page.FORM_BYTES
+    here = {"host": "127.0.0.1:7860"}
+    taken = [here, {**here, "origin": "http://127.0.0.1:7860"}, {**here, "content-length": str(largest)}]
+    assert [inspection_page.refusal(headers) for headers in taken] == [None] * 3
+    refused = {
+        403: [{"origin": origin} for origin in ("http://evil.example", "http://127.0.0.1:80", "null", "")],
+        411: [{"transfer-encoding": "chunked"}],
+        413: [{"content-length": str(largest + 1)}],
+    }
+    for status, cases in refused.items():
+        for headers in cases:
+            found = inspection_page.refusal(here | headers)
+            assert found is not None
+            assert found[0] == status
+
+
+def test_an_upload_is_kept_for_longer_than_the_queue_takes():
+    assert inspection_page.UPLOAD_SECONDS > (inspection_page.WAITING + 1) * 60 * 60
+
+
 def test_what_the_page_lacks_is_said_before_the_model_loads(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
@@ -121,7 +144,8 @@ def test_the_served_page_inspects_uploads_only_and_keeps_nothing(bundle, tmp_pat
         file.truncate(inspection_page.MAX_UPLOAD_BYTES + 1)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
     command = [python, "-m", "evaluation.inspect", "--serve", "--bundle", str(bundle), "--port", "0"]
-    served = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    served = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
     try:
         assert served.stdout is not None
         address = next(found.group() for line in served.stdout if (found := ADDRESS.search(line)))
@@ -131,7 +155,7 @@ def test_the_served_page_inspects_uploads_only_and_keeps_nothing(bundle, tmp_pat
         kept = [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
     finally:
         served.send_signal(signal.SIGTERM)
-        status = served.wait(timeout=60)
+        _, said = served.communicate(timeout=60)
     found = json.loads(done.stdout.splitlines()[-1])
     score = Inspector.from_bundle(bundle).predict(image, "washer").pred_score
     assert len(found["steps"]) == 5
@@ -139,8 +163,10 @@ def test_the_served_page_inspects_uploads_only_and_keeps_nothing(bundle, tmp_pat
     assert found["again"] == found["steps"][-1:]
     assert "cannot be read: the image is broken or has an unknown format" in found["broken"][-1]
     assert [found[name].startswith("event: error") for name in ("server_file", "address")] == [True, True]
-    assert (found["large"], found["other_host"], found["file"]) == (413, 400, 403)
+    assert [f"P(defect) {score:.3f} " in events for events in found["same"]] == [True, True]
+    assert (found["large"], found["other_host"], found["other_website"], found["file"]) == (413, 400, 403, 403)
     assert "default-src 'self'" in found["policy"]
     assert kept == []
-    assert status == 128 + signal.SIGTERM
+    assert served.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1:] == [STOPPED]
     assert list((tmp_path / "temporary").iterdir()) == []

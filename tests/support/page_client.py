@@ -23,11 +23,16 @@ def inspected(client: Client, image: str) -> list[str]:
 
 
 def asked(address: str, path: str) -> str:
-    """Request a file that was not uploaded, which Gradio's client would upload first, and return the events in the
-    reply."""
+    """Request a path on the server, which Gradio's client would upload first, and return the events in the reply."""
     data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "washer"]
     started = httpx.post(f"{address}/gradio_api/call/inspect", json={"data": data})
     return httpx.get(f"{address}/gradio_api/call/inspect/{started.json()['event_id']}", timeout=60).text
+
+
+def uploaded(address: str, image: str) -> str:
+    """Upload a file, and return its path on the server."""
+    with open(image, "rb") as file:
+        return str(httpx.post(f"{address}/gradio_api/upload", files={"files": file}).json()[0])
 
 
 def main(address: str, image: str, large: str) -> dict[str, Any]:
@@ -36,9 +41,16 @@ def main(address: str, image: str, large: str) -> dict[str, Any]:
     page = httpx.get(address)
     with open(large, "rb") as file:
         upload = httpx.post(f"{address}/gradio_api/upload", files={"files": file}, timeout=120)
+    with open(image, "rb") as file:
+        foreign = httpx.post(
+            f"{address}/gradio_api/upload", files={"files": file}, headers={"Origin": "http://evil.example"}
+        )
+    waiting = [uploaded(address, image) for _ in range(2)]
     return {
         "steps": inspected(client, image),
         "again": inspected(client, image)[-1:],
+        "same": [asked(address, path) for path in waiting],
+        "other_website": foreign.status_code,
         "broken": inspected(client, __file__),
         "server_file": asked(address, str(Path(image).resolve())),
         "address": asked(address, "https://example.org/part.png"),
