@@ -173,12 +173,11 @@ def make_page(inspector: Inspector, uploads: Path) -> Any:
             for shown in inspect_upload(inspector, Path(path), None if product == NEAREST else product):
                 yield None, shown  # the empty field takes the next image
 
-    products = sorted({product for _, product in inspector.products.conditions})
     with gradio.Blocks(title="echo-ft", analytics_enabled=False, delete_cache=(60, UPLOAD_SECONDS)) as page:
         gradio.Markdown(INTRODUCTION)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
-                product = gradio.Dropdown([NEAREST, *products], value=NEAREST, label="Product")
+                product = gradio.Dropdown([NEAREST, *inspector.products.comparable], value=NEAREST, label="Product")
                 upload = gradio.File(label="Image", file_types=["image"], height=180)
             with gradio.Column(scale=3):
                 shown = gradio.HTML()

@@ -237,7 +237,7 @@ class Inspector:
         products = self.products
         keys = [key for key in products.conditions if product in (None, key[1])]
         if not keys:
-            known = ", ".join(sorted({name for _, name in products.conditions}))
+            known = ", ".join(products.comparable)
             raise EchoError(f"product {product!r} is not in {products.source}; choose from {known}")
         key, references = products.search.find(path, keys)
         entries = products.knowledge.get(key[0], {}).get(key[1], {})

@@ -53,6 +53,11 @@ class ProductData:
     grounding: bool = False
     """Whether the dataset asks for the boxes of defects, so that adapters trained on it name them."""
 
+    @property
+    def comparable(self) -> list[str]:
+        """The names of the products that have a normal image to compare with."""
+        return sorted({product for _, product in self.search.images})
+
 
 def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
     """Read the products of a dataset and compute descriptors of its normal images. A search returns `k` references.

@@ -118,6 +118,15 @@ def test_an_upload_is_kept_for_longer_than_the_queue_takes():
     assert inspection_page.UPLOAD_SECONDS > (inspection_page.WAITING + 1) * 60 * 60
 
 
+def test_only_products_with_a_normal_image_are_offered(inspector, image):
+    known = inspector.products
+    conditions = {**known.conditions, ("line", "bolt"): []}  # a product with only unlabelled images
+    bolts = Inspector(inspector.generate, replace(known, conditions=conditions))
+    assert bolts.products.comparable == ["cap", "washer"]
+    with pytest.raises(EchoError, match=r"'nut' is not in .*; choose from cap, washer$"):
+        bolts.predict(image, "nut")
+
+
 def test_what_the_page_lacks_is_said_before_the_model_loads(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
