@@ -72,7 +72,7 @@ def test_the_command_inspects_with_a_bundle(bundle, image, capsys):
         (["--adapters", "a", "--server", "http://h/v1"], "--server does not go with --adapters; .* or use --bundle"),
         (["--bundle", "b", "--server", "http://h/v1", "--base_model", "m"], "--base_model does not go with --server"),
         (["--bundle", "b"], "there is no b; write one with python -m train.export"),
-        (["--bundle", "b", "--watch", "w"], "name either images or a folder to watch"),
+        (["--bundle", "b", "--watch", "w"], "name images, a folder to watch, or the page"),
         (["--bundle", "b", "--webhook", "file:///x"], "--webhook file:///x is not an address"),
     ],
 )
