@@ -16,7 +16,8 @@ from echo_ft import processes
 from tests.conftest import ROOT
 
 COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 from echo_ft.config import run_main
 
 def main(argv):

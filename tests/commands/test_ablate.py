@@ -22,6 +22,7 @@ from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, TRACES, RunFolder
 from echo_ft.metrics.comparison import ALL_QUESTIONS
+from echo_ft.model.vision import ImageEncoder
 from echo_ft.records import QUESTION_TYPES, ROLES, Prediction, Trace
 from evaluation import ablate, ablation_table, compare
 from evaluation import run as evaluation_run
@@ -165,7 +166,7 @@ def test_the_table_is_printed_and_written_with_numbers_of_questions(done):
 def record_calls(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
     """Record the prompts that engines answer, the images that they load, and the models that are loaded."""
     prompts, images, models = [], [], []
-    generate, load_image, load_model = Engine.generate, Engine._load, evaluation_run.load_model
+    generate, load_image, load_model = Engine.generate, ImageEncoder._load, evaluation_run.load_model
 
     def recorded(self, role, exchanges):
         for one in exchanges:
@@ -174,7 +175,7 @@ def record_calls(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
         return generate(self, role, exchanges)
 
     def load_recorded_image(self, view):
-        images.append((self.adapted, view))
+        images.append((id(self), view))
         return load_image(self, view)
 
     def load_recorded_model(*arguments, **options):
@@ -182,7 +183,7 @@ def record_calls(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
         return load_model(*arguments, **options)
 
     monkeypatch.setattr(Engine, "generate", recorded)
-    monkeypatch.setattr(Engine, "_load", load_recorded_image)
+    monkeypatch.setattr(ImageEncoder, "_load", load_recorded_image)
     monkeypatch.setattr(evaluation_run, "load_model", load_recorded_model)
     return prompts, images, models
 

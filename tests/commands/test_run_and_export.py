@@ -59,7 +59,7 @@ def test_a_run_answers_every_question_and_adapters_change_the_answers(dataset, a
     run_evaluation(dataset, tmp_path / "tuned", "--adapters", adapters)
     cut = json.loads((tmp_path / "tuned" / "run.json").read_text())["cut"]
     assert cut["reasoning_expert"] > 0, "six tokens are too few"
-    assert f"max_new_tokens 6 cut texts: {cut['reference_extractor']} of the reference_ex" in capsys.readouterr().err
+    assert f"{cut['reasoning_expert']} of the reasoning_expert" in capsys.readouterr().err
     base, tuned = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("base", "tuned"))
     assert len({row.question for row in base}) == len(base) == len(tuned) == 21
     assert [row.probabilities for row in base] != [row.probabilities for row in tuned]

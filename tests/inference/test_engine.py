@@ -25,7 +25,7 @@ from echo_ft.model.adapters import attach_adapters
 from echo_ft.model.batches import float32_logits
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.vision import ImageEncoder, ImageFeatureCache
-from echo_ft.records import ROLES, Prediction
+from echo_ft.records import ROLES, Branch, Prediction
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, ROOT, make_case, make_dataset, random_adapters
 from tests.support.exchanges import exchanges_of
@@ -98,6 +98,8 @@ def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
 
 
 def test_a_text_that_ends_at_the_token_limit_is_marked(model, row_builder, exchanges, tmp_path):
+    sentence = Branch("sentence", "Describe the difference.")
+    exchanges = [replace(one, branches=(*one.branches, sentence)) for one in exchanges]
     whole = Engine(model, row_builder, tmp_path, max_new_tokens=200).generate("reasoning_expert", exchanges)
     short = Engine(model, row_builder, tmp_path, max_new_tokens=4).generate("reasoning_expert", exchanges)
     pairs = [pair for pair in zip(chain(*whole), chain(*short), strict=True) if not pair[0].cut]

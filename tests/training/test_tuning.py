@@ -75,7 +75,7 @@ def test_an_adapter_under_zero_2_is_saved_without_copying_the_base(plain, datase
 
 
 def full_tuning_options(dataset, output, *more):
-    options = ["--use_peft", "false", "--learning_rate", "1e-3", "--vision_learning_rate", 0]
+    options = ["--use_peft", "false", "--learning_rate", "1e-4", "--vision_learning_rate", 0]
     return tiny_options("reference_extractor", dataset, output, *SHORT, *options, *more)
 
 
@@ -145,7 +145,7 @@ def test_flex_attention_is_refused_on_a_cpu(dataset, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_base_starts_near_the_loss_of_the_plain_one(plain, dataset, tmp_path, bits):
-    quantized = [f"--load_in_{bits}bit", "true", "--bnb_4bit_quant_type", "nf4"]
+    quantized = [f"--load_in_{bits}bit", "true", "--bnb_4bit_quant_type", "nf4", "--learning_rate", "1e-3"]
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *quantized))
     assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=0.2)
     assert losses(tmp_path)[2] < losses(tmp_path)[0]
