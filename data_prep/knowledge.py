@@ -138,7 +138,7 @@ def write_template(dataset: Dataset, folder: Path) -> list[str]:
 
 
 def _descriptions(counts: Mapping[str, int], known: Mapping[str, str]) -> dict[str, str]:
-    """Return the description of each condition with images or knowledge, or an empty one if it is just the name."""
+    """Return the description of each condition with images or knowledge; it is empty if it only repeats the name."""
     names = sorted({*counts, *known}, key=lambda condition: (condition != GOOD, condition))
     texts = {name: clean(known.get(name, "")) for name in names}
     return {name: text if has_description(Entry(name, text)) else "" for name, text in texts.items()}

@@ -241,7 +241,7 @@ def test_a_name_that_is_not_near_is_no_hint(write):
 
 @dataclass
 class Checked:
-    """Checks its values in its own terms, as a class from another library does."""
+    """Check its own values and report errors in its own words, as a class from another library does."""
 
     kind: str = "plain"
     share: float = 0.5

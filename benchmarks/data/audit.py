@@ -7,7 +7,7 @@ back), or a version that is 20% brighter or darker. A second measurement splits 
 the audit also compares magnetic tiles, using only pixels, under a split by image and a split by group, with three
 seeds each.
 
-Grainy sheets are excluded. Their grain comes from one shared table, so different parts do show the same surface at
+Grainy sheets are excluded. Their grain comes from one shared table, so different parts show the same surface at
 different positions.
 """
 

@@ -62,7 +62,7 @@ class Pattern:
 
 
 def random_shade(rng: np.random.Generator) -> float:
-    """Draw a factor on the part's colour that differs clearly from 1."""
+    """Draw a random factor for the part's colour that clearly differs from 1."""
     return float(rng.uniform(0.2, 0.65) if rng.random() < 0.5 else rng.uniform(1.35, 1.9))
 
 

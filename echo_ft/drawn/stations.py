@@ -81,7 +81,7 @@ def station_coordinates(
 
 
 def light_canvases(station: Station, canvases: Sequence[_Array], rng: np.random.Generator) -> list[_Array]:
-    """Light all canvases alike, as for one image, and clip them to 0 to 1. The first canvas sets the exposure.
+    """Light all canvases as if they were one image, and clip them to 0 to 1. The first canvas sets the exposure.
 
     Binary images are taken in even light, so their canvases are only clipped.
     """

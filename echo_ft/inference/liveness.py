@@ -64,7 +64,7 @@ class ProbeAnswer:
     letters: tuple[Letters, ...]
 
     def distance(self, other: ProbeAnswer) -> float | None:
-        """Return the RMS difference of the log-probabilities that both have, in nats; None if they share none."""
+        """Return the RMS difference, in nats, of the log-probabilities present in both; None if there are none."""
         differences = [
             ours[letter] - theirs[letter]
             for ours, theirs in zip(self.letters, other.letters, strict=True)

@@ -49,7 +49,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     buffers: int
-    """Memory of the topology itself: gradient buckets, and the gathered weights of ZeRO-3."""
+    """Memory that the topology itself needs: gradient buckets, and the gathered weights of ZeRO-3."""
     host: int = 0
     context: int = CUDA_CONTEXT
     """The CUDA context, or on a CPU the libraries."""

@@ -94,7 +94,7 @@ def test_16_bit_colours_that_two_libraries_read_differently_are_refused(tmp_path
 
 
 def test_every_reader_of_images_scales_to_8_bits(tmp_path):
-    """Pillow on its own would return a white image with a single value."""
+    """Pillow on its own would return an image that is white everywhere."""
     path, plain = save(tmp_path / "a.png", ramp(65535)), save(tmp_path / "b.png", ramp(255, "u1"))
     shown = Image.open(io.BytesIO(encode_image(path)))
     assert len(np.unique(np.asarray(shown.convert("L")))) > 32

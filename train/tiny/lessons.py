@@ -116,7 +116,7 @@ def image_lessons(
 
 
 STATED_SHARE = 0.4
-"""Share of the other rows with images whose text states answers."""
+"""Fraction of the rows with images but without notes in which the text states the answers."""
 STATEMENTS = ("Note", "Hint", "Remark", "Guide", "Reasoning")
 """Words before a statement."""
 _BEST_PROMPTS = (
