@@ -16,8 +16,7 @@ from echo_ft import processes
 from tests.conftest import ROOT
 
 COMMAND = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+import sys, time
 from echo_ft.config import run_main
 
 def main(argv):
