@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from echo_ft.files import read_jsonl, write_json, write_jsonl
+from echo_ft.inference.inspector import Inspector
 from echo_ft.records import GOOD, ROLES, Inspection
-from tests.conftest import make_dataset, random_adapters
+from tests.conftest import draw, make_dataset, random_adapters
 from train.export import main as export_main
 
 TARGETS = {role: ["q_proj", "v_proj"] for role in ROLES} | {"reasoning_expert": ["q_proj", "attn.qkv", "attn.proj"]}
@@ -42,3 +43,14 @@ def bundle(adapters, tmp_path_factory):
     output = tmp_path_factory.mktemp("exported") / "bundle"
     export_main(["--adapters", str(adapters), "--output", str(output), "--merge", "none", "--dtype", "float32"])
     return output
+
+
+@pytest.fixture(scope="module")
+def inspector(adapters):
+    """An inspector that writes short texts."""
+    return Inspector.from_adapters(adapters, max_new_tokens=8)
+
+
+@pytest.fixture
+def image(tmp_path):
+    return tmp_path / draw(tmp_path / "new.png", (90, 70), 99)

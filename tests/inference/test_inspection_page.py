@@ -20,21 +20,11 @@ from echo_ft.errors import EchoError
 from echo_ft.inference.inspector import Inspector, Progress
 from echo_ft.records import GROUNDING, ROLES, Generation
 from evaluation import inspect, inspection_page
-from tests.conftest import ROOT, draw
+from tests.conftest import ROOT
 
 STOPPED = "stopped by SIGTERM; rerun the same command; with --watch, it goes on where it stopped"
 
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
-
-
-@pytest.fixture(scope="module")
-def inspector(adapters):
-    return Inspector.from_adapters(adapters, max_new_tokens=8)
-
-
-@pytest.fixture
-def image(tmp_path):
-    return tmp_path / draw(tmp_path / "new.png", (90, 70), 99)
 
 
 def test_steps_tell_what_is_known_before_each_role_and_end_with_the_result(inspector, image):

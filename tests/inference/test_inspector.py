@@ -25,16 +25,6 @@ from evaluation import inspect
 from tests.conftest import draw
 
 
-@pytest.fixture(scope="module")
-def inspector(adapters):
-    return Inspector.from_adapters(adapters, max_new_tokens=8)
-
-
-@pytest.fixture
-def image(tmp_path):
-    return tmp_path / draw(tmp_path / "new.png", (90, 70), 99)
-
-
 def test_a_file_an_image_and_an_array_give_the_same_result(inspector, image):
     with Image.open(image) as opened:
         pixels = np.asarray(opened)
