@@ -96,13 +96,9 @@ def main(argv: list[str]) -> None:
         output = _answers_folder(config.output)
         run, given = load_answers(Path(str(config.answers)), Path(config.questions) if config.questions else None)
         name = run.folder.name
-    calibration = {}
-    if config.calibration is not None:
-        calibration = calibrate_run(run, Path(config.calibration), config.false_alarms)
-    gate = {}
-    if limits is not None:
-        validation = None if config.calibration is None else load_run(Path(config.calibration))
-        gate = judge_run(run, limits, validation)
+    validation = None if config.calibration is None else load_run(Path(config.calibration))
+    calibration = {} if validation is None else calibrate_run(run, validation, config.false_alarms)
+    gate = {} if limits is None else judge_run(run, limits, validation)
     report = {**build_report(name, run, given.official, calibration, given.letters), "gate": gate}
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "report.json", report)

@@ -13,19 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
-from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
 from echo_ft.export.card import licence_notes, model_card
 from echo_ft.export.measured import Measurement
 from echo_ft.export.published_form import save_model, save_processor
 from echo_ft.export.vllm import adapts_vision, read_lora, served_loras, vllm_rank
 from echo_ft.files import atomic_folder, explain_full_disk, write_json, write_text
+from echo_ft.images.decode import load_image
 from echo_ft.inference.bundle import (
     BUNDLE_DESCRIPTION,
     EXAMPLE_PROMPTS,
@@ -42,6 +40,7 @@ from echo_ft.inference.liveness import (
     PROBE_TOKENS,
     check_adapters,
     local_backend,
+    make_probe,
     read_probe,
     record_probe,
     write_probe,
@@ -51,7 +50,7 @@ from echo_ft.model.batches import image_inputs, make_attention_mask, pad_rows
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.provenance import commit, seal_folder, versions
-from echo_ft.records import MAX_NEW_TOKENS, Branch, Exchange
+from echo_ft.records import MAX_NEW_TOKENS
 from echo_ft.retrieval.products import ProductData, read_products, save_products
 
 ALLOWED_ERROR, MAX_ERROR = 0.02, 0.25
@@ -144,7 +143,7 @@ def _fill_bundle(folder: Path, plan: ExportPlan) -> Bundle:
     if products is not None:
         save_products(products, folder / "references", plan.references)
 
-    probe = _make_probe(builder)
+    probe = _probe_inputs(builder)
     original = attach_adapters(_load_base(plan), {role: adapter.path for role, adapter in adapters.items()})
     expected = {role: _logits(original, probe, role) for role in adapters}
     with original.disable_adapter():
@@ -289,12 +288,10 @@ def _merge(base: Any, adapter: Path, target: Path, processor: Any) -> None:
     seal_folder(target)
 
 
-def _make_probe(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
-    """Make a batch of two random images and a question, identical for every export."""
-    values = np.random.default_rng(0).integers(0, 255, (2, 96, 128, 3), dtype=np.uint8)
-    images = [Image.fromarray(value) for value in values]
-    branch = Branch("probe", f"Question: Is there any defect in the object?\nA. Yes.\nB. No.\n{DECIDE_INSTRUCTION}")
-    exchange = Exchange("decision_maker", "probe", ("a", "b"), "Two images.\n", (branch,), PROMPT_VERSION)
+def _probe_inputs(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
+    """Return the model's inputs for the probe of `liveness`, which has all its branches in one row."""
+    with make_probe() as exchange:
+        images = [load_image(Path(image)) for image in exchange.images]
     batch = {
         **pad_rows([row_builder.row(exchange, [image.size for image in images])], row_builder.pad_token_id),
         **image_inputs(row_builder, images),

@@ -228,7 +228,7 @@ def _manifest(folder: Any, expected: Any) -> Mapping[str, Any]:
     """Return the manifest of a dataset; empty if it is missing or has been rebuilt."""
     try:
         dataset = load_dataset(Path(str(folder)))
-    except (EchoError, OSError, KeyError, TypeError):
+    except (EchoError, OSError):
         return {}
     return dataset.manifest if dataset.manifest.get("fingerprint") == expected else {}
 

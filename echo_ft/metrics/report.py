@@ -21,7 +21,7 @@ from echo_ft.metrics.answer_files.robustmad import robustmad_report
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.grounding.scores import score_boxes
 from echo_ft.metrics.intervals import BOOTSTRAP
-from echo_ft.metrics.loading import Run, describe_protocol, load_run
+from echo_ft.metrics.loading import Run, describe_protocol
 from echo_ft.metrics.metric_values import MIN_PARTS
 from echo_ft.metrics.mmad import Answer, counted_as_normal, official_table
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
@@ -50,16 +50,15 @@ SAME_MODEL_KEYS = (
 """Provenance keys that P(defect) depends on. They must be equal in a run and in the run that calibrates it."""
 
 
-def calibrate_run(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]:
-    """Calibrate a run on the validation run in `folder`: `fit_calibration`, warnings, and provenance of that run.
+def calibrate_run(run: Run, validation: Run, false_alarms: float) -> dict[str, Any]:
+    """Calibrate a run on a validation run: `fit_calibration`, warnings, and provenance of the validation run.
 
     Raises EchoError if `false_alarms` is not between 0 and 1, if the validation run used a different model or different
     options, or if both runs contain the same parts.
     """
     if not 0 < false_alarms < 1:
         raise EchoError(f"--false_alarms is {false_alarms:g}; give a share of the normal images between 0 and 1")
-    validation = load_run(folder)
-    cannot = f"{folder} cannot calibrate {run.folder}: "
+    cannot = f"{validation.folder} cannot calibrate {run.folder}: "
     for key in (*SAME_MODEL_KEYS, "answer"):
         ours, theirs = run.provenance.get(key), validation.provenance.get(key)
         # `generate` and `logits` read P(defect) from the same tokens. `averaged` averages over the option orders.
@@ -76,8 +75,12 @@ def calibrate_run(run: Run, folder: Path, false_alarms: float) -> dict[str, Any]
         make_prediction_table(run.predictions), make_prediction_table(validation.predictions), false_alarms
     )
     kept = ("dataset", "dataset_fingerprint", "split", "predictions_fingerprint")
-    origin = {"run": str(folder), **{key: validation.provenance.get(key) for key in kept}}
-    return {**calibration, "warnings": [f"{folder}: {text}" for text in validation.warnings], "provenance": origin}
+    origin = {"run": str(validation.folder), **{key: validation.provenance.get(key) for key in kept}}
+    return {
+        **calibration,
+        "warnings": [f"{validation.folder}: {text}" for text in validation.warnings],
+        "provenance": origin,
+    }
 
 
 def _part(prediction: Prediction) -> tuple[str, str, str]:
