@@ -42,6 +42,8 @@ NOT_RUN = {
     "recipes/magnetic_tile/": "needs the magnetic tiles",
     "runs/magnetic_tile/": "needs the magnetic tiles",
     "RobustMAD_MCQ.json": "needs RobustMAD",
+    "recipes/tiny/curves.yaml": "needs two more sets of adapters",
+    "evaluation.curves": "needs the ablation of recipes/tiny/curves.yaml",
     "train.tiny.pretrain": "takes more than an hour",
 }
 """Part of a command to the reason why it does not run here. Commands of this project are still parsed completely."""
