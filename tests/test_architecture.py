@@ -43,9 +43,9 @@ SAME_NAME = {
 """Public names that two modules of echo_ft may define, and why. At most five."""
 
 HEAVY = {
-    "accelerate", "bitsandbytes", "cv2", "datasets", "deepspeed", "faiss", "fastapi", "gradio", "jinja2", "open_clip",
-    "openai", "peft", "pyarrow", "skimage", "sklearn", "starlette", "torch", "torchvision", "transformers", "trl",
-    "uvicorn", "wandb",
+    "accelerate", "bitsandbytes", "cv2", "datasets", "deepspeed", "faiss", "fastapi", "gradio", "jinja2", "matplotlib",
+    "open_clip", "openai", "peft", "pyarrow", "skimage", "sklearn", "starlette", "torch", "torchvision", "transformers",
+    "trl", "uvicorn", "wandb",
 }  # fmt: skip
 """Packages that a function may import, so that `--help` and light commands do not load them."""
 

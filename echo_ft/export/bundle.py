@@ -23,7 +23,6 @@ from echo_ft.export.measured import Measurement
 from echo_ft.export.published_form import save_model, save_processor
 from echo_ft.export.vllm import adapts_vision, read_lora, served_loras, vllm_rank
 from echo_ft.files import atomic_folder, explain_full_disk, write_json, write_text
-from echo_ft.images.decode import load_image
 from echo_ft.inference.bundle import (
     BUNDLE_DESCRIPTION,
     EXAMPLE_PROMPTS,
@@ -39,6 +38,7 @@ from echo_ft.inference.inspector import Inspector, Result
 from echo_ft.inference.liveness import (
     PROBE_TOKENS,
     check_adapters,
+    load_probe_images,
     local_backend,
     make_probe,
     read_probe,
@@ -291,7 +291,7 @@ def _merge(base: Any, adapter: Path, target: Path, processor: Any) -> None:
 def _probe_inputs(row_builder: RowBuilder) -> dict[str, torch.Tensor]:
     """Return the model's inputs for the probe of `liveness`, which has all its branches in one row."""
     with make_probe() as exchange:
-        images = [load_image(Path(image)) for image in exchange.images]
+        images = load_probe_images(exchange)
     batch = {
         **pad_rows([row_builder.row(exchange, [image.size for image in images])], row_builder.pad_token_id),
         **image_inputs(row_builder, images),

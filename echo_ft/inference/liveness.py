@@ -25,7 +25,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import BackendError
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, NORMAL_PROMPT, PROMPT_VERSION, REASON_INSTRUCTION
 from echo_ft.files import write_json
-from echo_ft.images.decode import image_size
+from echo_ft.images.decode import image_size, load_image
 from echo_ft.inputs import from_dict, read_json_object
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import scratch_folder
@@ -116,6 +116,11 @@ def make_probe() -> Iterator[Exchange]:
             Branch("reason", questions[0] + REASON_INSTRUCTION),
         )
         yield Exchange("decision_maker", "probe", images, "Two images.\n", branches, PROMPT_VERSION)
+
+
+def load_probe_images(probe: Exchange) -> list[Image.Image]:
+    """Load the images of the probe, while `make_probe` keeps them."""
+    return [load_image(Path(image)) for image in probe.images]
 
 
 def probe_tokens(row_builder: RowBuilder, probe: Exchange) -> str:
