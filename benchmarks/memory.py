@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _answer(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The result of an operation that reads the content of a tensor without content, else None.
+    """Return the result of an operation that reads the content of a tensor without content, else None.
 
     Numbers are 0 and conditions are true. The engine then decodes every branch up to the limit.
     """
@@ -108,7 +108,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernels that PyTorch uses on a GPU: flash attention, or memory-efficient attention if there is a mask."""
+    """Use PyTorch's kernels for a GPU: flash attention, or memory-efficient attention if there is a mask."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     if attn_mask is None:
@@ -120,7 +120,7 @@ def _attention(
 
 
 def _dropout(values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Dropout as on a GPU, which keeps one byte per value for the mask."""
+    """Apply dropout as on a GPU, which keeps one byte per value for the mask."""
     return torch.native_dropout(values, p, True)[0] if training and p else values
 
 
@@ -139,10 +139,10 @@ def gpu_operations() -> Iterator[None]:
 
 
 def training_peak(model: Any, batch: BatchShape, sft: SFTConfig, dtype: torch.dtype) -> int:
-    """Peak bytes of a micro-batch of `batch`, forward and backward, in the middle of a step.
+    """Return the peak bytes of a micro-batch of `batch`, forward and backward, in the middle of a step.
 
-    `model` is a `trainable_meta_model`, which this changes. Its frozen weights get `dtype`; in full fine-tuning, all
-    weights do. Gradients, AdamW's two states and the pixels of the whole step exist already.
+    `model` is a `trainable_meta_model`, which this changes. Its frozen weights get the type `dtype`. In full
+    fine-tuning, all weights get it. Gradients, AdamW's two states and the pixels of the whole step exist already.
     """
     adapted = hasattr(model, "peft_config")
     core = model.get_base_model() if adapted else model
@@ -198,12 +198,12 @@ def _fill(model: Any, frozen: torch.dtype, trained: torch.dtype) -> None:
 
 
 def run_peak(model: Any, lora: PeftConfig | None, shape: RunShape, dtype: torch.dtype) -> int:
-    """Peak bytes of the first batch of `shape` in a run of `model` on the meta device, which this changes.
+    """Return the peak bytes of the first batch of `shape` in a run of `model` on the meta device, which is changed.
 
     With `lora`, the model has four adapters of that config. The engine's cache of recent images is full.
     """
     model = model.to(dtype)
-    # Any token but 0, which `_answer` generates.
+    # Generated tokens are 0 (`_answer`), so with another end token, decoding runs up to the limit.
     model.generation_config.eos_token_id = 1
     if lora is not None:
         model = get_peft_model(model, lora, adapter_name=ROLES[0], autocast_adapter_dtype=False)
@@ -225,7 +225,7 @@ def run_peak(model: Any, lora: PeftConfig | None, shape: RunShape, dtype: torch.
 
 
 def _run_row(shape: RunShape, image: int) -> Row:
-    """An exchange of `shape` as a row, with images of `image` tokens. The values do not matter."""
+    """Return an exchange of `shape` as a row, with images of `image` tokens. The values do not matter."""
     branches = tuple(Branch(str(number), "") for number in range(shape.branches))
     exchange = Exchange("decision_maker", "case", ("image",) * shape.images, "", branches, PROMPT_VERSION)
     own = np.repeat(np.arange(1, shape.branches + 1), shape.branch_tokens)

@@ -16,8 +16,8 @@ These are leaks:
 - a product on both sides that should be on only one: in two folders without --shared_products, or in a dataset that is
   split by product or by dataset.
 
-Writes audit.json and audit.html into `output` (default: TRAIN), and the verdict into TRAIN's manifest.json, from which
-training copies it into the adapter card. The exit status is 0 without a leak, 1 with a leak, and 2 after an error.
+Writes audit.json and audit.html into `output` (default: TRAIN), and the verdict into TRAIN's manifest.json. Training
+copies the verdict into the adapter card. The exit status is 0 without a leak, 1 with a leak, and 2 after an error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ DISJOINT_PRODUCT_SPLITS = ("by_product", "by_dataset")
 """Values of a build's `split` that promise that each product is on only one side."""
 
 FEW_IMAGES = 20
-"""With fewer training images of a product, two of its parts may pass for one: too few show how alike its parts are."""
+"""With fewer training images of a product, two of its parts may be mistaken for one."""
 
 MAX_PAIRS = 60
 """Maximum number of pairs on the page."""
@@ -67,8 +67,8 @@ class AuditConfig:
 
     folders: list[Path] = field(
         metadata={
-            "help": "Dataset to train on, then the dataset to evaluate on if it is another. The flag may be omitted if "
-            "they come first."
+            "help": "Dataset to train on, then the dataset to evaluate on if it is a different one. --folders itself "
+            "is optional."
         }
     )
     output: Path | None = field(default=None, metadata={"help": "Folder for the report; by default the first dataset."})
@@ -99,7 +99,7 @@ class Finding:
     """Whether a count above 0 is a leak."""
     count: int
     words: str
-    """What the count means, phrased as the rest of a sentence that starts with the count."""
+    """The rest of a sentence that starts with the count and says what it means."""
     examples: tuple[str, ...]
 
 
@@ -123,7 +123,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     """
     if not 1 <= len(config.folders) <= 2:
         raise EchoError(
-            f"{len(config.folders)} folders were given; name the dataset to train on, then the one to evaluate on"
+            f"{len(config.folders)} folders were given; give the dataset to train on, then the one to evaluate on"
         )
     train, evaluation = load_dataset(config.folders[0]), load_dataset(config.folders[-1])
     training, evaluated = _load_side(train, TRAINING_SPLITS), _load_side(evaluation, EVALUATION_SPLITS)
@@ -292,7 +292,7 @@ def _verdict(findings: Sequence[Finding], train: Dataset, evaluation: Dataset) -
         return f"no leak found: no training data of {train.folder} is in the test split of {evaluation.folder}"
     doubtful = next(finding.count for finding in findings if finding.name == "few images")
     if doubtful:
-        leaks.append(f"look at the pairs: {doubtful} may be other parts, because their product has few images")
+        leaks.append(f"look at the pairs: {doubtful} may be different parts, because their product has few images")
     return f"LEAK: training data of {train.folder} is in the test split of {evaluation.folder}: {'; '.join(leaks)}"
 
 
@@ -307,7 +307,7 @@ def _describe_side(side: Side, splits: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_report(report: Mapping[str, Any], training: Side, evaluated: Side, output: Path) -> None:
-    train = load_dataset(training.dataset.folder)  # again, because another audit may have finished in the meantime
+    train = load_dataset(training.dataset.folder)  # another audit may have finished in the meantime
     if train.fingerprint != training.dataset.fingerprint:
         raise EchoError(f"{train.folder} was rebuilt during the audit; rerun the audit")
     verdict = {key: report[key] for key in ("leak", "verdict", "evaluation", "commit")}

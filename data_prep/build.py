@@ -11,7 +11,7 @@ defects, in evaluation as in training. They are not consulted about Anomaly Dete
 and normal parts get no other questions. The manifest counts each role's cases and rows for each side
 (`counts.sft_sides`) and warns if a side is missing.
 
-`--folds N --fold I` keeps part of the train split out of the training rows, to train adapters that have not seen it.
+`--folds N --fold I` leaves part of the train split out of the training rows, so that the adapters have not seen it.
 `--upstream predicted --traces RUN RUN ...` shows each role what earlier roles produced in runs with such adapters.
 """
 
@@ -39,7 +39,7 @@ from echo_ft.terminal import LOGGER, printable
 from echo_ft.tracking import dataset_artifact, log_run, numbers_by_path
 
 UNLABELLED_USE = "without a condition, so only for runs: no training, no audit, no scores"
-"""What the summary says about UNLABELLED_SPLIT."""
+"""Note on UNLABELLED_SPLIT in the summary."""
 
 
 def main(argv: list[str]) -> int:
@@ -83,12 +83,13 @@ def build(config: BuildConfig) -> dict[str, Any]:
     check_config(config)
     runs = read_runs(config.traces, config.routing)
     with workspace(config.output, config.dataset_options(), config.overwrite) as folder:
-        load_extractor(config.descriptor)  # reports an unknown name before any image is read
+        load_extractor(config.descriptor)  # this reports an unknown name before any image is read
         usable = usable_images(config, folder)
         root = usable.root
         try:
             draft = draft_dataset(usable, folder, config)
-        except EchoError as error:  # rejected.jsonl is removed with the folder
+        # The folder and its rejected.jsonl will be removed, so the message has the first rejection.
+        except EchoError as error:
             raise EchoError(f"{error}{first_rejection(usable.rejections)}") from error
         if runs:
             check_runs(runs, draft, root)

@@ -73,7 +73,7 @@ def convert(dataset: Dataset, row_format: str, output: Path) -> dict[str, int]:
     token of a trainer.
     """
     target = str(output.resolve())
-    if glob.escape(target) != target:  # with datasets 5.2, rows[2] loads the rows of rows2
+    if glob.escape(target) != target:  # datasets (5.2) would read the folder rows2 for the path rows[2]
         raise EchoError(
             f"the trainers load rows with the library datasets, which reads the path {target} as a pattern and may "
             "find other rows; choose an output without *, ? and [ in its path"
@@ -113,7 +113,7 @@ class ImagePaths:
     def _resolve(self, name: str) -> str:
         if is_portable(self.root / name):
             return str(self.root / name)
-        copy = f"{name}.png"  # keeps the old suffix, because part.tif and part.png may both exist
+        copy = f"{name}.png"  # this keeps the old suffix, because part.tif and part.png may both exist
         (self.copies / copy).parent.mkdir(parents=True, exist_ok=True)
         load_image(self.root / name).save(self.copies / copy)
         return str(self.final_copies / copy)
@@ -143,7 +143,7 @@ def _write_rows(exchanges: Iterable[Exchange], paths: ImagePaths, row_format: st
     path.parent.mkdir(exist_ok=True)
     target = path.with_suffix(".parquet" if row_format == "trl" else ".jsonl")
     count = write_parquet(target, rows) if row_format == "trl" else _write_lines(target, rows)
-    if not count:  # no library loads an empty file
+    if not count:  # the libraries fail on an empty file
         target.unlink()
     return count
 

@@ -22,8 +22,8 @@ from echo_ft.terminal import LOGGER
 def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tuple[str, ...]) -> SourceRecords:
     """Return the records with the conditions and outlines of a corrected file.
 
-    Products, groups, splits and references still come from the source. Tasks that nobody has annotated change nothing.
-    Raises EchoError if an entry in the file cannot be used or names an image that the source does not have.
+    Products, groups, splits and references still come from the source. Tasks without an annotation change nothing.
+    Raises EchoError if an entry in the file cannot be used or if the source does not have its image.
     """
     read = read_labelstudio if is_task_list(path) else read_coco
     corrected = merge_records(read(root, path, good))
@@ -37,7 +37,7 @@ def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tupl
     unknown = sorted(found.keys() - {one.image for one in records.inspections})
     if unknown:
         raise EchoError(
-            f"corrections: {path} has {len(unknown)} images that the source does not have (first: {unknown[0]}); give "
+            f"corrections: {path} has {len(unknown)} images that the source does not have (first: {unknown[0]}); pass "
             "the file that was exported for this dataset"
         )
     inspections = [

@@ -59,7 +59,7 @@ def embed(config: BuildConfig) -> None:
         images, cached, failed = map(sum, zip(*counts, strict=True))
         print(f"{images} images, {cached} of them already in the cache {store.folder}")
         if failed:
-            print(f"unreadable images: {failed}; the build reports which and why")
+            print(f"unreadable images: {failed}; the build lists them with the reasons")
     state.destroy_process_group()
 
 

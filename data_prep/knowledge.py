@@ -44,7 +44,7 @@ from echo_ft.inputs import read_bytes
 from echo_ft.records import GOOD, UNLABELLED, Entry, Inspection, Knowledge
 
 MIN_WORDS = 4
-"""Fewest words in an acceptable description. Anything shorter is just a name."""
+"""Smallest number of words in a description. Anything shorter is just a name."""
 
 FILE_HEADER = """\
 # Knowledge about the product {product} of {dataset}: two or more sentences per condition.
@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
     """Write or complete a template, or check existing knowledge."""
     (config,) = parse([KnowledgeConfig], argv)
     if (config.output is None) == (config.check is None):
-        raise EchoError("give either --output FOLDER, to write what is missing there, or --check PATH, to only check")
+        raise EchoError(
+            "give either --output FOLDER, to write missing descriptions there, or --check PATH, only to check"
+        )
     dataset = load_dataset(config.dataset)
     if config.output is not None:
         for line in write_template(dataset, config.output):
@@ -189,7 +191,7 @@ def _add_conditions(
         text = _insert_lines(content if content.endswith("\n") else content + "\n", product, missing, counts)
         if path.suffix != ".json" and parse_knowledge(path, text) == wanted:
             return text
-    except (EchoError, StopIteration, IndexError):  # for example if the mapping is written in braces
+    except (EchoError, StopIteration, IndexError):  # an example is a mapping in braces
         pass
     raise EchoError(
         f"{path} cannot be extended without changing its content; add {', '.join(missing)} to {'/'.join(product)} "
@@ -203,7 +205,8 @@ def _insert_lines(content: str, product: tuple[str, str], missing: Mapping[str, 
         node = next(value for key, value in node.value if nfc(key.value) == name)
     first, last = node.value[0][0], node.value[-1][1]
     end = last.end_mark.line
-    if not (isinstance(last, yaml.ScalarNode) and last.style in ("|", ">")):  # these end where the next line begins
+    # These blocks end where the next line begins.
+    if not (isinstance(last, yaml.ScalarNode) and last.style in ("|", ">")):
         end += 1
     lines = content.splitlines(keepends=True)
     column = first.start_mark.column
@@ -212,7 +215,7 @@ def _insert_lines(content: str, product: tuple[str, str], missing: Mapping[str, 
 
 
 def check_knowledge(knowledge: Knowledge, files: Mapping[tuple[str, str], Path], counts: ImageCounts) -> Iterator[str]:
-    """Yield a sentence for each disagreement between the knowledge (see `read_knowledge`) and the images."""
+    """Yield a sentence for each mismatch between the knowledge (see `read_knowledge`) and the images."""
     names = {
         dataset: dataset if dataset in knowledge else DATASET_ALIASES.get(dataset, dataset) for dataset, _ in counts
     }
@@ -240,7 +243,7 @@ def _check_product(where: str, texts: Mapping[str, str], shown: Mapping[str, int
     misspelt = likely_misspellings(texts, list(shown))
     for condition, count in shown.items():
         if condition not in texts and condition not in misspelt.values():
-            yield f"{where}: {condition!r} is missing but shown on {_format_images(count)}"
+            yield f"{where}: {condition!r} is missing, but there is {_format_images(count)} of it"
     for condition, text in texts.items():
         if condition in misspelt:
             yield f"{where}: {condition!r} occurs in no image; did you mean {misspelt[condition]!r}?"
@@ -251,7 +254,7 @@ def _check_product(where: str, texts: Mapping[str, str], shown: Mapping[str, int
 
 
 def coverage_summary(knowledge: Knowledge, counts: ImageCounts, findings: int) -> str:
-    """Say how many conditions are described, and how many descriptions of defects name no consequence."""
+    """Summarise how many conditions are described, and how many descriptions of defects state no consequence."""
     texts = {
         (dataset, product, condition): clean(text)
         for (dataset, product), shown in counts.items()
@@ -264,7 +267,7 @@ def coverage_summary(knowledge: Knowledge, counts: ImageCounts, findings: int) -
     if without_effect:
         parts.append(
             f"{len(without_effect)} of {len(defects)} defects get no Defect Analysis question, because their "
-            f"description names no consequence ({first_names(without_effect)})"
+            f"description states no consequence ({first_names(without_effect)})"
         )
     return "; ".join([*parts, f"{findings} to correct" if findings else "nothing to correct"])
 

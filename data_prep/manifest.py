@@ -23,7 +23,7 @@ from echo_ft.records import GOOD, UNLABELLED, Inspection
 from echo_ft.terminal import progress
 
 MAX_CONDITIONS = 6
-"""Number of defects that a summary names. Rarer defects are counted together."""
+"""Number of defects that a summary lists by name. Rarer defects are counted together."""
 
 
 def make_manifest(
@@ -69,7 +69,7 @@ def make_manifest(
 
 
 def rejection_summary(manifest: Mapping[str, Any]) -> str:
-    """Say how many items were rejected, and what was dropped from images that are still used."""
+    """Summarise how many items were rejected, and what was dropped from images that are still used."""
     dropped = [f"{count} {what}{'s' if count > 1 else ''} dropped" for what, count in manifest["dropped"].items()]
     summary = f"{manifest['rejected']} rejected"
     if dropped:
@@ -78,7 +78,7 @@ def rejection_summary(manifest: Mapping[str, Any]) -> str:
 
 
 def condition_summary(manifest: Mapping[str, Any]) -> str:
-    """Say how many images have each condition (`good` first, then the most frequent) and how many were merged."""
+    """Summarise how many images have each condition (`good` first, then the most frequent) and how many were merged."""
     counts = Counter(manifest["counts"]["conditions"])
     defects = sorted((name for name in counts if name != GOOD), key=lambda name: (-counts[name], name))
     shown, others = defects[:MAX_CONDITIONS], defects[MAX_CONDITIONS:]
@@ -86,7 +86,7 @@ def condition_summary(manifest: Mapping[str, Any]) -> str:
     if others:
         parts.append(f"{len(others)} others {sum(counts[name] for name in others)}")
     merged = manifest["counts"]["merged"]
-    return ", ".join(parts) + (f"; {merged} put together from several entries" if merged else "")
+    return ", ".join(parts) + (f"; {merged} combined from several entries" if merged else "")
 
 
 def _counts(draft: DatasetDraft, side_counts: Mapping[str, SideCounts]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ REFERENCE_LEFT_OUT = "the named reference belongs to the left-out fold, so no tr
 RANDOM_REFERENCE_MARK = to_json({"method": "random"}).strip("{}")
 """Text, as the encoder writes it, that identifies lines of references.jsonl that no training row shows.
 
-Half of the lines are like this. JSON escapes quotation marks inside strings, so no other line contains this text. A
-line that slips through would cost only the time to parse it, because `make_cases` selects references by method.
+Half of the lines are like this. JSON escapes quotation marks inside strings, so no other line contains this text. If
+such a line were read anyway, it would only cost time, because `make_cases` selects references by method.
 """
 
 TRAINING_SPLITS = ("train", "validation")
@@ -80,13 +80,13 @@ class DatasetDraft:
     unknown_products: list[str]
     """Products without knowledge, as `dataset/product`."""
     knowledge_warnings: list[str]
-    """One sentence for each disagreement between the knowledge and the images."""
+    """One sentence for each mismatch between the knowledge and the images."""
     training_knowledge: Knowledge
     """The knowledge without the conditions that training must not see."""
     merged_count: int
     """Number of images whose truth was combined from several places in the source."""
     unannotated: list[str]
-    """Images that are `good` because their annotation file marks and names nothing."""
+    """Images that are `good` only because their annotation file has no mark and no label for them."""
     readings: Readings
     """How the usable images of the source are read, including any that the dataset leaves out."""
 
@@ -201,10 +201,10 @@ def assign_configured_splits(
 ) -> tuple[list[Inspection], str, list[str]]:
     """Assign the splits that the config asks for. Return the inspections, a summary, and the held-out names.
 
-    A dataset name that comes from the annotations file or the root folder has no influence. Otherwise, renaming
+    A dataset name that comes from the annotations file or the root folder has no influence. If it had, renaming
     parts.csv to parts_v2.csv would re-split the data and train on former test images. With by_dataset, these names
-    define the split, so they do count. Synthetic defects do not change any split. A synthetic image that training may
-    not use gets no split. Unlabelled images do not change any split either and form their own.
+    define the split and therefore matter. Synthetic defects do not change any split. A synthetic image that training
+    may not use gets no split. Unlabelled images form a separate split and do not change any other split.
     """
     everything = inspections
     inspections = [one for one in everything if one.condition != UNLABELLED]
@@ -231,7 +231,7 @@ def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, d
         return "set split to seeded"
     if config.split in HELD_OUT_FIELDS:
         return "hold out less, or set split to seeded"
-    return "give train a larger share in fractions"
+    return "give train a larger fraction in fractions"
 
 
 def find_all_references(

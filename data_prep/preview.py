@@ -97,14 +97,14 @@ class Chart:
 
     @property
     def longest(self) -> int:
-        """Return the total of the longest bar, or 1 if it is less."""
+        """Return the total of the longest bar, but at least 1."""
         return max((sum(counts) for _, counts in self.rows), default=0) or 1
 
 
 def write_preview(folder: Path, root: Path, manifest: Mapping[str, Any], draft: DatasetDraft) -> None:
     """Write preview.html into the dataset folder: counts, warnings, and cases of every product and condition."""
     asked = [inspection for inspection in draft.inspections if inspection.id in draft.questions.inspections]
-    inspections = [inspection for inspection in asked if inspection.split != UNLABELLED_SPLIT]  # nothing to look up
+    inspections = [inspection for inspection in asked if inspection.split != UNLABELLED_SPLIT]
     sampled = sample_inspections(inspections, TYPICAL_CARDS, MAX_CARDS)
     cards = _cards(sampled, folder, root)
     strata = set(map(stratum_of, inspections))
@@ -175,7 +175,7 @@ def _cards(sampled: Sequence[Inspection], folder: Path, root: Path) -> list[Card
     for role in ROLES:
         for split in TRAINING_SPLITS:
             for row in _rows(folder / "sft" / role / f"{split}.jsonl", Exchange, ids):
-                if row not in targets[row.case][role]:  # balancing repeats cases
+                if row not in targets[row.case][role]:  # balancing may have repeated the case
                     targets[row.case][role].append(row)
     references = list(_rows(folder / "references.jsonl", Reference, ids))
     questions = list(_rows(folder / "questions.jsonl", Question, ids))
@@ -193,7 +193,9 @@ def _cards(sampled: Sequence[Inspection], folder: Path, root: Path) -> list[Card
 
 
 def sample_inspections(inspections: Sequence[Inspection], typical: int, limit: int) -> list[Inspection]:
-    """Return a sample that covers every condition of every product first, then these in every split, then repeats.
+    """Return a sample.
+
+    It covers first every condition of every product, then these conditions in every split, and then repeats.
 
     It has `typical` inspections, or more if needed to cover every condition of every product, but never more than
     `limit`. Inspections of one split, product and condition are adjacent, and those of the training split come first.

@@ -41,7 +41,7 @@ class RowBuffer:
         self._file, self._ends, self._counts = file, array("q", [0]), array("q")
 
     def add(self, case: Inspection, rows: Sequence[Exchange]) -> None:
-        """Keep the rows of one case."""
+        """Add the rows of one case."""
         lines = "".join(to_json(row) + "\n" for row in rows).encode()
         self._file.write(lines)
         self.cases.append(case)
@@ -138,7 +138,7 @@ def balance_cases(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
 
     Cases on the rarer side are repeated up to MAX_REPEATS times, and none of them is left out. If that is not enough,
     the other side is subsampled. Balancing is per product, because a product with more defects than others would itself
-    predict the answer. A product that has only one side stays as it is.
+    predict the answer. A product with cases of only one side is not changed.
     """
     rng = random.Random(f"{seed}/balance")
     sides: dict[tuple[str, str], tuple[list[Inspection], list[Inspection]]] = defaultdict(lambda: ([], []))
@@ -160,8 +160,8 @@ def balance_cases(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
 def _separate_repeats(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
     """Return the cases in order, but move any case that follows itself to a place where it has no equal neighbour.
 
-    Training reads neighbouring rows of one case as a single case. A free place always exists, because the other side
-    has at least as many cases as a case has repeats, and each of those occurs once.
+    Training reads neighbouring rows of one case as a single case. Such a place always exists. The other side has at
+    least as many cases as a case has repeats, and these cases do not repeat.
     """
     order: list[Inspection] = []
     displaced: list[Inspection] = []

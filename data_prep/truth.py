@@ -1,7 +1,7 @@
 """Combine what a source says about each image.
 
 A source may list an image several times: in one row per box, in two exports merged into one COCO file, or in two
-labelme files. Everything that it says becomes one record, or the image is rejected and all places are named. Neither
+labelme files. Everything that it says becomes one record, or the image is rejected with a list of all places. Neither
 the order nor the number of the places matters.
 """
 
@@ -19,7 +19,8 @@ from echo_ft.images.masks import is_marked, mask_files
 from echo_ft.records import GOOD, UNLABELLED, Inspection, Question, Rejection
 
 AGREED_FIELDS = ("dataset", "product", "group", "split", "reference", "synthetic")
-"""Fields of an inspection that all places must agree on. A place may leave out an optional field."""
+"""Fields of an inspection that must have the same value at all places. Optional fields may be missing at some
+places."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def merge_records(items: Iterable[Item]) -> SourceRecords:
             if name in unusable:
                 others = ", ".join(dict.fromkeys(unusable[name]))
                 raise RowError(
-                    f"it is also in {others}, which cannot be used, so its truth may be incomplete; correct that place"
+                    f"it is also in {others}, which cannot be used, so its truth may be incomplete; correct that entry"
                 )
             inspection, unmarked = merge_statements(said)
         except RowError as error:
@@ -119,9 +120,9 @@ def merge_statements(statements: Sequence[Statement]) -> tuple[Inspection, str |
     """Return the inspection that results from all statements about one image.
 
     Defects, masks, boxes and polygons add up. If one place names a defect without marking it while another place has
-    marks, all marks are left out. They would present the unmarked defect as normal, even if both have the same name. A
-    labelme file's shapes mark what its flags name. The second value is the reason, or None. Raises RowError if the
-    statements contradict each other.
+    marks, all marks are left out. They would present the unmarked defect as normal, even if both have the same name.
+    The shapes of a labelme file mark the defects in its flags. The second value is the reason, or None. Raises RowError
+    if the statements contradict each other.
     """
     if len(statements) == 1:
         return statements[0].inspection, None
@@ -158,11 +159,12 @@ def _defects(statement: Statement) -> set[str]:
 
 
 def _agreed(field: str, statements: Sequence[Statement]) -> Any:
-    """Return the value of a field on which all places that have the field agree, or None if no place has it."""
+    """Return the value of a field, which must be equal at all places that have it, or None if no place has it."""
 
     def value(inspection: Inspection) -> Any:
         found = getattr(inspection, field)
-        return None if field == "group" and found == inspection.image else found  # the default of a missing group
+        # Without a group, the record has the path as its group.
+        return None if field == "group" and found == inspection.image else found
 
     given = [one for one in statements if value(one.inspection) is not None]
     if len({value(one.inspection) for one in given}) > 1:

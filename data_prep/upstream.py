@@ -37,7 +37,7 @@ REQUIRED_OPTIONS = {
     "reasoning": "on",
     "corruption": None,
 }
-"""Values that a run must have for options that change what the roles see."""
+"""Required values of the run's options that change what the roles see."""
 
 TRACES_REMEDY = (
     f"for one run per fold, use data_prep.build --folds N --fold I, training, and evaluation.run --split {LEFT_OUT}"
@@ -88,8 +88,8 @@ def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
 def check_runs(runs: Sequence[UpstreamRun], draft: DatasetDraft, root: Path) -> None:
     """Raise EchoError if no run covers a train or validation case, or its adapters were trained on that case.
 
-    The adapter cards name the training dataset, and its images are compared by content. A missing or rebuilt training
-    dataset is also an error, because then nothing is known about its images.
+    The training dataset is read from the adapter cards, and its images are compared by content. A missing or rebuilt
+    training dataset is also an error, because its images are then unknown.
     """
     inspections = [*draft.queries("train"), *draft.queries("validation")]
     uncovered = [one for one in inspections if not any(one.id in run.trace_offsets for run in runs)]
@@ -135,14 +135,14 @@ def _training_sets(run: UpstreamRun) -> dict[tuple[str, str], str]:
         )
     found = {key: f"adapters ({', '.join(roles)})" for key, roles in roles_of.items()}
     base = Path(run.description["base_model"])
-    if (base / ADAPTER_CARD).is_file():  # a model that was fully fine-tuned here
+    if (base / ADAPTER_CARD).is_file():  # the base model is a fully fine-tuned model of echo-ft
         card = read_card(base)
         found.setdefault((card.dataset, card.dataset_fingerprint), f"weights ({base})")
     return found
 
 
 def check_images(runs: Sequence[UpstreamRun], images_fingerprint: str) -> None:
-    """Raise EchoError if a run's dataset has other images than the dataset being built or was rebuilt after the run."""
+    """Raise EchoError if the images of a run's dataset differ from the build's, or if it was rebuilt after the run."""
     for run in runs:
         folder = run.description["dataset"]
         dataset = load_dataset(Path(folder))

@@ -1,4 +1,4 @@
-"""Warnings of a build: what users should know before they trust figures from the dataset."""
+"""Warnings of a build, for users to read before they trust figures from the dataset."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator
     if draft.unannotated:
         yield (
             f"{len(draft.unannotated)} images without annotations were read as {GOOD}: "
-            f"{first_names(draft.unannotated)}; remove those that nobody has checked"
+            f"{first_names(draft.unannotated)}; remove images that were not checked"
         )
     copies: dict[str, list[Inspection]] = defaultdict(list)
     by_mask: dict[str, list[Inspection]] = defaultdict(list)
@@ -96,7 +96,7 @@ def _split_warnings(
             side, other = ("normal", "defective") if True in conditions else ("defective", "normal")
             yield (
                 f"the {split} split has only {side} cases: its results do not cover {other} ones, and it cannot be "
-                f"used for calibration; give {split} a larger share in fractions, or add images"
+                f"used for calibration; give {split} a larger fraction in fractions, or add images"
             )
     training = [inspection for inspection in cases if inspection.split == "train"]
     products = sorted({(i.dataset, i.product) for i in training})
@@ -115,7 +115,7 @@ def _training_image_warnings(draft: DatasetDraft) -> Iterator[str]:
     if synthetic:
         methods = ", ".join(f"{count} by {method}" for method, count in sorted(synthetic.items()))
         yield (
-            f"{synthetic.total()} training images have synthetic defects ({methods}), which no camera recorded; "
+            f"{synthetic.total()} training images have synthetic defects ({methods}) instead of photographed ones; "
             "validation and test have none"
         )
     hidden = sum(rejection.reason == REFERENCE_LEFT_OUT for rejection in draft.rejections)
@@ -169,8 +169,8 @@ def _without_boxes(cases: Sequence[Inspection]) -> Iterator[str]:
     unmarked = [one.image for one in defective if not is_marked(one)]
     if unmarked:
         yield (
-            f"{len(unmarked)} of {len(defective)} defective images have no mask, polygon or box, so grounding asks "
-            f"nothing about them: {first_names(unmarked)}; mark their defects, or the model learns to answer none"
+            f"{len(unmarked)} of {len(defective)} defective images have no mask, polygon or box, so they get no "
+            f"grounding question: {first_names(unmarked)}; mark their defects, or the model learns to answer none"
         )
 
 
@@ -185,9 +185,9 @@ def _balanced_away(draft: DatasetDraft, unused: Sequence[Inspection]) -> Iterato
         for (dataset, product, good), count in left.most_common()
     ]
     yield (
-        f"{len(unused)} training images are in no row ({first_names(products)}): balancing uses, per product, at most "
-        f"{MAX_REPEATS} times as many images of one side as the other side has; add images of the rarer side, or set "
-        "balance: false to train on all"
+        f"{len(unused)} training images are in no row ({first_names(products)}): in each product, balancing uses at "
+        f"most {MAX_REPEATS} times as many images of one side as there are of the other; add images of the rarer side, "
+        "or set balance: false to train on all"
     )
 
 
@@ -205,7 +205,7 @@ def _uneven_depths(draft: DatasetDraft) -> Iterator[str]:
                 f"the images of {product} are scaled to 8 bits from different depths, each from the smallest that "
                 f"holds its brightest pixel ({scales}), so "
                 "their exposures are no longer comparable; if one camera took them, convert them to 8 bits yourself, "
-                "all with one scale"
+                "all with the same scale"
             )
 
 
@@ -231,6 +231,6 @@ def _links(draft: DatasetDraft) -> Iterator[str]:
     links = [rejection.item for rejection in draft.rejections if isinstance(rejection, LinkOutside)]
     if links:
         yield (
-            f"{len(links)} linked folders lead out of the root and are passed over: {first_names(links)}; set root to "
+            f"{len(links)} linked folders lead out of the root and are skipped: {first_names(links)}; set root to "
             "a folder above both, or copy them"
         )

@@ -1,4 +1,4 @@
-"""The output folder of a build, replaced as a whole or not at all, and only if a build wrote what it holds."""
+"""The output folder of a build. It is replaced as a whole or not at all, and only if a build wrote its content."""
 
 from __future__ import annotations
 

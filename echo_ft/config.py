@@ -54,7 +54,7 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
 
     Error messages refer to the mapping as `source`. `flags` override its values.
     """
-    from transformers import HfArgumentParser  # takes seconds to import, which `--help` should not need
+    from transformers import HfArgumentParser  # this import takes seconds, for which `--help` should not wait
 
     known = {field.name for cls in types for field in dataclasses.fields(cls) if field.init}
     for key in map(str, config):
@@ -80,7 +80,7 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
     parser.error = _error_handler(source)
     parser.set_defaults(**{key: _checked(parser, key, value, source) for key, value in config.items()})
     for action in parser._actions:
-        if action.const is False:  # --no_key, to which HfArgumentParser gives the help of --key and the default False
+        if action.const is False:  # HfArgumentParser gives --no_key the help of --key and the default False
             action.help, action.default = f"Same as --{action.dest} false.", argparse.SUPPRESS
     try:
         return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
@@ -137,7 +137,7 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     if any(isinstance(item, str) and "\0" in item for item in items):
         raise EchoError(f"{source}: {key} has a NUL character; remove it")
     items = [_with_home(item) if isinstance(item, str) else item for item in items]
-    for yes, no in (("on", "off"), ("true", "false")):  # YAML 1.1 reads these as booleans, unless they are quoted
+    for yes, no in (("on", "off"), ("true", "false")):  # YAML 1.1 reads these words as booleans, unless they are quoted
         if action.choices is not None and yes in action.choices:
             items = [(yes if item else no) if isinstance(item, bool) else item for item in items]
     try:
@@ -206,7 +206,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _blamed(error: Exception, given: Mapping[str, Any]) -> str:
-    """Return `name: ` for the option that caused `error`, or nothing if the message names one or none is found."""
+    """Return `name: ` for the option that caused `error`, or an empty string if `error` names it already."""
     text = str(error)
     if any(re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in given):
         return ""
@@ -236,7 +236,8 @@ def _nearest(key: str, known: set[str]) -> str:
 
 def _error_handler(source: str) -> Callable[[str], None]:
     def error(message: str) -> None:
-        # If argparse names an argument, its value came from a flag: values from the file were validated before.
+        # If argparse names an argument, its value came from a flag, because values from the file were validated
+        # earlier.
         where = COMMAND_LINE if message.startswith("argument ") else source
         raise EchoError(f"{where}: {message}; run with --help for the list")
 
@@ -252,7 +253,7 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
 
     The status is what `main` returns (0 by default), or 2 for an error. As in a shell, it is 130 for Ctrl-C, 143 for
     SIGTERM and 141 for a closed pipe. It is 1 only if a command returns 1, as `evaluation.inspect` does for a flagged
-    image. `evaluation.score --gate` expresses its verdict as 1 or 3. After Ctrl-C, the sentence ends with
+    image. `evaluation.score --gate` exits with 1 or 3 for some verdicts. After Ctrl-C, the sentence ends with
     `resume_hint`. The traceback of an unexpected error is written to a file that the sentence names.
     """
     # When peft imports bitsandbytes (0.50), bitsandbytes warns that it does not use a kernel from the Hugging Face Hub.
@@ -281,21 +282,22 @@ def _explain(error: Exception, resume_hint: str) -> str:
     """Return a sentence about an unexpected error that names the file with its traceback."""
     if lost_process(error):
         reason = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"another process has ended or cannot be reached ({reason}); see its message; {resume_hint}"
+        return f"another process has ended or cannot be reached ({reason}); read its error message; {resume_hint}"
     kind = type(error)
     if kind.__module__.partition(".")[0] == "wandb":
         return f"W&B: {error}; run wandb login, set WANDB_MODE=offline, or remove report_to"
     reason = (str(error).strip().splitlines() or [""])[0]
     what = f"{kind.__name__}{': ' if reason else ''}{reason}"
-    remedy = "check what it names, or report the error with that file"
-    if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError":  # the name of torch's
+    remedy = "check what the message mentions, or report the error with that file"
+    # Torch.OutOfMemoryError, by its name, because torch may not be imported.
+    if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError":
         what, remedy = f"out of memory ({what})", "use smaller batches or images, or a machine with more memory"
     elif isinstance(error, OSError) and error.filename:
         what, remedy = f"{error.filename}: {error.strerror}", "check the path, its permissions and the disk"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="echo_ft-error-", suffix=".txt", delete=False) as file:
             file.write(f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
-    except OSError:  # the disk may be full
+    except OSError:  # the file cannot be written if the disk is full
         traceback.print_exception(error)
         return f"{what}; {remedy}"
     return f"{what}; {remedy}; the traceback is in {file.name}"

@@ -113,12 +113,13 @@ def atomic_file(path: Path, unique: bool = False) -> Iterator[Path]:
     file at once, as in a cache.
     """
     if unique:
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # a process id could repeat elsewhere
+        # A process id could repeat on another machine.
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         partial.touch(exist_ok=False)
     else:
         partial = path.with_name(f"{path.name}{PARTIAL}")
         if partial.exists():
-            LOGGER.warning("%s was left by a killed command and is replaced", partial)
+            LOGGER.warning("replacing %s, which a killed command left", partial)
     with held(partial) if unique else nullcontext():
         try:
             yield partial
@@ -127,7 +128,7 @@ def atomic_file(path: Path, unique: bool = False) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    if not unique:  # a cache can do without a file whose name is lost
+    if not unique:  # a cache may lose a file in a power failure
         flush(path.parent)
 
 
@@ -148,7 +149,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     folder, old = partial / output.name, partial / _REPLACED
     with held(partial):
         try:
-            folder.mkdir()  # with the user's default permissions, unlike the folder that mkdtemp created
+            folder.mkdir()  # this folder has the user's default permissions, unlike the one from mkdtemp
             yield folder
             flush_tree(folder)
             if not output.exists():
@@ -158,7 +159,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
                 folder.rename(output)
             flush(output.parent)
         finally:
-            if old.exists() and not output.exists():  # interrupted between the two renames
+            if old.exists() and not output.exists():  # a swap was interrupted between its two renames
                 old.rename(output)
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -168,10 +169,10 @@ _REPLACED = "replaced"
 
 
 def _swap(first: Path, second: Path) -> bool:
-    """Swap the names of two folders in one step. Returns False if the system or the file system cannot."""
+    """Swap the names of two folders in one step. Returns False if the system does not support this."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # not Linux
+    except (AttributeError, OSError, TypeError):  # this system is not Linux
         return False
     here, exchange = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
     if swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
@@ -188,7 +189,7 @@ def _remove_left_over(output: Path) -> None:
         if {one.name for one in path.iterdir()} <= {output.name, _REPLACED}:
             if (path / _REPLACED).exists() and not output.exists():
                 (path / _REPLACED).rename(output)
-                LOGGER.warning("a killed command had moved %s away; it is back", output)
+                LOGGER.warning("restored %s, which a killed command had moved away", output)
             LOGGER.warning("removing %s, which a killed command left", path)
             shutil.rmtree(path)
 
@@ -201,7 +202,7 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush a folder
             raise
     finally:
         os.close(descriptor)
@@ -210,7 +211,7 @@ def flush(path: Path) -> None:
 def flush_tree(folder: Path) -> None:
     """Flush everything below a folder to disk, so that it survives a power failure. Links are not followed."""
     paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in (*names, "")]
-    with ThreadPoolExecutor(_FLUSHING_THREADS) as pool:  # the disk writes them together
+    with ThreadPoolExecutor(_FLUSHING_THREADS) as pool:  # let the disk write all files at once
         list(pool.map(flush, [path for path in paths if path.is_dir() or (path.is_file() and not path.is_symlink())]))
 
 

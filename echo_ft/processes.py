@@ -1,4 +1,4 @@
-"""Process handling: the process group, locks, leftovers of killed processes, and orderly endings after a signal."""
+"""Process handling: the process group, locks, leftovers of killed processes, and a clean exit after a signal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lock_folder(folder: Path, option: str = "--output") -> TextIO:
     The kernel also releases the lock when the process ends for any reason. Raises EchoError if another process holds
     the lock; the message names `option`, which chooses another folder.
     """
-    import fcntl  # missing on Windows, which can still score runs from other machines
+    import fcntl  # Windows lacks this module, but can score runs from other machines
 
     file = open(folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115
     try:
@@ -140,11 +140,12 @@ def _remove_left_over_scratch(prefix: str) -> None:
 
 
 SAME_SIGNAL_SECONDS = 2.0
-"""A signal within this time counts as the same one, because torchrun forwards a Ctrl-C that processes already got."""
+"""Time after a signal in which further signals are ignored, because torchrun forwards a Ctrl-C that processes already
+got."""
 
 
 LONGEST_END_SECONDS = 45
-"""Time that a process of a group may take to end after it was told to."""
+"""Time that a process of a group may take to end after a signal."""
 
 
 class TerminatedError(BaseException):
@@ -152,7 +153,7 @@ class TerminatedError(BaseException):
 
 
 class Ending:
-    """Ends a command that was told to stop, with one sentence and the exit status that shells use."""
+    """Ends a command after a signal, with one sentence and the exit status that shells use."""
 
     def __init__(self, resume_hint: str) -> None:
         self.resume_hint = resume_hint
@@ -168,14 +169,14 @@ class Ending:
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal. The first one unwinds the command, and a later one ends it immediately."""
-        if os.getpid() != self._owner:  # a forked worker
+        if os.getpid() != self._owner:  # a forked worker must not handle the signals of its parent
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.signals.append((number, time.monotonic()))
         if len(self.signals) == 1:
             if _world_size() > 1 and hasattr(signal, "alarm"):
-                # torch may wait for a lost process where no Python code runs. The kernel ends this process then.
+                # torch may wait for a lost process without running Python code. The kernel then ends this process.
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(LONGEST_END_SECONDS)
             raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError
@@ -193,12 +194,12 @@ class Ending:
             return
         self._said = True
         if self.status == 128 + signal.SIGINT:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one sentence for all processes that accelerate has started
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one sentence is enough for all processes of a launcher
                 sys.stderr.write(f"stopped by Ctrl-C; {self.resume_hint}\n")
         elif _world_size() > 1:
             sys.stderr.write(
-                f"{_own_name()} was told to end (SIGTERM), as launchers do after another process has ended; see its "
-                f"message; {self.resume_hint}\n"
+                f"{_own_name()} was stopped by SIGTERM, which launchers send after another process has ended; read the "
+                f"message of that process; {self.resume_hint}\n"
             )
         else:
             sys.stderr.write(f"stopped by SIGTERM; {self.resume_hint}\n")
@@ -255,7 +256,8 @@ def _watch_siblings(resume_hint: str) -> None:
         for pid, count in looks.items():
             if count >= STOPPED_LOOKS:
                 sys.stderr.write(
-                    f"{_own_name()} ends because the process {pid} beside it is stopped; end that one; {resume_hint}\n"
+                    f"{_own_name()} ends because process {pid} of the same launcher is stopped; end that process; "
+                    f"{resume_hint}\n"
                 )
                 sys.stderr.flush()
                 os._exit(2)  # the main thread may be waiting inside torch, where no exception reaches it
@@ -267,7 +269,7 @@ def stopped_siblings(proc: Path = Path("/proc")) -> set[int]:
     for path in proc.glob("[0-9]*/stat"):
         try:
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
-        except (OSError, ValueError):  # it has just ended
+        except (OSError, ValueError):  # the process has just ended
             continue
         if state == b"T" and int(parent) == os.getppid():
             found.add(int(path.parent.name))

@@ -31,7 +31,7 @@ PACKAGES = (
 )
 
 ANSWERING_PACKAGES = ("torch", "transformers", "peft")
-"""The PACKAGES that a model's answers depend on. The rest are for building datasets, training and evaluation."""
+"""The PACKAGES that a model's answers depend on. The others are used for building datasets, training and evaluation."""
 
 ANSWERING_MODULES = (
     "inference.engine", "experts.pipeline", "inference.server", "data.dataset", "model.loading", "model.adapters",

@@ -15,7 +15,7 @@ GOOD = "good"
 """The condition of a part without a defect."""
 
 UNLABELLED = ""
-"""The condition of an image if nobody knows it. Its questions have the answer `""`, and no score counts them."""
+"""The condition of an image if it is not known. Its questions have the answer `""`, and scores ignore them."""
 
 LETTERS = "ABCDE"
 """The letters that MMAD allows for options."""
@@ -38,7 +38,8 @@ BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
 """Qwen2-VL's tokens around a box (arXiv 2409.12191). They are special tokens, so decoding drops them."""
 
 UNANSWERABLE, ANSWERABLE = "Unanswerable", "Answerable"
-"""Questions that do not fit the image, and their twins that do (`data.unanswerable`). Left out of MMAD's tables."""
+"""Questions that do not fit the image, and their counterparts that fit (`data.unanswerable`). MMAD's tables leave them
+out."""
 
 ROBUSTMAD_TYPES = {
     "general": "RobustMAD General",
@@ -49,7 +50,8 @@ ROBUSTMAD_TYPES = {
 """The question types of RobustMAD, keyed by the rows of its tables. They are left out of MMAD's tables."""
 
 UNKNOWN_CONDITION = "unknown"
-"""The condition of an image if nobody says whether it shows a defect, as with some answers produced elsewhere."""
+"""The condition of an image if nothing says whether it shows a defect, as in some files of answers from other
+programs."""
 
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
 """The four expert roles, in the order of the pipeline."""
@@ -95,7 +97,7 @@ class Inspection:
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     """Defect boxes as (x0, y0, x1, y1) in pixels of the image, if the source has boxes instead of a mask."""
     reference: RelativePath | None = None
-    """The normal image that the source names as the reference. It is used as given."""
+    """The normal image that the source gives as the reference. It is shown instead of the retrieved ones."""
     masks: tuple[RelativePath, ...] = ()
     """Several files that together form one mask, if the source has no single mask file."""
     polygons: tuple[tuple[float, ...], ...] = ()
@@ -123,8 +125,8 @@ class Reference:
 class Question:
     """A question about an inspection. `kind` is one of QUESTION_TYPES, with options, or GROUNDING, without options.
 
-    `answer` is a letter, or for GROUNDING the boxes as text. It is empty if nobody knows it, and
-    None in questions that the experts see.
+    `answer` is a letter, or for GROUNDING the boxes as text. It is empty if it is not known, and None in questions that
+    the experts see.
     """
 
     id: str

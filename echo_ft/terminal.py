@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("echo_ft")
-"""The logger of the library: progress at level INFO, warnings and errors above.
+"""The logger of the library. Progress has the level INFO, below warnings and errors.
 
 Progress is not shown until a program enables it, as `log_to_terminal` does.
 """
@@ -31,7 +31,7 @@ class TerminalHandler(logging.Handler):
 
 
 def printable(text: str) -> str:
-    """Escape what a terminal would obey or cannot show: control and format characters.
+    """Escape control and format characters, which a terminal would obey or cannot show.
 
     Line breaks and tabs stay. Names of files and products may contain anything.
     """
@@ -39,14 +39,15 @@ def printable(text: str) -> str:
 
 
 def _is_control(char: str) -> bool:
-    # Zero-width joiners and spaces (Cf) are part of names in some scripts; directional overrides reorder a line.
+    # Zero-width joiners and spaces (Cf) are part of names in some scripts; directional overrides reorder a line and are
+    # escaped.
     return unicodedata.category(char) in ("Cc", "Cs") or "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"
 
 
 def log_to_terminal() -> None:
     """Show the library's log records in the terminal. Every command calls this. Repeated calls have no effect.
 
-    stdout and stderr then escape half a surrogate pair, which occurs in names that are not UTF-8.
+    stdout and stderr then escape unpaired surrogates, which occur in file names that are not UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

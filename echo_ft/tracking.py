@@ -1,9 +1,9 @@
 """Log an experiment to Weights & Biases: builds, trainings, evaluations, comparisons and exports.
 
-Every command with the option `report_to` starts one W&B run here. W&B's own environment variables apply, such as
-WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_NAME, WANDB_MODE and WANDB_DIR. Datasets, adapters, evaluations and bundles are
-artifacts. Each run uses the artifacts that it reads, which records the lineage from the data to the bundle. In W&B, an
-artifact with unchanged content keeps its version, whichever run logs it.
+Every command with the option `report_to` starts one W&B run with this module. W&B's own environment variables apply,
+such as WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_NAME, WANDB_MODE and WANDB_DIR. Datasets, adapters, evaluations and
+bundles are artifacts. Each run uses the artifacts that it reads, which records the lineage from the data to the bundle.
+In W&B, an artifact with unchanged content keeps its version, whichever run logs it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Picture:
     mask: NDArray[np.bool_] | None = None
     """(height, width), True on the defect, or None."""
     label: str = ""
-    """What the mask shows."""
+    """The caption of the mask."""
     predicted: tuple[tuple[int, int, int, int], ...] = ()
     """Predicted boxes as (x0, y0, x1, y1), in thousandths of the image's width and height."""
 
@@ -106,7 +106,7 @@ def _start(job_type: str, name: str, group: str, config: Mapping[str, Any]) -> w
     if has_api_key():
         try:
             return start("online")
-        except wandb.errors.AuthenticationError:  # also a CommError, but the key is wrong
+        except wandb.errors.AuthenticationError:  # this is a CommError too, but the key is wrong
             raise
         except wandb.errors.CommError as error:
             reason = f"the run cannot start online ({str(error).splitlines()[0]})"
@@ -118,7 +118,7 @@ def _start(job_type: str, name: str, group: str, config: Mapping[str, Any]) -> w
 def has_api_key() -> bool:
     """Return whether W&B has an API key in a variable, in .netrc or in its settings. Never prompts for a key."""
     import wandb
-    from wandb.sdk.lib import wbauth  # wandb (0.31) has no public function that does not ask
+    from wandb.sdk.lib import wbauth  # wandb (0.31) has no public function that does not prompt for a key
 
     host = wandb.setup().settings.base_url
     return wbauth.authenticate_session(host=host, source="echo-ft", prompt=False, update_session=False) is not None
@@ -236,7 +236,7 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> wandb.T
 
     table = wandb.Table(columns=list(columns))
     pictures: dict[int, Any] = {}
-    kept = []  # keeps every Picture alive, so that no two have the same id
+    kept = []  # this keeps every Picture alive, so that no two have the same id
 
     def cell(value: Any) -> Any:
         if not isinstance(value, Picture):
@@ -277,13 +277,15 @@ def local_run(text: str) -> Path:
     address, project, identifier = found.groups()
     if not has_api_key():
         if address is None:
-            return Path(text)  # most likely a misspelt folder, which its reader reports
+            return Path(text)  # most likely a misspelt folder, which is reported when it is read
         raise EchoError(f"{text} is a W&B run, but there is no API key; run wandb login, or give the run's folder")
     return download_run(f"{project}/{identifier}", text)
 
 
 def download_run(path: str, name: str) -> Path:
-    """Download the evaluation of the W&B run `path` (entity/project/id) and return its folder. Errors use `name`.
+    """Download the evaluation of the W&B run `path` (entity/project/id) and return its folder.
+
+    Error messages refer to the run as `name`.
 
     The folder is in WANDB_ARTIFACT_DIR (by default `artifacts`), under the path of the run.
     """

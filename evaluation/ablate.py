@@ -54,7 +54,7 @@ SECONDS = "seconds.json"
 PROMPT_KEYS = (
     "split", "routing", "reference", "references", "knowledge", "reasoning", "answer", "option_order", "adapters",
 )  # fmt: skip
-"""Provenance keys left out of a role's cache key: they only choose its prompts, or the key has a value per role."""
+"""Provenance keys that a role's cache key omits, because they only choose its prompts or are already in it per role."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def order_runs(cells: Sequence[Cell]) -> list[RunConfig]:
     models: dict[str, list[RunConfig]] = {}
     for cell in distinct.values():
         try:
-            adapters = prepare_run(cell.config).adapters  # loaded again later, so memory holds only one run's inputs
+            adapters = prepare_run(
+                cell.config
+            ).adapters  # load the inputs again later, so that memory holds only those of one run
         except EchoError as error:
             raise EchoError(f"cell {cell.name}: {error}") from error
         models.setdefault(_model_key(cell.config, adapters), []).append(cell.config)
@@ -202,7 +204,7 @@ class EngineFactory:
 
         key = _model_key(prepared.config, prepared.adapters)
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # two models may not fit into memory
+            self._loaded = None  # drop the model first, because two models may not fit into memory
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

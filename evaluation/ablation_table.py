@@ -164,7 +164,10 @@ def _difference(found: Mapping[str, Any], base: RunGroup) -> dict[str, Any]:
 
 
 def table_rows(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the rows of the table as text, the header first. Question types that no cell was asked are left out."""
+    """Return the rows of the table as text, the header first.
+
+    Question types that do not occur in any cell are left out.
+    """
     kinds = [
         kind for kind in QUESTION_TYPES if any(cell["figures"][kind]["value"] is not None for cell in table["cells"])
     ]

@@ -45,8 +45,8 @@ class CaseViewer:
 def make_viewer(runs: Mapping[str, Run], images: ImageStore) -> CaseViewer:
     """Collect the cases of runs on the same questions. The keys of `runs` are their names on the page.
 
-    Images, masks and references come from the dataset of the last run, and words from the traces. Whatever is no longer
-    there is left out, because the page works without it.
+    Images, masks and references come from the dataset of the last run, and words from the traces. Files that no longer
+    exist are left out, because the page works without them.
     """
     names, some = list(runs), list(runs.values())
     answers_of_first = [*some[0].predictions, *some[0].grounding]
@@ -98,7 +98,7 @@ def _by_case(rows: Any) -> dict[str, list[Any]]:
 
 
 def _dataset_cases(run: Run) -> tuple[Path | None, dict[str, Case]]:
-    """Return the image folder and the cases of a run's dataset; nothing if the dataset is gone or was rebuilt."""
+    """Return the image folder and the cases of a run's dataset; empty if the dataset is missing or was rebuilt."""
     try:
         dataset = run_dataset(run)
     except EchoError:
@@ -118,7 +118,7 @@ def _product(prediction: Prediction) -> str:
 
 
 def _status(prediction: Prediction) -> str:
-    """Return `1` for a right answer, `0` for a wrong one, `-` for an unparsed one and `!` for a failed one."""
+    """Return `1` for a correct answer, `0` for a wrong one, `-` for an unparsed one and `!` for a failed one."""
     if prediction.error is not None:
         return "!"
     if prediction.parsed is None:
@@ -127,7 +127,7 @@ def _status(prediction: Prediction) -> str:
 
 
 def _finds_boxes(prediction: Prediction) -> bool:
-    """Return whether the answer finds every true box at an IoU of 0.5, and names none on a good image."""
+    """Return whether the answer finds every true box at an IoU of 0.5, and has no box on a good image."""
     named, true = named_boxes(prediction) or (), true_boxes(prediction)
     return bool(named) == bool(true) and all(iou >= 0.5 for iou in matched_ious(named, true))
 
@@ -160,7 +160,7 @@ def _describe_case(
 
 
 def _describe_trace(trace: Trace, numbers: Mapping[str, int], names: Mapping[str, str]) -> list[Any]:
-    """Return role, question number or branch, text, whether it was cut, names of the images, and prompt."""
+    """Return role, question number or branch, text, whether the text was cut off, names of the images, and prompt."""
     images = [names.get(path, path) for path in trace.images]
     about = numbers.get(trace.branch, trace.branch)
     return [ROLES.index(trace.role), about, trace.text, trace.cut, images, f"{trace.context}{trace.prompt}"]

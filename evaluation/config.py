@@ -28,10 +28,10 @@ class RunConfig:
     model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hugging Face Hub."})
     output: str = field(metadata={"help": "Run folder."})
     min_pixels: int = field(
-        metadata={"help": "Smallest number of pixels of an image; with adapters, that of their training."}
+        metadata={"help": "Smallest number of pixels of an image. With adapters, use the value of their training."}
     )
     max_pixels: int = field(
-        metadata={"help": "Largest number of pixels of an image; with adapters, that of their training."}
+        metadata={"help": "Largest number of pixels of an image. With adapters, use the value of their training."}
     )
     adapters: str | None = field(
         default=None,
@@ -48,11 +48,12 @@ class RunConfig:
         default="full", metadata={"help": "Experts to consult for each question type.", "choices": ["full", "paper"]}
     )
     reference: str = field(
-        default="retrieved", metadata={"help": "Normal references to show.", "choices": ["retrieved", "random", "none"]}
+        default="retrieved",
+        metadata={"help": "Which normal references to show.", "choices": ["retrieved", "random", "none"]},
     )
     references: int | None = field(
         default=None,
-        metadata={"help": "Number of references per case, best ranked first. Default: all that the dataset has."},
+        metadata={"help": "Number of references per case, best-ranked first. Default: all in the dataset."},
     )
     knowledge: str = field(
         default="guided",
@@ -77,9 +78,9 @@ class RunConfig:
     answer: str = field(
         default="generate",
         metadata={
-            "help": "What decides. generate: the text, parsed strictly; the options' probabilities are recorded too. "
-            "logits: these probabilities. averaged: their mean over the orders of the options; needs option_order "
-            "cyclic.",
+            "help": "How the decision maker decides. generate: by its text, parsed strictly; the probabilities of the "
+            "options are recorded too. logits: by these probabilities. averaged: by their mean over the orders of the "
+            "options, which needs option_order cyclic.",
             "choices": ["generate", "logits", "averaged"],
         },
     )
@@ -145,9 +146,7 @@ def check_config(config: RunConfig) -> None:
     if config.answer == "averaged" and config.option_order == "given":
         raise EchoError("answer averaged needs several orders of the options; set option_order to cyclic")
     if config.reference == "none" and config.references is not None:
-        raise EchoError(
-            f"references is {config.references}, but reference none shows none; remove one of the two options"
-        )
+        raise EchoError(f"references is {config.references}, but reference is none; remove one of the two options")
     if (config.corruption is None) != (config.severity is None):
         given, lacking = ("corruption", "severity") if config.severity is None else ("severity", "corruption")
         raise EchoError(f"{given} is set but {lacking} is not; add --{lacking} or remove --{given}")
@@ -210,7 +209,7 @@ def batch_warnings(config: RunConfig) -> list[str]:
         return []
     try:
         earlier = read_json_object(path)
-    except (OSError, ValueError):  # RunFolder reports it
+    except (OSError, ValueError):  # RunFolder reports the error
         return []
     changed = [
         f"{name} {getattr(config, name)} instead of {earlier[name]}"

@@ -28,7 +28,7 @@ class Confusion:
     """Each true condition and its count per column."""
 
     def is_right(self, condition: str, column: int) -> bool:
-        """Return whether this column is the right answer for a condition."""
+        """Return whether this column is the correct answer for a condition."""
         return self.said[column] in (condition, "no defect" if condition == GOOD else "defect")
 
 
@@ -75,5 +75,5 @@ def _confusion(title: str, counts: Mapping[str, Counter[str]], said: tuple[str, 
 
 
 def letter_bias(predictions: Sequence[Prediction]) -> list[LetterBias]:
-    """Return how often each letter was chosen, and how often it was right, in the order of the given options."""
+    """Return how often each letter was chosen, and how often it was correct, in the order of the given options."""
     return position_bias(PermutedPrediction(**vars(one)) for one in predictions if one.options)

@@ -1,4 +1,4 @@
-"""Labels and number formats that the pages and the terminal share, so that both say the same."""
+"""Labels and number formats that the pages and the terminal share."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def gate_cells(finding: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
 
 
 def gate_notes(gate: Mapping[str, Any]) -> list[str]:
-    """Say how the parts were divided, how many more would settle the verdict, and what it assumes."""
+    """Return sentences on how the parts were divided, how many more would settle the verdict, and what it assumes."""
     choosing, judged = gate["split"]["choosing"], gate["split"]["judged"]
     counts = f"judged on {judged['good']} good and {judged['defective']} defective parts"
     if choosing:

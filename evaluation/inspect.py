@@ -34,24 +34,27 @@ class InspectConfig:
     watch: str | None = field(
         default=None,
         metadata={
-            "help": "Instead of images: a folder in which to wait for new images until Ctrl-C. Each is inspected once."
+            "help": "Instead of images: a folder to watch for new images until Ctrl-C. Each image is inspected once."
         },
     )
     serve: bool = field(
         default=False,
-        metadata={"help": "Instead of images: serve a page until Ctrl-C, on which images are dropped. Needs Gradio."},
+        metadata={"help": "Instead of images: serve a page until Ctrl-C, on which you can drop images. Needs Gradio."},
     )
     host: str = field(
         default="127.0.0.1",
-        metadata={"help": "With --serve: address of the page. Whoever reaches it can use the page."},
+        metadata={"help": "With --serve: address of the page. Everyone who can reach it can use the page."},
     )
-    port: int = field(default=7860, metadata={"help": "With --serve: port of the page. 0 takes a free one."})
+    port: int = field(default=7860, metadata={"help": "With --serve: port of the page. 0 selects a free one."})
     webhook: str | None = field(
         default=None, metadata={"help": "Address to which each result is posted as JSON. Redirects are not followed."}
     )
     bundle: str | None = field(
         default=None,
-        metadata={"help": "Bundle written by `train.export`. It names everything that an inspection needs."},
+        metadata={
+            "help": "Bundle written by `train.export`. It has everything that an inspection needs, except the base "
+            "model."
+        },
     )
     adapters: str | None = field(
         default=None,
@@ -80,7 +83,7 @@ class InspectConfig:
     )
     threshold: float | None = field(
         default=None,
-        metadata={"help": "P(defect) from which an image is flagged. Default: that of the calibration, else 0.5."},
+        metadata={"help": "P(defect) at which an image is flagged. Default: that of the calibration, else 0.5."},
     )
     json: bool = field(default=False, metadata={"help": "Print one JSON object per image."})
 
@@ -89,11 +92,11 @@ def main(argv: list[str]) -> None:
     """Inspect the images and print the results. Exits with 1 if an image was flagged."""
     (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
     if [config.images is not None, config.watch is not None, config.serve].count(True) != 1:
-        raise EchoError("name images, a folder to watch, or the page: IMAGE_OR_FOLDER, --watch FOLDER or --serve")
+        raise EchoError("give images, a folder to watch, or --serve: IMAGE_OR_FOLDER, --watch FOLDER or --serve")
     if config.serve:
         for name in ("webhook", "product"):
             if getattr(config, name) is not None:
-                raise EchoError(f"--{name} does not go with --serve; remove it")
+                raise EchoError(f"--{name} cannot be used with --serve; remove it")
         inspection_page.serve(lambda: load_inspector(config), config.host, config.port)
         return
     if config.webhook is not None:
@@ -150,10 +153,10 @@ def report(result: Result, config: InspectConfig) -> None:
 
 
 def load_inspector(config: InspectConfig) -> Inspector:
-    """Load the inspector that the options name. Raises EchoError if they do not fit together."""
+    """Load the inspector for these options. Raises EchoError if they do not fit together."""
     if (config.bundle is None) == (config.adapters is None):
         raise EchoError(
-            "name either a bundle or adapters: add --bundle DIR (written by train.export) or --adapters DIR"
+            "give either a bundle or adapters: add --bundle DIR (written by train.export) or --adapters DIR"
         )
     kind, foreign = (
         ("bundle", ("dataset", "calibration")) if config.adapters is None else ("adapters", ("server", "base_model"))
@@ -161,7 +164,7 @@ def load_inspector(config: InspectConfig) -> Inspector:
     for name in foreign:
         if getattr(config, name) is not None:
             other = "adapters" if kind == "bundle" else "bundle"
-            raise EchoError(f"--{name} does not go with --{kind}; remove it, or use --{other}")
+            raise EchoError(f"--{name} cannot be used with --{kind}; remove it, or use --{other}")
     if config.adapters is not None:
         return Inspector.from_adapters(
             config.adapters, dataset=config.dataset, calibration=config.calibration, threshold=config.threshold
@@ -169,7 +172,7 @@ def load_inspector(config: InspectConfig) -> Inspector:
     assert config.bundle is not None
     if config.server is not None:
         if config.base_model is not None:
-            raise EchoError("--base_model does not go with --server, which has the base model; remove it")
+            raise EchoError("--base_model cannot be used with --server, which has the base model; remove it")
         return Inspector.from_server(config.server, config.bundle, threshold=config.threshold)
     return Inspector.from_bundle(config.bundle, base_model=config.base_model, threshold=config.threshold)
 
@@ -183,4 +186,4 @@ def describe(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    configs.run_main(main, "rerun the same command; with --watch, it goes on where it stopped")
+    configs.run_main(main, "rerun the same command; with --watch, it continues where it stopped")

@@ -29,7 +29,7 @@ MAX_UPLOAD_BYTES = 64 * 2**20
 """Largest accepted size of an upload. `images.decode` limits the pixels of the image in it."""
 
 FORM_BYTES = 2**20
-"""What a request may have in addition to one upload."""
+"""Bytes that a request may have in addition to one upload."""
 
 WAITING = 16
 """How many images may wait for their turn; the experts inspect one at a time."""
@@ -42,7 +42,8 @@ inspection, the upload is removed at once.
 """
 
 CLOSING_SECONDS = 5
-"""How long the page waits for open connections after Ctrl-C or SIGTERM. An expert at work still finishes its answer."""
+"""How long the page waits for open connections after Ctrl-C or SIGTERM. An expert that is running still finishes its
+answer."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -67,13 +68,13 @@ def require_gradio() -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise EchoError(
-            f"the page needs Gradio ({error}); install echo-ft[serving] into an environment of its own, as "
-            "docs/inspecting.md says"
+            f"the page needs Gradio ({error}); install echo-ft[serving] in a separate environment, as "
+            "docs/inspecting.md describes"
         ) from error
 
 
 def serve(load: Callable[[], Inspector], host: str, port: int) -> None:
-    """Serve the page until Ctrl-C or SIGTERM; port 0 takes a free one. `load` loads the inspector.
+    """Serve the page until Ctrl-C or SIGTERM. Port 0 selects a free port. `load` loads the inspector.
 
     Raises EchoError if Gradio is missing or the address cannot be used.
     """
@@ -122,7 +123,7 @@ def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if host in LOOPBACK:  # otherwise, a page whose host name resolves to this address could read the answers
+    if host in LOOPBACK:  # otherwise, another website whose host name resolves to this address could read the answers
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     @app.middleware("http")
@@ -152,7 +153,7 @@ def make_app(inspector: Inspector, host: str, uploads: Path) -> Any:
 def separate_uploads() -> None:
     """Give each upload its own path. Gradio (6.31) takes the folder's name from the content.
 
-    Of two uploads of the same file, the first inspection would remove the other's file.
+    If the same file is uploaded twice, the first inspection would remove the file of the second.
     """
     from gradio import route_utils
 
@@ -171,7 +172,7 @@ def make_page(inspector: Inspector, uploads: Path) -> Any:
     def inspect(path: str | None, product: str | None) -> Iterator[tuple[Any, str]]:
         if path is not None:
             for shown in inspect_upload(inspector, Path(path), None if product == NEAREST else product):
-                yield None, shown  # the empty field takes the next image
+                yield None, shown  # the field is cleared for the next image
 
     with gradio.Blocks(title="echo-ft", analytics_enabled=False, delete_cache=(60, UPLOAD_SECONDS)) as page:
         gradio.Markdown(INTRODUCTION)
@@ -218,7 +219,10 @@ def inspect_upload(inspector: Inspector, path: Path, product: str | None) -> Ite
 
 
 def show(step: Progress | Result | None, images: dict[str, Any], problem: str | None = None) -> str:
-    """Return HTML with what is known about an image. `images` has the addresses `query` and `reference`, and `size`."""
+    """Return HTML with what is known about an image so far.
+
+    `images` has the addresses `query` and `reference`, and `size`.
+    """
     traces = () if step is None else step.trace
     asked = {} if step is None else _questions(step)
     return render_page(

@@ -1,4 +1,4 @@
-"""The cases of a run as people review them: what each expert saw and said, beside the truth."""
+"""The cases of a run for a review by people: what each expert saw and answered, next to the truth."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from echo_ft.metrics.prediction_table import is_correct, p_defect
 from echo_ft.records import ROLES, Inspection, Prediction, Trace
 
 TAGS = ("wrong", "disagreement", "unparsed", "failed")
-"""Why a case may be worth a look. `disagreement`: the reasoning expert's conclusion contradicts the decision, or the
-text names an option that is not the most probable one."""
+"""Tags for cases that may be worth a review. `disagreement`: the reasoning expert's conclusion contradicts the
+decision, or the text names an option that is not the most probable one."""
 
 
 @dataclass(frozen=True)
 class ReviewQuestion:
-    """A question of a case, with the words of the experts that answered it."""
+    """A question of a case, with the outputs of the experts that answered it."""
 
     prediction: Prediction
     reasoning: str
@@ -47,7 +47,7 @@ class ReviewCase:
     references: tuple[str, ...]
     """The normal images that the decision maker saw."""
     extractor: str
-    """The words of the reference extractor; empty if it was not consulted, as for the guide."""
+    """The output of the reference extractor; empty if it was not consulted. The same holds for the guide."""
     guide: str
     p_defect: float | None
     predicted: tuple[Box, ...]

@@ -124,7 +124,7 @@ FACTS = ("tags", "p_defect", "reference_extractor", "knowledge_guide")
 
 
 def _facts(case: ReviewCase) -> dict[str, str]:
-    """The run's results for a case as a whole, as strings."""
+    """Return the run's results for a whole case, as strings."""
     score = "" if case.p_defect is None else f"P(defect) {case.p_defect:.3f}"
     return dict(zip(FACTS, (" ".join(case.tags), score, case.extractor, case.guide), strict=True))
 
@@ -262,7 +262,7 @@ def _sample(case: ReviewCase, root: Path) -> dict[str, Any]:
 
 
 def _fiftyone_label(kind: str, **values: Any) -> dict[str, Any]:
-    """A label of FiftyOne: `_cls` names its class."""
+    """Return a label of FiftyOne. `_cls` is the name of its class."""
     return {"_cls": kind, **values}
 
 

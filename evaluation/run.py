@@ -77,7 +77,7 @@ class PreparedRun:
 
     @property
     def adapter_paths(self) -> dict[str, Path]:
-        """The adapter folder of each role."""
+        """Return the adapter folder of each role."""
         return {role: adapter.path for role, adapter in self.adapters.items()}
 
 
@@ -119,7 +119,7 @@ def load_inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
     if config.adapters is None:
         return dataset, {}
     base = config.model_name_or_path
-    weights = None if config.server else base_fingerprint(base, config.model_revision)  # a server has its own
+    weights = None if config.server else base_fingerprint(base, config.model_revision)  # a server has its own weights
     adapters = find_adapters(Path(config.adapters), base, weights, config.min_pixels, config.max_pixels)
     if config.server is not None:
         require_whole_prompt(adapters, "a server")
@@ -225,7 +225,7 @@ def make_barrier(state: PartialState) -> Callable[[], None]:
     def wait() -> None:
         try:
             state.wait_for_everyone()
-        except RuntimeError as error:  # torch raises it for a closed connection
+        except RuntimeError as error:  # torch raises this error for a closed connection
             raise EchoError(
                 "another process of this run stopped; see its own error message, then rerun the same command to resume"
             ) from error
@@ -249,7 +249,7 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
         "adapters": {role: {"fingerprint": one.fingerprint, **asdict(one.card)} for role, one in adapters.items()},
         "prompt_version": PROMPT_VERSION,
         "versions": {name: version for name, version in versions().items() if name in ANSWERING_PACKAGES},
-        # Only code that affects answers: a change to the scoring code does not prevent resuming a run.
+        # This covers only code that affects answers, so a run can resume after a change to the scoring code.
         "code": code_fingerprint(
             *source_files(*ANSWERING_MODULES, exclude=SUPPORTING_MODULES),
             Path(__file__).resolve(),
@@ -312,7 +312,7 @@ async def run_server(
 ) -> None:
     """Run cases on a server, with many requests in flight.
 
-    Raises EchoError if the server gives no answer, or if the run needs probabilities that it does not return.
+    Raises EchoError if the server does not answer, or does not return probabilities that the run needs.
     """
     config = prepared.config
     assert config.server is not None

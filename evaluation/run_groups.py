@@ -37,7 +37,9 @@ def read_groups(specs: Sequence[str], compared: Sequence[str] = ()) -> list[RunG
         groups.append(RunGroup(label or ", ".join(names[chosen]), names[chosen], runs[chosen], tables[chosen]))
         require_same_setup(groups[-1])
     if len({group.name for group in groups}) < len(groups):
-        raise EchoError(f"two of the names {', '.join(group.name for group in groups)} are equal; give each its own")
+        raise EchoError(
+            f"two of the names {', '.join(group.name for group in groups)} are equal; give each group its own name"
+        )
     return groups
 
 
@@ -53,7 +55,7 @@ def _parse_spec(spec: str) -> tuple[str, list[Path]]:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest endings that tell the paths apart. Raises EchoError for a duplicate folder."""
+    """Return the shortest endings that distinguish the paths. Raises EchoError for a duplicate folder."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise EchoError("the same run is given twice; give each run once")

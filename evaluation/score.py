@@ -1,4 +1,4 @@
-"""Score a run, or a file of answers made elsewhere.
+"""Score a run, or a file of answers from another program.
 
     python -m evaluation.score RUN_DIR
     python -m evaluation.score RUN_DIR --calibration VALIDATION_RUN_DIR [--false_alarms 0.05]
@@ -53,7 +53,7 @@ class ScoreConfig:
     answers: str | None = field(
         default=None,
         metadata={
-            "help": "File of answers made elsewhere, instead of a run: MMAD's format, JSON lines, or RobustMAD's."
+            "help": "File of answers from another program, instead of a run: MMAD's format, JSON lines, or RobustMAD's."
         },
     )
     questions: str | None = field(
@@ -68,7 +68,7 @@ class ScoreConfig:
     )
     false_alarms: float = field(
         default=0.05,
-        metadata={"help": "Largest share of false alarms on normal images at the calibrated threshold."},
+        metadata={"help": "Largest fraction of normal images that may be flagged at the calibrated threshold."},
     )
     images: str = field(default="auto", metadata={"help": IMAGES_HELP, "choices": list(IMAGE_CHOICES)})
     report_to: str = field(default="none", metadata=REPORT_TO)
@@ -91,7 +91,9 @@ def main(argv: list[str]) -> None:
         run, given = _load_run(Path(config.run), config.questions)
         output, name = Path(config.output or config.run), run.folder.resolve().name
     elif config.calibration is not None:
-        raise EchoError("a file of answers does not name its model; use --calibration with the folder of a run")
+        raise EchoError(
+            "a file of answers does not say which model gave them; use --calibration with the folder of a run"
+        )
     else:
         output = _answers_folder(config.output)
         run, given = load_answers(Path(str(config.answers)), Path(config.questions) if config.questions else None)

@@ -180,7 +180,7 @@ def print_calibration(fit: Mapping[str, Any]) -> None:
 
 
 def print_gate(gate: Mapping[str, Any]) -> None:
-    """Print what the judged parts say about each limit, and how many more parts would settle it."""
+    """Print the result for each limit, and how many more parts would settle it."""
     rows: list[tuple[str, ...]] = [("gate, %", "limit", "seen", "bounds", "parts", "verdict")]
     rows += [(GATE_LABELS[name], *gate_cells(one)) for name, one in gate["findings"].items()]
     print("\n" + text_table(rows))
@@ -192,7 +192,7 @@ def print_agreement(agreement: Mapping[str, Any]) -> None:
     """Print how often the text and the most probable option agree."""
     interval = agreement["interval"] and [100 * bound for bound in agreement["interval"]]
     print(
-        f"\nthe text names the most probable option for {share_percent(agreement['agreement'])}% of "
+        f"\nthe text gives the most probable option for {share_percent(agreement['agreement'])}% of "
         f"{agreement['questions']} questions ({interval_text('Average', interval)}); strict average by text "
         f"{percent(agreement['text'])}, by probability {percent(agreement['logits'])}"
     )

@@ -55,7 +55,7 @@ def log_evaluation(report: Mapping[str, Any], run: Run, output: Path, options: A
     `output` is the folder of the report, and `options` is the dataclass of the command's options. Anything that is
     missing or has changed since the run is named in a warning and left out.
     """
-    folder = run.folder if run.folder.is_dir() else output  # a file of answers has no run folder
+    folder = run.folder if run.folder.is_dir() else output  # there is no run folder for a file of answers
     name, group = folder.resolve().name, experiment_name(folder)
     config = {**run.provenance, "score": asdict(options)}
     with log_run("evaluate", name, group, config) as tracked:
@@ -89,7 +89,7 @@ def use_adapters(tracked: wandb.Run, provenance: Mapping[str, Any]) -> None:
         try:
             card = asdict(read_card(path))
             if fingerprint_files([path / name for name in ADAPTER_FILES], path) != described.get("fingerprint"):
-                raise EchoError(f"{path} has other weights than in the run")
+                raise EchoError(f"{path} has different weights than in the run")
         except (EchoError, OSError) as error:
             LOGGER.warning("W&B gets no adapter of the %s: %s", role, error)
             continue

@@ -133,7 +133,10 @@ def test_wandb_errors_are_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ZeroDivisionError("by zero\nand more"), "error: ZeroDivisionError: by zero; check what it names, or report"),
+        (
+            ZeroDivisionError("by zero\nand more"),
+            "error: ZeroDivisionError: by zero; check what the message mentions, or report",
+        ),
         (MemoryError(), "error: out of memory (MemoryError); use smaller batches or images"),
         (PermissionError(13, "Permission denied", "data/x"), "error: data/x: Permission denied; check the path"),
         (ValueError("\x1b[31mred"), "error: ValueError: \\x1b[31mred; check"),

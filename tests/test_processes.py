@@ -1,4 +1,4 @@
-"""A command that is told to stop ends with one sentence and a shell's exit status, however often it is told."""
+"""A command that gets a signal ends with one sentence and a shell's exit status, even after several signals."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_process_of_a_group_ends_although_its_clean_up_does_not(monkeypatch):
 def test_only_the_first_process_of_a_machine_speaks_of_ctrl_c_and_each_of_an_end_by_its_launcher():
     for number, said in (
         (signal.SIGINT, ""),
-        (signal.SIGTERM, "process 1 of 2 was told to end (SIGTERM), as launchers"),
+        (signal.SIGTERM, "process 1 of 2 was stopped by SIGTERM, which launchers"),
     ):
         process = start(0, LOCAL_RANK="1", RANK="1", WORLD_SIZE="2")
         process.send_signal(number)
@@ -103,10 +103,8 @@ def test_a_process_beside_a_stopped_one_ends_with_a_sentence(monkeypatch):
     finally:
         ranks[1].kill()
         ranks[1].communicate()
-    assert (
-        err
-        == f"process 0 of 2 ends because the process {ranks[1].pid} beside it is stopped; end that one; run it again\n"
-    )
+    reason = f"process {ranks[1].pid} of the same launcher is stopped; end that process"
+    assert err == f"process 0 of 2 ends because {reason}; run it again\n"
     assert ranks[0].returncode == 2
 
 

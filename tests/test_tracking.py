@@ -366,7 +366,9 @@ def test_what_changed_since_a_run_is_named_and_left_out(folder, offline, capsys)
     write_manifest(Path("data/caps"), manifest | {"fingerprint": "0" * 16})
     score.main([TUNED, "--report_to", "wandb"])
     warned = capsys.readouterr().err
-    assert f"no adapter of the decision_maker: {ADAPTERS}/decision_maker has other weights than in the run" in warned
+    assert (
+        f"no adapter of the decision_maker: {ADAPTERS}/decision_maker has different weights than in the run" in warned
+    )
     assert "W&B gets no adapter of the knowledge_guide: " in warned
     assert "W&B gets no dataset and no table of cases: data/caps has been rebuilt since the run" in warned
     (logged,) = read_runs(offline)

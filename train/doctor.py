@@ -1,4 +1,4 @@
-"""Say what this machine can run, what is missing, and the command to get it: `python -m train.doctor [--json]`.
+"""Show what this machine can run, what is missing and how to install it: `python -m train.doctor [--json]`.
 
 Checks Python, packages, memory, disk, GPUs, access to the Hugging Face hub, stored weights and tools. Exits with status
 1 if something is missing that the demo needs. Everything else is optional.
@@ -26,13 +26,13 @@ from echo_ft.terminal import format_gib
 
 GIB = 2**30
 DEMO_MEMORY, DEMO_DISK = 7 * GIB, 2 * GIB
-"""Memory in total and free disk space that the demo needs, in bytes. Machines sold with 8 GB have a little less."""
+"""Total memory and free disk space that the demo needs, in bytes. Machines sold with 8 GB have a little less."""
 
 HUB_SECONDS = 5.0
 """How long to wait for the hub's answer."""
 
 WEIGHTS = {"Qwen/Qwen2-VL-2B-Instruct": 4.5, "Qwen/Qwen2-VL-7B-Instruct": 16.6}
-"""Published models that the recipes name, and the GiB that their weights take on disk."""
+"""Published models in the recipes, and the disk space that their weights take, in GiB."""
 
 TOOLS = {
     "git": ("records the commit in datasets, adapters and runs", "apt install git"),
@@ -54,7 +54,7 @@ ABILITIES = (
 """Tasks for one GPU with LoRA in bf16, and the GiB that `train.memory` estimates for the largest role."""
 
 GPU_MARGIN = (1.1, 1.0)
-"""A factor for an estimate, and the GiB to add after it: they allow for fragmentation and CUDA itself."""
+"""A factor for an estimate, and a number of GiB to add afterwards. They allow for fragmentation and CUDA itself."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def check_packages(requirements: Sequence[str]) -> list[Check]:
 
 
 def package_fault(requirement: Requirement) -> str:
-    """Return what is wrong with a package; empty if nothing is."""
+    """Return what is wrong with a package, or an empty string."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -198,7 +198,8 @@ def check_gpus(gpus: Sequence[tuple[str, int]]) -> Check:
 
 def check_hub(environment: Mapping[str, str]) -> Check:
     """Check whether weights can be downloaded."""
-    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # as huggingface_hub reads it
+    # huggingface_hub accepts the same values.
+    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Check("hub", "switched off by HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE to download weights")
     address = environment.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
@@ -221,7 +222,7 @@ def check_weights() -> list[Check]:
     checks = []
     for name, size in WEIGHTS.items():
         stored = isinstance(try_to_load_from_cache(name, "model.safetensors.index.json"), str)
-        room = "" if free >= size * GIB else f", which lacks the {size} GiB for it: set HF_HOME to a larger disk"
+        room = "" if free >= size * GIB else f", which has no room for its {size} GiB: set HF_HOME to a larger disk"
         found = f"stored in {cache}" if stored else f"not in {cache}{room}"
         checks.append(Check(name.partition("/")[2], found, "" if stored else f"hf download {name}"))
     return checks

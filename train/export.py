@@ -43,23 +43,22 @@ class ExportConfig:
     references: str = field(
         default="copy",
         metadata={
-            "help": "Normal images of the bundle. copy: copies, so that it needs no dataset. path: those of the "
-            "dataset, by path. none: the bundle cannot inspect images.",
+            "help": "How the bundle stores the normal images. copy: as copies, so it needs no dataset. path: as paths "
+            "into the dataset. none: not at all, so it cannot inspect images.",
             "choices": list(REFERENCE_CHOICES),
         },
     )
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset with the normal images and the knowledge. Default: the one that the adapters were trained "
-            "on."
+            "help": "Dataset with the normal images and the knowledge. Default: the training dataset of the adapters."
         },
     )
     report: str | None = field(
         default=None,
         metadata={
-            "help": "report.json of a run with these adapters. Its results go into the model card. The bundle takes "
-            "over the options of the run and, if there is one, the calibration."
+            "help": "report.json of a run with these adapters. Its results go into the model card. The bundle uses "
+            "the options of the run and its calibration, if there is one."
         },
     )
     licence: str | None = field(
@@ -90,7 +89,7 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Check the adapters, export them, and report how far the reloaded logits deviate.
+    """Check the adapters, export them, and report how much the reloaded logits deviate.
 
     Raises EchoError after the export if a merged model is missing.
     """
@@ -138,18 +137,18 @@ def main(argv: list[str]) -> None:
 def find_dataset(config: ExportConfig, card: AdapterCard) -> Dataset | None:
     """Return the dataset of the bundle's normal images, or None if it has none.
 
-    Raises EchoError if the dataset is missing, or is not the one that the adapters were trained on and was not named.
+    Raises EchoError if the dataset is missing, or if the default dataset was rebuilt since the training.
     """
     if config.references == "none":
         return None
     try:
         dataset = load_dataset(Path(config.dataset or card.dataset))
     except EchoError as error:
-        raise EchoError(f"{error}. Name it with --dataset, or use --references none") from error
+        raise EchoError(f"{error}. Pass its folder as --dataset, or use --references none") from error
     if config.dataset is None and dataset.fingerprint != card.dataset_fingerprint:
         raise EchoError(
             f"{dataset.folder} was rebuilt since the training (fingerprint {dataset.fingerprint}, not "
-            f"{card.dataset_fingerprint}); name the dataset with --dataset to use it as it is"
+            f"{card.dataset_fingerprint}); pass the folder as --dataset to use it anyway"
         )
     return dataset
 

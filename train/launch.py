@@ -1,8 +1,8 @@
 """Run `accelerate launch` and keep its processes' exit status: `python -m train.launch [OPTIONS] train/sft.py ...`.
 
-The arguments are those of `accelerate launch`. accelerate (1.15) exits with status 1 whatever status its process had.
-Both accelerate and torchrun add a traceback after an error and after Ctrl-C. This command exits with the status of the
-first process that failed, or with 130 after Ctrl-C, and leaves the error message to that process.
+The arguments are those of `accelerate launch`. accelerate (1.15) always exits with status 1, whatever the status of its
+process. Both accelerate and torchrun add a traceback after an error and after Ctrl-C. This command exits with the
+status of the first process that failed, or with 130 after Ctrl-C, and leaves the error message to that process.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = launch_command_parser().parse_args(argv)
-    options.quiet = False  # a quiet launcher hides the status
+    options.quiet = False  # with --quiet, accelerate would hide the status
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Not earlier: a signal during the imports must end this process. Unlike an ignored signal, a handler is not
-    # inherited by the processes; torchrun replaces it.
+    # The handler is set here because a signal during the imports must end this process. The started processes do not
+    # inherit a handler, and torchrun replaces it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _pass_on)
     try:
@@ -42,10 +42,10 @@ def main(argv: list[str]) -> int:
 
 
 def _pass_on(number: int, _: object) -> None:
-    """Send a signal to the process that accelerate waits for; end if there is none yet.
+    """Send a signal to the process that accelerate waits for. Without such a process, end this one.
 
-    After Ctrl-C in a terminal, that process gets the signal twice. `echo_ft.processes` takes both as one. accelerate
-    brings psutil.
+    After Ctrl-C in a terminal, that process gets the signal twice. `echo_ft.processes` counts both as one. accelerate
+    depends on psutil.
     """
     children = psutil.Process().children()
     for child in children:
@@ -56,7 +56,8 @@ def _pass_on(number: int, _: object) -> None:
 
 
 def _shell_status(code: int) -> int:
-    return 128 - code if code < 0 else code  # Python writes the number of a signal as a negative status
+    # For a process that a signal ended, Python gives the negative number of the signal.
+    return 128 - code if code < 0 else code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compare describing images in batches, by several processes, with describing them one by one.
+"""Compare two ways to compute image descriptors: in batches by several processes, and one by one.
 
     python -m benchmarks.data.embedding [--descriptor ViT-B-16 ViT-B-32 skimage]
 
@@ -8,13 +8,13 @@ an open_clip model with random weights; trained weights take as long.
 The baseline does what a paper's code does: open the file, prepare it and encode a batch of one. It uses one process
 with --plain_threads threads, by default as many as torch chooses. The other contender does what each process of
 `data_prep.embed` does, in --processes processes, or in one process on a GPU. Each process reads and prepares images in
-up to 16 threads, but at most one per processor. For `skimage`, this is all there is to do. On a CPU, torch gets one
-thread per process; on a GPU, it chooses the number itself.
+up to 16 threads, but at most one per processor. For `skimage`, this is the whole work. On a CPU, torch gets one thread
+per process; on a GPU, it chooses the number itself.
 
 Everything that needs loading only once is loaded before the clock starts. The benchmark compares the features of both
 contenders. It then requests all features once more, which takes only the time to hash the files.
 
-The contenders take turns, --repeats times each, and the median counts. Nothing else should run on the machine.
+The contenders take turns, --repeats times each, and the table shows medians. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prepare_descriptor(folder: Path, name: str) -> str:
 
 
 def one_at_a_time(paths: list[Path], extractor: DescriptorExtractor) -> tuple[float, FloatArray]:
-    """Seconds and features (n, d) of the baseline."""
+    """Return the seconds and the features (n, d) of the baseline."""
     encode = _baseline(extractor)
     encode(paths[0])
     started = time.perf_counter()
@@ -105,7 +105,7 @@ def _embed_share(
 
 
 def time_processes(names: list[str], root: Path, descriptor: str, cache: Path, processes: int, gpu: bool) -> float:
-    """Seconds that `processes` processes take to describe equal parts of the images into `cache`."""
+    """Return the seconds that `processes` processes take to describe equal parts of the images into `cache`."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
     threads = None if gpu else 1

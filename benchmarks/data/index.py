@@ -85,7 +85,7 @@ def _measure(kind: str, vectors: int, products: int, queries: int, seed: int) ->
     started, processor = time.perf_counter(), time.process_time()
     index = VectorIndex(matrix, np.arange(vectors), kind)
     build_s, build_processor_s = time.perf_counter() - started, time.process_time() - processor
-    index.search(query_vectors[:BATCH], 1)  # one-time set-up does not count
+    index.search(query_vectors[:BATCH], 1)  # FAISS sets up once in the first search, which is not timed
     started, processor = time.perf_counter(), time.process_time()
     found = [index.search(query_vectors[start : start + BATCH], 1)[1][:, 0] for start in range(0, queries, BATCH)]
     query_ms = 1000 * (time.perf_counter() - started) / queries

@@ -31,7 +31,7 @@ COLUMNS = ("first against first", "best against best", "first, mean subtracted",
 
 
 def misfits(case: Case, root: Path) -> np.ndarray:
-    """Differences (2, k) of a case's references from its query outside the defect, by rank.
+    """Return the differences (2, k) of a case's references from its query outside the defect, by rank.
 
     The second row is computed after the mean grey value of each image was subtracted.
     """
@@ -74,7 +74,7 @@ def compare(dataset: Dataset, split: str) -> tuple[list[str], np.ndarray]:
 
 
 def row(name: str, parts: Sequence[str], wins: np.ndarray) -> str:
-    """One line of the table: each fraction in percent with its interval."""
+    """Return one line of the table: each fraction in percent with its interval."""
     names, part_of_case = np.unique(np.array(parts), return_inverse=True)
     won, cases = np.zeros((len(names), len(COLUMNS))), np.bincount(part_of_case, minlength=len(names))
     np.add.at(won, part_of_case, wins)
@@ -95,7 +95,7 @@ def main() -> None:
     found = {split: compare(dataset, split) for split in SPLITS}
     if not any(parts for parts, _ in found.values()):
         raise SystemExit(
-            f"{dataset.folder} has no case with both retrieved and random references; nothing can be compared"
+            f"{dataset.folder} has no case with both retrieved and random references; there is nothing to compare"
         )
     print(f"Share of cases in which the retrieved reference fits better, %; {dataset.manifest['config']['descriptor']}")
     print(f"| split | cases | parts | {' | '.join(COLUMNS)} |\n|{'---|' * (3 + len(COLUMNS))}")

@@ -1,10 +1,10 @@
 """Measure what checksums and flushes add to a build and to a training: `python -m benchmarks.data.verification`.
 
 The manifest is that of `benchmarks.data.rows`. The dataset is built twice with the same descriptor cache. The second
-build overwrites the first and finds all descriptors in the cache. What is added are the checksums of its records and of
-the cache, and flushing files to the disk. The start of training means planning the rows of one role, without loading a
-model; what is added are the checksums of the dataset. Training also hashes each image when it first reads it; this time
-is compared with the time for decoding.
+build overwrites the first and finds all descriptors in the cache. The added work consists of the checksums of its
+records and of the cache, and of flushing files to the disk. The start of training means planning the rows of one role,
+without loading a model. There, the added work is the checksums of the dataset. Training also hashes each image when it
+first reads it; this time is compared with the time for decoding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ADDED_TO_BUILD = (
     (echo_ft.files, "flush"),
     (echo_ft.files, "flush_tree"),
 )
-"""What a build does to survive a power failure and to notice changes."""
+"""The functions with which a build survives a power failure and notices changes."""
 
 
 @contextmanager

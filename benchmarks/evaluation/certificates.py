@@ -65,7 +65,8 @@ class Verdicts:
 PARTS, IMAGES = (50, 150, 500), ((1, 1), (1, 6), (6, 6))
 CHOSEN = ((0.3, 0.3), (0.9, 0.9), (1.1, 1.1), (2.0, 2.0))
 FIXED = ((0.3, 0.3), (0.98, 0.98), (1.02, 0.1), (0.1, 1.02), (1.02, 1.02))
-"""True rates divided by their limits. If the gate chooses the threshold, they apply where both ratios are equal."""
+"""True rates divided by their limits. If the gate chooses the threshold, they refer to the threshold at which both
+ratios are equal."""
 
 
 def flagged_share(threshold: np.ndarray | float, images: tuple[int, int]) -> np.ndarray:
@@ -99,7 +100,7 @@ def findings(errors: np.ndarray, parts: int, limit: float) -> np.ndarray:
 def simulate(factory: Factory, shares: Sequence[tuple[float, float]], factories: int, seed: int = 0) -> list[Verdicts]:
     """Simulate factories with each pair of true rates (`shares`) of false alarms and escapes, and count their verdicts.
 
-    The rates are divided by their limits. A threshold that the gate chooses may differ from the one that gives these
+    Rates are given as ratios to their limits. The gate may choose another threshold than the one that gives these
     rates. All pairs use the same draws.
     """
     random, counts = np.random.default_rng(seed), np.zeros((len(shares), 3))
@@ -162,7 +163,7 @@ def print_table(factories: int, chosen: bool) -> list[Verdicts]:
 
 
 def format_verdicts(one: Verdicts) -> str:
-    """`87.4 (0.10, 0.42)`: percent of factories that passed; in brackets, that passed and that failed wrongly."""
+    """Format as `87.4 (0.10, 0.42)`: percent that passed; in brackets, percent that wrongly passed and failed."""
     return f"{100 * one.passed:.1f} ({100 * one.wrongly_passed:.2f}, {100 * one.wrongly_failed:.2f})"
 
 

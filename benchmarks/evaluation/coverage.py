@@ -56,14 +56,14 @@ class Coverage:
 
 
 def coverage(bounds: np.ndarray, truth: float) -> Coverage:
-    """Coverage of intervals (2, runs)."""
+    """Return the coverage of intervals (2, runs)."""
     low, high = bounds
     above, below = float((low > truth + 1e-9).mean()), float((high < truth - 1e-9).mean())
     return Coverage(1 - above - below, above, below)
 
 
 def latents(random: np.random.Generator, runs: int, parts: int, images_per_part: int) -> np.ndarray:
-    """Standard normal values (runs, parts, images per part, QUESTIONS), correlated within images and parts."""
+    """Draw standard normal values (runs, parts, images per part, QUESTIONS), correlated within images and parts."""
     part = random.standard_normal((runs, parts, 1, 1))
     image = random.standard_normal((runs, parts, images_per_part, 1))
     question = random.standard_normal((runs, parts, images_per_part, QUESTIONS))
@@ -72,7 +72,7 @@ def latents(random: np.random.Generator, runs: int, parts: int, images_per_part:
 
 
 def accuracy_coverage(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage]:
-    """Coverage for the accuracy over all questions, by our interval and by the plain percentile interval."""
+    """Return the coverage for the accuracy over all questions, by our interval and by the plain percentile interval."""
     parts = setting.images // setting.images_per_part
     drawn = latents(np.random.default_rng(seed), runs, parts, setting.images_per_part)
     accuracies = (drawn < norm.ppf(setting.accuracy)).mean(axis=(2, 3))  # all parts have the same number of questions
@@ -85,14 +85,14 @@ def accuracy_coverage(setting: Setting, runs: int, seed: int = 0) -> dict[str, C
 
 
 def single_question_coverage(parts: int, accuracy: float, runs: int, seed: int = 0) -> Coverage:
-    """Coverage with one question per part, as for a single question type, where all answers are often correct."""
+    """Return the coverage with one question per part, as for one question type, where often all answers are correct."""
     correct = np.random.default_rng(seed).random((runs, parts)) < accuracy
     values = intervals.resample([0] * parts) @ correct.T / parts
     return coverage(intervals.percentile_interval(values, parts), accuracy)
 
 
 def report_coverage(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage]:
-    """Coverage for the figures of a report and for the difference from a second, equally good run."""
+    """Return the coverage for the figures of a report and for the difference from a second, equally good run."""
     found: dict[str, list[list[float] | None]] = {}
     for one, other in _pairs(setting, runs, seed):
         part_counts, weights = comparison.compared_part_counts(one), one.weights()
@@ -124,7 +124,7 @@ def _pairs(setting: Setting, runs: int, seed: int) -> Iterator[tuple[PredictionT
 
 
 def _answers(margins: np.ndarray) -> list[Prediction]:
-    """Predictions of one run: an answer is correct if its margin is positive. Every other part is defective."""
+    """Make the predictions of a run. An answer is correct if its margin is positive. Every other part is defective."""
     rows = []
     for (part, image, question), confidence in np.ndenumerate(norm.cdf(margins)):
         defective = part % 2 == 0
@@ -142,7 +142,7 @@ def _answers(margins: np.ndarray) -> list[Prediction]:
 
 
 def format_coverage(one: Coverage) -> str:
-    """`94.8 (2.9, 2.3)`: percent of runs; in brackets, those with an interval above and below the true value."""
+    """Format as `94.8 (2.9, 2.3)`: percent of runs; in brackets, with an interval above and below the true value."""
     return f"{100 * one.contained:.1f} ({100 * one.above:.1f}, {100 * one.below:.1f})"
 
 

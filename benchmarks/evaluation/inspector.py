@@ -58,7 +58,7 @@ def measure_inspector(inspector: Inspector, paths: Sequence[Path]) -> tuple[floa
     Returns the processor time per image of the inspector and of its engine, in seconds, and the memory of this process
     after a tenth of the images and at the end, in MiB.
     """
-    inspector.predict(paths[0])  # loads what is loaded on first use
+    inspector.predict(paths[0])  # the first call loads the model and other files, so it is not timed
     engine, early = EngineTime(inspector), 0.0
     began = time.process_time()
     for index, path in enumerate(paths, start=1):

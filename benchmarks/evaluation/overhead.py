@@ -33,18 +33,18 @@ LETTER_LOGPROBS = {"A": -1.9, "B": -0.4, "C": -2.5, "D": -3.25, "E": -8.0}
 
 
 def generate(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-    """A backend that answers immediately."""
+    """Answer immediately, as the backend of a run."""
     return [[Generation(OUTPUTS[role], LETTER_LOGPROBS) for _ in exchange.branches] for exchange in exchanges]
 
 
 async def generate_async(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-    """The same backend, acting like a server: other cases may run while it waits."""
+    """Answer like `generate`, but as a server: other cases may run during the wait."""
     await asyncio.sleep(0)
     return generate(role, exchanges)
 
 
 def make_cases(count: int, questions: int) -> list[Case]:
-    """Cases of one product, with three references, five conditions and `questions` questions of four options."""
+    """Make cases of one product, with three references, five conditions and `questions` questions of four options."""
     knowledge = tuple(Entry(condition, SENTENCE) for condition in ("good", "stain", "scratch", "dent", "hole"))
     options = {letter: f"The part shows the condition number {letter}." for letter in "ABCD"}
     question_types = (QUESTION_TYPES * questions)[:questions]
@@ -63,12 +63,12 @@ def make_cases(count: int, questions: int) -> list[Case]:
 
 
 def memory_mib() -> float:
-    """Memory of this process in MiB."""
+    """Return the memory of this process in MiB."""
     return psutil.Process().memory_info().rss / 2**20
 
 
 def measure(folder: Path, cases: Sequence[Case], batch_size: int, server: bool) -> tuple[float, float, float]:
-    """Seconds of processor time for a whole run, and MiB after a tenth of its cases and at its end."""
+    """Return the processor time of a run in seconds, and the MiB in use after a tenth of its cases and at its end."""
     sizes: list[float] = []
     began = time.process_time()
     with RunFolder(folder, {}, cases) as run:

@@ -1,9 +1,9 @@
-"""Test what RobustMAD concludes about models, with intervals: `python -m benchmarks.evaluation.robustmad FOLDER`.
+"""Test RobustMAD's conclusions about models with intervals: `python -m benchmarks.evaluation.robustmad FOLDER`.
 
 FOLDER holds `RobustMAD_MCQ.json`, `RobustMAD_MCQ_low.json` and the authors' files of answers to both,
-`answers_<model>.json` and `answers_<model>_low.json`. The tables show the strict score of each model, how much degraded
-images cost it, and how much a reference helps it. They also show which of two models with neighbouring scores is
-better. The images are resampled, each with its eleven questions, and all models share the resamples.
+`answers_<model>.json` and `answers_<model>_low.json`. The tables show the strict score of each model, how much it loses
+on degraded images, and how much it gains from a reference. They also show which of two models with neighbouring scores
+is better. The images are resampled, each with its eleven questions, and all models share the resamples.
 
 `--picture FILE` also draws the scores as SVG.
 """
@@ -99,7 +99,7 @@ def estimates(first: Scores, second: Scores, parts: int) -> list[Estimate]:
 
 
 def text(one: Estimate, signed: bool = False) -> str:
-    """`77.8 (75.6 to 79.8)`, or with signs."""
+    """Format as `77.8 (75.6 to 79.8)`, or with signs."""
     form = "{:+.1f} ({:+.1f} to {:+.1f})" if signed else "{:.1f} ({:.1f} to {:.1f})"
     return form.format(one.value, one.low, one.high)
 
@@ -139,7 +139,7 @@ def main() -> None:
     print(f"Strict scores on clean images, in percent ({parts} images):\n")
     rows = [(model.name, *map(text, shown[model.name, False]), str(model.unclear)) for model in models]
     print_table(("model", *ROWS, "unclear answers"), rows)
-    print("What degraded images cost, in points:\n")
+    print("Loss on degraded images, in points:\n")
     rows = [
         (
             model.name,
@@ -149,7 +149,7 @@ def main() -> None:
         for model in models
     ]
     print_table(("model", *ROWS, *(f"mean, {name}" for name in DEGRADATIONS.values())), rows)
-    print("What a reference gives: pairwise - standalone, on clean images, in points:\n")
+    print("Gain from a reference: pairwise - standalone, on clean images, in points:\n")
     rows = [(model.name, text(reference_gain(*clean[model.name], parts), True)) for model in models]
     print_table(("model", "difference"), rows)
     print("Neighbours in the order of the mean, clean images, in points:\n")
@@ -166,7 +166,7 @@ def costs(before: Scores, after: Scores, parts: int) -> list[str]:
 
 
 def costs_by_degradation(folder: Path, model: Model, weights: np.ndarray) -> list[str]:
-    """Return, as text, what each degradation costs on average over the categories, for the images that have it."""
+    """Return, as text, the loss from each degradation on average over the categories, for the images that have it."""
     found = []
     for degradation in DEGRADATIONS:
         member = degraded_images(folder, model.clean, degradation)

@@ -102,7 +102,7 @@ class Plain:
 
 
 def split_by_question(cases: Sequence[Case]) -> list[Case]:
-    """One case per question, as in the method's published code, which handles questions one by one."""
+    """Return one case per question, as in the method's published code, which handles questions one by one."""
     return [
         replace(case, seen=replace(case.seen, questions=(question,)))
         for case in cases
@@ -115,7 +115,7 @@ Event = tuple[str, Any]
 
 @contextmanager
 def recorded(base: Any) -> Iterator[list[Event]]:
-    """Record the forward passes of the model in this block, and the cache after each selection between two passes."""
+    """Record the forward passes of the model in this block, and each selection of cache entries between two passes."""
     events: list[Event] = []
     select_indices = DynamicCache.batch_select_indices
 
@@ -129,7 +129,7 @@ def recorded(base: Any) -> Iterator[list[Event]]:
 
     def select(cache: DynamicCache, indices: torch.Tensor) -> None:
         select_indices(cache, indices)
-        layers: list[Any] = cache.layers  # this model has only one of the annotated layer types
+        layers: list[Any] = cache.layers  # transformers annotates several layer types, but this model has only one
         events.append(("cache", [(layer.keys, layer.values) for layer in layers]))
 
     with (
@@ -175,12 +175,13 @@ class Ideal:
         """Return the engine's outputs and time their forward passes."""
         with recorded(self.engine.base) as events:
             outputs = self.engine.generate(role, exchanges)
-        self.seconds += min(replay(self.engine.base, events) for _ in range(2))  # the first pass allocates memory
+        # The first of these passes allocates memory and is slower.
+        self.seconds += min(replay(self.engine.base, events) for _ in range(2))
         return outputs
 
 
 def answers(outcomes: Sequence[Outcome]) -> dict[str, tuple[str, Mapping[str, float] | None]]:
-    """The decision for each question id: its text and option probabilities."""
+    """Return the decision for each question id: its text and option probabilities."""
     return {one.question: (one.text, one.probabilities) for outcome in outcomes for one in outcome.predictions}
 
 
@@ -263,7 +264,7 @@ def main() -> None:
 
 
 def table(rates: Mapping[str, Sequence[float]]) -> str:
-    """One line per method: medians over runs (lowest to highest)."""
+    """Return one line per method: medians over runs (lowest to highest)."""
     medians = {method: statistics.median(values) for method, values in rates.items()}
     lines = ["| method | questions/s | relative to question by question | fraction of ideal |", "|---|---|---|---|"]
     for method, values in rates.items():

@@ -44,7 +44,7 @@ LONGEST_RUN = 600
 
 @dataclass
 class Tally:
-    """What the kill loop has seen on one number of processes."""
+    """The results of the kill loop for one number of processes."""
 
     kills: int = 0
     steps_before: list[int] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Loop:
                 process.join(LONGEST_RUN)
             statuses = [process.exitcode for process in processes]
             if any(status != 0 for status in statuses):
-                _kill(processes)  # multiprocessing would wait for a hanging one at the exit
+                _kill(processes)  # at its exit, multiprocessing would wait for a hanging process
                 what = f"hangs after {LONGEST_RUN} s" if None in statuses else f"failed with status {statuses}"
                 raise SystemExit(f"the undisturbed training {what}:\n{_end_of(output.with_suffix('.0.log'))}")
         duration = time.monotonic() - started
@@ -123,7 +123,7 @@ class Loop:
             time.sleep(0.02)
         alive = [process for process in processes if process.is_alive()]
         if any(process.exitcode for process in processes if process not in alive):
-            self.fault(output, f"status {[process.exitcode for process in processes]}")  # None: it still runs
+            self.fault(output, f"status {[process.exitcode for process in processes]}")  # None means that it still runs
             _kill(alive)
             return True
         if not alive:
@@ -143,7 +143,7 @@ class Loop:
         started = time.monotonic()
         for process in others:
             if process.is_alive() and process.pid:
-                os.kill(process.pid, signal.SIGTERM)  # as torchrun does
+                os.kill(process.pid, signal.SIGTERM)  # torchrun sends this signal too
             process.join(LONGEST_END)
             if process.is_alive():
                 self.fault(output, f"a process still runs {LONGEST_END} s after another one was killed")
@@ -156,7 +156,7 @@ class Loop:
             seen = [psutil.Process(process.pid) for process in alive]
             self.tally.megabytes.append(max(one.memory_info().rss for one in seen) / 2**20)
             self.tally.handles.append(max(one.num_fds() for one in seen))
-        except psutil.NoSuchProcess:  # it has just ended
+        except psutil.NoSuchProcess:  # the process has just ended
             return
 
     def compare(self, output: Path) -> None:
@@ -224,13 +224,13 @@ def kill_loop(loop: Loop, minutes: float, kills: int) -> Tally:
 
 
 def growth(values: Sequence[float]) -> str:
-    """The medians of the first and the last fifth of the values."""
+    """Return the medians of the first and the last fifth of the values."""
     part = max(1, len(values) // 5)
     return f"{statistics.median(values[:part]):.0f} to {statistics.median(values[-part:]):.0f}" if values else "none"
 
 
 def table(tallies: dict[int, Tally]) -> str:
-    """One line per number of processes."""
+    """Return one line per number of processes."""
     lines = [
         "| processes | kills | in the middle of a training | trainings completed | largest difference of a loss "
         "| slowest end of the other process, s | memory, MiB | open files | temporary files | faults |",

@@ -71,7 +71,7 @@ class Found:
 class HangError(BaseException):
     """Raised in an execution that exceeds its time limit.
 
-    It is no Exception, because `except Exception` in a parser would turn it into a refusal.
+    It is not an Exception, because `except Exception` in a parser would turn it into a refusal.
     """
 
 
@@ -110,7 +110,7 @@ def execute(parser: Parser, content: bytes, folder: Path, found: Found) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all parts of parsed JSON."""
+    """Return the paths of all parts of parsed JSON."""
     yield path
     if isinstance(value, (dict, list)):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
@@ -130,7 +130,7 @@ def changed_json(draw: st.DrawFn, example: bytes) -> bytes:
             holder = holder[key]
         change = draw(st.sampled_from(["replace", "remove", "repeat"]))
         if change == "replace":
-            holder[path[-1]] = copy.deepcopy(draw(ODD_VALUES))  # the next edit may change it
+            holder[path[-1]] = copy.deepcopy(draw(ODD_VALUES))  # a copy, because the next edit may change the value
         elif change == "remove":
             del holder[path[-1]]
         elif isinstance(holder, list):
@@ -160,7 +160,7 @@ def _bytes(piece: str) -> bytes:
 
 
 def contents(parser: Parser) -> st.SearchStrategy[bytes]:
-    """Changed examples of a parser, and a few inputs of arbitrary bytes."""
+    """Generate changed examples of a parser, and a few inputs of arbitrary bytes."""
     options: list[st.SearchStrategy[bytes]] = [st.binary(max_size=40)]
     for example in parser.examples:
         options.append(changed_text(example))
@@ -170,8 +170,10 @@ def contents(parser: Parser) -> st.SearchStrategy[bytes]:
 
 
 def fuzz(parser: Parser, executions: int, folder: Path, seed: int = 0) -> Found:
-    """Execute a parser on `executions` inputs from hypothesis. Failing inputs are not shrunk; the shortest finding is
-    kept."""
+    """Execute a parser on `executions` inputs from hypothesis.
+
+    Failing inputs are not shrunk; the shortest finding is kept.
+    """
     found = Found()
 
     @seeded(seed)
@@ -193,8 +195,10 @@ def fuzz(parser: Parser, executions: int, folder: Path, seed: int = 0) -> Found:
 
 
 def fuzz_bytes(name: str, executions: int, folder: Path, seed: int, output: Path) -> None:
-    """Execute a parser on `executions` inputs from atheris and write the findings to `output`. Then remove `folder` and
-    end the process."""
+    """Execute a parser on `executions` inputs from atheris and write the findings to `output`.
+
+    Then remove `folder` and end the process.
+    """
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["echo_ft", "data_prep"]):
         parser = _parsers().PARSERS[name]
@@ -228,8 +232,8 @@ def _parsers() -> ModuleType:
 def report(name: str, found: Found, output: Path) -> None:
     """Print what was found, and write each finding to a separate file."""
     print(
-        f"{name}: {found.executions:,} executions, {found.refused:,} refused, {len(found.finds)} finds, "
-        f"slowest {found.slowest:.2f} s",
+        f"{name}: {found.executions:,} executions, {found.refused:,} refused, {len(found.finds)} findings, slowest "
+        f"{found.slowest:.2f} s",
         flush=True,
     )
     for place, (content, text) in found.finds.items():
@@ -245,9 +249,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parser", default="all", help="Name of the parser in parsers.py; default: all of them.")
     parser.add_argument("--executions", type=int, default=10_000, help="Inputs per parser.")
-    parser.add_argument("--engine", choices=["hypothesis", "atheris"], default="hypothesis", help="Who makes inputs.")
+    parser.add_argument(
+        "--engine", choices=["hypothesis", "atheris"], default="hypothesis", help="The package that generates inputs."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the inputs.")
-    parser.add_argument("--output", type=Path, default=Path("finds"), help="Folder for the finds.")
+    parser.add_argument("--output", type=Path, default=Path("finds"), help="Folder for the findings.")
     options = parser.parse_args()
     if options.engine == "atheris":
         if options.parser == "all":

@@ -1,5 +1,7 @@
-"""One training process of the kill loop. A fork server imports this module once, so that starting a process takes only
-a second."""
+"""One training process of the kill loop.
+
+A fork server imports this module once, so that starting a process takes only a second.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from train import sft
 def train(arguments: Sequence[str], environment: Mapping[str, str], log: str) -> None:
     """Run train/sft.py in this process, as a launcher would start it. Its output is appended to the file `log`."""
     os.environ.update(environment)
-    tempfile.tempdir = None  # the parent process may have looked it up
+    tempfile.tempdir = None  # the parent process may have cached its own temporary folder here
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -9,8 +9,8 @@ On a GPU, at the true sizes:
     python -m benchmarks.training --gpu --model Qwen/Qwen2-VL-2B-Instruct --rows 20
 
 The weights are then random, which changes neither speed nor memory. The text is tokenized by echo-tiny's tokenizer,
-which needs no download. The count of operations covers only the necessary work, with each distinct image and token
-once, and is the same for all contenders. The MFU divides this useful work by the peak of the GPU.
+which needs no download. The operations are the same for all contenders. Only necessary work counts, and each distinct
+image and token counts once. The MFU divides this useful work by the peak of the GPU.
 
 At the true widths, on a CPU:
 
@@ -120,7 +120,7 @@ def random_model(name: str, folder: Path, layers: int | None = None) -> str:
 
 
 def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: int) -> str:
-    """One line per contender, with medians over its runs of `rows` questions per step, then device and versions.
+    """Return one line per contender, with medians over its runs of `rows` questions per step, then device and versions.
 
     Ratios compare medians. The lowest and highest ratios compare runs that took turns with each other.
     """

@@ -50,7 +50,7 @@ def lora() -> LoraConfig:
 
 
 def card(folder: Path, workload: Workload) -> AdapterCard:
-    """The card of an adapter that is never saved."""
+    """Return the card of an adapter that is never saved."""
     return AdapterCard(
         role="decision_maker", base_model=workload.model, base_revision="main", base_fingerprint="",
         prompt_version=PROMPT_VERSION, min_pixels=workload.pixels, max_pixels=workload.pixels, dataset=str(folder),
@@ -59,7 +59,7 @@ def card(folder: Path, workload: Workload) -> AdapterCard:
 
 
 def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
-    """The arguments of both trainers."""
+    """Return the arguments of both trainers."""
     return SFTConfig(
         output_dir=str(folder / "out"), per_device_train_batch_size=batch, max_steps=workload.steps,
         use_cpu=not GPU, bf16=GPU, gradient_checkpointing=False, learning_rate=1e-4, lr_scheduler_type="constant",
@@ -70,7 +70,7 @@ def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
 
 
 def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
-    """TRL's own SFTTrainer and collator, with one row of images and text per question."""
+    """Run TRL's own SFTTrainer and collator, with one row of images and text per question."""
     processor = processor_of(workload)
     rows = datasets.Dataset.from_list(rows_for(make_exchanges(folder, workload), folder, prompt_completion_rows))
     rows = rows.cast_column("images", datasets.List(datasets.Image()))
@@ -88,18 +88,19 @@ def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
 
 
 def trl_at_labels(folder: Path, workload: Workload, stored: bool) -> Steps:
-    """TRL's trainer with logits only at the labels, as it computes them on a GPU.
+    """Run TRL's trainer with logits only at the labels, as it computes them on a GPU.
 
-    On a CPU, TRL (1.16) computes the logits of every token. At true widths, this takes longer than two layers.
+    On a CPU, TRL (1.16) computes the logits of every token. At true widths, this takes longer than computing two
+    layers.
     """
     from trl.trainer import utils
 
-    utils._use_triton = lambda device: True  # add_fused_lm_head asks only whether to select the labels
+    utils._use_triton = lambda device: True  # add_fused_lm_head calls this only to decide whether it selects the labels
     return trl_stock(folder, workload, stored)
 
 
 def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
-    """This project's trainer; `stored` reuses the features of the frozen vision tower across epochs."""
+    """Run this project's trainer. `stored` reuses the features of the frozen vision tower across epochs."""
     row_builder = RowBuilder(processor_of(workload))
     store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if stored else None
     collator = Collator(row_builder, folder, store, adapt_from=workload.adapt_from)
@@ -132,7 +133,7 @@ def add_operations(steps: Steps, core: Any) -> None:
 
 
 def ideal(folder: Path, workload: Workload, stored: bool) -> Steps:
-    """Only the forward and backward passes, on batches built in advance."""
+    """Run only the forward and backward passes, on batches built in advance."""
     row_builder = RowBuilder(processor_of(workload))
     model = get_peft_model(base(workload).to("cuda" if GPU else "cpu"), lora()).train()
     cases = make_exchanges(folder, workload)
@@ -162,7 +163,7 @@ def ideal(folder: Path, workload: Workload, stored: bool) -> Steps:
             loss = torch.nn.functional.cross_entropy(logits[0], labels[0, keep + 1])
         loss.backward()
         model.zero_grad()
-        steps.losses.append(loss.item())  # synchronises with a GPU
+        steps.losses.append(loss.item())  # reading the loss waits for the GPU
         steps.end_step()
     steps.work = work(batches[0])
     add_operations(steps, model.get_base_model())

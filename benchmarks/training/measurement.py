@@ -37,12 +37,12 @@ class Steps(TrainerCallback):
         self.starts: list[float] = []
         """When the step after each of `ends` began: immediately, or with the next turn."""
         self.cpu: list[float] = []
-        """The process's CPU time at each of `ends`. Waiting for a turn takes none."""
+        """The process's CPU time at each of `ends`. Waiting for a turn takes no CPU time."""
         self.losses: list[float] = []
         self.work: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer. The Trainer builds the batches of a step after the end of the step before."""
+        """Called by the Trainer. The Trainer builds the batches of a step after the end of the previous step."""
         self.end_step()
 
     def end_step(self) -> None:
@@ -71,7 +71,7 @@ class Steps(TrainerCallback):
 
 
 def work(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Number of encoded patches, non-padding tokens and labels of a batch, and its `work_counts` if it has them."""
+    """Count the encoded patches, non-padding tokens and labels of a batch, and return its `work_counts`, if any."""
     mask = batch.get("attention_mask")
     work_counts = {"work_counts": batch["work_counts"]} if "work_counts" in batch else {}
     return {
@@ -83,7 +83,7 @@ def work(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of those PACKAGES that this environment has."""
+    """Return the versions of the PACKAGES in this environment."""
     found = {}
     for package in PACKAGES:
         try:
@@ -116,7 +116,7 @@ def main(
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         ),
         "device": torch.cuda.get_device_name() if gpu else "CPU",
-        "precision": "bfloat16" if gpu else "float32",  # the same for every contender
+        "precision": "bfloat16" if gpu else "float32",  # all contenders use the same precision
         "versions": versions(),
         **measured.work,
     }  # fmt: skip

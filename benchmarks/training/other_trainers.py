@@ -51,7 +51,7 @@ def copy_with_budget(folder: Path, workload: Workload) -> Path:
 
 
 def common(folder: Path, workload: Workload) -> dict[str, Any]:
-    """Options that have the same name in both trainers."""
+    """Return the options that have the same name in both trainers."""
     return {
         "template": "qwen2_vl", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4, "seed": 0,
         "use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available(), "lr_scheduler_type": "constant",

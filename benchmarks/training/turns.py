@@ -20,8 +20,8 @@ def take_turns(
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Run the contenders for `steps` steps, one step each in turn; returns one measurement per counted step.
 
-    Only the last `counted` steps count. `rate` is in questions/s, with `rows` questions per step. If a contender fails,
-    this exits with the end of its output.
+    Only the last `counted` steps are measured. `rate` is in questions/s, with `rows` questions per step. If a contender
+    fails, this exits with the end of its output.
     """
     results = {}
     with ExitStack() as stack:
@@ -33,7 +33,7 @@ def take_turns(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
                 )
             )
-            _wait(running[contender], log.name)  # it loads and takes its first step while no other runs
+            _wait(running[contender], log.name)  # the contender loads and takes its first step while no other runs
         for _ in range(steps - 1):
             for number, process in enumerate(running.values()):
                 _go(process)

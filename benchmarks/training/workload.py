@@ -92,7 +92,7 @@ def _completion(role: str, rng: np.random.Generator) -> str:
 def rows_for(
     exchanges: Sequence[Exchange], folder: Path, convert: Callable[..., Iterator[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """The same questions as rows for another trainer, one per question.
+    """Return the same questions as rows for another trainer, one per question.
 
     `convert` is `prompt_completion_rows` or `message_rows` of echo_ft.data.export_rows.
     """

@@ -1,10 +1,10 @@
 """Read images and defects from COCO JSON, the format of CVAT, Label Studio, Roboflow and others.
 
 By these tools' convention, an image without annotations is `good`; the build counts these images. Otherwise, the
-category names form the condition. If several entries of `images` name one file, their annotations add up. An
+category names form the condition. If several entries of `images` have the same file, their annotations are combined. An
 annotation's outline (`segmentation` as polygons) is used, or its `bbox` if it has no outline. An annotation with
-neither names the condition and marks nothing. `product`, `group` and `split` are read from the image if it has these
-fields. By default, the product is the first folder of `file_name`, which is relative to the root.
+neither adds its category to the condition and marks nothing. `product`, `group` and `split` are read from the image if
+it has these fields. By default, the product is the first folder of `file_name`, which is relative to the root.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
             if lost and not rows:
                 raise RowError(
                     f"it has no annotations, but {lost_count} annotations of the file belong to no image "
-                    f"(image_id {lost_ids}) and may be its own; correct or remove them: a part of a dataset needs a "
-                    "file with the annotations of its own images only"
+                    f"(image_id {lost_ids}) and may belong to this image; correct or remove them; the file for a part "
+                    "of a dataset must have only the annotations of its images"
                 )
             yield from _inspection(root, path, name, image, rows, categories, good)
         except RowError as error:
@@ -134,9 +134,9 @@ def _inspection(
                 name, f"run-length masks are not supported ({labels[-1]}); its bbox is used instead", "mask"
             )
     condition = condition_of(labels, good)
-    defective = condition != GOOD  # regions of good parts mark nothing
+    defective = condition != GOOD  # regions of good parts do not mark a defect
     if unmarked and (boxes or polygons):
-        reason = f"an annotation names {min(unmarked)} without a bbox, but others mark defects; mark every defect"
+        reason = f"an annotation of {min(unmarked)} has no bbox, but others mark defects; mark every defect"
         yield Rejection(name, f"{reason}; the image is used without its marks", "mask")
         polygons, boxes = [], []
     yield Inspection(

@@ -76,16 +76,16 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     unusable: dict[str, str] = {}
     for path in annotations:
         item = path.relative_to(root).as_posix()
-        claimed = beside = images[path.with_suffix("")]  # until the file says which image it annotates
+        claimed = beside = images[path.with_suffix("")]  # `imagePath` may name another image below
         try:
             content = _load(path)
             stated = _image(root, path, content)
             claimed = [stated]
-            if beside and stated not in beside:  # a copied file still has the original's imagePath
+            if beside and stated not in beside:  # in a copied file, imagePath still names the original image
                 claimed = [*beside, stated]
                 raise RowError(
-                    f"it lies beside {beside[0]}, but its imagePath names {stated}; correct its imagePath, or give the "
-                    "file the name of the image that it annotates"
+                    f"it is next to {beside[0]}, but its imagePath is {stated}; correct its imagePath, or name the "
+                    "file after the image that it annotates"
                 )
             inspections = _inspections(root, stated, content, good)
             yield ItemPlace(stated, item, unannotated=not inspections)
@@ -125,7 +125,9 @@ def _image(root: Path, path: Path, content: Mapping[str, Any]) -> str:
 
 
 def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple[str, ...]) -> list[Inspection]:
-    """Return what the shapes and the flags say about an image. Raises RowError if they contradict each other.
+    """Return the inspections that the shapes and the flags of an image imply.
+
+    Raises RowError if they contradict each other.
 
     An empty list means that the file has no shapes and that none of its flags should be set.
     """
@@ -144,21 +146,24 @@ def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple
     if chosen:
         condition = join_conditions({_flag(name, good) for name in chosen})
         if said and (said[0].condition == GOOD) != (condition == GOOD):
-            raise RowError(f"its flags say {condition!r} but its shapes {said[0].condition!r}; correct one of them")
+            raise RowError(
+                f"the condition is {condition!r} by its flags but {said[0].condition!r} by its shapes; correct one of "
+                "them"
+            )
         said.append(_record(root, image, condition))
     return said
 
 
 def _flag(name: str, good: tuple[str, ...]) -> str:
-    """Return the condition that a flag names. Raises RowError if it may describe the annotations instead."""
+    """Return the condition that a flag states. Raises RowError if the flag may describe the annotations instead."""
     word = plain_word(name)
     if not name.strip():
         raise RowError("a flag that is set has no name; unset or rename it")
-    if word in GOOD_FLAGS or means_good(name, good):  # `ok` agrees with a file without shapes: no need to declare it
+    if word in GOOD_FLAGS or means_good(name, good):  # `ok` agrees with a file without shapes, even if not declared
         return GOOD
     if sounds_good(name) or is_doubtful(name):
         raise RowError(
-            f"its flag {name!r} does not say what the part shows; unset or rename it, or pass "
+            f"its flag {name!r} does not say whether the part has a defect; unset or rename it, or pass "
             f"--good {shlex.quote(name)} if it means a part without a defect"
         )
     return named_condition(name, good)
@@ -191,10 +196,10 @@ def _shapes(root: Path, image: str, frame: Frame, content: Mapping[str, Any], go
             boxes += _pixels(shape, points[0], size)
         else:
             raise RowError(
-                f"a {kind!r} shape with {len(points)} points encloses nothing; draw a polygon, rectangle or circle"
+                f"a {kind!r} shape with {len(points)} points encloses no area; draw a polygon, rectangle or circle"
             )
     condition = condition_of(labels, good)
-    if condition == GOOD:  # regions of good parts mark nothing
+    if condition == GOOD:  # regions of good parts do not mark a defect
         return _record(root, image, GOOD)
     return _record(root, image, condition, boxes=frame.boxes(boxes), polygons=frame.polygons(polygons))
 
@@ -212,13 +217,14 @@ def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
 def _circle(centre: tuple[float, float], rim: tuple[float, float], size: tuple[int, int]) -> tuple[float, ...]:
     """Return a circle as a polygon that is accurate to a tenth of a pixel up to a radius of 10,000 pixels.
 
-    Corners beyond the image of `size` (width, height) are moved to its border. This leaves the part of the circle
-    inside the image unchanged if its centre is inside too.
+    Corners beyond the image of `size` (width, height) are moved to its border. If the centre is inside the image, this
+    does not change the part of the circle inside it.
     """
     radius = math.dist(centre, rim)
     if not math.isfinite(radius):
         raise RowError(f"a circle from {centre} to {rim} has no finite radius; draw it again or delete it")
-    count = min(720, 8 + math.ceil(math.pi * math.sqrt(5 * radius)))  # a chord's sagitta: r (pi / count)^2 / 2
+    # A side is up to r (pi / count)^2 / 2 away from the circle.
+    count = min(720, 8 + math.ceil(math.pi * math.sqrt(5 * radius)))
     angles = [2 * math.pi * index / count for index in range(count)]
     corners = [(centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)) for angle in angles]
     if 0 <= centre[0] <= size[0] and 0 <= centre[1] <= size[1]:

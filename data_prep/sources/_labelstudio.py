@@ -2,7 +2,7 @@
 
 A task is one image. Its path below the root is `data.path`, or the `d` of a local file in `data.image`. Rectangles and
 polygons mark defects, and their labels name the condition. `Choices` name the condition of the whole image, such as
-`good` or a defect that nobody can outline. By convention, an annotation with neither is a `good` part; the build counts
+`good` or a defect that cannot be outlined. By convention, an annotation with neither is a `good` part; the build counts
 these images. `product`, `group` and `split` are read from `data` if it has these fields.
 """
 
@@ -30,10 +30,10 @@ from echo_ft.inputs import open_text, read_json_file
 from echo_ft.records import GOOD, Inspection, Rejection
 
 IGNORED_RESULTS = ("textarea", "rating", "relation", "number", "datetime")
-"""Types of results that describe no defect, such as a comment."""
+"""Types of results that do not describe a defect, such as a comment."""
 
-NOT_ANNOTATED = "nobody has annotated the task"
-"""Start of the reason that is given for not using a task without an annotation."""
+NOT_ANNOTATED = "the task has no annotation"
+"""Start of the reason for rejecting a task without an annotation."""
 
 
 def is_task_list(path: Path) -> bool:
@@ -41,7 +41,7 @@ def is_task_list(path: Path) -> bool:
     try:
         with open_text(path) as file:
             return file.read(4096).lstrip().startswith("[")
-    except (OSError, ValueError):  # the reader of the file reports this
+    except (OSError, ValueError):  # the error is reported when the file is read
         return False
 
 
@@ -100,12 +100,12 @@ def _annotation(task: Mapping[str, Any]) -> Mapping[str, Any] | None:
         raise RowError("its annotations are not a list of objects; export it again")
     found = [one for one in annotations if not one.get("was_cancelled")]
     if len(found) > 1:
-        raise RowError(f"it has {len(found)} annotations; keep the right one in Label Studio and export again")
+        raise RowError(f"it has {len(found)} annotations; keep the correct one in Label Studio and export again")
     return found[0] if found else None
 
 
 def _results(annotation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of an annotation that say something about the condition. Raises RowError for other types."""
+    """Return the results of an annotation that affect the condition. Raises RowError for other types."""
     found = annotation.get("result") or []
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise RowError("its result is not a list of objects; export it again")
@@ -145,7 +145,7 @@ def _inspection(
     for result in _outlining(results):
         kind, value = result.get("type"), result["value"]
         if kind not in ("rectanglelabels", "polygonlabels"):
-            raise RowError(f"a result of the type {kind!r} is not read; outline defects as rectangles or polygons")
+            raise RowError(f"results of the type {kind!r} are not supported; outline defects as rectangles or polygons")
         labels += _names(result, kind)
         frame = frame_of(root, name, (result.get("original_width"), result.get("original_height")))
         corners = _corners(kind, value, frame.size)
@@ -155,7 +155,7 @@ def _inspection(
         else:
             polygons += frame.polygons([polygon_of(corners)])
     condition = _condition(labels, _choices(results), good)
-    defective = condition != GOOD  # regions of good parts mark nothing
+    defective = condition != GOOD  # regions of good parts do not mark a defect
     return Inspection(
         id=name,
         image=name,
@@ -170,11 +170,13 @@ def _inspection(
 
 
 def _condition(labels: Sequence[str], choices: Sequence[str], good: tuple[str, ...]) -> str:
-    """Return the condition that the outlines' labels and the choices name. Raises RowError if they differ."""
+    """Return the condition that the labels of the outlines and the choices state. Raises RowError if they differ."""
     outlined = condition_of(labels, good) if labels else None
     chosen = join_conditions({named_condition(name.strip(), good) for name in choices}) if choices else None
     if outlined is not None and chosen is not None and outlined != chosen:
-        raise RowError(f"its choice says {chosen!r} but its outlines {outlined!r}; correct one of them")
+        raise RowError(
+            f"the condition is {chosen!r} by its choice but {outlined!r} by its outlines; correct one of them"
+        )
     return outlined or chosen or GOOD
 
 

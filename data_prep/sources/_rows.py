@@ -23,7 +23,8 @@ from echo_ft.records import GOOD, UNLABELLED
 Box = tuple[float, float, float, float]
 
 LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
-"""Characters that separate the defects of one image in a cell. In a label, category or folder name, only `+` does."""
+"""Characters that separate the defects of one image in a cell. In a label, category or folder name, only `+` separates
+defects."""
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
@@ -44,13 +45,13 @@ def required_text(row: Mapping[str, Any], column: str) -> str:
 
 def number_of(value: Any) -> float:
     """Return a coordinate as a number. Raises TypeError, ValueError or OverflowError for anything else."""
-    if isinstance(value, bool):  # Python treats true as 1
+    if isinstance(value, bool):  # JSON's true would count as the number 1
         raise TypeError("a truth value is not a number")
     return float(value)
 
 
 def split_of(row: Mapping[str, Any]) -> str | None:
-    """Return the split of a row, or None if it names none. Raises RowError for an unknown split."""
+    """Return the split of a row, or None if it has none. Raises RowError for an unknown split."""
     split = text_of(row, "split")
     if split is not None and split not in SPLITS:
         raise RowError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -65,12 +66,13 @@ def spellings(words: tuple[str, ...]) -> frozenset[str]:
 
 def means_good(name: str, good: tuple[str, ...]) -> bool:
     """Return whether a name is `good`, ignoring case, or one of the words that the config declares in `good`."""
-    alike = tuple(word for word in good if is_doubtful(word) == is_doubtful(name))  # `ok` does not declare `ok?`
+    # The declaration of `ok` does not cover `ok?`.
+    alike = tuple(word for word in good if is_doubtful(word) == is_doubtful(name))
     return name.casefold() == GOOD or (bool(name) and spelling(name) in spellings(alike))
 
 
 def sounds_good(name: str) -> bool:
-    """Return whether a name plainly means a part without a defect, in some language or spelling."""
+    """Return whether a name clearly means a part without a defect, in any of the known languages and spellings."""
     word = plain_word(name)
     return bool(name) and (not word or word in GOOD_WORDS or GOOD_PHRASE.fullmatch(word) is not None)
 
@@ -89,24 +91,25 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
         )
     if is_doubtful(name):
         raise RowError(
-            f"condition {name!r} does not say what the part shows; write {GOOD!r} or the name of the defect, leave the "
-            f"image out, or declare the word with --good {shlex.quote(name)} if it means a part without a defect"
+            f"condition {name!r} does not say whether the part has a defect; write {GOOD!r} or the name of the defect, "
+            f"leave the image out, or declare the word with --good {shlex.quote(name)} if it means a part without a "
+            "defect"
         )
     if len(name.splitlines()) > 1:
         raise RowError(f"condition {name[:60]!r} has a line break; close the quotation marks, and join names with '+'")
     return nfc(name)
 
 
-@lru_cache(maxsize=4096)  # a long list has few conditions
+@lru_cache(maxsize=4096)  # a long list has few different conditions
 def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -> str:
-    """Return the condition that a text names: one defect, several defects (`bent + melt`) or `good`.
+    """Return the condition in a text: one defect, several defects (`bent + melt`) or `good`.
 
     In a manifest's `cell`, any of LIST_MARKS separates defects (`melt;bent`), but a slash is ambiguous. Raises RowError
     as `check_condition` does, for a control token, for a slash in a cell, or if a defect is joined with `good` or
     nothing.
     """
     token = control_token(text)
-    if token:  # before its bars separate defects
+    if token:  # checked first, because the bars in a token would separate defects
         raise RowError(f"condition {text!r} contains {token}, a control token of the model's chat template; rename it")
     if means_good(text, good) or sounds_good(text):
         return check_condition(text, good)
@@ -117,7 +120,9 @@ def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -
         one, several = (re.sub(r"\s*[/\\]+\s*", mark, slashed) for mark in ("_", DEFECT_SEPARATOR))
         raise RowError(f"condition {slashed!r} has a slash; write {several!r} for several defects or {one!r} for one")
     if "" in names or (GOOD in names and len(names) > 1):
-        raise RowError(f"condition {text!r} joins a defect with {GOOD!r} or with nothing; name only the defects")
+        raise RowError(
+            f"condition {text!r} joins a defect with {GOOD!r} or with an empty name; give only the names of the defects"
+        )
     return join_conditions(names)
 
 
@@ -136,9 +141,9 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise RowError(f"condition {value[:60]!r} is not a list of names; write bent+melt") from error
     if value is False:
-        return named_condition(str(value), good, cell=True)  # its error says how to write the condition
+        return named_condition(str(value), good, cell=True)  # this raises an error that says how to write the condition
     if value is True:
-        raise RowError("condition is true, which names no defect; write the name of the defect")
+        raise RowError("condition is true, which is not the name of a defect; write its name")
     if not isinstance(value, list):
         return named_condition(required_text(row, "condition"), good, cell=True)
     if not value or not all(isinstance(name, str) and name.strip() for name in value):
@@ -202,8 +207,8 @@ class Frame:
     def _turned(self, points: Iterable[tuple[float, float]], inset: int) -> list[tuple[float, float]]:
         if self.orientation is None:
             raise RowError(
-                "viewers rotate the image, and its annotations state no size that tells which view they are for; save "
-                "it rotated and without the EXIF tag"
+                "viewers rotate the image, and its annotations have no image size that shows which view they are for; "
+                "save it rotated and without the EXIF tag"
             )
         right, bottom = self.size[0] - inset, self.size[1] - inset
         turns: dict[int, Callable[[float, float], tuple[float, float]]] = {

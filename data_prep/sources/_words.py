@@ -1,4 +1,4 @@
-"""Words in several languages for a part without a defect, and words that leave open what a part shows."""
+"""Words in several languages for a part without a defect, and words that leave open whether a part has a defect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plain_words(words: tuple[str, ...]) -> frozenset[str]:
 
 GOOD_WORDS = plain_words(
     (
-        # English, and what programs write
+        # English words, and values that programs write
         "good", "ok", "okay", "pass", "passed", "normal", "none", "defect-free", "fault-free", "error-free",
         "damage-free", "anomaly-free", "no", "no defect", "no defects", "no fault", "no faults", "no damage",
         "no error", "no errors", "no anomaly", "no anomalies", "no issue", "no issues", "no problem", "nodefect",
@@ -70,7 +70,7 @@ GOOD_WORDS = plain_words(
         "정상", "정상품", "양품", "합격", "양호", "결함 없음", "불량 없음", "이상 없음", "무결함", "없음",
     )
 )  # fmt: skip
-"""Words that plainly mean a part without a defect, as `plain_word` returns them. A cell of only dashes counts too."""
+"""Words that clearly mean a part without a defect, as `plain_word` returns them. A cell of only dashes counts too."""
 
 GOOD_PHRASE = re.compile(
     r"(no|non|not|without)(any|visible|apparent|obvious|surface)*"
@@ -107,4 +107,4 @@ GOOD_FLAGS = plain_words(("good", "ok", "okay", "no defect", "no defects", "defe
 Other words may describe the annotation: an image can be `accepted`, and a label can be `correct`."""
 
 REVIEW_FLAGS = plain_words(("checked", "verified", "reviewed", "done"))
-"""Image flags that mean that somebody has checked its annotations, as `plain_word` returns them."""
+"""Image flags that mean that the annotations of an image were checked, as `plain_word` returns them."""

@@ -1,7 +1,7 @@
 """Read a manifest of images that a person or an annotation tool wrote.
 
 - CSV with a header, or JSON lines, with one row per image, or several rows that `data_prep.truth` combines, such as one
-  per box. A .tsv file has tabs instead of commas, and a first line such as `sep=;` names another separator. Required
+  per box. A .tsv file has tabs instead of commas, and a first line such as `sep=;` sets another separator. Required
   columns: `image`, `product` and `condition` (`good` for a part without a defect; several defects are joined in any
   order, as in `bent+melt`, or `melt;bent` as other tools write). Optional columns: `mask` (an image file), `boxes`
   ([[x0, y0, x1, y1], ...] in pixels, used if there is no mask), `group` (shared by the images of one physical part),
@@ -39,7 +39,7 @@ from echo_ft.records import GOOD, UNLABELLED, Inspection, Rejection
 from echo_ft.strict_yaml import DuplicateKeyError, read_json
 
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
-"""Finds the image that a line of JSON names, even if the rest of the line is broken."""
+"""Finds the image in a line of JSON, even if the rest of the line is broken."""
 
 UNREAD_MARKS = re.compile(r"(bbox_?|box_?)?[xy][ _]?(\d|min|max)|bbox(es)?|box|polygons?|segmentations?", re.IGNORECASE)
 """Matches the names of columns that seem to mark defects but are not read."""
@@ -140,7 +140,7 @@ def _check_quotes(place: str, row: Mapping[str, str | None], surplus: Collection
 def _jsonl_rows(path: Path, form: ListFormat) -> Iterator[Row]:
     try:
         with open_text(path, form.encoding) as file:
-            # Not splitlines(): it also splits at U+2028, U+2029 and U+0085, which are valid inside JSON strings.
+            # Unlike `lines`, splitlines() also splits at U+2028, U+2029 and U+0085, which are valid in JSON strings.
             for number, line in enumerate(lines(file), start=1):
                 if line.strip():
                     yield number, *_parsed(path, line)
@@ -156,7 +156,8 @@ def _parsed(path: Path, line: str) -> tuple[Mapping[str, Any], str | None]:
     except DuplicateKeyError as error:
         row, fault = read_json(line, unique_keys=False), f"the line is ambiguous ({error}); remove one of the two"
     except ValueError as error:
-        image = IMAGE_KEY.search(line)  # so that other lines about this image are not taken for the whole truth
+        # The image must be known, so that other lines about it do not count as its whole truth.
+        image = IMAGE_KEY.search(line)
         return {"image": read_json(image[1])} if image else {}, f"the line is not JSON ({error})"
     if not isinstance(row, dict):
         return {}, "the line is not a JSON object"
@@ -164,7 +165,7 @@ def _parsed(path: Path, line: str) -> tuple[Mapping[str, Any], str | None]:
     return row, fault
 
 
-@lru_cache  # each line of JSON names its columns
+@lru_cache  # each line of JSON contains the names of its columns
 def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) -> None:
     missing = [column for column in REQUIRED if column not in names]
     if complete and missing:
@@ -174,12 +175,12 @@ def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) ->
     spelled = [str(name).strip().casefold() for name in names]
     twice = [column for column in COLUMNS if spelled.count(column) > 1]
     if twice:
-        raise EchoError(f"{path} has several columns {twice[0]!r}; keep the one that is right and rename the others")
+        raise EchoError(f"{path} has several columns {twice[0]!r}; keep the correct one and rename the others")
     unread = [str(name) for name in names if UNREAD_MARKS.fullmatch(str(name).strip())]
     if unread and "boxes" not in names:
         raise EchoError(
             f"{path} has {', '.join(map(repr, unread))}, which would not be read; write the marks as a column 'boxes' "
-            "with [[x0, y0, x1, y1], ...] in pixels, use COCO JSON, or rename what marks no defect"
+            "with [[x0, y0, x1, y1], ...] in pixels, use COCO JSON, or rename columns that do not mark defects"
         )
     absent = [column for column in COLUMNS if column not in names]
     for name in names:
@@ -213,14 +214,16 @@ def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, datase
     if boxes and condition == GOOD:
         raise RowError(f"it has boxes although its condition is {GOOD!r}")
     if condition == UNLABELLED and split is not None:
-        raise RowError(f"its condition is empty, so it cannot be in the split {split}; name the condition or no split")
+        raise RowError(
+            f"its condition is empty, so it cannot be in the split {split}; add the condition or remove the split"
+        )
     mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
     if synthetic and synthetic not in DEFECT_METHODS:
         raise RowError(
             f"synthetic is {synthetic!r}, not one of {', '.join(DEFECT_METHODS)}; leave it empty for a real image"
         )
     if condition == UNLABELLED and (mask or boxes or synthetic):
-        raise RowError(f"it marks a defect although its condition is empty; name the defect, or write {GOOD!r}")
+        raise RowError(f"it marks a defect although its condition is empty; write the name of the defect, or {GOOD!r}")
     if synthetic and condition == GOOD:
         raise RowError(f"its defect is synthetic although its condition is {GOOD!r}")
     return Inspection(

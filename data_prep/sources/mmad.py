@@ -89,7 +89,7 @@ def _query(key: str, row: Mapping[str, Any], root: Path) -> Items:
     templates = row.get("random_templates") or []
     reference = templates[0] if templates else None
     if reference and not _exists(root, reference):
-        reason = f"the reference that MMAD names for {key} is missing; one is retrieved instead"
+        reason = f"the reference that MMAD gives for {key} is missing; one is retrieved instead"
         yield Rejection(reference, reason, "reference")
         reference = None
     yield Inspection(

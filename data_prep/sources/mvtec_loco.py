@@ -1,5 +1,6 @@
-"""MVTec LOCO AD (Bergmann et al., IJCV 2022): five products with structural defects, such as dents, and logical
-defects, such as missing or surplus parts.
+"""MVTec LOCO AD (Bergmann et al., IJCV 2022): five products with structural and logical defects.
+
+Dents are structural defects, for example, and missing or surplus parts are logical ones.
 
 Layout: the same as for `folder`, with train, validation and test. The conditions are `good`, `logical_anomalies` and
 `structural_anomalies`. A defective image has a folder of masks, `ground_truth/<condition>/<stem>/000.png` and so on:

@@ -62,7 +62,7 @@ def read(config: SourceConfig) -> Items:
                     yield Rejection(place, str(error))
         if folder.is_dir():
             yield from reject_unlisted(root, folder, used, f"no usable row of {path.name} lists them")
-    yield from reject_unused(root, root, folders, "no manifest covers it", allow_text=True)
+    yield from reject_unused(root, root, folders, "no manifest lists it", allow_text=True)
 
 
 def _manifests(root: Path) -> list[Path]:

@@ -5,8 +5,8 @@ datasets, or links to them, as `MVTec-AD` and `VisA`. VisA may have its publishe
 (`<product>/Data/Images/Normal/<name>.JPG`) or MVTec AD's (`<product>/test/good/<name>.JPG`), which VisA's own script
 produces. RobustMAD's `utils/generate_LoQ_images.py` writes the degraded images next to the clean ones.
 
-The images that the questions are about form the test split. The reference that RobustMAD names is used as given. The
-training images of the same products form the train split. Other images are not read.
+The images of the questions form the test split. The reference that RobustMAD gives is used unchanged. The training
+images of the same products form the train split. Other images are not read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read(config: SourceConfig) -> Items:
 def _asked(image: AskedImage, place: str, root: Path) -> Items:
     reference = _locate(root, image.reference) if image.reference else None
     if image.reference and reference is None:
-        reason = f"the reference that RobustMAD names for {image.image} is missing; one is retrieved instead"
+        reason = f"the reference that RobustMAD gives for {image.image} is missing; one is retrieved instead"
         yield Rejection(image.reference, reason, "reference")
     yield Inspection(
         id=image.id,

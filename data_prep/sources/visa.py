@@ -4,8 +4,8 @@ Layout: `<product>/Data/Images/{Normal,Anomaly}/<name>.JPG`, masks `<product>/Da
 `split_csv/1cls.csv`, `2cls_fewshot.csv` or `2cls_highshot.csv` with the columns object, split, label, image, mask.
 `annotations` selects one of these files. The default is `1cls.csv`, whose train split has only normal parts.
 
-The split files only say `anomaly`. `<product>/image_anno.csv` (image, label, mask) names the defects; `bent,melt` means
-two defects in one image. Without this file, defects have no names.
+The split files only say `anomaly`. `<product>/image_anno.csv` (image, label, mask) has the names of the defects;
+`bent,melt` means two defects in one image. Without this file, defects have no names.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
 
 
 def _defect_names(path: Path) -> dict[str, str]:
-    """Return the defect names, or `normal`, of each image. Empty if the product has no file that names them."""
+    """Return the defect names, or `normal`, of each image. Empty if the product has no file with these names."""
     names: dict[str, str] = {}
     for _, row in _rows(path, ("image", "label", "mask")) if path.is_file() else ():
         names[row["image"]] = ",".join(filter(None, (names.get(row["image"]), row["label"])))

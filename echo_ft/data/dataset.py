@@ -315,7 +315,7 @@ def make_cases(
 
 
 def candidate_order(case_id: str, references: Sequence[Reference]) -> tuple[Reference, ...]:
-    """Shuffle references into a case's candidates. The order depends only on the id; the best is not always first."""
+    """Shuffle the references of a case, so that the best one is not always first. The order depends only on the id."""
     ordered = sorted(references, key=lambda reference: (reference.method, reference.rank, reference.image))
     random.Random(f"candidates/{case_id}").shuffle(ordered)
     return tuple(ordered)

@@ -22,7 +22,7 @@ def write_dataset_questions(
     grounding: bool = False,
     unanswerable: float = 0.0,
 ) -> Iterator[Question]:
-    """Yield the source's questions about each image if it has any, and written questions otherwise.
+    """Yield the source's questions about each image. For an image without such questions, yield written ones.
 
     With `grounding`, the question from `write_box_question` follows them. `unanswerable`, from 0 to 1, is the fraction
     of images that also get the questions of `write_unanswerable_questions`. An unlabelled image gets
@@ -36,7 +36,7 @@ def write_dataset_questions(
         given[question.inspection].append(question)
     labelled = [inspection for inspection in inspections if inspection.condition != UNLABELLED]
     real = queries([inspection for inspection in labelled if inspection.synthetic is None])
-    tested = conditions_of(real)  # the test has the same questions with and without synthetic defects in training
+    tested = conditions_of(real)  # synthetic images are left out, because they must not change the test questions
     conditions = conditions_of(inspections)
     products = sorted({inspection.product for inspection in real})
     untrained = ("test", UNLABELLED_SPLIT)

@@ -63,6 +63,6 @@ def _refuse(pattern: re.Pattern[str], what: str, remedy: str, exchange: Exchange
         if found:
             near = " ".join(text[max(0, found.start() - 30) : found.end() + 30].split())
             raise EchoError(
-                f"case {exchange.case}: the text {near!r} contains {found.group()}, {what}; "
-                f"write it in other words in the knowledge or the questions and rebuild the dataset{remedy}"
+                f"case {exchange.case}: the text {near!r} contains {found.group()}, {what}; reword it in the knowledge "
+                f"or the questions and rebuild the dataset{remedy}"
             )

@@ -129,8 +129,8 @@ def _check_tokens(path: Path, key: str, text: str) -> None:
     token = control_token(key, text)
     if token:
         raise EchoError(
-            f"knowledge file {path}: {key} contains {token}, a control token of the model's chat template; "
-            "remove it or write it in other words"
+            f"knowledge file {path}: {key} contains {token}, a control token of the model's chat template; remove or "
+            f"reword it"
         )
 
 
@@ -215,8 +215,8 @@ def appearance(description: str) -> str:
 def effect(description: str) -> str | None:
     """Return the condition's consequences: the last of at least two sentences, or None.
 
-    Longer descriptions may end with something else. If there are three or more sentences, the last one must therefore
-    contain a word from EFFECT_WORDS (`affects`, `can lead to`, ...).
+    Longer descriptions may end with another kind of sentence. If there are three or more sentences, the last one must
+    therefore contain a word from EFFECT_WORDS (`affects`, `can lead to`, ...).
     """
     parts = sentences(description)
     if len(parts) < 2 or (len(parts) > 2 and not EFFECT_WORDS.search(parts[-1])):
@@ -321,7 +321,7 @@ def near_duplicate_names(inspections: Sequence[Inspection]) -> list[str]:
             found[dataset, what, spelling_key(name)].add(name)
     return [
         f"{what} of {dataset} that differ only in spelling: {', '.join(sorted(names))}; "
-        "if they are the same, spell them alike"
+        "if they mean the same thing, use one spelling"
         for (dataset, what, _), names in found.items()
         if len(names) > 1
     ]

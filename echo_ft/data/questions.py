@@ -47,8 +47,8 @@ def write_questions(
     """Return the questions about `inspection` whose answer is known, in the order of MMAD's tables.
 
     `knowledge` holds the product's entries (`entries_for`), `conditions` the conditions in its images, and `products`
-    those of the whole dataset. Wrong options are other conditions of the product, their descriptions, places without
-    any of the defect, and other products. A question has two to four distinct options. Their order depends only on
+    those of the whole dataset. Wrong options are other conditions of the product, their descriptions, places that the
+    defect does not touch, and other products. A question has two to four distinct options. Their order depends only on
     `seed` and the question's id. Raises EchoError if the mask cannot be used.
     """
     choices: dict[str, tuple[str, list[str]]] = {}
@@ -98,7 +98,7 @@ def defect_place(inspection: Inspection, root: Path) -> tuple[str, list[str]] | 
     region = _region(inspection, root)
     if region is None:
         return None
-    # A cell that contains part of the defect would be half right.
+    # A cell that contains part of the defect would be a partly correct option.
     free = [place for place in masks.PLACES if place not in region.cells]
     if region.place == masks.SPREAD:
         return region.place, free or [place for place in masks.PLACES if place != "center"]
@@ -148,7 +148,7 @@ def write_box_question(inspection: Inspection, root: Path) -> Question | None:
 def open_questions(
     identifier: str, conditions: Sequence[str], grounding: bool = False, answer: str | None = None
 ) -> tuple[Question, ...]:
-    """Return the questions about an image whose condition nobody knows. `answer` is None, or empty in a dataset.
+    """Return the questions about an image whose condition is not known. `answer` is None, or empty in a dataset.
 
     `conditions` are those of its product. The first question always asks whether there is a defect (A: yes, B: no). If
     the product has two to `MAX_OPTIONS` known defects, a second question asks which one it is. With `grounding`, the

@@ -28,7 +28,7 @@ LEFT_OUT = "left_out"
 """The split of the fold that is left out of the training rows."""
 
 UNLABELLED_SPLIT = "unlabelled"
-"""The split of images whose condition nobody knows: they can be run, but neither trained on nor scored."""
+"""The split of images whose condition is not known. They can be run, but neither trained on nor scored."""
 
 HELD_OUT_FIELDS = {"by_product": "product", "by_condition": "condition", "by_dataset": "dataset"}
 """Modes of `make_splits` that hold something out for the test, and the field that each mode uses."""
@@ -56,9 +56,9 @@ def make_splits(
     - `given`: keep the source's splits and assign the inspections without one. If the source gives only train and test,
       and train has defects (so it can train the roles), take validation from train by group.
     - `seeded`: reassign every inspection, by group and condition.
-    - `by_product`, `by_dataset`: the test split has different products or datasets from training. Their normal images
-      that the source assigns to training become `REFERENCE_SPLIT`. If the source gives no splits, train's fraction of
-      them does.
+    - `by_product`, `by_dataset`: the test split has products or datasets that training lacks. Some of their normal
+      images become `REFERENCE_SPLIT`: those that the source assigns to training or, if it gives no splits, the fraction
+      for training.
     - `by_condition`: the test split has different defects from training, its fraction of the normal images, and all
       other images of the same parts.
 
@@ -68,7 +68,7 @@ def make_splits(
     if how in HELD_OUT_FIELDS:
         check_fractions(fractions)
         if fractions[0] == 0:
-            raise EchoError(f"fractions {list(fractions)} leave nothing to train on; give train a share")
+            raise EchoError(f"fractions {list(fractions)} leave nothing to train on; give train a fraction above 0")
         hold_out = _by_condition if how == "by_condition" else _by_field
         return hold_out(inspections, how, seed, fractions, held_out)
     if held_out:
@@ -136,7 +136,7 @@ def _by_condition(
 def _choose(names: Collection[str], wanted: Sequence[str], field: str, seed: int, share: float) -> list[str]:
     """Return the sorted names to hold out: those in `wanted`, or a fraction of all names drawn with `seed`."""
     ordered = sorted(names)
-    wanted = [unicodedata.normalize("NFC", name) for name in wanted]  # not text.nfc: runs load this module
+    wanted = [unicodedata.normalize("NFC", name) for name in wanted]  # text.nfc would add a module to runs
     for name in wanted:
         if name not in names:
             near = difflib.get_close_matches(name, ordered, n=1)
@@ -174,7 +174,7 @@ def _without_splits(inspections: Iterable[Inspection]) -> list[Inspection]:
     return [dataclasses.replace(inspection, split=None) for inspection in inspections]
 
 
-@lru_cache  # called for every image, with every condition and product
+@lru_cache  # this is called for every image, with every condition and product
 def readable_name(name: str) -> str:
     """Write out a condition or product name: `broken_large` as `broken large`, and `good` as `free of defects`."""
     return "free of defects" if name == GOOD else " ".join(name.replace("_", " ").replace("-", " ").split())
@@ -197,12 +197,12 @@ def held_out_conditions(conditions: Collection[str], held_out: Collection[str]) 
 
 
 def has_training_defects(inspections: Sequence[Inspection]) -> bool:
-    """Return whether the train split has a defect. Normal images cannot train the roles, only serve as references."""
+    """Return whether the train split has a defect. Normal images can only serve as references."""
     return any(inspection.split == "train" and inspection.condition != GOOD for inspection in inspections)
 
 
 def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Sequence[float]) -> list[Inspection]:
-    """Assign a split to each inspection without one. Existing splits stay, and the rest of the same group joins them.
+    """Assign a split to each inspection without one. Existing splits stay. All images of a group get one split.
 
     `fractions` are those of train, validation and test. Each group goes as a whole to the split that, relative to its
     fraction, has the fewest images of the group's rarest condition. This is Webster's method with images as seats: of
@@ -242,8 +242,8 @@ def assign_splits(inspections: Sequence[Inspection], seed: int, fractions: Seque
 def leave_out_fold(inspections: Sequence[Inspection], folds: int, fold: int, seed: int) -> list[Inspection]:
     """Move one fold of the train split, `fold` from 0 to folds - 1, to the split `LEFT_OUT`.
 
-    Groups are assigned to folds by condition, starting with the rarest one. They depend on `seed` but not on the order
-    of the inspections. Raises EchoError if there is no such fold or if the other folds have no defect.
+    Groups are assigned to folds by condition, starting with the rarest one. The folds depend on `seed` but not on the
+    order of the inspections. Raises EchoError if there is no such fold or if the other folds have no defect.
     """
     if not 0 <= fold < folds or folds < 2:
         raise EchoError(f"there is no fold {fold} of {folds}; give at least 2 folds, and a fold from 0 to folds - 1")
@@ -278,7 +278,8 @@ def check_fractions(fractions: Sequence[float]) -> None:
     """Raise EchoError if the fractions are not three numbers that add up to 1."""
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise EchoError(
-            f"fractions {list(fractions)} are not three shares of 1; write train, validation, test: 0.6 0.1 0.3"
+            f"fractions {list(fractions)} are not three numbers that add up to 1; write them for train, validation and "
+            f"test, such as 0.6 0.1 0.3"
         )
 
 

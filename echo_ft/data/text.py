@@ -43,12 +43,13 @@ _LIST_MARK = re.compile(
 def nfc(text: str) -> str:
     """Return the text in Unicode's composed form (NFC).
 
-    An accented letter can be one character or two. macOS stores two in file names, whereas keyboards produce one.
+    An accented letter can be one character or two. macOS stores two characters in file names, whereas keyboards produce
+    one.
     """
     return unicodedata.normalize("NFC", text)
 
 
-@lru_cache  # called for every entry of a product, for each of its images
+@lru_cache  # this is called for each image, with every entry of its product
 def sentences(description: str) -> tuple[str, ...]:
     """Split a description into sentences.
 
@@ -105,7 +106,7 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     if not after:
         return False
     if match["stop"][-1] in STOPS:
-        return not after.isdigit() or match["stop"] != "．"  # also the decimal point between full-width digits
+        return not after.isdigit() or match["stop"] != "．"  # this includes the decimal point between full-width digits
     if not match["space"]:
         return bool(_UNSPACED.match(before) and _UNSPACED.match(after))
     if after in _OPENERS:
@@ -121,7 +122,7 @@ def _has_no_case(letter: str) -> bool:
 
 def _abbreviates(text: str, match: re.Match[str]) -> bool:
     head = text[: match.end("stop")]
-    initial = _FIRST_LETTER.search(head) and _SECOND_LETTER.match(text, match.end())  # the `z.` of `z. B.`
+    initial = _FIRST_LETTER.search(head) and _SECOND_LETTER.match(text, match.end())  # for example the `z.` of `z. B.`
     return bool(initial or _ABBREVIATION.search(head))
 
 
@@ -133,7 +134,7 @@ def visible(text: str) -> str:
 def spelling_key(name: str) -> str:
     """Normalise the case, width and punctuation of a name. Names with equal keys look alike."""
     plain = unicodedata.normalize("NFKC", visible(name)).casefold()
-    # Vowel signs, as in Hindi, are marks (M): Python's \w excludes them.
+    # Vowel signs, as in Hindi, are marks (M), which Python's \w excludes.
     return " ".join("".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in plain).split())
 
 
@@ -148,12 +149,12 @@ def control_token(*texts: str) -> str | None:
 
 
 def word_count(text: str) -> int:
-    """Return the number of words. In scripts without spaces, UNSPACED_PER_WORD characters count as one."""
+    """Return the number of words. In scripts without spaces, UNSPACED_PER_WORD characters count as one word."""
     characters = len(_UNSPACED.findall(text))
     return len(_UNSPACED.sub(" ", text).split()) + -(-characters // UNSPACED_PER_WORD)
 
 
-@lru_cache(maxsize=1024)  # all images of a product share its texts
+@lru_cache(maxsize=1024)  # all images of a product use the same texts
 def without_stop(text: str) -> str:
     """Normalise text for comparison: composed, in lower case, with single spaces and without trailing full stops."""
     return " ".join(nfc(text).casefold().split()).rstrip("." + STOPS)

@@ -1,10 +1,10 @@
-"""Write questions that do not fit the image, and matching questions in the same form that do.
+"""Write questions that do not fit the image, and questions in the same form that fit.
 
-An `Unanswerable` question names another product, or a defect that is not in the image. Its correct option says so. A
-model that always chooses this option would seem reliable, and training on these questions alone would teach it to. The
-same image therefore also gets an `Answerable` question in the same form, in which that kind of option is wrong. Both
-are scored separately from MMAD's question types. RobustMAD (arXiv 2607.16243) asks unanswerable questions without such
-twins.
+An `Unanswerable` question names another product, or a defect that is not in the image. The correct option states this.
+A model that always chooses this option would seem reliable, and training on these questions alone would teach it to.
+The same image therefore also gets an `Answerable` question in the same form, in which that kind of option is wrong.
+Both are scored separately from MMAD's question types. RobustMAD (arXiv 2607.16243) asks unanswerable questions without
+such twins.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _texture(style: Style, size: tuple[int, int], rng: np.random.Generator) -> _
         return 1 + 0.03 * smooth_noise(rng, size, (7, 7)) + 0.015 * white_noise(rng, size)
     depth = 0.05 + 0.09 * style.proportions[1]
     texture = 1 + 0.08 * smooth_noise(rng, size, (4, 4)) + 0.05 * white_noise(rng, size)
-    if style.kind == "brushed sheet":  # parallel streaks, some of them strong
+    if style.kind == "brushed sheet":  # the texture consists of parallel streaks, some of them strong
         cells = (3, width // 2) if style.proportions[0] < 0.75 else (height // 2, 3)
         streaks = smooth_noise(rng, size, cells)
         texture += depth * (0.7 * streaks + 0.15 * streaks**3)
@@ -116,7 +116,7 @@ def _texture(style: Style, size: tuple[int, int], rng: np.random.Generator) -> _
         texture += depth * 1.5 * np.sin(x) * np.sin(y)
     else:
         texture += 1.3 * depth * white_noise(rng, size)
-    if style.proportions[3] > 0.5:  # darker towards the sides, like a curved surface
+    if style.proportions[3] > 0.5:  # the part gets darker towards its sides, like a curved surface
         x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
         texture *= 1 - np.float32(0.9 * (style.proportions[3] - 0.5)) * np.abs(x) ** 3
     return texture

@@ -137,7 +137,8 @@ def place_defect(rng: np.random.Generator, style: Style, name: str, size: float,
     for layer in part_layers(style, u, v):
         solid = solid & (layer.distance > 0.04) if layer.shade is None else solid | (layer.distance < -0.05)
     angle = rng.uniform(0, np.pi)
-    if name in ("cut", "chip"):  # they cut into the part from outside, so they start on its outline and face outwards
+    # These defects cut into the part from outside, so they start on its outline and face outwards.
+    if name in ("cut", "chip"):
         outline = part_layers(style, u, v)[0].distance
         solid = np.abs(outline) < 0.06
     cell = int(rng.choice(np.flatnonzero(solid)))

@@ -186,7 +186,7 @@ def pattern_layers(pattern: Pattern, u: _Array, v: _Array, defect: Defect | None
         ends = np.asarray(pattern.ends, np.float32)
         start, end = ends[number, 0], ends[number, 1]
         distance = np.maximum(np.abs(q) - np.float32(pattern.size), np.maximum(start - p, p - end))
-        if pattern.inner:  # pads at both ends
+        if pattern.inner:  # each component has a pad at both ends
             pads = np.hypot(np.minimum(np.abs(p - start), np.abs(p - end)), q)
             distance = np.minimum(distance, pads - np.float32(pattern.size * pattern.inner))
         pieces: list[tuple[_Array, float | None]] = [(distance, pattern.shade)]

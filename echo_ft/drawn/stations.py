@@ -102,7 +102,7 @@ def light_canvases(station: Station, canvases: Sequence[_Array], rng: np.random.
 
 
 def visible_change(station: Station, before: _Array, after: _Array) -> NDArray[np.bool_]:
-    """Return the pixels (height, width) that a person can tell apart in images of two canvases in the same light.
+    """Return the pixels (height, width) that look different to a person in images of two canvases in the same light.
 
     A change must exceed 6% of the range plus the noise of a medium grey. Without colour, only changes in grey count.
     """

@@ -1,9 +1,8 @@
 """The wider world of drawn parts, for pretraining: more kinds, more defects, and real cameras.
 
 A product is a style with the station that takes its images. Kinds and defects are those of the pretraining set in
-`echo_ft.drawn.parts`, plus assemblies and their structural defects. Any difference from a reference of the same product
-that camera, light and grain do not explain is a defect, and nothing else is. The demo's products and defects do not
-occur.
+`echo_ft.drawn.parts`, plus assemblies and their structural defects. A defect is any difference from a reference of the
+same product that camera, light and grain do not explain. The demo's products and defects do not occur.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def random_world_defect(rng: np.random.Generator, style: Style) -> Defect:
         return place_defect(rng, style, name, size, str(rng.choice(tones)))
     names = tuple(name for name in PRETRAINING_DEFECTS if name != "cut" or not fills_image(style))
     defect = random_defect(rng, style, str(rng.choice(names)))
-    if rng.random() < 0.4:  # small marks, from about 5 pixels across in an image of 168 x 168
+    if rng.random() < 0.4:  # this mark is small, from about 5 pixels across in an image of 168 x 168
         size = max(_SMALLEST.get(defect.name, 0.1), defect.size * float(rng.uniform(0.3, 0.9)))
         return replace(defect, size=min(defect.size, size))
     return defect

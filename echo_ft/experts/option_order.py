@@ -101,7 +101,7 @@ def position_bias(rows: Iterable[PermutedPrediction]) -> list[LetterBias]:
         if row.error is not None:
             continue
         letters = tuple(row.options)
-        # The inverse rotation restores the letters as shown.
+        # The inverse rotation gives the letters that the model saw.
         answer = original_letter(row.answer, row.options, -row.shift)
         predicted = None if row.parsed is None else original_letter(row.parsed, row.options, -row.shift)
         chosen[letters][predicted] += 1

@@ -35,7 +35,7 @@ class BackendError(EchoError):
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Which experts to consult, by question type and with switches that turn an expert off, and how to decide."""
+    """How a run consults the experts for each question type, and how it decides. Switches turn off single experts."""
 
     routing: str = "full"
     reference: str = "retrieved"
@@ -44,7 +44,7 @@ class PipelineConfig:
     """`guided`, `all` or `none`."""
     reasoning: str = "on"
     answer: str = "generate"
-    """What decides: `generate` parses the text strictly, `logits` takes the most probable option, and `averaged` takes
+    """How to decide: `generate` parses the text strictly, `logits` takes the most probable option, and `averaged` takes
     the most probable option on average over the option orders. Boxes are always parsed from text."""
     option_order: str = "given"
     """`given`, or `cyclic` to ask the decision maker in every cyclic order of the options."""
@@ -206,7 +206,7 @@ def update_upstream(role: str, case: Case, upstream: Upstream, texts: Mapping[st
     if role == "reference_extractor" and texts:
         references = case.seen.references
         best = roles.parse_best(texts["best"], len(references))
-        if best is None:  # it named no candidate: fall back to the best ranked one; the trace keeps the text
+        if best is None:  # The text names no candidate, so use the best-ranked one. The trace keeps the text.
             best = min(range(len(references)), key=lambda index: references[index].rank)
         return replace(upstream, best=best, normal=texts["normal"])
     if role == "knowledge_guide" and texts:
@@ -239,7 +239,7 @@ def _predict(case: Case, question: Question, generation: Generation, config: Pip
 
 
 def _predict_boxes(case: Case, question: Question, generation: Generation) -> Prediction:
-    """Return the boxes that the text names. Text that was cut off may lack boxes, so it counts as unparsed."""
+    """Return the boxes in the text. Text that was cut off may lack boxes, so it counts as unparsed."""
     found = None if generation.cut else parse_boxes(generation.text)
     return _prediction(case, question, generation.text, parsed=None if found is None else format_boxes(found))
 

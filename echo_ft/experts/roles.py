@@ -44,8 +44,9 @@ class Route:
 
 
 ROUTINGS: Mapping[str, Mapping[str, Route]] = {
-    # A product's knowledge names the product, which is the answer to Object Classification. Knowledge includes the
-    # description of a normal part; in training rows, it is the `good` entry, word for word.
+    # A product's knowledge states its name, which is the answer to Object Classification. The knowledge may also
+    # contain the answer to Object Analysis, the description of a normal part. In training rows, it always does, word
+    # for word.
     "full": {kind: Route(knowledge=kind != "Object Classification") for kind in (*QUESTION_TYPES, GROUNDING)}
     | {
         # Knowledge would reveal whether the question names another product.
@@ -56,8 +57,8 @@ ROUTINGS: Mapping[str, Mapping[str, Route]] = {
         ROBUSTMAD_TYPES["pairwise"]: Route(),
         ROBUSTMAD_TYPES["unanswerable"]: Route(reference=False, knowledge=False),
     },
-    # As in Echo's published code. Echo does not support the two Object types, which get only the reference here. Nor
-    # does it have Defect Grounding, which gets the reference as Anomaly Detection does.
+    # The routes of Echo's published code. Echo does not have the two Object types and Defect Grounding. Here, they get
+    # only the reference, as Anomaly Detection does.
     "paper": {
         "Anomaly Detection": Route(True, False, False),
         "Defect Classification": Route(True, True, False),
@@ -186,7 +187,7 @@ def knowledge_lines(seen: Seen) -> str:
     return "".join(f"- {one_line(entry.condition)}: {one_line(entry.description)}\n" for entry in seen.knowledge)
 
 
-@lru_cache(maxsize=1024)  # prompts repeat the texts of their product and question types
+@lru_cache(maxsize=1024)  # the same texts occur in many prompts
 def one_line(text: str) -> str:
     """Collapse whitespace, so that data cannot change the layout of a prompt."""
     return " ".join(text.split())
@@ -206,7 +207,8 @@ def guide_completion(condition: str, hint: str, description: str) -> str:
 
 def parse_best(text: str, count: int) -> int | None:
     """Return the candidate that the text names, counting from 0, or None if it names none of the `count` candidates."""
-    # At most nine digits, because `int` refuses thousands. Without strip(), trailing spaces take quadratic time.
+    # At most nine digits are allowed, because `int` refuses numbers of thousands of digits. Without strip(), matching
+    # trailing spaces takes quadratic time.
     match = re.fullmatch(r"(?:candidate\s*)?(\d{1,9})\s*\.?", text.strip(), flags=re.IGNORECASE)
     number = int(match.group(1)) if match else 0
     return number - 1 if 1 <= number <= count else None

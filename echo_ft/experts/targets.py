@@ -164,15 +164,15 @@ class ComparedImage(NamedTuple):
 
 def load_compared(root: Path, image: str) -> ComparedImage:
     """Load an image for comparison. Raises EchoError if it cannot be read."""
-    path = os.path.join(root, image)  # faster than Path: each row needs many images, nearly all of them cached
+    path = os.path.join(root, image)  # this is faster than Path, and each row needs many images, most of them cached
     try:
         modified = os.stat(path).st_mtime_ns
     except OSError:
-        modified = 0  # reading the image reports the reason
+        modified = 0  # `load_compared` reports the reason
     return _load(path, modified)
 
 
-@lru_cache(maxsize=CACHED_IMAGES)  # cases of a product share references, and the read-ahead threads fill it
+@lru_cache(maxsize=CACHED_IMAGES)  # cases of a product share references, and the read-ahead threads fill this cache
 def _load(path: str, modified: int) -> ComparedImage:
     fine = masks.load_grey(Path(path), COMPARED_SIZE)
     width, height = COMPARED_SIZE

@@ -91,7 +91,7 @@ class ExportPlan:
     measurement: Measurement | None = None
     """The results for the model card, with the calibration and the options of the run that gave them."""
     licence: str | None = None
-    """What the model card says about the licence of the normal images and the knowledge."""
+    """Statement in the model card about the licence of the normal images and the knowledge."""
     merge: Sequence[str] = ()
     dtype: str = "auto"
 
@@ -117,7 +117,7 @@ def export_bundle(plan: ExportPlan, output: Path) -> Bundle:
     """
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")
-    require_whole_prompt(plan.adapters, "a bundle")  # for vLLM, merged models and plain PEFT
+    require_whole_prompt(plan.adapters, "a bundle")  # vLLM, merged models and plain PEFT need such adapters
     unknown = [role for role in plan.merge if role not in plan.adapters]
     if unknown:
         raise EchoError(f"cannot merge {unknown[0]!r}; the roles are {', '.join(plan.adapters)}")
@@ -165,7 +165,7 @@ def _fill_bundle(folder: Path, plan: ExportPlan) -> Bundle:
             gc.collect()
             logits = _logits(load_model(str(folder / part), dtype=plan.dtype).eval(), probe)
             merged[part] = _compare(logits, expected[role], untuned, part)
-        except Exception as error:  # whatever it is, it must not cost the adapters
+        except Exception as error:  # no error in a merge may prevent the export of the adapters
             failed[role] = str(error) if isinstance(error, EchoError) else f"{type(error).__name__}: {error}"
             shutil.rmtree(folder / part, ignore_errors=True)
         gc.collect()
@@ -258,7 +258,7 @@ def _check_reloaded(folder: Path, model: Any, expected: Sequence[Result], plan: 
 
 
 def _difference(before: Result, now: Result) -> str:
-    """Return what differs between two results of the same image; empty if nothing does."""
+    """Return what differs between two results of the same image, or an empty string if they are equal."""
 
     def listed(result: Result) -> dict[str, list[str | None]]:
         return {

@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it is, what was measured, how to use it, and whose licences apply."""
+"""The model card of a bundle: its content, its measured results, its use and the licences that apply."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from echo_ft.retrieval.products import ProductData
 
 REFERENCE_TEXTS = {
     "copy": "copies in `references/images`",
-    "path": "not in this folder; `references/products.json` names where they are",
+    "path": "not in this folder; `references/products.json` has their paths",
     "none": "none, so `evaluation.inspect` cannot use this bundle",
 }
 
 
 def licence_notes(adapters: Mapping[str, Adapter], products: ProductData | None, note: str | None) -> dict[str, str]:
-    """Return whose licences apply to the parts of a bundle; `note` is the exporter's statement about the images."""
+    """Return the licences that apply to each part of a bundle. `note` is the exporter's statement about the images."""
     card = next(iter(adapters.values())).card
     licence = _licence_of(card.base_model, card.base_revision)
     notes = {
@@ -77,7 +77,7 @@ def model_card(
         f"- Decision: {_decision(bundle)}",
         "",
         "`SHA256SUMS` has the checksums of all files. `adapters/probe.json` has the answers of every adapter to a "
-        "fixed probe, with which echo-ft proves that an adapter acts. "
+        "fixed probe. With them, echo-ft proves that an adapter has its effect. "
         + ("" if bundle.references == "none" else "`prompts.json` shows the prompts of all roles for one image."),
         "",
         "## Measured results",

@@ -51,10 +51,10 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
                 f"{path} measures another adapter of {role} than {adapter.path} ({measured.get(role)}, not "
                 f"{adapter.fingerprint}); run and score these adapters"
             )
-        # A run on a server cannot see the weights there.
+        # The report of a run on a server has no fingerprint of the weights.
         if base is not None and base != adapter.card.base_fingerprint:
             raise EchoError(f"{path} measures another base model ({base}); run and score these adapters")
     if corruption is not None or pipeline.reference == "random":
         what = "corrupted images" if corruption is not None else "random references"
-        raise EchoError(f"{path} measures {what}, which an inspector does not use; give the report of another run")
+        raise EchoError(f"{path} measures {what}, which an inspector does not use; pass the report of another run")
     return Measurement(report, pipeline, tokens, k, load_calibration(path) if calibrated else None)

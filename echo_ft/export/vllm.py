@@ -95,7 +95,7 @@ def _vllm_limits(card: AdapterCard) -> list[str]:
     """Return the lines of a vLLM command that make vLLM read images and generate as a run does."""
     budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
     return [
-        "--generation-config vllm",  # the model's own may set a repetition penalty
+        "--generation-config vllm",  # the generation config of the model may set a repetition penalty
         f"--mm-processor-kwargs {shlex.quote(budget)}",
         f"--limit-mm-per-prompt {shlex.quote(json.dumps({'image': 8}))}",
     ]

@@ -1,15 +1,15 @@
-"""A certificate that the shares of false alarms and escapes are below limits, with 95% confidence over parts.
+"""A certificate that false alarms and escapes are within limits, with 95% confidence over parts.
 
 A threshold is chosen on one set of parts and judged on another. Given the threshold, each judged part is an independent
 trial, so exact binomial bounds hold (Clopper and Pearson, "The Use of Confidence or Fiducial Limits Illustrated in the
-Case of the Binomial", 1934). The errors of a verdict share one budget, whatever the true shares are:
+Case of the Binomial", 1934). A verdict is wrong with a probability of at most 5%, whatever the true shares are:
 
-- `pass` claims that every share is below its limit. It needs every upper bound below its limit, each with 95%
+- `pass` claims that every share is below its limit. Every upper bound must be within its limit, each with 95%
   confidence. If one share is above its limit, this one bound alone fails in 95% of the cases, so a wrong pass has a
   probability of at most 5% (an intersection-union test: Berger, "Multiparameter Hypothesis Testing and Acceptance
   Sampling", 1982).
-- `fail` claims that some share is above its limit. It needs one lower bound above its limit. There is one chance per
-  limit to be wrong, so the limits divide the 5% among them (Bonferroni).
+- `fail` claims that some share is above its limit. One lower bound must be above its limit. Each limit is another
+  chance to be wrong, so the limits share the 5% (Bonferroni).
 
 `benchmarks/evaluation/certificates.py` measures how often a verdict is wrong.
 """
@@ -37,7 +37,7 @@ FALSE_ALARMS, ESCAPES = "false_alarms", "escapes"
 
 @dataclass(frozen=True)
 class Finding:
-    """What the judged parts say about one share and its limit. Shares are from 0 to 1."""
+    """The result for one share and its limit. Shares are from 0 to 1."""
 
     limit: float
     parts: int
@@ -50,9 +50,11 @@ class Finding:
     """Upper bound of the share; up to the limit, the verdict is `pass`."""
     verdict: str
     more_without_error: int | None
-    """Number of further parts that would pass if none of them is an error; None if the verdict is settled."""
+    """Number of further parts with which the run would pass if none of them is an error; None if the verdict is
+    settled."""
     more_at_this_rate: int | None
-    """Number of further parts that would settle the verdict at this error rate; None if settled or at the limit."""
+    """Number of further parts with which the verdict would be settled at this error rate; None if settled or at the
+    limit."""
 
 
 def upper_bound(errors: int, parts: int, confidence: float = CONFIDENCE) -> float:

@@ -28,12 +28,13 @@ from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_ta
 from echo_ft.provenance import fingerprint_bytes
 
 CHOOSING = 3
-"""One in this many parts of a run chooses the threshold. In simulations, more runs pass with a third than with half."""
+"""One in this many parts of a run is used to choose the threshold. In simulations, more runs pass with a third than a
+half."""
 
 BY_ANSWERS = "all parts are judged, because the run has no P(defect) and its answers need no threshold"
 
 WORDS = {FALSE_ALARMS: ("good", "flagged"), ESCAPES: ("defective", "missed")}
-"""The class of the parts, and what an error does to them."""
+"""The class of the parts, and what happens to a part in an error."""
 
 
 def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = None) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
     if scored:
         choosing, units, how = _sides(run, table, units, validation)
         threshold = choose_threshold(choosing, limits) if _can_choose(choosing) else math.inf
-        if threshold == math.inf:  # nothing can be judged
+        if threshold == math.inf:  # without a threshold, no part can be judged
             units = _select(units, np.zeros(len(units.image), dtype=bool))
     findings = judge(units, threshold, limits)
     verdict = overall(findings)
@@ -75,7 +76,7 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
 
 
 def require_new_parts(run: Run) -> None:
-    """Raise EchoError if the run cannot stand for new parts: it lacks cases, or its images were trained on."""
+    """Raise EchoError if the run says nothing about new parts, because it lacks cases or its images were trained on."""
     if not run.complete:
         raise EchoError(f"{run.folder} is not complete, so --gate cannot judge it; resume it with evaluation.run")
     if run.rejections:
@@ -109,13 +110,13 @@ def _can_choose(units: Units) -> bool:
 
 
 def _no_threshold(choosing: Units | None) -> list[str]:
-    """Say why no threshold could be chosen; empty if one could."""
+    """Return a sentence that says why no threshold could be chosen, if so."""
     if choosing is None or _can_choose(choosing):
         return []
     counts = _counts(choosing)
     return [
         "no part is judged, because a threshold needs good and defective parts with a P(defect); "
-        f"{counts['good']} good and {counts['defective']} defective parts were there to choose it"
+        f"it could be chosen only from {counts['good']} good and {counts['defective']} defective parts"
     ]
 
 
@@ -152,7 +153,7 @@ def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | 
     if shown is None:
         open_ones = [name for name, one in findings.items() if one.verdict == UNDECIDED]
         parts = " and ".join(f"{findings[name].parts} {WORDS[name][0]} parts" for name in open_ones)
-        return f"{verdict}: {parts} do not decide with {CONFIDENCE:.0%} confidence, {where}"
+        return f"{verdict}: {parts} are too few to decide with {CONFIDENCE:.0%} confidence, {where}"
     sign = "at most" if verdict == PASS else "more than"
     claims = " and ".join(
         f"{sign} {100 * one.limit:g}% of {WORDS[name][0]} parts are {WORDS[name][1]}" for name, one in shown.items()
@@ -161,14 +162,14 @@ def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | 
 
 
 def _more_parts(verdict: str, findings: Mapping[str, Finding], divided: bool) -> list[str]:
-    """For each undecided share, say how many further parts would settle it."""
+    """Return a sentence for each undecided share that says how many further parts would settle it."""
     if verdict != UNDECIDED:
         return []
     sentences = []
     for name, one in findings.items():
         if one.verdict == UNDECIDED:
             of_class, error = WORDS[name]
-            text = f"{one.more_without_error} more {of_class} parts to judge would pass if none of them is {error}"
+            text = f"{one.more_without_error} more judged {of_class} parts would pass if none of them is {error}"
             if one.errors and one.more_at_this_rate is not None:
                 text += f"; {one.more_at_this_rate} more would decide if {error} as often as so far"
             sentences.append(text)
@@ -181,7 +182,7 @@ def _more_parts(verdict: str, findings: Mapping[str, Finding], divided: bool) ->
 
 
 def _without_limit(units: Units, threshold: float, limits: Mapping[str, float]) -> list[str]:
-    """State the share that has no limit: a gate for false alarms alone passes if it flags nothing."""
+    """State the share that has no limit, because a gate for false alarms alone passes a run that flags nothing."""
     seen = judge(units, threshold, dict.fromkeys(WORDS, 0.5))
     return [
         f"there is no limit for {name.replace('_', ' ')}: {seen[name].errors} of {seen[name].parts} judged "
@@ -197,15 +198,15 @@ def _notes(table: PredictionTable, members: np.ndarray) -> list[str]:
     if parts < images:
         return [f"{images} images show {parts} parts; a part is flagged if any of its images is"]
     return [
-        f"each of the {images} images counts as a part of its own; if several show one part, name it in the column "
+        f"each of the {images} images counts as a separate part; if several show one part, name it in the column "
         "group and rebuild the dataset, because images of one part are not independent"
     ]
 
 
 def _unknown_training(run: Run) -> list[str]:
-    """Say that the model may have been trained on these images, if that could not be checked."""
+    """Return a sentence that the model may have been trained on these images, if that could not be checked."""
     if "dataset" not in run.provenance:
-        return ["how the model was trained is not known; the verdict holds only if it saw none of these parts"]
+        return ["it is not known how the model was trained; the verdict holds only if it saw none of these parts"]
     unknown = [one["dataset"] for one in run.provenance.get("trained_on", []) if one["photographs_trained_on"] is None]
     if not unknown:
         return []

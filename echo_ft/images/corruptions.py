@@ -43,7 +43,7 @@ JPEG_QUALITIES = (25, 18, 15, 10, 7)
 EXPOSURE_STOPS = (0.5, 1.0, 1.5, 2.0, 2.5)
 """Over- or underexposure in stops, in the half-stop steps of camera bracketing. The sign is drawn at random.
 
-ImageNet-C's brightness adds a constant instead, which no change of exposure does.
+ImageNet-C's brightness adds a constant instead, unlike a change of exposure.
 """
 
 RESOLUTION_SHARES = (0.6, 0.5, 0.4, 0.3, 0.25)

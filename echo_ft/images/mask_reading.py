@@ -83,7 +83,7 @@ def marked_pixels(image: Image.Image, what: str) -> Mask:
         return _on_ground(values, what) if marks.all() and not lossy and values.min() != values.max() else marks
     opaque: Mask = alpha > 0
     hidden = opaque & ~marks
-    says_nothing = marks.all() or not marks.any()  # the colours are the same everywhere
+    says_nothing = marks.all() or not marks.any()  # the pixels are all marked or all unmarked
     if says_nothing or (opaque.any() and hidden.sum() <= MAX_HIDDEN * opaque.sum()):
         _check_softness(alpha, None, what, "more opaque")
         return opaque
@@ -98,7 +98,7 @@ def is_lossy(image: Image.Image) -> bool:
 
 
 def _is_lossless_webp(image: Image.Image) -> bool:
-    # Pillow 13.0.0 does not report this. In the file, a VP8L chunk holds a lossless picture and a VP8 chunk a lossy
+    # Pillow (13.0.0) does not report this. In the file, a VP8L chunk holds a lossless picture and a VP8 chunk a lossy
     # one. Other chunks, such as a colour profile, may precede it
     # (https://developers.google.com/speed/webp/docs/riff_container).
     if not isinstance(image, ImageFile.ImageFile) or image.fp is None:

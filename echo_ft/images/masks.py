@@ -229,7 +229,7 @@ def outline_path(mask: Mask) -> str:
     from skimage.measure import approximate_polygon, find_contours
 
     lines = []
-    for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):  # padded, to close lines at the image border
+    for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):  # The padding closes lines at the image border.
         # Contours run through pixel centres, but whole numbers in the SVG path are pixel corners.
         points = approximate_polygon(contour, 0.4)[:-1] - 0.5
         lines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in points) + "Z")

@@ -12,7 +12,7 @@ from echo_ft.images.masks import mask_files
 from echo_ft.records import Inspection
 
 TOLERANCE = 1.0
-"""Outlines count as equal if no coordinate differs by more than this, in pixels. Tools round coordinates."""
+"""Largest difference in pixels between the coordinates of equal outlines. Annotation tools round coordinates."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images as an inspection accepts them: files, folders and images in memory, copied so that nothing can change them."""
+"""The images of an inspection: files, folders and images in memory, copied so that nothing can change them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def _png(image: Image.Image | NDArray[Any]) -> bytes:
     if not isinstance(image, Image.Image):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise EchoError(
-                f"an array of {image.dtype} with shape {image.shape} is no image; pass uint8 values of shape (height, "
+                f"an array of {image.dtype} with shape {image.shape} is not an image; pass uint8 values of shape "
+                f"(height, "
                 "width, 3) in RGB, or (height, width)"
             )
         image = Image.fromarray(image)

@@ -51,7 +51,7 @@ WORKING_SIDE = 256
 """Side in pixels at which the foreground is detected. CutPaste's lengths refer to images of this size."""
 
 MIN_EXPLAINED_VARIANCE = 0.75
-"""Otsu's two classes must explain at least this fraction of the variance to count as part and background.
+"""Otsu's two classes count as part and background only if they explain at least this fraction of the variance.
 
 The variance in question is that of the distance from the background colour. For noise and even gradients, the classes
 explain less (0.64 for a Gaussian).
@@ -110,7 +110,7 @@ def foreground(image: ImageArray) -> Mask:
     rim = np.ones(lab.shape[:2], bool)
     rim[2:-2, 2:-2] = False
     distance = np.linalg.norm(lab - np.median(lab[rim], axis=0), axis=-1)
-    if np.ptp(distance) < 1:  # not visible
+    if np.ptp(distance) < 1:  # the image has no visible structure
         return whole
     part = distance > threshold_otsu(distance)
     share = part.mean()
@@ -202,9 +202,10 @@ def perlin(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Ima
 def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
     """NSA: resize a patch of the part by 0.7 to 1.3, mirror it at random, and blend it in elsewhere (Poisson editing).
 
-    As in the paper's code, the sides are 0.03 to 0.4 of the image's. The gradients are the patch's, or the stronger of
-    the patch's and the image's. Unlike there, each image gets one patch, and the mask excludes pixels that hardly
-    changed (`CHANGE_THRESHOLD`). OpenCV's `seamlessClone` does the blending (Pérez et al. 2003).
+    As in the paper's code, the sides of the patch are 0.03 to 0.4 of the image's sides. The gradients are those of the
+    patch, or the stronger ones of patch and image. Unlike in that code, each image gets one patch, and the mask
+    excludes pixels that hardly changed (`CHANGE_THRESHOLD`). OpenCV's `seamlessClone` does the blending (Pérez et al.
+    2003).
     """
     import cv2
 
@@ -220,7 +221,7 @@ def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Im
         patch, shape = patch[:, ::-1], shape[:, ::-1]
     pasted, region = _paste(image, patch, shape, _random_corner(part, height, width, rng))
     region &= part
-    region[[0, 1, -2, -1]], region[:, [0, 1, -2, -1]] = False, False  # blended pixels need neighbours
+    region[[0, 1, -2, -1]], region[:, [0, 1, -2, -1]] = False, False  # the blending needs the neighbours of each pixel
     mode = cv2.NORMAL_CLONE if rng.random() < 0.5 else cv2.MIXED_CLONE
     rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
     if min(len(rows), len(columns)) < 5:  # OpenCV does not change the rim and fails if there is no interior

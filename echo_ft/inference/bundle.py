@@ -1,12 +1,10 @@
 """Read a bundle, which `python -m train.export` writes: the whole tuned pipeline in one folder.
 
-bundle.json     what the bundle consists of (`BundleDescription`)
-adapters/       one folder per role, and probe.json with the answers that the adapters must give
-merged/         merged models of single roles, for servers without LoRA
-processor/      the tokenizer, the chat template and the image processor
-references/     the products, their normal images and their knowledge (echo_ft.retrieval.products)
-README.md       the model card
-SHA256SUMS      the checksums of all other files; `sha256sum -c SHA256SUMS` checks them as well
+bundle.json the content of the bundle (`BundleDescription`) adapters/ one folder per role, and probe.json with the
+answers that the adapters must give merged/ merged models of single roles, for servers without LoRA processor/ the
+tokenizer, the chat template and the image processor references/ the products, their normal images and their knowledge
+(echo_ft.retrieval.products) README.md the model card SHA256SUMS the checksums of all other files; `sha256sum -c
+SHA256SUMS` checks them as well
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ class BundleDescription:
     """The content of bundle.json."""
 
     base_model: str
-    """The base model as training named it: a name on the Hugging Face Hub, or a folder."""
+    """The base model as given in training: a name on the Hugging Face Hub, or a folder."""
     base_revision: str
     base_fingerprint: str
     prompt_version: str

@@ -29,8 +29,8 @@ class Calibration:
 def load_calibration(report: Path) -> Calibration:
     """Read temperature and threshold from a report.json.
 
-    The threshold is that of the gate, the only one that is judged on parts. Without a gate, the threshold keeps the
-    share of false alarms on average over validation sets, or else has the best F1. Raises EchoError if the report has
+    The threshold is that of the gate, if there is one, because no other threshold is judged on parts. Otherwise, it is
+    the threshold that limits false alarms, or else the one with the best F1. Raises EchoError if the report has
     neither.
     """
     try:

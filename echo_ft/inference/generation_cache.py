@@ -83,7 +83,7 @@ class GenerationCache:
         # BackendError stops the run; an EchoError would fail only the case.
         with explain_full_disk(self._path.parent, RESUME_REMEDY, BackendError), open_append(self._path) as file:
             line = json.dumps(rows, ensure_ascii=False)
-            # On a new line, after a partial one that a killed process may have left.
+            # Start on a new line, because a killed process may have left a partial one.
             file.write(f"\n{hashlib.sha256(line.encode()).hexdigest()} {line}")
         self._generations |= new
 
@@ -102,7 +102,8 @@ def _read(path: Path) -> Iterator[tuple[str, Generation]]:
     with open_input(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removesuffix(b"\n")
-            digest, content = (b"", line) if line.startswith(b"{") else (line[:64], line[65:])  # older: no digest
+            # Older versions wrote no digest.
+            digest, content = (b"", line) if line.startswith(b"{") else (line[:64], line[65:])
             if digest and hashlib.sha256(content).hexdigest().encode() + b" " != line[:65] and line.endswith(b"]}"):
                 raise EchoError(f"{path}:{number} has changed since it was written; delete the file")
             try:

@@ -1,4 +1,4 @@
-"""Inspect single images: everything that the four experts need, loaded once from adapters, a bundle or a server."""
+"""Inspect single images. Everything that the four experts need is loaded once from adapters, a bundle or a server."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Result:
     answers: tuple[Prediction, ...]
     trace: tuple[Trace, ...]
     pred_boxes: tuple[boxes.Box, ...] | None = None
-    """The boxes that the decision maker names, in pixels of the upright image. They do not decide `pred_label`.
+    """The boxes from the decision maker, in pixels of the upright image. They have no influence on `pred_label`.
 
     None if it was not asked, because its dataset does not ask for boxes, or if its answer is unparsed.
     """
@@ -67,7 +67,7 @@ class Progress:
     """The experts' outputs for one image so far."""
 
     role: str
-    """The role that is at work now."""
+    """The role that is running now."""
     product: str
     questions: tuple[Question, ...]
     reference: str | None
@@ -211,7 +211,7 @@ class Inspector:
                     yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
 
     def steps(self, image: ImageInput, product: str | None = None) -> Iterator[Progress | Result]:
-        """Inspect one image, and yield what is known before each role starts to work. The result comes last.
+        """Inspect one image, and yield the outputs so far before each role starts. The result comes last.
 
         Raises EchoError as `predict` does.
         """
@@ -249,7 +249,7 @@ class Inspector:
             knowledge=tuple(Entry(condition, text) for condition, text in entries.items()),
             questions=questions,
         )
-        # Nobody knows the truth of this image. Prompts never show it, and the predictions carry empty answers.
+        # The truth of this image is not known. Prompts never show the truth, and the predictions carry empty answers.
         truth = Truth("", None, (), {question.id: "" for question in questions})
         return Case(identifier, *key, group=identifier, seen=seen, truth=truth)
 
@@ -278,7 +278,8 @@ class Inspector:
             reference=str(self.products.root / shown[0]) if len(shown) > 1 else None,
             explanation=texts["reasoning_expert"] or texts["knowledge_guide"],
             answers=tuple(replace(one, image=image) for one in outcome.predictions),
-            trace=tuple(replace(one, images=(*one.images[:-1], image)) for one in outcome.traces),  # the query is last
+            # The query is the last image.
+            trace=tuple(replace(one, images=(*one.images[:-1], image)) for one in outcome.traces),
             pred_boxes=None if found is None else tuple(boxes.to_pixels(box, size) for box in found),
         )
 
@@ -286,8 +287,8 @@ class Inspector:
 def load_tuned_model(adapters: Mapping[str, Adapter], row_builder: RowBuilder, dtype: str, where: str) -> Any:
     """Load the base model of the adapters' cards with the adapters, onto a GPU if there is one.
 
-    Checks that every adapter acts (echo_ft.inference.liveness); `where` names the adapters in messages. Raises
-    EchoError if one does not fit, or does not act as in the export that recorded its answers.
+    Checks that every adapter has its effect (echo_ft.inference.liveness). Messages refer to the adapters as `where`.
+    Raises EchoError if an adapter does not fit, or does not act as in the export that recorded its answers.
     """
     import torch
 

@@ -1,4 +1,6 @@
-"""Prove that adapters act: compare their answers to a fixed probe with those of the base model and of the export.
+"""Prove that adapters have an effect.
+
+Their answers to a fixed probe are compared with those of the base model and those recorded in the export.
 
 The export records the answers of every adapter and of the base model. It also records each adapter's answers under two
 faults that leave no other trace: applied twice, or without its weights in the vision tower. The backend must answer as
@@ -140,7 +142,7 @@ def local_backend(model: Any, row_builder: RowBuilder) -> ProbeBackend:
     from echo_ft.inference.engine import Engine
 
     def generate(role: str, probe: Exchange) -> Sequence[Generation]:
-        # A new engine each time, because an engine keeps the features of the probe's images.
+        # Each call makes a new engine, because an engine keeps the features of the probe's images.
         engine = Engine(model, row_builder, Path("/"), PROBE_TOKENS)
         with ExitStack() as stack:
             if role == BASE and engine.adapted:
@@ -243,7 +245,7 @@ def find_fault(role: str, answer: ProbeAnswer, record: ProbeRecord, base: Callab
     }
     if near:
         return faults[min(near, key=lambda name: near[name])]
-    # Another precision may move the answers further, as long as the adapter moves them much more.
+    # Another precision may change the answers by more than that, if the adapter changes them much more.
     if answer.equals(trained, ALLOWED_SHARE * record.effect(role)):
         return ""
     untuned, distance = base(), answer.distance(trained)
@@ -269,8 +271,8 @@ def _base_fault(untuned: ProbeAnswer, record: ProbeRecord) -> str:
     distance = untuned.distance(record.answers[BASE])
     by = "" if distance is None else f", by {distance:.2g} nats"
     return (
-        f"the base model itself answers otherwise than in the export{by}: it is quantized, of another precision than "
-        f"{record.dtype} or of another revision, or its chat template or image processing differs; use the base model "
+        f"the base model itself does not answer as in the export{by}: it is quantized, has another precision than "
+        f"{record.dtype} or another revision, or its chat template or image processing differs; use the base model "
         "and the processor that bundle.json names"
     )
 
@@ -278,11 +280,11 @@ def _base_fault(untuned: ProbeAnswer, record: ProbeRecord) -> str:
 def check_adapters(
     backend: ProbeBackend, roles: Sequence[str], record: ProbeRecord | None, where: str, row_builder: RowBuilder
 ) -> None:
-    """Check before the first answer that the adapter of every role acts, and say so.
+    """Check before the first answer that the adapter of every role has an effect, and log the result.
 
     With the `record` of an export, the answers must be those of the trained adapters. Without it, they are only
-    compared with the base model's. `where` names the backend in messages. Raises BackendError if an adapter does not
-    act as in the export; a warning names adapters whose answers equal the base model's.
+    compared with the base model's. Messages refer to the backend as `where`. Raises BackendError if an adapter does not
+    act as in the export. A warning lists the adapters whose answers equal the base model's.
     """
     with make_probe() as probe:
         if record is not None and probe_tokens(row_builder, probe) != record.tokens:
@@ -296,7 +298,7 @@ def check_adapters(
             if not asked:
                 try:
                     asked.append(answer_probe(backend, BASE, probe))
-                except EchoError:  # a server may serve the adapters only
+                except EchoError:  # a server may serve only the adapters
                     asked.append(None)
             return asked[0]
 
@@ -325,7 +327,7 @@ def _report(where: str, roles: Sequence[str], silent: Sequence[str], unknown: Se
     if silent:
         LOGGER.warning(
             f"{where}: the base model gives the same answers to the probe as the adapters of {', '.join(silent)}: "
-            "they have hardly any effect; train longer, or see that their weights are not zero"
+            "they have hardly any effect; train longer, or check that their weights are not zero"
         )
     if unknown:
         LOGGER.warning(

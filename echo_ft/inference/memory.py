@@ -31,18 +31,18 @@ class RunShape:
     images: int
     max_pixels: int
     prefix_text: int
-    """Tokens of the prefix besides the images."""
+    """Number of tokens in the prefix, without those of the images."""
     branches: int
     branch_tokens: int
     max_new_tokens: int
     max_batch_tokens: int | None
 
     def prefix(self, image_tokens: int) -> int:
-        """Tokens of a prefix, if an image has `image_tokens`."""
+        """Number of tokens in a prefix, if an image has `image_tokens`."""
         return self.images * image_tokens + self.prefix_text
 
     def together(self, image_tokens: int) -> int:
-        """Exchanges that run together within max_batch_tokens, at least one."""
+        """Return how many exchanges run together within max_batch_tokens (at least one)."""
         if self.max_batch_tokens is None:
             return self.exchanges
         cached = self.branches * (self.prefix(image_tokens) + self.branch_tokens + self.max_new_tokens)
@@ -51,12 +51,12 @@ class RunShape:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """Bytes that a run takes on one GPU."""
+    """Memory that a run takes on one GPU, in bytes."""
 
     weights: int
     adapters: int
     features: int
-    """Features of recent images, and of the images that an ablation keeps."""
+    """Memory of the features of recent images, and of those that an ablation keeps."""
     prefill: int
     """The peak while prefixes run, with the caches of all prefixes."""
     decode: int
@@ -70,7 +70,7 @@ class RunEstimate:
 
 
 def image_tokens(model: Any, max_pixels: int) -> int:
-    """Visual tokens of an image of `max_pixels`."""
+    """Number of visual tokens of an image of `max_pixels`."""
     vision = model.config.vision_config
     return int(max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
 
@@ -78,7 +78,9 @@ def image_tokens(model: Any, max_pixels: int) -> int:
 def estimate_run(
     model: Any, adapter_parameters: int, shape: RunShape, width: int, features_bytes: int = 0
 ) -> RunEstimate:
-    """Memory of a run of `model`, a Qwen2-VL on the meta device without adapters, at `width` bytes per value.
+    """Estimate the memory of a run.
+
+    `model` is a Qwen2-VL on the meta device without adapters, and each value takes `width` bytes.
 
     `adapter_parameters` counts the parameters of one role's adapter; 0 means no adapters. `features_bytes` is the size
     of the image features that an ablation keeps. With hidden size h and MLP size f, a prefix token in a layer needs 3f
@@ -111,7 +113,7 @@ def estimate_run(
 def run_report(
     model: Any, adapter_parameters: int, shapes: Mapping[str, RunShape], width: int, features_bytes: int = 0
 ) -> str:
-    """The estimates for a run with adapters, one line per role, and for the base model, as text for a terminal.
+    """Return the estimates as text for a terminal: a line per role for a run with adapters, and one for the base model.
 
     The arguments are those of `estimate_run`; `shapes` has the largest batch of each role.
     """
@@ -126,7 +128,8 @@ def run_report(
         [
             align_columns(rows),
             "",
-            f"The base model without adapters needs {format_gib(base)} GiB. Estimated, not measured on a GPU. The",
+            f"The base model without adapters needs {format_gib(base)} GiB. All figures are estimates, not measured on "
+            f"a GPU. The",
             "total has the larger of prefill and decode. features: of recent images and those that an ablation keeps.",
         ]
     )

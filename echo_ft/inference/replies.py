@@ -1,4 +1,4 @@
-"""Replies of a chat server: bounded in size, and checked for the types that later code relies on."""
+"""Replies of a chat server. Their size is limited, and the types of their fields are checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import openai
 
 from echo_ft.records import LETTERS
 
-# openai 2 sends requests with httpx, and openai 3 (3.54) with its fork httpx2, which has classes of its own.
+# openai 2 sends requests with httpx, and openai 3 (3.54) with its fork httpx2, which has different classes.
 _HTTP: Any = sys.modules[openai.DefaultAsyncHttpxClient.__mro__[1].__module__]
 
 MAX_REPLY_BYTES = 2**24
@@ -24,7 +24,7 @@ MAX_LOGPROB = 1e-3
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer of a server, with the types that later code relies on."""
+    """The answer of a server. The types of its fields were checked."""
 
     text: str
     letters: dict[str, float]
@@ -65,7 +65,7 @@ class _BoundedStream(_HTTP.AsyncByteStream):  # type: ignore[misc]
 def read_completion(reply: Any) -> Completion:
     """Return a chat completion, whose types the openai package (2.x) does not check.
 
-    Raises ReplyError, or whatever Python raises for a missing field.
+    Raises ReplyError, or Python's own error for a missing field.
     """
     choice, usage = reply.choices[0], reply.usage
     text = "" if choice.message.content is None else choice.message.content

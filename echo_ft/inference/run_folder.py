@@ -1,4 +1,4 @@
-"""The folder of an evaluation run, which can be interrupted at any time and resumed, and never mixes two runs.
+"""The folder of an evaluation run. A run can be interrupted at any time and resumed, and a folder never mixes two runs.
 
 A single process writes directly to the run's files. Several processes write one shard each. The first process merges
 the shards when all are done, or when the run is resumed with any number of processes.
@@ -117,11 +117,11 @@ class RunFolder:
     def close(self) -> None:
         """Close all files and release the folder."""
         for file in (*self._files.values(), *reversed(self._locks)):
-            with suppress(OSError):  # closing repeats a write that failed, and whose error has been raised
+            with suppress(OSError):  # closing repeats a failed write, whose error has been raised already
                 file.close()
 
     def batches(self, size: int) -> list[Sequence[Case]]:
-        """Return this process's share of the batches that are not done yet.
+        """Return the unfinished batches that this process should run.
 
         Cases are batched in dataset order, `size` at a time, and a batch with any missing case is rerun as a whole. The
         lowest bits of an answer depend on the rest of its batch. With fixed batches, results depend neither on where
@@ -159,7 +159,7 @@ class RunFolder:
         Raises EchoError if the disk is full.
         """
         if self.processes.count > 1:
-            for file in (*self._files.values(), self._locks.pop()):  # of this process's shard
+            for file in (*self._files.values(), self._locks.pop()):  # the handles of this process's shard
                 file.close()
             self.processes.wait()
         if self.processes.first:
@@ -183,7 +183,7 @@ class RunFolder:
         done = self._merge_shards(include_failed=False)
         self._write_description(complete=len(done) == len(self.cases))
         if self.processes.count > 1 and len(done) < len(self.cases):
-            self._record_notes()  # on behalf of all processes
+            self._record_notes()  # the first process does this for all processes
         return done
 
     def _record_notes(self) -> None:

@@ -148,7 +148,7 @@ class Server:
             except EchoError as error:
                 if isinstance(error, BackendError) or not self._extra:
                     raise
-                self._extra = {}  # the server may have rejected this field
+                self._extra = {}  # the server may have rejected the extra field, so try without it
                 (reply,) = await self._complete(model, exchange, encoded, limit=1, logprobs=True)
             has_logprobs = has_logprobs and reply.has_logprobs
         return has_logprobs
@@ -191,7 +191,7 @@ class Server:
 
     def _data_url(self, image: Image.Image) -> str:
         """Resize an image with the processor, and return it as a PNG in a data URL."""
-        self.row_builder.grid(*image.size)  # raises EchoError for an elongated image
+        self.row_builder.grid(*image.size)  # this raises EchoError for an image that is too elongated
         processor, merge = self.row_builder.image_processor, self.row_builder.merge
         inputs = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
         (_, rows, columns), patch = inputs["image_grid_thw"][0], processor.patch_size

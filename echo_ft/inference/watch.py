@@ -69,7 +69,7 @@ class FolderWatch:
             present = {path.name for path in list_folder(folder)}
             rows = [row for row in read_complete_rows(self._state, InspectedFile) if row.image in present]
             self._done = {row.image: (row.size, row.modified) for row in rows}
-            write_jsonl(self._state, rows)  # without a line that a crash has cut
+            write_jsonl(self._state, rows)  # this leaves out a line that a crash has cut off
             self._file: TextIO = open_append(self._state)
         except OSError as error:
             raise EchoError(
@@ -88,8 +88,8 @@ class FolderWatch:
     def images(self) -> Iterator[tuple[Path, str | None]]:
         """Yield each finished image, oldest first, with the reason if it is unreadable. Waits for new ones forever.
 
-        An image is done when the next one is asked for. If the caller stops before that, the image is yielded again
-        after a restart. Raises EchoError if the folder cannot be read.
+        An image is done when the caller asks for the next one. If the caller stops before that, the image is yielded
+        again after a restart. Raises EchoError if the folder cannot be read.
         """
         while True:
             for path, version, error in self._finished():
@@ -104,7 +104,7 @@ class FolderWatch:
                 continue
             try:
                 stat = path.stat()
-            except OSError:  # deleted in the meantime
+            except OSError:  # the file was deleted in the meantime
                 continue
             version = stat.st_size, stat.st_mtime_ns
             names.add(path.name)
@@ -179,10 +179,11 @@ def post(
                 )
         if waited >= patience:
             raise EchoError(
-                f"the webhook {url} did not take a result for {patience:g} s ({problem}); start it and rerun the same "
+                f"the webhook {url} did not accept a result for {patience:g} s ({problem}); start it and rerun the "
+                f"same "
                 "command, which inspects that image again"
             )
         if waited == 0:
-            LOGGER.warning(f"the webhook {url} does not take results ({problem}); repeating for {patience:g} s")
+            LOGGER.warning(f"the webhook {url} does not accept results ({problem}); repeating for {patience:g} s")
         sleep(wait)
         waited, wait = waited + wait, min(2 * wait, 30.0)

@@ -1,6 +1,6 @@
 """Find images that show the same surface: copies, altered copies, and the same part under different light.
 
-Images of one product look alike, so plain similarity says little. The search has three steps for each query. A
+Images of one product look alike, so plain similarity is not enough. The search has three steps for each query. A
 perceptual hash finds the training images that have the most similar crops (`echo_ft.leakage.perceptual_hash`). These
 candidates are aligned with the query to a fraction of a pixel. Then details such as texture, scratches and sensor grain
 are compared where the product has little structure: first directly, then beyond what the other candidates explain. Two
@@ -45,7 +45,8 @@ MIN_SIMILARITY, MIN_EXCESS = 0.6, 0.7
 """Thresholds of `similarity` and `excess` for two images of the same surface; see `evidence`."""
 
 MIN_PRODUCT_IMAGES = 3
-"""Fewest other candidates that can show how alike a product's parts are. With fewer, all candidates are used."""
+"""Smallest number of other candidates that can show how similar a product's parts are. With fewer, all candidates are
+used."""
 
 MIN_USABLE_SHARE = 0.05
 """Smallest usable fraction of an image. Below it, clipped and flat pixels are compared as well."""
@@ -83,9 +84,9 @@ class _Query:
 def find_matches(training: Sequence[Path], products: Sequence[str], queries: Sequence[Path]) -> list[Match]:
     """Find all pairs of a training image and a query that show the same surface, in the order of the queries.
 
-    `products` holds the product of each training image, which shows how alike two parts of one product are. Files with
-    equal content match without a comparison. Memory use grows by only about 100 bytes per file, and by 20 MB for each
-    product with more than NEAREST_HASHES images.
+    `products` holds the product of each training image. Other parts of a product show how similar two of its parts are.
+    Files with equal content match without a comparison. Memory use grows by only about 100 bytes per file, and by 20 MB
+    for each product with more than NEAREST_HASHES images.
 
     Raises EchoError if an image is missing or cannot be read, because only an image that was compared can count as
     clean.
@@ -151,7 +152,7 @@ def evidence(detail: _Array, unclipped: _Array, candidates: _Array, products: Se
     candidates, which is near 0 for two different parts. The second is half the margin, in Fisher's z, between the
     similarity and that of the least similar third of the product's other candidates. It remains high if several
     candidates show the same part and therefore explain each other. Both scores are relative: if a product has fewer
-    than about ten images, different parts of it may pass for the same part.
+    than about ten images, its parts may be mistaken for one another.
     """
     similarity = np.array([_agreement(detail, candidate) for candidate in candidates], np.float32)
     weight = unclipped if unclipped.mean() >= MIN_USABLE_SHARE else np.ones_like(unclipped)

@@ -40,7 +40,7 @@ NEAREST_HASHES = 256
 EXTRA_CANDIDATES = 128
 """Extra images from products with more than NEAREST_HASHES images, ranked by whitened similarity.
 
-In products this large, many other images have a plain hash closer to a crop's than the image it was cut from.
+In such a large product, the plain hashes of many images are closer to that of a crop than the hash of its own image.
 """
 
 WHITENING_SAMPLES = 256

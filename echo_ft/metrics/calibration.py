@@ -21,7 +21,8 @@ from echo_ft.metrics.metric_values import json_number, metric_interval
 from echo_ft.metrics.prediction_table import PredictionTable
 
 TEMPERATURE_BOUNDS = (0.01, 100.0)
-"""Limits of `fit_temperature`. It returns the first if scores separate the classes, the second if they are useless."""
+"""Limits of `fit_temperature`. It returns the lower limit if the scores separate the classes, and the upper one if they
+are useless."""
 
 RELIABILITY_BINS = 10
 """Number of equal-width probability bins in `reliability`."""
@@ -163,9 +164,9 @@ def false_alarm_threshold(negatives: np.ndarray, share: float) -> float | None:
 
     This is the split conformal threshold (Vovk et al., "Algorithmic Learning in a Random World", 2005). It lies just
     above the score of rank ceil((n + 1) (1 - share)) of the n `negatives`. The probability holds for any distribution
-    of scores if all negatives are independent draws from it, which images of one part are not. It is an average over
-    draws of `negatives`, not a bound for those at hand; `echo_ft.gate` gives such a bound for parts. At most the same
-    share of `negatives` reaches it. Return None if n is too small for the share.
+    of scores if all negatives are independent draws from it. Images of one part are not independent. The probability is
+    an average over draws of `negatives`, not a bound for the given ones; `echo_ft.gate` gives such a bound for parts.
+    At most the same share of `negatives` reaches it. Return None if n is too small for the share.
     """
     rank = math.ceil((len(negatives) + 1) * (1 - share) - 1e-9)  # 20 * (1 - 0.05) is slightly more than 19
     return float(np.nextafter(np.sort(negatives)[rank - 1], math.inf)) if rank <= len(negatives) else None
@@ -180,7 +181,7 @@ def best_f1_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
 
     precision, recall, thresholds = precision_recall_curve(positive, scores)
     ratios = intervals.ratio(2 * precision * recall, precision + recall)
-    f1 = np.nan_to_num(ratios)[:-1]  # the last point has no threshold
+    f1 = np.nan_to_num(ratios)[:-1]  # the last point of the curve has no threshold
     return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
 
 

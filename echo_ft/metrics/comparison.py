@@ -245,7 +245,7 @@ def compared_part_counts(table: PredictionTable) -> dict[str, int]:
 
 
 def headline(table: PredictionTable) -> str:
-    """Return the figure that sums up a run: MMAD's average, or that of the other types if no type is MMAD's."""
+    """Return the figure that sums up a run: MMAD's average, or that of the other types if there are no MMAD types."""
     return AVERAGE if (table.type_index >= 0).any() else OTHER_AVERAGE
 
 

@@ -1,8 +1,8 @@
 """Detection of defects: AUROC, recall, specificity and average precision, and false alarms and escapes, from 0 to 1.
 
 The answers to Anomaly Detection questions are the decisions, and P(defect) is the score. A false alarm is a good image
-or part that is flagged, and an escape is a defective one that is not. A part is flagged if any of its images is, and it
-is defective if any of its images shows a defect.
+or part that is flagged, and an escape is a defective one that is not flagged. A part is flagged if any of its images
+is, and it is defective if any of its images shows a defect.
 
 Shapes: R resamples, N images, M units (images or parts). Weights (R, N) are the number of times that each image is
 drawn.
@@ -28,7 +28,7 @@ FLAGGED_FROM = 0.5
 
 @dataclass(frozen=True)
 class Units:
-    """Images or parts: whether each is defective, and how certain its defect is."""
+    """Images or parts, each with its class and its score."""
 
     image: np.ndarray
     """(M,): one image of each unit. Its weight is the unit's weight, because images of a part are drawn together."""
@@ -133,7 +133,7 @@ def average_precision(table: PredictionTable, members: np.ndarray) -> float | No
     truth = table.defective[scored]
     if not 0 < truth.sum() < len(truth):
         return None
-    from sklearn.metrics import average_precision_score  # takes seconds to import
+    from sklearn.metrics import average_precision_score  # this import takes seconds
 
     return float(average_precision_score(truth, table.defect_scores[scored]))
 
@@ -177,7 +177,7 @@ def detection_units(table: PredictionTable, scores: np.ndarray, members: np.ndar
 
 
 def alarm_rates(units: Units, weights: np.ndarray, threshold: float = FLAGGED_FROM) -> dict[str, np.ndarray]:
-    """Return the shares `false_alarms`, of good units that are flagged, and `escapes`, of defective ones that are not.
+    """Return `false_alarms`, the share of good units flagged, and `escapes`, the share of defective units not flagged.
 
     Both are (R,). Units are flagged if their score reaches the threshold.
     """

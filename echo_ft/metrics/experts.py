@@ -145,7 +145,7 @@ def mean_over_groups(
 ) -> dict[str, Any]:
     """Return the unweighted mean of the groups' shares of correct outputs, its interval, and its chance level.
 
-    Parts are resampled within their group, so no resample leaves a group empty. Each group costs one degree of freedom.
+    Parts are resampled within their group, so no resample leaves a group empty. Each group takes one degree of freedom.
     Resamples of n parts underestimate the standard deviation by a factor of sqrt(1 - 1 / n), which matters for groups
     of few parts and is corrected per group. A group of one part shows no variation, so there is no interval if any
     group has only one.

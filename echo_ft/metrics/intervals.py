@@ -72,7 +72,7 @@ def percentile_interval(
     acceleration = np.nan_to_num(skewness) / 6
     drawn = np.maximum(units, 2)
     reach = t.ppf((1 + level) / 2, drawn - 1) / np.sqrt(1 - 1 / drawn)
-    ordered = np.sort(values, axis=0)  # nan comes last
+    ordered = np.sort(values, axis=0)  # this puts nan last
     last = np.maximum((~np.isnan(values)).sum(axis=0) - 1, 0)
     ends = []
     for z in (acceleration - reach, acceleration + reach):
@@ -85,7 +85,7 @@ def percentile_interval(
     low, high = ends
     span = np.take_along_axis(ordered, np.asarray(last)[None], axis=0)[0] - ordered[0]
     exact = bounds[1] * (1 - ((1 - level) / 2) ** (1 / np.maximum(units, 1))) / classes
-    margin = np.where(span < 1e-9 * bounds[1], exact, 0.0)  # the span is nan, and this 0, if all values are nan
+    margin = np.where(span < 1e-9 * bounds[1], exact, 0.0)  # if all values are nan, so is the span, and the margin is 0
     lowest, highest = np.minimum(low, bounds[0]), np.maximum(high, bounds[1])
     return np.stack([np.maximum(low - margin, lowest), np.minimum(high + margin, highest)])
 

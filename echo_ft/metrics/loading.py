@@ -26,15 +26,15 @@ TRAINED_APART = {
     "by_dataset": "across datasets",
     "by_condition": "across defects",
 }
-"""Splits of a build that hold out more than parts, and the protocol that a run on their test split follows."""
+"""Splits of a build that hold out more than parts, each with the protocol of a run on its test split."""
 
 NOT_AUDITED = "not audited"
-"""Stated in a protocol if data_prep.audit has not compared the training data with the run's dataset."""
+"""Part of a protocol if data_prep.audit has not compared the training data with the run's dataset."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder, or of a file of answers made elsewhere."""
+    """The content of a run folder, or of a file of answers from another program."""
 
     folder: Path
     """Path of the folder or file."""
@@ -70,8 +70,8 @@ def load_run(folder: Path) -> Run:
     known = [one for one in predictions if one.condition != UNLABELLED]
     if not known:
         raise EchoError(
-            f"{rows} has only answers about images without a condition, so there is nothing to score; read them there, "
-            "or run another split"
+            f"{rows} has only answers about images without a condition, so there is nothing to score; read the answers "
+            "in that file, or run another split"
         )
     warnings = [*incomplete, *_unlabelled_warnings(predictions, known), *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)
@@ -80,10 +80,11 @@ def load_run(folder: Path) -> Run:
 
 
 def load_answers(path: Path, questions: Path | None = None) -> tuple[Run, GivenAnswers]:
-    """Load a file of answers made elsewhere; return it as a run, and the answers themselves.
+    """Load a file of answers from another program. Return it as a run, and the answers themselves.
 
     The file is in MMAD's format, JSON lines as `answer_files.plain` describes, or one that RobustMAD's authors publish.
-    The last format needs the `questions`. Raises EchoError if the file is damaged or none of its rows can be scored.
+    The last format needs RobustMAD's `questions`. Raises EchoError if the file is damaged or none of its rows can be
+    scored.
     """
     given = _read_given(path, questions)
     if not given.predictions:
@@ -106,7 +107,7 @@ def _split_off_boxes(predictions: Sequence[Prediction]) -> tuple[list[Prediction
 
 
 def write_as_run(folder: Path, run: Run) -> None:
-    """Write answers made elsewhere into `folder` as a run that `load_run` reads."""
+    """Write answers from another program into `folder` as a run that `load_run` reads."""
     answers = [*run.predictions, *run.grounding]
     counts = {"cases": len({one.case for one in answers}), "questions": len(answers)}
     write_jsonl(folder / "predictions.jsonl", answers)
@@ -170,7 +171,7 @@ def _incomplete_warnings(provenance: Mapping[str, Any], predictions: Sequence[Pr
 
 
 def _unlabelled_warnings(predictions: Sequence[Prediction], known: Sequence[Prediction]) -> list[str]:
-    """Say how many answers about images without a condition are left out."""
+    """Return a warning with the number of answers about images without a condition, which are left out."""
     left_out = len(predictions) - len(known)
     images = {one.case for one in predictions} - {one.case for one in known}
     text = f"{left_out} answers about {len(images)} images without a condition are left out of all scores"
@@ -215,10 +216,10 @@ def describe_protocol(run: Run) -> str:
     """
     provenance = run.provenance
     if "dataset" not in provenance:
-        return "unknown training data: the answers were made elsewhere"
+        return "unknown training data: the answers come from another program"
     manifest = _manifest(provenance["dataset"], provenance.get("dataset_fingerprint"))
     sources = provenance.get("trained_on")
-    if sources is None:  # an older run
+    if sources is None:  # an older version wrote run.json without this field
         sources = [card for card in provenance.get("adapters", {}).values() if "dataset_fingerprint" in card]
     training = dict.fromkeys(_training(source, provenance, manifest) for source in sources)
     return f"{' and '.join(training) or 'not trained'}; {_references(provenance, manifest)}"
@@ -241,7 +242,7 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest
     if source["dataset_fingerprint"] == here:
         own = "MMAD's own images" if manifest.get("source") == "mmad" else "the dataset's own images"
         apart = TRAINED_APART.get(manifest.get("config", {}).get("split"))
-        name = apart if apart and provenance.get("split") == "test" else f"trained on a share of {own}"
+        name = apart if apart and provenance.get("split") == "test" else f"trained on a part of {own}"
         audits = manifest.get("audits", {})
     else:
         name = f"across datasets, trained on {source['dataset']}"
@@ -259,4 +260,4 @@ def _references(provenance: Mapping[str, Any], manifest: Mapping[str, Any]) -> s
     if manifest.get("source") != "mmad":
         return shown
     named = method == "retrieved" and count == 1 and config.get("named_references")
-    return "MMAD's 1-shot, with the reference that MMAD names" if named else f"{shown} instead of MMAD's 1-shot"
+    return "MMAD's 1-shot, with the reference that MMAD gives" if named else f"{shown} instead of MMAD's 1-shot"

@@ -31,14 +31,14 @@ ALARM_METRICS = {
     "False alarms by P(defect), parts": ("p_defect", "parts", "false_alarms"),
     "Escapes by P(defect), parts": ("p_defect", "parts", "escapes"),
 }
-"""Names of false alarms and escapes in comparisons, and where `detection.score_alarms` holds each."""
+"""Names of false alarms and escapes in comparisons, and the place of each in the result of `detection.score_alarms`."""
 
 MIN_PARTS = 5
 """Smallest number of parts for which a metric has an interval."""
 
 
 def class_count(metric: str) -> int:
-    """Number of accuracies that a metric averages: 2 if it weights normal and defective images equally, else 1."""
+    """Count the accuracies that a metric averages: 2 if normal and defective images have equal weight, else 1."""
     return 2 if metric in (QUESTION_TYPES[DETECTION_INDEX], "balanced_accuracy") else 1
 
 
@@ -55,7 +55,7 @@ def json_interval(low: float | None, high: float | None) -> list[float] | None:
 def metric_interval(
     values: np.ndarray, parts: int, metric: str = "", difference: bool = False, percent: bool = False
 ) -> list[float] | None:
-    """Return the 95% interval of a metric with the resampled `values` (R,), which rest on this number of `parts`.
+    """Return the 95% interval of a metric with the resampled `values` (R,), which come from this number of `parts`.
 
     `metric` is the name of a column of the strict table, of one of ALARM_METRICS or of a detection metric. All other
     metrics are fractions from 0 to 1, or percentages with `percent`. `difference` is true if the value is the

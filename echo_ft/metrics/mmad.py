@@ -40,7 +40,7 @@ class Answer:
 def parse_answer(text: str, options: dict[str, str]) -> str:
     """Return the option letter that MMAD's parser reads from an answer. It always finds one, even in unrelated text.
 
-    It takes the last capital A to E that is a word of its own, including the article "A". Without one, it takes the
+    It takes the last capital A to E that stands alone as a word, including the article "A". Without one, it takes the
     option whose text difflib considers closest, however distant that is.
     """
     letters = re.findall(r"\b([A-E])\b", text)
@@ -145,7 +145,7 @@ def _answer(row: Any, where: str) -> Answer:
     fields = question if isinstance(question, dict) else {"text": question}
     text, options = fields.get("text", ""), fields.get("options") or {}
     if not isinstance(options, dict) or not all(isinstance(one, str) for one in (text, *options.values())):
-        raise EchoError(f"{where}: 'question' must be a text, or an object with text and options")
+        raise EchoError(f"{where}: 'question' must be a string, or an object with text and options")
     return Answer(row["image"], kind, row["correct_answer"], row["gpt_answer"], text, options)
 
 

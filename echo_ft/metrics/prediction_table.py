@@ -18,7 +18,7 @@ from echo_ft.metrics import intervals
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 
 MISSPELT = 0.9
-"""The difflib similarity from which a question type counts as a misspelling of another. MMAD's own types reach 0.76
+"""The difflib similarity above which a question type counts as a misspelling of another. MMAD's own types reach 0.76
 with each other."""
 
 
@@ -151,7 +151,7 @@ def arrange_predictions(predictions: Sequence[Prediction]) -> PredictionTable:
     )
 
 
-@lru_cache  # a run has few question types, and many questions
+@lru_cache  # a run has many questions, but few question types
 def misspelt_type(kind: str) -> str | None:
     """Return the MMAD type that `kind` seems to misspell; None if it is spelt correctly or resembles none."""
     folded = {known.casefold(): known for known in QUESTION_TYPES}
@@ -160,17 +160,17 @@ def misspelt_type(kind: str) -> str | None:
 
 
 def image_key(prediction: Prediction) -> tuple[str, str, str, str]:
-    """The image of a prediction as (dataset, product, condition, image), as in `PredictionTable.images`."""
+    """Return the image of a prediction as (dataset, product, condition, image), as in `PredictionTable.images`."""
     return prediction.dataset, prediction.product, prediction.condition, prediction.image
 
 
 def is_correct(prediction: Prediction) -> bool:
-    """Whether the parsed answer is the true option."""
+    """Return whether the parsed answer is the true option."""
     return prediction.error is None and prediction.parsed == prediction.answer
 
 
 def p_defect(prediction: Prediction) -> float | None:
-    """Probability of the option that states a defect; None if it is unknown.
+    """Return the probability of the option that states a defect; None if it is unknown.
 
     The true answer identifies this option. It is the correct one for a defective image and, if there are two options,
     the other one for a normal image.

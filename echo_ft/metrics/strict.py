@@ -5,7 +5,7 @@ and on defective images. Question types that a dataset does not have are left ou
 resampling physical parts with all their images and questions (`echo_ft.metrics.intervals`). The resamples are
 stratified by dataset and by the classes that a part shows, so no resample lacks a class (`PredictionTable.weights`).
 
-Question types that are not MMAD's have scores of their own (`other_type_report`) and enter none of MMAD's tables.
+Question types that are not MMAD's are scored separately (`other_type_report`) and do not enter MMAD's tables.
 
 Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 question types. Weights (R, N) are the number of
 times that each image is drawn. One row of ones gives the scores themselves, so scores and intervals share their code.

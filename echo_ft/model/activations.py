@@ -32,7 +32,7 @@ class BatchShape:
     text_tokens: int
     label_tokens: int
     distinct_images: int
-    """Images of the whole batch. The rows of a case show the same images, which are encoded once."""
+    """Number of images in the whole batch. The rows of a case show the same images, which are encoded once."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ActivationBytes:
     full: int
     """What the forward pass keeps for the backward pass, without gradient checkpointing."""
     inputs: int
-    """The same with checkpointing: the input of every layer, and the tensors between and after the layers."""
+    """What it keeps with checkpointing: the input of every layer, and the tensors between and after the layers."""
     layer: int
     """With checkpointing: all activations of the largest layer, while it is recomputed."""
     backward: int
@@ -52,17 +52,17 @@ class ActivationBytes:
     """16-bit copies of trained float32 weights, which autocast keeps until the end of the forward pass."""
 
     def total(self, checkpointing: bool) -> int:
-        """The peak with or without gradient checkpointing: in the last layer's backward pass, or in the LM head."""
+        """Return the peak with or without checkpointing: in the last layer's backward pass, or in the LM head."""
         if checkpointing:
             return self.inputs + max(self.layer + self.backward, self.copies + self.logits)
         return self.full + self.copies + max(self.backward, self.logits)
 
 
 def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int | None = None) -> ActivationBytes:
-    """Activation memory of an adapted Qwen2-VL with `echo_ft.model.attention`, at `width` bytes per value.
+    """Return the activation memory of an adapted Qwen2-VL with `echo_ft.model.attention`, at `width` bytes per value.
 
     `stream` is the width of the residual stream and of the norms' outputs, by default `width`. With float32 weights
-    under 16-bit autocast it is 4: the linear layers alone compute in 16 bits.
+    under 16-bit autocast it is 4, because only the linear layers compute in 16 bits.
 
     A language model layer with hidden size h and MLP size f keeps, per token:
     - 8h + 8 bytes for the two RMSNorms, each with a float32 copy and a factor
@@ -96,7 +96,7 @@ def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int 
     embed, mlp = vision.embed_dim, vision.embed_dim * vision.mlp_ratio
     block = patches * (8 * embed + width * (6 * embed + 2 * mlp) + _FP32 * vision.num_heads)
     merger = patches * (_FP32 * embed + width * embed) + trained["merger"]
-    ends = tokens * _FP32 * hidden + masks  # the last norm, and the masks themselves
+    ends = tokens * _FP32 * hidden + masks  # these are the bytes of the last norm and of the masks
 
     layer_count, depth = text.num_hidden_layers, vision.depth
     full = layer_count * decoder + trained["language model"] + ends
@@ -118,9 +118,9 @@ def estimate_activations(model: Any, batch: BatchShape, width: int, stream: int 
 
 
 def _backward_bytes(model: Any, width: int, stream: int) -> int:
-    """Bytes per token that a language model layer holds in addition to its activations during its backward pass.
+    """Count the bytes per token that a language model layer needs during its backward pass, besides its activations.
 
-    With hidden size h and MLP size f, the larger of two peaks counts:
+    With hidden size h and MLP size f, this is the larger of two peaks:
     - The end of its second forward pass: the last product of SwiGLU, the gradient of the layer's output, and the
       tensors that the layer is about to return, 4h in all.
     - The backward pass of SwiGLU: three gradients of f values and one of h. The memory that the down projection kept is
@@ -133,12 +133,12 @@ def _backward_bytes(model: Any, width: int, stream: int) -> int:
 
 
 def _trained_layer_bytes(model: Any, width: int, stream: int, only: str = "") -> dict[str, int]:
-    """Bytes per token or patch that the LoRA layers and trained layers of each part keep.
+    """Count the bytes per token or patch that the LoRA layers and trained layers of each part keep.
 
     A LoRA layer keeps r values and its input. With dropout, the input is a copy, and each value has a byte for the
     mask. A trained linear layer keeps its input, and a trained norm the values that it scales. Layers with the same
-    input share it, unless dropout or a conversion from `stream` to `width` copies it. With `only`, count just the
-    layers whose names end with it.
+    input share it, unless dropout or a conversion from `stream` to `width` copies it. If `only` is given, count just
+    the layers whose names end with it.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -170,9 +170,9 @@ def _trained_layer_bytes(model: Any, width: int, stream: int, only: str = "") ->
 
 
 def _autocast_copies(model: Any, width: int, stream: int) -> int:
-    """Bytes of the copies at `width` that 16-bit autocast makes of trained float32 weights in linear layers.
+    """Count the bytes of the copies at `width` that 16-bit autocast makes of trained float32 weights in linear layers.
 
-    TRL's fused LM head converts its weights a tile at a time.
+    TRL's fused LM head converts its weights one tile at a time.
     """
     import torch
 

@@ -14,7 +14,7 @@ from echo_ft.errors import EchoError
 from echo_ft.inputs import read_json_object
 
 PATTERN_SECONDS = 10
-"""Time that the patterns of an adapter may take on all names of modules. Usual ones take milliseconds."""
+"""Time limit for matching the patterns of an adapter with all module names. Usual patterns take milliseconds."""
 
 _MATCH_ALL = """
 import json, re, sys
@@ -24,11 +24,11 @@ for pattern in patterns:
         re.fullmatch(pattern, name)
         re.match(rf"(.*\\.)?({pattern})$", name)
 """
-"""What PEFT (0.21) does with the patterns of an adapter, in a process of its own, which can be stopped."""
+"""This code matches patterns as PEFT (0.21) does. It runs in its own process, which can be stopped."""
 
 
 def adapter_layers(model: Any) -> list[Any]:
-    """The modules of `model` that PEFT has replaced."""
+    """Return the modules of `model` that PEFT has replaced."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -52,7 +52,7 @@ def switched_off(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def act_when_switched_on(model: Any, role: str) -> None:
-    """Make an aLoRA act on all tokens that it is given, as a LoRA does; the engine switches it on after the prefix.
+    """Make an aLoRA act on all tokens of its input, as a LoRA does; the engine switches it on after the prefix.
 
     PEFT (0.21) would look for the invocation tokens in every call, and find none when the engine decodes.
     """

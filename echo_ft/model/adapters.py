@@ -49,7 +49,7 @@ class AdapterCard:
     dataset: str
     dataset_fingerprint: str
     routing: str
-    """Which experts the dataset's rows consult for each question type."""
+    """The experts that the dataset's rows consult for each question type."""
     versions: dict[str, str]
     commit: str
     leaks: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class AdapterCard:
     synthetic: dict[str, int] = field(default_factory=dict)
     """Number of training images with a synthetic defect, per method."""
     upstream: str = "gold"
-    """Which outputs of earlier roles the dataset's rows show: `gold` or `predicted`."""
+    """The outputs of earlier roles in the dataset's rows: `gold` or `predicted`."""
     quantization: str = ""
     """`4bit` or `8bit` if training quantized the base model; runs and exports load it unquantized."""
     mask_loss: float = 0.0
@@ -83,11 +83,11 @@ class Adapter:
     path: Path
     card: AdapterCard
     fingerprint: str
-    """Hash of the full ADAPTER_FILES. It identifies the adapter; the card only says how it was trained."""
+    """Hash of the complete ADAPTER_FILES. It identifies the adapter; the card only describes its training."""
 
 
 def audit_leaks(dataset: Dataset) -> dict[str, str]:
-    """Leaks that data_prep.audit found, keyed by the fingerprint of the dataset that `dataset` overlaps."""
+    """Return the leaks that data_prep.audit found, keyed by the fingerprint of the dataset that `dataset` overlaps."""
     return {name: found["verdict"] for name, found in dataset.manifest.get("audits", {}).items() if found["leak"]}
 
 
@@ -146,7 +146,7 @@ def write_card(folder: Path, card: AdapterCard) -> None:
     if card.invocation_tokens:
         config = folder / "adapter_config.json"
         write_json(config, read_json_object(config) | {"alora_invocation_tokens": card.invocation_tokens})
-    write_text(folder / "README.md", _readme(card))  # replaces the template that PEFT or TRL leaves
+    write_text(folder / "README.md", _readme(card))  # this replaces the template that PEFT or TRL writes
     text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
     names = [name for name in names if name not in (ADAPTER_CARD, "trainer_state.json")]
@@ -173,7 +173,7 @@ def _readme(card: AdapterCard) -> str:
 def _where_it_acts(card: AdapterCard) -> str:
     if card.adapt_from == "prefix":
         return ""
-    plain = "PEFT does the same." if card.adapt_from == "answer" else "PEFT alone would apply it to the images too."
+    plain = "PEFT does the same." if card.adapt_from == "answer" else "PEFT alone also applies it to the images."
     return (
         f"\nIt acts from the {card.adapt_from} on: the base model computes the images and what all questions share. "
         f"{plain}\n"
@@ -261,7 +261,7 @@ def _require_match(path: Path, card: AdapterCard, min_pixels: int, max_pixels: i
 
 
 def require_whole_prompt(adapters: Mapping[str, Adapter], user: str) -> None:
-    """Raise EchoError if one of the `adapters` acts after the prefix, and `user` applies adapters to whole prompts."""
+    """Raise EchoError if one of the `adapters` acts only after the prefix. `user` applies adapters to whole prompts."""
     for role, adapter in adapters.items():
         if adapter.card.adapt_from != "prefix":
             raise EchoError(
@@ -275,8 +275,8 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
     """Attach one LoRA adapter per role to a single base model, named after the role; `set_adapter(role)` switches.
 
     Adapters take the dtype of the base model. PEFT would load them in float32 and widen every activation of a bfloat16
-    model: 5.6 GiB at 7B. `adapt_from` of the result says where each role's adapter begins to act. Raises EchoError if
-    an adapter has no card, or if its weights do not fit the model exactly.
+    model: 5.6 GiB at 7B. The attribute `adapt_from` of the result says where each role's adapter begins to act. Raises
+    EchoError if an adapter has no card, or if its weights do not fit the model exactly.
     """
     from peft import PeftModel
 
@@ -311,7 +311,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
 
 
 def gather_adapter(model: Any, device: Any) -> dict[str, Any]:
-    """The trained weights of a model that FSDP2 shards, in main memory; empty in all processes but the first.
+    """Return the trained weights of a model that FSDP2 shards, in main memory; empty in all but the first process.
 
     Every process must call this. The weights are gathered on `device`, one at a time. torch (2.15) could skip the
     frozen ones too (`ignore_frozen_params`), but would gather a tied output layer.
@@ -328,7 +328,7 @@ def gather_adapter(model: Any, device: Any) -> dict[str, Any]:
 
 
 def _check_weights(model: Any, role: str, path: Path) -> None:
-    """Check that the file and the model have the same tensors, all finite, and that the scale is a usual one."""
+    """Check that the file and the model have the same tensors, that all are finite, and that the scale is usual."""
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 

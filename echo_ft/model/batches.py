@@ -123,10 +123,10 @@ def float32_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    if type(head) is not torch.nn.Linear or hidden.dtype == torch.float32:  # adapted and quantized heads differ
+    if type(head) is not torch.nn.Linear or hidden.dtype == torch.float32:  # other heads are adapted or quantized
         return head(hidden).float()
     wide = hidden.float()
-    # In blocks: a float32 copy of a 7B's whole output layer would take 2 GiB.
+    # This is done in blocks, because a float32 copy of a 7B's whole output layer would take 2 GiB.
     return torch.cat([wide @ block.float().t() for block in head.weight.split(16_384)], dim=1)
 
 

@@ -30,7 +30,7 @@ def parameter_group(name: str) -> str:
 
 
 def check_lora_targets(model: Any, targets: list[str] | str) -> list[str]:
-    """Check that `targets`, as PEFT takes them, are linear layers of `model`, and return their names.
+    """Check that `targets`, in PEFT's format, are linear layers of `model`, and return their names.
 
     A name in a list matches the end of a module's name. PEFT itself ignores a name without a match if another name has
     one. A string is `all-linear` (every linear layer but the output layer, including the vision tower and the merger)
@@ -80,11 +80,12 @@ def _matches(target: str, modules: Iterable[str], pattern: bool) -> list[str]:
 
 
 def _shortest_names(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The shortest readable endings of names that match all `chosen` modules and no other module."""
+    """Return the shortest readable endings of names that match all `chosen` modules and no other module."""
 
     def endings(name: str) -> list[str]:
         parts = name.split(".")
-        last = len(parts) - (3 if parts[-1].isdigit() else 1)  # merger.mlp.0 rather than mlp.0
+        # A name that ends in a number keeps three parts, such as merger.mlp.0.
+        last = len(parts) - (3 if parts[-1].isdigit() else 1)
         return [".".join(parts[start:]) for start in range(last, -1, -1) if not parts[start].isdigit()]
 
     chosen = set(chosen)
@@ -106,7 +107,7 @@ CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "trust_remote_co
 """Keys of CONFIG_FILES that make transformers (5.23) load code from a model folder."""
 
 _PROBE_SIDE = 56
-"""Side in pixels of a small image that every processor takes."""
+"""Side in pixels of a small image that every processor accepts."""
 
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of CONFIG_FILES that hold the number of a token, or several."""
@@ -133,7 +134,9 @@ def check_config_files(folder: Path) -> None:
             parts += [value for value in part.values() if isinstance(value, dict)]
             for key in CODE_KEYS:
                 if part.get(key):
-                    raise EchoError(f"{path} has the key {key!r}, which loads code; use a model that needs no own code")
+                    raise EchoError(
+                        f"{path} has the key {key!r}, which loads code; use a model without code of its own"
+                    )
             for key in ATTENTION_KEYS:
                 if part.get(key) not in (None, "eager", "sdpa"):
                     raise EchoError(f"{path} sets {key} to {part[key]!r}, which may load code; remove the key")
@@ -176,7 +179,7 @@ def load_processor(model_name_or_path: str, revision: str | None, min_pixels: in
         raise EchoError(f"the processor of {model_name_or_path} ignores the pixel budget; use a Qwen2-VL model")
     try:
         processor.image_processor(Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE)))
-    except Exception as error:  # its config sets the arguments of many functions
+    except Exception as error:  # a processor's config sets the arguments of many functions, so any error may occur
         raise EchoError(
             f"the processor of {model_name_or_path} cannot process an image ({why_unusable(error)}); copy or download "
             "the model again"
@@ -224,7 +227,7 @@ def project_patches(model: Any) -> None:
 
     The convolution has a single position, because each patch is a separate input. For this case, torch (2.15) takes
     five times as long on a CPU: 16% of a training step with one question per case. On GPUs, torch 2.9 was reported to
-    take 10 to 20 times as long in bfloat16 (pytorch #174051). This workaround can go once torch treats this case as a
+    take 10 to 20 times as long in bfloat16 (pytorch #174051). Remove this workaround once torch treats this case as a
     matrix product.
     """
     convolution = model.model.visual.patch_embed.proj

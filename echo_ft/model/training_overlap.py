@@ -1,4 +1,4 @@
-"""Which of a run's images its adapters were trained on."""
+"""Find the images of a run that its adapters were trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echo_ft.provenance import content_hash
 from echo_ft.records import Inspection
 
 BASE_MODEL = "the base model"
-"""Used in place of a role for a fully fine-tuned base model."""
+"""Stands for the role of a fully fine-tuned base model."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _TrainingData:
 def describe_training_data(
     adapters: Mapping[str, Adapter], dataset: Dataset, split: str, images: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Describe what `adapters`, and a fine-tuned `BASE_MODEL`, were trained on; returns entries and warnings.
+    """Describe the training data of `adapters` and of a fine-tuned `BASE_MODEL`. Returns entries and warnings.
 
     `images` are the images of `dataset`'s `split` that the run uses. An image counts as trained on if an adapter's
     train split has its content, whatever the file name. The count is None if that dataset is missing or was rebuilt.
@@ -70,7 +70,7 @@ def describe_training_data(
 def _compare(
     adapters: Mapping[str, Adapter], fingerprint: str, roles: list[str], dataset: Dataset, images: Sequence[str]
 ) -> _TrainingData:
-    folders = list(dict.fromkeys(adapters[name].card.dataset for name in roles))  # a dataset may have moved
+    folders = list(dict.fromkeys(adapters[name].card.dataset for name in roles))  # the dataset may have been moved
     overlaps = {
         folder: images_trained_on(folder, fingerprint, dataset.root, images, run_dataset=dataset) for folder in folders
     }

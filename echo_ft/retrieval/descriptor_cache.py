@@ -112,7 +112,7 @@ def _read_vectors(path: Path) -> FloatArray:
 
 
 def require_unchanged_shard(path: Path) -> None:
-    """Raise EchoError if a shard does not match the SHA-256 in its name. Older names of 16 digits hold none."""
+    """Raise EchoError if a shard does not match the SHA-256 in its name. Older names do not have one."""
     if len(path.stem) != 16 and content_hash(path).hex() != path.stem:
         raise EchoError(f"the descriptor cache {path} has changed since it was written; delete it")
 

@@ -45,7 +45,7 @@ class DescriptorExtractor(Protocol):
 
 
 def load_extractor(name: str) -> DescriptorExtractor:
-    """Return the extractor that a config names: `skimage`, or `<model>/<pretrained>` from open_clip.
+    """Return the extractor for the name in a config: `skimage`, or `<model>/<pretrained>` from open_clip.
 
     Raises EchoError if the model or the pretrained tag does not exist. The message suggests the closest match.
     """
@@ -161,7 +161,7 @@ class OpenClip:
                         # OpenAI's weights were trained with QuickGELU, but the plain model name selects GELU.
                         force_quick_gelu=config.get("quick_gelu", False),
                     )
-            except Exception as error:  # hub, network, archive and pickle errors from many libraries
+            except Exception as error:  # many libraries raise hub, network, archive and pickle errors
                 name = f"{self.model}/{self.pretrained}" if self.pretrained else self.model
                 raise EchoError(
                     f"descriptor {name}: the weights cannot be loaded ({type(error).__name__}); "

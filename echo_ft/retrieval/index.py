@@ -1,5 +1,6 @@
-"""Nearest-neighbour search by cosine similarity in a FAISS index. The search may be approximate, but similarities are
-exact.
+"""Nearest-neighbour search by cosine similarity in a FAISS index.
+
+The search may be approximate, but similarities are exact.
 
 There are three index types. `flat` compares a query with every vector. `hnsw` is the graph that the Echo paper's code
 uses (M = 64). `ivf_pq` searches the lists nearest to the query, using codes of about one byte per eight numbers, and
@@ -62,19 +63,19 @@ class VectorIndex:
         """Build the index, or read it from `file`.
 
         `matrix` (n, d) is kept without copying it, and `rows` is (m,). An approximate index is read if one was written
-        for `file`; otherwise, it is built and written. The SHA-256 of its content is added to the name of the file.
-        Raises EchoError for an unknown kind, and for a file that has changed since it was written.
+        for `file`; otherwise, it is built and written. The name of the file includes the SHA-256 of its content. Raises
+        EchoError for an unknown kind, and for a file that has changed since it was written.
         """
         self.matrix, self.rows, self.kind = matrix, rows, index_type_for(kind, len(rows))
         index_file = file if self.kind != "flat" else None
         written = sorted(index_file.parent.glob(f"{index_file.stem}-*{index_file.suffix}")) if index_file else []
-        if written:  # several processes may have written it at once
+        if written:  # several processes may have written the file at once
             self.faiss = _read(written[0], len(rows))
         else:
             self.faiss = self._build()
             if index_file is not None:
                 _write(self.faiss, index_file)
-                index_file.unlink(missing_ok=True)  # an older version wrote it, without a checksum
+                index_file.unlink(missing_ok=True)  # an older version wrote this file, without a checksum
 
     def search(self, queries: FloatArray, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the similarities and positions, both (n, depth), of the neighbours of `queries` (n, d), best first.
@@ -151,7 +152,7 @@ def _write(index: Any, file: Path) -> None:
     import faiss
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}{PARTIAL}")  # the cache removes what a killed process left
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}{PARTIAL}")  # the cache removes files of killed processes
     partial.touch()
     with held(partial):
         try:

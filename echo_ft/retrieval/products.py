@@ -1,4 +1,4 @@
-"""What an inspector knows about products: their conditions, their knowledge and their normal images.
+"""The data of an inspector about products: their conditions, their knowledge and their normal images.
 
 This information comes from a dataset, or from the folder `references` of a bundle:
 
@@ -38,10 +38,10 @@ SAME_DESCRIPTOR = 0.999
 
 @dataclass(frozen=True)
 class ProductData:
-    """What an inspector knows about products. The keys are (dataset, product)."""
+    """The data of an inspector about products. The keys are (dataset, product)."""
 
     source: Path
-    """The dataset or the bundle, named in error messages."""
+    """The dataset or the bundle, for error messages."""
     root: Path
     """The folder that the paths of the normal images are relative to."""
     conditions: Mapping[tuple[str, str], Sequence[str]]
@@ -51,7 +51,7 @@ class ProductData:
     descriptor: str
     """The name of the descriptor, as in the dataset's config."""
     grounding: bool = False
-    """Whether the dataset asks for the boxes of defects, so that adapters trained on it name them."""
+    """Whether the dataset asks for the boxes of defects, so that adapters trained on it give them."""
 
     @property
     def comparable(self) -> list[str]:
@@ -139,7 +139,7 @@ def save_products(products: ProductData, folder: Path, choice: str) -> None:
 
 
 def load_products(folder: Path, source: Path) -> ProductData:
-    """Load the products that `save_products` wrote. `source` is the bundle, named in error messages.
+    """Load the products that `save_products` wrote. `source` is the bundle, for error messages.
 
     Raises EchoError if a file is damaged, or if a normal image is missing or has changed. Also raises it if descriptors
     on this machine differ from those in the index.

@@ -115,8 +115,8 @@ def find_references(
     keeps descriptors and approximate indexes between runs.
 
     Returns an iterator over the references, in the order of the queries, and one rejection for each image that cannot
-    be read. Such images are neither queries nor references. Raises EchoError for an unknown scope, index or descriptor,
-    for `k` below 1, and for an item of `normals` that is not normal.
+    be read. Such images are used neither as queries nor as references. Raises EchoError for an unknown scope, index or
+    descriptor, for `k` below 1, and for an item of `normals` that is not normal.
     """
     _check(normals, k, scope)
     given = {query.reference for query in queries if query.reference is not None}

@@ -1,4 +1,4 @@
-"""Options of train/sft.py that TRL lacks, checks of TRL's own options, and early stopping."""
+"""Options of train/sft.py that TRL does not have, checks of TRL's own options, and early stopping."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ class EchoConfig:
     shuffle_options: bool = field(
         default=False,
         metadata={
-            "help": "Show the options of each question in an order that each epoch draws from the seed, and train on "
-            "the letter that the right one then has. Two options keep their order."
+            "help": "Show the options of each question in a random order, drawn from the seed in each epoch, and "
+            "train on the letter that the correct option then has. Two options keep their order."
         },
     )
     mask_loss: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the mask loss beside the loss of the completions, from 0 (off) to 1. Light heads learn "
-            "from masks, boxes or polygons which image tokens of the query show the defect."
+            "help": "Weight of the mask loss, from 0 (off) to 1, which is added to the loss of the completions. Light "
+            "heads learn from masks, boxes or polygons which image tokens of the query show the defect."
         },
     )
     adapt_from: str = field(
@@ -92,13 +92,13 @@ class EchoConfig:
         },
     )
     early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "By how much the metric must improve to count as better for early stopping."}
+        default=0.0, metadata={"help": "Smallest improvement of the metric that counts for early stopping."}
     )
     init_lora_weights: str = field(
         default="true",
         metadata={
-            "help": "PEFT's initialization of the adapter. PEFT's others change the base model, which all roles share, "
-            "or need calibration data.",
+            "help": "PEFT's initialization of the adapter. Other initializations of PEFT change the base model, which "
+            "all roles share, or need calibration data.",
             "choices": ["true", "false", "gaussian", "orthogonal"],
         },
     )
@@ -118,7 +118,7 @@ class EchoConfig:
 
 @dataclass
 class TrainingConfig(SFTConfig):
-    """SFTConfig with checks of mistakes that transformers reports obscurely, or only after hours of training."""
+    """SFTConfig with checks for mistakes that transformers reports unclearly, or only after hours of training."""
 
     def __post_init__(self) -> None:
         # accelerate (1.15) passes on `use_cpu: true` from its config in this variable. transformers (5.23) then trains
@@ -146,7 +146,7 @@ class TrainingConfig(SFTConfig):
                 f"load_best_model_at_end needs a checkpoint for each evaluation, but eval_strategy is {evaluates} and "
                 f"save_strategy is {saves}; set save_strategy: {evaluates}"
             )
-        steps = self.eval_steps or self.logging_steps  # transformers' default
+        steps = self.eval_steps or self.logging_steps  # this is the default of transformers
         if saves == "steps" and steps != self.save_steps:
             raise EchoError(
                 f"load_best_model_at_end needs a checkpoint for each evaluation, but eval_steps is {steps:g} and "
@@ -197,7 +197,7 @@ def check_adapt_from(config: EchoConfig, base: ModelConfig, model: Any) -> None:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' callback, but it continues counting when the run resumes.
+    """transformers' callback for early stopping, except that it continues to count when the run resumes.
 
     transformers (5.23) restores the count only together with the patience of the earlier run, and forgets that the run
     had stopped. It also fails to save a checkpoint if the earlier run had no such callback.
@@ -212,10 +212,10 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 def quantization_config(model: ModelConfig) -> Any:
-    """The bitsandbytes config that TRL's options describe, or None. The vision tower is not quantized.
+    """Return the bitsandbytes config for TRL's options, or None. The vision tower is not quantized.
 
     Otherwise, the features of small defects would pass through 4-bit weights, and runs would combine the adapter with a
-    full-precision tower. Keeping the 7B's tower (0.67 billion parameters) costs 0.9 GiB.
+    full-precision tower. For the 7B model, keeping the tower's precision (0.67 billion parameters) takes 0.9 GiB.
     """
     config = get_quantization_config(model)
     if config is not None:
@@ -224,7 +224,7 @@ def quantization_config(model: ModelConfig) -> Any:
 
 
 def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig | None:
-    """PEFT's config for an adapter of `model`, with the names of its target modules; None for full fine-tuning.
+    """Return PEFT's config for an adapter of `model`, with the names of its target modules; None for full fine-tuning.
 
     Raises EchoError if `check_lora_targets` does, or if a pattern matches no target module or sets no usable value.
     """
@@ -238,7 +238,7 @@ def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig
         if not any(f".{name}".endswith(f".{saved}") for name, _ in model.named_modules()):
             raise EchoError(
                 f"lora_modules_to_save: the model has no module {saved}; correct the name"
-            )  # PEFT ignores it
+            )  # PEFT ignores such a name
     modules = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{target}") for target in names)]
     for option in ("rank_pattern", "alpha_pattern"):
         patterns: Any = getattr(config, option) or {}

@@ -66,11 +66,11 @@ class UnitCosts:
     """A token that only the base model computes."""
 
     def flops(self, counts: WorkCounts) -> float:
-        """FLOPs of the work in `counts`."""
+        """Return the FLOPs of the work in `counts`."""
         return (
             self.token * (counts.tokens - counts.base_tokens)
             + self.base_token * counts.base_tokens
-            + self.pair * (counts.pairs - counts.base_pairs * 2 / 3)  # two thirds are the backward pass
+            + self.pair * (counts.pairs - counts.base_pairs * 2 / 3)  # two thirds of the cost are the backward pass
             + self.label * counts.labels
             + self.patch * counts.patches
             + self.patch_pair * counts.patch_pairs
@@ -78,7 +78,7 @@ class UnitCosts:
 
 
 def text_work(rows: Iterable[Row], adapted: Sequence[NDArray[np.bool_]] | None = None) -> WorkCounts:
-    """The language model's work for `rows`. `adapted` says which tokens an adapter acts on; by default, all of them."""
+    """Count the language model's work for `rows`. `adapted` says which tokens an adapter acts on (default: all)."""
     total = WorkCounts()
     for index, row in enumerate(rows):
         prefix, *branches = np.bincount(row.segments).tolist()
@@ -89,7 +89,7 @@ def text_work(rows: Iterable[Row], adapted: Sequence[NDArray[np.bool_]] | None =
 
 
 def row_work(prefix: int, branches: Sequence[int], labels: int, adapted: Sequence[int] | None = None) -> WorkCounts:
-    """The language model's work for one row, from the numbers of prefix tokens, tokens per branch and labels.
+    """Count the language model's work for one row, from the numbers of prefix tokens, tokens per branch and labels.
 
     `adapted` has the number of tokens at the end of each branch that an adapter acts on; None means that it acts on the
     whole row.
@@ -106,13 +106,13 @@ def row_work(prefix: int, branches: Sequence[int], labels: int, adapted: Sequenc
 
 
 def image_work(grids: Iterable[Iterable[int]]) -> WorkCounts:
-    """The vision tower's work. `grids` has one (t, h, w) in patches per encoded image."""
+    """Count the vision tower's work. `grids` has one (t, h, w) in patches per encoded image."""
     sizes = [math.prod(map(int, grid)) for grid in grids]
     return WorkCounts(patches=sum(sizes), patch_pairs=sum(size * size for size in sizes))
 
 
 def unit_costs(model: Any) -> UnitCosts:
-    """FLOPs per unit of work when training this Qwen2-VL, with or without PEFT adapters, on any device.
+    """Count the FLOPs per unit of work when training this Qwen2-VL, with or without PEFT adapters, on any device.
 
     A linear layer with W weights costs 2 W per token in the forward pass. The gradient of its input costs another 2 W
     if anything before the layer is trained. The gradient of its weights costs another 2 W if they are trained.
@@ -131,7 +131,8 @@ def unit_costs(model: Any) -> UnitCosts:
             # Do not use the size of the weight: under ZeRO-3 it is empty on each rank.
             weights = module.in_channels * module.out_channels * math.prod(module.kernel_size)
             part = "vision tower"
-            backward = int(module.weight.requires_grad)  # no trained weights before it
+            # There are no trained weights before this layer, so its input needs no gradient.
+            backward = int(module.weight.requires_grad)
         elif isinstance(module, torch.nn.Linear):
             weights, part = module.in_features * module.out_features, parameter_group(name)
             backward = int(input_gradient[part]) + int(module.weight.requires_grad)
@@ -152,5 +153,5 @@ def unit_costs(model: Any) -> UnitCosts:
 
 
 def device_peak_flops(device_name: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a GPU; None if its name does not match PEAK_FLOPS."""
+    """Return the peak dense bfloat16 FLOP/s of a GPU; None if its name does not match PEAK_FLOPS."""
     return next((flops for part, flops in PEAK_FLOPS if part in device_name), None)

@@ -2,7 +2,7 @@
 
 The completions of a case say little about where to look: one letter for hundreds of image tokens. The mask loss adds
 one label per image token of the query. It reaches the language model through a head on its last hidden states, and a
-trained vision tower through a head on the merger's output. Runs do not need the heads; they are saved beside the
+trained vision tower through a head on the merger's output. Runs do not need the heads; they are saved next to the
 adapter in `MASK_HEADS`.
 """
 
@@ -29,7 +29,7 @@ from echo_ft.records import GOOD, Inspection
 from echo_ft.terminal import LOGGER
 
 MASK_HEADS = "mask_heads.safetensors"
-"""File beside an adapter that holds the heads' weights."""
+"""File next to an adapter that holds the heads' weights."""
 
 MIN_TOKEN_SHARE = 1 / 32
 """A token shows the defect if the mask covers at least this fraction of it, or covers no other token more."""
@@ -194,12 +194,13 @@ def mask_inputs(
     image_token: int,
     merge: int,
 ) -> dict[str, torch.Tensor]:
-    """Return the entries of a collated batch for the mask loss: all image tokens of the queries whose mask is known.
+    """Return the entries of a collated batch for the mask loss: all image tokens of queries with a known mask.
 
     `starts` has the index of the query's first token in the merger's output, per row. The result has mask_positions
     (tokens,) in the packed row, mask_features (tokens,) in the merger's output, mask_targets (tokens,), mask_rows
-    (tokens,), and mask_labels (rows,): the number of labels of each row. A row's tokens weigh as much as its labels.
-    The loss of a step is therefore a mean over cases for any packing, accumulation and number of processes.
+    (tokens,), and mask_labels (rows,): the number of labels of each row. The tokens of a row have the same total weight
+    as its labels. The loss of a step is therefore a mean over cases for any packing, accumulation and number of
+    processes.
     """
     none = np.zeros(0, dtype=np.int64)
     positions, features, targets, numbers = [none], [none], [none.astype(np.bool_)], [none]

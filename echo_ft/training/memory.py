@@ -49,7 +49,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     buffers: int
-    """Memory that the topology itself needs: gradient buckets, and the gathered weights of ZeRO-3."""
+    """Memory that only this topology needs: gradient buckets, or the gathered weights of ZeRO-3."""
     host: int = 0
     context: int = CUDA_CONTEXT
     """The CUDA context, or on a CPU the libraries."""
@@ -74,7 +74,7 @@ class TrainingEstimate:
 
 
 def trainable_meta_model(config: EchoConfig, base: ModelConfig) -> Any:
-    """The model on the meta device as it would be trained: with an adapter, or for full fine-tuning with frozen parts.
+    """Return the model on the meta device as it would be trained: with an adapter, or fully with its frozen parts.
 
     Raises EchoError if the model is not a known Qwen2-VL or a LoRA target matches no linear layer.
     """
@@ -91,7 +91,7 @@ def trainable_meta_model(config: EchoConfig, base: ModelConfig) -> Any:
 def estimate_topologies(
     frozen: int, frozen_count: int, trainable: int, gpus: int, adapter_width: int
 ) -> list[MemoryEstimate]:
-    """Bytes of weights, gradients and AdamW states, from `frozen` bytes of frozen weights and `trainable` parameters.
+    """Estimate the memory of weights, gradients and AdamW states from `frozen` bytes and `trainable` parameters.
 
     On one GPU and under DDP, a trainable parameter takes `adapter_width` bytes, and so do its gradient and each of
     AdamW's two states. (PEFT keeps the adapter of a bfloat16 model in float32.) DDP copies the gradients into buckets.
@@ -124,7 +124,7 @@ def estimate_topologies(
 
 
 def pixel_bytes(model: Any, batch: BatchShape, micro_batches: int, width: int) -> int:
-    """Bytes of the pixels that are on the device during a step, at `width` bytes per value.
+    """Return the size of the pixels on the device during a step, at `width` bytes per value.
 
     transformers (5.23) takes all micro-batches of a step before the first forward pass, and accelerate (1.15) moves
     each to the device. One more is counted for the batch that is being replaced or moved.
@@ -135,7 +135,7 @@ def pixel_bytes(model: Any, batch: BatchShape, micro_batches: int, width: int) -
 
 
 def estimate_training(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConfig, gpus: int) -> TrainingEstimate:
-    """The memory for training `model` (a `trainable_meta_model`), if `batch` is the largest batch of one GPU."""
+    """Estimate the memory for training `model` (a `trainable_meta_model`). `batch` is the largest batch of a GPU."""
     counts = count_parameters(model)
     total, trainable = sum(count.total for count in counts), sum(count.trainable for count in counts)
     bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None
@@ -151,7 +151,7 @@ def estimate_training(model: Any, batch: BatchShape, sft: SFTConfig, base: Model
 
 
 def memory_report(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConfig, gpus: int) -> str:
-    """Parameters and memory needed to train `model` (adapted, on the meta device), as text for a terminal.
+    """Report the parameters and the memory of training `model` (adapted, on the meta device), as text for a terminal.
 
     `batch` is the largest batch of one GPU.
     """
@@ -173,7 +173,7 @@ def memory_report(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConf
             "",
             memory_table(estimate, sft.gradient_checkpointing),
             "",
-            "* setting of the recipe. Estimated, not measured on a GPU, with AdamW and this project's attention.",
+            "* setting of the recipe. Estimated for AdamW and this project's attention, not measured on a GPU.",
             "context: an allowance for the CUDA context, or for the libraries on a CPU. Leave 10% of a GPU free for",
             "fragmentation and workspaces. host: main memory of all processes on one machine.",
         ]
@@ -181,7 +181,7 @@ def memory_report(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConf
 
 
 def memory_table(estimate: TrainingEstimate, checkpointing: bool) -> str:
-    """One line per topology, in GiB per GPU. An asterisk marks the total for the recipe's `checkpointing`."""
+    """Return one line per topology, in GiB per GPU. An asterisk marks the total for the recipe's `checkpointing`."""
     marks = ("with checkpointing" + " *" * checkpointing, "without" + " *" * (not checkpointing))
     head = ["GiB per GPU", "weights", "gradients", "optimizer", "buffers", "context", *marks, "host"]
     rows = [
@@ -216,12 +216,12 @@ def hold_step_memory(
 
 
 def peak_bytes(device: torch.device, held: Sequence[torch.Tensor]) -> int:
-    """The peak memory of this process: allocated on a GPU, otherwise resident and including what `held` will take."""
+    """Return the peak memory of this process: allocated on a GPU, otherwise resident, with what `held` will take."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # missing on Windows, which can still score runs from other machines
+    import resource  # Windows lacks this module, but can score runs from other machines
 
     unit = 1 if sys.platform == "darwin" else 2**10
     # The pages of `held` are not resident, because nothing was written to them.

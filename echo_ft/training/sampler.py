@@ -1,4 +1,4 @@
-"""The training sampler, random cases balanced over processes, and a callback that passes on the epoch."""
+"""The training sampler, which balances random cases over processes, and a callback that passes on the epoch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BalancedSampler(Sampler[int]):
         step = micro_batch * self.accumulation
         for start in range(0, len(order), step):
             cases = order[start : start + step]
-            if len(cases) < step:  # accelerate fills it with cases from the start of the epoch
+            if len(cases) < step:  # accelerate fills an incomplete step with cases from the start of the epoch
                 yield from cases
                 continue
             cases.sort(key=lambda case: -self.tokens[case])

@@ -103,7 +103,7 @@ def test_a_dataset_without_retrieved_references_is_refused_in_one_line(tmp_path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.endswith("has no case with both retrieved and random references; nothing can be compared\n")
+    assert done.stderr.endswith("has no case with both retrieved and random references; there is nothing to compare\n")
     assert done.stderr.count("\n") == 1
 
 

@@ -276,7 +276,7 @@ def test_a_cell_that_is_added_later_uses_the_cache(done, shared, tmp_path, monke
         ({"cells": {"tuned": {}, "b": {"references": 3}}}, "^cell b: references is 3, but .* was built with k 2"),
         (
             {"cells": {"tuned": {}, "b": {"reference": "none", "references": 1}}},
-            "^cell b: references is 1, but reference none shows none; remove one of the two options",
+            "^cell b: references is 1, but reference is none; remove one of the two options",
         ),
         (
             {"cells": {"tuned": {}, "b": {"adapters": None, "model_name_or_path": "./nowhere"}}},

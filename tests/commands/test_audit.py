@@ -84,7 +84,9 @@ def test_audit_reports_leaks_with_images_and_stores_the_verdict(tmp_path):
         "near-duplicates": 1,
         "few images": 1,
     }
-    assert report["verdict"].endswith("look at the pairs: 1 may be other parts, because their product has few images")
+    assert report["verdict"].endswith(
+        "look at the pairs: 1 may be different parts, because their product has few images"
+    )
     page = (tmp_path / "report" / "audit.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert not re.search(r"https?://|<script|<link", page)

@@ -135,7 +135,7 @@ def test_only_a_dataset_of_the_same_config_is_replaced(small_manifest, tmp_path)
         ({"source": "folder"}, "needs root"),
         ({"annotations": "nowhere.csv"}, "there is no file nowhere.csv"),
         ({"knowledge": "nowhere.yaml"}, "there is no file nowhere.yaml"),
-        ({"fractions": "0.5 0.2 0.2"}, "three shares of 1"),
+        ({"fractions": "0.5 0.2 0.2"}, "three numbers that add up to 1"),
         ({"split": "random"}, "split"),
         ({"output": "pyproject.toml/data"}, "pyproject.toml cannot be written"),
         ({"k": "0"}, "k is 0"),

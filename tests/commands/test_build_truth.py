@@ -52,7 +52,7 @@ def test_a_row_per_box_gives_the_dataset_of_a_row_per_image(small_manifest, tmp_
         == divided["counts"]["conditions"]
         == {"good": 12, "dent": 4, "dent+stain": 4, "stain": 4}
     )
-    assert condition_summary(divided) == "good 12, dent 4, dent+stain 4, stain 4; 12 put together from several entries"
+    assert condition_summary(divided) == "good 12, dent 4, dent+stain 4, stain 4; 12 combined from several entries"
 
 
 def test_a_summary_names_the_most_frequent_conditions_only():

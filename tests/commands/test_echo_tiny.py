@@ -265,7 +265,7 @@ def test_stages_of_other_tokens_are_refused(tmp_path: Path) -> None:
 def test_stages_wait_for_those_that_they_start_from(tmp_path: Path) -> None:
     with pytest.raises(pretrain.EchoError, match="train the stage look first"):
         pretrain.main(["--output", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--stages", "compare", *TINY])
-    with pytest.raises(pretrain.EchoError, match="--stages has no 'see'; choose from read, look"):
+    with pytest.raises(pretrain.EchoError, match="--stages: there is no stage 'see'; choose from read, look"):
         pretrain.main(["--output", str(tmp_path / "o"), "--stages", "see"])
 
 

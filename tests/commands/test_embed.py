@@ -115,7 +115,7 @@ def test_an_unreadable_image_is_counted_and_left_to_the_build(tmp_path, capsys):
         embed(make_config(parts_file, tmp_path / "parts", cache=tmp_path / "cache"))
         output = capsys.readouterr().out
         assert f"24 images, {cached} of them already in the cache" in output
-        assert "unreadable images: 1; the build reports which and why" in output
+        assert "unreadable images: 1; the build lists them with the reasons" in output
 
 
 @pytest.mark.parametrize(

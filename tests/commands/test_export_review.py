@@ -177,12 +177,12 @@ def test_reviewed_files_are_manifests_too(project, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["annotations"].append({"result": []}), "it has 2 annotations; keep the right one"),
+        (lambda t: t["annotations"].append({"result": []}), "it has 2 annotations; keep the correct one"),
         (
             lambda t: results(t, "choices")[0]["value"].update(choices=["good"]),
-            "its choice says 'good' but its outlines",
+            "the condition is 'good' by its choice but",
         ),
-        (lambda t: results(t, "rectanglelabels")[0].update(type="brushlabels"), "type 'brushlabels' is not read"),
+        (lambda t: results(t, "rectanglelabels")[0].update(type="brushlabels"), "type 'brushlabels' are not supported"),
         (lambda t: results(t, "rectanglelabels")[0].update(original_width=47), "its annotations are for 47 x 40"),
         (lambda t: results(t, "rectanglelabels")[0]["value"].update(x="left"), "is not a rectangle in percent"),
         (lambda t: results(t, "rectanglelabels")[0]["value"].update(x=1e999), "coordinate that is not a number"),

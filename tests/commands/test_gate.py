@@ -47,7 +47,7 @@ def test_a_gate_exits_with_its_verdict(tmp_path: Path, capsys: pytest.CaptureFix
     page = (folder / "report.html").read_text()
     require_self_contained(page)
     assert f'<p class="verdict">{gate["sentence"]}.</p>' in page
-    assert "233 more defective parts to judge would pass if none of them is missed." in page
+    assert "233 more judged defective parts would pass if none of them is missed." in page
     score.main([str(folder)])
     assert json.loads((folder / "report.json").read_text())["gate"] == {}
     assert "<h2>Gate</h2>" not in (folder / "report.html").read_text()

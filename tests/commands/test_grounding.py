@@ -57,7 +57,9 @@ def test_defects_without_marks_are_reported(raw: Path, tmp_path: Path) -> None:
     edit_rows(manifest, lambda row: row.pop("mask", None) if row["condition"] == "dent" else None)
     build(make_config(manifest, tmp_path / "out", grounding=True, split="seeded"))
     (warning,) = [one for one in read_warnings(tmp_path / "out") if "grounding" in one]
-    assert warning.startswith("6 of 12 defective images have no mask, polygon or box, so grounding asks nothing")
+    assert warning.startswith(
+        "6 of 12 defective images have no mask, polygon or box, so they get no grounding question"
+    )
     assert "cap/dent-0-1.png" in warning
     asked = {
         one.inspection for one in read_rows(tmp_path / "out", "questions.jsonl", Question) if one.kind == GROUNDING

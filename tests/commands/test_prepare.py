@@ -80,8 +80,9 @@ def test_names_that_differ_only_in_spelling_are_reported():
     found = [small_case("a", "cap", "rust"), small_case("b", "Cap", "Rust"), small_case("c", "nut", "rust_")]
     found += [small_case("d", "nut", "rust 2"), small_case("e", "cap 2", "bent+rust")]
     assert near_duplicate_names(found) == [
-        "products of line that differ only in spelling: Cap, cap; if they are the same, spell them alike",
-        "conditions of line that differ only in spelling: Rust, rust, rust_; if they are the same, spell them alike",
+        "products of line that differ only in spelling: Cap, cap; if they mean the same thing, use one spelling",
+        "conditions of line that differ only in spelling: Rust, rust, rust_; if they mean the same thing, use one "
+        "spelling",
     ]
 
 
@@ -187,7 +188,7 @@ def test_boxes_in_fractions_of_the_image_are_refused(small_manifest, tmp_path, b
         (
             lambda row: row.update(group=row["group"] if row["condition"] == "good" else "one part"),
             {"split": "seeded", "fractions": [0.3, 0.0, 0.7]},
-            "give train a larger share in fractions",
+            "give train a larger fraction in fractions",
         ),
     ],
 )

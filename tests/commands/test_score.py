@@ -86,7 +86,7 @@ def test_report_compares_text_and_probabilities(tmp_path: Path, capsys: pytest.C
     assert (found[QUESTION_TYPES[0]]["text"], found[QUESTION_TYPES[0]]["logits"]) == pytest.approx((100, 97.5))
     assert (found[QUESTION_TYPES[1]]["text"], found[QUESTION_TYPES[1]]["logits"]) == pytest.approx((100 * 37 / 38, 100))
     printed = capsys.readouterr().out
-    assert "the text names the most probable option for 97.4% of 78 questions (" in printed
+    assert "the text gives the most probable option for 97.4% of 78 questions (" in printed
     assert "strict average by text 98.7, by probability 98.8" in printed
     assert "Text and probabilities" in (folder / "report.html").read_text()
 
@@ -232,7 +232,7 @@ def test_run_decided_by_text_calibrates_one_decided_by_probabilities(tmp_path: P
 
 def test_invalid_calibration_options_are_refused(tmp_path: Path) -> None:
     folder, other = (make_run(tmp_path / name, uncertain(name, 40, 1)) for name in ("test", "validation"))
-    with pytest.raises(EchoError, match="--false_alarms is 5; give a share"):
+    with pytest.raises(EchoError, match="--false_alarms is 5; give a fraction"):
         score.main([str(folder), "--calibration", str(other), "--false_alarms", "5"])
     with pytest.raises(EchoError, match="use --calibration with the folder of a run"):
         score.main(["--answers", "x.json", "--output", str(tmp_path / "out"), "--calibration", str(other)])

@@ -1,4 +1,4 @@
-"""`evaluation.score --answers` scores answers made elsewhere, and `evaluation.compare` compares them."""
+"""`evaluation.score --answers` scores answers from other programs, and `evaluation.compare` compares them."""
 
 from __future__ import annotations
 

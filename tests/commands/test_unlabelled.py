@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ from tests.support.scripted_runs import WORDS, write_scripted_run
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """The same parts as two datasets: one of them has three more images, without a condition."""
+def built(tmp_path_factory) -> tuple[Path, Path, str]:
+    """The same parts as two datasets, the second with three images without a condition, and what its build prints."""
     folder = tmp_path_factory.mktemp("unlabelled")
     manifest = draw_manifest(folder, ("cap", "ring"), normals=5, defects=4)
     build(make_config(manifest, folder / "labelled", grounding=True))
@@ -37,8 +38,15 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     rows = [{"image": name, "product": "cap", "condition": ""} for name in names]
     with open(manifest, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    build(make_config(manifest, folder / "mixed", grounding=True))
-    return folder / "labelled", folder / "mixed"
+    options = flags(source="manifest", annotations=manifest, output=folder / "mixed", descriptor="skimage", k=2)
+    with redirect_stdout(io.StringIO()) as printed:
+        build_main([*options, "--grounding", "true"])
+    return folder / "labelled", folder / "mixed", printed.getvalue()
+
+
+@pytest.fixture
+def folders(built) -> tuple[Path, Path]:
+    return built[:2]
 
 
 def test_they_change_nothing_about_the_labelled_images(folders):
@@ -67,14 +75,11 @@ def test_their_questions_depend_on_no_truth(folders):
         assert case.seen.references
 
 
-def test_the_build_and_the_audit_say_that_they_skip_them(folders, tmp_path, capsys):
-    manifest = folders[0].parent / "parts.jsonl"
-    options = flags(source="manifest", annotations=manifest, output=tmp_path / "built", descriptor="skimage", k=2)
-    build_main(options)
-    printed = capsys.readouterr().out
+def test_the_build_and_the_audit_say_that_they_skip_them(built, capsys):
+    _, mixed, printed = built
     assert "unlabelled      3 cases: without a condition, so only for runs" in printed
     with suppress(SystemExit):  # parts this small look alike, so there may be a leak
-        audit.main([str(folders[1])])
+        audit.main([str(mixed)])
     assert "unlabelled            3  images without a condition were skipped" in capsys.readouterr().out
 
 

@@ -292,7 +292,7 @@ COMPLETE_KNOWLEDGE = {
     ("change", "finding"),
     [
         ({}, None),
-        ({"cap": {"dent": None}}, "'dent' is missing but shown on 1 image"),
+        ({"cap": {"dent": None}}, "'dent' is missing, but there is 1 image of it"),
         ({"cap": {"dent": ""}}, "'dent' is empty"),
         ({"cap": {"dent": "A dent."}}, "'dent' is too short for a description ('A dent.')"),
         (
@@ -330,7 +330,7 @@ def test_check_reports_unknown_datasets_but_knows_mmads_names(tmp_path: Path) ->
     assert list(check_knowledge(knowledge, files, renamed)) == []
     assert coverage_summary(knowledge, renamed, 0) == (
         "5 of 5 conditions are described; 1 of 3 defects get no Defect Analysis question, because their "
-        "description names no consequence (MVTec-AD/cap/no); "
+        "description states no consequence (MVTec-AD/cap/no); "
         "nothing to correct"
     )
 

@@ -192,7 +192,7 @@ def test_a_file_with_a_byte_order_mark_is_read_and_another_encoding_is_not(tmp_p
 def test_a_control_token_is_refused_with_file_and_entry(content: dict, named: str, tmp_path: Path) -> None:
     file = tmp_path / "k.json"
     file.write_text(to_json(content), encoding="utf-8")
-    with pytest.raises(EchoError, match=rf"k\.json: .*{named}.*remove it or write it in other words"):
+    with pytest.raises(EchoError, match=rf"k\.json: .*{named}.*remove or reword it"):
         load_knowledge(file)
 
 

@@ -142,7 +142,7 @@ def test_seeded_ignores_the_splits_of_the_source():
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.2, 0.2), (1.2, -0.1, -0.1)])
 def test_fractions_must_be_three_shares_of_one(fractions):
-    with pytest.raises(EchoError, match=r"three shares of 1"):
+    with pytest.raises(EchoError, match=r"three numbers that add up to 1"):
         assign_splits(make_tiles({"good": 3}), 0, fractions)
 
 
@@ -287,7 +287,7 @@ def test_defect_names_are_joined_and_separated():
         ("seeded", ["cap"], SHARES, "held_out requires split by_product, by_condition, by_dataset, not seeded"),
         ("given", ["cap"], SHARES, "not given"),
         ("by_product", [], (0.0, 0.5, 0.5), "nothing to train on"),
-        ("by_product", [], (0.5, 0.5), "three shares of 1"),
+        ("by_product", [], (0.5, 0.5), "three numbers that add up to 1"),
     ],
 )
 def test_impossible_splits_are_rejected_with_the_reason(how, held, fractions, message):

@@ -187,10 +187,10 @@ def test_a_missing_or_rebuilt_dataset_is_named_with_the_remedy(adapters, tmp_pat
         (folder / role / "echo_ft.json").write_text(json.dumps(card | {"dataset_fingerprint": "other"}))
         seal_folder(folder / role)
     options = ["--adapters", str(folder), "--output", str(tmp_path / "bundle")]
-    with pytest.raises(EchoError, match=r"was rebuilt since the training .*other.; name the dataset with --dataset"):
+    with pytest.raises(EchoError, match=r"was rebuilt since the training .*other.; pass the folder as --dataset"):
         export_main(options)
     with pytest.raises(
-        EchoError, match=r"there is no dataset gone; .*Name it with --dataset, or use --references none"
+        EchoError, match=r"there is no dataset gone; .*Pass its folder as --dataset, or use --references none"
     ):
         export_main([*options, "--dataset", "gone"])
     with pytest.raises(EchoError, match="has no normal image to compare with"):

@@ -59,13 +59,13 @@ def test_a_separable_run_passes_with_enough_parts() -> None:
 def test_too_few_parts_say_how_many_more_would_decide() -> None:
     found = judge_run(make_run(parts(good=60, defective=45, images=1)), LIMITS)
     assert found["verdict"] == "not enough parts"
-    assert found["sentence"].startswith("not enough parts: 40 good parts do not decide with 95% confidence")
+    assert found["sentence"].startswith("not enough parts: 40 good parts are too few to decide with 95% confidence")
     assert found["more_parts"] == [
-        "19 more good parts to judge would pass if none of them is flagged",
+        "19 more judged good parts would pass if none of them is flagged",
         "one in 3 parts chooses the threshold, so add half as many again, or choose it on another run with "
         "--calibration",
     ]
-    assert found["notes"][0].startswith("each of the 105 images counts as a part of its own; if several show one part")
+    assert found["notes"][0].startswith("each of the 105 images counts as a separate part; if several show one part")
 
 
 def test_the_threshold_does_not_depend_on_the_judged_parts() -> None:
@@ -148,10 +148,10 @@ def test_without_a_defective_part_no_threshold_is_chosen_and_no_part_judged() ->
     assert found["split"]["choosing"] == {"good": 3, "defective": 0}
     assert found["split"]["judged"] == {"good": 0, "defective": 0}
     assert found["sentence"] == "not enough parts: no threshold can be chosen"
-    assert found["more_parts"][0].endswith("; 3 good and 0 defective parts were there to choose it")
+    assert found["more_parts"][0].endswith("; it could be chosen only from 3 good and 0 defective parts")
     assert found["more_parts"][1:3] == [
-        "59 more good parts to judge would pass if none of them is flagged",
-        "29 more defective parts to judge would pass if none of them is missed",
+        "59 more judged good parts would pass if none of them is flagged",
+        "29 more judged defective parts would pass if none of them is missed",
     ]
     one_sided = judge_run(make_run(parts(9, 0)), {"false_alarms": 0.05})
     assert one_sided["verdict"] == "not enough parts"
@@ -162,7 +162,7 @@ def test_unknown_training_data_are_stated() -> None:
     found = judge_run(make_run(parts(9, 9), trained_on=[unknown]), LIMITS)
     assert found["notes"][-1].startswith("the training data data/gone could not be compared with these images")
     answers = dataclasses.replace(make_run(parts(9, 9)), provenance={"answers": "answers.json"})
-    assert judge_run(answers, LIMITS)["notes"][-1].startswith("how the model was trained is not known")
+    assert judge_run(answers, LIMITS)["notes"][-1].startswith("it is not known how the model was trained")
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,16 @@ def test_the_command_inspects_with_a_bundle(bundle, image, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "name either a bundle or adapters: add --bundle DIR"),
-        (["--bundle", "b", "--adapters", "a"], "name either a bundle or adapters"),
-        (["--bundle", "b", "--dataset", "d"], "--dataset does not go with --bundle; remove it, or use --adapters"),
-        (["--adapters", "a", "--server", "http://h/v1"], "--server does not go with --adapters; .* or use --bundle"),
-        (["--bundle", "b", "--server", "http://h/v1", "--base_model", "m"], "--base_model does not go with --server"),
+        ([], "give either a bundle or adapters: add --bundle DIR"),
+        (["--bundle", "b", "--adapters", "a"], "give either a bundle or adapters"),
+        (["--bundle", "b", "--dataset", "d"], "--dataset cannot be used with --bundle; remove it, or use --adapters"),
+        (["--adapters", "a", "--server", "http://h/v1"], "--server cannot be used with --adapters; .* or use --bundle"),
+        (
+            ["--bundle", "b", "--server", "http://h/v1", "--base_model", "m"],
+            "--base_model cannot be used with --server",
+        ),
         (["--bundle", "b"], "there is no b; write one with python -m train.export"),
-        (["--bundle", "b", "--watch", "w"], "name images, a folder to watch, or the page"),
+        (["--bundle", "b", "--watch", "w"], "give images, a folder to watch, or --serve"),
         (["--bundle", "b", "--webhook", "file:///x"], "--webhook file:///x is not an address"),
     ],
 )

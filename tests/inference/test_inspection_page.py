@@ -22,7 +22,7 @@ from echo_ft.records import GROUNDING, ROLES, Generation
 from evaluation import inspect, inspection_page
 from tests.conftest import ROOT
 
-STOPPED = "stopped by SIGTERM; rerun the same command; with --watch, it goes on where it stopped"
+STOPPED = "stopped by SIGTERM; rerun the same command; with --watch, it continues where it stopped"
 
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 
@@ -126,9 +126,9 @@ def test_what_the_page_lacks_is_said_before_the_model_loads(monkeypatch):
         port = str(taken.getsockname()[1])
         with pytest.raises(EchoError, match=rf"cannot use port {port} of 127.0.0.1 .*; choose another --port"):
             inspect.main(["--serve", "--bundle", "nowhere", "--port", port])
-    with pytest.raises(EchoError, match="name images, a folder to watch, or the page"):
+    with pytest.raises(EchoError, match="give images, a folder to watch, or --serve"):
         inspect.main(["part.png", "--serve", "--bundle", "nowhere"])
-    with pytest.raises(EchoError, match="--product does not go with --serve"):
+    with pytest.raises(EchoError, match="--product cannot be used with --serve"):
         inspect.main(["--serve", "--bundle", "nowhere", "--product", "washer"])
 
 

@@ -118,7 +118,7 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
         ),
         (lambda folder: folder / "inspector.txt", "inspector.txt cannot be read: .*; replace it"),
         (lambda folder: np.zeros((4, 4), dtype=np.float32), "an array of float32 with shape .* is no image"),
-        (lambda folder: np.zeros((4, 4, 2), dtype=np.uint8), "is no image; pass uint8 values"),
+        (lambda folder: np.zeros((4, 4, 2), dtype=np.uint8), "is not an image; pass uint8 values"),
     ],
 )
 def test_unusable_images_are_named(inspector, tmp_path, make, message):

@@ -99,7 +99,7 @@ def merged_into_the_base(bundle):
 
 
 BASE_DIFFERS = (
-    "the base model itself answers otherwise than in the export, by .* nats: it is quantized, .*revision.*template"
+    "the base model itself does not answer as in the export, by .* nats: it is quantized, .*revision.*template"
 )
 
 FAULTS = {

@@ -172,7 +172,7 @@ def test_a_webhook_that_is_not_available_gets_the_result_later():
         post(hook.url, {"image": "a"}, slept.append)
     assert hook.bodies == [{"image": "a"}] * 3
     assert slept == [1.0, 2.0]
-    with pytest.raises(EchoError, match=r"did not take a result for 5 s .*no connection.*inspects that image again"):
+    with pytest.raises(EchoError, match=r"did not accept a result for 5 s .*no connection.*inspects that image again"):
         post(hook.url, {}, slept.append, patience=5)
 
 

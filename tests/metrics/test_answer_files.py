@@ -1,4 +1,5 @@
-"""Answers made elsewhere are scored both strictly and as by RobustMAD's authors, and bad lines are refused by name."""
+"""Answers from other programs are scored both strictly and as by RobustMAD's authors, and bad lines are refused by "
+"name."""
 
 from __future__ import annotations
 
@@ -228,7 +229,7 @@ def test_plain_lines_are_read_with_probabilities_parts_and_conditions(tmp_path: 
         ([{"kind": "Defect Grounding", "answer": "none"}], "have no options; remove the key"),
         ([{**BOXES, "probabilities": {"A": 1}}], "have no probabilities; remove the key"),
         ([{**BOXES, "answer": "(0,0),(0,9)"}], r":1: the answer '\(0,0\),\(0,9\)' names no boxes; write them in thous"),
-        ([{}, {**BOXES, "answer": "none"}], "say that caps/001.png is good and that it is not"),
+        ([{}, {**BOXES, "answer": "none"}], "contradict each other on whether caps/001.png is good"),
         ([BOXES], "holds only answers to Defect Grounding; add the model's answers to questions with options"),
         ([{"options": ["Yes.", "No."]}], "must map letters to texts"),
         ([{"options": {"1": "Yes."}}], "use letters from A to E"),
@@ -245,8 +246,8 @@ def test_plain_lines_are_read_with_probabilities_parts_and_conditions(tmp_path: 
             r"does not say whether caps/001\.png has a defect.*'condition'",
         ),
         ([{"part": "1"}, {"part": "2", "kind": "Riddle"}], r":2: the part of .* is '2', but '1' in .*:1"),
-        ([{"condition": "good"}], "say that caps/001.png is good and that it is not"),
-        ([{}, {"answer": "B", "question": "Really?"}], "say that caps/001.png is good and that it is not"),
+        ([{"condition": "good"}], "contradict each other on whether caps/001.png is good"),
+        ([{}, {"answer": "B", "question": "Really?"}], "contradict each other on whether caps/001.png is good"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, changes: list[dict[str, Any]], message: str) -> None:

@@ -45,7 +45,7 @@ def test_the_base_model_follows_mmads_protocol_only_with_the_reference_that_mmad
     assert protocol(retrieved) == "not trained; 3 retrieved references per image instead of MMAD's 1-shot"
     assert protocol(retrieved, references=1) == "not trained; 1 retrieved reference per image instead of MMAD's 1-shot"
     assert protocol(named) == "not trained; 3 retrieved references per image instead of MMAD's 1-shot"
-    assert protocol(named, references=1) == "not trained; MMAD's 1-shot, with the reference that MMAD names"
+    assert protocol(named, references=1) == "not trained; MMAD's 1-shot, with the reference that MMAD gives"
     assert protocol(named, reference="none") == "not trained; no reference instead of MMAD's 1-shot"
     assert protocol(other, reference="random", references=2) == "not trained; 2 random references per image"
 
@@ -53,12 +53,12 @@ def test_the_base_model_follows_mmads_protocol_only_with_the_reference_that_mmad
 @pytest.mark.parametrize(
     ("rule", "split", "expected"),
     [
-        ("seeded", "test", "trained on a share of MMAD's own images"),
-        ("given", "test", "trained on a share of MMAD's own images"),
+        ("seeded", "test", "trained on a part of MMAD's own images"),
+        ("given", "test", "trained on a part of MMAD's own images"),
         ("by_dataset", "test", "across datasets"),
         ("by_product", "test", "across products"),
         ("by_condition", "test", "across defects"),
-        ("by_dataset", "validation", "trained on a share of MMAD's own images"),  # validation has train's datasets
+        ("by_dataset", "validation", "trained on a part of MMAD's own images"),  # validation has train's datasets
     ],
 )
 def test_training_on_the_same_dataset_is_named_by_its_split(
@@ -87,14 +87,14 @@ def test_the_verdict_of_the_audit_is_part_of_the_protocol(tmp_path: Path) -> Non
 def test_adapters_of_two_datasets_name_both(tmp_path: Path) -> None:
     evaluated = make_dataset(tmp_path / "visa", "eval", source="visa")
     found = protocol(evaluated, source(evaluated, "eval"), source("elsewhere", "train", seen=None))
-    first = "trained on a share of the dataset's own images (not audited)"
+    first = "trained on a part of the dataset's own images (not audited)"
     assert found.startswith(f"{first} and across datasets, trained on elsewhere (not audited);")
 
 
 def test_a_run_without_its_dataset_and_an_older_run_are_described_from_the_cards(tmp_path: Path) -> None:
     card = {"dataset": "gone", "dataset_fingerprint": "eval", "leaks": {}}
     assert protocol("gone", trained_on=None, adapters={"decision_maker": card}) == (
-        "trained on a share of the dataset's own images (not audited); all retrieved references per image"
+        "trained on a part of the dataset's own images (not audited); all retrieved references per image"
     )
     answers = Run(Path("answers.json"), [], {"answers": "answers.json"}, [], [])
-    assert describe_protocol(answers) == "unknown training data: the answers were made elsewhere"
+    assert describe_protocol(answers) == "unknown training data: the answers come from another program"

@@ -87,7 +87,7 @@ def test_a_coco_annotation_without_a_place_names_the_condition_only(tmp_path):
     bare = {"image_id": 12, "category_id": 2}
     found, rejections = edited(tmp_path, lambda c: c["annotations"].append(bare))
     assert (found["ring/2.jpg"].condition, found["ring/2.jpg"].boxes) == ("crack+dent", ()), "no crack may look normal"
-    assert "names crack without a bbox, but others mark defects" in rejections["ring/2.jpg"]
+    assert "an annotation of crack has no bbox, but others mark defects" in rejections["ring/2.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_stated_size_tells_on_which_view_outlines_were_drawn(tmp_path, mark):
     write_json(path, content)
     kept, _, rejections = collect(manifest.read(SourceConfig(tmp_path, path)), tmp_path)
     assert [r.item for r in rejections] == ["instances.json:images[1]", "instances.json:images[2]"]
-    assert all("state no size that tells which view they are for" in r.reason for r in rejections)
+    assert all("have no image size that shows which view they are for" in r.reason for r in rejections)
 
 
 def test_image_with_a_box_and_an_unusable_polygon_is_rejected(tmp_path):
@@ -320,7 +320,7 @@ def test_unusable_labelme_masks_are_reported(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "changes", "message"),
     [
-        ([("dent", "line", [[1, 1], [5, 5]])], {}, "a 'line' shape with 2 points encloses nothing"),
+        ([("dent", "line", [[1, 1], [5, 5]])], {}, "a 'line' shape with 2 points encloses no area"),
         ([("dent", "point", [[1, 1]])], {}, "'point'"),
         ([("dent", "polygon", [[1, 1], [5, 5]])], {}, "three"),
         ([("dent", "polygon", [[1], [5, 5]])], {}, "not [[x, y]"),
@@ -359,7 +359,7 @@ def test_a_labelme_file_beside_one_image_that_names_another_rejects_both(tmp_pat
     reasons = {one.item: one.reason for one in rejections}
     assert [one.image for one in kept] == ["c.png"]
     assert set(reasons) == {"a.png", "b.PNG", "b.json"}
-    assert "it lies beside b.PNG, but its imagePath names a.png; correct its imagePath" in reasons["b.json"]
+    assert "it is next to b.PNG, but its imagePath is a.png; correct its imagePath" in reasons["b.json"]
 
 
 def test_manifest_without_any_annotations_is_an_error(tmp_path):

@@ -81,7 +81,7 @@ def test_a_written_cell_is_read_back(condition):
         ("dent/crack", "write 'dent+crack' for several defects or 'dent_crack' for one"),
         ("dent / crack", "write 'dent+crack'"),
         ("dent\\crack", "write 'dent+crack'"),
-        ("dent;", "or with nothing"),
+        ("dent;", "or with an empty name"),
         ("dent;good", "joins a defect with 'good'"),
         ("dent,OK", "must be spelled 'good'"),
         (["dent", "good"], "'good' and 'dent' at the same time"),
@@ -90,7 +90,7 @@ def test_a_written_cell_is_read_back(condition):
         (["dent", " "], "is not a list of names"),
         ("[dent, crack]", "is not a list of names"),
         ({"dent": 1}, "not a string"),
-        (True, "names no defect"),
+        (True, "not the name of a defect"),
         (False, "must be spelled 'good'"),
         ("dent\ncrack", "has a line break"),
         ("dent;Dent", "seem to be one defect"),
@@ -184,7 +184,7 @@ UNKNOWN = [
 def test_words_that_say_nothing_are_rejected(tmp_path, word):
     conditions, (reason,) = read_cell(tmp_path, word)
     assert conditions == []
-    assert "does not say what the part shows" in reason
+    assert "does not say whether the part has a defect" in reason
     assert "declare the word with --good" in reason
     assert read_cell(tmp_path, word, good=(word,)) == (["good"], [])
 
@@ -263,7 +263,7 @@ def test_no_image_is_good_while_annotations_of_the_file_belong_to_none(tmp_path)
     found, rejections = read_coco(tmp_path, {"a.png": ["dent"], "b.png": []}, annotations=rows)
     assert list(found) == ["a.png"]
     assert "2 annotations of the file belong to no image (image_id 101, 102)" in rejections["instances.json:images[1]"]
-    assert "may be its own; correct or remove them" in rejections["instances.json:images[1]"]
+    assert "may belong to this image; correct or remove them" in rejections["instances.json:images[1]"]
     assert "no image has the id 101, 102" in rejections["instances.json:annotations"]
 
 
@@ -304,14 +304,18 @@ def read_flags(root: Path, flags: object, shapes: list | None = None, good: tupl
         ({"crack": True}, ["dent"], "crack+dent"),
         ({"ok": False, "dent": False}, [], "none of its flags (ok, dent) is set"),
         ({"ok": True, "dent": True}, [], "'good' and 'dent' at the same time"),
-        ({"ok": True}, ["dent"], "its flags say 'good' but its shapes 'dent'"),
+        ({"ok": True}, ["dent"], "the condition is 'good' by its flags but 'dent' by its shapes"),
         ({"todo": True}, [], "'todo' does not say"),
         ({"reviewed": True}, [], "unset or rename it"),
         ({"reviewed": True, "Verified": True}, ["dent"], "dent"),
         ({"reviewed": True, "dent": True}, [], "dent"),
         ({"checked": True, "ok": True}, [], "good"),
-        ({"unclear": True}, ["dent"], "its flag 'unclear' does not say what the part shows; unset or rename it"),
-        ({"n/a": True, "ok": False, "dent": False}, [], "its flag 'n/a' does not say what the part shows"),
+        (
+            {"unclear": True},
+            ["dent"],
+            "its flag 'unclear' does not say whether the part has a defect; unset or rename it",
+        ),
+        ({"n/a": True, "ok": False, "dent": False}, [], "its flag 'n/a' does not say whether the part has a defect"),
         ({"null": True}, [], "pass --good null if it means a part without a defect"),
         ({"correct": True}, [], "its flag 'correct' does not say"),
         ({"pass": True}, [], "its flag 'pass' does not say"),

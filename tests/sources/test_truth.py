@@ -331,7 +331,7 @@ def test_flags_that_contradict_the_shapes_of_a_labelme_file_reject_it(tmp_path):
     write_json(tmp_path / "part.json", content)
     found, rejections = usable(tmp_path)
     assert not found
-    assert "its flags say 'good' but its shapes 'dent'" in rejections[0].reason
+    assert "the condition is 'good' by its flags but 'dent' by its shapes" in rejections[0].reason
 
 
 @pytest.mark.parametrize("name", ["100%.png", "a#1.png", "why?.png", "it's.png", "a&b.png", "a<b>.png", "a+b c.png"])

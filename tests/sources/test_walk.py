@@ -142,7 +142,7 @@ def test_build_warns_of_linked_folders_outside_the_root(tmp_path):
     config = BuildConfig("manifest", tmp_path / "out", tmp_path / "photos", descriptor="skimage", split="seeded")
     made = build(config)
     (warning,) = [one for one in made["warnings"] if "linked" in one]
-    assert warning.startswith("1 linked folders lead out of the root and are passed over: nut; set root to a folder")
+    assert warning.startswith("1 linked folders lead out of the root and are skipped: nut; set root to a folder")
     assert made["rejected"] == 1
 
 

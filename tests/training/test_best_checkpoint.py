@@ -1,4 +1,4 @@
-"""The adapter that evaluated best is kept, training stops early, and contradictory options are refused."""
+"""The adapter with the best evaluation is kept, training stops early, and contradictory options are refused."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.conftest import MAX_PIXELS, MIN_PIXELS, make_dataset
 from tests.support.training import SAME_TRAINING, launch, run_in_process, tiny_options
 
 EPOCHS = [
-    *SAME_TRAINING, "--max_steps", 4, "--per_device_train_batch_size", 4, "--shuffle_options", "true",
+    *SAME_TRAINING, "--max_steps", 4, "--per_device_train_batch_size", 2, "--shuffle_options", "true",
     "--lora_target_modules", "q_proj", "v_proj", "--save_strategy", "steps", "--save_steps", 3,
 ]  # fmt: skip
 """Two epochs of two steps, with a checkpoint during the second epoch."""
@@ -23,7 +23,7 @@ EPOCHS = [
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("dataset"), train=8)
+    return make_dataset(tmp_path_factory.mktemp("dataset"), train=4)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,6 @@ def test_workers_that_outlive_an_epoch_draw_the_same_orders(whole, dataset, tmp_
 
 @pytest.mark.slow
 def test_two_ranks_draw_the_orders_of_one(whole, dataset, tmp_path):
-    batch = ["--per_device_train_batch_size", 2]
+    batch = ["--per_device_train_batch_size", 1]
     launch(*tiny_options("decision_maker", dataset, tmp_path, *EPOCHS, *batch), ranks=2)
     assert_same_adapter(tmp_path, whole, rtol=1e-2, atol=1e-3)

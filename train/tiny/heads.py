@@ -35,16 +35,17 @@ class Heads(torch.nn.Module):
         self.patch = torch.nn.Linear(patch_width, 1 + len(DEFECT_NAMES))
         self.token = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + len(TONE_NAMES))
         self.image = torch.nn.Linear(width, len(KIND_NAMES) + len(COLOUR_NAMES))
-        # In the language model, at image tokens: whether there is a defect, its kind, and the token's row and column.
+        # At image tokens in the language model, the heads predict whether there is a defect, its kind, and the token's
+        # row and column.
         self.compared = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + 2 * SIDE)
         self.final = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + 2 * SIDE)
-        # In the language model, at text tokens: whether there is a defect, its kind and its place.
+        # At text tokens in the language model, the heads predict whether there is a defect, its kind and its place.
         self.text = torch.nn.Linear(width, 1 + len(DEFECT_NAMES) + len(PLACES))
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the heads should predict for B query images."""
+    """The correct predictions of the heads for B query images."""
 
     shares: Any
     """(B, 24, 24): fraction of each patch that is on the defect, from 0 to 1."""

@@ -27,7 +27,7 @@ class Lesson(NamedTuple):
     prompt: str
     completion: str
     skill: str
-    """What it teaches, such as `detection`, `place` or `text`. The measurement groups by it."""
+    """What it teaches, such as `detection`, `place` or `text`. Measurements are grouped by it."""
 
     @property
     def is_letter(self) -> bool:
@@ -47,7 +47,7 @@ class LessonRow:
 
 @dataclass(frozen=True)
 class PartLabels:
-    """What a lesson can ask about the inspected part. Empty where it is unknown or there is no defect."""
+    """What a lesson can ask about the inspected part. Fields are empty if they are unknown or there is no defect."""
 
     kind: str
     colour: str = ""
@@ -139,7 +139,7 @@ _CONTEXTS = (
 
 
 def _stated(rng: np.random.Generator, labels: PartLabels) -> tuple[str, list[Lesson]]:
-    """Draw two questions beside images that text answers: a note in the returned context, or a line of the prompt."""
+    """Draw two questions beside images. The answers are in text: a note in the context, or a line of the prompt."""
     if rng.random() < 0.5:
         name = labels.defect or "good"
         notes = _notes(rng, name, ("good", *DEFECT_NAMES), 3)
@@ -178,7 +178,7 @@ def _detection(rng: np.random.Generator, labels: PartLabels) -> Lesson:
 
 
 def _questions(labels: PartLabels) -> list[tuple[str, str, Sequence[str], str]]:
-    """(text, answer, all possible answers, skill) of each question about the part."""
+    """Return (text, answer, all possible answers, skill) of each question about the part."""
     questions: list[tuple[str, str, Sequence[str], str]] = [
         ("What kind of part is it?", labels.kind, KIND_NAMES, "kind")
     ]
@@ -196,7 +196,7 @@ def _questions(labels: PartLabels) -> list[tuple[str, str, Sequence[str], str]]:
 
 
 def draw_text_row(seed: int) -> LessonRow:
-    """Draw a row without images: repeat, find and choose what the text states."""
+    """Draw a row without images, with lessons to repeat, find and choose what the text states."""
     rng = np.random.default_rng((seed, 6))
     return draw_binding_row(seed, after_share=0.3) if rng.random() < 0.6 else _notes_row(rng)
 
@@ -242,7 +242,10 @@ def _notes_row(rng: np.random.Generator) -> LessonRow:
 
 
 def _letters(rng: np.random.Generator) -> Lesson:
-    """Options, and the letter of each in another order. On its own line, a letter is the same token as in an option."""
+    """Draw options, and ask for the letter of each in another order.
+
+    A letter on its own line is the same token as in an option.
+    """
     options = [_sentence(" ".join(_words(rng, 1, 2))) for _ in range(4)]
     lines = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
     order = rng.permutation(4).tolist()
@@ -260,10 +263,10 @@ def _choice(
     stated: str = "",
     after_share: float = 0.5,
 ) -> Lesson:
-    """A multiple-choice question with two to four options in random order.
+    """Draw a multiple-choice question with two to four options in random order.
 
-    The text `stated` states the answer. It comes after the options with probability `after_share`, otherwise before the
-    question.
+    The text `stated` contains the answer. It comes after the options with probability `after_share`, otherwise before
+    the question.
     """
     wrong = [other for other in dict.fromkeys(answers) if other != answer]
     count = min(len(wrong), int(rng.integers(1, 4)))

@@ -1,8 +1,8 @@
 """Measure each pretraining stage, on held-out products of the world and on the demo's products.
 
-At the tower, the comparing layer and the text, heads detect a defect. The whole model detects it by the letter that it
-answers. The tower sees only the query. All others are measured with a normal reference of the same product, with one of
-another product, and with none.
+The heads detect a defect at the tower, at the comparing layer and at the text. The whole model detects it with the
+letter of its answer. The tower sees only the query. All others are measured with a normal reference of the same
+product, with one of another product, and with none.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def held_out_pools(folder: Path, products: int) -> dict[str, Pool]:
 
 
 def measure_stage(stage: str, student: Student, pools: dict[str, Pool]) -> dict[str, float]:
-    """Measure what a stage taught. Returns {what: figure from 0 to 1}."""
+    """Measure what the model has learned in a stage. Returns {name: figure from 0 to 1}."""
     with torch.no_grad():
         if stage == "read":
             return {"letters in text": measure_text(student)}
@@ -94,14 +94,14 @@ def measure_detection(stage: str, student: Student, pool: Pool) -> dict[str, flo
                 scores.setdefault(place, []).append(values)
         for place, values in scores.items():
             if place == "tower" and references != "none":
-                continue  # the tower sees only the query
+                continue  # the tower sees only the query, so references do not matter
             value = auroc(np.ones((1, len(defective))), torch.cat(values).double().numpy(), defective)
             figures[f"{place}, {references} reference" if place != "tower" else place] = float(value[0])
     return figures
 
 
 def _detection_batches(pool: Pool, references: str) -> Iterator[list[LessonRow]]:
-    shift = 4 if references == "other" else 0  # the demo's three products take turns
+    shift = 4 if references == "other" else 0  # the three products of the demo alternate
     rows = []
     for product in range(pool.products):
         other = IMAGES_PER_PRODUCT * ((product + shift) % pool.products)
@@ -129,7 +129,7 @@ def _detection_scores(stage: str, student: Student, rows: Sequence[LessonRow]) -
     row = torch.arange(len(rows))
     compared = states[COMPARING + 1][query_tokens(batch)]
     scores["comparing layer"] = heads.compared(on.normal(compared))[..., 0].amax(1)
-    end = (batch["labels"][:, 1:] != -100).int().argmax(1)  # the token that predicts the letter
+    end = (batch["labels"][:, 1:] != -100).int().argmax(1)  # index of the token that predicts the letter
     if last >= BRINGING:
         scores["text"] = heads.text(on.normal(states[BRINGING + 1][row, end]))[:, 0]
     if stage == "answer":

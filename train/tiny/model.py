@@ -157,7 +157,7 @@ def build_model(tokenizer: Any) -> Any:
     for layer in model.model.language_model.layers[: READING.start]:
         _reset_layer(layer)
     _prepare_embeddings(model, tokenizer)
-    # The distance from the predicted letter back to the last word before the instruction.
+    # This is the distance from the predicted letter back to the last word before the instruction.
     _prepare_attention(model, len(tokenizer(f".\n{INSTRUCTION}{ASSISTANT_OPENING}")["input_ids"]))
     return model
 
@@ -179,7 +179,9 @@ def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
 
 
 def _prepare_attention(model: Any, answer: int) -> None:
-    """Initialise attention so that the model can answer with a letter. Random weights do not learn this in the time.
+    """Initialise attention so that the model can answer with a letter.
+
+    Random weights do not learn this in the available time.
 
     Three groups of channels hold a token's own word, a word to search for, and a letter. The first reading layer writes
     an option's letter next to its words (two and three tokens back). The second-to-last layer fetches the words before
@@ -253,7 +255,7 @@ def prepare_bringing(model: Any, found: Any) -> None:
     language = model.model.language_model
     layer = language.layers[BRINGING]
     attention, width = layer.self_attn, layer.self_attn.head_dim
-    slowest = width // 2 - 1  # a channel that hardly rotates, so that the distance does not matter
+    slowest = width // 2 - 1  # this channel hardly rotates, so the distance does not matter
     with torch.no_grad():
         _reset_layer(layer)
         keys, queries = _heads(attention.k_proj.weight, width), _heads(attention.q_proj.weight, width)

@@ -27,7 +27,8 @@ from train.tiny.pool import DEFECT_NAMES, KIND_NAMES, draw_pool, open_pool
 STEPS = {"read": 3000, "look": 3200, "compare": 1300, "bring": 450, "answer": 1500}
 """Steps of each stage."""
 BEFORE = {"read": (), "look": (), "compare": ("look",), "bring": ("compare",), "answer": ("bring", "read")}
-"""The stages whose weights a stage starts from. Weights that a later stage in the list trained take precedence."""
+"""The stages whose weights a stage starts from. If several of them trained the same weights, the last one in the list
+takes precedence."""
 DATA = """- **Data**: {images:,} images drawn by `echo_ft/drawn`. The kinds of parts are {kinds}. The defects are
 {defects}. The model has never seen the products or defects of the demo. Their names occur only in rows of randomly
 combined words. The lessons are in `train/tiny/lessons.py`."""
@@ -84,9 +85,14 @@ class PretrainConfig:
         default_factory=lambda: list(STEPS), metadata={"help": f"Stages to train: {', '.join(STEPS)}."}
     )
     products: int = field(default=10_000, metadata={"help": "Drawn products, with four images each (0.3 MB)."})
-    steps_share: float = field(default=1.0, metadata={"help": "Share of the steps of each stage."})
-    held_out: int = field(default=150, metadata={"help": "Products, each known and new, to measure the stages on."})
-    threads: int = field(default=1, metadata={"help": "Threads of one stage. Two processes use two cores better."})
+    steps_share: float = field(default=1.0, metadata={"help": "Fraction of each stage's steps to run."})
+    held_out: int = field(
+        default=150, metadata={"help": "Number of known products, and of new ones, on which the stages are measured."}
+    )
+    threads: int = field(
+        default=1,
+        metadata={"help": "Threads of one stage. On two cores, two processes with one thread each are faster."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of weights, images and lessons."})
 
 
@@ -97,7 +103,7 @@ def main(argv: list[str]) -> None:
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise EchoError(f"{output} holds files other than a model; choose an empty folder for --output")
     if unknown := set(config.stages) - set(STEPS):
-        raise EchoError(f"--stages has no {sorted(unknown)[0]!r}; choose from {', '.join(STEPS)}")
+        raise EchoError(f"--stages: there is no stage {sorted(unknown)[0]!r}; choose from {', '.join(STEPS)}")
     for name, least in MINIMA.items():
         if getattr(config, name) < least:
             raise EchoError(f"--{name} is {getattr(config, name)}; set it to {least} or more")
@@ -251,7 +257,7 @@ def detection_rows(results: Mapping[str, Any]) -> list[str]:
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """Return the names as a sentence would list them."""
+    """Join names for a sentence, with commas and `and`."""
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 

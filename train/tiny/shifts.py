@@ -2,8 +2,8 @@
 
 A head with fixed queries and keys, whose rotary positions point to one offset, copies the value of the neighbour there.
 While pretraining keeps it fixed, the copy is computed directly (`encode_as_shifts`), ten times faster than softmax over
-576 patches. The weights always fit transformers' own tower, whose softmax attention gives the same features apart from
-a small contribution of other patches. Later training may change the queries and keys.
+576 patches. transformers' own tower can always load the weights. Its softmax attention gives the same features, apart
+from a small contribution of other patches. Later training may change the queries and keys.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def prepare_shifts(visual: Any) -> None:
             block.attn.proj.weight.mul_(0.5)
             block.mlp.fc2.weight.mul_(0.5)
             block.attn.qkv.weight[: 2 * width] = 0
-            # (queries or keys, head, half of a rotation, axis, frequency)
+            # the axes are queries or keys, head, half of a rotation, axis and frequency
             bias = block.attn.qkv.bias[: 2 * width].view(2, -1, 2, 2, count)
             for number, offset in enumerate(offsets):
                 if offset is None:

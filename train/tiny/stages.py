@@ -3,7 +3,7 @@
 1. `read`: the reading layers learn to answer questions about text with a letter. They do not see images yet.
 2. `look`: the vision tower learns what patches and image tokens show.
 3. `compare`: the comparing layer learns what differs from a normal reference at the same place.
-4. `bring`: the bringing layer tells the text after the images what was found, and where.
+4. `bring`: the bringing layer copies what was found, and where, to the text after the images.
 5. `answer`: all layers learn to answer about images.
 
 The heads of earlier stages stay active. The comparing and bringing layers learn to leave text without images unchanged,
@@ -38,7 +38,7 @@ from train.tiny.pool import IMAGES_PER_PRODUCT, Pool
 from train.tiny.shifts import encode_as_shifts, normalize, scale_tokens
 
 READ_BATCH, LOOK_BATCH, PAIR_BATCH, ROW_BATCH, TEXT_ROWS = 8, 32, 16, 16, 4
-"""Number per step of rows of text, images, pairs and rows with images, and of rows of text next to the last two."""
+"""Number per step of rows of text, images, pairs and rows with images, and of rows of text added to the last two."""
 TOKEN_DEVIATION = 0.22
 """Standard deviation of image tokens for the language model: one and a half times that of its embeddings."""
 KEEP_TEXT = 3.0
@@ -66,7 +66,7 @@ class Student:
 
     @property
     def seeing(self) -> Any:
-        """The comparing layer and the bringing layer."""
+        """Return the comparing layer and the bringing layer."""
         return self.language.layers[: READING.start]
 
     @property
@@ -94,7 +94,7 @@ class Stage:
 
 
 def read(student: Student, pool: None) -> Stage:
-    """Learn to read from rows of text alone: first what was just read, then what was read earlier. Needs no pool."""
+    """Learn to read from rows of text alone, first to recall the last words, then earlier ones. Needs no pool."""
     weights = list(student.reading.parameters())
 
     def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
@@ -224,7 +224,7 @@ STAGES: dict[str, Callable[[Student, Any], Stage]] = {
 
 
 def _turn(rng: np.random.Generator, *batches: Any) -> list[Any]:
-    """Turn and mirror each quarter of the batches (B, height, width, ...) differently, but all batches alike."""
+    """Turn and mirror each quarter of a batch (B, height, width, ...) in another way, but the same in all `batches`."""
     ways = [(int(rng.integers(4)), rng.random() < 0.5) for _ in range(4)]
     turned = []
     for batch in batches:

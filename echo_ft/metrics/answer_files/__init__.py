@@ -1,4 +1,4 @@
-"""Answers that were made elsewhere: files in MMAD's format, in RobustMAD's, and JSON lines in our own format."""
+"""Answers that other programs wrote: files in MMAD's format, in RobustMAD's, and JSON lines in our own format."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ class GivenAnswers:
     """The letter that RobustMAD's authors read from each answer, by question."""
     warnings: list[str] = field(default_factory=list)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the answers for run.json, besides the file itself."""
+    """Further facts about the answers, for run.json."""

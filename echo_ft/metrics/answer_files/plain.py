@@ -4,9 +4,9 @@
      "options": {"A": "Yes.", "B": "No."}, "answer": "B", "text": "B", "probabilities": {"A": 0.2, "B": 0.8},
      "dataset": "line 3", "product": "cap", "part": "cap-001", "condition": "good"}
 
-The first six keys are required. `answer` is the right letter, and `text` what the model wrote; null means that it gave
-no answer. `kind` is a question type of MMAD, or any other name. Images of the same `part` are resampled together;
-without `part`, each image is a part of its own.
+The first six keys are required. `answer` is the correct letter. `text` is what the model wrote, or null if it gave no
+answer. `kind` is a question type of MMAD, or any other name. Images of the same `part` are resampled together; without
+`part`, each image counts as a separate part.
 
 A question of the type GROUNDING has no options, and `answer` is the text of its true boxes:
 
@@ -42,7 +42,7 @@ UNNAMED = "all"
 """The dataset or product if a line names none. It must not depend on the file, so that models can be compared."""
 
 STATED = {"yes": "defective", "no": GOOD}
-"""The condition that the right answer to an Anomaly Detection question states."""
+"""The condition that the correct answer to an Anomaly Detection question implies."""
 
 
 def read_plain_answers(path: Path) -> GivenAnswers:
@@ -139,7 +139,7 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
 
 
 def _require_boxes(row: Mapping[str, Any], where: str) -> None:
-    """Raise EchoError if a line about boxes has options or probabilities, or its right answer names no boxes."""
+    """Raise EchoError if a line about boxes has options or probabilities, or if its correct answer has no boxes."""
     for key in ("options", "probabilities"):
         if row.get(key):
             raise EchoError(f"{where}: questions of the kind {GROUNDING!r} have no {key}; remove the key")
@@ -180,8 +180,8 @@ def _require_consistent(rows: list[tuple[str, Prediction]]) -> None:
 def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
     """Return the predictions with the condition of their image.
 
-    A condition that a line names comes first, then the one that the right answer to Anomaly Detection or the true boxes
-    state. Otherwise it is `good` if a folder of the image has that name, or unknown.
+    A condition that a line states comes first, then the one that the correct answer to Anomaly Detection or the true
+    boxes imply. Otherwise, it is `good` if the image is in a folder of that name, or else unknown.
     """
     named: dict[str, str] = {row.image: row.condition for _, row in rows if row.condition}
     stated: dict[str, dict[str, str]] = defaultdict(dict)
@@ -201,8 +201,8 @@ def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
         truths = {*found, *({named[image]} if image in named else ())}
         if len({truth == GOOD for truth in truths}) > 1:
             raise EchoError(
-                f"{', '.join(sorted(found.values()))}: the right answers, or the condition, say that {image} is good "
-                "and that it is not; correct one of them"
+                f"{', '.join(sorted(found.values()))}: the correct answers and the condition contradict each other on "
+                f"whether {image} is good; correct one of them"
             )
     return [replace(row, condition=_condition(row.image, named, stated)) for _, row in rows]
 

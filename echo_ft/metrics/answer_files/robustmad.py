@@ -1,8 +1,8 @@
 """RobustMAD (TMLR 2026, arXiv 2607.16243): its questions, files of answers to them, and its authors' tables.
 
 Each of 410 images of MVTec AD and VisA has eleven questions with five options, in four categories. A second file asks
-the same questions about the same images with motion blur or in low light. The authors score the share of right answers
-per category, and again for the `general` and the `domain` difficulty.
+the same questions about the same images with motion blur or in low light. The authors score the share of correct
+answers per category, and again for the `general` and the `domain` difficulty.
 
 The id of a question holds its difficulty, as in `MVTec-AD/bottle/test/good/014.png#general-5`. A degraded image has the
 id of the clean one, so that answers to both files can be compared in pairs.

@@ -1,4 +1,4 @@
-"""Comparison of the boxes that runs name for the same images: metrics and paired differences."""
+"""Comparison of the boxes that runs predict in the same images: metrics and paired differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of answers that name boxes: how well they overlap with the true boxes, and boxes on good images.
+"""Scores of predicted boxes: how well they overlap with the true boxes, and how many there are on good images.
 
 An unparsed or failed answer finds no box. Intervals resample physical parts, as for all other scores.
 
@@ -22,7 +22,7 @@ from echo_ft.metrics.strict import answer_counts
 from echo_ft.records import GOOD, Prediction
 
 FOUND_AT = (0.1, 0.3, 0.5)
-"""IoUs from which a true box counts as found."""
+"""IoUs at which a true box counts as found."""
 
 BOXES_PER_GOOD_IMAGE = "boxes_per_good_image"
 """The only metric that is not a fraction from 0 to 1."""
@@ -37,7 +37,7 @@ def box_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.nda
     - `none_on_good`: share of the good images with the answer `none`
     - `boxes_per_good_image`: mean number of boxes in the parsed answers about good images
 
-    Raises EchoError if the true answer to a question does not name boxes.
+    Raises EchoError if the true answer to a question does not consist of boxes.
     """
     sums = _sums_by_image(table)
     return {name: intervals.ratio(weights @ above, weights @ below) for name, (above, below) in sums.items()}
@@ -71,12 +71,12 @@ def _sums_by_image(table: PredictionTable) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def named_boxes(prediction: Prediction) -> tuple[Box, ...] | None:
-    """Return the boxes in thousandths that an answer names, or None if it is unparsed or failed."""
+    """Return the boxes of an answer in thousandths, or None if the answer is unparsed or failed."""
     return None if prediction.error is not None or prediction.parsed is None else parse_boxes(prediction.parsed)
 
 
 def true_boxes(prediction: Prediction) -> tuple[Box, ...]:
-    """Return the true boxes in thousandths. Raises EchoError if the true answer does not name boxes."""
+    """Return the true boxes in thousandths. Raises EchoError if the true answer does not consist of boxes."""
     boxes = parse_boxes(prediction.answer)
     if boxes is None:
         raise EchoError(
@@ -89,8 +89,8 @@ def true_boxes(prediction: Prediction) -> tuple[Box, ...]:
 def box_interval(name: str, values: np.ndarray, parts: int, difference: bool = False) -> list[float] | None:
     """Return the 95% interval of a metric with the resampled `values` (R,), as `metric_values.metric_interval` does.
 
-    An answer may name any number of boxes on a good image. MAX_BOXES stands for the largest number, unless the values
-    are larger.
+    An answer may name any number of boxes on a good image. The interval assumes at most MAX_BOXES, or the largest of
+    the `values` if it is higher.
     """
     if parts < MIN_PARTS:
         return None
