@@ -56,7 +56,7 @@ def test_fuzzer_keeps_the_shortest_input_of_each_find(tmp_path, capsys, monkeypa
         execute(Parser(read, ()), content, tmp_path, found)
     assert (found.executions, found.refused, len(found.finds)) == (5, 1, 2)
     report("mine", found, tmp_path / "finds")
-    assert "mine: 5 executions, 1 refused, 2 finds" in capsys.readouterr().out
+    assert "mine: 5 executions, 1 refused, 2 findings" in capsys.readouterr().out
     stored = {path.read_bytes() for path in (tmp_path / "finds").iterdir() if not path.suffix}
     assert stored == {b"bca", b"hhh"}
     assert "KeyError" in next(
