@@ -79,31 +79,35 @@ def full_tuning_options(dataset, output, *more):
     return tiny_options("reference_extractor", dataset, output, *SHORT, *options, *more)
 
 
-def test_full_tuning_gives_a_full_model_with_the_frozen_part_unchanged(dataset, tmp_path):
+@pytest.fixture(scope="module")
+def full(dataset, tmp_path_factory):
+    """All weights after three steps, with a checkpoint of each step."""
+    output = tmp_path_factory.mktemp("full") / "reference_extractor"
+    run_in_process(*full_tuning_options(dataset, output, "--save_strategy", "steps", "--save_steps", 1))
+    return output
+
+
+def test_full_tuning_gives_a_full_model_with_the_frozen_part_unchanged(full):
     from echo_ft.model.adapters import find_adapters
     from echo_ft.model.loading import base_fingerprint, load_model
 
-    run_in_process(*full_tuning_options(dataset, tmp_path / "reference_extractor"))
-    output = tmp_path / "reference_extractor"
-    tuned, base = load_model(str(output)).state_dict(), load_model(str(ECHO_TINY)).state_dict()
+    tuned, base = load_model(str(full)).state_dict(), load_model(str(ECHO_TINY)).state_dict()
     assert tuned.keys() == base.keys()
-    assert not (output / "adapter_config.json").exists()
+    assert not (full / "adapter_config.json").exists()
     for name, weight in base.items():
         frozen = ".visual." in name and ".merger." not in name
         if frozen or "merger" in name or "_proj.weight" in name:
             assert torch.equal(weight, tuned[name]) == frozen, name
-    assert losses(output)[2] < losses(output)[0]
-    assert json.loads((output / "echo_ft.json").read_text())["role"] == "reference_extractor"
+    assert losses(full)[2] < losses(full)[0]
+    assert json.loads((full / "echo_ft.json").read_text())["role"] == "reference_extractor"
     with pytest.raises(EchoError, match=r"is a full model, not an adapter; pass it as model_name_or_path"):
-        find_adapters(tmp_path, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), 784, 28224)
+        find_adapters(full.parent, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), 784, 28224)
 
 
-def test_resumed_full_tuning_gives_the_weights_of_an_uninterrupted_run(dataset, tmp_path):
-    checkpoints = ["--save_strategy", "steps", "--save_steps", 1]
-    run_in_process(*full_tuning_options(dataset, tmp_path / "whole", *checkpoints))
-    resumed = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-1"]
+def test_resumed_full_tuning_gives_the_weights_of_an_uninterrupted_run(full, dataset, tmp_path):
+    resumed = ["--resume_from_checkpoint", full / "checkpoint-1"]
     run_in_process(*full_tuning_options(dataset, tmp_path / "resumed", *resumed))
-    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    expected = load_file(full / "model.safetensors")
     for name, weight in load_file(tmp_path / "resumed" / "model.safetensors").items():
         assert torch.equal(weight, expected[name]), name
 
@@ -143,7 +147,7 @@ def test_flex_attention_is_refused_on_a_cpu(dataset, tmp_path):
         )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_quantized_base_starts_near_the_loss_of_the_plain_one(plain, dataset, tmp_path, bits):
     quantized = [f"--load_in_{bits}bit", "true", "--bnb_4bit_quant_type", "nf4", "--learning_rate", "1e-3"]
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *quantized))
