@@ -74,8 +74,7 @@ def train_stage(
     def spent() -> float:
         return minutes + (time.monotonic() - started) / 60
 
-    # Loading the state created new groups.
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading created new groups
     weights = [weight for group in groups for weight in group["params"]]
     for step in range(first, schedule.steps):
         for group, peak in zip(groups, peaks, strict=True):
