@@ -43,7 +43,7 @@ from echo_ft.model.vision import RECENT_IMAGES
 from echo_ft.records import ROLES, Branch, Exchange
 from echo_ft.training.checks import check_options
 from echo_ft.training.config import EchoConfig, lora_config
-from echo_ft.training.memory import estimate_training, trainable_meta_model
+from echo_ft.training.costs.memory import estimate_training, trainable_meta_model
 from train.memory import MemoryConfig, largest_batch, read_run, run_shapes, run_width
 
 PIXEL_VALUES = 3 * 2 * 14 * 14

@@ -1,8 +1,8 @@
 """Estimate the memory of a recipe: `python -m train.memory --config recipes/qwen2_vl_7b/decision_maker.yaml`.
 
 This command finds every LoRA target in the real architecture, counts the parameters exactly and estimates the memory of
-each topology at the recipe's largest batch. echo_ft/training/memory.py describes the method and what it leaves out. No
-weights are downloaded, and no GPU is needed.
+each topology at the recipe's largest batch. echo_ft/training/costs/memory.py describes the method and what it leaves
+out. No weights are downloaded, and no GPU is needed.
 
 `--run recipes/qwen2_vl_7b/run.yaml` also estimates a run with adapters like the recipe's. The file may be a config of
 evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
@@ -21,7 +21,7 @@ from echo_ft.errors import EchoError
 from echo_ft.inputs import read_yaml_file
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.architectures import count_parameters, meta_model
-from echo_ft.training.memory import memory_report, trainable_meta_model
+from echo_ft.training.costs.memory import memory_report, trainable_meta_model
 
 if TYPE_CHECKING:
     from trl import SFTConfig

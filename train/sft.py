@@ -28,7 +28,7 @@ from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
 from echo_ft.tracking import adapter_artifact, dataset_artifact, experiment_name, log_run, use_artifact
 from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, resume_wandb_run, training_options
-from echo_ft.training.memory import trainable_meta_model
+from echo_ft.training.costs.memory import trainable_meta_model
 from echo_ft.training.planning import Plan, dry_run_report
 
 if TYPE_CHECKING:

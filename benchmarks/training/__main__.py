@@ -38,7 +38,7 @@ import torch
 
 from benchmarks.training.turns import take_turns
 from benchmarks.training.workload import MODEL, Workload
-from echo_ft.training.flops import device_peak_flops
+from echo_ft.training.costs.flops import device_peak_flops
 
 CONTENDERS = (
     ("trl", "computed"), ("llamafactory", "computed"), ("ms-swift", "computed"),

@@ -31,7 +31,7 @@ from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.collator import Collator
 from echo_ft.training.config import EchoConfig
-from echo_ft.training.flops import WorkCounts, unit_costs
+from echo_ft.training.costs.flops import WorkCounts, unit_costs
 from echo_ft.training.trainer import PrefixSharingTrainer
 
 GPU = torch.cuda.is_available()

@@ -33,7 +33,7 @@ from echo_ft.model.architectures import meta_model
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import ADAPT_FROM, RowBuilder
 from echo_ft.records import ROLES
-from echo_ft.training.flops import WorkCounts, image_work, text_work, unit_costs
+from echo_ft.training.costs.flops import WorkCounts, image_work, text_work, unit_costs
 
 
 @dataclass(frozen=True)

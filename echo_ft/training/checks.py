@@ -9,14 +9,14 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig
 
@@ -325,26 +325,3 @@ def check_trained_parts(model: Any, config: EchoConfig) -> None:
     check_part_rates(model, config.vision_learning_rate, config.merger_learning_rate)
     if config.features:
         require_frozen_tower(model)
-
-
-def less_memory(args: TrainingArguments, max_pixels: int) -> str:
-    """The option that shrinks the largest batch at the lowest cost, with the value to set."""
-    batch = args.per_device_train_batch_size
-    if not args.gradient_checkpointing:
-        return "set gradient_checkpointing: true"
-    if batch > 1:
-        more = args.gradient_accumulation_steps * math.ceil(batch / (batch // 2))
-        return f"set per_device_train_batch_size: {batch // 2} and gradient_accumulation_steps: {more}"
-    return f"set max_pixels: {max_pixels // 2}, here and in the run, or use recipes/accelerate/zero3.yaml"
-
-
-class LargestBatchCheck(TrainerCallback):
-    """Checks the largest batch before step 1, so that a run does not fail on it hours later."""
-
-    def __init__(self, trainer: Any, cases: Sequence[int]) -> None:
-        self.trainer = trainer
-        self.cases = cases
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        self.trainer.check_largest_batch(self.cases)

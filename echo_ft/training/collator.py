@@ -21,7 +21,7 @@ from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows, s
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.records import Exchange, Inspection
-from echo_ft.training.flops import image_work, text_work
+from echo_ft.training.costs.flops import image_work, text_work
 from echo_ft.training.mask_loss import mask_inputs
 
 

@@ -14,8 +14,8 @@ from echo_ft.images.decode import image_size
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.rows import RowBuilder, mark_trained
 from echo_ft.records import MAX_NEW_TOKENS, Exchange, Rejection
-from echo_ft.training.flops import WorkCounts, image_work, row_work, unit_costs
-from echo_ft.training.memory import memory_report
+from echo_ft.training.costs.flops import WorkCounts, image_work, row_work, unit_costs
+from echo_ft.training.costs.memory import memory_report
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig

@@ -21,7 +21,6 @@ from echo_ft.files import write_text
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, gather_adapter, write_card
 from echo_ft.model.loading import load_model
 from echo_ft.model.preparation import (
-    check_gradients,
     check_output_layer,
     keep_adapter_input_dtype,
     packed_inputs,
@@ -33,11 +32,10 @@ from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.provenance import seal_folder
 from echo_ft.terminal import LOGGER
 from echo_ft.training.checkpoints import COMPLETE_MARKER, apply_options, moved_best_checkpoint, optimizer_options
-from echo_ft.training.checks import LargestBatchCheck, less_memory
 from echo_ft.training.config import EarlyStopping, EchoConfig
-from echo_ft.training.flops import WorkCounts, device_peak_flops, unit_costs
+from echo_ft.training.costs.flops import WorkCounts, device_peak_flops, unit_costs
+from echo_ft.training.largest_batch import LargestBatchCheck
 from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
-from echo_ft.training.memory import hold_step_memory, peak_bytes
 from echo_ft.training.sampler import BalancedSampler, DrawnEpoch
 
 
@@ -98,7 +96,7 @@ class PrefixSharingTrainer(SFTTrainer):
             device = torch.cuda.get_device_name(self.args.device)
             self._peak = device_peak_flops(device)
             if self._peak:
-                self._report(f"MFU is relative to {self._peak / 1e12:g} TFLOP/s per GPU: {device}, dense bfloat16")
+                self.report(f"MFU is relative to {self._peak / 1e12:g} TFLOP/s per GPU: {device}, dense bfloat16")
         # Per evaluation batch of all processes: the sum of a loss, and its number of labels.
         self._evaluated: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._work_done = np.zeros(4)  # cases, questions, tokens and operations since the last log
@@ -151,48 +149,6 @@ class PrefixSharingTrainer(SFTTrainer):
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return self.config.mask_loss * scale * total / num_items_in_batch
 
-    def check_largest_batch(self, cases: Sequence[int]) -> None:
-        """Run `cases` forward and backward as one batch, without changing gradients, random state or logs.
-
-        Raises EchoError if the batch does not fit into memory or a trained part gets no gradient. Does nothing if ranks
-        share the weights (ZeRO-3, FSDP), where gradients exist only piece by piece.
-        """
-        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        seen = self._total_train_tokens
-        dataset: Any = self.train_dataset
-        inputs = self.data_collator([dataset[index] for index in cases])
-        summary = (
-            f"the largest batch ({len(cases)} cases, {inputs['input_ids'].numel()} tokens, "
-            f"{len(inputs['image_grid_thw'])} images)"
-        )
-        try:
-            devices = [self.args.device] if self.args.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-                inputs = self._prepare_inputs(inputs)
-                own = [] if self.is_deepspeed_enabled else list(trained.values())  # DeepSpeed has its states already
-                held = hold_step_memory(self.args, self.optimizer, own, inputs["pixel_values"])
-                model.train()
-                loss = self.compute_loss(model, inputs)
-                # With loss.backward(), DDP and DeepSpeed would treat these gradients as those of step 1.
-                found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            remedy = less_memory(self.args, self.config.max_pixels)
-            raise EchoError(f"{summary} does not fit into memory; {remedy}") from error
-        # The heads have gradients even if none reaches the adapter.
-        check_gradients({name: one for name, one in zip(trained, found, strict=True) if "mask_heads." not in name})
-        peak = peak_bytes(self.args.device, held) / 2**30
-        del held
-        torch.cuda.empty_cache()  # does nothing without a GPU
-        self._report(f"{summary} takes {peak:.1f} GiB with the optimizer's states and the pixels of a step: fits")
-        self._total_train_tokens = seen
-        self._metrics["train"].clear()
-        self._work_done[:], self._last_log = 0, time.monotonic()
-
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """FLOPs of a batch for `total_flos`. The Trainer's estimate would visit all parameters at every step."""
         return int(self._costs.flops(WorkCounts(*inputs["work_counts"])))
@@ -234,7 +190,14 @@ class PrefixSharingTrainer(SFTTrainer):
             self._work_done[:], self._last_log = 0, now
         super().log(logs, start_time)
 
-    def _report(self, text: str) -> None:
+    def restart_logs(self, tokens: int) -> None:
+        """Forget what has been measured since the last log; the run has seen this number of tokens."""
+        self._total_train_tokens = tokens
+        self._metrics["train"].clear()
+        self._work_done[:], self._last_log = 0, time.monotonic()
+
+    def report(self, text: str) -> None:
+        """Log a line, in the first process only."""
         if self.accelerator.is_main_process:
             LOGGER.info(text)
 

@@ -14,7 +14,7 @@ from benchmarks.memory import LiveBytes, run_peak, training_peak
 from echo_ft import config as configs
 from echo_ft.inference.memory import RunShape, estimate_run
 from echo_ft.model import architectures
-from echo_ft.training.memory import estimate_training, trainable_meta_model
+from echo_ft.training.costs.memory import estimate_training, trainable_meta_model
 from tests.conftest import ROOT
 from train.memory import MemoryConfig, largest_batch, read_run, run_shapes
 

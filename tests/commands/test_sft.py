@@ -219,13 +219,13 @@ SHORT = ["--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no", "--
 
 
 def test_the_largest_batch_check_tells_its_memory_and_does_not_affect_training(dataset, tmp_path, monkeypatch, caplog):
-    from echo_ft.training.trainer import PrefixSharingTrainer
+    from echo_ft.training import largest_batch
 
     monkeypatch.setattr(LOGGER, "propagate", True)
     caplog.set_level("INFO")
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(PrefixSharingTrainer, "check_largest_batch", lambda self, cases: None)
+            monkeypatch.setattr(largest_batch, "check_largest_batch", lambda trainer, cases: None)
         run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / name, *SHORT, "--lora_dropout", 0.5))
     told = re.search(r"takes ([\d.]+) GiB with the optimizer's states and the pixels of a step: fits", caplog.text)
     assert told and float(told[1]) > 0.3  # the libraries alone

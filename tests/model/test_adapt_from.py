@@ -20,7 +20,7 @@ from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
-from echo_ft.training.flops import WorkCounts, row_work, text_work, unit_costs
+from echo_ft.training.costs.flops import WorkCounts, row_work, text_work, unit_costs
 from tests.conftest import draw
 from tests.support.adapt_from import logits_of_one_row, plain_inputs
 from tests.support.exchanges import exchanges_of, with_completions

@@ -23,7 +23,7 @@ from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED, PADDING, mark_trained
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
-from echo_ft.training.flops import row_work, text_work
+from echo_ft.training.costs.flops import row_work, text_work
 from tests.conftest import ECHO_TINY, draw, make_case
 from tests.support.exchanges import exchanges_of, with_completions
 

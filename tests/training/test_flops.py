@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.records import Branch, Exchange
-from echo_ft.training import flops
 from echo_ft.training.collator import Collator
+from echo_ft.training.costs import flops
 from tests.conftest import draw
 
 LANGUAGE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -21,7 +21,7 @@ from echo_ft.model.loading import check_lora_targets
 from echo_ft.model.preparation import keep_adapter_input_dtype, packed_inputs, prepare_model
 from echo_ft.records import ROLES
 from echo_ft.training.config import TrainingConfig
-from echo_ft.training.memory import (
+from echo_ft.training.costs.memory import (
     estimate_topologies,
     estimate_training,
     hold_step_memory,

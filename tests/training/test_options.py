@@ -16,7 +16,7 @@ from echo_ft.errors import EchoError
 from echo_ft.model.architectures import meta_model
 from echo_ft.training.checks import check_optimizer, check_options, check_precision, check_trained_parts
 from echo_ft.training.config import EchoConfig, TrainingConfig, check_adapt_from, lora_config
-from echo_ft.training.memory import trainable_meta_model
+from echo_ft.training.costs.memory import trainable_meta_model
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import run_in_process, tiny_options
 

@@ -15,7 +15,7 @@ from echo_ft.model.preparation import check_gradients
 from echo_ft.model.rows import RowBuilder
 from echo_ft.records import MAX_NEW_TOKENS, Exchange
 from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
-from echo_ft.training.flops import WorkCounts
+from echo_ft.training.costs.flops import WorkCounts
 from echo_ft.training.planning import Plan, PlannedRow, plan
 from evaluation.config import RunConfig
 from tests.conftest import ECHO_TINY, draw, make_dataset

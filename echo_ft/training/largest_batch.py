@@ -1,0 +1,78 @@
+"""Check before step 1 that the largest batch fits into memory and reaches every trained part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from echo_ft.errors import EchoError
+from echo_ft.model.preparation import check_gradients
+from echo_ft.training.costs.memory import hold_step_memory, peak_bytes
+
+
+class LargestBatchCheck(TrainerCallback):
+    """Checks the largest batch before step 1, so that a run does not fail on it hours later."""
+
+    def __init__(self, trainer: Any, cases: Sequence[int]) -> None:
+        self.trainer = trainer
+        self.cases = cases
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        check_largest_batch(self.trainer, self.cases)
+
+
+def check_largest_batch(trainer: Any, cases: Sequence[int]) -> None:
+    """Run `cases` forward and backward as one batch, without changing gradients, random state or logs.
+
+    Raises EchoError if the batch does not fit into memory or a trained part gets no gradient. Does nothing if ranks
+    share the weights (ZeRO-3, FSDP), where gradients exist only piece by piece.
+    """
+    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
+        return
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    seen = trainer._total_train_tokens
+    inputs = trainer.data_collator([trainer.train_dataset[index] for index in cases])
+    summary = (
+        f"the largest batch ({len(cases)} cases, {inputs['input_ids'].numel()} tokens, "
+        f"{len(inputs['image_grid_thw'])} images)"
+    )
+    try:
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(inputs)
+            own = [] if trainer.is_deepspeed_enabled else list(trained.values())  # DeepSpeed has its states already
+            held = hold_step_memory(args, trainer.optimizer, own, inputs["pixel_values"])
+            model.train()
+            loss = trainer.compute_loss(model, inputs)
+            # With loss.backward(), DDP and DeepSpeed would treat these gradients as those of step 1.
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = _less_memory(args, trainer.config.max_pixels)
+        raise EchoError(f"{summary} does not fit into memory; {remedy}") from error
+    # The heads have gradients even if none reaches the adapter.
+    check_gradients({name: one for name, one in zip(trained, found, strict=True) if "mask_heads." not in name})
+    peak = peak_bytes(args.device, held) / 2**30
+    del held
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    trainer.report(f"{summary} takes {peak:.1f} GiB with the optimizer's states and the pixels of a step: fits")
+    trainer.restart_logs(seen)
+
+
+def _less_memory(args: TrainingArguments, max_pixels: int) -> str:
+    """The option that shrinks the largest batch at the lowest cost, with the value to set."""
+    batch = args.per_device_train_batch_size
+    if not args.gradient_checkpointing:
+        return "set gradient_checkpointing: true"
+    if batch > 1:
+        more = args.gradient_accumulation_steps * math.ceil(batch / (batch // 2))
+        return f"set per_device_train_batch_size: {batch // 2} and gradient_accumulation_steps: {more}"
+    return f"set max_pixels: {max_pixels // 2}, here and in the run, or use recipes/accelerate/zero3.yaml"
