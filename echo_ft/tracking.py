@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft.errors import EchoError
+from echo_ft.files import write_text
 from echo_ft.terminal import LOGGER
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ REPORT_FILES = ("report.json", "report.html")
 
 EVALUATION_FILES = ("run.json", "predictions.jsonl", "traces.jsonl", "permutations.jsonl", *REPORT_FILES)
 """Files of a run folder that its artifact contains. `evaluation.compare` needs the first two."""
+
+WANDB_RUN_FILE = "wandb_run_id.txt"
+"""Name of the file in output_dir that holds the id of the W&B run."""
 
 _RUN_PATH = re.compile(r"(https?://[^/]+/)?(\w[\w.-]*/\w[\w.-]*)/(?:runs/)?([\w-]+)/?(?:\?.*)?")
 
@@ -309,3 +314,20 @@ def download_run(path: str, name: str) -> Path:
     folder = folder / Path(place["experiment"]).name / Path(place["run"]).name
     logged[-1].download(root=str(folder))
     return folder
+
+
+def resume_wandb_run(sft: Any) -> None:
+    """Let a resumed training run continue its W&B run.
+
+    transformers' callback starts a new W&B run each time unless W&B's own environment variables say otherwise. If the
+    user has set those variables, they take precedence.
+    """
+    if "wandb" not in (sft.report_to or ()) or sft.process_index != 0 or "WANDB_RUN_ID" in os.environ:
+        return
+    folder = Path(str(sft.output_dir))
+    file = folder / WANDB_RUN_FILE
+    if (sft.resume_from_checkpoint or "false").lower() == "false" or not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, uuid.uuid4().hex[:8])
+    os.environ["WANDB_RUN_ID"] = file.read_text(encoding="utf-8").strip()
+    os.environ.setdefault("WANDB_RESUME", "allow")

@@ -226,6 +226,7 @@ OTHER_OPENERS = {
     ("echo_ft/retrieval/products.py", "np.load"): "descriptors of a bundle, without pickle",
     ("echo_ft/retrieval/index.py", "faiss.read_index"): "an index that a build stored",
     ("echo_ft/tracking.py", "json.loads"): "what it has just encoded",
+    ("echo_ft/tracking.py", "file.read_text"): "the id of a run that it has written",
     ("echo_ft/training/checkpoints.py", "json.loads"): "state that training saved",
     ("echo_ft/training/checkpoints.py", "file.read_text"): "state that training saved",
     ("echo_ft/training/checkpoints.py", "(checkpoint / 'trainer_state.json').read_text"): "state that training saved",

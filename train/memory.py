@@ -141,10 +141,13 @@ def run_shapes(options: Mapping[str, Any]) -> dict[str, RunShape]:
 
 
 def largest_batch(own: MemoryConfig, config: EchoConfig, sft: SFTConfig) -> BatchShape:
-    """The largest batch of a recipe on one GPU, with exchanges of the sizes in `own` or those of the role."""
-    images, text_tokens, label_tokens = _EXCHANGE_SIZES[config.role]
+    """The largest batch of a recipe on one GPU, with exchanges of the sizes in `own` or those of the roles."""
+    from echo_ft.training.config import trained_roles
+
+    roles = trained_roles(config)
+    images, text_tokens, label_tokens = map(max, zip(*(_EXCHANGE_SIZES[role] for role in roles), strict=True))
     images = images if own.images is None else own.images
-    exchanges = _EXCHANGES_PER_CASE.get(config.role, 1) if own.exchanges is None else own.exchanges
+    exchanges = sum(_EXCHANGES_PER_CASE.get(role, 1) for role in roles) if own.exchanges is None else own.exchanges
     return BatchShape(
         rows=sft.per_device_train_batch_size * exchanges,
         images=images,

@@ -1,8 +1,9 @@
-"""Train the adapter of one role: `python -m train.launch train/sft.py --config FILE [--key value ...]`.
+"""Train the adapter of one role, or of all: `python -m train.launch train/sft.py --config FILE [--key value ...]`.
 
 The options are `EchoConfig` in echo_ft/training/config.py and TRL's SFTConfig and ModelConfig. The adapter and its card
-are saved in `output_dir`; evaluation expects this folder to have the name of the role. With `--use_peft false`, all
-weights are trained and `output_dir` holds a full model. Pass that folder to evaluation.run as `model_name_or_path`.
+are saved in `output_dir`; evaluation expects this folder to have the name of the role. With `--role all`, `output_dir`
+gets one folder per role, as evaluation expects. With `--use_peft false`, all weights are trained and `output_dir` holds
+a full model. Pass that folder to evaluation.run as `model_name_or_path`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ from echo_ft.errors import EchoError
 from echo_ft.files import explain_full_disk
 from echo_ft.images.decode import DECODER_VERSION
 from echo_ft.inputs import from_dict
+from echo_ft.model.adapter_layers import add_adapters
 from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card, read_card
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import lock_folder
 from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
-from echo_ft.tracking import adapter_artifact, dataset_artifact, experiment_name, log_run, use_artifact
-from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, resume_wandb_run, training_options
+from echo_ft.tracking import (
+    adapter_artifact,
+    dataset_artifact,
+    experiment_name,
+    log_run,
+    resume_wandb_run,
+    use_artifact,
+)
+from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, training_options
 from echo_ft.training.costs.memory import trainable_meta_model
 from echo_ft.training.planning import Plan, dry_run_report
 
@@ -51,8 +60,9 @@ class CheckedRun:
     validation: Any
     """Validation cases as a `datasets.Dataset`, or None without evaluation."""
     plan: Plan
-    card: AdapterCard | None
-    """None in a dry run, because a card needs the base model's weights."""
+    cards: dict[str, AdapterCard]
+    """The card of each adapter by its folder in output_dir, which is `.` unless all roles are trained. Empty in a dry
+    run, because a card needs the base model's weights."""
     checkpoint: Checkpoint | None
     marks: dict[str, Inspection] | None
     """The inspections by case that the mask loss learns from, or None without it."""
@@ -114,10 +124,40 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     if sft.process_index == 0:
         for verdict in audit_leaks(dataset).values():
             LOGGER.warning(verdict)
-    card, checkpoint = None, None
+    cards: dict[str, AdapterCard] = {}
+    checkpoint = None
     if not config.dry_run:
-        card = make_card(
-            config.role,
+        cards = make_cards(config, sft, base, dataset, row_builder, model, config.mask_loss if marks else 0.0)
+        checkpoint = find_checkpoint(sft, cards)
+        if checkpoint is not None:
+            cards = {folder: replace(card, resumed=checkpoint.resumed[folder]) for folder, card in cards.items()}
+    cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
+    validation = None
+    if sft.eval_strategy != "no":
+        validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
+        if sft.world_size > 1:
+            validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size)
+    return CheckedRun(
+        dataset, digests, row_builder, cases, validation, planned, cards, checkpoint, marks or None, model
+    )
+
+
+def make_cards(
+    config: EchoConfig,
+    sft: Any,
+    base: Any,
+    dataset: Dataset,
+    row_builder: RowBuilder,
+    model: Any,
+    mask_loss: float,
+) -> dict[str, AdapterCard]:
+    """The card of each adapter, by its folder in output_dir. `model` is the one that will be trained."""
+    from echo_ft.training.config import adapter_folder, role_arguments, trained_roles
+
+    lora = next(iter(model.peft_config.values())) if base.use_peft else None
+    return {
+        str(adapter_folder(config, Path(), role)): make_card(
+            role,
             base.model_name_or_path,
             base.model_revision,
             config.min_pixels,
@@ -125,21 +165,13 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
             dataset,
             config.corrupted_share,
             "4bit" if base.load_in_4bit else "8bit" if base.load_in_8bit else "",
-            config.mask_loss if marks else 0.0,
-            training_options(config, sft, base, model.peft_config["default"] if base.use_peft else None),
+            mask_loss,
+            training_options(config, role_arguments(sft, config, role), base, lora),
             config.adapt_from,
             row_builder.generation_prompt if config.adapt_from == "answer" else (),
         )
-        checkpoint = find_checkpoint(sft, card)
-        if checkpoint is not None:
-            card = replace(card, resumed=checkpoint.resumed)
-    cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
-    validation = None
-    if sft.eval_strategy != "no":
-        validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
-        if sft.world_size > 1:
-            validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size)
-    return CheckedRun(dataset, digests, row_builder, cases, validation, planned, card, checkpoint, marks or None, model)
+        for role in trained_roles(config)
+    }
 
 
 def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
@@ -156,14 +188,31 @@ def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Non
 
 
 def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
-    """Train, and save the adapter or the full model with its card."""
+    """Train, and save the adapters or the full model with their cards."""
+    trainer = make_trainer(checked, config, sft, base)
+    with explain_full_disk(Path(sft.output_dir), f"free some space; {_RESUME}"):
+        trainer.train(resume_from_checkpoint=checked.checkpoint.path if checked.checkpoint else None)
+        trainer.save_model(sft.output_dir)
+        trainer.save_state()
+    kind = "full model" if not base.use_peft else "adapter" if len(checked.cards) == 1 else "adapter of each role"
+    best = trainer.card.best_step
+    chosen = f" of step {best}, which evaluated best," if best else ""
+    if sft.load_best_model_at_end and not best and sft.process_index == 0:
+        LOGGER.warning("there is no best checkpoint to load: the %s is that of the last step", kind)
+    trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")
+    trainer.end()
+
+
+def make_trainer(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Any:
+    """Load the model and return its trainer."""
     from echo_ft.model.preparation import freeze_parts
+    from echo_ft.training.all_roles import AllRolesTrainer
     from echo_ft.training.collator import Collator
-    from echo_ft.training.config import lora_config, quantization_config
+    from echo_ft.training.config import ALL_ROLES, lora_config, quantization_config
     from echo_ft.training.trainer import PrefixSharingTrainer
 
-    assert checked.card is not None
-    store = feature_store(checked.card, config, sft, base) if config.features else None
+    first, *_ = checked.cards.values()
+    store = feature_store(first, config, sft, base) if config.features else None
     model = load_model(
         base.model_name_or_path,
         base.model_revision,
@@ -174,41 +223,33 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     lora = lora_config(config, base, model)
     if lora is None:
         freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
-    trainer = PrefixSharingTrainer(
-        model=model,
-        args=sft,
-        data_collator=Collator(
-            checked.row_builder,
-            checked.dataset.root,
-            store,
-            always_encode=sft.world_size > 1,
-            pixel_dtype=model.dtype,
-            marks=checked.marks,
-            digests=checked.digests,
-            adapt_from=config.adapt_from,
-        ),
-        train_dataset=checked.cases,
-        eval_dataset=checked.validation,
-        processing_class=checked.row_builder.processor,
-        peft_config=lora,
-        config=config,
-        card=checked.card,
-        largest_batch=checked.plan.largest_batch(sft.per_device_train_batch_size),
-        store=store,
-        implementation=base.attn_implementation or "sdpa",
-        checkpoint=checked.checkpoint.path if checked.checkpoint else None,
+    collator = Collator(
+        checked.row_builder,
+        checked.dataset.root,
+        store,
+        always_encode=sft.world_size > 1,
+        pixel_dtype=model.dtype,
+        marks=checked.marks,
+        digests=checked.digests,
+        adapt_from=config.adapt_from,
+        by_role=config.role == ALL_ROLES,
     )
-    with explain_full_disk(Path(sft.output_dir), f"free some space; {_RESUME}"):
-        trainer.train(resume_from_checkpoint=checked.checkpoint.path if checked.checkpoint else None)
-        trainer.save_model(sft.output_dir)
-        trainer.save_state()
-    kind = "adapter" if base.use_peft else "full model"
-    best = trainer.card.best_step
-    chosen = f" of step {best}, which evaluated best," if best else ""
-    if sft.load_best_model_at_end and not best and sft.process_index == 0:
-        LOGGER.warning("there is no best checkpoint to load: the %s is that of the last step", kind)
-    trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")
-    trainer.end()
+    options: dict[str, Any] = {
+        "args": sft,
+        "data_collator": collator,
+        "train_dataset": checked.cases,
+        "eval_dataset": checked.validation,
+        "processing_class": checked.row_builder.processor,
+        "config": config,
+        "largest_batch": checked.plan.largest_batch(sft.per_device_train_batch_size),
+        "store": store,
+        "implementation": base.attn_implementation or "sdpa",
+    }
+    if config.role == ALL_ROLES:
+        adapted = add_adapters(model, lora, list(checked.cards), sft.seed)
+        return AllRolesTrainer(model=adapted, cards=checked.cards, **options)
+    checkpoint = checked.checkpoint.path if checked.checkpoint else None
+    return PrefixSharingTrainer(model=model, peft_config=lora, card=first, checkpoint=checkpoint, **options)
 
 
 @contextmanager
@@ -220,14 +261,16 @@ def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[
     if "wandb" not in (sft.report_to or ()) or sft.process_index != 0:
         yield
         return
-    assert checked.card is not None
     resume_wandb_run(sft)
     output = Path(sft.output_dir)
-    name, options = sft.run_name or output.resolve().name, {**asdict(config), "card": asdict(checked.card)}
-    with log_run("train", name, experiment_name(output), options) as run:
+    folders = [output / name for name in checked.cards]
+    first, *_ = checked.cards.values()
+    name, options = sft.run_name or output.resolve().name, {**asdict(config), "card": asdict(first)}
+    with log_run("train", name, experiment_name(folders[0]), options) as run:
         use_artifact(run, dataset_artifact(checked.dataset.folder, checked.dataset.manifest))
         yield
-        run.log_artifact(adapter_artifact(output, asdict(read_card(output))))
+        for folder in folders:
+            run.log_artifact(adapter_artifact(folder, asdict(read_card(folder))))
 
 
 def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) -> Any:

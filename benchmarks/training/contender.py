@@ -20,17 +20,20 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.training.measurement import Steps, main, work
-from benchmarks.training.workload import TARGETS, Workload, make_exchanges, rows_for
+from benchmarks.training.workload import TARGETS, Workload, make_cases, make_exchanges, rows_for
 from echo_ft.data.export_rows import prompt_completion_rows
 from echo_ft.experts.roles import PROMPT_VERSION
+from echo_ft.model.adapter_layers import add_adapters
 from echo_ft.model.adapters import AdapterCard
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
+from echo_ft.records import ROLES
+from echo_ft.training.all_roles import AllRolesTrainer
 from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.collator import Collator
-from echo_ft.training.config import EchoConfig
+from echo_ft.training.config import ALL_ROLES, EchoConfig
 from echo_ft.training.costs.flops import WorkCounts, unit_costs
 from echo_ft.training.trainer import PrefixSharingTrainer
 
@@ -103,27 +106,34 @@ def echo_ft_trainer(folder: Path, workload: Workload, stored: bool) -> Steps:
     """Run this project's trainer. `stored` reuses the features of the frozen vision tower across epochs."""
     row_builder = RowBuilder(processor_of(workload))
     store = TowerFeatureStore(folder / "features", "benchmark", 2**30) if stored else None
-    collator = Collator(row_builder, folder, store, adapt_from=workload.adapt_from)
-    rows = pa.Table.from_pylist([asdict(exchange) for exchange in make_exchanges(folder, workload)], EXCHANGE_SCHEMA)
+    together = workload.role == ALL_ROLES
+    collator = Collator(row_builder, folder, store, adapt_from=workload.adapt_from, by_role=together)
+    cases = make_cases(folder, workload)
+    rows = pa.Table.from_pylist([asdict(exchange) for case in cases for exchange in case], EXCHANGE_SCHEMA)
     args = arguments(folder, workload.cases_per_step, workload)
     args.remove_unused_columns = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     steps = Steps(workload.turns)
-    trainer = PrefixSharingTrainer(
-        model=base(workload),
-        args=args,
-        data_collator=collator,
-        train_dataset=group_by_case(rows),
-        processing_class=row_builder.processor,
-        peft_config=lora(),
-        config=EchoConfig(workload.role, str(folder), workload.pixels, workload.pixels, adapt_from=workload.adapt_from),
-        card=card(folder, workload),
-        store=store,
-        callbacks=[steps],
-    )
+    options: dict[str, Any] = {
+        "args": args,
+        "data_collator": collator,
+        "train_dataset": group_by_case(rows, range(0, len(rows) + 1, len(cases[0]))),
+        "processing_class": row_builder.processor,
+        "config": EchoConfig(
+            workload.role, str(folder), workload.pixels, workload.pixels, adapt_from=workload.adapt_from
+        ),
+        "store": store,
+        "callbacks": [steps],
+    }
+    own = card(folder, workload)
+    if together:
+        model = add_adapters(base(workload), lora(), ROLES, seed=0)
+        trainer: PrefixSharingTrainer = AllRolesTrainer(model=model, cards=dict.fromkeys(ROLES, own), **options)
+    else:
+        trainer = PrefixSharingTrainer(model=base(workload), peft_config=lora(), card=own, **options)
     trainer.train()
-    model: Any = trainer.model
-    add_operations(steps, model.get_base_model())
+    trained: Any = trainer.model
+    add_operations(steps, trained.get_base_model())
     return steps
 
 

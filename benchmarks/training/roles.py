@@ -1,11 +1,12 @@
-"""Compare the training of all four roles by where the adapters act: `python -m benchmarks.training.roles`.
+"""Compare ways to train all four roles: `python -m benchmarks.training.roles`.
 
 A case has two images and five questions. The reference extractor and the knowledge guide answer once per case, the
 others once per question. For each value of adapt_from, four runs train one role each, with this project's trainer and
-computed image features. The values take turns, role by role, each in its own process.
+computed image features. With `role: all`, one run trains all roles. The ways take turns, role by role, each in its own
+process.
 
 A step's time is the CPU time of its process, on one thread, so it depends little on what else the machine does. That of
-all roles is the sum of the roles' medians. The peak is the highest of the four processes.
+four runs is the sum of the roles' medians. The peak is the highest of their processes.
 
 At the true widths, with random float32 weights: `python -m benchmarks.training.roles --widths 2b --layers 2`.
 
@@ -28,17 +29,21 @@ from peft import get_peft_model
 
 from benchmarks.training.__main__ import WIDTHS, measure, random_model, with_spread
 from benchmarks.training.contender import lora
-from benchmarks.training.workload import MODEL, Workload, make_exchanges
+from benchmarks.training.workload import MODEL, Workload, make_cases
 from echo_ft.model.architectures import meta_model
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import ADAPT_FROM, RowBuilder
 from echo_ft.records import ROLES
-from echo_ft.training.costs.flops import WorkCounts, image_work, text_work, unit_costs
+from echo_ft.training.config import ALL_ROLES
+from echo_ft.training.costs.flops import WorkCounts, image_work, repeated_work, text_work, unit_costs
+
+TOGETHER = {f"{start}, role: all": start for start in ADAPT_FROM if start != "prefix"}
+"""Ways that train all roles in one run, and their adapt_from."""
 
 
 @dataclass(frozen=True)
-class FourRuns:
-    """What the training of all roles took, with one value of adapt_from."""
+class Training:
+    """What the training of all roles took in one way."""
 
     seconds: float
     """CPU time of a step of each role, together."""
@@ -47,25 +52,25 @@ class FourRuns:
     """Of a step of each role, together: forward and backward, each distinct image and token once."""
 
 
-def measure_roles(folder: Path, workload: Workload) -> dict[str, FourRuns]:
-    """Train the roles one after another, with the values of adapt_from in turn."""
+def measure_roles(folder: Path, workload: Workload) -> dict[str, Training]:
+    """Train the roles one after another, with the values of adapt_from in turn, and then together."""
     command = [sys.executable, "-m", "benchmarks.training.contender"]
-    found = {start: FourRuns(0.0, 0.0, 0.0) for start in ADAPT_FROM}
-    for role in ROLES:
-        for start, before in found.items():
-            run = measure(command, "echo-ft", "computed", folder, replace(workload, role=role, adapt_from=start))
-            seconds = statistics.median(run["cpu_seconds"][-workload.steps :])
-            found[start] = FourRuns(
-                before.seconds + seconds,
-                max(before.peak_mib, run["peak_mib"]),
-                before.operations + run["operations"],
-            )
-            print(f"{role}, {start}: {seconds:.3f} s, {run['peak_mib']:.0f} MiB", file=sys.stderr, flush=True)
+    runs = [(start, role, start) for role in ROLES for start in ADAPT_FROM]
+    runs += [(way, ALL_ROLES, start) for way, start in TOGETHER.items()]
+    found: dict[str, Training] = {}
+    for way, role, start in runs:
+        run = measure(command, "echo-ft", "computed", folder, replace(workload, role=role, adapt_from=start))
+        seconds = statistics.median(run["cpu_seconds"][-workload.steps :])
+        before = found.get(way, Training(0.0, 0.0, 0.0))
+        found[way] = Training(
+            before.seconds + seconds, max(before.peak_mib, run["peak_mib"]), before.operations + run["operations"]
+        )
+        print(f"{role}, {start}: {seconds:.3f} s, {run['peak_mib']:.0f} MiB", file=sys.stderr, flush=True)
     return found
 
 
-def table(results: Mapping[str, Sequence[FourRuns]]) -> str:
-    """One line per value of adapt_from. Ratios compare medians; their spread compares runs that took turns."""
+def table(results: Mapping[str, Sequence[Training]]) -> str:
+    """One line per way. Ratios compare medians; their spread compares runs that took turns."""
     medians = {start: statistics.median(run.seconds for run in runs) for start, runs in results.items()}
     lines = [
         "| adapt_from | CPU s per step of all roles | times as fast as prefix | TFLOP | peak MiB |",
@@ -82,7 +87,7 @@ def table(results: Mapping[str, Sequence[FourRuns]]) -> str:
 
 
 def count_operations(name: str, workload: Workload, folder: Path) -> dict[str, tuple[float, float]]:
-    """Count the operations of a step of all roles, with computed and with stored image features, by adapt_from.
+    """Count the operations of a step of all roles in each way, with computed and with stored image features.
 
     `name` is the name of a published model or a folder with a config.json.
     """
@@ -93,19 +98,25 @@ def count_operations(name: str, workload: Workload, folder: Path) -> dict[str, t
     row_builder = RowBuilder(processor)
     core: Any = get_peft_model(model, lora()).get_base_model()
     costs = unit_costs(core)
+    cases = [
+        [row_builder.load_row(exchange, folder) for exchange in case]
+        for case in make_cases(folder, replace(workload, role=ALL_ROLES))
+    ]
+    rows = [row for case in cases for row in case]
     found = {}
-    for start in ADAPT_FROM:
-        text, images = WorkCounts(), WorkCounts()
-        for role in ROLES:
-            rows = [row_builder.load_row(row, folder) for row in make_exchanges(folder, replace(workload, role=role))]
-            text += text_work(rows, [row_builder.adapted_tokens(row, start) for row in rows])
-            images += image_work(grid for row in rows for grid in row.grids.tolist())
-        found[start] = costs.flops(text + images), costs.flops(text)
+    for way, start in {**{start: start for start in ADAPT_FROM}, **TOGETHER}.items():
+        text = text_work(rows, [row_builder.adapted_tokens(row, start) for row in rows])
+        seen = rows
+        if way in TOGETHER:  # all rows of a case see the same images
+            seen = [case[0] for case in cases]
+            text += sum((repeated_work(row_builder.look_length(row), len(ROLES) - 1) for row in seen), WorkCounts())
+        images = image_work(grid for row in seen for grid in row.grids.tolist())
+        found[way] = costs.flops(text + images), costs.flops(text)
     return found
 
 
 def count_table(counts: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
-    """One line per model and value of adapt_from: TFLOP, and how many times fewer than those of prefix."""
+    """One line per model and way: TFLOP, and how many times fewer than those of prefix."""
     lines = [
         "| model | adapt_from | TFLOP, features computed | times fewer | TFLOP, features stored | times fewer |",
         "|---|---|---|---|---|---|",
@@ -120,7 +131,7 @@ def count_table(counts: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
 def main() -> None:
     """Measure or count, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=1, help="Runs of each role and value of adapt_from.")
+    parser.add_argument("--runs", type=int, default=1, help="Runs of each role and way.")
     parser.add_argument("--steps", type=int, default=10, help="Steps that count in each run.")
     parser.add_argument("--cases_per_step", type=int, default=2, help="Cases per step.")
     parser.add_argument("--widths", choices=list(WIDTHS), help="Random weights at this model's widths, not echo-tiny.")
@@ -141,10 +152,10 @@ def main() -> None:
             return
         model = random_model(WIDTHS[options.widths], folder / "model", options.layers) if options.widths else MODEL
         workload = Workload(cases, questions, options.steps, model=model, rows=questions * options.cases_per_step)
-        results: dict[str, list[FourRuns]] = {start: [] for start in ADAPT_FROM}
+        results: dict[str, list[Training]] = {way: [] for way in (*ADAPT_FROM, *TOGETHER)}
         for _ in range(options.runs):
-            for start, found in measure_roles(folder, workload).items():
-                results[start].append(found)
+            for way, found in measure_roles(folder, workload).items():
+                results[way].append(found)
     print(table(results))
 
 

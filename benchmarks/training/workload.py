@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from echo_ft.experts.roles import DECIDE_INSTRUCTION, PROMPT_VERSION
-from echo_ft.records import Branch, Exchange
+from echo_ft.records import ROLES, Branch, Exchange
 
 MODEL = "recipes/tiny/echo-tiny"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,6 +43,7 @@ class Workload:
     turns: bool = False
     """Whether TRL and this project wait for their next turn after every step."""
     role: str = "decision_maker"
+    """One of ROLES, or `all` for this project's trainer."""
     adapt_from: str = "prefix"
     """Where the adapter of this project's trainer begins to act."""
 
@@ -83,6 +84,12 @@ def make_exchanges(folder: Path, workload: Workload) -> list[Exchange]:
         )
         found.append(Exchange(workload.role, f"case {case}", tuple(names), CONTEXT, branches, PROMPT_VERSION))
     return found
+
+
+def make_cases(folder: Path, workload: Workload) -> list[tuple[Exchange, ...]]:
+    """The exchanges of each case: that of the workload's role, or with `all` those of all roles."""
+    roles = ROLES if workload.role == "all" else (workload.role,)
+    return list(zip(*(make_exchanges(folder, replace(workload, role=role)) for role in roles), strict=True))
 
 
 def _completion(role: str, rng: np.random.Generator) -> str:

@@ -221,8 +221,7 @@ class Engine:
         looks, rest, remaining = [], [], iter(features)
         for prefix in prefixes:
             own = tuple(next(remaining) for _ in prefix.exchange.images)
-            images = np.flatnonzero(prefix.input_ids == self.row_builder.image_token_id)
-            end = int(images[-1]) + 1 if len(images) else 1  # every row has a first token
+            end = self.row_builder.look_length(prefix)
             looks.append(self._look(prefix.select(slice(end)), own))
             rest.append(prefix.select(slice(end, None)))
         cache, visible = join_states(looks)

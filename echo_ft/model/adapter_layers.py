@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -49,6 +50,43 @@ def switched_off(layers: Sequence[Any]) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer._disable_adapters = value
+
+
+def choose_adapters(model: Any) -> None:
+    """Let each decoder layer of a Qwen2-VL use the adapter that the argument `adapter` of its attention names.
+
+    PEFT's `set_adapter` (0.21) would freeze the other adapters. Checkpointing computes a layer again in the backward
+    pass, when another adapter may be in use; its attention comes first and restores the right one.
+    """
+    for layer in model.model.language_model.layers:
+        own = adapter_layers(layer)
+
+        def choose(module: Any, args: Any, kwargs: dict[str, Any], own: Sequence[Any] = own) -> Any:
+            adapter = kwargs.pop("adapter", None)
+            for one in own if adapter is not None else ():
+                one._active_adapter = [adapter]
+            return args, kwargs
+
+        layer.self_attn.register_forward_pre_hook(choose, with_kwargs=True)
+
+
+def add_adapters(model: Any, lora: Any, names: Sequence[str], seed: int) -> Any:
+    """Return `model` with one trainable adapter per name, each initialised as if it were the only one."""
+    import torch
+    from peft import get_peft_model
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    for name in names:
+        own = copy.deepcopy(lora)  # PEFT changes it
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            if name == names[0]:
+                model = get_peft_model(model, own, adapter_name=name)
+            else:
+                model.add_adapter(name, own)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(any(f".{one}." in f"{name}." for one in names))
+    return model
 
 
 def act_when_switched_on(model: Any, role: str) -> None:

@@ -7,11 +7,13 @@ Sources: config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from echo_ft.errors import EchoError
+from echo_ft.model.adapter_layers import add_adapters
 from echo_ft.model.loading import (
     PARAMETER_GROUPS,
     check_config_files,
@@ -93,16 +95,14 @@ def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
         return AutoModelForImageTextToText.from_config(config)
 
 
-def add_adapter(model: Any, peft_config: Any) -> Any:
-    """`model` (on the meta device) with a PEFT adapter.
+def add_adapter(model: Any, peft_config: Any, names: Sequence[str] = ("default",)) -> Any:
+    """`model` (on the meta device) with a PEFT adapter of each name.
 
     Raises EchoError if `check_lora_targets` does, or if PEFT refuses its config.
     """
-    from peft import get_peft_model
-
     peft_config.target_modules = check_lora_targets(model, peft_config.target_modules)
     try:
-        return get_peft_model(model, peft_config)
+        return add_adapters(model, peft_config, names, seed=0)
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise EchoError(f"PEFT refuses the adapter: {error}; check use_dora, init_lora_weights and lora_*") from error
 

@@ -1,9 +1,10 @@
 """Attention over a packed row of several prefixes and their branches, without a mask for the whole row.
 
-A prefix needs only causal attention, which has fast kernels; only the short branches need a mask. Tokens of different
-exchanges are never multiplied with each other. There are two implementations with the same result:
+A prefix needs only causal attention, which has fast kernels; only the short branches need a mask. In a look
+(batches.pack_looks), several exchanges continue from the same images. Tokens of different exchanges without a common
+look are never multiplied with each other. There are two implementations with the same result:
 
-- `sdpa` processes one exchange after another.
+- `sdpa` processes one exchange or look after another.
 - `flex_attention` processes the whole row in one kernel that skips fully masked blocks. It needs a GPU, because
   torch 2.15 has no backward pass for it on a CPU.
 
@@ -22,6 +23,8 @@ from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from echo_ft.model.batches import LOOK
+
 ATTENTION_NAME = "prefix_sharing"
 """Name of `attend` in transformers. It computes what `sdpa` computes with a mask for the whole row."""
 
@@ -37,11 +40,11 @@ MASK_QUERY_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Span:
-    """The place of one exchange in a packed row, in tokens."""
+    """The place of one exchange or look in a packed row, in tokens."""
 
     start: int
     branches: int
-    """End of the prefix and start of the first branch."""
+    """End of the prefix and start of the first branch; in a look, end of the tokens that its exchanges share."""
     end: int
     mask: torch.Tensor
     """(1, 1, end - branches, end - start) bool: True if a token of a branch (row) attends to a token (column)."""
@@ -53,73 +56,87 @@ States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Continuation:
-    """The place of an exchange's adapted tokens, which attend to its earlier tokens and to each other."""
+    """The place of a look's tokens of one adapter, which attend to its tokens of the base model and to each other."""
 
     start: int
-    """First token, counted among the adapted tokens of the row."""
+    """First token, counted among the adapter's tokens of the row."""
     end: int
     base_start: int
-    """First earlier token, counted among those of the row."""
+    """First token of the base model, counted among those of the row."""
     base_end: int
     mask: torch.Tensor
-    """(1, 1, tokens, earlier tokens + tokens) bool, as in `Span`."""
+    """(1, 1, tokens, base model's tokens + tokens) bool, as in `Span`."""
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """The tokens of a packed row on which one adapter acts."""
+
+    adapter: str | None
+    """Name of the adapter; None for the one that is active anyway."""
+    tokens: torch.Tensor
+    """(A,) ascending indices in the packed row."""
+    spans: Sequence[Continuation] | BlockMask
 
 
 @dataclass(frozen=True)
 class Split:
-    """A packed row in two parts: the base model computes the first, then an adapter computes the second."""
+    """A packed row of looks: the base model computes some tokens, then each adapter computes its part."""
 
     base_tokens: torch.Tensor
-    """(F,) ascending indices in the packed row."""
-    adapted_tokens: torch.Tensor
-    """(A,) ascending indices in the packed row; F + A = T."""
+    """(F,) ascending indices in the packed row. All other tokens are in one of the parts."""
     base_spans: Sequence[Span] | BlockMask
-    adapted_spans: Sequence[Continuation] | BlockMask
+    parts: Sequence[AdapterPart]
 
 
-def make_spans(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> list[Span]:
-    """Return the spans of a packed row, from its segments (1, T) and the (prefix length, length) of each exchange."""
+def make_spans(
+    segments: torch.Tensor, lengths: Sequence[tuple[int, int]], exchanges: torch.Tensor | None = None
+) -> list[Span]:
+    """Return the spans of a packed row, from its segments (1, T) and the (prefix length, length) of each exchange.
+
+    With the number of each token's exchange (T,), the spans are those of looks, and `lengths` has their (shared tokens,
+    tokens).
+    """
     found, start = [], 0
     for prefix, length in lengths:
-        segment = segments[0, start : start + length]
-        found.append(Span(start, start + prefix, start + length, _branch_mask(segment, prefix)))
+        place = slice(start, start + length)
+        segment, token = segments[0, place], torch.arange(length, device=segments.device)
+        exchange = torch.zeros_like(segment) if exchanges is None else exchanges[place]
+        mask = _visible(segment, exchange, token, prefix)[None, None]
+        found.append(Span(start, start + prefix, start + length, mask))
         start += length
     return found
 
 
-def _branch_mask(segment: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Return the rows of `make_attention_mask` for the branches, (1, 1, L - prefix, L), from the segments (L,).
+def _visible(segment: torch.Tensor, exchange: torch.Tensor, token: torch.Tensor, first: int) -> torch.Tensor:
+    """Return which of L tokens of a look the tokens from `first` on attend to: (L - first, L) bool.
 
-    The whole mask of 32,768 tokens would take 1 GiB, and 5 GiB while it is built.
+    `segment`, `exchange` and `token` (L,) are each token's segment, the number of its exchange and its place in the
+    row. The result has only the rows of `make_attention_mask` for the branches: the whole mask of 32,768 tokens would
+    take 1 GiB, and 5 GiB while it is built.
     """
-    return _visible(segment, torch.arange(len(segment), device=segment.device), prefix)[None, None]
+    branch = (segment == segment[first:, None]) | (segment == 0)
+    own = (exchange == exchange[first:, None]) | (exchange == LOOK)
+    return branch & own & (token <= token[first:, None])
 
 
-def _visible(segment: torch.Tensor, token: torch.Tensor, first: int) -> torch.Tensor:
-    """Return which of L tokens of an exchange the tokens from `first` on attend to: (L - first, L) bool.
-
-    `segment` and `token` (L,) are each token's segment and place in the row.
-    """
-    query, key = segment[first:, None], segment[None, :]
-    return ((query == key) | ((key == 0) & (query > 0))) & (token[None, :] <= token[first:, None])
-
-
-def make_block_mask(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> BlockMask:
-    """Return the mask of `make_spans` for flex_attention, as partly and fully visible FLEX_BLOCK x FLEX_BLOCK blocks.
-
-    `segments` is (1, T); `lengths` has the (prefix length, length) of each exchange.
-    """
-    segment, exchange = segments[0], _exchanges(segments, lengths)
+def make_block_mask(
+    segments: torch.Tensor, lengths: Sequence[tuple[int, int]], exchanges: torch.Tensor | None = None
+) -> BlockMask:
+    """Return the mask of `make_spans` for flex_attention: partly and fully visible FLEX_BLOCK x FLEX_BLOCK blocks."""
+    segment, look = segments[0], _looks(segments, lengths)
+    exchange = look + 1 if exchanges is None else exchanges
 
     def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
         branch = (segment[key] == 0) | (segment[key] == segment[query])
-        return (exchange[key] == exchange[query]) & branch & (key <= query)
+        own = (exchange[key] == LOOK) | (exchange[key] == exchange[query])
+        return (look[key] == look[query]) & own & branch & (key <= query)
 
     return _block_mask(visible, len(segment), len(segment), segments.device)
 
 
-def _exchanges(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the number (T,) of each token's exchange."""
+def _looks(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return the number (T,) of each token's look, or of its exchange if `lengths` are those of exchanges."""
     sizes = torch.tensor([length for _, length in lengths], device=segments.device)
     return torch.arange(len(lengths), device=segments.device).repeat_interleave(sizes)
 
@@ -148,32 +165,39 @@ def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_split(batch: Mapping[str, Any], implementation: str) -> Split:
-    """Return the two parts of a packed row. `batch` comes from `batches.pack_rows` and `batches.split_rows`."""
-    segments, base, adapted = batch["segments"], batch["base_tokens"], batch["adapted_tokens"]
-    before, after = batch["base_lengths"], batch["adapted_lengths"]
-    if implementation == "flex_attention":
-        continued = _make_continued_mask(segments, batch["lengths"], base, adapted)
-        return Split(base, adapted, make_block_mask(segments[:, base], before), continued)
-    continuations, start, base_start = [], 0, 0
-    for (_, earlier), own in zip(before, after, strict=True):
-        tokens = torch.cat([base[base_start : base_start + earlier], adapted[start : start + own]])
-        mask = _visible(segments[0, tokens], tokens, earlier)
-        continuations.append(Continuation(start, start + own, base_start, base_start + earlier, mask[None, None]))
-        start, base_start = start + own, base_start + earlier
-    return Split(base, adapted, make_spans(segments[:, base], before), continuations)
+    """Return the parts of a packed row. `batch` comes from `batches.pack_looks`."""
+    base, flex = batch["base_tokens"], implementation == "flex_attention"
+    make_masks, continue_look = (make_block_mask, _make_continued_mask) if flex else (make_spans, _continuations)
+    spans = make_masks(batch["segments"][:, base], batch["base_lengths"], batch["exchanges"][base])
+    parts = [AdapterPart(part["adapter"], part["tokens"], continue_look(batch, part)) for part in batch["parts"]]
+    return Split(base, spans, parts)
 
 
-def _make_continued_mask(
-    segments: torch.Tensor, lengths: Sequence[tuple[int, int]], base: torch.Tensor, adapted: torch.Tensor
-) -> BlockMask:
-    """Return the mask of the adapted tokens (A,), which attend to the `base` tokens (F,) and then to each other."""
+def _continuations(batch: Mapping[str, Any], part: Mapping[str, Any]) -> list[Continuation]:
+    """Return the places of an adapter's tokens, one for each look that has any."""
+    base, own_tokens = batch["base_tokens"], part["tokens"]
+    found, start, base_start = [], 0, 0
+    for (_, earlier), own in zip(batch["base_lengths"], part["lengths"], strict=True):
+        end, base_end = start + own, base_start + earlier
+        if own:
+            token = torch.cat([base[base_start:base_end], own_tokens[start:end]])
+            mask = _visible(batch["segments"][0, token], batch["exchanges"][token], token, earlier)
+            found.append(Continuation(start, end, base_start, base_end, mask[None, None]))
+        start, base_start = end, base_end
+    return found
+
+
+def _make_continued_mask(batch: Mapping[str, Any], part: Mapping[str, Any]) -> BlockMask:
+    """Return the mask of an adapter's tokens (A,), which attend to the base model's (F,) and then to each other."""
+    segments, base, adapted = batch["segments"], batch["base_tokens"], part["tokens"]
     token = torch.cat([base, adapted])
-    segment, exchange = segments[0, token], _exchanges(segments, lengths)[token]
-    own_segment, own_exchange = segment[len(base) :], exchange[len(base) :]
+    segment, exchange, look = segments[0, token], batch["exchanges"][token], _looks(segments, batch["lengths"])[token]
+    own_segment, own_exchange, own_look = segment[len(base) :], exchange[len(base) :], look[len(base) :]
 
     def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
         branch = (segment[key] == 0) | (segment[key] == own_segment[query])
-        return (exchange[key] == own_exchange[query]) & branch & (token[key] <= adapted[query])
+        own = (exchange[key] == LOOK) | (exchange[key] == own_exchange[query])
+        return (look[key] == own_look[query]) & own & branch & (token[key] <= adapted[query])
 
     return _block_mask(visible, len(adapted), len(token), segments.device)
 
@@ -192,8 +216,8 @@ def attend(
     """Compute the attention of a packed row: `query` is (1, heads, T, width), the result (1, T, heads, width).
 
     `spans` comes from `make_spans` (sdpa) or `make_block_mask` (flex_attention). Without it, this is transformers'
-    `sdpa` with the given `attention_mask`. The base part of a `Split` leaves its keys and values in `record`; its
-    adapted part finds them in `base`.
+    `sdpa` with the given `attention_mask`. The base model's part of a `Split` leaves its keys and values in `record`;
+    the other parts find them in `base`.
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -238,7 +262,7 @@ def _continue(
     earlier: tuple[torch.Tensor, torch.Tensor],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Compute the attention of an exchange's adapted tokens, with the `earlier` keys and values of the whole row."""
+    """Compute the attention of a look's adapted tokens, with the `earlier` keys and values of the whole row."""
     own = slice(span.start, span.end)
     keys, values = (
         torch.cat([before[:, :, span.base_start : span.base_end], after[:, :, own]], dim=2)

@@ -1,11 +1,14 @@
 """Rows and images as batches for the model: padded, or packed into one row.
 
+A look is what several rows with the same images share: the tokens up to the last image.
+
 Shapes: B rows, L tokens of the longest row, T tokens of a packed row, P patches, C values per patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 
     from echo_ft.model.attention import States
 from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
+from echo_ft.records import ROLES
+
+LOOK = 0
+"""Number of the exchange of tokens that several exchanges share. Exchanges count from 1."""
 
 
 def image_inputs(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
@@ -81,22 +88,62 @@ def pack_rows(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def split_rows(rows: Sequence[Row], adapted: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Split the tokens of `pack_rows` into those of the base model and those that an adapter acts on.
+@dataclass(frozen=True)
+class Look:
+    """Rows that see the same images, and from where on an adapter acts in them."""
 
-    `adapted` has `RowBuilder.adapted_tokens` of each row. Returns base_tokens (F,) and adapted_tokens (A,), ascending
-    indices in the packed row; `base_lengths` with the (prefix length, tokens of the base model) of each row; and
-    `adapted_lengths` with its number of adapted tokens.
+    rows: Sequence[Row]
+    adapted: Sequence[np.ndarray]
+    """`RowBuilder.adapted_tokens` of each row."""
+    shared: int
+    """`RowBuilder.look_length` of the rows."""
+
+
+def pack_looks(looks: Sequence[Look], by_role: bool = False) -> dict[str, Any]:
+    """Concatenate the rows of looks as `pack_rows` does, but the tokens that the rows of a look share only once.
+
+    Tokens are of the base model or of an adapter: with `by_role` that of their role, otherwise the only one. Instead of
+    the lengths of rows, `lengths` has the (shared tokens, tokens) of each look. In addition, returns
+
+    - exchanges (T,): the number of each token's exchange, or LOOK;
+    - base_tokens (F,): ascending indices of the base model's tokens, and `base_lengths` like `lengths`;
+    - `parts`: for each adapter its name (None without `by_role`), its tokens (A,), ascending indices, and `lengths`,
+      the number of its tokens in each look;
+    - label_roles (N,): with `by_role`, the index in ROLES of each label's role.
     """
     import torch
 
-    whole = np.concatenate(adapted)
-    counts = [int(own.sum()) for own in adapted]
+    pieces: list[Row] = []
+    exchanges, acting, sizes = [], [], []
+    for look in looks:
+        for index, (row, adapted) in enumerate(zip(look.rows, look.adapted, strict=True)):
+            own = slice(look.shared if index else 0, None)
+            number = np.full(len(row.segments), len(pieces) + 1)
+            number[: look.shared] = LOOK
+            pieces.append(row.select(own))
+            exchanges.append(number[own])
+            acting.append(np.where(adapted, ROLES.index(row.exchange.role) if by_role else 0, -1)[own])
+        sizes.append(sum(len(piece.segments) for piece in pieces[-len(look.rows) :]))
+    packed, actor = pack_rows(pieces), np.concatenate(acting)
+    by_look = np.split(actor, np.cumsum(sizes)[:-1])
+
+    def part(adapter: int) -> dict[str, Any]:
+        return {
+            "adapter": ROLES[adapter] if by_role else None,
+            "tokens": torch.from_numpy(np.flatnonzero(actor == adapter)),
+            "lengths": [int((own == adapter).sum()) for own in by_look],
+        }
+
+    base = part(-1)
+    labelled = actor[packed["labels"][0].numpy() != IGNORED]
     return {
-        "base_tokens": torch.from_numpy(np.flatnonzero(~whole)),
-        "adapted_tokens": torch.from_numpy(np.flatnonzero(whole)),
-        "base_lengths": [(row.prefix_length, len(row.segments) - own) for row, own in zip(rows, counts, strict=True)],
-        "adapted_lengths": counts,
+        **packed,
+        "lengths": [(look.shared, size) for look, size in zip(looks, sizes, strict=True)],
+        "exchanges": torch.from_numpy(np.concatenate(exchanges)),
+        "base_tokens": base["tokens"],
+        "base_lengths": [(look.shared, size) for look, size in zip(looks, base["lengths"], strict=True)],
+        "parts": [part(adapter) for adapter in np.unique(actor[actor >= 0]).tolist()],
+        **({"label_roles": torch.from_numpy(labelled)} if by_role else {}),
     }
 
 

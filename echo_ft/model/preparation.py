@@ -9,7 +9,7 @@ import torch
 
 from echo_ft.errors import EchoError
 from echo_ft.model import attention
-from echo_ft.model.adapter_layers import adapter_layers, switched_off
+from echo_ft.model.adapter_layers import adapter_layers, choose_adapters, switched_off
 from echo_ft.model.loading import PARAMETER_GROUPS, parameter_group, project_patches
 from echo_ft.model.vision import BatchImages, TowerFeatureStore, encode_images_once
 
@@ -21,7 +21,7 @@ def packed_inputs(batch: Mapping[str, Any], implementation: str = "sdpa") -> dic
     one of attention.IMPLEMENTATIONS.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    if "adapted_tokens" in batch:
+    if "base_tokens" in batch:
         inputs["spans"] = attention.make_split(batch, implementation)
     else:
         make_masks = attention.make_block_mask if implementation == "flex_attention" else attention.make_spans
@@ -40,6 +40,7 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
     project_patches(model)
     encode_images_once(model, store)
     run_base_first(model)
+    choose_adapters(model)
     model.set_attn_implementation({"text_config": attention.ATTENTION_NAME})
 
     def select(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -51,11 +52,10 @@ def prepare_model(model: Any, store: TowerFeatureStore | None = None) -> None:
 
 
 def run_base_first(model: Any) -> None:
-    """Patch the language model of a Qwen2-VL to run a packed row in two parts if its spans are an `attention.Split`.
+    """Patch the language model of a Qwen2-VL to run a packed row in parts if its spans are an `attention.Split`.
 
-    The base model computes the first part without a graph. The adapter computes the second part from the keys and
-    values of the first. Nothing in the first part depends on the adapter, so the gradients equal those of the whole
-    row.
+    The base model computes the first part without a graph. Each adapter computes its own part from the keys and values
+    of the first. Nothing in the first part depends on an adapter, so the gradients equal those of the whole row.
     """
     language = model.model.language_model
     run, layers = language.forward, adapter_layers(model)
@@ -65,17 +65,18 @@ def run_base_first(model: Any) -> None:
             return run(*args, spans=spans, **kwargs)
         embedded, positions = kwargs.pop("inputs_embeds"), kwargs.pop("position_ids")
 
-        def run_part(tokens: torch.Tensor, part: Any, **states: attention.States) -> Any:
+        def run_part(tokens: torch.Tensor, **options: Any) -> Any:
             own = {"inputs_embeds": embedded[:, tokens], "position_ids": positions[..., tokens]}
-            return run(*args, **own, spans=part, **states, **kwargs)
+            return run(*args, **own, **options, **kwargs)
 
         base: attention.States = {}
         with torch.no_grad(), switched_off(layers):
-            run_part(spans.base_tokens, spans.base_spans, record=base)
-        output = run_part(spans.adapted_tokens, spans.adapted_spans, base=base)
-        hidden = output.last_hidden_state
-        whole = hidden.new_zeros(embedded.shape)  # nothing reads the hidden states of the first part
-        output.last_hidden_state = whole.index_copy(1, spans.adapted_tokens, hidden)
+            output = run_part(spans.base_tokens, spans=spans.base_spans, record=base)
+        whole = output.last_hidden_state.new_zeros(embedded.shape)  # nothing reads the hidden states of the base model
+        for part in spans.parts:
+            output = run_part(part.tokens, spans=part.spans, base=base, adapter=part.adapter)
+            whole = whole.index_copy(1, part.tokens, output.last_hidden_state)
+        output.last_hidden_state = whole
         return output
 
     language.forward = forward

@@ -73,6 +73,8 @@ class Lengths:
     labels: int
     grids: tuple[tuple[int, int, int], ...]
     """(t, h, w) of each image, in patches."""
+    look: int
+    """Tokens up to the last image."""
 
     @property
     def tokens(self) -> int:
@@ -155,6 +157,11 @@ class RowBuilder:
                 adapted[prompt[: -len(self.generation_prompt)]] = False
         return adapted
 
+    def look_length(self, row: Row) -> int:
+        """Return the number of tokens up to the last image, which all rows with these images share."""
+        images = np.flatnonzero(row.input_ids == self.image_token_id)
+        return int(images[-1]) + 1 if len(images) else 1  # every row has a first token
+
     def _generation_prompt(self) -> list[int]:
         messages = [{"role": "user", "content": [{"type": "text", "text": _PLACEHOLDER}]}]
         question, prompt = self._rendered(messages), self._rendered(messages, add_generation_prompt=True)
@@ -170,12 +177,14 @@ class RowBuilder:
         prefix, *parts = self._encode(self._texts(exchange))
         self._check_placeholders(prefix.count(self.image_token_id), len(grids), exchange)
         tokens = sum(math.prod(grid) for grid in grids) // self.merge**2
+        look = len(prefix) - prefix[::-1].index(self.image_token_id) - len(grids) + tokens if grids else 1
         ends = len(self._encode([self._template(exchange)[2]])[0]) - 1  # what the template adds after the end token
         prompts, completions = list(map(len, parts[::2])), list(map(len, parts[1::2]))
         branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
         generated = tuple(length - ends for length in completions if length)
         answers = tuple(len(self.generation_prompt) + length for length in completions)
-        return Lengths(len(prefix) - len(grids) + tokens, branches, generated, answers, sum(completions), tuple(grids))
+        length, labels = len(prefix) - len(grids) + tokens, sum(completions)
+        return Lengths(length, branches, generated, answers, labels, tuple(grids), look)
 
     def pretokenize(self, exchanges: Sequence[Exchange]) -> None:
         """Tokenize the texts of several exchanges in one call, which uses all cores."""

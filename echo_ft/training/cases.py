@@ -1,8 +1,8 @@
-"""Training cases of one role, loaded from sft/<role>/<split>.jsonl."""
+"""Training cases of one role or of all, loaded from sft/<role>/<split>.jsonl."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -22,8 +22,8 @@ from echo_ft.model.rows import RowBuilder
 from echo_ft.records import Exchange
 from echo_ft.strict_yaml import read_json
 from echo_ft.terminal import LOGGER
-from echo_ft.training.config import EchoConfig
-from echo_ft.training.planning import Plan, case_starts, plan
+from echo_ft.training.config import EchoConfig, adapter_folder, trained_roles
+from echo_ft.training.planning import Plan, case_starts, case_work, join_plans, plan
 
 TEXT = pa.large_string()
 """Strings with 64-bit offsets: a column may exceed the 2 GiB that ordinary Arrow strings can address."""
@@ -47,30 +47,22 @@ ROWS_PER_BATCH = 1000
 def load_training_cases(
     row_builder: RowBuilder, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str
 ) -> tuple[datasets.Dataset, Plan]:
-    """The usable cases of one split, and their plan. Unusable rows go to rejected_<split>.jsonl in output_dir.
+    """The usable cases of one split, and their plan. Unusable rows go to rejected_<split>.jsonl beside the adapter.
 
-    Raises EchoError if the split has no usable row.
+    Raises EchoError if the split has no usable row of a trained role.
     """
-    path = dataset.folder / "sft" / config.role / f"{split}.jsonl"
-    if not path.is_file():
-        raise EchoError(f"there is no {path}; rebuild the dataset with data_prep.build")
-    planned = plan(row_builder, _read_rows(path, config.role), dataset.root, config.max_tokens, config.adapt_from)
-    if sft.process_index == 0:
-        if not config.dry_run:
-            write_jsonl(Path(str(sft.output_dir)) / f"rejected_{split}.jsonl", planned.rejected)
-        LOGGER.info("%s, %s: %s", config.role, split, planned.summary())
-        for rejection in planned.rejected[:3]:
-            LOGGER.info("  rejected: %s: %s", rejection.item, rejection.reason)
-        if warning := planned.long_completions():
-            LOGGER.warning("%s, %s: %s", config.role, split, warning)
-    if not planned.rows:
-        if planned.rejected:
-            raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
-        remedy = "give the split a larger share in the dataset's `fractions`, or add images if there are too few"
-        raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
-    exchanges = read_exchanges(path, {row.index for row in planned.rows})
-    tokens = [sum(row.text.tokens for row in case) for case in planned.cases()]
-    cases = group_by_case(exchanges).add_column(sft.length_column_name, tokens)
+    roles = trained_roles(config)
+    plans = [_plan_role(row_builder, dataset, config, sft, split, role) for role in roles]
+    tables = [
+        read_exchanges(dataset.folder / "sft" / role / f"{split}.jsonl", {row.index for row in planned.rows})
+        for role, planned in zip(roles, plans, strict=True)
+    ]
+    planned, exchanges = plans[0], tables[0]
+    if len(roles) > 1:
+        planned, order = join_plans(plans)
+        exchanges = pa.concat_tables(tables).combine_chunks().take(order)
+    tokens = [case_work(case).tokens for case in planned.cases()]
+    cases = group_by_case(exchanges, planned.starts).add_column(sft.length_column_name, tokens)
     if split == "train" and config.shuffle_options:
         cases = cases.add_column("options_seed", [sft.seed] * len(cases))
     if split == "train" and config.corrupted_share:
@@ -81,6 +73,32 @@ def load_training_cases(
         column = [None if corruption is None else asdict(corruption) for corruption in drawn]
         cases = cases.add_column("corruption", column)
     return cases, planned
+
+
+def _plan_role(
+    row_builder: RowBuilder, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str, role: str
+) -> Plan:
+    """Plan and report the rows of one role. Raises EchoError if none is usable."""
+    path = dataset.folder / "sft" / role / f"{split}.jsonl"
+    if not path.is_file():
+        raise EchoError(f"there is no {path}; rebuild the dataset with data_prep.build")
+    planned = plan(row_builder, _read_rows(path, role), dataset.root, config.max_tokens, config.adapt_from)
+    if sft.process_index == 0:
+        if not config.dry_run:
+            folder = adapter_folder(config, Path(str(sft.output_dir)), role)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_jsonl(folder / f"rejected_{split}.jsonl", planned.rejected)
+        LOGGER.info("%s, %s: %s", role, split, planned.summary())
+        for rejection in planned.rejected[:3]:
+            LOGGER.info("  rejected: %s: %s", rejection.item, rejection.reason)
+        if warning := planned.long_completions():
+            LOGGER.warning("%s, %s: %s", role, split, warning)
+    if not planned.rows:
+        if planned.rejected:
+            raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
+        remedy = "give the split a larger share in the dataset's `fractions`, or add images if there are too few"
+        raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
+    return planned
 
 
 def _read_rows(path: Path, role: str) -> Iterator[Exchange]:
@@ -113,14 +131,16 @@ def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
     return pa.Table.from_batches(batches, EXCHANGE_SCHEMA)
 
 
-def group_by_case(exchanges: pa.Table) -> datasets.Dataset:
+def group_by_case(exchanges: pa.Table, starts: Sequence[int] | None = None) -> datasets.Dataset:
     """One row per case; its field `exchanges` lists the adjacent exchanges of the case (EXCHANGE_SCHEMA).
 
+    `starts` has the index of the first exchange of each case, and their number; by default, that of `case_starts`.
     A training step takes whole cases, because the exchanges of a case share their images. TRL (1.16) accepts only this
     class of dataset. The rows stay in Arrow.
     """
-    first_ids = pc.struct_field(pc.list_element(exchanges["branches"], 0), "id").to_pylist()
-    starts = case_starts(zip(exchanges["case"].to_pylist(), first_ids, strict=True))
+    if starts is None:
+        first_ids = pc.struct_field(pc.list_element(exchanges["branches"], 0), "id").to_pylist()
+        starts = case_starts(zip(exchanges["case"].to_pylist(), first_ids, strict=True))
     rows = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), exchanges.to_struct_array().combine_chunks())
     return datasets.Dataset(pa.table({"exchanges": rows}))
 

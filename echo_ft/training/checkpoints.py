@@ -1,16 +1,16 @@
-"""Resume an interrupted training run: find its checkpoint and its W&B run."""
+"""Resume an interrupted training run: find its checkpoint, and compare its options."""
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_ft.errors import EchoError
-from echo_ft.files import write_text
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, read_card
 from echo_ft.provenance import require_sealed
 from echo_ft.terminal import LOGGER
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 COMPLETE_MARKER = "whole"
 """Name of the file that is written into a checkpoint last."""
-
-WANDB_RUN_FILE = "wandb_run_id.txt"
-"""Name of the file in output_dir that holds the id of the W&B run."""
 
 FIXED = (
     "cases_per_step", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "accelerator_config",
@@ -51,9 +48,10 @@ FREE = (
 
 IRRELEVANT = (
     # The card has its own fields for the first of these.
-    "role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "adapt_from", "model_name_or_path",
-    "model_revision", "load_in_4bit", "load_in_8bit", "features", "features_gib", "dry_run", "attn_implementation",
-    "output_dir", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict", "use_cpu", "use_cache",
+    "role", "by_role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "adapt_from",
+    "model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit", "features", "features_gib", "dry_run",
+    "attn_implementation", "output_dir", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict",
+    "use_cpu", "use_cache",
     # What is logged, reported, pushed and saved
     "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
     "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name",
@@ -96,26 +94,30 @@ class Checkpoint:
     """A checkpoint to resume from."""
 
     path: str
-    resumed: list[str]
-    """The options changed whenever training resumed, including this time, one sentence each; for the card."""
+    resumed: dict[str, list[str]]
+    """For each adapter's card, the options changed whenever training resumed, this time included, a sentence each."""
 
 
-def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
+def find_checkpoint(sft: SFTConfig, cards: Mapping[str, AdapterCard]) -> Checkpoint | None:
     """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or `true` takes the newest in output_dir.
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
-    not exist, is incomplete or has changed. Raises EchoError if its adapter differs from `card` in role, dataset, base
+    not exist, is incomplete or has changed. Raises EchoError if an adapter differs from its card in role, dataset, base
     model, prompt version, pixel budget, fraction of corrupted queries, quantization or an option in FIXED; options in
     FREE that differ are logged. Raises EchoError if it has no optimizer state, or the ZeRO optimizer states of another
     number of processes. Raises EchoError if a new run would replace a finished adapter or the checkpoints of an earlier
     run.
+
+    The keys of `cards` are the adapters' folders in output_dir and in a checkpoint. That of a single
+    adapter is `.`.
     """
     wanted, output = sft.resume_from_checkpoint, Path(str(sft.output_dir))
     newest = wanted is not None and wanted.lower() == "true"
     if newest:
         wanted = newest_checkpoint(output)
     new = wanted is None or wanted.lower() == "false"
-    if (output / ADAPTER_CARD).is_file() and (new or Path(str(wanted)).resolve().parent != output.resolve()):
+    finished = any((output / name / ADAPTER_CARD).is_file() for name in cards)
+    if finished and (new or Path(str(wanted)).resolve().parent != output.resolve()):
         raise EchoError(
             f"{output} holds a finished adapter, and this run would replace it; choose another output_dir or delete it"
         )
@@ -143,16 +145,26 @@ def find_checkpoint(sft: SFTConfig, card: AdapterCard) -> Checkpoint | None:
             "if the cases per step stay the same"
         )
     _require_states(Path(wanted), sft)
-    found = read_card(Path(wanted))
-    for name in _MUST_MATCH:
-        _require_equal(wanted, name, getattr(found, name), getattr(card, name))
+    found, changes = _compare_cards(Path(wanted), cards)
     _require_steps(Path(wanted), sft)
-    changes = _compare_training(Path(wanted), found.training, card.training)
     if sft.process_index == 0:
         LOGGER.info("training resumes from %s", wanted)
-        for change in changes:
+        for change in dict.fromkeys(chain.from_iterable(changes.values())):
             LOGGER.warning("the resumed run changes %s", change)
-    return Checkpoint(str(wanted), [*found.resumed, *changes])
+    return Checkpoint(str(wanted), {folder: [*found[folder].resumed, *changes[folder]] for folder in cards})
+
+
+def _compare_cards(
+    checkpoint: Path, cards: Mapping[str, AdapterCard]
+) -> tuple[dict[str, AdapterCard], dict[str, list[str]]]:
+    """The checkpoint's own cards, and what `_compare_training` says of each. Raises EchoError if one does not match."""
+    found = {folder: read_card(checkpoint / folder) for folder in cards}
+    for folder, card in cards.items():
+        for name in _MUST_MATCH:
+            _require_equal(checkpoint, name, getattr(found[folder], name), getattr(card, name))
+    return found, {
+        folder: _compare_training(checkpoint, found[folder].training, card.training) for folder, card in cards.items()
+    }
 
 
 def _require_equal(checkpoint: Any, name: str, before: Any, now: Any) -> None:
@@ -323,20 +335,3 @@ def moved_best_checkpoint(state: Any, output: Path) -> str | None:
     if state.best_model_checkpoint is None and (moved / COMPLETE_MARKER).is_file():
         return str(moved)
     return state.best_model_checkpoint  # type: ignore[no-any-return]
-
-
-def resume_wandb_run(sft: SFTConfig) -> None:
-    """Let a resumed training run continue its W&B run.
-
-    transformers' callback starts a new W&B run each time unless W&B's own environment variables say otherwise. If the
-    user has set those variables, they take precedence.
-    """
-    if "wandb" not in (sft.report_to or ()) or sft.process_index != 0 or "WANDB_RUN_ID" in os.environ:
-        return
-    folder = Path(str(sft.output_dir))
-    file = folder / WANDB_RUN_FILE
-    if (sft.resume_from_checkpoint or "false").lower() == "false" or not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, uuid.uuid4().hex[:8])
-    os.environ["WANDB_RUN_ID"] = file.read_text(encoding="utf-8").strip()
-    os.environ.setdefault("WANDB_RESUME", "allow")

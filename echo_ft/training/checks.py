@@ -24,7 +24,14 @@ from echo_ft.errors import EchoError
 from echo_ft.model import attention
 from echo_ft.model.preparation import check_part_rates
 from echo_ft.model.vision import require_frozen_tower
-from echo_ft.training.config import EchoConfig, quantization_config
+from echo_ft.training.config import (
+    EchoConfig,
+    check_all_roles,
+    check_by_role,
+    quantization_config,
+    role_arguments,
+    trained_roles,
+)
 
 WITHOUT_EFFECT = (
     "packing", "eval_packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss",
@@ -77,7 +84,11 @@ def check_options(sft: SFTConfig, model: ModelConfig, config: EchoConfig | None 
     _check_row_options(sft)
     _check_trainer_options(sft)
     _check_libraries(sft)
-    _check_schedule(sft)
+    if config is not None:
+        check_by_role(config)
+        check_all_roles(config, sft)
+    for own in [role_arguments(sft, config, role) for role in trained_roles(config)] if config else [sft]:
+        _check_schedule(own)
     _check_best_model(sft, bool(config and config.mask_loss))
     _check_model_options(model)
     if sft.push_to_hub:

@@ -17,11 +17,11 @@ from echo_ft.images.corruptions import Corruption
 from echo_ft.images.masks import mask_files
 from echo_ft.images.views import View, views
 from echo_ft.inputs import from_dict
-from echo_ft.model.batches import blank_image_inputs, image_inputs, pack_rows, split_rows
+from echo_ft.model.batches import Look, blank_image_inputs, image_inputs, pack_looks, pack_rows
 from echo_ft.model.rows import Row, RowBuilder
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.records import Exchange, Inspection
-from echo_ft.training.costs.flops import image_work, text_work
+from echo_ft.training.costs.flops import WorkCounts, image_work, repeated_work, text_work
 from echo_ft.training.mask_loss import mask_inputs
 
 
@@ -38,6 +38,7 @@ class Collator:
         marks: Mapping[str, Inspection] | None = None,
         digests: Mapping[str, str] | None = None,
         adapt_from: str = "prefix",
+        by_role: bool = False,
     ) -> None:
         """`root` is the image folder, and `store` holds tower features of earlier epochs, roles and runs.
 
@@ -48,7 +49,7 @@ class Collator:
         their size in the workers and on the GPU. `marks` has, by case, the inspections from whose masks the mask loss
         learns; without it, there is no mask loss. `digests` has the SHA-256 of each image and mask; a file that differs
         raises EchoError when it is first read. `adapt_from`, one of rows.ADAPT_FROM, says where the adapter begins to
-        act.
+        act. With `by_role`, every role has its own adapter.
         """
         self.row_builder = row_builder
         self.root = root
@@ -59,6 +60,7 @@ class Collator:
         self.digests = digests
         self._verified: set[str] = set()
         self.adapt_from = adapt_from
+        self.by_role = by_role
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # an option lets workers outlive an epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -89,12 +91,17 @@ class Collator:
         """Pack `rows` into one row, with the pixels of each distinct image that `store` does not hold.
 
         `corruptions` has one entry per row, for its query; by default no query is corrupted. In addition to the keys of
-        `batches.pack_rows`, and of `batches.split_rows` unless the adapter acts everywhere, the batch has pixel_values
+        `batches.pack_rows`, or of `batches.pack_looks` unless the adapter acts everywhere, the batch has pixel_values
         (P, C), image_grid_thw (images, 3), and `image_order`, `image_views` and `image_features` as in
         vision.BatchImages.
         """
         pairs = zip(rows, corruptions or [None] * len(rows), strict=True)
-        ordered = [view for row, corruption in pairs for view in views(row.exchange, self.root, corruption)]
+        seen = [tuple(views(row.exchange, self.root, corruption)) for row, corruption in pairs]
+        if self.adapt_from == "prefix":
+            packed, work = pack_rows(rows), text_work(rows)
+        else:
+            packed, work, seen = self._pack_looks(rows, seen)
+        ordered = [view for own in seen for view in own]
         stored = {view: self.store.load(view) if self.store else None for view in dict.fromkeys(ordered)}
         new: list[View | None] = [view for view, features in stored.items() if features is None]
         known = {view: features for view, features in stored.items() if features is not None}
@@ -104,18 +111,30 @@ class Collator:
             new, image = [None], blank_image_inputs(self.row_builder)
         number = {view: index for index, view in enumerate((*new, *known))}
         order = [number[view] for view in ordered]
-        adapted = [self.row_builder.adapted_tokens(row, self.adapt_from) for row in rows]
         return {
-            **pack_rows(rows),
-            **({} if self.adapt_from == "prefix" else split_rows(rows, adapted)),
+            **packed,
             **image,
             "pixel_values": image["pixel_values"].to(self.pixel_dtype),
-            "work_counts": astuple(text_work(rows, adapted) + image_work(image["image_grid_thw"].tolist())),
+            "work_counts": astuple(work + image_work(image["image_grid_thw"].tolist())),
             "image_order": order,
             "image_views": new,
             "image_features": list(known.values()),
             **self._mask_inputs(rows, order, image["image_grid_thw"]),
         }
+
+    def _pack_looks(
+        self, rows: Sequence[Row], seen: Sequence[tuple[View, ...]]
+    ) -> tuple[dict[str, Any], WorkCounts, list[tuple[View, ...]]]:
+        """Pack `rows` by the images that each has `seen`; returns the batch, its work and the images of each look."""
+        groups: dict[tuple[View, ...], list[Row]] = {}
+        for row, own in zip(rows, seen, strict=True):
+            groups.setdefault(own, []).append(row)
+        looks, work = [], WorkCounts()
+        for group in groups.values():
+            adapted = [self.row_builder.adapted_tokens(row, self.adapt_from) for row in group]
+            looks.append(Look(group, adapted, self.row_builder.look_length(group[0])))
+            work += text_work(group, adapted) + repeated_work(looks[-1].shared, len(group) - 1)
+        return pack_looks(looks, self.by_role), work, list(groups)
 
     def _mask_inputs(self, rows: Sequence[Row], order: Sequence[int], grids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return `mask_loss.mask_inputs` of a batch whose encoded images have the `grids` (images, 3)."""

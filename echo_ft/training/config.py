@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -20,12 +22,24 @@ from echo_ft.model.loading import check_lora_targets, parameter_group
 from echo_ft.model.rows import ADAPT_FROM
 from echo_ft.records import ROLES
 
+ALL_ROLES = "all"
+"""The value of `role` that trains one adapter per role in one run."""
+
+ROLE_OPTIONS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+"""Options that `by_role` can set for one role."""
+
 
 @dataclass(frozen=True)
 class EchoConfig:
     """Options of train/sft.py in addition to TRL's SFTConfig and ModelConfig."""
 
-    role: str = field(metadata={"help": "The role to train.", "choices": list(ROLES)})
+    role: str = field(
+        metadata={
+            "help": "The role to train. all trains the four adapters in one run over shared prefixes, and needs "
+            "adapt_from branch or answer; output_dir then gets one folder per role.",
+            "choices": [*ROLES, ALL_ROLES],
+        }
+    )
     dataset: str = field(metadata={"help": "Dataset folder, made by `python -m data_prep.build`."})
     min_pixels: int = field(metadata={"help": "Minimum number of pixels of a resized image."})
     max_pixels: int = field(metadata={"help": "Maximum number of pixels of a resized image (the pixel budget)."})
@@ -82,6 +96,13 @@ class EchoConfig:
             "help": "Where the adapter begins to act: everywhere, from the branch on, or from the answer on. The base "
             "model computes what comes before, without a backward pass.",
             "choices": list(ADAPT_FROM),
+        },
+    )
+    by_role: dict[str, dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "With role all, options of single roles, by role: {decision_maker: {learning_rate: 1.0e-4}}. They "
+            f"can be {', '.join(ROLE_OPTIONS)}."
         },
     )
     early_stopping_patience: int | None = field(
@@ -194,6 +215,69 @@ def check_adapt_from(config: EchoConfig, base: ModelConfig, model: Any) -> None:
     for option, value in refused.items():
         if value:
             raise EchoError(f"{name} is incompatible with {option}; remove {option}, or set adapt_from: prefix")
+
+
+def trained_roles(config: EchoConfig) -> tuple[str, ...]:
+    """The roles that this run trains."""
+    return ROLES if config.role == ALL_ROLES else (config.role,)
+
+
+def adapter_folder(config: EchoConfig, output: Path, role: str) -> Path:
+    """The folder of a role's adapter in `output`, which is output_dir or a checkpoint."""
+    return output / role if config.role == ALL_ROLES else output
+
+
+def role_arguments(sft: SFTConfig, config: EchoConfig, role: str) -> SFTConfig:
+    """The options with which a role is trained, `by_role` included."""
+    own = copy.copy(sft)
+    for name, value in (config.by_role or {}).get(role, {}).items():
+        setattr(own, name, value)
+    return own
+
+
+def check_by_role(config: EchoConfig) -> None:
+    """Raise EchoError unless `by_role` has usable options of roles that are trained together."""
+    given: Any = config.by_role or {}
+    for role, options in given.items() if isinstance(given, dict) else [(given, None)]:
+        if role not in ROLES or not isinstance(options, dict) or not set(options) <= set(ROLE_OPTIONS):
+            raise EchoError(
+                f"by_role cannot have {role}: {options!r}; it takes {', '.join(ROLES)}, each with a mapping of "
+                + ", ".join(ROLE_OPTIONS)
+            )
+        for name in {"learning_rate", "warmup_steps"} & options.keys():
+            value = options[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e18:
+                raise EchoError(f"by_role: {name} of {role} is {value!r}; set a number of at least 0")
+    if given and config.role != ALL_ROLES:
+        raise EchoError(f"by_role has no effect with role {config.role}; set role: all, or remove by_role")
+
+
+def check_all_roles(config: EchoConfig, sft: SFTConfig) -> None:
+    """Raise EchoError for options that are incompatible with training all roles in one run."""
+    if config.role != ALL_ROLES:
+        return
+    if config.adapt_from == "prefix":
+        raise EchoError(
+            "role all shares the prefixes that the base model computes, but with adapt_from prefix every adapter "
+            "computes its own; set adapt_from: branch or answer, or train each role in its own run"
+        )
+    if sft.deepspeed_plugin or sft.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise EchoError(
+            "role all clips the gradients of each role on its own, which DeepSpeed and FSDP cannot; use "
+            "recipes/accelerate/ddp.yaml, or train each role in its own run"
+        )
+    for role in ROLES:
+        schedule: Any = role_arguments(sft, config, role).lr_scheduler_type
+        if getattr(schedule, "value", schedule) in ("reduce_lr_on_plateau", "greedy"):
+            raise EchoError(
+                "role all cannot use lr_scheduler_type reduce_lr_on_plateau or greedy, which follow one loss; choose "
+                "another, such as cosine"
+            )
+    if sft.load_best_model_at_end or sft.metric_for_best_model or config.early_stopping_patience is not None:
+        raise EchoError(
+            "role all has no single best step, because every role has its own; remove load_best_model_at_end, "
+            "metric_for_best_model and early_stopping_patience, or train each role in its own run"
+        )
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from echo_ft.images.decode import image_size
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.rows import RowBuilder, mark_trained
 from echo_ft.records import MAX_NEW_TOKENS, Exchange, Rejection
-from echo_ft.training.costs.flops import WorkCounts, image_work, row_work, unit_costs
+from echo_ft.training.costs.flops import WorkCounts, image_work, repeated_work, row_work, unit_costs
 from echo_ft.training.costs.memory import memory_report
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class PlannedRow:
     text: WorkCounts
     images: dict[str, tuple[int, int, int]]
     """Grid (t, h, w) in patches of each distinct image."""
+    seen: tuple[str, ...] = ()
+    """Its images in order."""
+    look: int = 0
+    """Number of tokens that rows with the same images share."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,13 @@ class Plan:
     rejected: list[Rejection] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
     """Tokens of each completion that a run would cut at its default max_new_tokens."""
+    starts: Sequence[int] | None = None
+    """Index of the first row of each case, followed by the number of rows; None means those of `case_starts`."""
 
     @property
     def text(self) -> WorkCounts:
         """The language model's work for all rows."""
-        return sum((row.text for row in self.rows), WorkCounts())
+        return sum((case_work(case) for case in self.cases()), WorkCounts())
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -76,7 +83,7 @@ class Plan:
 
     def cases(self) -> list[list[PlannedRow]]:
         """Rows grouped by case, just as in cases.group_by_case."""
-        starts = case_starts((row.case, row.first_id) for row in self.rows)
+        starts = self.starts or case_starts((row.case, row.first_id) for row in self.rows)
         return [self.rows[start:end] for start, end in pairwise(starts)]
 
     def largest_batch(self, size: int) -> list[int]:
@@ -86,10 +93,46 @@ class Plan:
         images only once.
         """
         cases = self.cases()
-        order = sorted(range(len(cases)), key=lambda number: -sum(row.text.tokens for row in cases[number]))
+        order = sorted(range(len(cases)), key=lambda number: -case_work(cases[number]).tokens)
         first = {cases[number][0].case: number for number in reversed(order)}
         repeated = [number for number in order if first[cases[number][0].case] != number]
         return [*reversed(first.values()), *repeated][:size]
+
+
+def case_work(rows: Sequence[PlannedRow]) -> WorkCounts:
+    """The language model's work for the rows of one case, which share looks."""
+    looks = Counter((row.seen, row.look) for row in rows)
+    saved = (repeated_work(look, count - 1) for (_, look), count in looks.items())
+    return sum(chain((row.text for row in rows), saved), WorkCounts())
+
+
+def join_plans(plans: Sequence[Plan]) -> tuple[Plan, list[int]]:
+    """Join the plans of several roles case by case; also returns the place of each row among the rows of all plans.
+
+    If balancing repeats a case in several plans, its repeats are joined in order. Cases have the order of the longest
+    plan. The cases that it lacks follow.
+    """
+    found: list[dict[tuple[str, int], list[int]]] = []
+    first = 0
+    for planned in plans:
+        repeats, own = Counter[str](), {}
+        for case in planned.cases():
+            name = case[0].case
+            own[name, repeats[name]] = list(range(first, first + len(case)))
+            repeats[name] += 1
+            first += len(case)
+        found.append(own)
+    keys = dict.fromkeys(key for own in sorted(found, key=len, reverse=True) for key in own)
+    cases = [[row for own in found for row in own.get(key, ())] for key in keys]
+    order = list(chain.from_iterable(cases))
+    rows = [row for planned in plans for row in planned.rows]
+    joined = Plan(
+        [rows[index] for index in order],
+        [rejection for planned in plans for rejection in planned.rejected],
+        [length for planned in plans for length in planned.too_long],
+        [*accumulate(map(len, cases), initial=0)],
+    )
+    return joined, order
 
 
 def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
@@ -143,6 +186,8 @@ def plan(
                     len(row.branches),
                     row_work(row.prefix, row.branches, row.labels, adapted),
                     dict(zip(exchange.images, row.grids, strict=True)),
+                    exchange.images,
+                    0 if adapt_from == "prefix" else row.look,
                 )
             )
     return planned
@@ -163,7 +208,7 @@ def dry_run_report(
     steps = math.ceil(batches / sft.gradient_accumulation_steps)
     total = sft.max_steps if sft.max_steps > 0 else math.ceil(sft.num_train_epochs * steps)
     text = planned.text
-    unshared = text.tokens + sum(row.prefix * (row.branches - 1) for row in planned.rows)
+    unshared = sum(row.text.tokens + row.prefix * (row.branches - 1) for row in planned.rows)
     images = image_work(grid for case in cases for grid in image_grids(case).values())
     operations = unit_costs(model).flops(text + images)
     rows = [row for number in planned.largest_batch(batch) for row in cases[number]]

@@ -113,7 +113,7 @@ class PrefixSharingTrainer(SFTTrainer):
         seen = self._total_train_tokens
         if self.mask_heads is not None:
             self.mask_heads.batch = inputs
-        result = super().compute_loss(model, packed, return_outputs, num_items_in_batch)
+        result = self._label_loss(model, inputs, packed, return_outputs, num_items_in_batch)
         if self.mask_heads is not None:
             loss, *outputs = result if return_outputs else (result,)
             loss = loss + self._mask_loss(inputs, num_items_in_batch, model.training)
@@ -132,6 +132,12 @@ class PrefixSharingTrainer(SFTTrainer):
             sums = torch.tensor([[total, len(keep)]], device=labels.device, dtype=torch.float64)
             self._evaluated["loss"].append(self.accelerator.gather(sums).sum(dim=0).cpu())
         return result
+
+    def _label_loss(
+        self, model: Any, inputs: Mapping[str, Any], packed: dict[str, Any], return_outputs: bool, labels: Any
+    ) -> Any:
+        """TRL's loss of `packed`, which `inputs` became; `labels` is the number of labels in the step, if known."""
+        return super().compute_loss(model, packed, return_outputs, labels)
 
     def _mask_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any, training: bool) -> torch.Tensor | float:
         """The weighted mask loss of a batch, scaled like TRL's loss. An evaluation logs it and adds nothing."""

@@ -23,6 +23,7 @@ from benchmarks.training.turns import take_turns
 from benchmarks.training.workload import Workload, make_exchanges
 from echo_ft.model.loading import load_processor
 from echo_ft.model.rows import IGNORED, RowBuilder
+from echo_ft.records import ROLES
 from tests.conftest import ROOT
 from tests.support.models import small_config
 
@@ -264,20 +265,25 @@ def test_the_steps_of_all_roles_are_added_and_compared_turn_by_turn(tmp_path, mo
 
     monkeypatch.setattr(roles, "measure", measured)
     found = roles.measure_roles(tmp_path, Workload(2, 5, 3))
-    assert found["branch"] == roles.FourRuns(4 * 1.0, len("reference_extractor"), 8e11)
-    runs = {"prefix": [found["prefix"], roles.FourRuns(20.0, 1.0, 8e11)], "branch": [found["branch"], found["branch"]]}
+    assert found["branch"] == roles.Training(4 * 1.0, len("reference_extractor"), 8e11)
+    assert found["branch, role: all"] == roles.Training(1.0, len("all"), 2e11)
+    runs = {"prefix": [found["prefix"], roles.Training(20.0, 1.0, 8e11)], "branch": [found["branch"], found["branch"]]}
     assert roles.table(runs).splitlines()[3] == "| branch | 4.00 (4.00 to 4.00) | 4.00 (3.00 to 5.00) | 0.800 | 19 |"
 
 
-def test_counted_operations_are_those_that_the_trainer_reports(tmp_path, monkeypatch):
+def test_counted_operations_are_those_that_the_trainer_reports(tmp_path):
     from benchmarks.training.contender import echo_ft_trainer
 
     model = small_random_model(tmp_path)
     workload = Workload(1, 2, 1, model=model, rows=2, side=56)
-    monkeypatch.setattr(roles, "ROLES", ["decision_maker"])
     counted = roles.count_operations(model, workload, tmp_path)
-    trained = echo_ft_trainer(tmp_path, dataclasses.replace(workload, adapt_from="branch"), stored=False)
-    assert counted["branch"][0] == pytest.approx(trained.work["operations"])
+    late = dataclasses.replace(workload, adapt_from="branch")
+    together, *alone = (
+        echo_ft_trainer(tmp_path, dataclasses.replace(late, role=role), stored=False).work["operations"]
+        for role in ("all", *ROLES)
+    )
+    assert counted["branch"][0] == pytest.approx(sum(alone))
+    assert counted["branch, role: all"][0] == pytest.approx(together)
     assert counted["prefix"][1] > counted["branch"][1] > counted["answer"][1]
     computed, stored = counted["branch"]
     row = roles.count_table({"small": counted}).splitlines()[3].split(" | ")

@@ -19,7 +19,7 @@ from echo_ft.terminal import LOGGER
 from tests.conftest import ECHO_TINY, ROOT, make_dataset
 from tests.support.training import SAME_TRAINING, launch, losses, run_in_process, tiny_options
 
-RECIPES = sorted(path for role in ROLES for path in (ROOT / "recipes").glob(f"*/{role}.yaml"))
+RECIPES = sorted(path for role in (*ROLES, "all_roles") for path in (ROOT / "recipes").glob(f"*/{role}.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,16 @@ def test_every_recipe_passes_the_config_check(recipe):
 
     # transformers checks bf16 against the hardware, and there may be no GPU.
     config, sft, model = parse([EchoConfig, SFTConfig, ModelConfig], ["--config", str(recipe), "--bf16", "false"])
-    check_options(sft, model)
-    assert config.role == recipe.stem == Path(sft.output_dir).name
+    check_options(sft, model, config)
+    together = recipe.stem == "all_roles"
+    assert (config.role, Path(sft.output_dir).name) == (("all", "late_adapters") if together else (recipe.stem,) * 2)
     assert sft.max_length is None
     assert model.use_peft
 
 
 def test_every_role_and_size_has_a_recipe():
     found = {(path.parent.name, path.stem) for path in RECIPES}
-    assert found >= {(size, role) for size in ("tiny", "qwen2_vl_2b", "qwen2_vl_7b") for role in ROLES}
+    assert found >= {(size, role) for size in ("tiny", "qwen2_vl_2b", "qwen2_vl_7b") for role in (*ROLES, "all_roles")}
 
 
 OTHER_ROLES = [pytest.param(role, marks=pytest.mark.slow) for role in ("reference_extractor", "knowledge_guide")]

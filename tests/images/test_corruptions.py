@@ -242,11 +242,11 @@ def test_training_reports_corrupted_queries_and_resumes_only_alike(dataset, tmp_
     assert json.loads((output / "echo_ft.json").read_text())["corrupted_share"] == 0.7
     card = read_card(output)
     again = SFTConfig(output_dir=str(output), resume_from_checkpoint="true", max_steps=1, use_cpu=True, bf16=False)
-    assert find_checkpoint(again, card).path == str(output / "checkpoint-1")
+    assert find_checkpoint(again, {".": card}).path == str(output / "checkpoint-1")
     with pytest.raises(EchoError, match=r"trained with corrupted_share 0\.7, not 0\.2"):
-        find_checkpoint(again, dataclasses.replace(card, corrupted_share=0.2))
+        find_checkpoint(again, {".": dataclasses.replace(card, corrupted_share=0.2)})
     with pytest.raises(EchoError, match="trained with quantization none, not 4bit"):
-        find_checkpoint(again, dataclasses.replace(card, quantization="4bit"))
+        find_checkpoint(again, {".": dataclasses.replace(card, quantization="4bit")})
 
 
 def test_share_above_one_is_rejected(dataset, tmp_path):

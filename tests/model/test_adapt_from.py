@@ -14,13 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from echo_ft.images.decode import image_size
 from echo_ft.model import attention
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.rows import IGNORED
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
-from echo_ft.training.costs.flops import WorkCounts, row_work, text_work, unit_costs
+from echo_ft.training.costs.flops import WorkCounts, unit_costs
 from tests.conftest import draw
 from tests.support.adapt_from import logits_of_one_row, plain_inputs
 from tests.support.exchanges import exchanges_of, with_completions
@@ -83,7 +82,7 @@ def require_gradients_of_single_rows(model, row_builder, root, packed, adapt_fro
 
 
 def packed_rows(root, branches, images, context, seed):
-    """Three exchanges: one of `branches` and `images`, one with repeated images, and one without images."""
+    """Exchanges of `branches` and `images`, with the same images, with other images and without images."""
     rng = np.random.default_rng(seed)
     names = tuple(
         draw(root / f"{seed}_{index}.png", tuple(rng.integers(30, 90, 2)), seed + index) for index in range(images)
@@ -93,7 +92,8 @@ def packed_rows(root, branches, images, context, seed):
     )
     first = Exchange("decision_maker", "case", names, context, many, "1")
     again = replace(first, images=(names[-1], names[0]), branches=many[:2])
-    return [first, again, replace(first, images=(), branches=many[:1])]
+    same = replace(first, context=f"Normal: an even surface.\n{context}", branches=many[-2:])
+    return [first, again, replace(first, images=(), branches=many[:1]), same]
 
 
 @pytest.mark.parametrize("adapt_from", ["branch", "answer"])
@@ -131,14 +131,15 @@ def test_flex_attention_blocks_equal_those_of_the_mask_of_sdpa(row_builder, case
     for start in ("branch", "answer"):
         batch = Collator(row_builder, tmp_path, adapt_from=start).batch(rows)
         blocks, spans = (attention.make_split(batch, name) for name in ("flex_attention", "sdpa"))
-        found = blocks.adapted_spans
+        (part,), (plain,) = blocks.parts, spans.parts
+        found = part.spans
         queries, keys = found.seq_lengths
         expected = create_block_mask(found.mask_mod, None, None, queries, keys, device="cpu")
         for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         whole = found.mask_mod(0, 0, torch.arange(queries)[:, None], torch.arange(keys)[None])
         base = len(batch["base_tokens"])
-        for span in spans.adapted_spans:
+        for span in plain.spans:
             seen = [*range(span.base_start, span.base_end), *range(base + span.start, base + span.end)]
             assert torch.equal(whole[span.start : span.end, seen], span.mask[0, 0])
             whole[span.start : span.end, seen] = False
@@ -194,9 +195,3 @@ def test_the_prefix_has_no_backward_pass_and_the_count_of_operations_knows_it(
     counts = replace(WorkCounts(*batch["work_counts"]), pairs=0, base_pairs=0, patch_pairs=0)
     assert unit_costs(tuned.get_base_model()).flops(counts) == pytest.approx(linear, rel=0.05)
     assert counts.base_tokens == len(batch["base_tokens"])
-    lengths = [
-        row_builder.lengths(row.exchange, [image_size(tmp_path / name) for name in row.exchange.images]) for row in rows
-    ]
-    own = [one.branches if start == "branch" else one.answers for one in lengths]
-    planned = [row_work(one.prefix, one.branches, one.labels, tokens) for one, tokens in zip(lengths, own, strict=True)]
-    assert sum(planned, WorkCounts()) == text_work(rows, [row_builder.adapted_tokens(row, start) for row in rows])

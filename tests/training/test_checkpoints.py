@@ -198,7 +198,7 @@ def test_resuming_from_the_last_step_keeps_the_adapter(dataset, tmp_path):
 
 
 def test_a_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
-    from echo_ft.training.checkpoints import resume_wandb_run
+    from echo_ft.tracking import resume_wandb_run
 
     def run_id(resume: str | None, report_to: str = "wandb") -> str | None:
         monkeypatch.setenv("WANDB_RUN_ID", "")

@@ -130,7 +130,7 @@ def resume(card_of, tmp_path):
         write_card(checkpoint, card_of(before or {})[0])
         card, sft = card_of(now)
         sft.output_dir, sft.resume_from_checkpoint = str(tmp_path), str(checkpoint)
-        return find_checkpoint(sft, card)
+        return find_checkpoint(sft, {".": card})
 
     return resume
 
@@ -164,9 +164,9 @@ def test_a_changed_option_that_a_resume_can_honour_is_reported_and_recorded(resu
     if name == "load_best_model_at_end":
         now |= {"save_strategy": "epoch"}
     found = resume(now)
-    assert len(found.resumed) == 1
-    assert found.resumed[0].startswith(f"{name} from ")
-    assert found.resumed[0].endswith(" after step 2")
+    (change,) = found.resumed["."]
+    assert change.startswith(f"{name} from ")
+    assert change.endswith(" after step 2")
     assert f"the resumed run changes {name} from" in capsys.readouterr().err
 
 
@@ -176,12 +176,12 @@ def test_options_that_do_not_change_what_is_learnt_are_free(resume, capsys):
         | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "run_name": "again", "data_seed": 0}
         | {"accelerator_config": {"non_blocking": True}}
     )
-    assert found.resumed == []
+    assert found.resumed == {".": []}
     assert capsys.readouterr().err == ""
 
 
 def test_separate_rates_of_parts_change_only_from_rate_to_rate(resume):
-    assert len(resume({"vision_learning_rate": 1e-5}, {"vision_learning_rate": 1e-4}).resumed) == 1
+    assert len(resume({"vision_learning_rate": 1e-5}, {"vision_learning_rate": 1e-4}).resumed["."]) == 1
     for before, now in ((None, 1e-5), (1e-5, None)):
         with pytest.raises(EchoError, match="trained with merger_learning_rate"):
             resume({"merger_learning_rate": now}, {"merger_learning_rate": before})
@@ -212,7 +212,7 @@ def test_fsdp_of_an_accelerate_config_reads_its_own_optimizer_state(resume, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(EchoError, match="holds the optimizer state of a run without ZeRO or FSDP"):
         resume({})
-    assert resume({}, files=("optimizer_0/part.distcp",)).resumed == []
+    assert resume({}, files=("optimizer_0/part.distcp",)).resumed == {".": []}
 
 
 def test_options_apply_although_zero_leaves_out_an_empty_group():
@@ -248,7 +248,7 @@ def test_any_changed_byte_of_a_checkpoint_is_refused_with_the_name_of_its_file(r
     seal_folder(checkpoint)
     card, sft = card_of({})
     sft.output_dir, sft.resume_from_checkpoint = str(tmp_path), str(checkpoint)
-    assert find_checkpoint(sft, card).resumed == []
+    assert find_checkpoint(sft, {".": card}).resumed == {".": []}
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size]
     assert len(files) >= 8
     for path in files:
@@ -258,7 +258,7 @@ def test_any_changed_byte_of_a_checkpoint_is_refused_with_the_name_of_its_file(r
             with pytest.raises(
                 EchoError, match=r"since it was saved; give another|SHA256SUMS cannot be read"
             ) as refused:
-                find_checkpoint(sft, card)
+                find_checkpoint(sft, {".": card})
             assert path.name == CHECKSUMS or f"{path} has changed" in str(refused.value)
         path.write_bytes(content)
 
@@ -267,7 +267,7 @@ def test_a_run_shorter_than_its_checkpoint_is_refused(resume):
     for short, shown in (({"max_steps": 1}, "max_steps 1"), ({"num_train_epochs": 0.5}, r"num_train_epochs 0\.5")):
         with pytest.raises(EchoError, match=f"was trained for longer .* than {shown}; give an earlier checkpoint"):
             resume(short)
-    assert resume({"max_steps": 2}, {"max_steps": 2}).resumed == []
+    assert resume({"max_steps": 2}, {"max_steps": 2}).resumed == {".": []}
 
 
 def test_a_card_of_an_older_version_resumes_with_a_warning(resume, card_of, tmp_path, capsys):
@@ -285,9 +285,9 @@ def test_a_card_of_an_older_version_resumes_with_a_warning(resume, card_of, tmp_
         (checkpoint / "adapter_config.json").write_text(json.dumps({**peft, **changed}))
         if changed:
             with pytest.raises(EchoError, match=f"trained with {message}"):
-                find_checkpoint(sft, card)
+                find_checkpoint(sft, {".": card})
         else:
-            assert find_checkpoint(sft, card).resumed == []
+            assert find_checkpoint(sft, {".": card}).resumed == {".": []}
             assert "does not say how it was trained" in capsys.readouterr().err
 
 

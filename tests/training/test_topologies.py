@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 
+from echo_ft.records import ROLES
 from echo_ft.training.sampler import BalancedSampler
 from tests.conftest import ROOT, make_dataset
 from tests.support.training import (
@@ -216,6 +217,23 @@ def test_two_ranks_train_an_adapter_after_the_prefix_as_one_does(dataset, tmp_pa
     assert_same_adapter(tmp_path / "two", tmp_path / "one")
     card = json.loads((tmp_path / "two" / "echo_ft.json").read_text())
     assert (card["adapt_from"], bool(card["invocation_tokens"])) == (start, start == "answer")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_all_roles_as_one_does_although_a_role_has_one_row(dataset, tmp_path):
+    """One process at most has that row, and in two of three steps none has it."""
+    few = tmp_path / "few"
+    shutil.copytree(dataset, few)
+    path = few / "sft" / "reference_extractor" / "train.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    late = [*LANGUAGE, "--role", "all", "--adapt_from", "branch", "--mask_loss", 0, "--adam_epsilon", "1e-2"]
+    one = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4, *late, *EVALUATED, 1]
+    launch(*tiny_options("decision_maker", few, tmp_path / "one", *one))
+    launch(*tiny_options("decision_maker", few, tmp_path / "two", *TWO_RANKS, *late, *EVALUATED, 2), ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert evaluation(tmp_path / "two") == pytest.approx(evaluation(tmp_path / "one"), rel=1e-4)
+    for role in ROLES:
+        assert_same_adapter(tmp_path / "two" / role, tmp_path / "one" / role)
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_zero_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
         (checkpoint / "global_step5" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     sft = SFTConfig(output_dir=str(tmp_path), resume_from_checkpoint="true", report_to="none", use_cpu=True, bf16=False)
     with pytest.raises(EchoError, match="ZeRO optimizer states of 4 processes and cannot be resumed by 1"):
-        find_checkpoint(sft, card=None)
+        find_checkpoint(sft, {})
 
 
 def test_processes_do_not_search_for_unused_parameters(tmp_path):

@@ -105,6 +105,12 @@ def row_work(prefix: int, branches: Sequence[int], labels: int, adapted: Sequenc
     return work + WorkCounts(base_tokens=prefix + sum(base), base_pairs=pairs(base))
 
 
+def repeated_work(look: int, times: int) -> WorkCounts:
+    """What rows save by sharing a look of `look` tokens with a row before them, as negative work of the base model."""
+    tokens, pairs = -look * times, -(look * (look + 1) // 2) * times
+    return WorkCounts(tokens=tokens, pairs=pairs, base_tokens=tokens, base_pairs=pairs)
+
+
 def image_work(grids: Iterable[Iterable[int]]) -> WorkCounts:
     """Count the vision tower's work. `grids` has one (t, h, w) in patches per encoded image."""
     sizes = [math.prod(map(int, grid)) for grid in grids]
@@ -115,7 +121,8 @@ def unit_costs(model: Any) -> UnitCosts:
     """Count the FLOPs per unit of work when training this Qwen2-VL, with or without PEFT adapters, on any device.
 
     A linear layer with W weights costs 2 W per token in the forward pass. The gradient of its input costs another 2 W
-    if anything before the layer is trained. The gradient of its weights costs another 2 W if they are trained.
+    if anything before the layer is trained. The gradient of its weights costs another 2 W if they are trained. Of
+    several adapters, one acts on a token.
     """
     import torch
 
@@ -125,8 +132,13 @@ def unit_costs(model: Any) -> UnitCosts:
     input_gradient = {"language model": True, "merger": tower or "merger" in trained, "vision tower": tower}
     vision, text = model.config.vision_config, model.config.text_config
     merged = vision.spatial_merge_size**2
+    adapters: list[str] = []
     totals = {"language model": 0.0, "base": 0.0, "head": 0.0, "vision tower": 0.0, "merger": 0.0}
     for name, module in model.named_modules():
+        if ".lora_" in name and isinstance(module, torch.nn.Linear):
+            adapters.append(name.rpartition(".")[2])
+            if adapters[-1] != adapters[0]:
+                continue
         if isinstance(module, torch.nn.Conv3d):
             # Do not use the size of the weight: under ZeRO-3 it is empty on each rank.
             weights = module.in_channels * module.out_channels * math.prod(module.kernel_size)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_ft.model.activations import CUDA_CONTEXT, ActivationBytes, BatchShape, estimate_activations
 from echo_ft.model.architectures import add_adapter, count_parameters, frozen_bytes, meta_model
+from echo_ft.records import ROLES
 from echo_ft.terminal import align_columns, format_gib
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ def trainable_meta_model(config: EchoConfig, base: ModelConfig) -> Any:
     Raises EchoError if the model is not a known Qwen2-VL or a LoRA target matches no linear layer.
     """
     from echo_ft.model.preparation import freeze_parts
-    from echo_ft.training.config import lora_config
+    from echo_ft.training.config import ALL_ROLES, lora_config
 
     model = meta_model(str(base.model_name_or_path), base.model_revision)
     lora = lora_config(config, base, model)
     if lora is not None:
-        return add_adapter(model, lora)
+        return add_adapter(model, lora, ROLES if config.role == ALL_ROLES else ("default",))
     return freeze_parts(model, config.vision_learning_rate, config.merger_learning_rate)
 
 
