@@ -7,6 +7,9 @@ transformers, which runs one question at a time and switches the adapter on only
 
 Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. Adapters that act
 elsewhere give other texts of other lengths. With `--max_new_tokens 1`, the work is equal.
+
+`--count` runs nothing and counts the engine's operations at the full sizes, on the meta device, as if every generated
+text were one sentence.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,15 +38,18 @@ from benchmarks.evaluation.speed import (
     draw_cases,
     require_same_answers,
 )
-from benchmarks.training.__main__ import with_spread
-from benchmarks.training.workload import TARGETS
+from benchmarks.training.__main__ import WIDTHS, with_spread
+from benchmarks.training.workload import SENTENCE, TARGETS
 from echo_ft.data.dataset import load_dataset
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
+from echo_ft.experts.roles import render
 from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import attach_adapters, make_card, write_card
+from echo_ft.model.architectures import meta_model
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import ADAPT_FROM, RowBuilder
-from echo_ft.records import LETTERS, ROLES, Branch, Exchange, Generation
+from echo_ft.records import LETTERS, ROLES, Branch, Case, Exchange, Generation, Upstream
+from echo_ft.training.costs.flops import WorkCounts, image_work, repeated_work, text_work, unit_costs
 
 SCALE = 0.02
 """Standard deviation of the adapters' output weights: enough to change texts, too little to make them nonsense."""
@@ -155,6 +162,83 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
     return rates, largest
 
 
+@dataclass(frozen=True)
+class EngineWork:
+    """Operations of the engine for some cases, by part."""
+
+    images: float
+    looks: float
+    """Tokens up to the last image, where adapters act after the prefix."""
+    repeats: float
+    """The same tokens again for every further exchange, where adapters act everywhere."""
+    rest: float
+    """Other prompt tokens, and generated ones."""
+
+
+def with_references(case: Case, most: int) -> Case:
+    """Return a case with at most this number of references."""
+    return replace(case, seen=replace(case.seen, references=case.seen.references[:most]))
+
+
+def spoken_exchanges(case: Case) -> list[Exchange]:
+    """The exchanges of all roles about a case, as if each role said one sentence, or one letter if it chooses."""
+    reasons = {question.id: SENTENCE for question in case.seen.questions}
+    upstream = Upstream(best=0, normal=SENTENCE, guide=SENTENCE, reasons=reasons)
+
+    def spoken(exchange: Exchange, branch: Branch) -> Branch:
+        chooses = exchange.role == "decision_maker" or branch.id == "best"
+        return replace(branch, completion="A" if chooses else SENTENCE)
+
+    exchanges = [one for role in ROLES for one in render(role, case.id, case.seen, upstream)]
+    return [replace(one, branches=tuple(spoken(one, branch) for branch in one.branches)) for one in exchanges]
+
+
+def count_operations(name: str, root: Path, cases: Sequence[Case]) -> EngineWork:
+    """Count the operations for `cases`. `name` is a published model or a folder with a config.json."""
+    model = meta_model(name)
+    processor = load_processor(MODEL, None, SIDE**2, SIDE**2)
+    vision, reader = model.config.vision_config, processor.image_processor
+    reader.patch_size, reader.merge_size = vision.patch_size, vision.spatial_merge_size
+    row_builder, costs = RowBuilder(processor), unit_costs(model.requires_grad_(False))
+
+    def forward(work: WorkCounts) -> float:
+        plain = replace(work, base_tokens=work.tokens, base_pairs=work.pairs, labels=0)
+        return costs.flops(plain) + costs.label / 2 * work.labels  # half of it is the backward pass
+
+    images, repeated, text = WorkCounts(), WorkCounts(), WorkCounts()
+    looks = 0.0
+    for case in cases:
+        rows = [row_builder.load_row(exchange, root) for exchange in spoken_exchanges(case)]
+        grids = {name: grid for row in rows for name, grid in zip(row.exchange.images, row.grids.tolist(), strict=True)}
+        images += image_work(grids.values())
+        text += text_work(rows)
+        for seen, count in Counter(row.exchange.images for row in rows).items():
+            look = next(row_builder.look_length(row) for row in rows if row.exchange.images == seen)
+            repeated += repeated_work(look, count - 1)
+            looks -= forward(repeated_work(look, 1))
+    repeats = -forward(repeated)
+    return EngineWork(costs.flops(images), looks, repeats, forward(text) - looks - repeats)
+
+
+def _rounded(value: float) -> str:
+    """Return three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
+
+
+def count_table(counts: Mapping[str, EngineWork]) -> str:
+    """One line per model: GFLOP by part, and how many times fewer without the repeats."""
+    lines = [
+        "| model | images | to the last image | the same again | other tokens | times fewer | with stored features |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, work in counts.items():
+        parts = " | ".join(_rounded(part / 1e9) for part in (work.images, work.looks, work.repeats, work.rest))
+        text = work.looks + work.rest
+        computed, stored = ((late + work.repeats) / late for late in (work.images + text, text))
+        lines.append(f"| {name} | {parts} | {computed:.2f} | {stored:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -163,11 +247,24 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch, as in recipes/tiny/run.yaml.")
     parser.add_argument("--runs", type=int, default=3, help="Runs of each value of adapt_from.")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="Maximum tokens per output.")
+    parser.add_argument("--count", action="store_true", help="Count the operations at the full sizes instead.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not 1 <= options.plain_cases <= options.cases:
         parser.error("--plain_cases must be between 1 and --cases")
     with tempfile.TemporaryDirectory() as name:
+        if options.count:
+            root, cases = draw_cases(Path(name) / "data", options.cases)
+            models = {"echo-tiny": MODEL, **{f"Qwen2-VL {size.upper()}": model for size, model in WIDTHS.items()}}
+            counts = {
+                f"{size}, references: {most}": count_operations(
+                    model, root, [with_references(case, most) for case in cases]
+                )
+                for most in (3, 1)
+                for size, model in models.items()
+            }
+            print(count_table(counts))
+            return
         rates, largest = measure(options, Path(name))
     print(table(rates))
     print(f"\nPlain transformers gives the same answers. Option probabilities differ by at most {largest:.1e}.")

@@ -65,6 +65,20 @@ def test_rates_of_late_adapters_are_relative_to_prefix():
     assert late_adapters.table(rates).splitlines()[3] == "| branch | 3.00 (2.00 to 6.00) | 1.50 (1.00 to 3.00) |"
 
 
+def test_looks_are_counted_once_for_all_roles_that_share_them(cases, tmp_path):
+    """Without references, all exchanges of a case show the same image."""
+    alone = [late_adapters.with_references(cases[0], 0)]
+    exchanges = late_adapters.spoken_exchanges(alone[0])
+    assert len(exchanges) > 2
+    work = late_adapters.count_operations(str(ECHO_TINY), tmp_path, alone)
+    assert work.repeats == pytest.approx((len(exchanges) - 1) * work.looks)
+    assert min(work.images, work.looks, work.rest) > 0
+    more = late_adapters.count_operations(str(ECHO_TINY), tmp_path, cases[:1])
+    assert more.looks > 2 * work.looks, "the extractor sees more images than the others"
+    row = late_adapters.count_table({"tiny": work}).splitlines()[2].split(" | ")
+    assert float(row[-1].strip(" |")) == pytest.approx(1 + work.repeats / (work.looks + work.rest), abs=0.006)
+
+
 def test_the_ideal_repeats_the_computation_of_the_engine(model, row_builder, cases, tmp_path):
     outputs = []
 
