@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from echo_ft.records import ROLES, Prediction, Trace
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, draw, make_case, make_dataset, random_adapters
 from tests.support.exchanges import exchanges_of
+from tests.support.real_servers import address, free_port, transformers_serve
 from tests.support.servers import LETTERS, Answer, FakeServer, ask_server, completion, shown_images, text_of
 
 pytest.importorskip("openai", reason="needs the extra `serving`")
@@ -433,26 +431,6 @@ def test_the_errors_for_wrong_server_options_are_one_message(dataset, tmp_path):
         run(dataset, tmp_path / "run", "--server", "http://127.0.0.1:9/v1", "--server_timeout", 0)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `transformers serve` with echo-tiny, as a user would start it."""
-    command = [Path(sys.executable).with_name("transformers"), "serve", ECHO_TINY, "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(list(map(str, command)), env={**os.environ, "HF_HUB_OFFLINE": "1"}, **quiet)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def require_equal_records(engine: Path, server: Path, questions: int) -> None:
     (predictions, traces), (served_predictions, served_traces) = records(engine), records(server)
     assert served_traces == traces, "prompts and generations are equal"
@@ -466,8 +444,8 @@ def require_equal_records(engine: Path, server: Path, questions: int) -> None:
 def test_a_real_server_gives_the_answers_of_the_engine(dataset, tmp_path):
     pytest.importorskip("uvicorn", reason="needs the extra `serving`")
     run(dataset, tmp_path / "engine")
-    with serving(port := free_port()):
-        server = "--server", f"http://127.0.0.1:{port}/v1", "--server_patience", 200
+    with transformers_serve(port := free_port(), ECHO_TINY):
+        server = "--server", address(port), "--server_patience", 200
         run(dataset, tmp_path / "server", *server)
         with pytest.raises(EchoError, match=r"tokens for a prompt that has \d+ tokens here, .*max_pixels 12544"):
             run(dataset, tmp_path / "other", *server, budget=(784, 12544))
@@ -491,15 +469,15 @@ def test_a_run_survives_killing_and_restarting_a_real_server(tmp_path):
             process.kill()
             process.wait()
             killed.append(len(predictions.read_bytes().splitlines()))
-            process = restarted.enter_context(serving(port))
+            process = restarted.enter_context(transformers_serve(port, ECHO_TINY))
         ended.wait()
 
-    with ExitStack() as restarted, serving(port) as first:
+    with ExitStack() as restarted, transformers_serve(port, ECHO_TINY) as first:
         watcher = threading.Thread(target=kill_and_restart, args=(first,))
         watcher.start()
         try:
-            address = f"http://127.0.0.1:{port}/v1"
-            run(dataset, tmp_path / "server", "--server", address, "--batch_size", 4, "--server_patience", 300)
+            url = address(port)
+            run(dataset, tmp_path / "server", "--server", url, "--batch_size", 4, "--server_patience", 300)
         finally:
             ended.set()
             watcher.join()
