@@ -175,7 +175,7 @@ def _fill_bundle(folder: Path, plan: ExportPlan) -> Bundle:
         for role in adapters
     }
     bundle = Bundle({**parts, **merged}, failed, len(results))
-    _write_descriptions(folder, plan, products, bundle, dtype)
+    _write_descriptions(folder, plan, products, bundle, dtype, builder.merge)
     write_checksums(folder)
     _check_reloaded(folder, reloaded, results, plan)
     return bundle
@@ -191,7 +191,7 @@ def _dtype(model: Any) -> str:
 
 
 def _write_descriptions(
-    folder: Path, plan: ExportPlan, products: ProductData | None, bundle: Bundle, dtype: str
+    folder: Path, plan: ExportPlan, products: ProductData | None, bundle: Bundle, dtype: str, merge_size: int
 ) -> None:
     """Write bundle.json for programs and README.md for readers."""
     card = next(iter(plan.adapters.values())).card
@@ -220,7 +220,7 @@ def _write_descriptions(
         not_merged=bundle.failed,
     )
     write_json(folder / BUNDLE_DESCRIPTION, asdict(described))
-    write_text(folder / "README.md", model_card(described, measured, card, loras))
+    write_text(folder / "README.md", model_card(described, measured, card, loras, merge_size))
 
 
 def _inspect(model: Any, row_builder: RowBuilder, products: ProductData | None, plan: ExportPlan) -> list[Result]:

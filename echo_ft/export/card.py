@@ -55,9 +55,13 @@ def _licence_of(model_name_or_path: str, revision: str) -> str:
 
 
 def model_card(
-    bundle: BundleDescription, measured: Measurement | None, card: AdapterCard, loras: Mapping[str, LoraFiles]
+    bundle: BundleDescription,
+    measured: Measurement | None,
+    card: AdapterCard,
+    loras: Mapping[str, LoraFiles],
+    merge_size: int,
 ) -> str:
-    """Return the README.md of a bundle."""
+    """Return the README.md of a bundle. `merge_size` is as in `serving_lines`."""
     merged = [part.split("/")[1] for part in bundle.share_of_the_update if part.startswith("merged/")]
     header: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "image-text-to-text"}
     if not Path(bundle.base_model).is_dir():
@@ -101,7 +105,7 @@ def model_card(
         "- echo-ft: `python -m evaluation.inspect IMAGE --bundle .`, or `Inspector.from_bundle` in Python. A run on a",
         "  dataset takes the folder `adapters`: `python -m evaluation.run --config ... --adapters adapters`.",
         "- PEFT: load an adapter with `PeftModel.from_pretrained(base, 'adapters/decision_maker')`.",
-        *serving_lines(loras, merged, card),
+        *serving_lines(loras, merged, card, merge_size),
         "## Licences",
         "",
         *(f"- {part}: {note}" for part, note in bundle.licences.items()),

@@ -20,6 +20,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Named initializations of an adapter that vLLM (0.32) accepts, because they leave the base model unchanged."""
 
+VLLM_MERGE_SIZE = 2
+"""Patches along each side of an image token in the published Qwen2-VL models. vLLM (0.32) loads no other number."""
+
 
 @dataclass(frozen=True)
 class LoraFiles:
@@ -48,8 +51,13 @@ def served_loras(loras: Mapping[str, LoraFiles]) -> dict[str, LoraFiles]:
     return {role: lora for role, lora in loras.items() if vllm_refusal(lora.config, lora.names) is None}
 
 
-def serving_lines(loras: Mapping[str, LoraFiles], merged: Sequence[str], card: AdapterCard) -> list[str]:
-    """Return the lines of the model card about serving; `merged` are the roles with a merged model."""
+def serving_lines(
+    loras: Mapping[str, LoraFiles], merged: Sequence[str], card: AdapterCard, merge_size: int
+) -> list[str]:
+    """Return the lines of the model card about serving.
+
+    `merged` are the roles with a merged model. `merge_size` is the number of patches along each side of an image token.
+    """
     lines, served = [], served_loras(loras)
     if served:
         rank = vllm_rank([lora.config for lora in served.values()])
@@ -73,6 +81,14 @@ def serving_lines(loras: Mapping[str, LoraFiles], merged: Sequence[str], card: A
         )
         if why:
             lines += [f"vLLM does not serve the adapter of {role}, because it has {why}; {remedy}.", ""]
+    if merge_size != VLLM_MERGE_SIZE:
+        ours, theirs = (f"{size} x {size}" for size in (merge_size, VLLM_MERGE_SIZE))
+        lines += [
+            f"The base model has {ours} patches per image token, but vLLM (0.32) loads only models with {theirs}.",
+            "Correct its file `vllm/model_executor/models/qwen2_vl.py`: in `Qwen2VisionTransformer`, pass",
+            "`spatial_merge_size=spatial_merge_size` to `Qwen2VisionPatchMerger`.",
+            "",
+        ]
     return lines
 
 

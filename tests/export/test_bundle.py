@@ -21,11 +21,11 @@ from echo_ft.export import bundle as bundle_module
 from echo_ft.export.bundle import ExportPlan, export_bundle
 from echo_ft.export.measured import read_measurement
 from echo_ft.export.published_form import publish_config
-from echo_ft.export.vllm import vllm_refusal
+from echo_ft.export.vllm import serving_lines, vllm_refusal
 from echo_ft.inference.bundle import read_bundle
 from echo_ft.inference.decision import Calibration
 from echo_ft.inference.inspector import Inspector
-from echo_ft.model.adapters import find_adapters
+from echo_ft.model.adapters import find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model
 from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES
@@ -283,6 +283,16 @@ def test_the_command_for_vllm_has_only_adapters_that_it_serves(exported):
     why = "vLLM does not serve the adapter of decision_maker, because it has fully trained modules (lm_head)"
     assert f"{why}; serve `merged/decision_maker`." in readme
     assert "vllm serve merged/decision_maker --served-model-name decision_maker" in readme
+
+
+def test_a_base_model_that_vllm_does_not_load_is_named_with_the_correction(exported, adapters):
+    card = read_card(adapters / ROLES[0])
+    for size in (2, 3):
+        text = " ".join(serving_lines({}, ["decision_maker"], card, size))
+        assert ("base model has 3 x 3" in text) == (size == 3)
+        assert ("pass `spatial_merge_size=spatial_merge_size` to" in text) == (size == 3)
+    size = json.loads((ECHO_TINY / "config.json").read_text())["vision_config"]["spatial_merge_size"]
+    assert (f"base model has {size} x {size}" in (exported / "README.md").read_text()) == (size != 2)
 
 
 @pytest.mark.parametrize(
