@@ -33,6 +33,7 @@ NOT_RUN = {
     "UPDATE_GOLDEN=1 python -m pytest": "rewrites the golden prompts",
     "git diff tests/golden": "shows nothing without changed prompts",
     "pip install": "needs a package index",
+    "pip uninstall": "changes the environment",
     "wandb sweep": "needs a W&B account",
     "transformers serve": "starts a server that never ends",
     "--watch": "waits for images until Ctrl-C",
