@@ -145,6 +145,20 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: content_hash(folder / name).hex(), names), strict=True))
 
 
+def row_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the hex SHA-256 of the lines, in any order, of each of these files that exists in a folder.
+
+    Raises OSError or InputError if a file cannot be read.
+    """
+    found = {}
+    for name in names:
+        if (folder / name).is_file():
+            with open_input(folder / name) as file:
+                lines = sorted(hashlib.sha256(line).digest() for line in file)
+            found[name] = hashlib.sha256(b"".join(lines)).hexdigest()
+    return found
+
+
 def first_change(folder: Path, digests: Mapping[str, str]) -> str | None:
     """Return what is wrong with the first file that does not match its SHA-256, such as `PATH has changed`, or None.
 

@@ -27,9 +27,11 @@ from echo_ft.files import (
     write_json,
     write_jsonl,
 )
-from echo_ft.inputs import read_json_object
+from echo_ft.inputs import read_json_object, restore
 from echo_ft.processes import LOCK_FILE, PARTIAL, lock_folder
+from echo_ft.provenance import row_digests
 from echo_ft.records import Case, Prediction, Trace
+from echo_ft.terminal import LOGGER
 
 PREDICTIONS, TRACES, RUN_DESCRIPTION = "predictions.jsonl", "traces.jsonl", "run.json"
 PERMUTATIONS = "permutations.jsonl"
@@ -43,6 +45,9 @@ CONTINUED_WITH = "continued_with"
 
 CUT = "cut"
 """Key in run.json for the number of outputs of each role that max_new_tokens cut off."""
+
+ROW_DIGESTS = "digests"
+"""Key in run.json of a complete run for the SHA-256 of the rows in each of its other files, in any order."""
 
 RunRecord = TypeVar("RunRecord", Prediction, Trace, PermutedPrediction)
 
@@ -178,7 +183,11 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._locks.append(lock_folder(self.folder))
         if description.is_file():
-            self._resume(_read_description(description))
+            earlier = _read_description(description)
+            fault = changed_file(self.folder, earlier)
+            if fault:
+                LOGGER.warning("%s since the run ended; the run keeps every whole case in it", fault)
+            self._resume(earlier)
         self._write_description(complete=False)
         done = self._merge_shards(include_failed=False)
         self._write_description(complete=len(done) == len(self.cases))
@@ -200,6 +209,7 @@ class RunFolder:
         if complete:
             traces = read_complete_rows(self.folder / TRACES, Trace)
             run[CUT] = dict(Counter(trace.role for trace in traces if trace.cut))
+            run[ROW_DIGESTS] = row_digests(self.folder, (PREDICTIONS, TRACES, PERMUTATIONS))
         write_json(self.folder / RUN_DESCRIPTION, {**run, "complete": complete})
 
     def _required(self) -> dict[str, Any]:
@@ -216,7 +226,9 @@ class RunFolder:
                 "choose another --output, or delete that folder to start over"
             )
         self._notes = {
-            key: value for key, value in earlier.items() if key not in {*required, CUT, "complete", CONTINUED_WITH}
+            key: value
+            for key, value in earlier.items()
+            if key not in {*required, CUT, ROW_DIGESTS, "complete", CONTINUED_WITH}
         }
         self._continued = list(earlier.get(CONTINUED_WITH, []))
 
@@ -254,6 +266,20 @@ class RunFolder:
             if include_failed or row.error is None:
                 answered[row.case].add(row.question)
         return {case for case, questions in answered.items() if expected.get(case) == questions}
+
+
+def changed_file(folder: Path, run: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a file that has changed since the run ended, such as `PATH has changed`, or None.
+
+    `run` is the content of run.json. Missing files are not reported, because not every command needs all.
+    """
+    try:
+        digests = restore(dict[str, str], run.get(ROW_DIGESTS, {}))
+    except TypeError as error:
+        return f"{folder / RUN_DESCRIPTION} has no usable {ROW_DIGESTS} ({error}), so it has changed"
+    found = row_digests(folder, digests)
+    changed = next((name for name, digest in found.items() if digest != digests[name]), None)
+    return f"{folder / changed} has changed" if changed else None
 
 
 def read_cut_warning(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl
-from echo_ft.inference.run_folder import CONTINUED_WITH
+from echo_ft.inference.run_folder import CONTINUED_WITH, ROW_DIGESTS, changed_file
 from echo_ft.inputs import from_dict, read_bytes, read_json_file, read_json_object
 from echo_ft.metrics.answer_files import GivenAnswers
 from echo_ft.metrics.answer_files.plain import read_plain_answers
@@ -62,6 +62,10 @@ def load_run(folder: Path) -> Run:
         provenance = read_json_object(meta)
     except (OSError, ValueError) as error:
         raise EchoError(f"{meta} is not JSON ({error}); rerun the same evaluation.run command") from error
+    fault = changed_file(folder, provenance)
+    if fault:
+        raise EchoError(f"{fault} since the run ended; restore it, or run again into another output")
+    provenance.pop(ROW_DIGESTS, None)
     content = _content(rows)
     predictions, rejections = _predictions(rows, content, complete=provenance.get("complete") is True)
     if not predictions:

@@ -21,6 +21,7 @@ from echo_ft.experts.pipeline import PipelineConfig, run_cases, run_or_fail
 from echo_ft.files import read_jsonl, write_text
 from echo_ft.inference import run_folder
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION, SHARDS, TRACES, Processes, RunFolder
+from echo_ft.metrics.loading import load_run
 from echo_ft.processes import LOCK_FILE
 from echo_ft.provenance import ANSWERING_MODULES, SUPPORTING_MODULES, code_fingerprint, source_files
 from echo_ft.records import Prediction, Trace
@@ -58,6 +59,21 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, cases, cut)
     run(tmp_path / "cut", cases)
     for name, expected in content(tmp_path / "whole").items():
         assert sorted(content(tmp_path / "cut")[name].splitlines()) == sorted(expected.splitlines())
+
+
+@pytest.mark.parametrize("name", [PREDICTIONS, TRACES])
+def test_a_change_after_the_end_of_a_run_is_noticed(tmp_path, cases, name, capsys):
+    folder = tmp_path / "run"
+    run(folder, cases)
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    (folder / name).write_text("".join(reversed(lines)))
+    assert len(load_run(folder).predictions) == len((folder / PREDICTIONS).read_text().splitlines())
+    for changed in (lines[:-1], [lines[0].replace('"text": "', '"text": "x', 1), *lines[1:]]):
+        (folder / name).write_text("".join(changed))
+        with pytest.raises(EchoError, match=rf"{name} has changed since the run ended; restore it, or run again"):
+            load_run(folder)
+    run(folder, cases)
+    assert f"{name} has changed since the run ended; the run keeps every whole case in it" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, cases):
