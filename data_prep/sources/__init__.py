@@ -209,7 +209,9 @@ def reject_unused(
     image_reason: str = "the image is not in <product>/<split>/<condition>",
     allow_text: bool = False,
 ) -> Items:
-    """Yield a rejection for every file and every non-empty folder directly in `folder` that is not `used`.
+    """Yield a rejection for every file and every folder directly in `folder` that is not `used`.
+
+    An empty folder is rejected only in the root, where it may be a product whose images are missing.
 
     `folder_reason` says why a folder is ignored and `image_reason` why an image is. With `allow_text`, text files are
     expected and not rejected.
@@ -224,6 +226,8 @@ def reject_unused(
             count = len(files)
             if count:
                 yield Rejection(item, f"folder ignored (files: {count}): {folder_reason}")
+            elif folder == root and not outside:
+                yield Rejection(item, "folder ignored: it is empty")
         elif not path.is_file():
             yield Rejection(item, "it is not a file but a pipe, a device or a link to nothing")
         elif path.suffix.lower() in IMAGE_SUFFIXES:

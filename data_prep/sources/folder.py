@@ -10,10 +10,8 @@ If the build makes the splits, a product may also be flat, as in anomalib's `Fol
 in `ground_truth`, `masks` or `mask`. The root may be a flat product itself. Folders such as `gt` or `labels` are
 rejected because they seem to hold masks, as is `<stem>_mask` next to its image.
 
-Product folders may be links to other disks.
-
 Everything else in the layout is rejected with a reason; a whole folder gets a single rejection. Text files next to the
-products and splits (`license.txt`, `readme.md`) and system files are ignored.
+products and splits (`license.txt`, `readme.md`) and system files are ignored. Product folders may be links.
 """
 
 from __future__ import annotations
@@ -105,6 +103,7 @@ def read_folder_layout(
         for product in found
         if product not in products
     }
+    unused |= {product.folder: "it has no image" for product in products if not _image_folders(root, product)}
     if products[0].folder != root:
         others = [path for path in subfolders(root, root) if path not in {product.folder for product in found}]
         unused |= _undeclared(root, others, splits_made) if flat else {}
@@ -188,8 +187,9 @@ def _flat_product(root: Path, folder: Path) -> _Product:
 
 
 def _image_folders(root: Path, product: _Product) -> list[str]:
-    """Return the names of the condition folders of a flat product that hold images."""
-    return [path.name for path in product.conditions(root, product.containers[0][1]) if any(list_images(path))]
+    """Return the names of the condition folders of a product that hold images."""
+    folders = (path for _, container in product.containers for path in product.conditions(root, container))
+    return [path.name for path in folders if any(list_images(path))]
 
 
 def _undeclared(root: Path, folders: Collection[Path], splits_made: bool) -> dict[Path, str]:

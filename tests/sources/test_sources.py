@@ -169,7 +169,7 @@ def test_folder_reads_the_layout_of_mvtec_ad(tmp_path):
         ("cap/test/good/000.png", "good", "test", None),
         ("cap/test/scratch/007.JPG", "scratch", "test", None),
     ]
-    assert rejections == []
+    assert [one.item for one in rejections] == ["notes"], "an empty folder may be a product without its images"
     assert {(i.dataset, i.product) for i in inspections} == {("line", "cap")}
 
 
@@ -193,15 +193,19 @@ def test_folder_reports_everything_it_ignores(tmp_path):
         (tmp_path / place).write_bytes(b"content")
     for companion in ("cap/license.txt", "cap/LICENSE", "readme.md", "cap/.DS_Store", "cap/test/dent/Thumbs.db"):
         (tmp_path / companion).write_bytes(b"content")
-    (tmp_path / "empty").mkdir()
+    for empty in ("empty", "bolt/train/good", "cap/test/bent"):
+        (tmp_path / empty).mkdir(parents=True)
     inspections, _, rejections = split_items(folder.read(SourceConfig(tmp_path)))
     assert sorted(i.image for i in inspections) == sorted(path.relative_to(tmp_path).as_posix() for path in taken)
     found = {rejection.item: rejection.reason for rejection in rejections}
     assert len(found) == len(rejections)
     assert set(found) == {
         "cap/holdout", "cap/test/001.png", "cap/test/dent/cam1", "cap/002.png", "spare", "loose.png",
-        "cap/test/dent/003.heic", "cap/test/dent/notes.txt", "cap/list.xlsx",
+        "cap/test/dent/003.heic", "cap/test/dent/notes.txt", "cap/list.xlsx", "empty", "bolt",
     }  # fmt: skip
+    assert (found["empty"], found["bolt"]) == (
+        "folder ignored: it is empty", "folder ignored (files: 0): it has no image"
+    )  # fmt: skip
     assert "(files: 3)" in found["cap/holdout"]
     assert "train, validation, test, val" in found["cap/holdout"]
     assert "(files: 2)" in found["cap/test/dent/cam1"]
