@@ -133,7 +133,7 @@ def bundle_adapters(
 def _fingerprint(folder: Path, base_model: str, revision: str) -> str:
     try:
         return base_fingerprint(base_model, revision)
-    except (EchoError, OSError, ValueError) as error:  # huggingface_hub (1.x) raises a ValueError for an invalid name
+    except EchoError as error:
         raise EchoError(
             f"the base model {base_model} of {folder} is not here ({str(error).splitlines()[0]}); pass its folder as "
             "base_model"

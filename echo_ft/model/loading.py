@@ -278,12 +278,19 @@ def _indexed_files(index: Path) -> list[str]:
 def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> str:
     """Fingerprint a base model's weights cheaply, from the header and both ends of each safetensors file.
 
-    Raises EchoError if a weight file is missing, cut off or not in safetensors format, or if their index is broken.
+    Raises EchoError if the model is not found, if a weight file is missing, cut off or not in safetensors format, or if
+    their index is broken.
     """
     from transformers.utils import cached_file
 
     def find(name: str) -> Path | None:
-        found = cached_file(model_name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        try:
+            found = cached_file(
+                model_name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+        except (OSError, ValueError) as error:  # huggingface_hub (1.x) raises a ValueError for an invalid name
+            reason = f"{name} of {model_name_or_path} is not found ({why_unusable(error)})"
+            raise EchoError(f"{reason}; give a model folder or a hub name") from error
         return None if found is None else Path(found)
 
     index = find("model.safetensors.index.json")
