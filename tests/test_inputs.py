@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +38,6 @@ PREDICTION = Prediction(
 
 def test_pipes_and_folders_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    start = time.monotonic()
     for path, reason in (
         (tmp_path / "pipe", "a pipe or a device"),
         (tmp_path, "it is a folder"),
@@ -48,7 +46,6 @@ def test_pipes_and_folders_are_refused_at_once(tmp_path):
         for read in (inputs.read_bytes, inputs.read_text, inputs.read_json_file, inputs.read_yaml_file, decode):
             with pytest.raises(inputs.InputError, match=reason):
                 read(path)
-    assert time.monotonic() - start < 5
 
 
 def test_sizes_and_lines_are_bounded(tmp_path):
@@ -101,10 +98,8 @@ def merges(levels: int) -> str:
     ],
 )
 def test_bounds_of_yaml(text, reason):
-    start = time.monotonic()
     with pytest.raises(yaml.YAMLError, match=reason):
         read_yaml(text)
-    assert time.monotonic() - start < 10
     assert read_yaml("base: &base {x: 1}\nmore: {<<: *base, y: 2}") == {"base": {"x": 1}, "more": {"x": 1, "y": 2}}
 
 
