@@ -80,10 +80,22 @@ def tiny_options(role: str, dataset: Path, output: Path, *more: object) -> list[
     return ["--config", recipe, *fixed, *more]
 
 
-def history(output: Path) -> list[float]:
-    """The loss of each step."""
+def history(output: Path, name: str = "loss") -> list[float]:
+    """The loss of each step, or another value that the Trainer logs with it."""
     logged = logged_state(output)["log_history"]
-    return [entry["loss"] for entry in logged if "loss" in entry]
+    return [entry[name] for entry in logged if "loss" in entry]
+
+
+def assert_equal_but_rounding(found: Sequence[float], expected: Sequence[float], tolerance: float) -> None:
+    """Check that the values of all steps differ by less than `tolerance` of the expected ones, and not to one side.
+
+    Errors of rounding have both signs, so their mean is much smaller than the largest. A mistake, such as a wrong
+    divisor, shifts all steps to one side.
+    """
+    assert len(found) == len(expected), f"{len(found)} steps instead of {len(expected)}"
+    errors = [value / wanted - 1 for value, wanted in zip(found, expected, strict=True)]
+    assert max(map(abs, errors)) <= tolerance, errors
+    assert abs(sum(errors)) / len(errors) <= tolerance / 5, f"the errors lie to one side: {errors}"
 
 
 def losses(output: Path) -> list[float]:
