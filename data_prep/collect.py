@@ -21,6 +21,7 @@ from echo_ft.data.splits import check_fractions
 from echo_ft.data.text import control_token
 from echo_ft.errors import EchoError
 from echo_ft.images.masks import mask_files
+from echo_ft.inputs import MAX_FRAME
 from echo_ft.records import GOOD, UNLABELLED, Inspection, Question, Rejection
 from echo_ft.terminal import progress
 
@@ -28,7 +29,7 @@ CheckFile = Callable[..., ImageCheck]
 """A version of `check_image` that keeps its results."""
 
 DECLARING_SOURCES = ("folder", "manifest")
-"""The sources in which the option `good` may declare other conditions that mean a part without a defect."""
+"""The sources that read the options `good` and `frame`, because people arrange these datasets themselves."""
 
 MAX_REFERENCES = 1000
 """Largest `k`. A prompt shows a few references, and a search reserves memory for all of them."""
@@ -44,13 +45,13 @@ def check_config(config: BuildConfig) -> None:
         path = getattr(config, key)
         if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
             raise EchoError(f"{key}: there is no file {path}; check the path")
-    if config.good and config.source not in DECLARING_SOURCES:
-        raise EchoError(
-            f"good: the source {config.source} knows which of its images are good; remove good "
-            f"(only {' and '.join(DECLARING_SOURCES)} read it)"
-        )
+    for key, reason in (("good", "knows which of its images are good"), ("frame", "has one frame per image")):
+        if getattr(config, key) not in (None, []) and config.source not in DECLARING_SOURCES:
+            known = " and ".join(DECLARING_SOURCES)
+            raise EchoError(f"{key}: the source {config.source} {reason}; remove {key} (only {known} read it)")
     check_fractions(config.fractions)
-    for name, value, most in (("k", config.k, MAX_REFERENCES), ("seed", config.seed, MAX_SEED)):
+    limits = (("k", config.k, MAX_REFERENCES), ("seed", config.seed, MAX_SEED), ("frame", config.frame or 0, MAX_FRAME))
+    for name, value, most in limits:
         if not 0 <= value <= most:
             raise EchoError(f"{name} is {value}; set a value from 0 to {most}")
     if not 0 <= config.unanswerable <= 1:
@@ -105,10 +106,11 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
 
     Sources that draw their images write them into `folder`. Raises EchoError if no image can be used.
     """
-    root, items = source_items(config, folder)
+    source, items = source_items(config, folder)
+    root = source.root
     records = merge_records(progress(items, "reading", "records"))
     if config.corrections is not None:
-        records = apply_corrections(records, config.corrections, root, tuple(config.good or ()))
+        records = apply_corrections(records, config.corrections, source)
     usable = check_records(records, root, None if config.allow_links else config.source != "manifest")
     if not usable.inspections:
         where = config.annotations or root
@@ -117,17 +119,17 @@ def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
     return usable
 
 
-def source_items(config: BuildConfig, folder: Path) -> tuple[Path, sources.Items]:
-    """Return the root of the config's source and the records that it yields.
+def source_items(config: BuildConfig, folder: Path) -> tuple[sources.SourceConfig, sources.Items]:
+    """Return the config of a build's source and the records that it yields.
 
     A source that draws its images writes them into `folder`.
     """
     root = _root(config, folder)
     root.mkdir(exist_ok=True)
     source = sources.SourceConfig(
-        root, config.annotations, config.seed, config.parts, tuple(config.good or ()), config.split
+        root, config.annotations, config.seed, config.parts, tuple(config.good or ()), config.split, config.frame
     )
-    return root, _source(config.source).read(source)
+    return source, _source(config.source).read(source)
 
 
 def check_records(records: SourceRecords, root: Path, below_links: bool | None = None) -> UsableImages:

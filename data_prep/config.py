@@ -35,6 +35,13 @@ class BuildConfig:
             "help": "Words of the manifest, annotations or folders, besides good, that mean a part without a defect."
         },
     )
+    frame: int | None = field(
+        default=None,
+        metadata={
+            "help": "Frame (from 0) to use of each image file; without it, a file must have one frame. A manifest may "
+            "name a frame per image: stack.tif#frame=2."
+        },
+    )
     corrections: Path | None = field(
         default=None,
         metadata={
@@ -138,7 +145,9 @@ class BuildConfig:
         values = dataclasses.asdict(self)
         for key in ("output", "overwrite", "cache", "report_to", "strict"):
             del values[key]
-        if not self.allow_links:  # datasets of older versions have no such option
+        if not self.allow_links:  # datasets of older versions have no such options
             del values["allow_links"]
+        if self.frame is None:
+            del values["frame"]
         values["traces"] = [str(folder) for folder in self.traces]
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

@@ -24,6 +24,7 @@ from echo_ft.data.export_rows import SHAREGPT, message_rows, prompt_completion_r
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder, read_jsonl, write_json
 from echo_ft.images.decode import READ_ERRORS, load_image, open_image, orientation
+from echo_ft.inputs import split_frame
 from echo_ft.provenance import commit, versions
 from echo_ft.records import ROLES, Exchange
 from echo_ft.terminal import progress
@@ -123,8 +124,10 @@ def is_portable(path: Path) -> bool:
     """Return whether every library reads the same 8-bit pixels from an image.
 
     Pillow clips 16-bit values. Some libraries drop transparency, whereas others blend it. `datasets` rotates an image
-    according to its EXIF orientation but leaves its mask unchanged.
+    according to its EXIF orientation but leaves its mask unchanged. No library reads the path of a frame.
     """
+    if split_frame(path)[1] is not None:
+        return False
     try:
         with open_image(path) as image:
             return image.mode in PORTABLE_MODES and orientation(image) == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from data_prep.sources import SourceConfig
 from data_prep.sources._coco import read_coco
 from data_prep.sources._labelstudio import NOT_ANNOTATED, is_task_list, read_labelstudio
 from data_prep.truth import SourceRecords, merge_records
@@ -19,14 +20,14 @@ from echo_ft.records import GOOD, Inspection
 from echo_ft.terminal import LOGGER
 
 
-def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tuple[str, ...]) -> SourceRecords:
+def apply_corrections(records: SourceRecords, path: Path, config: SourceConfig) -> SourceRecords:
     """Return the records with the conditions and outlines of a corrected file.
 
     Products, groups, splits and references still come from the source. Tasks without an annotation change nothing.
     Raises EchoError if an entry in the file cannot be used or if the source does not have its image.
     """
     read = read_labelstudio if is_task_list(path) else read_coco
-    corrected = merge_records(read(root, path, good))
+    corrected = merge_records(read(config, path))
     faults = [one for one in corrected.rejections if not one.reason.startswith(NOT_ANNOTATED)]
     if faults:
         raise EchoError(
@@ -41,7 +42,7 @@ def apply_corrections(records: SourceRecords, path: Path, root: Path, good: tupl
             "the file that was exported for this dataset"
         )
     inspections = [
-        _corrected(one, found[one.image], root) if one.image in found else one for one in records.inspections
+        _corrected(one, found[one.image], config.root) if one.image in found else one for one in records.inspections
     ]
     changed = sum(one != other for one, other in zip(inspections, records.inspections, strict=True))
     LOGGER.info("corrections: %d of %d reviewed images changed (%s)", changed, len(found), path)

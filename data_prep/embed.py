@@ -42,15 +42,15 @@ def embed(config: BuildConfig) -> None:
     check_config(config)
     extractor = load_extractor(config.descriptor)
     state = join_processes()
-    root, items = source_items(config, config.output)
+    source, items = source_items(config, config.output)
     inspections = [item for item in items if isinstance(item, Inspection)]
     paths = {path for one in inspections for path in (one.image, one.reference) if path is not None}
     share = sorted(paths)[state.process_index :: state.num_processes]
-    hashes, missing = hash_files(share, root)
+    hashes, missing = hash_files(share, source.root)
     store = DescriptorCache(extractor, config.cache)
     known = store.known()
     unreadable: dict[str, str] = {}
-    for faults in progress(extract_missing(hashes, root, extractor, store), "computing descriptors", "shards"):
+    for faults in progress(extract_missing(hashes, source.root, extractor, store), "computing descriptors", "shards"):
         unreadable |= faults
     cached = sum(digest in known for digest in hashes.values())
     failed = len(missing) + sum(digest in unreadable for digest in hashes.values())

@@ -15,6 +15,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import list_folder
 from echo_ft.images import decode, masks
 from echo_ft.images.mask_reading import is_lossy
+from echo_ft.inputs import image_file
 from echo_ft.records import GOOD, Inspection
 
 MAX_SHARE = 0.5
@@ -86,7 +87,7 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
 
     Unlike a mask, an image must also have grey values that can be scaled to 8 bits.
     """
-    if not path.is_file():
+    if not image_file(path).is_file():
         return ImageCheck("the file is missing")
     try:
         with decode.open_image(path, any_frames=is_mask) as image:  # `mask_fault` refuses masks of several frames
@@ -103,7 +104,7 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
                 decode.orientation(image),
                 is_lossy(image),
             )
-            if image.format == "PNG":
+            if image.format == "PNG" and not image.tell():
                 image.verify()  # reads every chunk and its checksum
             else:
                 eighth = max(1, image.width // 8), max(1, image.height // 8)

@@ -21,7 +21,7 @@ from echo_ft.files import to_json
 from echo_ft.html import jpeg_uri, render_page
 from echo_ft.images import masks
 from echo_ft.images.boxes import Box, parse_boxes
-from echo_ft.images.decode import image_frame, load_image
+from echo_ft.images.decode import load_image, size_and_orientation
 from echo_ft.inputs import from_dict, open_text
 from echo_ft.records import BOX_END, BOX_START, GOOD, GROUNDING, ROLES, Case, Exchange, Inspection, Question, Reference
 from echo_ft.strict_yaml import read_json
@@ -223,7 +223,7 @@ def _query_picture(case: Case, root: Path) -> Picture:
     image = load_scaled(path)
     asked = [case.truth.answers[question.id] for question in case.seen.questions if question.kind == GROUNDING]
     boxes = tuple(box for answer in asked for box in parse_boxes(answer) or ())
-    mask = masks.load_mask(case.truth, root, *image_frame(path))
+    mask = masks.load_mask(case.truth, root, *size_and_orientation(path))
     if mask is None or not mask.any():
         return _picture(image, boxes=boxes)
     if mask.shape[0] < image.height:

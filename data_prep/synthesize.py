@@ -49,9 +49,10 @@ from echo_ft.config import parse, run_main
 from echo_ft.data.knowledge import load_knowledge, products_of
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl, write_text
-from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error, image_frame
+from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error, size_and_orientation
 from echo_ft.images.masks import load_mask
 from echo_ft.images.synthetic_defects import DEFECT_METHODS, SyntheticDefect, make_defect
+from echo_ft.inputs import image_file
 from echo_ft.provenance import commit, versions
 from echo_ft.records import GOOD, Inspection, Knowledge, Question, Rejection
 from echo_ft.terminal import progress
@@ -219,18 +220,21 @@ def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, 
     one = inspection
     if one.masks or one.polygons:
         mask = f"{SYNTHETIC_FOLDER}/{one.image}/mask.png"
-        pixels = load_mask(one, root, *image_frame(root / one.image))
+        pixels = load_mask(one, root, *size_and_orientation(root / one.image))
         (folder / mask).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(pixels, np.uint8) * 255).save(folder / mask)
         one = replace(one, mask=mask, masks=(), polygons=(), boxes=())
     for name in (one.image, one.mask, one.reference):
+        if name is None:
+            continue
+        source, target = image_file(root / name), image_file(folder / name)
         # Existing files came with another image, or were drawn above or by the source itself.
-        if name is not None and not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link((root / name).resolve(), folder / name)
+                os.link(source.resolve(), target)
             except OSError:  # another disk, or one without hard links
-                shutil.copy2(root / name, folder / name)
+                shutil.copy2(source, target)
     return manifest_row(one)
 
 

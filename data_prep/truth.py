@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_prep.sources import Item, ItemPlace, RowError, in_order, join_conditions
 from echo_ft.data.splits import DEFECT_SEPARATOR
 from echo_ft.data.text import nfc
 from echo_ft.images.masks import is_marked, mask_files
+from echo_ft.inputs import image_file
 from echo_ft.records import GOOD, UNLABELLED, Inspection, Question, Rejection
 
 AGREED_FIELDS = ("dataset", "product", "group", "split", "reference", "synthetic")
@@ -106,13 +108,14 @@ def merge_records(items: Iterable[Item]) -> SourceRecords:
 
 def with_composed_names(inspection: Inspection) -> Inspection:
     """Return the inspection with its names in NFC. Paths keep the form that they have on disk."""
+    file = image_file(Path(inspection.image)).as_posix()
     return dataclasses.replace(
         inspection,
         dataset=nfc(inspection.dataset),
         product=nfc(inspection.product),
         condition=nfc(inspection.condition),
-        # By default, the group is the path.
-        group=inspection.group if inspection.group == inspection.image else nfc(inspection.group),
+        # By default, the group is the path. The frames of a file usually show the same part.
+        group=file if inspection.group in (file, inspection.image) else nfc(inspection.group),
     )
 
 

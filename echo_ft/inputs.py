@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import types
 import typing
@@ -98,6 +99,29 @@ def read_json_object(path: Path | str) -> dict[str, Any]:
 def read_yaml_file(path: Path | str) -> Any:
     """Read a YAML file as `read_yaml` does. Raises yaml.YAMLError, ValueError and OSError."""
     return read_yaml(read_text(path, limit=MAX_YAML_BYTES))
+
+
+FRAME = re.compile(r"(.+)#frame=([0-9]{1,6})", re.DOTALL)
+"""Matches the path of one frame of an image file, such as `stack.tif#frame=2`. The first frame has the number 0."""
+
+MAX_FRAME = 999_999
+"""Largest number of a frame that FRAME matches."""
+
+
+def with_frame(image: str, frame: int | None) -> str:
+    """Return the path of a frame of an image file. A path that names a frame already stays as it is."""
+    return image if frame is None or FRAME.fullmatch(image) else f"{image}#frame={frame}"
+
+
+def split_frame(path: Path) -> tuple[Path, int | None]:
+    """Return the file that holds an image, and the number of the frame if the path names one."""
+    found = FRAME.fullmatch(path.name)
+    return (path.with_name(found[1]), int(found[2])) if found else (path, None)
+
+
+def image_file(path: Path) -> Path:
+    """Return the file that holds an image, whose path may name a frame."""
+    return split_frame(path)[0]
 
 
 def stays_inside(name: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from echo_ft.errors import EchoError
 from echo_ft.files import flush_tree, write_text
-from echo_ft.inputs import open_input, read_text
+from echo_ft.inputs import open_input, read_text, split_frame
 
 PACKAGES = (
     "torch",
@@ -215,9 +215,13 @@ def require_sealed(folder: Path, remedy: str) -> bool:
 
 
 def content_hash(path: Path | str) -> bytes:
-    """Return the SHA-256 of a file's content, 32 bytes.
+    """Return the SHA-256 of a file's content, 32 bytes. It depends on the frame if the path names one.
 
     Raises OSError or InputError if the file cannot be read.
     """
-    with open_input(path) as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    name, frame = split_frame(Path(path))
+    with open_input(name) as file:
+        digest = hashlib.file_digest(file, "sha256")
+    if frame is not None:  # two frames of a file are two images
+        digest.update(f"#frame={frame}".encode())
+    return digest.digest()

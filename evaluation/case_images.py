@@ -12,6 +12,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
 from echo_ft.html import jpeg_bytes, thumbnail
 from echo_ft.images import decode, masks
+from echo_ft.inputs import image_file
 from echo_ft.processes import remove_left_over_files
 from echo_ft.provenance import fingerprint_bytes
 from echo_ft.records import Case
@@ -51,7 +52,7 @@ class ImageStore:
 
     def add(self, path: str) -> int:
         """Return the number of an image on the page, or -1 if there is none."""
-        if self._root is None or not (self._root / path).is_file():
+        if self._root is None or not image_file(self._root / path).is_file():
             return -1
         return self._numbers.setdefault(path, len(self._numbers))
 
@@ -107,7 +108,7 @@ class ImageStore:
 
 def _file_name(path: Path) -> str:
     """Return a name that changes with the image file, so that an unchanged image is not encoded again."""
-    state = path.stat()
+    state = image_file(path).stat()
     return (
         fingerprint_bytes(str(path.resolve()).encode(), f"{state.st_size} {state.st_mtime_ns} {IMAGE_SIDE}".encode())
         + ".jpg"
@@ -127,7 +128,7 @@ def _outlines(root: Path, path: str, case: Case) -> list[Any] | None:
 
     Raises EchoError if the mask or the image cannot be read.
     """
-    (width, height), orientation = decode.image_frame(root / path)
+    (width, height), orientation = decode.size_and_orientation(root / path)
     mask = masks.load_mask(case.truth, root, (width, height), orientation)
     if mask is None or not mask.any():
         return None

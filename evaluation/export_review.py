@@ -21,6 +21,7 @@ from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder
+from echo_ft.inputs import FRAME
 from echo_ft.metrics.loading import load_run
 from evaluation.review import TAGS, review_cases, run_dataset
 from evaluation.review_formats import FORMATS
@@ -50,6 +51,9 @@ def main(argv: list[str]) -> None:
     cases = [case for case in review_cases(run, dataset) if not config.tags or {*config.tags} & {*case.tags}]
     if not cases:
         raise EchoError(f"no image of {config.run} has a tag of {', '.join(config.tags)}; give other tags, or none")
+    framed = next((one for case in cases if FRAME.fullmatch(one := case.inspection.image)), None)
+    if framed:
+        raise EchoError(f"{framed} is a frame of a file, which other tools cannot show; build from PNG files instead")
     output = Path(config.output or run.folder / f"review_{config.format}")
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")

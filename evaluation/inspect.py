@@ -20,6 +20,7 @@ from echo_ft.files import to_json
 from echo_ft.images.snapshot import list_images
 from echo_ft.inference.inspector import Inspector, Result
 from echo_ft.inference.watch import FolderWatch, check_webhook, post
+from echo_ft.inputs import image_file
 from echo_ft.terminal import LOGGER
 from evaluation import inspection_page
 
@@ -123,7 +124,7 @@ def only_results() -> Iterator[None]:
 def inspect_images(path: Path, config: InspectConfig) -> int:
     """Inspect an image or the images of a folder, and return how many were flagged."""
     images = list_images(path) if path.is_dir() else [path]
-    if not images[0].is_file():
+    if not image_file(images[0]).is_file():
         raise EchoError(f"there is no image or folder {path}; check the path")
     flagged = 0
     for result in load_inspector(config).stream(images, config.product):

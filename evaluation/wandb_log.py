@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.html import thumbnail
-from echo_ft.images.decode import decode, image_frame
+from echo_ft.images.decode import decode, size_and_orientation
 from echo_ft.images.masks import load_mask, resize_mask
 from echo_ft.metrics.comparison import RunGroup
 from echo_ft.metrics.loading import Run
@@ -125,8 +125,8 @@ def _picture(dataset: Dataset, image: str, case: ReviewCase | None = None) -> Pi
     """Return an image for the table, with the mask of the `case` if it is the query; None if it cannot be read."""
     try:
         whole = decode(dataset.root / image)
-        frame = image_frame(dataset.root / image)
-        mask = load_mask(case.inspection, dataset.root, *frame) if case else None
+        view = size_and_orientation(dataset.root / image)
+        mask = load_mask(case.inspection, dataset.root, *view) if case else None
     except (EchoError, OSError, ValueError):
         return None
     small = thumbnail(whole, TABLE_SIDE)

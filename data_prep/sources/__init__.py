@@ -14,6 +14,7 @@ Modules with a leading underscore are not sources. They contain code that severa
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pkgutil
 from collections.abc import Collection, Iterable, Iterator
@@ -27,6 +28,7 @@ from echo_ft.data.splits import DEFECT_SEPARATOR, join_defects
 from echo_ft.data.text import nfc, spelling_key
 from echo_ft.files import leads_outside, list_folder, walk
 from echo_ft.images.masks import mask_files
+from echo_ft.inputs import FRAME, image_file, with_frame
 from echo_ft.records import GOOD, Inspection, Question, Rejection
 
 SOURCE_NAMES = tuple(
@@ -72,6 +74,8 @@ class SourceConfig:
     """Words in the dataset, besides `good`, that mean a part without a defect."""
     split: str = "given"
     """How the build splits the images. With `given`, a folder layout must name the splits."""
+    frame: int | None = None
+    """The frame (from 0) of each image file to use, unless the dataset names one; None for files with one frame."""
 
 
 Items = Iterator[Item]
@@ -115,12 +119,16 @@ def in_order(outlines: Iterable[T]) -> tuple[T, ...]:
     return tuple(sorted(set(outlines)))
 
 
-def locate(root: Path, text: str, what: str) -> str:
+def locate(root: Path, text: str, what: str, frame: int | None = None) -> str:
     """Return the path `text` as records store it: relative to the root, with forward slashes.
 
     A file whose name differs only in its Unicode form is also found; records store the name as on disk. `what` names
-    the file in messages. Raises RowError if the path is outside the root or no file exists.
+    the file in messages. `text` may name a frame, as in `stack.tif#frame=2`; otherwise `frame` counts. Raises RowError
+    if the path is outside the root or no file exists.
     """
+    named = FRAME.fullmatch(text)
+    if named:
+        return with_frame(locate(root, named[1], what), int(named[2]))
     base = os.path.join(os.path.abspath(root), "")  # do not resolve links below the root
     path = os.path.abspath(os.path.join(base, text.replace("\\", "/")))
     if not path.startswith(base):
@@ -128,8 +136,17 @@ def locate(root: Path, text: str, what: str) -> str:
     if not os.path.isfile(path):
         path = _on_disk(base, path[len(base) :])
     if not os.path.isfile(path):
-        raise RowError(f"{what} {text} does not exist under the root")
-    return path[len(base) :].replace(os.sep, "/")
+        note = ", and #frame= needs a number from 0" if "#frame=" in text else ""
+        raise RowError(f"{what} {text} does not exist under the root{note}")
+    return with_frame(path[len(base) :].replace(os.sep, "/"), frame)
+
+
+def select_frame(item: Item, frame: int | None) -> Item:
+    """Return an item of a source that lists files, so that an inspection names this frame of its file."""
+    if not isinstance(item, Inspection):
+        return item
+    image = with_frame(item.image, frame)
+    return dataclasses.replace(item, id=image, image=image)
 
 
 def _on_disk(folder: str, place: str) -> str:
@@ -182,7 +199,7 @@ def link_fault(inspection: Inspection, root: Path, below_links: bool) -> str | N
     With `below_links`, files may be below a link directly in the root, as in folder layouts.
     """
     for name in (inspection.image, *mask_files(inspection), *filter(None, [inspection.reference])):
-        path = root / name
+        path = image_file(root / name)
         if leads_outside(path, link_base(root, path.parent) if below_links else root):
             return (
                 f"{name} is a link out of the root to {path.resolve()}; copy the file, set root to a folder above both "

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import ItemPlace, Items, RowError, locate
+from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, locate
 from data_prep.sources._rows import (
     condition_of,
-    frame_of,
+    drawn_view,
     number_of,
     polygon_of,
     product_of,
@@ -33,11 +33,11 @@ from echo_ft.records import GOOD, Inspection, Rejection
 REQUIRED_LISTS = ("images", "annotations", "categories")
 
 
-def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
+def read_coco(config: SourceConfig, path: Path) -> Items:
     """Yield the images of a COCO JSON file in file order, once per entry.
 
-    `good` lists category names, besides `good`, for regions without a defect. Raises EchoError if the file has another
-    format, or if two categories share an id.
+    The config's `good` lists category names, besides `good`, for regions without a defect. Raises EchoError if the file
+    has another format, or if two categories share an id.
     """
     content = _load(path)
     categories = _category_names(path, content["categories"])
@@ -53,7 +53,7 @@ def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
         place = f"{path.name}:images[{number}]"
         rows = rows_by_image.get(_key(image.get("id")), [])
         try:
-            name = locate(root, required_text(image, "file_name"), "image")
+            name = locate(config.root, required_text(image, "file_name"), "image", config.frame)
             yield ItemPlace(name, place, unannotated=not rows)
             if image.get("id") is None or len(files[_key(image["id"])]) > 1:
                 raise RowError(
@@ -65,7 +65,7 @@ def read_coco(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
                     f"(image_id {lost_ids}) and may belong to this image; correct or remove them; the file for a part "
                     "of a dataset must have only the annotations of its images"
                 )
-            yield from _inspection(root, path, name, image, rows, categories, good)
+            yield from _inspection(config.root, path, name, image, rows, categories, config.good)
         except RowError as error:
             yield Rejection(place, str(error))
     if lost:
@@ -115,7 +115,7 @@ def _inspection(
     categories: Mapping[str, str],
     good: tuple[str, ...],
 ) -> Items:
-    frame = frame_of(root, name, (image.get("width"), image.get("height")))
+    view = drawn_view(root, name, (image.get("width"), image.get("height")))
     labels, polygons, boxes, unmarked = [], [], [], set[str]()
     for row in rows:
         if _key(row.get("category_id")) not in categories:
@@ -147,8 +147,8 @@ def _inspection(
         condition=condition,
         group=text_of(image, "group") or name,
         split=split_of(image),
-        boxes=frame.boxes(boxes) if defective else (),
-        polygons=frame.polygons(polygons) if defective else (),
+        boxes=view.boxes(boxes) if defective else (),
+        polygons=view.polygons(polygons) if defective else (),
     )
 
 

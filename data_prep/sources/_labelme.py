@@ -25,6 +25,7 @@ from data_prep.sources import (
     ItemPlace,
     Items,
     RowError,
+    SourceConfig,
     is_text,
     join_conditions,
     locate,
@@ -33,9 +34,9 @@ from data_prep.sources import (
 )
 from data_prep.sources._rows import (
     Box,
-    Frame,
+    DrawnView,
     condition_of,
-    frame_of,
+    drawn_view,
     means_good,
     named_condition,
     number_of,
@@ -49,16 +50,17 @@ from echo_ft.errors import EchoError
 from echo_ft.files import walk
 from echo_ft.images.decode import READ_ERRORS, open_image
 from echo_ft.images.mask_reading import marked_pixels
-from echo_ft.inputs import read_json_file
+from echo_ft.inputs import image_file, read_json_file, with_frame
 from echo_ft.records import GOOD, Inspection, Rejection
 
 
-def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
+def read_labelme(config: SourceConfig) -> Items:
     """Yield the images of all labelme files under the root, sorted by path.
 
-    `good` lists labels and flags, besides `good`, that mean a part without a defect. Raises EchoError if there is no
-    file.
+    The config's `good` lists labels and flags, besides `good`, that mean a part without a defect. Raises EchoError if
+    there is no file.
     """
+    root = config.root
     files, outside = walk(root)
     annotations = [path for path in files if path.suffix.lower() == ".json"]
     if not annotations:
@@ -72,14 +74,14 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
     images: defaultdict[Path, list[str]] = defaultdict(list)
     for path in files:
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            images[path.with_suffix("")].append(path.relative_to(root).as_posix())
+            images[path.with_suffix("")].append(with_frame(path.relative_to(root).as_posix(), config.frame))
     unusable: dict[str, str] = {}
     for path in annotations:
         item = path.relative_to(root).as_posix()
         claimed = beside = images[path.with_suffix("")]  # `imagePath` may name another image below
         try:
             content = _load(path)
-            stated = _image(root, path, content)
+            stated = _image(config, path, content)
             claimed = [stated]
             if beside and stated not in beside:  # in a copied file, imagePath still names the original image
                 claimed = [*beside, stated]
@@ -87,13 +89,13 @@ def read_labelme(root: Path, good: tuple[str, ...] = ()) -> Items:
                     f"it is next to {beside[0]}, but its imagePath is {stated}; correct its imagePath, or name the "
                     "file after the image that it annotates"
                 )
-            inspections = _inspections(root, stated, content, good)
+            inspections = _inspections(root, stated, content, config.good)
             yield ItemPlace(stated, item, unannotated=not inspections)
             yield from inspections or [_record(root, stated, GOOD)]
-            used.add(stated)
+            used.add(image_file(Path(stated)).as_posix())
         except RowError as error:
             for image in claimed:
-                unusable[image] = item
+                unusable[image_file(Path(image)).as_posix()] = item
                 yield ItemPlace(image, item)
             yield Rejection(item, str(error))
     for path in files:
@@ -118,10 +120,10 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _image(root: Path, path: Path, content: Mapping[str, Any]) -> str:
+def _image(config: SourceConfig, path: Path, content: Mapping[str, Any]) -> str:
     # labelme stores the path of the image relative to its own file.
     stated = required_text(content, "imagePath").replace("\\", "/")
-    return locate(root, os.path.relpath(path.parent / stated, root), "image")
+    return locate(config.root, os.path.relpath(path.parent / stated, config.root), "image", config.frame)
 
 
 def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple[str, ...]) -> list[Inspection]:
@@ -131,8 +133,8 @@ def _inspections(root: Path, image: str, content: Mapping[str, Any], good: tuple
 
     An empty list means that the file has no shapes and that none of its flags should be set.
     """
-    frame = frame_of(root, image, (content.get("imageWidth"), content.get("imageHeight")))
-    said = [_shapes(root, image, frame, content, good)] if content["shapes"] else []
+    view = drawn_view(root, image, (content.get("imageWidth"), content.get("imageHeight")))
+    said = [_shapes(root, image, view, content, good)] if content["shapes"] else []
     flags = content.get("flags") or {}
     if not isinstance(flags, dict) or not all(isinstance(value, bool) for value in flags.values()):
         raise RowError(f"the flags {str(flags)[:60]} are not {{name: true or false}}")
@@ -177,8 +179,8 @@ def _record(root: Path, image: str, condition: str, **marks: Any) -> Inspection:
     )
 
 
-def _shapes(root: Path, image: str, frame: Frame, content: Mapping[str, Any], good: tuple[str, ...]) -> Inspection:
-    size = frame.size
+def _shapes(root: Path, image: str, view: DrawnView, content: Mapping[str, Any], good: tuple[str, ...]) -> Inspection:
+    size = view.size
     labels, polygons, boxes = [], [], list[Box]()
     for shape in content["shapes"]:
         if not isinstance(shape, dict):
@@ -201,7 +203,7 @@ def _shapes(root: Path, image: str, frame: Frame, content: Mapping[str, Any], go
     condition = condition_of(labels, good)
     if condition == GOOD:  # regions of good parts do not mark a defect
         return _record(root, image, GOOD)
-    return _record(root, image, condition, boxes=frame.boxes(boxes), polygons=frame.polygons(polygons))
+    return _record(root, image, condition, boxes=view.boxes(boxes), polygons=view.polygons(polygons))
 
 
 def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:

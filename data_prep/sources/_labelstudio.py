@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from data_prep.sources import ItemPlace, Items, RowError, in_order, join_conditions, locate
+from data_prep.sources import ItemPlace, Items, RowError, SourceConfig, in_order, join_conditions, locate
 from data_prep.sources._rows import (
     condition_of,
-    frame_of,
+    drawn_view,
     named_condition,
     number_of,
     polygon_of,
@@ -45,22 +45,23 @@ def is_task_list(path: Path) -> bool:
         return False
 
 
-def read_labelstudio(root: Path, path: Path, good: tuple[str, ...] = ()) -> Items:
-    """Yield the images of a file in file order. `good` lists labels and choices, besides `good`, for good parts.
+def read_labelstudio(config: SourceConfig, path: Path) -> Items:
+    """Yield the images of a file in file order.
 
-    Raises EchoError if the file has another format.
+    The config's `good` lists labels and choices, besides `good`, for good parts. Raises EchoError if the file has
+    another format.
     """
     for number, task in enumerate(_load(path)):
         place = f"{path.name}:tasks[{number}]"
         try:
-            name = locate(root, _path(task["data"]), "image")
+            name = locate(config.root, _path(task["data"]), "image", config.frame)
             annotation = _annotation(task)
             if annotation is None:
                 yield Rejection(place, f"{NOT_ANNOTATED} of {name}; submit an annotation, or remove the task")
                 continue
             results = _results(annotation)
             yield ItemPlace(name, place, unannotated=not _outlining(results) and not _choices(results))
-            yield _inspection(root, path, name, task["data"], results, good)
+            yield _inspection(config.root, path, name, task["data"], results, config.good)
         except RowError as error:
             yield Rejection(place, str(error))
 
@@ -147,13 +148,13 @@ def _inspection(
         if kind not in ("rectanglelabels", "polygonlabels"):
             raise RowError(f"results of the type {kind!r} are not supported; outline defects as rectangles or polygons")
         labels += _names(result, kind)
-        frame = frame_of(root, name, (result.get("original_width"), result.get("original_height")))
-        corners = _corners(kind, value, frame.size)
+        view = drawn_view(root, name, (result.get("original_width"), result.get("original_height")))
+        corners = _corners(kind, value, view.size)
         if kind == "rectanglelabels" and not value.get("rotation"):
             (x0, y0), (x1, y1) = corners[0], corners[2]
-            boxes += frame.boxes([(x0, y0, x1, y1)])
+            boxes += view.boxes([(x0, y0, x1, y1)])
         else:
-            polygons += frame.polygons([polygon_of(corners)])
+            polygons += view.polygons([polygon_of(corners)])
     condition = _condition(labels, _choices(results), good)
     defective = condition != GOOD  # regions of good parts do not mark a defect
     return Inspection(

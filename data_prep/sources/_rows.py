@@ -17,7 +17,7 @@ from data_prep.sources._words import GOOD_PHRASE, GOOD_WORDS, is_doubtful, plain
 from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
 from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import SIDEWAYS, image_frame
+from echo_ft.images.decode import SIDEWAYS, size_and_orientation
 from echo_ft.records import GOOD, UNLABELLED
 
 Box = tuple[float, float, float, float]
@@ -183,7 +183,7 @@ def product_of(image: str, otherwise: str) -> str:
 
 
 @dataclass(frozen=True)
-class Frame:
+class DrawnView:
     """The view of an image that its annotations are drawn on."""
 
     size: tuple[int, int]
@@ -221,26 +221,26 @@ class Frame:
         return [turn(x, y) for x, y in points] if turn else list(points)
 
 
-def frame_of(root: Path, image: str, stated: tuple[object, object]) -> Frame:
+def drawn_view(root: Path, image: str, stated: tuple[object, object]) -> DrawnView:
     """Return the view of an image that the annotations, with their stated (width, height), are drawn on.
 
     Raises RowError if the image is unreadable or differs in size.
     """
     try:
-        size, orientation = image_frame(root / image)
+        size, orientation = size_and_orientation(root / image)
     except EchoError as error:
         raise RowError(str(error)) from error
     sideways = orientation in SIDEWAYS and size[0] != size[1]
     if stated == (None, None):
-        return Frame(size, None if sideways else 1)
+        return DrawnView(size, None if sideways else 1)
     if sideways and stated == size[::-1]:
-        return Frame(size[::-1], orientation)
+        return DrawnView(size[::-1], orientation)
     if stated != size:
         raise RowError(
             f"{image} has {size[0]} x {size[1]} pixels, but its annotations are for {stated[0]} x {stated[1]}; "
             "annotate the unscaled file"
         )
-    return Frame(size)
+    return DrawnView(size)
 
 
 def polygon_of(corners: Iterable[tuple[float, float]]) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.faults import list_images
-from data_prep.sources import Items, RowError, SourceConfig, reject_unused, subfolders, walk_below
+from data_prep.sources import Items, RowError, SourceConfig, reject_unused, select_frame, subfolders, walk_below
 from data_prep.sources._rows import means_good, named_condition, sounds_good
 from echo_ft.data.splits import SPLITS
 from echo_ft.data.text import nfc
@@ -71,7 +71,8 @@ class _Product:
 def read(config: SourceConfig) -> Items:
     """Yield the images of every product folder under the root, with the splits of the folder layout."""
     dataset, splits_made = config.root.resolve().name, config.split != "given"
-    yield from read_folder_layout(config.root, dataset, good=config.good, flat=True, splits_made=splits_made)
+    items = read_folder_layout(config.root, dataset, good=config.good, flat=True, splits_made=splits_made)
+    yield from (select_frame(item, config.frame) for item in items)
 
 
 def read_folder_layout(

@@ -11,8 +11,8 @@
 - COCO JSON: see `_coco`. The JSON export of Label Studio: see `_labelstudio`.
 - Without a manifest, the labelme files under the root: see `_labelme`.
 
-Paths are relative to the root. Splits depend on the rows of a manifest, but not on its name. Adding rows changes the
-splits.
+Paths are relative to the root. The path of an image may name a frame of its file, as in `stack.tif#frame=2`. Splits
+depend on the rows of a manifest, but not on its name. Adding rows changes the splits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data_prep.sources._coco import read_coco
 from data_prep.sources._labelme import read_labelme
 from data_prep.sources._labelstudio import is_task_list, read_labelstudio
 from data_prep.sources._lists import ListFormat, list_format, not_text
-from data_prep.sources._rows import condition_in, frame_of, number_of, required_text, split_of, text_of
+from data_prep.sources._rows import condition_in, drawn_view, number_of, required_text, split_of, text_of
 from echo_ft.errors import EchoError
 from echo_ft.images.synthetic_defects import DEFECT_METHODS
 from echo_ft.inputs import InputError, lines, open_text
@@ -61,20 +61,20 @@ def read(config: SourceConfig) -> Items:
     """
     path = config.annotations
     if path is None:
-        yield from read_labelme(config.root, config.good)
+        yield from read_labelme(config)
         return
     if not path.is_file():
         raise EchoError(f"the manifest {path} is not a file; set annotations to a CSV, JSONL or JSON file")
     if path.suffix.lower() == ".json":
         read_json_file = read_labelstudio if is_task_list(path) else read_coco
-        yield from read_json_file(config.root, path, config.good)
+        yield from read_json_file(config, path)
         return
     form = list_format(path)
     rows = _jsonl_rows(path, form) if form.separator is None else _csv_rows(path, form)
     for line, row, fault in rows:
         place = f"{path.name}:{line}"
         try:
-            image = locate(config.root, required_text(row, "image"), "image")
+            image = locate(config.root, required_text(row, "image"), "image", config.frame)
         except RowError as error:
             yield Rejection(place, fault or str(error))
             continue
@@ -84,7 +84,7 @@ def read(config: SourceConfig) -> Items:
                 raise RowError(fault)
             inspection = _inspection(row, image, config, path.stem)
             if inspection.boxes and inspection.mask is None:
-                frame_of(config.root, image, (None, None)).boxes(inspection.boxes)
+                drawn_view(config.root, image, (None, None)).boxes(inspection.boxes)
             yield inspection
         except RowError as error:
             yield Rejection(place, str(error))
@@ -236,7 +236,7 @@ def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, datase
         split=split,
         mask=locate(root, mask, "mask") if mask else None,
         boxes=boxes,
-        reference=locate(root, reference, "reference") if reference else None,
+        reference=locate(root, reference, "reference", config.frame) if reference else None,
         synthetic=synthetic,
     )
 

@@ -14,7 +14,7 @@ from echo_ft.data.knowledge import appearance, effect, has_description
 from echo_ft.data.splits import MIXED_CONDITIONS, defects_of, readable_name
 from echo_ft.data.text import without_stop
 from echo_ft.images import boxes, masks
-from echo_ft.images.decode import image_frame
+from echo_ft.images.decode import size_and_orientation
 from echo_ft.records import GOOD, GROUNDING, LETTERS, Entry, Inspection, Question
 
 DEFECT_PREAMBLE = "There is a defect in the object. "
@@ -108,7 +108,7 @@ def defect_place(inspection: Inspection, root: Path) -> tuple[str, list[str]] | 
 def _region(inspection: Inspection, root: Path) -> masks.Region | None:
     if not masks.is_marked(inspection):
         return None
-    mask = masks.load_mask(inspection, root, *image_frame(root / inspection.image))
+    mask = masks.load_mask(inspection, root, *size_and_orientation(root / inspection.image))
     return None if mask is None else masks.measure(mask)
 
 
@@ -135,7 +135,7 @@ def write_box_question(inspection: Inspection, root: Path) -> Question | None:
     """
     found: tuple[boxes.Box, ...] = ()
     if inspection.condition != GOOD:
-        size, orientation = image_frame(root / inspection.image)
+        size, orientation = size_and_orientation(root / inspection.image)
         found = tuple(
             boxes.to_thousandths(box, size) for box in boxes.target_boxes(inspection, root, size, orientation)
         )

@@ -19,7 +19,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts import roles
 from echo_ft.images import masks
 from echo_ft.images.boxes import NO_BOXES
-from echo_ft.images.decode import image_frame
+from echo_ft.images.decode import size_and_orientation
 from echo_ft.records import GOOD, GROUNDING, Branch, Case, Exchange, Question, Upstream
 
 COMPARED_SIZE = (256, 256)
@@ -187,7 +187,7 @@ def defect_mask(case: Case, root: Path) -> masks.Mask | None:
     """
     if case.truth.condition == GOOD:
         return None
-    return masks.load_mask(case.truth, root, *image_frame(root / case.seen.query))
+    return masks.load_mask(case.truth, root, *size_and_orientation(root / case.seen.query))
 
 
 def _best(query: ComparedImage, references: Sequence[ComparedImage], mask: masks.Mask | None) -> int:

@@ -7,8 +7,8 @@ brightest value itself is not stretched to white. Two exposures of a part theref
 dark that it fits a smaller bit depth. The build warns if the bit depths of a product differ. Transparency is dropped,
 because the colours below it are what the camera recorded.
 
-Images are turned upright according to their EXIF orientation, as viewers show them. Files with several frames are
-refused.
+Images are turned upright according to their EXIF orientation, as viewers show them. A file with several frames is
+refused unless its path names one of them, as in `stack.tif#frame=2` (`inputs.FRAME`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
 from echo_ft.errors import EchoError
-from echo_ft.inputs import InputError, open_input
+from echo_ft.inputs import InputError, open_input, split_frame
 
 DECODER_VERSION = "8bit-upright-colour"
 """Name of the decoding rule. Every cache key includes it, so that no cache mixes images decoded in different ways."""
@@ -59,13 +59,19 @@ class _RangeError(ValueError):
 def open_image(file: Path | BinaryIO, any_frames: bool = False) -> Iterator[Image.Image]:
     """Open an image file, on disk or in memory, to read its header or decode it within the block.
 
-    Raises InputError if it has more than MAX_PIXELS pixels or, without `any_frames`, several frames. Raises one of
-    READ_ERRORS if it is broken, and also converts the errors that Pillow raises within the block.
+    A path may name a frame. Raises InputError if the image has more than MAX_PIXELS pixels or no such frame. Without a
+    frame and `any_frames`, also raises it if there are several. Raises one of READ_ERRORS if the image is broken, and
+    also converts the errors that Pillow raises within the block.
     """
     try:
-        source = open_input(file) if isinstance(file, Path) else file
+        path, frame = split_frame(file) if isinstance(file, Path) else (file, None)
+        source = open_input(path) if isinstance(path, Path) else path
         with source, Image.open(source, formats=FORMATS) as image:
-            _check_header(image, any_frames)
+            _check_pixels(image)
+            if frame is not None:
+                _select_frame(image, frame)
+            elif not any_frames:
+                _check_single(image)
             yield image
     except (OSError, ValueError, EchoError):
         raise
@@ -75,16 +81,28 @@ def open_image(file: Path | BinaryIO, any_frames: bool = False) -> Iterator[Imag
         raise InputError(_broken(error)) from error
 
 
-def _check_header(image: Image.Image, any_frames: bool) -> None:
+def _check_pixels(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise _too_large()
-    if any_frames:
-        return
+
+
+def _select_frame(image: Image.Image, frame: int) -> None:
+    try:
+        image.seek(frame)
+    except EOFError as error:
+        raise InputError(f"the file has no frame {frame}; choose another, where 0 is the first") from error
+    _check_pixels(image)  # the pages of a TIFF file differ in size
+
+
+def _check_single(image: Image.Image) -> None:
     try:
         image.seek(1)
     except EOFError:
         return
-    raise InputError("the file has several frames, so it is unclear which one counts; save that one as a PNG file")
+    raise InputError(
+        "the file has several frames, so it is unclear which one counts; append one to its path, such as #frame=0, "
+        "build with --frame 0, or save it as a PNG file"
+    )
 
 
 def _too_large() -> InputError:
@@ -96,10 +114,10 @@ def image_size(path: Path) -> tuple[int, int]:
 
     Raises EchoError if the file is missing or not an image.
     """
-    return image_frame(path)[0]
+    return size_and_orientation(path)[0]
 
 
-def image_frame(path: Path) -> tuple[tuple[int, int], int]:
+def size_and_orientation(path: Path) -> tuple[tuple[int, int], int]:
     """Return (width, height) of the upright image and its EXIF orientation from the file header.
 
     Raises EchoError if the file is missing or not an image.
@@ -188,7 +206,11 @@ def deep_values(image: Image.Image) -> NDArray[np.generic] | None:
     content = np.frombuffer(image.fp.read(), np.uint8)
     image.fp.seek(position)
     high_bytes = np.asarray(image.convert("RGB"))  # Pillow (13.0.0) has no mode for more; this also checks the file
-    values: Any = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if image.format == "TIFF":
+        _, pages = cv2.imdecodemulti(content, cv2.IMREAD_UNCHANGED, range=(image.tell(), image.tell() + 1))
+        values: Any = pages[0] if pages else None
+    else:
+        values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise InputError(_UNCLEAR_COLOURS)
     values = values[..., 2::-1]  # OpenCV stores blue, green, red and opacity

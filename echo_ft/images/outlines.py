@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_ft.images.boxes import target_boxes
-from echo_ft.images.decode import image_frame
+from echo_ft.images.decode import size_and_orientation
 from echo_ft.images.masks import mask_files
 from echo_ft.records import Inspection
 
@@ -31,7 +31,7 @@ def outlines_of(inspection: Inspection, root: Path) -> Outlines:
     They are for the upright image. Raises EchoError as `masks.load_mask` does.
     """
     if mask_files(inspection):
-        return Outlines(tuple(target_boxes(inspection, root, *image_frame(root / inspection.image))))
+        return Outlines(tuple(target_boxes(inspection, root, *size_and_orientation(root / inspection.image))))
     return Outlines(inspection.boxes, inspection.polygons)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
-from echo_ft.inputs import read_bytes
+from echo_ft.inputs import image_file, read_bytes
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of the files that count as images in a folder."""
@@ -40,7 +40,7 @@ def snapshot(image: ImageInput, folder: Path) -> Path:
     """
     if isinstance(image, str | Path):
         try:
-            content = read_bytes(image)
+            content = read_bytes(image_file(Path(image)))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise EchoError(f"image {image} cannot be opened ({reason}); check the path") from error
@@ -50,7 +50,7 @@ def snapshot(image: ImageInput, folder: Path) -> Path:
         folder
         / f"{hashlib.sha256(content).hexdigest()}{Path(image).suffix if isinstance(image, str | Path) else '.png'}"
     )
-    path.write_bytes(content)
+    image_file(path).write_bytes(content)
     try:
         decode(path)
     except READ_ERRORS as error:

@@ -11,6 +11,7 @@ from typing import Any
 from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
+from echo_ft.inputs import image_file
 from echo_ft.model.adapters import Adapter
 from echo_ft.provenance import content_hash
 from echo_ft.records import Inspection
@@ -136,7 +137,7 @@ def images_trained_on(
         paths = {(source.root / one.image).resolve() for one in inspections if one.split == "train"}
         by_size: dict[int, list[Path]] = defaultdict(list)
         for path in paths:
-            by_size[path.stat().st_size].append(path)
+            by_size[image_file(path).stat().st_size].append(path)
         hashes: dict[Path, bytes] = {}
 
         def content(path: Path) -> bytes:
@@ -146,9 +147,9 @@ def images_trained_on(
 
         def is_trained_on(path: Path) -> bool:
             # Files of different sizes differ, so only a few files need to be read.
-            if path in paths or not path.is_file():
+            if path in paths or not image_file(path).is_file():
                 return path in paths
-            return any(content(path) == content(other) for other in by_size.get(path.stat().st_size, ()))
+            return any(content(path) == content(other) for other in by_size.get(image_file(path).stat().st_size, ()))
 
         return [image for image in images if is_trained_on((root / image).resolve())]
     except (EchoError, OSError, KeyError):

@@ -23,7 +23,7 @@ from echo_ft.files import atomic_file
 from echo_ft.images import corruptions
 from echo_ft.images.decode import READER_THREADS
 from echo_ft.images.views import View
-from echo_ft.inputs import read_bytes
+from echo_ft.inputs import image_file, read_bytes
 from echo_ft.model.batches import image_inputs
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import remove_left_over_files
@@ -138,7 +138,7 @@ class TowerFeatureStore:
 
     def path(self, view: View) -> Path:
         """Return the file for a view; a changed or corrupted image has a different one."""
-        stat = view.path.stat()
+        stat = image_file(view.path).stat()
         key = f"{view.path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
         if view.corruption is not None:
             key += f"\n{view.image}\n{view.corruption}\n{CORRUPTION_FINGERPRINT}"

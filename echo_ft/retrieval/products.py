@@ -23,7 +23,7 @@ from echo_ft.data.dataset import Dataset, require_unchanged, stored_knowledge, w
 from echo_ft.data.splits import conditions_of, reference_pool
 from echo_ft.errors import EchoError
 from echo_ft.files import leads_outside, read_jsonl, write_json
-from echo_ft.inputs import read_json_object, restore
+from echo_ft.inputs import image_file, read_json_object, restore
 from echo_ft.records import Inspection, Knowledge
 from echo_ft.retrieval.descriptor_cache import DescriptorTable, extract_descriptors, hash_files
 from echo_ft.retrieval.descriptors import load_extractor
@@ -105,11 +105,11 @@ def save_products(products: ProductData, folder: Path, choice: str) -> None:
     images = sorted({image for pool in search.images.values() for image in pool})
     if choice == "copy":
         for image in images:
-            target = copies / image
+            target = image_file(copies / image)
             if leads_outside(target, copies):
                 raise EchoError(f"{image} lies outside {products.root}, so it cannot be copied; use --references path")
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(products.root / image, target)
+            shutil.copyfile(image_file(products.root / image), target)
     write_json(
         folder / "products.json",
         {
@@ -177,7 +177,7 @@ def load_products(folder: Path, source: Path) -> ProductData:
 
 def _require_images(table: DescriptorTable, root: Path, source: Path) -> None:
     """Raise EchoError if a normal image is missing, has changed, or is a copy outside the bundle."""
-    outside = [image for image in table.rows if leads_outside(root / image, root)]
+    outside = [image for image in table.rows if leads_outside(image_file(root / image), root)]
     if outside and root.is_relative_to(source):
         raise EchoError(f"{source} names {outside[0]}, which lies outside {root}; export it again")
     found, missing = hash_files(list(table.rows), root)

@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
-from echo_ft.images.decode import image_frame
+from echo_ft.images.decode import size_and_orientation
 from echo_ft.images.masks import Mask, is_marked, load_mask
 from echo_ft.model.rows import IGNORED, Row
 from echo_ft.records import GOOD, Inspection
@@ -227,7 +227,7 @@ def mask_inputs(
 def _query_marks(row: Row, inspection: Inspection, root: Path, merge: int) -> NDArray[np.bool_]:
     """Return `token_marks` of a row's query, which is its last image."""
     _, rows, columns = row.grids[-1] // merge
-    mask = load_mask(inspection, root, *image_frame(root / inspection.image))
+    mask = load_mask(inspection, root, *size_and_orientation(root / inspection.image))
     if mask is None:
         return np.zeros(rows * columns, dtype=np.bool_)
     return token_marks(mask, (rows, columns))

@@ -107,7 +107,7 @@ def bomb(path: Path) -> None:
 
 
 BROKEN = r"odd\.\w+: the image is broken or has an unknown format \(\w+\)"
-FRAMES = r"odd\.\w+: the file has several frames, so it is unclear which one counts; save that one as a PNG file"
+FRAMES = r"odd\.\w+: the file has several frames, so it is unclear which one counts; append one to its path"
 LINK = "is a link out of the root to .*; copy the file, set root"
 
 IMAGES = [

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageOps
 
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import image_frame, load_image
+from echo_ft.images.decode import load_image, size_and_orientation
 from echo_ft.images.mask_reading import read_mask_file
 from echo_ft.images.masks import load_mask, measure
 from echo_ft.records import GOOD, Inspection
@@ -315,7 +315,7 @@ def test_size_of_a_mask_tells_on_which_view_it_was_drawn(tmp_path, suffix, mark)
     for name in ("stored.png", "upright.png"):
         made = Inspection("1", f"part.{suffix}", "line", "cap", "dent", "1", None, name)
         assert collect([made], tmp_path) == ([made], [], [])
-        found = load_mask(made, tmp_path, *image_frame(tmp_path / made.image))
+        found = load_mask(made, tmp_path, *size_and_orientation(tmp_path / made.image))
         np.testing.assert_array_equal(found, np.asarray(wanted) > 0)
 
 

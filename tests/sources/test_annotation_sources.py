@@ -15,7 +15,7 @@ from skimage.draw import disk
 from data_prep.sources import SourceConfig, manifest
 from echo_ft.errors import EchoError
 from echo_ft.images import masks
-from echo_ft.images.decode import TURNS, image_frame
+from echo_ft.images.decode import TURNS, size_and_orientation
 from echo_ft.records import Inspection
 from tests.support import folder_layouts
 from tests.support.collected import collect
@@ -158,7 +158,7 @@ def test_stated_size_tells_on_which_view_outlines_were_drawn(tmp_path, mark):
     by_image = {i.image: i for i in kept}
     wanted = np.asarray(Image.fromarray(SQUARE).transpose(TURNS[mark]))
     for name in ("cap/1.jpg", "ring/2.jpg"):
-        found = masks.load_mask(by_image[name], tmp_path, *image_frame(tmp_path / name))
+        found = masks.load_mask(by_image[name], tmp_path, *size_and_orientation(tmp_path / name))
         np.testing.assert_array_equal(found, wanted)
     content = json.loads(path.read_text())
     for image in content["images"]:

@@ -268,7 +268,7 @@ def test_a_labelme_image_is_opened_once_and_no_other_name_is_tried(tmp_path, mon
     draw(tmp_path / "part.png")
     write_json(tmp_path / "part.json", labelme_file("part.png", [("dent", "rectangle", [[1, 1], [5, 5]])]))
 
-    def image_frame(path, real=_rows.image_frame):
+    def size_and_orientation(path, real=_rows.size_and_orientation):
         opened.append(path.name)
         return real(path)
 
@@ -276,7 +276,7 @@ def test_a_labelme_image_is_opened_once_and_no_other_name_is_tried(tmp_path, mon
         tried.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(_rows, "image_frame", image_frame)
+    monkeypatch.setattr(_rows, "size_and_orientation", size_and_orientation)
     monkeypatch.setattr(Path, "is_file", is_file)
     assert any(isinstance(item, Inspection) for item in manifest.read(SourceConfig(tmp_path)))
     assert opened == ["part.png"]
