@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -30,14 +31,19 @@ _kept = tempfile.TemporaryDirectory(prefix="echo_ft_faults")
 """Holds what many rows copy, until the process ends."""
 
 
+def kept(name: str) -> Path:
+    """A folder that many rows copy."""
+    return Path(_kept.name) / name
+
+
 @cache
 def small_dataset() -> Path:
-    return make_dataset(Path(_kept.name) / "data", train=2, validation=1, test=1)
+    return make_dataset(kept("data"), train=2, validation=1, test=1)
 
 
 @cache
 def four_adapters() -> Path:
-    return random_adapters(Path(_kept.name) / "adapters", small_dataset())
+    return random_adapters(kept("adapters"), small_dataset())
 
 
 def evaluated(root: Path, model: Path = ECHO_TINY, data: Path | None = None, *more: object) -> Arguments:
@@ -91,6 +97,25 @@ def gone(name: str) -> Change:
     return lambda folder: (folder / name).unlink()
 
 
+def tensors(change: Callable[[dict[str, Any]], object]) -> Change:
+    """Change the tensors of a model."""
+
+    def change_tensors(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        weights = {name: weight.clone() for name, weight in load_file(folder / WEIGHTS).items()}
+        (folder / WEIGHTS).unlink()
+        change(weights)
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+    return change_tensors
+
+
+def without_six(weights: dict[str, Any]) -> None:
+    for name in sorted(weights)[:6]:
+        del weights[name]
+
+
 # Models
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -122,6 +147,8 @@ MODELS: dict[str, tuple[Change, str]] = {
     "weights empty": (content(WEIGHTS, ""), r"model could not be loaded \(Error while deserializing header"),
     "weights a pickle": (content(WEIGHTS, b"\x80\x04\x95" + b"a" * 99), r"model\.safetensors is cut off or not"),
     "weights with a long header": (content(WEIGHTS, b"\xff" * 7 + b"\x7f{}"), r"model\.safetensors is cut off or not"),
+    "tensors missing": (tensors(without_six), r"has \d+ missing tensors"),
+    "a tensor too many": (tensors(lambda weights: weights.update(extra=weights[min(weights)].clone())), "1 unexpected"),
     "weights missing": (gone(WEIGHTS), "weights|safetensors"),
     "index of noise": (content("model.safetensors.index.json", "noise"), "does not list the weight files"),
     "index of another folder": (
@@ -316,6 +343,10 @@ RUN_DATA: dict[str, tuple[Change, str]] = {
     "digests missing": (gone("digests.json"), r"digests\.json"),
     "digests deep": (content("digests.json", DEEP), r"digests\.json"),
     "manifest gone": (gone("manifest.json"), r"manifest\.json"),
+    "images are pipes": (
+        lambda folder: [(path.unlink(), pipe(path)) for path in (folder / "images").iterdir()],
+        "image",
+    ),
     "digests changed": (json_file("digests.json", extra="0" * 64), r"digests\.json|changed"),
 }
 
@@ -429,7 +460,10 @@ REPLIES: dict[str, Callable[[dict[str, Any]], Any]] = {
         for value in (["B"], 3, True, {"a": 1}, "\ud800")
     },
     **{f"usage {value!r}": (lambda b, value=value: {**completion(b), "usage": value}) for value in ([], "x", 3)},
-    **{f"logprobs {value!r}": with_choice(logprobs=value) for value in ("x", 3, [1], {"content": "x"})},
+    **{
+        f"logprobs {value!r}": with_choice(logprobs=value)
+        for value in ("x", 3, [1], {"content": "x"}, {"content": [{}]})
+    },
     **{f"top {value!r}": with_choice(**likely(value)) for value in (1, "x", None, [])},
     **{
         f"logprob {value!r}": with_choice(**likely(token("A", value), token("B", -1.0)))
@@ -440,6 +474,7 @@ REPLIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "compressed": lambda _: (200, b"", {"Content-Encoding": "gzip"}),
     "redirected": lambda _: (307, b"", {"Location": "http://127.0.0.1:9/v1"}),
     "closed": lambda _: None,
+    "byte by byte": lambda _: iter(lambda: time.sleep(0.5) or b" ", None),
 }
 
 

@@ -36,6 +36,8 @@ class Fault:
     """A regular expression for the output."""
     status: int = 2
     """The exit status. 0 means that the rest of the input is used and the output is written."""
+    holds: Callable[[Path], object] = lambda _: None
+    """Checks what the command has written below the folder of the input."""
 
 
 def build(root: Path, /, **options: object) -> Arguments:

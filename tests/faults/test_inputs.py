@@ -15,11 +15,12 @@ from tests.faults.annotations import ANNOTATIONS
 from tests.faults.fields import FIELDS
 from tests.faults.folders import FOLDERS
 from tests.faults.inputs import FAULTS, Fault
+from tests.faults.outcomes import OUTCOMES
 
 SECONDS = 180
 """Time limit of a command. It takes seconds on an idle machine, and the first one of a kind also imports torch."""
 
-TABLE = [*FAULTS, *FIELDS, *ANNOTATIONS, *FOLDERS]
+TABLE = [*FAULTS, *FIELDS, *ANNOTATIONS, *FOLDERS, *OUTCOMES]
 
 pytestmark = pytest.mark.faults
 
@@ -54,9 +55,10 @@ def test_the_input_gets_its_sentence(fault: Fault, tmp_path, monkeypatch, capsys
     assert "Traceback" not in said and "the traceback is in" not in said, said
     assert re.search(fault.says, said), said
     assert status == fault.status
+    fault.holds(tmp_path)
     if module.startswith("data_prep"):  # a run and a training keep what they have, and resume
         assert (tmp_path / "out").exists() == (status == 0), "a refused input leaves nothing behind"
 
 
 def test_names_of_the_table_are_unique():
-    assert len({fault.name for fault in TABLE}) == len(TABLE) >= 960
+    assert len({fault.name for fault in TABLE}) == len(TABLE) >= 1000
