@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         raise EchoError(f"gpus is {own.gpus}; give a number of GPUs of at least 1")
     model = trainable_meta_model(config, base)
     print(f"{base.model_name_or_path}, {config.role}")
-    print(memory_report(model, largest_batch(own, config, sft), sft, base, own.gpus))
+    print(memory_report(model, largest_batch(own, config, sft), sft, base, own.gpus, config.adapt_from))
     if own.run is not None:
         adapter = sum(count.trainable for count in count_parameters(model)) if base.use_peft else 0
         print(f"\n{own.run}, with four adapters like that of the recipe")

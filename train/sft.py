@@ -183,7 +183,9 @@ def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Non
     names = (name for case in cases for exchange in case["exchanges"] for name in exchange["images"])
     require_unchanged(dataset, names)
     first = from_dict(Exchange, cases[0]["exchanges"][0])
-    report = dry_run_report(checked.plan, first, checked.row_builder, dataset.root, checked.meta_model, sft, base)
+    report = dry_run_report(
+        checked.plan, first, checked.row_builder, dataset.root, checked.meta_model, sft, base, config.adapt_from
+    )
     print(report, flush=True)
 
 

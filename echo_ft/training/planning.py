@@ -194,7 +194,14 @@ def plan(
 
 
 def dry_run_report(
-    planned: Plan, first: Exchange, row_builder: RowBuilder, root: Path, model: Any, sft: SFTConfig, base: ModelConfig
+    planned: Plan,
+    first: Exchange,
+    row_builder: RowBuilder,
+    root: Path,
+    model: Any,
+    sft: SFTConfig,
+    base: ModelConfig,
+    adapt_from: str = "prefix",
 ) -> str:
     """The cost of training `model` (adapted, on the meta device) on `planned`, as text for a terminal.
 
@@ -212,6 +219,7 @@ def dry_run_report(
     images = image_work(grid for case in cases for grid in image_grids(case).values())
     operations = unit_costs(model).flops(text + images)
     rows = [row for number in planned.largest_batch(batch) for row in cases[number]]
+    shape = _batch_shape(rows, planned, row_builder)
     marked = mark_trained(row_builder.load_row(first, root), row_builder)
     return "\n".join(
         [
@@ -222,7 +230,7 @@ def dry_run_report(
             f"per epoch: {operations / 1e12:,.2f} TFLOP forward and backward, with each image encoded once per case; "
             f"{operations / len(cases) / 1e9:,.1f} GFLOP per case",
             "",
-            memory_report(model, _batch_shape(rows, planned, row_builder), sft, base, gpus=max(2, sft.world_size)),
+            memory_report(model, shape, sft, base, max(2, sft.world_size), adapt_from),
             "",
             f"one row, {first.role} {first.case}, with the trained tokens in [[...]]:",
             marked,

@@ -97,6 +97,17 @@ def test_a_role_without_rows_in_a_step_keeps_its_weights(tmp_path):
         assert trained == (role != "reference_extractor")
 
 
+def test_a_dry_run_plans_the_rows_of_all_roles(dataset, tmp_path, capsys):
+    options = [*SAME, "--role", "all", "--adapt_from", "branch", "--eval_strategy", "no", "--dry_run", "true"]
+    run_in_process(*tiny_options("decision_maker", dataset, tmp_path / "out", *options))
+    told = capsys.readouterr().out
+    assert "4 cases, 2 per step (1 x 1 processes x 2 accumulated): 2 steps per epoch" in told
+    assert "An upper bound: estimated for adapt_from prefix; branch needs less." in told
+    rows = [int(line.split(" tokens")[0].rpartition(" ")[2]) for line in told.splitlines() if "rows rejected" in line]
+    planned = int(told.split("per epoch: ")[1].split(" tokens")[0].replace(",", ""))
+    assert len(rows) == len(ROLES) and 0 < planned < sum(rows), "rows of a case share looks"
+
+
 REFUSED = [
     (
         {"adapt_from": "prefix"},

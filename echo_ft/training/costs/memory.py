@@ -151,11 +151,15 @@ def estimate_training(model: Any, batch: BatchShape, sft: SFTConfig, base: Model
     )
 
 
-def memory_report(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConfig, gpus: int) -> str:
+def memory_report(
+    model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConfig, gpus: int, adapt_from: str = "prefix"
+) -> str:
     """Report the parameters and the memory of training `model` (adapted, on the meta device), as text for a terminal.
 
     `batch` is the largest batch of one GPU.
     """
+    late = f"\nAn upper bound: estimated for adapt_from prefix; {adapt_from} needs less."
+    bound = "" if adapt_from == "prefix" else late
     counts = count_parameters(model)
     total, trainable = sum(count.total for count in counts), sum(count.trainable for count in counts)
     estimate = estimate_training(model, batch, sft, base, gpus)
@@ -176,7 +180,7 @@ def memory_report(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConf
             "",
             "* setting of the recipe. Estimated for AdamW and this project's attention, not measured on a GPU.",
             "context: an allowance for the CUDA context, or for the libraries on a CPU. Leave 10% of a GPU free for",
-            "fragmentation and workspaces. host: main memory of all processes on one machine.",
+            f"fragmentation and workspaces. host: main memory of all processes on one machine.{bound}",
         ]
     )
 
