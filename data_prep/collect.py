@@ -45,7 +45,7 @@ def check_config(config: BuildConfig) -> None:
         path = getattr(config, key)
         if path is not None and not (path.is_file() or (key == "knowledge" and path.is_dir())):
             raise EchoError(f"{key}: there is no file {path}; check the path")
-    for key, reason in (("good", "knows which of its images are good"), ("frame", "has one frame per image")):
+    for key, reason in (("good", "already says which of its images are good"), ("frame", "has one frame per image")):
         if getattr(config, key) not in (None, []) and config.source not in DECLARING_SOURCES:
             known = " and ".join(DECLARING_SOURCES)
             raise EchoError(f"{key}: the source {config.source} {reason}; remove {key} (only {known} read it)")
@@ -55,13 +55,15 @@ def check_config(config: BuildConfig) -> None:
         if not 0 <= value <= most:
             raise EchoError(f"{name} is {value}; set a value from 0 to {most}")
     if not 0 <= config.unanswerable <= 1:
-        raise EchoError(f"unanswerable is {config.unanswerable:g}; give a share of the images from 0 to 1, such as 0.1")
+        raise EchoError(
+            f"unanswerable is {config.unanswerable:g}; give a fraction of the images from 0 to 1, such as 0.1"
+        )
     for pair, (first, second) in {
         "folds and fold": (config.folds is not None, config.fold is not None),
         "upstream predicted and traces": (config.upstream == "predicted", bool(config.traces)),
     }.items():
         if first != second:
-            raise EchoError(f"{pair} go together; give both or neither")
+            raise EchoError(f"{pair} need each other; give both or neither")
     if config.source == "synthetic":
         if config.root is not None:
             raise EchoError("the source synthetic draws its images into the dataset folder; remove root")
@@ -75,7 +77,7 @@ def check_config(config: BuildConfig) -> None:
 
 @dataclass(frozen=True)
 class Readings:
-    """How the usable images are read, where this may surprise their owner."""
+    """Images that are read in a way that may surprise their owner."""
 
     rotated: list[str]
     """Images that are turned upright by their EXIF orientation."""
@@ -97,7 +99,7 @@ class UsableImages:
     merged_count: int
     """Number of images whose truth was combined from several places in the source."""
     unannotated: list[str]
-    """Images that are `good` because their annotation file marks and names nothing."""
+    """Images that are `good` only because their annotation file has no mark and no label for them."""
     readings: Readings
 
 
@@ -160,7 +162,7 @@ def check_records(records: SourceRecords, root: Path, below_links: bool | None =
         if question.inspection not in inspections:
             rejections.append(Rejection(question.id, "its image cannot be used"))
         elif token:
-            reason = f"it contains {token}, a control token of the model's chat template; write it in other words"
+            reason = f"it contains {token}, a control token of the model's chat template; reword it"
             rejections.append(Rejection(question.id, reason))
         else:
             questions.append(question)
@@ -208,7 +210,7 @@ def _checked(
 
 
 def _with_place(rejection: Rejection, inspection: Inspection, records: SourceRecords) -> Rejection:
-    """Return the rejection with the places where the source lists the inspection, if the source names them."""
+    """Return the rejection with the places where the source lists the inspection, if they are known."""
     place = records.places.get(inspection.id)
     return dataclasses.replace(rejection, reason=f"{rejection.reason} ({place})") if place else rejection
 
@@ -261,7 +263,7 @@ def _root(config: BuildConfig, folder: Path) -> Path:
     A source that draws its images uses `folder`.
     """
     if config.source == "synthetic":
-        return folder  # the source draws into images/ and masks/ there
+        return folder  # the source draws into the subfolders images/ and masks/
     if config.root is not None:
         return config.root
     if config.annotations is not None:

@@ -32,7 +32,8 @@ class BuildConfig:
     good: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Words of the manifest, annotations or folders, besides good, that mean a part without a defect."
+            "help": "Words in the manifest, annotations or folder names that mean a part without a defect, besides "
+            "good."
         },
     )
     frame: int | None = field(
@@ -72,7 +73,7 @@ class BuildConfig:
         default="product", metadata={"help": "Where references come from: the image's own product, or all products."}
     )
     named_references: bool = field(
-        default=True, metadata={"help": "Use the reference that the source names (MMAD: its 1-shot template), if any."}
+        default=True, metadata={"help": "Use the reference that the source gives (MMAD: its 1-shot template), if any."}
     )
     split: Literal["given", "seeded", "by_product", "by_condition", "by_dataset"] = field(
         default="given",
@@ -83,7 +84,10 @@ class BuildConfig:
     )
     held_out: list[str] = field(
         default_factory=list,
-        metadata={"help": "Products, conditions or datasets for the test split only; by default the seed draws some."},
+        metadata={
+            "help": "Products, conditions or datasets for the test split only. By default, some are drawn with the "
+            "seed."
+        },
     )
     fractions: list[float] = field(
         default_factory=lambda: [0.6, 0.1, 0.3], metadata={"help": "Fractions of train, validation and test."}
@@ -97,8 +101,8 @@ class BuildConfig:
     unanswerable: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the images, from 0 to 1, that are also asked about another product or an absent defect "
-            "(question type Unanswerable), each with a similar question that fits (Answerable)."
+            "help": "Fraction of the images, from 0 to 1, with an extra question about another product or an absent "
+            "defect (question type Unanswerable), and a similar question that fits (Answerable)."
         },
     )
     folds: int | None = field(
@@ -145,7 +149,7 @@ class BuildConfig:
         values = dataclasses.asdict(self)
         for key in ("output", "overwrite", "cache", "report_to", "strict"):
             del values[key]
-        if not self.allow_links:  # datasets of older versions have no such options
+        if not self.allow_links:  # datasets of older versions do not have these options
             del values["allow_links"]
         if self.frame is None:
             del values["frame"]

@@ -24,7 +24,7 @@ MAX_BORDER = 0.75
 tiles marks more than 0.50 and 0.49."""
 
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Characters that a terminal obeys, or that make it show the rest of the line in another order."""
+"""Characters that control a terminal or change the order in which it shows the rest of a line."""
 
 MAX_ASPECT = 200
 """Largest aspect ratio of an image. Qwen2-VL's processor in transformers refuses larger ones."""
@@ -68,7 +68,7 @@ def _is_utf8(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """What the check of an image or mask file found. Without a fault, everything is known."""
+    """The result of checking an image or mask file. Without a fault, all fields are known."""
 
     fault: str | None = None
     """The reason why the file cannot be used as an image, or None."""
@@ -97,7 +97,7 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
             if max(size) > MAX_ASPECT * min(size) and not is_mask:
                 return ImageCheck(
                     f"one side of the image ({size[0]} x {size[1]} pixels) is more than {MAX_ASPECT} times as long as "
-                    "the other, which no Qwen2-VL reads; crop it"
+                    "the other, which Qwen2-VL does not accept; crop it"
                 )
             high_depth, orientation, lossy = (
                 decode.is_deep(image),
@@ -105,10 +105,10 @@ def check_image(path: Path, is_mask: bool = False) -> ImageCheck:
                 is_lossy(image),
             )
             if image.format == "PNG" and not image.tell():
-                image.verify()  # reads every chunk and its checksum
+                image.verify()  # this reads every chunk and its checksum
             else:
                 eighth = max(1, image.width // 8), max(1, image.height // 8)
-                image.draft("L", eighth)  # a JPEG then decodes at an eighth of its size
+                image.draft("L", eighth)  # this decodes a JPEG at an eighth of its size
                 image.load()
         bits = decode.bit_depth(path) if high_depth and not is_mask else None
     except decode.READ_ERRORS as error:
@@ -126,7 +126,7 @@ class MaskFault:
 
 
 def mask_fault(inspection: Inspection, root: Path, image: ImageCheck, files: Sequence[ImageCheck]) -> MaskFault | None:
-    """Return why the mask files of a readable image cannot be used, or None if they can or if there are none.
+    """Return why the mask files of a readable image cannot be used, or None if they can be used or do not exist.
 
     `image` is the check of the image, and `files` are the checks of the mask files. A mask that is ambiguous or marks
     an implausible part of the image does not cast doubt on the condition of a defect. A broken mask, or a mask of
@@ -165,7 +165,7 @@ def _inversion_fault(mask: masks.Mask) -> str | None:
     share = mask.mean()
     border = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]]).mean()
     if share == 1:
-        return "marks the whole image, so it locates nothing; mark only the defect"
+        return "marks the whole image, so it shows no location; mark only the defect"
     if share > MAX_SHARE and border > MAX_BORDER:
         return (
             f"marks {share:.1%} of the image and {border:.1%} of its border, so it seems inverted: inverted, it marks "
@@ -188,7 +188,7 @@ def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
         form = "(x0, y0, x1, y1)" if is_box else "x0, y0, x1, y1, ..."
         xs, ys = outline[::2], outline[1::2]
         x0, y0, x1, y1 = (xs[0], ys[0], xs[1], ys[1]) if is_box else (min(xs), min(ys), max(xs), max(ys))
-        near = min(x0, y0) > -1 and x1 < width + 1 and y1 < height + 1  # less than a pixel outside is rounding
+        near = min(x0, y0) > -1 and x1 < width + 1 and y1 < height + 1  # up to a pixel outside may be rounding
         inside = near and max(0, x0) < min(x1, width) and max(0, y0) < min(y1, height)
         if not all(map(math.isfinite, outline)) or not inside:
             return f"{what} is not {form} inside the {width} x {height} pixels"
@@ -203,8 +203,7 @@ def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
 def orientation_fault(inspection: Inspection, image: ImageCheck) -> str | None:
     """Return why a defect's boxes or polygons are ambiguous because viewers rotate the image, or None.
 
-    If the rotation swaps width and height, the source has already inferred from the stated size which view they are
-    for.
+    If the rotation swaps width and height, the source has already inferred the right view from the stated size.
     """
     outlined = inspection.boxes or inspection.polygons
     if image.orientation == 1 or not outlined or inspection.condition == GOOD:

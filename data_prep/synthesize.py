@@ -13,8 +13,8 @@ Takes the config of a build and uses its source, root, annotations, knowledge an
 - knowledge.yaml, with the given knowledge and a description of each synthetic condition;
 - rejected.jsonl, and manifest.json with the options and versions.
 
-The manifest of images is named after the source's annotations file, or after its folder if the folder names the
-dataset. A build therefore splits the images as it splits those of the source. Otherwise, the manifest is called
+The manifest of images is named after the source's annotations file, or after its folder if the dataset is named after
+the folder. A build therefore splits the images as it splits those of the source. Otherwise, the manifest is called
 parts.jsonl. The source is never changed, and the same input and seed give the same files.
 
 A synthetic image belongs to the same part as the normal image it was made from, and is only for training. No image from
@@ -77,7 +77,7 @@ class SynthesizeConfig:
     per_normal: int = field(
         default=1,
         metadata={
-            "help": "Synthetic images per normal image. The seed draws the method of each; if that method makes no "
+            "help": "Synthetic images per normal image. The method of each is drawn with the seed; if it makes no "
             "visible defect, another one is used."
         },
     )
@@ -182,7 +182,7 @@ def draw_defects(
     for normal in progress(normals, "drawing defects", "images"):
         try:
             image = np.asarray(decode(root / normal.image))
-        except READ_ERRORS as error:  # header and checksums may be valid although the pixels are not
+        except READ_ERRORS as error:  # header and checksums may be valid although the pixels are broken
             yield Rejection(normal.image, describe_read_error(error))
             continue
         for number in range(1, config.per_normal + 1):
@@ -233,7 +233,7 @@ def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, 
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source.resolve(), target)
-            except OSError:  # another disk, or one without hard links
+            except OSError:  # the output is on another disk, or on one without hard links
                 shutil.copy2(source, target)
     return manifest_row(one)
 

@@ -1,9 +1,9 @@
 """Strict and bounded parsers for YAML and JSON from outside.
 
-Duplicate keys are an error here, whereas the standard parsers silently keep the last value. Very long numbers, half a
-surrogate pair, and values that are nested too deeply are errors too. YAML's aliases and merge keys may not repeat more
-than MAX_REPEATED values, because a few lines of them can expand to billions. Python's JSON parser accepts NaN and
-infinity, so readers check for them.
+Duplicate keys are an error here, whereas the standard parsers silently keep the last value. Very long numbers, unpaired
+surrogates, and values that are nested too deeply are errors too. YAML's aliases and merge keys may not repeat more than
+MAX_REPEATED values, because a few lines of them can expand to billions. Python's JSON parser accepts NaN and infinity,
+so readers check for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_REPEATED = 100_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What PyYAML (6.0) raises for scalars that its constructors cannot read, such as `!!bool x` or `2026-13-01`."""
+"""The errors of PyYAML (6.0) for scalars that its constructors cannot read, such as `!!bool x` or `2026-13-01`."""
 
 
 class DuplicateKeyError(ValueError):
@@ -81,7 +81,7 @@ def _check_nodes(root: yaml.Node) -> None:
             sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
         elif id(node) in open_nodes:
             raise yaml.constructor.ConstructorError(
-                problem="an alias stands for the value that holds it", problem_mark=node.start_mark
+                problem="an alias refers to a value that contains it", problem_mark=node.start_mark
             )
         elif id(node) not in sizes:
             open_nodes.add(id(node))
@@ -109,7 +109,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
             node.value.encode()
         except UnicodeEncodeError as error:
             raise yaml.constructor.ConstructorError(
-                problem="a text has half of a surrogate pair", problem_mark=node.start_mark
+                problem="a text contains an unpaired surrogate", problem_mark=node.start_mark
             ) from error
 
 
@@ -125,7 +125,7 @@ def read_json(text: str, unique_keys: bool = True) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("a text has half of a surrogate pair") from error
+            raise ValueError("a text contains an unpaired surrogate") from error
     return value
 
 

@@ -22,8 +22,8 @@ IMAGE_CHOICES = ("auto", "page", "folder", "none")
 """Where a page keeps its images: `auto` embeds up to EMBEDDED_IMAGES of them, and writes more to a folder."""
 
 IMAGES_HELP = (
-    "Where the page has its images: inside, or in a folder next to it that has the page's name and _images. auto puts "
-    "up to 600 inside."
+    "Where the page stores its images: inside, or in a folder next to it, named after the page with _images. "
+    "auto embeds up to 600."
 )
 """Help of the option `--images`."""
 
@@ -35,7 +35,7 @@ IMAGE_SIDE = 384
 
 
 class ImageStore:
-    """Collects the images of a page. Their numbers are indexes into `embedded`, or into the list from `finish`."""
+    """Collects the images of a page. An image's number is its index in `embedded`, or in the list from `finish`."""
 
     def __init__(self, page: Path, place: str = "auto") -> None:
         """Collect images for the page at this path. `place` is one of IMAGE_CHOICES."""
@@ -47,17 +47,17 @@ class ImageStore:
         """Each image as base64-encoded JPEG, an empty string if unreadable; an empty list if the page embeds none."""
 
     def read_from(self, root: Path | None) -> None:
-        """Read images below `root`; without it, or with the place `none`, the page has none."""
+        """Read images below `root`. Without a root, or with the place `none`, the page has no images."""
         self._root = None if self.place == "none" else root
 
     def add(self, path: str) -> int:
-        """Return the number of an image on the page, or -1 if there is none."""
+        """Add an image and return its number on the page, or -1 if there is none."""
         if self._root is None or not image_file(self._root / path).is_file():
             return -1
         return self._numbers.setdefault(path, len(self._numbers))
 
     def add_query(self, path: str, case: Case | None) -> dict[str, Any]:
-        """Return the number of a query image, and the outlines of its defect as [width, height, SVG path]."""
+        """Add a query image. Return its number, and the outlines of its defect as [width, height, SVG path]."""
         number = self.add(path)
         outlines = None
         if number >= 0 and case is not None and masks.is_marked(case.truth) and self._root is not None:

@@ -65,7 +65,7 @@ def test_sizes_and_lines_are_bounded(tmp_path):
         ("[" * 200_000, "nested too deeply"),
         ('{"a":' * 65 + "1" + "}" * 65, "more than 64 levels"),
         ("9" * 5000, "a number has 5000 digits"),
-        ('["\\ud800"]', "half of a surrogate pair"),
+        ('["\\ud800"]', "an unpaired surrogate"),
         ('{"a": 1, "a": 2}', "duplicate key 'a'"),
     ],
 )
@@ -86,7 +86,7 @@ def merges(levels: int) -> str:
     ("text", "reason"),
     [
         (merges(10), "aliases and merge keys repeat"),
-        ("a: &a [*a]", "stands for the value that holds it"),
+        ("a: &a [*a]", "refers to a value that contains it"),
         ("[" * 5_000, "nested too deeply"),
         ("[" * 65 + "]" * 65, "more than 64 levels"),
         ("a: !!timestamp x", "a value cannot be read"),
@@ -94,7 +94,7 @@ def merges(levels: int) -> str:
         ("a: !!int ''", "a value cannot be read"),
         ("a: 2026-13-01", "a value cannot be read"),
         (f"a: {'9' * 5000}", "a value cannot be read"),
-        ('a: "\\ud800"', "half of a surrogate pair"),
+        ('a: "\\ud800"', "an unpaired surrogate"),
     ],
 )
 def test_bounds_of_yaml(text, reason):
@@ -151,7 +151,7 @@ def test_a_line_that_is_not_utf8_or_a_missing_file_is_named(tmp_path):
 def test_an_image_of_several_frames_is_refused(tmp_path, name):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    with pytest.raises(inputs.InputError, match="several frames, so it is unclear which one counts"):
+    with pytest.raises(inputs.InputError, match="several frames, so it is unclear which one to use"):
         decode(tmp_path / name)
     frames[0].save(tmp_path / name)
     assert decode(tmp_path / name).size == (32, 32)

@@ -1,8 +1,8 @@
 """Estimate the memory of a recipe: `python -m train.memory --config recipes/qwen2_vl_7b/decision_maker.yaml`.
 
 This command finds every LoRA target in the real architecture, counts the parameters exactly and estimates the memory of
-each topology at the recipe's largest batch. echo_ft/training/costs/memory.py describes the method and what it leaves
-out. No weights are downloaded, and no GPU is needed.
+each topology at the recipe's largest batch. echo_ft/training/costs/memory.py describes the method and its limits. No
+weights are downloaded, and no GPU is needed.
 
 `--run recipes/qwen2_vl_7b/run.yaml` also estimates a run with adapters like the recipe's. The file may be a config of
 evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
@@ -61,7 +61,7 @@ class MemoryConfig:
         metadata={"help": "Text tokens of the longest exchange with all branches; default: depends on the role."},
     )
     run: str | None = field(
-        default=None, metadata={"help": "Config of a run, which is then estimated too, with adapters of the recipe."}
+        default=None, metadata={"help": "Config of a run to estimate as well, with the adapters of the recipe."}
     )
     label_tokens: int | None = field(
         default=None, metadata={"help": "Trained tokens among the text tokens; default: depends on the role."}
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     )
     check_options(sft, base, config)
     if own.gpus < 1:
-        raise EchoError(f"gpus is {own.gpus}; give a number of GPUs of at least 1")
+        raise EchoError(f"gpus is {own.gpus}; set it to 1 or more")
     model = trainable_meta_model(config, base)
     print(f"{base.model_name_or_path}, {config.role}")
     print(memory_report(model, largest_batch(own, config, sft), sft, base, own.gpus, config.adapt_from))
@@ -117,12 +117,12 @@ def read_run(path: str) -> dict[str, Any]:
 
 
 def run_width(options: Mapping[str, Any]) -> int:
-    """Bytes per weight of a run. The published weights are in bfloat16."""
+    """Return the bytes per weight of a run. The published weights are in bfloat16."""
     return 4 if options.get("dtype") == "float32" else 2
 
 
 def run_shapes(options: Mapping[str, Any]) -> dict[str, RunShape]:
-    """The largest batch of each role in a run with the options of its config."""
+    """Return the largest batch of each role in a run with the options of its config."""
     from echo_ft.inference.memory import RunShape
 
     return {

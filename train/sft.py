@@ -179,7 +179,7 @@ def dry_run(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> Non
     if sft.process_index != 0:
         return
     dataset, cases = checked.dataset, checked.cases
-    # Training verifies each image as it reads it. Hashing all images first would keep the GPUs waiting.
+    # Training verifies each image when it reads it, because the GPUs would have to wait if all were hashed first.
     names = (name for case in cases for exchange in case["exchanges"] for name in exchange["images"])
     require_unchanged(dataset, names)
     first = from_dict(Exchange, cases[0]["exchanges"][0])
@@ -198,9 +198,9 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         trainer.save_state()
     kind = "full model" if not base.use_peft else "adapter" if len(checked.cards) == 1 else "adapter of each role"
     best = trainer.card.best_step
-    chosen = f" of step {best}, which evaluated best," if best else ""
+    chosen = f" of step {best}, the best in evaluation," if best else ""
     if sft.load_best_model_at_end and not best and sft.process_index == 0:
-        LOGGER.warning("there is no best checkpoint to load: the %s is that of the last step", kind)
+        LOGGER.warning("there is no best checkpoint to load, so the %s is that of the last step", kind)
     trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")
     trainer.end()
 
@@ -219,7 +219,7 @@ def make_trainer(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -
         base.model_name_or_path,
         base.model_revision,
         base.dtype,
-        attn_implementation="sdpa",  # for the vision tower; the language model uses echo_ft.model.attention
+        attn_implementation="sdpa",  # only the vision tower uses sdpa; the language model uses echo_ft.model.attention
         quantization_config=quantization_config(base),
     )
     lora = lora_config(config, base, model)
@@ -256,7 +256,7 @@ def make_trainer(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -
 
 @contextmanager
 def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[None]:
-    """Log the training in this block to Weights & Biases if `report_to` names it, with dataset, card and adapter.
+    """Log the training in this block to Weights & Biases if `report_to` says so, with dataset, card and adapter.
 
     transformers' callback logs its curves and options into the run that it finds.
     """
@@ -276,7 +276,10 @@ def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[
 
 
 def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) -> Any:
-    """The store for features of the frozen vision tower, keyed by everything that they depend on except the image."""
+    """Return the store for features of the frozen vision tower.
+
+    Its key has all that they depend on, except the image.
+    """
     from echo_ft.model.vision import TowerFeatureStore
     from echo_ft.training.config import quantization_config
 

@@ -1,12 +1,12 @@
-"""Measure the engine by where the adapters act: `python -m benchmarks.evaluation.late_adapters [--cases 16]`.
+"""Measure the engine for each value of adapt_from: `python -m benchmarks.evaluation.late_adapters [--cases 16]`.
 
 The workload is that of benchmarks/evaluation/speed.py: the full pipeline on drawn parts of 448 x 448 pixels, with three
 references and five questions per case. All four roles have LoRA adapters of all language layers with small random
 weights, the same for every value of adapt_from. The values take turns. Their answers must equal those of plain
 transformers, which runs one question at a time and switches the adapter on only where it acts.
 
-Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. Adapters that act
-elsewhere give other texts of other lengths. With `--max_new_tokens 1`, the work is equal.
+Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. The value also
+changes the texts and their lengths. With `--max_new_tokens 1`, the work is equal.
 
 `--count` runs nothing and counts the engine's operations at the full sizes, on the meta device, as if every generated
 text were one sentence.
@@ -78,14 +78,14 @@ class PlainLate:
     """Plain transformers: one question at a time, without padding. The adapter is off before it acts."""
 
     model: Any
-    """With the adapters of all roles."""
+    """The model with the adapters of all roles."""
     row_builder: RowBuilder
     root: Path
     start: str
     max_new_tokens: int
 
     def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        """Every branch of every exchange, one after another."""
+        """Generate for every branch of every exchange, one after another."""
         self.model.set_adapter(role)
         return [[self.generate_one(exchange, branch) for branch in exchange.branches] for exchange in exchanges]
 
@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[f
                     )
                 ]
             )
-            if number:  # the first pass of a process is slower
+            if number:  # the first pass of a process is slower and not counted
                 rates[start].append(len(found) / (time.process_time() - began))
                 print(
                     f"run {number}: {start}: {rates[start][-1]:.2f} questions per CPU second",
@@ -271,7 +271,7 @@ def main() -> None:
 
 
 def table(rates: Mapping[str, Sequence[float]]) -> str:
-    """One line per value of adapt_from. Ratios compare medians; their spread compares runs that took turns."""
+    """Return one line per value of adapt_from. Ratios compare medians; their spread compares runs that took turns."""
     prefix = statistics.median(rates["prefix"])
     lines = ["| adapt_from | questions per CPU second | times as fast as prefix |", "|---|---|---|"]
     for start, values in rates.items():

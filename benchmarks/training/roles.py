@@ -49,7 +49,7 @@ class Training:
     """CPU time of a step of each role, together."""
     peak_mib: float
     operations: float
-    """Of a step of each role, together: forward and backward, each distinct image and token once."""
+    """Operations of a step of each role, together: forward and backward, each distinct image and token once."""
 
 
 def measure_roles(folder: Path, workload: Workload) -> dict[str, Training]:

@@ -1,4 +1,4 @@
-"""Sources: one module per dataset layout, each with a `read(config)` that yields records in a stable order.
+"""Sources: one module per dataset layout. Its function `read(config)` yields records in a stable order.
 
 A source yields an `Inspection` followed by its `Question`s, or a `Rejection` for an image or row that cannot be used.
 Paths in records are relative to `SourceConfig.root`, which sources only read. Outlines without a mask file are stored
@@ -41,13 +41,13 @@ SOURCE_NAMES = tuple(
 class ItemPlace:
     """The place of an inspection in its manifest, such as `parts.csv:3`, which is reported if the image is unusable.
 
-    What the manifest says there follows as the next `Inspection` with this id or the next `Rejection` of this place.
+    The content of this place follows as the next `Inspection` with this id or the next `Rejection` of this place.
     """
 
     inspection: str
     place: str
     unannotated: bool = False
-    """Whether no annotation marks or names anything there, so that the image is `good` only by convention."""
+    """Whether this place has no mark and no label, so that the image is `good` only by convention."""
 
 
 Item = Inspection | Question | Rejection | ItemPlace
@@ -73,7 +73,7 @@ class SourceConfig:
     good: tuple[str, ...] = ()
     """Words in the dataset, besides `good`, that mean a part without a defect."""
     split: str = "given"
-    """How the build splits the images. With `given`, a folder layout must name the splits."""
+    """How the build splits the images. With `given`, a folder layout must contain the splits."""
     frame: int | None = None
     """The frame (from 0) of each image file to use, unless the dataset names one; None for files with one frame."""
 
@@ -110,7 +110,7 @@ def join_conditions(conditions: Collection[str]) -> str:
     known: dict[str, str] = {}
     for name in sorted(names):
         if known.setdefault(spelling(name), name) != name:
-            raise RowError(f"{known[spelling(name)]!r} and {name!r} seem to be one defect; spell it in one way")
+            raise RowError(f"{known[spelling(name)]!r} and {name!r} seem to be the same defect; use one spelling")
     return join_defects(names)
 
 
@@ -163,13 +163,13 @@ def _on_disk(folder: str, place: str) -> str:
     return path
 
 
-@lru_cache  # a folder may lack many files of a list
+@lru_cache  # a folder may be listed many times for the missing files of a list
 def _names_by_form(folder: str, modified: int) -> dict[str, str]:
     return {nfc(name): name for name in sorted(os.listdir(folder))}
 
 
 def subfolders(root: Path, folder: Path) -> list[Path]:
-    """Return the folders directly in `folder`, except links that are not followed; `reject_unused` names these.
+    """Return the folders directly in `folder`, except links that are not followed, which `reject_unused` reports.
 
     Links directly in the root are followed, because people keep products on other disks. Deeper links must stay inside
     the root, or inside the linked folder that contains them.
@@ -196,7 +196,7 @@ def link_base(root: Path, folder: Path) -> Path:
 def link_fault(inspection: Inspection, root: Path, below_links: bool) -> str | None:
     """Return why a record's files may not be read because a link leads out of the root, or None.
 
-    With `below_links`, files may be below a link directly in the root, as in folder layouts.
+    With `below_links`, files may be in a linked folder directly in the root, as folder layouts allow.
     """
     for name in (inspection.image, *mask_files(inspection), *filter(None, [inspection.reference])):
         path = image_file(root / name)
@@ -214,7 +214,7 @@ class LinkOutside(Rejection):
 
 def reject_link(root: Path, folder: Path) -> LinkOutside:
     """Return the rejection of a linked folder that leads out of the root."""
-    reason = f"the folder is a link out of the root to {folder.resolve()} and is passed over"
+    reason = f"the folder is a link out of the root to {folder.resolve()} and is skipped"
     return LinkOutside(folder.relative_to(root).as_posix(), f"{reason}; set root to a folder above both, or copy it")
 
 
@@ -256,7 +256,8 @@ def reject_unused(
 def reject_unlisted(root: Path, folder: Path, used: Collection[str], reason: str) -> Items:
     """Yield rejections for the files at any depth in `folder` that are not `used`.
 
-    A single rejection covers all images: `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own.
+    A single rejection covers all images: `images ignored (12): <reason>: a.png, b.png`. Every other file gets its own
+    rejection.
     """
     files, outside = walk_below(root, folder)
     for link in outside:

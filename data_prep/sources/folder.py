@@ -10,8 +10,8 @@ If the build makes the splits, a product may also be flat, as in anomalib's `Fol
 in `ground_truth`, `masks` or `mask`. The root may be a flat product itself. Folders such as `gt` or `labels` are
 rejected because they seem to hold masks, as is `<stem>_mask` next to its image.
 
-Everything else in the layout is rejected with a reason; a whole folder gets a single rejection. Text files next to the
-products and splits (`license.txt`, `readme.md`) and system files are ignored. Product folders may be links.
+Everything else in the layout is rejected with a reason. All files of a folder get a single rejection. Text files next
+to the products and splits (`license.txt`, `readme.md`) and system files are ignored. Product folders may be links.
 """
 
 from __future__ import annotations
@@ -137,10 +137,7 @@ def read_folder_layout(
 
 
 def _condition(name: str, good: tuple[str, ...], flat: bool) -> str:
-    """Return the condition that a folder names.
-
-    Raises RowError as `named_condition` does, and also if a name in a flat product seems to mean masks.
-    """
+    """Return the condition of a folder. Raises RowError as `named_condition` does, and for names of mask folders."""
     if flat and ANNOTATION_FOLDER.fullmatch(nfc(name)):
         raise RowError(
             f"{name} seems to hold masks or labels; rename it to {MASK_FOLDER} if it holds masks, or give the defect "
@@ -194,7 +191,7 @@ def _image_folders(root: Path, product: _Product) -> list[str]:
 
 
 def _undeclared(root: Path, folders: Collection[Path], splits_made: bool) -> dict[Path, str]:
-    """Map each folder that would be a flat product if a word for `good` were declared to how to declare it."""
+    """Map each folder that would be a flat product if a word for `good` were declared to a hint that says so."""
     remedies = {}
     for folder in folders:
         word = next(filter(sounds_good, _image_folders(root, _flat_product(root, folder))), None)

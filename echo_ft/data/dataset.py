@@ -215,7 +215,7 @@ def _check_questions(path: Path, questions: Sequence[Question], unlabelled: Coll
         ):
             fault = f"the answer {one.answer!r} is not one of its options"
         if fault:
-            raise EchoError(f"{path}:{number} is not a question that can be asked ({fault}); rebuild the dataset")
+            raise EchoError(f"{path}:{number} is not a valid question ({fault}); rebuild the dataset")
         seen.add(one.id)
 
 

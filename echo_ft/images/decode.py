@@ -100,7 +100,7 @@ def _check_single(image: Image.Image) -> None:
     except EOFError:
         return
     raise InputError(
-        "the file has several frames, so it is unclear which one counts; append one to its path, such as #frame=0, "
+        "the file has several frames, so it is unclear which one to use; append one to its path, such as #frame=0, "
         "build with --frame 0, or save it as a PNG file"
     )
 
@@ -205,7 +205,8 @@ def deep_values(image: Image.Image) -> NDArray[np.generic] | None:
     image.fp.seek(0)
     content = np.frombuffer(image.fp.read(), np.uint8)
     image.fp.seek(position)
-    high_bytes = np.asarray(image.convert("RGB"))  # Pillow (13.0.0) has no mode for more; this also checks the file
+    # Pillow (13.0.0) keeps only 8 of the 16 bits; this also checks the file.
+    high_bytes = np.asarray(image.convert("RGB"))
     if image.format == "TIFF":
         _, pages = cv2.imdecodemulti(content, cv2.IMREAD_UNCHANGED, range=(image.tell(), image.tell() + 1))
         values: Any = pages[0] if pages else None
@@ -213,7 +214,7 @@ def deep_values(image: Image.Image) -> NDArray[np.generic] | None:
         values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise InputError(_UNCLEAR_COLOURS)
-    values = values[..., 2::-1]  # OpenCV stores blue, green, red and opacity
+    values = values[..., 2::-1]  # OpenCV stores blue, green, red and opacity in this order
     if values.shape != high_bytes.shape or not np.array_equal(values >> 8, high_bytes):
         raise InputError(_UNCLEAR_COLOURS)
     colours: NDArray[np.generic] = values
@@ -252,7 +253,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    # Pillow (13.0.0) already turns TIFF files and their size.
+    # Pillow (13.0.0) already turns TIFF files upright and swaps their size.
     return None if image.format == "TIFF" else TURNS.get(orientation(image))
 
 
@@ -266,7 +267,7 @@ def _bits_needed(values: NDArray[np.generic]) -> int:
     low, high = values.min(), values.max()
     if np.issubdtype(values.dtype, np.floating) and low >= 0 and high <= 1:
         return 1
-    if low >= 0 and high < 2 ** BIT_DEPTHS[-1]:  # false for NaN too
+    if low >= 0 and high < 2 ** BIT_DEPTHS[-1]:  # this is also false for NaN
         return next(bits for bits in BIT_DEPTHS if high < 2**bits)
     raise _RangeError(
         f"its values range from {low:g} to {high:g}, which is neither 0 to 1 nor an unsigned range of "

@@ -126,7 +126,7 @@ class Engine:
                     "a single case does not fit into memory; lower max_pixels, references or max_new_tokens, or use "
                     "a GPU with more memory"
                 ) from error
-        # Outside the handler, because the traceback would keep the tensors of the failed attempt alive.
+        # This is outside the handler, whose traceback would keep the tensors of the failed attempt alive.
         self._looks.clear()
         torch.cuda.empty_cache()
         lengths = [np.bincount(row.segments).tolist() for row in rows]
@@ -200,11 +200,11 @@ class Engine:
             name: tensor.to(self.device) for name, tensor in pad_rows(prefixes, self.row_builder.pad_token_id).items()
         }
         cache = DynamicCache(config=self.base.config.get_text_config())
-        pooled: Any = features  # transformers declares a single tensor
+        pooled: Any = features  # the type that transformers declares, a single tensor, is wrong
         self.base.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=None,  # causal attention, which has fast kernels, is enough: padding is on the right
+            attention_mask=None,  # Padding is on the right, so causal attention is enough, and it has fast kernels.
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
             past_key_values=cache,
             use_cache=True,
@@ -244,7 +244,7 @@ class Engine:
         found = self._looks.get(key)
         if found is None:
             cache, _ = self._run_prefixes([start], features)
-            layers: list[Any] = cache.layers  # transformers declares layers without keys
+            layers: list[Any] = cache.layers  # the layer type that transformers declares has no keys
             found = {index: (layer.keys, layer.values) for index, layer in enumerate(layers)}
             if len(start.input_ids) + sum(one[0][0].shape[-2] for one in self._looks.values()) <= LOOK_TOKENS:
                 self._looks[key] = found
@@ -277,7 +277,7 @@ class Engine:
         mask[:, :, -length:] &= causal
 
         if self._adapt_from == "answer":
-            own = len(self.row_builder.generation_prompt)  # every branch ends with it
+            own = len(self.row_builder.generation_prompt)  # every branch ends with the generation prompt
             with switched_off(self._layers):
                 self._step(tokens[:, :-own], positions[:, :-own], mask[:, :-own, :-own], cache)
             tokens, positions, mask = tokens[:, -own:], positions[:, -own:], mask[:, -own:]

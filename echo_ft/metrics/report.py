@@ -57,7 +57,7 @@ def calibrate_run(run: Run, validation: Run, false_alarms: float) -> dict[str, A
     options, or if both runs contain the same parts.
     """
     if not 0 < false_alarms < 1:
-        raise EchoError(f"--false_alarms is {false_alarms:g}; give a share of the normal images between 0 and 1")
+        raise EchoError(f"--false_alarms is {false_alarms:g}; give a fraction of the normal images between 0 and 1")
     cannot = f"{validation.folder} cannot calibrate {run.folder}: "
     for key in (*SAME_MODEL_KEYS, "answer"):
         ours, theirs = run.provenance.get(key), validation.provenance.get(key)
@@ -138,7 +138,7 @@ def build_report(
         "alarms": detection.score_alarms(table),
         "boxes": score_boxes(run.grounding),
         "calibration": calibration,
-        # If probabilities decide, no text is generated to compare with them.
+        # If probabilities decide, there is no text to compare them with.
         "two_ways": strict.text_vs_logits(run.predictions) if generated else {},
         "option_order": option_order_report(run),
         "experts": expert_report(run, table),
@@ -189,13 +189,14 @@ def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
 def _read_traces(run: Run) -> Iterator[Trace]:
     """Yield the traces of a run. Raises EchoError if an answered case has none."""
     path, cases = run.folder / TRACES, set[str]()
-    for trace in read_complete_rows(path, Trace):  # a run that was killed may have half of a line
+    for trace in read_complete_rows(path, Trace):  # a killed run may leave an incomplete last line
         cases.add(trace.case)
         yield trace
     lost = sorted({one.case for one in run.predictions if one.error is None} - cases)
     if lost:
         raise EchoError(
-            f"{path} has no row of {len(lost)} cases (first: {lost[0]}); restore it, or run into another output"
+            f"{path} has no row of {len(lost)} cases (first: {lost[0]}); restore the file, or start a run in another "
+            "--output"
         )
 
 

@@ -90,7 +90,8 @@ def meta_model(model_name_or_path: str, revision: str | None = None) -> Any:
     from transformers.modeling_utils import set_zero3_state
 
     config = model_config(model_name_or_path, revision)
-    # set_zero3_state: under ZeRO-3, transformers (5.23) would distribute and initialise weights that meta tensors lack.
+    # Under ZeRO-3, transformers (5.23) would distribute and initialise the weights, but meta tensors have none.
+    # set_zero3_state prevents this.
     with torch.device("meta"), set_zero3_state():
         return AutoModelForImageTextToText.from_config(config)
 
@@ -108,7 +109,7 @@ def add_adapter(model: Any, peft_config: Any, names: Sequence[str] = ("default",
 
 
 def count_parameters(model: Any) -> list[ParameterCount]:
-    """Total and trainable parameters of each part in PARAMETER_GROUPS. Tied weights count once."""
+    """Count the total and trainable parameters of each part in PARAMETER_GROUPS. Tied weights count once."""
     parts = [(parameter_group(name), parameter) for name, parameter in model.named_parameters()]
     return [
         ParameterCount(
@@ -121,7 +122,7 @@ def count_parameters(model: Any) -> list[ParameterCount]:
 
 
 def frozen_bytes(model: Any, width: int, bits: int | None = None, nested: bool = False) -> int:
-    """Bytes of the frozen weights at `width` bytes each.
+    """Return the size of the frozen weights in bytes, at `width` bytes each.
 
     With `bits` 4 or 8, bitsandbytes quantizes the linear layers of the language model, except the LM head. With 4 bits,
     every 64 weights need a scale: 4 bytes, or with `nested` 1 byte and a fraction of a second scale (QLoRA, arXiv

@@ -169,6 +169,6 @@ def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
     dead = [part for part, has_gradient in nonzero.items() if not has_gradient]
     if dead:
         raise EchoError(
-            f"lora_target_modules names the {' and the '.join(dead)}, but no gradient arrives there; set "
-            "gradient_checkpointing: false or remove those modules"
+            f"lora_target_modules names the {' and the '.join(dead)}, but no gradient reaches these modules; set "
+            "gradient_checkpointing: false or remove them"
         )

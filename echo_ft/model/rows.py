@@ -1,9 +1,9 @@
 """Rows: an `Exchange` as tokens, with one shared prefix and several branches.
 
 A row is `prefix | branch 1 | branch 2 | ...`. The prefix holds the images and the shared context. A branch holds its
-prompt and, in training, its completion with the closing tokens of the chat template. A branch attends to the prefix
-and to itself, and its M-RoPE positions restart after the prefix. Every branch therefore computes exactly what it would
-compute in a row of its own (Qwen2-VL's M-RoPE: arXiv 2409.12191).
+prompt and, in training, its completion with the closing tokens of the chat template. A branch attends to the prefix and
+to itself, and its M-RoPE positions restart after the prefix. Every branch therefore computes exactly what it would
+compute in a separate row (Qwen2-VL's M-RoPE: arXiv 2409.12191).
 
 Shapes: B rows, L tokens of the longest row, P patches, C = 3 * temporal_patch_size * patch_size^2 values per patch.
 """
@@ -33,7 +33,7 @@ ADAPT_FROM = ("prefix", "branch", "answer")
 PADDING = -1
 """Segment of padding tokens. The prefix is segment 0; branches count from 1."""
 
-_PLACEHOLDER = "\u241e"  # takes the place of the context, and then of the completion, in the chat template
+_PLACEHOLDER = "\u241e"  # stands for the context, and then for the completion, in the chat template
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class RowBuilder:
         self._check_placeholders(prefix.count(self.image_token_id), len(grids), exchange)
         tokens = sum(math.prod(grid) for grid in grids) // self.merge**2
         look = len(prefix) - prefix[::-1].index(self.image_token_id) - len(grids) + tokens if grids else 1
-        ends = len(self._encode([self._template(exchange)[2]])[0]) - 1  # what the template adds after the end token
+        # Number of tokens that the template adds after the end token.
+        ends = len(self._encode([self._template(exchange)[2]])[0]) - 1
         prompts, completions = list(map(len, parts[::2])), list(map(len, parts[1::2]))
         branches = tuple(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
         generated = tuple(length - ends for length in completions if length)
@@ -190,7 +191,7 @@ class RowBuilder:
         """Tokenize the texts of several exchanges in one call, which uses all cores."""
         texts: list[str] = []
         for exchange in exchanges:
-            with contextlib.suppress(EchoError):  # raised again when the row itself is built
+            with contextlib.suppress(EchoError):  # building the row raises the error again
                 texts += self._texts(exchange)
         self._encode(texts)
 
@@ -224,7 +225,7 @@ class RowBuilder:
         try:
             text: str = self.processor.apply_chat_template(messages, tokenize=False, **options)
             reason = None if _PLACEHOLDER in text else "it leaves out the text of a message"
-        except Exception as error:  # a template is a program
+        except Exception as error:  # a template is a program, which may raise anything
             reason = str(error) or type(error).__name__
         if reason:
             raise EchoError(f"the chat template of the model fails ({reason}); use that of a Qwen2-VL model")
@@ -236,7 +237,7 @@ class RowBuilder:
         if len(self._encoded) > 50_000:
             self._encoded.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._encoded]
-        if new:  # in one call, because the overhead of a call exceeds the tokenization itself
+        if new:  # This is one call, because a call takes longer than the tokenization itself.
             self._encoded |= zip(new, self.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True)
         return [self._encoded[text] for text in texts]
 
@@ -276,7 +277,7 @@ class RowBuilder:
 
 
 def _checked_text(branch: Branch) -> str:
-    """Return the text of a branch that may not contain control tokens."""
+    """Return the text of a branch. Raises EchoError if it contains a control token."""
     return branch.prompt + without_box_tokens(branch.completion or "")
 
 

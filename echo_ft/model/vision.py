@@ -38,7 +38,7 @@ CORRUPTION_FINGERPRINT = code_fingerprint(Path(corruptions.__file__))
 
 
 RECENT_IMAGES = 128
-"""Number of recently used images with cached features; more than a batch has."""
+"""Number of recently used images with cached features. It is larger than a batch."""
 
 ImageFeature = tuple[torch.Tensor, tuple[int, int]]
 """The vision tower's features of an image, (tokens, hidden), and the image's (width, height) in pixels."""
@@ -84,7 +84,7 @@ class ImageEncoder:
         found = {view: feature for view in images if (feature := self._find((owner, view))) is not None}
         missing = [view for view in dict.fromkeys(images) if view not in found]
         with ThreadPoolExecutor(READER_THREADS) as pool:
-            # One image at a time: in a batch, the lowest bits would depend on which images are not cached yet.
+            # Images are encoded one at a time. In a batch, the lowest bits would depend on which images are cached.
             for view, (inputs, size) in zip(missing, pool.map(self._load, missing), strict=True):
                 (encoded,) = self.model.model.get_image_features(
                     inputs["pixel_values"].to(self.model.device),
@@ -137,7 +137,7 @@ class TowerFeatureStore:
         self.full = False
 
     def path(self, view: View) -> Path:
-        """Return the file for a view; a changed or corrupted image has a different one."""
+        """Return the file for a view; a changed or corrupted image has a different file."""
         stat = image_file(view.path).stat()
         key = f"{view.path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
         if view.corruption is not None:
@@ -179,7 +179,7 @@ def _bytes_in(folder: Path) -> int:
     for part in folder.glob("*/"):
         remove_left_over_files(part)
     for path in folder.glob("*/*"):
-        with suppress(FileNotFoundError):  # another process has renamed it
+        with suppress(FileNotFoundError):  # another process has renamed the file
             total += path.stat().st_size
     return total
 
@@ -232,7 +232,8 @@ def encode_images_once(model: Any, store: TowerFeatureStore | None) -> None:
                 if view is not None:
                     store.save(view, encoded)
         distinct = (*new, *images.known)
-        # transformers declares a single tensor. If the row has no image, pass none of the first image's tokens.
+        # The type that transformers declares, a single tensor, is wrong. For a row without images, pass an empty part
+        # of the first image's features.
         features: Any = tuple(distinct[index] for index in images.order) or (distinct[0][:0],)
         return BaseModelOutputWithPooling(pooler_output=features)
 

@@ -47,7 +47,9 @@ ROWS_PER_BATCH = 1000
 def load_training_cases(
     row_builder: RowBuilder, dataset: Dataset, config: EchoConfig, sft: SFTConfig, split: str
 ) -> tuple[datasets.Dataset, Plan]:
-    """The usable cases of one split, and their plan. Unusable rows go to rejected_<split>.jsonl beside the adapter.
+    """Return the usable cases of one split, and their plan.
+
+    Unusable rows go to rejected_<split>.jsonl beside the adapter.
 
     Raises EchoError if the split has no usable row of a trained role.
     """
@@ -119,8 +121,8 @@ def _read_rows(path: Path, role: str) -> Iterator[Exchange]:
 def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
     """Read the rows with these numbers from a file of valid exchanges.
 
-    datasets (5.2) would read every file whose path matches this one as a pattern, such as `parts2` for `parts[2]`, and
-    keep a copy of all rows in its cache.
+    The package datasets (5.2) would treat the path as a pattern, so it would read `parts2` for `parts[2]`. It would
+    also keep a copy of all rows in its cache.
     """
     batches = []
     with open_text(path) as file:
@@ -132,7 +134,7 @@ def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
 
 
 def group_by_case(exchanges: pa.Table, starts: Sequence[int] | None = None) -> datasets.Dataset:
-    """One row per case; its field `exchanges` lists the adjacent exchanges of the case (EXCHANGE_SCHEMA).
+    """Return one row per case. Its field `exchanges` lists the adjacent exchanges of the case (EXCHANGE_SCHEMA).
 
     `starts` has the index of the first exchange of each case, and their number; by default, that of `case_starts`.
     A training step takes whole cases, because the exchanges of a case share their images. TRL (1.16) accepts only this
@@ -146,10 +148,10 @@ def group_by_case(exchanges: pa.Table, starts: Sequence[int] | None = None) -> d
 
 
 def pad_cases(cases: datasets.Dataset, multiple: int) -> datasets.Dataset:
-    """`cases` and copies of the first one without completions, up to a multiple of `multiple` cases.
+    """Return `cases`, followed by copies of the first one without completions, up to a multiple of `multiple` cases.
 
-    All processes must take the same number of batches. accelerate (1.15) repeats cases for this, which would count
-    twice in an evaluation. A case without completions has no trained tokens and adds nothing to the loss.
+    All processes must take the same number of batches. accelerate (1.15) repeats cases for this, and the repeated cases
+    would count twice in an evaluation. A case without completions has no trained tokens and adds nothing to the loss.
     """
     missing = -len(cases) % multiple
     if not missing:

@@ -47,22 +47,22 @@ FREE = (
 """Options that decide what is learnt, but may change when training resumes. They apply from the resumed step on."""
 
 IRRELEVANT = (
-    # The card has its own fields for the first of these.
+    # The card has fields for the first of these.
     "role", "by_role", "dataset", "min_pixels", "max_pixels", "corrupted_share", "mask_loss", "adapt_from",
     "model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit", "features", "features_gib", "dry_run",
     "attn_implementation", "output_dir", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict",
     "use_cpu", "use_cache",
-    # What is logged, reported, pushed and saved
+    # These options control what is logged, reported, pushed and saved.
     "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
     "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name",
     "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "save_only_model", "save_strategy",
     "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token",
     "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "debug",
     "skip_memory_metrics", "restore_callback_states_from_checkpoint",
-    # How an evaluation runs
+    # These options control how an evaluation runs.
     "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start", "eval_do_concat_batches",
     "eval_use_gather_object", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval",
-    # Speed and memory, for the same result up to rounding
+    # These options affect only speed, memory and rounding.
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
     "use_liger_kernel", "liger_kernel_config", "torch_empty_cache_steps", "auto_find_batch_size",
@@ -99,7 +99,7 @@ class Checkpoint:
 
 
 def find_checkpoint(sft: SFTConfig, cards: Mapping[str, AdapterCard]) -> Checkpoint | None:
-    """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or `true` takes the newest in output_dir.
+    """Return the checkpoint to resume from: the folder `resume_from_checkpoint`, or if `true` the newest one.
 
     With `true`, a run without a checkpoint starts from the beginning and logs this. Raises EchoError if the folder does
     not exist, is incomplete or has changed. Raises EchoError if an adapter differs from its card in role, dataset, base
@@ -218,16 +218,16 @@ def _require_steps(checkpoint: Path, sft: SFTConfig) -> None:
 
 
 def _compare_training(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One sentence per changed option in FREE. Raises EchoError if one in FIXED, or one that cannot change, differs."""
-    if not before:  # a card of an older version
+    """Return a sentence per changed option in FREE. Raises EchoError for a change that is not allowed."""
+    if not before:  # an older version wrote the card
         before = _from_peft(checkpoint)
         LOGGER.warning(
-            "the card of %s does not say how it was trained (an older version wrote it): only LoRA's options are "
-            "compared, so check the others, such as seed and batch size",
+            "the card of %s does not list its training options, because an older version wrote it; only LoRA's "
+            "options are compared, so check the others, such as seed and batch size",
             checkpoint,
         )
     else:
-        before = {"shuffle_options": False, **before}  # cards of versions without this option leave it out
+        before = {"shuffle_options": False, **before}  # cards of older versions do not have this option
     for name in FIXED:
         # A run without a metric has no best value yet, so a metric may still be chosen.
         unset = name in ("metric_for_best_model", "greater_is_better") and None in (before.get(name), now.get(name))
@@ -266,7 +266,7 @@ def _from_peft(checkpoint: Path) -> dict[str, Any]:
 
 
 def training_options(config: EchoConfig, sft: SFTConfig, base: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:
-    """The options that decide what is learnt, FIXED and FREE, as JSON values for the card.
+    """Return the options that decide what is learnt, FIXED and FREE, as JSON values for the card.
 
     `lora` is the adapter's config with the names of its target modules, or None for full fine-tuning.
     """
@@ -287,7 +287,7 @@ def training_options(config: EchoConfig, sft: SFTConfig, base: ModelConfig, lora
 
 
 def optimizer_options(optimizer: Any) -> list[dict[str, Any]]:
-    """The options of each nonempty parameter group of `optimizer`, as a new optimizer has them."""
+    """Return the options of each nonempty parameter group of `optimizer`, as a new optimizer has them."""
     names, groups = ("lr", "weight_decay", "betas", "eps"), getattr(optimizer, "param_groups", ())
     return [{name: group[name] for name in names if name in group} for group in groups if group["params"]]
 
@@ -317,7 +317,7 @@ def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in `folder`, or None. Logs a warning for each incomplete one that it skips."""
+    """Return the newest complete checkpoint in `folder`, or None. Logs a warning for each incomplete one."""
     numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     for path in sorted((p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True):
         if (path / COMPLETE_MARKER).is_file():
@@ -327,7 +327,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 
 def moved_best_checkpoint(state: Any, output: Path) -> str | None:
-    """The best checkpoint of a resumed run's `state`, even if `output` has moved since; None if there is none.
+    """Return the best checkpoint of a resumed run's `state`, or None. It is found even if `output` has moved since.
 
     If the recorded path of the best checkpoint does not exist, transformers (5.23) forgets the path but not the step.
     """

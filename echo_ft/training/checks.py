@@ -1,7 +1,7 @@
 """Checks of the options of train/sft.py, before the dataset is read and the first weight is loaded.
 
-Where transformers, PEFT or torch have a check of their own, it runs here on dummies. A dry run then refuses whatever
-would make the training fail.
+Where transformers, PEFT or torch have their own check, it runs here on dummy objects. A dry run can therefore refuse
+options that would make the training fail.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ UNSUPPORTED = {
     "trust_remote_code": "Qwen2-VL is part of transformers",
     "lora_target_parameters": "Qwen2-VL has linear layers; use lora_target_modules",
 }
-"""Options that must stay unset, and why."""
+"""Options that must stay unset, with the reasons."""
 
 _LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -173,7 +173,7 @@ def _try(option: str, check: Callable[[], Any], remedy: str) -> Any:
     """Return the result of a library's own check. Turns any error into an EchoError that names the option."""
     try:
         return check()
-    except Exception as error:  # the libraries may raise anything, from ImportError to KeyError
+    except Exception as error:  # the libraries may raise any error, from ImportError to KeyError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise EchoError(f"{option} cannot be used ({reason}); {remedy}") from error
 
@@ -203,7 +203,8 @@ def _check_libraries(sft: SFTConfig) -> None:
     given: Any = sft.gradient_checkpointing_kwargs
     if given:
         options = {"use_reentrant": False, **given}
-        for name in ("selective", "every_n_layers"):  # TRL (1.16) and transformers (5.23) take these themselves
+        # TRL (1.16) and transformers (5.23) use these arguments themselves.
+        for name in ("selective", "every_n_layers"):
             options.pop(name, None)
         _try(
             "gradient_checkpointing_kwargs or activation_checkpointing_kwargs",
@@ -295,7 +296,7 @@ def _check_hub(sft: SFTConfig, dry_run: bool) -> None:
 def _check_model_options(model: ModelConfig) -> None:
     if model.attn_implementation not in (None, *attention.IMPLEMENTATIONS):
         raise EchoError(
-            f"attn_implementation {model.attn_implementation} does not keep the branches of a row apart; choose from "
+            f"attn_implementation {model.attn_implementation} does not separate the branches of a row; choose from "
             + ", ".join(attention.IMPLEMENTATIONS)
         )
     if model.model_name_or_path is None:
@@ -323,15 +324,16 @@ def _check_model_options(model: ModelConfig) -> None:
 
 
 def runs_on_cpu(sft: SFTConfig, dry_run: bool) -> bool:
-    """Whether this run trains on the CPU. A dry run on a machine without a GPU may be for another machine."""
+    """Return whether this run trains on the CPU. A dry run on a machine without a GPU may be for another machine."""
     if dry_run:
         return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     return sft.device.type == "cpu"
 
 
 def check_trained_parts(model: Any, config: EchoConfig) -> None:
-    """Raise EchoError if a part without trained weights has a learning rate, or if features of a trained vision tower
-    would be stored. `model` may be on the meta device.
+    """Raise EchoError for learning rates of untrained parts, or stored features of a trained tower.
+
+    `model` may be on the meta device.
     """
     check_part_rates(model, config.vision_learning_rate, config.merger_learning_rate)
     if config.features:

@@ -61,7 +61,8 @@ class Collator:
         self._verified: set[str] = set()
         self.adapt_from = adapt_from
         self.by_role = by_role
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # an option lets workers outlive an epoch
+        # Shared memory, because workers may outlive an epoch (persistent_workers).
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also for the data loader's workers; every epoch has its own order of the options."""

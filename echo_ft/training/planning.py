@@ -1,4 +1,4 @@
-"""The training plan: rows, tokens, steps and operations, from text and image headers. No image is decoded."""
+"""Plan a training: rows, tokens, steps and operations, from text and image headers. No image is decoded."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Plan:
     rows: list[PlannedRow] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
-    """Tokens of each completion that a run would cut at its default max_new_tokens."""
+    """Tokens of each completion that a run would cut off at its default max_new_tokens."""
     starts: Sequence[int] | None = None
     """Index of the first row of each case, followed by the number of rows; None means those of `case_starts`."""
 
@@ -64,7 +64,7 @@ class Plan:
         return sum((case_work(case) for case in self.cases()), WorkCounts())
 
     def summary(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal."""
         branches = sum(row.branches for row in self.rows)
         return (
             f"{len(self.rows)} rows, {branches} branches, {self.text.tokens} tokens, {self.text.labels} of them "
@@ -72,7 +72,7 @@ class Plan:
         )
 
     def long_completions(self) -> str | None:
-        """A warning about completions that a run would cut, or None."""
+        """Return a warning about completions that a run would cut off, or None."""
         if not self.too_long:
             return None
         return (
@@ -82,15 +82,15 @@ class Plan:
         )
 
     def cases(self) -> list[list[PlannedRow]]:
-        """Rows grouped by case, just as in cases.group_by_case."""
+        """Return the rows grouped by case, just as in cases.group_by_case."""
         starts = self.starts or case_starts((row.case, row.first_id) for row in self.rows)
         return [self.rows[start:end] for start, end in pairwise(starts)]
 
     def largest_batch(self, size: int) -> list[int]:
-        """Numbers of the `size` cases with the most tokens, preferring cases with different images.
+        """Return the numbers of the `size` cases with the most tokens, preferring cases with different images.
 
-        Balancing repeats cases. A repeated case is taken again only after all others, because a batch encodes its
-        images only once.
+        A case that balancing has repeated is used again only after all others, because a batch encodes its images only
+        once.
         """
         cases = self.cases()
         order = sorted(range(len(cases)), key=lambda number: -case_work(cases[number]).tokens)
@@ -138,8 +138,8 @@ def join_plans(plans: Sequence[Plan]) -> tuple[Plan, list[int]]:
 def case_starts(rows: Iterable[tuple[str, str]]) -> list[int]:
     """Index of the first row of each case, followed by the number of rows. `rows` are (case, id of the first branch).
 
-    Balancing repeats cases. A row that has the same case and first id as the row that began the current case starts a
-    repeat.
+    Balancing repeats cases. A row starts a repeat if it has the same case and first id as the first row of the current
+    case.
     """
     starts: list[int] = []
     current, count = None, 0
@@ -203,7 +203,7 @@ def dry_run_report(
     base: ModelConfig,
     adapt_from: str = "prefix",
 ) -> str:
-    """The cost of training `model` (adapted, on the meta device) on `planned`, as text for a terminal.
+    """Report the cost of training `model` (adapted, on the meta device) on `planned`, as text for a terminal.
 
     `first` is the exchange that is printed as the model will see it.
     """
@@ -239,7 +239,7 @@ def dry_run_report(
 
 
 def _batch_shape(rows: list[PlannedRow], planned: Plan, row_builder: RowBuilder) -> BatchShape:
-    """An upper bound on the batch of `rows`: the maximum over its rows, and for pixels over all planned images."""
+    """Return an upper bound on the batch of `rows`: the maximum over its rows, for pixels over all images."""
     patch, merge = row_builder.image_processor.patch_size, row_builder.merge
     grids = [grid for row in planned.rows for grid in row.images.values()]
     return BatchShape(
@@ -255,5 +255,5 @@ def _batch_shape(rows: list[PlannedRow], planned: Plan, row_builder: RowBuilder)
 
 
 def image_grids(case: Iterable[PlannedRow]) -> dict[str, tuple[int, int, int]]:
-    """Grid (t, h, w) in patches of each distinct image of a case."""
+    """Return the grid (t, h, w) in patches of each distinct image of a case."""
     return {name: grid for row in case for name, grid in row.images.items()}

@@ -99,13 +99,13 @@ class PrefixSharingTrainer(SFTTrainer):
                 self.report(f"MFU is relative to {self._peak / 1e12:g} TFLOP/s per GPU: {device}, dense bfloat16")
         # Per evaluation batch of all processes: the sum of a loss, and its number of labels.
         self._evaluated: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._work_done = np.zeros(4)  # cases, questions, tokens and operations since the last log
+        self._work_done = np.zeros(4)  # the cases, questions, tokens and operations since the last log
         self._last_log = time.monotonic()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss on a packed row, with logits only at the labels."""
+        """Compute TRL's loss on a packed row, with logits only at the labels."""
         labels = inputs["labels"]
         # TRL (1.16) restricts logits to the labels only on a GPU; on a CPU it would compute them at all positions.
         keep = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
@@ -125,7 +125,7 @@ class PrefixSharingTrainer(SFTTrainer):
             )
             totals = self.accelerator.gather(done[None]).sum(dim=0).cpu().numpy()
             self._work_done += totals
-            self._total_train_tokens = seen + int(totals[2])  # TRL's count assumes TRL's own rows
+            self._total_train_tokens = seen + int(totals[2])  # TRL's count is valid only for TRL's own rows
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         else:
             total = (result[0] if return_outputs else result).item() * len(keep)
@@ -140,7 +140,7 @@ class PrefixSharingTrainer(SFTTrainer):
         return super().compute_loss(model, packed, return_outputs, labels)
 
     def _mask_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any, training: bool) -> torch.Tensor | float:
-        """The weighted mask loss of a batch, scaled like TRL's loss. An evaluation logs it and adds nothing."""
+        """Return the weighted mask loss of a batch, scaled like TRL's loss. An evaluation logs it and returns 0."""
         assert self.mask_heads is not None
         total = self.mask_heads.loss()
         self.mask_heads.batch = None
@@ -156,7 +156,7 @@ class PrefixSharingTrainer(SFTTrainer):
         return self.config.mask_loss * scale * total / num_items_in_batch
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """FLOPs of a batch for `total_flos`. The Trainer's estimate would visit all parameters at every step."""
+        """Return the FLOPs of a batch. The Trainer's estimate would visit all parameters at every step."""
         return int(self._costs.flops(WorkCounts(*inputs["work_counts"])))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -208,7 +208,7 @@ class PrefixSharingTrainer(SFTTrainer):
             LOGGER.info(text)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with separate learning rates for vision tower and merger."""
+        """Create the Trainer's optimizer, with separate learning rates for vision tower and merger."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         set_part_rates(optimizer, model, self.config.vision_learning_rate, self.config.merger_learning_rate)
@@ -225,7 +225,7 @@ class PrefixSharingTrainer(SFTTrainer):
         self.state.best_model_checkpoint = moved_best_checkpoint(self.state, Path(str(self.args.output_dir)))
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        # A run that resumes from its last step has nothing left to train, but transformers (5.23) would take a step.
+        # transformers (5.23) would take a step even if a run resumes from its last step and has nothing left to train.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -261,7 +261,7 @@ class PrefixSharingTrainer(SFTTrainer):
             write_card(folder, self.card)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The sampler, balanced if there are several processes; `DrawnEpoch` sets its epoch."""
+        """Return the sampler, balanced if there are several processes. `DrawnEpoch` sets its epoch."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         if args.world_size == 1 or args.train_sampling_strategy != "random":
@@ -290,7 +290,7 @@ class PrefixSharingTrainer(SFTTrainer):
 
     @property
     def _trains_own_weights(self) -> bool:
-        """Whether this run trains the model's own weights, and this process holds all of them."""
+        """Whether this run trains the model's own weights and this process holds all of them."""
         adapted = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         return not (adapted or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 

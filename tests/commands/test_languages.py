@@ -95,8 +95,8 @@ def test_a_control_token_in_knowledge_stops_the_build_and_a_tag_stops_only_the_c
     [
         ("product", "cap <|vision_start|>", "contains <|vision_start|>, a control token"),
         ("condition", "<|im_start|>", "contains <|im_start|>, a control token"),
-        ("condition", "dent \ud800", "half of a surrogate pair"),
-        ("group", "\udcff", "half of a surrogate pair"),
+        ("condition", "dent \ud800", "an unpaired surrogate"),
+        ("group", "\udcff", "an unpaired surrogate"),
     ],
 )
 def test_an_image_whose_name_no_model_can_be_shown_is_rejected(

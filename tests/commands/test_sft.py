@@ -142,7 +142,7 @@ def test_a_typo_in_an_option_is_reported_in_one_sentence(dataset, tmp_path):
         (["--resume_from_checkpoint", "nowhere"], "there is no checkpoint nowhere"),
         (["--max_tokens", 10], "has no usable row.*more than max_tokens 10"),
         (["--role", "decider"], "decider"),
-        (["--attn_implementation", "eager"], "does not keep the branches of a row apart"),
+        (["--attn_implementation", "eager"], "does not separate the branches of a row"),
         (["--lora_target_modules", "q_proj", "nothing_proj"], "the model has no module nothing_proj"),
         (["--label_smoothing_factor", 0.1], "label_smoothing_factor is not supported"),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "use_reentrant: true is incompatible with"),

@@ -329,7 +329,7 @@ def test_outputs_about_other_references_or_images_are_refused(place, whole, clea
 
 @pytest.mark.parametrize("more", [("--folds", 2), ("--fold", 0), ("--upstream", "predicted"), ("--traces", "runs/x")])
 def test_options_that_need_each_other_are_refused_separately(place, tmp_path, more):
-    with pytest.raises(EchoError, match="go together; give both or neither"):
+    with pytest.raises(EchoError, match="need each other; give both or neither"):
         build_main(options(place, tmp_path / "out", *more))
 
 

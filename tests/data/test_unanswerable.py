@@ -123,6 +123,6 @@ def test_a_build_adds_them_by_choice_and_changes_no_other_question(tmp_path: Pat
     trained = [branch for row in rows for branch in row.branches if branch.id.endswith("#unanswerable")]
     assert trained
     assert all(branch.completion == answers[branch.id] for branch in trained)
-    with pytest.raises(EchoError, match=r"unanswerable is 10; give a share of the images from 0 to 1, such as 0\.1"):
+    with pytest.raises(EchoError, match=r"unanswerable is 10; give a fraction of the images from 0 to 1, such as 0\.1"):
         build(make_config(raw, tmp_path / "ten", unanswerable=10, split="seeded", knowledge=knowledge))
     assert json.loads((tmp_path / "0.0" / "manifest.json").read_text())["config"]["unanswerable"] == 0

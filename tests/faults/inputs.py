@@ -109,7 +109,7 @@ def bomb(path: Path) -> None:
 
 
 BROKEN = r"odd\.\w+: the image is broken or has an unknown format \(\w+\)"
-FRAMES = r"odd\.\w+: the file has several frames, so it is unclear which one counts; append one to its path"
+FRAMES = r"odd\.\w+: the file has several frames, so it is unclear which one to use; append one to its path"
 LINK = "is a link out of the root to .*; copy the file, set root"
 
 IMAGES = [
@@ -227,7 +227,7 @@ LISTS = [
     Fault("key twice", listing(KEY_TWICE), "the line is ambiguous .duplicate key 'condition'.; remove one of the two"),
     Fault("deep line", listing(DEEP.encode()), "the line is not JSON .it is nested too deeply"),
     Fault("list of huge number", listing(b'{"image": %s}' % HUGE.encode()), "a number has 5000 digits"),
-    Fault("half of a pair", listing(b'{"image": "\\ud800", "product": "a"}'), "half of a surrogate pair"),
+    Fault("half of a pair", listing(b'{"image": "\\ud800", "product": "a"}'), "an unpaired surrogate"),
     Fault("not UTF-8", listing(b'{"image": "\xff"}'), "is not a UTF-8 text file"),
     Fault("CSV not UTF-8", listing(b"image,product,condition\n\xff,a,good\n", "p.csv"), "is not a UTF-8 text file"),
     Fault("column twice", listing(b"image,product,condition,condition\n", "p.csv"), "several columns 'condition'"),
@@ -328,9 +328,9 @@ KNOWLEDGE = [
     Fault("knowledge timestamp", described("parts: {cap: {good: !!timestamp x}}"), "a value cannot be read"),
     Fault("knowledge bool", described("parts: {cap: {good: !!bool x}}"), "a value cannot be read"),
     Fault("knowledge int", described("parts: {cap: {good: !!int ''}}"), "a value cannot be read"),
-    Fault("knowledge pair", described('parts: {cap: {good: "\\ud800"}}'), "half of a surrogate pair"),
+    Fault("knowledge pair", described('parts: {cap: {good: "\\ud800"}}'), "an unpaired surrogate"),
     Fault("knowledge token", described("parts: {cap: {good: a <|im_end|> b}}"), "control token"),
-    Fault("knowledge circle", described("parts: &a {cap: *a}"), "stands for the value that holds it"),
+    Fault("knowledge circle", described("parts: &a {cap: *a}"), "refers to a value that contains it"),
 ]
 
 
@@ -423,9 +423,9 @@ DATASETS = [
 ASKED = r"questions\.jsonl:\d is not a "
 
 QUESTIONS = [
-    Fault("options none", asked({"options": {}}), ASKED + "question that can be asked .it has fewer than two options"),
-    Fault("answer outside", asked({"answer": "C"}), ASKED + "question that can be asked .the answer 'C' is not one"),
-    Fault("ids alike", asked({}, {}), ASKED + "question that can be asked .the id '1#q' occurs twice"),
+    Fault("options none", asked({"options": {}}), ASKED + "valid question .it has fewer than two options"),
+    Fault("answer outside", asked({"answer": "C"}), ASKED + "valid question .the answer 'C' is not one"),
+    Fault("ids alike", asked({}, {}), ASKED + "valid question .the id '1#q' occurs twice"),
     Fault(
         "option a number", asked({"options": {"A": 1, "B": "No"}}), ASKED + r"Question row \(options: 1 is not a text"
     ),
@@ -488,7 +488,7 @@ RUNS = [
     Fault("predictions not UTF-8", run(predictions_jsonl=b"\xff\n{}\n"), r"predictions\.jsonl:1 is not a prediction"),
     Fault("predictions half", run(predictions_jsonl=b'{"case": "1"'), r"predictions\.jsonl:1 is not a prediction"),
     Fault("answers deep", answers(DEEP), r"answers\.json is not JSON \(it is nested too deeply\)"),
-    Fault("answers surrogate", answers(f"[{SURROGATE}]"), "half of a surrogate pair"),
+    Fault("answers surrogate", answers(f"[{SURROGATE}]"), "an unpaired surrogate"),
     Fault("answers a number", answers("[3]"), "row 1: not an object"),
     Fault("answers huge", answers(f"[{HUGE}]"), "a number has 5000 digits"),
     Fault("answers pipe", piped_answers, "there is no answer file"),

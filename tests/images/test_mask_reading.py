@@ -255,7 +255,7 @@ def test_mask_of_several_frames_is_refused(tmp_path):
         tmp_path, greys(DENT), "mask.tif", save_all=True, append_images=[greys(DENT[::-1]), greys(~DENT)]
     )
     assert kept is not None and kept.mask is None
-    assert "mask mask.tif cannot be read (the file has several frames, so it is unclear which one counts" in reason
+    assert "mask mask.tif cannot be read (the file has several frames, so it is unclear which one to use" in reason
 
 
 def test_large_defect_away_from_the_border_is_used(tmp_path):

@@ -93,9 +93,9 @@ def test_a_written_cell_is_read_back(condition):
         (True, "not the name of a defect"),
         (False, "must be spelled 'good'"),
         ("dent\ncrack", "has a line break"),
-        ("dent;Dent", "seem to be one defect"),
-        ("long dent;long_dent", "seem to be one defect"),
-        ("dent;de\u00adnt", "seem to be one defect"),
+        ("dent;Dent", "seem to be the same defect"),
+        ("long dent;long_dent", "seem to be the same defect"),
+        ("dent;de\u00adnt", "seem to be the same defect"),
     ],
 )
 def test_a_cell_that_may_mean_two_things_is_rejected(tmp_path, cell, message):
@@ -139,7 +139,9 @@ def test_a_source_that_ignores_declared_words_refuses_them(tmp_path, source):
     root = None if source == "synthetic" else tmp_path
     config = BuildConfig(source, tmp_path / "out", root)
     check_config(config)
-    with pytest.raises(EchoError, match=rf"good: the source {source} knows .*; remove good \(only folder and manifest"):
+    with pytest.raises(
+        EchoError, match=rf"good: the source {source} already says .*; remove good \(only folder and manifest"
+    ):
         check_config(replace(config, good=["OK"]))
     for other in ("folder", "manifest"):
         check_config(replace(config, source=other, root=tmp_path, good=["OK"]))

@@ -321,7 +321,7 @@ def test_a_question_with_a_control_token_gets_a_remedy(root):
     kept, questions, (rejection,) = collect([inspection, question], root)
     assert (kept, questions) == ([inspection], [])
     assert rejection == Rejection(
-        "1", "it contains <|im_end|>, a control token of the model's chat template; write it in other words"
+        "1", "it contains <|im_end|>, a control token of the model's chat template; reword it"
     )
 
 
@@ -381,7 +381,7 @@ def test_names_that_differ_only_in_spelling_are_not_two_defects(root):
     rows = [DENT, DENT | {"condition": "Dent", "boxes": [[12, 2, 20, 9]]}, DENT | {"image": "b.png"}]
     found, rejections = usable(root, write_rows(root, rows))
     assert list(found) == ["b.png"]
-    assert "'Dent' and 'dent' seem to be one defect" in rejections[0].reason
+    assert "'Dent' and 'dent' seem to be the same defect" in rejections[0].reason
     assert "(parts.jsonl:1, parts.jsonl:2)" in rejections[0].reason
 
 

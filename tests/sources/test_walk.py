@@ -126,7 +126,7 @@ def test_labelme_names_a_linked_folder_outside_the_root(tmp_path):
     assert [(r.item, r.reason) for r in rejections] == [
         (
             "nut",
-            f"the folder is a link out of the root to {tmp_path / 'store/nut'} and is passed over; "
+            f"the folder is a link out of the root to {tmp_path / 'store/nut'} and is skipped; "
             "set root to a folder above both, or copy it",
         )
     ]

@@ -76,7 +76,7 @@ def test_a_case_that_balancing_repeats_is_a_separate_case():
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [
-        ({"a.q_proj": [1.0], "a.visual.b": [0.0]}, "names the vision tower, but no gradient arrives there"),
+        ({"a.q_proj": [1.0], "a.visual.b": [0.0]}, "names the vision tower, but no gradient reaches these modules"),
         ({"a.q_proj": None, "a.visual.merger.b": None}, "the language model and the merger"),
         ({"a.q_proj": [float("nan")]}, "the first gradient of a.q_proj is not finite"),
     ],

@@ -288,7 +288,7 @@ def test_a_card_of_an_older_version_resumes_with_a_warning(resume, card_of, tmp_
                 find_checkpoint(sft, {".": card})
         else:
             assert find_checkpoint(sft, {".": card}).resumed == {".": []}
-            assert "does not say how it was trained" in capsys.readouterr().err
+            assert "does not list its training options" in capsys.readouterr().err
 
 
 STEPS = ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", 2]

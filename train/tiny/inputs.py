@@ -74,8 +74,8 @@ def encode_row(row: LessonRow, tokenizer: Any) -> TokenRow:
         prompt, completion = encode(lesson.prompt + ASSISTANT_OPENING), encode(lesson.completion + TURN_END)
         add(prompt + completion, position)
         branch.append(np.full(len(prompt) + len(completion), number))
-        # In rows of text, prompts are trained too, because they repeat the words of options, which teaches copying. No
-        # loss is computed on the first token, because in a row it follows another branch.
+        # In rows of text, prompts are trained too. They repeat the words of options, which teaches copying. The first
+        # token of a branch has no loss, because it follows the tokens of another branch.
         trained.append(np.repeat([False, not row.images, True], [1, len(prompt) - 1, len(completion)]))
     return TokenRow(*(np.concatenate(parts, axis=-1) for parts in (ids, positions, branch, trained)))
 
@@ -189,7 +189,7 @@ def turn(array: NDArray[Any], turns: int, mirrored: bool) -> NDArray[Any]:
 
 
 def part_labels(pool: Pool, index: int, shares: NDArray[np.uint8]) -> PartLabels:
-    """Return what lessons can ask about image `index`. Its turned `shares` give the defect's place."""
+    """Return what lessons can ask about image `index`. The defect's place comes from its turned `shares`."""
     label = pool.labels[index]
 
     def name(field: str, names: Sequence[str]) -> str:
@@ -207,7 +207,10 @@ def _misfit(image: NDArray[np.uint8], query: NDArray[np.uint8]) -> float:
 
 
 def targets_of(pool: Pool, indices: NDArray[np.int64], shares: Any) -> Targets:
-    """Return what the heads should predict for images `indices` (B,). Their turned `shares` (B, 24, 24) reach 255."""
+    """Return the correct predictions of the heads for images `indices` (B,).
+
+    Their turned `shares` (B, 24, 24) reach 255.
+    """
     labels = pool.labels[indices]
     fields = (torch.from_numpy(labels[field].astype(np.int64)) for field in ("defect", "tone", "kind", "colour"))
     return Targets(shares.float() / 255, *fields)
