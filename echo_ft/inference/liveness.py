@@ -302,7 +302,9 @@ def check_adapters(
                     asked.append(None)
             return asked[0]
 
-        silent, unknown = [], []
+        silent: list[str] = []
+        unknown: list[str] = []
+        unseen: list[str] = []
         for role in roles:
             answer = answer_probe(backend, role, probe)
             if record is not None:
@@ -310,12 +312,19 @@ def check_adapters(
                 if fault:
                     raise BackendError(f"{where}: the adapter of the {role} does not act as trained: {fault}")
                 if answer.equals(record.answers[BASE], record.tolerance):
-                    silent.append(role)
+                    # Without probabilities, equal texts hide an effect that the export has measured.
+                    hidden = answer.distance(record.answers[BASE]) is None and record.effect(role) > record.tolerance
+                    (unseen if hidden else silent).append(role)
             elif (untuned := base()) is None:
                 unknown.append(role)
             elif answer.equals(untuned, 0.0):
                 silent.append(role)
-    _report(where, roles, silent, unknown, record is not None)
+    if unseen:
+        LOGGER.warning(
+            f"{where}: without token probabilities, nothing shows that the adapters of {', '.join(unseen)} act: their "
+            "texts for the probe are also the base model's; serve with vLLM, or compare a run with the base model's"
+        )
+    _report(where, [role for role in roles if role not in unseen], silent, unknown, record is not None)
 
 
 def _report(where: str, roles: Sequence[str], silent: Sequence[str], unknown: Sequence[str], recorded: bool) -> None:

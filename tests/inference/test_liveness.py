@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,24 @@ def test_texts_decide_if_a_server_returns_no_probabilities(bundle, tuned, said):
     assert "server: answers differ from the base model's and equal those of the trained adapter" in said.text
     with pytest.raises(BackendError, match="it answers as the base model does"):
         check_adapters(lambda _, probe: texts(BASE, probe), ROLES, record, "server", builder(bundle))
+
+
+def test_equal_texts_without_probabilities_are_no_sign_of_a_weak_adapter(bundle, tuned, said):
+    backend, record = local_backend(tuned, builder(bundle)), read_probe(bundle / "adapters")
+    base = replace(record.answers[BASE], texts=record.answers[DECIDER].texts)
+    record = replace(record, answers={**record.answers, BASE: base})
+    silent = replace(base, letters=record.answers[DECIDER].letters)
+    for effect, words in ((True, f"nothing shows that the adapters of {DECIDER} act"), (False, "hardly any effect")):
+        said.clear()
+        known = record if effect else replace(record, answers={**record.answers, BASE: silent})
+        check_adapters(
+            lambda role, probe: [Generation(one.text, {}) for one in backend(role, probe)],
+            [DECIDER],
+            known,
+            "server",
+            builder(bundle),
+        )
+        assert words in said.text
 
 
 def test_the_record_leaves_the_model_unchanged_and_knows_the_vision_tower(bundle, tuned):
