@@ -209,7 +209,7 @@ def _misfit(image: NDArray[np.uint8], query: NDArray[np.uint8]) -> float:
 def targets_of(pool: Pool, indices: NDArray[np.int64], shares: Any) -> Targets:
     """Return the correct predictions of the heads for images `indices` (B,).
 
-    Their turned `shares` (B, 24, 24) reach 255.
+    Their turned `shares` (B, 24, 24) range from 0 to 255.
     """
     labels = pool.labels[indices]
     fields = (torch.from_numpy(labels[field].astype(np.int64)) for field in ("defect", "tone", "kind", "colour"))

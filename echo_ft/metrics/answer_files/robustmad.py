@@ -236,7 +236,7 @@ def robustmad_report(table: PredictionTable, letters: Mapping[str, str]) -> dict
 
     Tables are {category: {`Average` or difficulty: percent}}; cells without a question are None. `letters` are the
     letters that the authors read, by question; their parser reads the other answers. For each category, `guessed`
-    counts the letters that were read from answers that strictly name none, and how many of them were right. The result
+    counts the letters that the authors' parser reads but the strict one does not, and how many are correct. The result
     is empty if the table has no RobustMAD question.
     """
     if not any(kind in table.other_types for kind in ROBUSTMAD_TYPES.values()):
