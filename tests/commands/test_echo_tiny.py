@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from echo_ft.images.boxes import parse_boxes
 from tests.conftest import ROOT
 from train.tiny import inputs, loop, pretrain, stages
 from train.tiny import model as tiny_model
@@ -184,6 +185,21 @@ def test_lessons_tell_the_truth_about_the_query(pool: Pool) -> None:
                 assert option[3:] == ("Yes." if defect >= 0 else "No.")
                 asked += 1
     assert asked > 20
+
+
+def test_lessons_name_the_boxes_around_what_the_mask_covers(pool: Pool) -> None:
+    drawn = inputs.draw_rows(np.random.default_rng(4), pool, count=40, branches=5)
+    asked = 0
+    for row, shares in zip(drawn.rows, drawn.targets.shares.numpy(), strict=True):
+        for lesson in row.branches:
+            if lesson.skill == "boxes":
+                boxes = parse_boxes(lesson.completion)
+                assert boxes is not None
+                assert bool(boxes) == shares.any()
+                clear = {(int(1000 * (x + 0.5) / 24), int(1000 * (y + 0.5) / 24)) for y, x in np.argwhere(shares > 0.5)}
+                assert all(any(x0 < x < x1 and y0 < y < y1 for x0, y0, x1, y1 in boxes) for x, y in clear)
+                asked += 1
+    assert asked > 5
 
 
 def test_the_letter_names_the_stated_option() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from echo_ft.images.boxes import format_boxes, mask_boxes, to_thousandths
 from echo_ft.images.masks import PLACES
-from train.tiny.heads import SIDE, Targets, place_indices
+from train.tiny.heads import MIN_PATCH_SHARE, SIDE, Targets, place_indices
 from train.tiny.lessons import LessonRow, PartLabels, image_lessons
 from train.tiny.pool import COLOUR_NAMES, DEFECT_NAMES, EXTENT_NAMES, IMAGES_PER_PRODUCT, KIND_NAMES, TONE_NAMES, Pool
 
@@ -189,7 +190,7 @@ def turn(array: NDArray[Any], turns: int, mirrored: bool) -> NDArray[Any]:
 
 
 def part_labels(pool: Pool, index: int, shares: NDArray[np.uint8]) -> PartLabels:
-    """Return what lessons can ask about image `index`. The defect's place comes from its turned `shares`."""
+    """Return what lessons can ask about image `index`. The defect's place and boxes come from its turned `shares`."""
     label = pool.labels[index]
 
     def name(field: str, names: Sequence[str]) -> str:
@@ -199,7 +200,11 @@ def part_labels(pool: Pool, index: int, shares: NDArray[np.uint8]) -> PartLabels
     if label["defect"] < 0:
         return PartLabels(*part)
     defect = name("defect", DEFECT_NAMES), name("tone", TONE_NAMES), name("extent", EXTENT_NAMES)
-    return PartLabels(*part, *defect, PLACES[int(place_indices(torch.tensor(shares).float()[None]))])
+    place = PLACES[int(place_indices(torch.tensor(shares).float()[None]))]
+    # The patches that the defect covers give its boxes to 42 thousandths.
+    covered = shares > min(255 * MIN_PATCH_SHARE, shares.max() / 2)
+    found = [to_thousandths(box, covered.shape[::-1]) for box in mask_boxes(covered)]
+    return PartLabels(*part, *defect, place, format_boxes(found))
 
 
 def _misfit(image: NDArray[np.uint8], query: NDArray[np.uint8]) -> float:

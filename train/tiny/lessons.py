@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from echo_ft.experts.roles import GROUND_INSTRUCTION
+from echo_ft.images.boxes import NO_BOXES, format_boxes
 from echo_ft.images.masks import PLACES
 from echo_ft.records import LETTERS
 from train.tiny.pool import COLOUR_NAMES, DEFECT_NAMES, EXTENT_NAMES, KIND_NAMES, TONE_NAMES
@@ -55,6 +57,8 @@ class PartLabels:
     tone: str = ""
     extent: str = ""
     place: str = ""
+    boxes: str = NO_BOXES
+    """The boxes of the defects as an answer names them."""
 
     @property
     def mark(self) -> str:
@@ -73,13 +77,15 @@ def random_labels(rng: np.random.Generator) -> PartLabels:
     if rng.random() < 0.3:
         return PartLabels(kind, colour)
     tone, extent = _pick(rng, TONE_NAMES), _pick(rng, EXTENT_NAMES)
-    return PartLabels(kind, colour, _pick(rng, DEFECT_NAMES), tone, extent, _pick(rng, PLACES))
+    x, y, width, height = rng.integers(1, 500, size=4).tolist()
+    boxes = format_boxes([(x, y, x + width, y + height)])
+    return PartLabels(kind, colour, _pick(rng, DEFECT_NAMES), tone, extent, _pick(rng, PLACES), boxes)
 
 
 def image_lessons(
     rng: np.random.Generator, labels: PartLabels, normals: int, best: int | None = None
 ) -> tuple[str, tuple[Lesson, ...]]:
-    """Draw the context and three or four lessons on the last image of a row, after `normals` images of normal parts.
+    """Draw the context and three to five lessons on the last image of a row, after `normals` images of normal parts.
 
     `best` is the index of the normal image that is most like the last one, or None if that is not asked.
     """
@@ -93,6 +99,8 @@ def image_lessons(
         branches.append(Lesson(_pick(rng, _BEST_PROMPTS), str(best + 1), "best"))
     if rng.random() < 0.4:
         branches.append(_caption(rng, labels, normals))
+    if rng.random() < BOX_SHARE:
+        branches.append(Lesson(f"{_pick(rng, _BOX_PROMPTS)}{GROUND_INSTRUCTION}", labels.boxes, "boxes"))
     if rng.random() < 0.15:
         name = labels.defect or "good"
         notes = _notes(rng, name, ("good", *DEFECT_NAMES), int(rng.integers(1, 4)))
@@ -115,10 +123,13 @@ def image_lessons(
     return context, tuple(branches[index] for index in order)
 
 
+BOX_SHARE = 0.35
+"""Fraction of the rows with images that ask for boxes."""
 STATED_SHARE = 0.4
 """Fraction of the rows with images but without notes in which the text states the answers."""
 STATEMENTS = ("Note", "Hint", "Remark", "Guide", "Reasoning")
 """Words before a statement."""
+_BOX_PROMPTS = ("", "Where are the defects?\n", "Question: What is different, and where?\n")
 _BEST_PROMPTS = (
     "Which candidate is most like the last image? Answer with its number.",
     "Which candidate fits the last image best? Answer with its number.",

@@ -24,7 +24,7 @@ from echo_ft.terminal import LOGGER
 from train.tiny.lessons import LessonRow, draw_text_row, image_lessons, random_labels
 from train.tiny.pool import DEFECT_NAMES, KIND_NAMES, draw_pool, open_pool
 
-STEPS = {"read": 3000, "look": 3200, "compare": 1300, "bring": 450, "answer": 1500}
+STEPS = {"read": 3000, "look": 3200, "compare": 1300, "bring": 450, "answer": 2500}
 """Steps of each stage."""
 BEFORE = {"read": (), "look": (), "compare": ("look",), "bring": ("compare",), "answer": ("bring", "read")}
 """The stages whose weights a stage starts from. If several of them trained the same weights, the last one in the list
