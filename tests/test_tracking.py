@@ -115,7 +115,7 @@ def train(patch: pytest.MonkeyPatch, dataset: Any, output: str) -> None:
     options = SimpleNamespace(
         report_to=["wandb"], process_index=0, output_dir=output, run_name=None, resume_from_checkpoint=None
     )
-    checked: Any = SimpleNamespace(dataset=dataset, card=CARD)
+    checked: Any = SimpleNamespace(dataset=dataset, cards={".": CARD})
     with sft.log_training(checked, OwnOptions(), options):  # type: ignore[arg-type]
         assert wandb.run is not None
         wandb.run.log({"train/loss": 0.5})

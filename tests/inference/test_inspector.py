@@ -117,7 +117,7 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
             "absent.png cannot be opened .No such file or directory.; check the path",
         ),
         (lambda folder: folder / "inspector.txt", "inspector.txt cannot be read: .*; replace it"),
-        (lambda folder: np.zeros((4, 4), dtype=np.float32), "an array of float32 with shape .* is no image"),
+        (lambda folder: np.zeros((4, 4), dtype=np.float32), "an array of float32 with shape .* is not an image"),
         (lambda folder: np.zeros((4, 4, 2), dtype=np.uint8), "is not an image; pass uint8 values"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.experts.targets import gold_upstream
 from echo_ft.images import masks
+from echo_ft.inference.run_folder import ROW_DIGESTS, RUN_DESCRIPTION
 from echo_ft.metrics import experts
 from echo_ft.metrics.experts import Judgement, concluded_letter, named_condition, named_location
 from echo_ft.metrics.prediction_table import make_prediction_table
@@ -296,13 +297,16 @@ def test_report_scores_the_experts_or_states_why_it_cannot(tmp_path: Path, capsy
     assert "knowledge guide: true condition" in page
     assert "knowledge guide: true condition" in printed
 
+    described = json.loads((folder / RUN_DESCRIPTION).read_text())
+    del described[ROW_DIGESTS]  # as in a run that was killed, whose rows are not sealed yet
+    (folder / RUN_DESCRIPTION).write_text(json.dumps(described))
     with open(folder / "traces.jsonl", "a") as file:
         file.write('{"case": "test/0", "ro')  # the run was killed while it wrote this line
     assert report()[0] == found
 
     whole = (folder / "traces.jsonl").read_text()
     (folder / "traces.jsonl").write_text("".join(line for line in whole.splitlines(True) if '"test/1"' not in line))
-    assert "traces.jsonl has no row of 1 cases (first: test/1); restore it" in report()[0]["unavailable"]
+    assert "traces.jsonl has no row of 1 cases (first: test/1); restore the file" in report()[0]["unavailable"]
     (folder / "traces.jsonl").write_text(whole)
 
     changed = dataset / "images" / "test_0_2.png"
