@@ -97,7 +97,7 @@ function dots(one) {
   const names = {"1": "right", "0": "wrong", "-": "unparsed", "!": "failed"};
   return one[STATUS].map((status, run) => make("div", {className: "dots", role: "img",
     "aria-label": `${runs[run]}: ${[...status].filter(found => found === "1").length} of ${status.length} right`},
-    ...[...status].map((found, place) => make("i", {className: found === "1" ? "" : found === "0" ? "wrong" : "none",
+    ...[...status].map((found, place) => make("i", {className: found === "1" ? "" : found === "0" ? "wrong" : "unparsed",
       title: `${index.kinds[one[KINDS][place]]}: ${names[found]}`}))));
 }
 

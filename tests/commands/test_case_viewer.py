@@ -294,6 +294,15 @@ def test_a_browser_filters_moves_and_links(browser: Browser, runs: tuple[Path, P
     assert (browser.messages, browser.foreign_requests()) == ([], [])
 
 
+def test_the_dots_of_all_answers_have_one_size(browser: Browser, runs: tuple[Path, Path]) -> None:
+    compare.main([*map(str, runs)])
+    browser.open(runs[0].parent / "compare" / "compare.html", "#case=test%2F3")
+    browser.run(SETTLE)
+    dots = "[...document.querySelectorAll('.dots i')]"
+    assert browser.run(f"new Set({dots}.map(dot => dot.className)).size") == 3, "correct, wrong and unparsed"
+    assert browser.run(f"[...new Set({dots}.map(dot => dot.offsetWidth))].length") == 1
+
+
 def test_hostile_words_stay_words(browser: Browser, runs: tuple[Path, Path]) -> None:
     compare.main([*map(str, runs)])
     browser.open(runs[0].parent / "compare" / "compare.html", "#case=test%2F3")
