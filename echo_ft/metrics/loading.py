@@ -114,8 +114,17 @@ def write_as_run(folder: Path, run: Run) -> None:
     """Write answers from another program into `folder` as a run that `load_run` reads."""
     answers = [*run.predictions, *run.grounding]
     counts = {"cases": len({one.case for one in answers}), "questions": len(answers)}
+    warnings = [*run.warnings, *rejection_warnings(run)]
     write_jsonl(folder / "predictions.jsonl", answers)
-    write_json(folder / "run.json", {**run.provenance, **counts, "complete": True, "warnings": run.warnings})
+    write_json(folder / "run.json", {**run.provenance, **counts, "complete": True, "warnings": warnings})
+
+
+def rejection_warnings(run: Run) -> list[str]:
+    """Return a warning with the number of rows that could not be scored."""
+    if not run.rejections:
+        return []
+    first = run.rejections[0]
+    return [f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})"]
 
 
 def _read_given(path: Path, questions: Path | None) -> GivenAnswers:

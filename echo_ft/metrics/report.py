@@ -21,7 +21,7 @@ from echo_ft.metrics.answer_files.robustmad import robustmad_report
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.grounding.scores import score_boxes
 from echo_ft.metrics.intervals import BOOTSTRAP
-from echo_ft.metrics.loading import Run, describe_protocol
+from echo_ft.metrics.loading import Run, describe_protocol, rejection_warnings
 from echo_ft.metrics.metric_values import MIN_PARTS
 from echo_ft.metrics.mmad import Answer, counted_as_normal, official_table
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
@@ -202,12 +202,7 @@ def _read_traces(run: Run) -> Iterator[Trace]:
 
 def report_warnings(run: Run, table: PredictionTable) -> list[str]:
     """Warn about rejected rows, truncated outputs, missing or small classes, and misleading paths."""
-    warnings = []
-    if run.rejections:
-        first = run.rejections[0]
-        warnings.append(
-            f"{len(run.rejections)} rows could not be scored and are left out ({first.item}: {first.reason})"
-        )
+    warnings = rejection_warnings(run)
     cut = cut_warning(run.provenance)
     warnings += [cut] if cut else []
     warnings += small_class_warnings(table)

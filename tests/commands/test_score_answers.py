@@ -99,6 +99,27 @@ def test_boxes_made_elsewhere_are_scored_and_compared(tmp_path: Path, capsys: py
     assert re.search(r"mean IoU, % +\+63\.5", capsys.readouterr().out)
 
 
+def test_a_comparison_states_the_rows_that_could_not_be_scored(tmp_path: Path) -> None:
+    rows = [
+        {
+            "image": f"parts/cap/{'good' if number % 2 else 'dent'}/{number}.png",
+            "question": {"text": "Any defect?", "options": {"A": "Yes.", "B": "No."}},
+            "question_type": "Anomaly Detection",
+            "correct_answer": "AB"[number % 2] if number < 15 else "C",
+            "gpt_answer": "A",
+        }
+        for number in range(20)
+    ]
+    for name in ("first", "second"):
+        answers = write(tmp_path / f"{name}.json", rows)
+        score.main(["--answers", str(answers), "--output", str(tmp_path / name)])
+    compare.main([str(tmp_path / "first"), str(tmp_path / "second")])
+    warnings = json.loads((tmp_path / "compare" / "comparison.json").read_text())["warnings"]
+    assert [one.partition(" (")[0] for one in warnings] == [
+        f"{name}: 5 rows could not be scored and are left out" for name in ("first", "second")
+    ]
+
+
 def test_answers_do_not_overwrite_a_run_and_are_scored_from_their_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", predictions(0.5))
     answers = tmp_path / "answers.jsonl"

@@ -220,6 +220,22 @@ def test_plain_lines_are_read_with_probabilities_parts_and_conditions(tmp_path: 
     assert [one.question_type for one in given.official] == [QUESTION_TYPES[0], "Object Analysis", QUESTION_TYPES[0]]
 
 
+def test_a_letter_without_a_probability_has_the_probability_zero(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "answers.jsonl",
+        {"probabilities": {"B": 0.8}},
+        {"image": "caps/002.png", "answer": "B", "probabilities": {"B": 1.0}},
+    )
+    table = make_prediction_table(load_answers(path)[0].predictions)
+    assert table.defect_scores.tolist() == [0, 0], "a certain answer is neither left out nor unknown"
+
+
+def test_options_of_an_answer_about_boxes_may_be_null(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "answers.jsonl", {}, {**BOXES, "options": None, "text": "none"})
+    (boxes,) = load_answers(path)[0].grounding
+    assert boxes.options == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

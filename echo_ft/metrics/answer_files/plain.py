@@ -74,7 +74,7 @@ def _prediction(line: str, where: str) -> Prediction:
     meant = misspelt_type(kind)
     if meant:
         raise EchoError(f"{where}: the kind is {kind!r}; did you mean {meant!r}?")
-    options, text = row.get("options", {}), row["text"]
+    options, text = row.get("options") or {}, row["text"]
     return Prediction(
         case=row["image"],
         question=f"{kind}: {row['question']}",
@@ -151,7 +151,7 @@ def _require_boxes(row: Mapping[str, Any], where: str) -> None:
 
 
 def _normalised(given: Any, options: Mapping[str, str], where: str) -> dict[str, float]:
-    """Return P(letter) with a sum of 1. Letters without a probability may be absent."""
+    """Return P(letter) of every option, with a sum of 1. A letter that is absent has the probability 0."""
     if not isinstance(given, dict) or not set(given) <= set(options):
         raise EchoError(f"{where}: 'probabilities' must map letters of the options ({', '.join(options)}) to numbers")
     for letter, value in given.items():
@@ -160,7 +160,7 @@ def _normalised(given: Any, options: Mapping[str, str], where: str) -> dict[str,
     total = math.fsum(given.values())
     if not 0 < total <= 1.01:
         raise EchoError(f"{where}: the probabilities add up to {total:g}; they must add up to 1")
-    return {letter: value / total for letter, value in given.items()}
+    return {letter: given.get(letter, 0.0) / total for letter in options}
 
 
 def _require_consistent(rows: list[tuple[str, Prediction]]) -> None:
