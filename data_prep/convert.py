@@ -23,7 +23,7 @@ from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged
 from echo_ft.data.export_rows import SHAREGPT, message_rows, prompt_completion_rows
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder, read_jsonl, write_json
-from echo_ft.images.decode import READ_ERRORS, load_image, open_image, orientation
+from echo_ft.images.decode import READ_ERRORS, is_deep, load_image, open_image, orientation
 from echo_ft.inputs import split_frame
 from echo_ft.provenance import commit, versions
 from echo_ft.records import ROLES, Exchange
@@ -130,7 +130,7 @@ def is_portable(path: Path) -> bool:
         return False
     try:
         with open_image(path) as image:
-            return image.mode in PORTABLE_MODES and orientation(image) == 1
+            return image.mode in PORTABLE_MODES and orientation(image) == 1 and not is_deep(image)
     except READ_ERRORS:
         return False  # `load_image` reports what is wrong with the file
 

@@ -49,7 +49,7 @@ from echo_ft.config import parse, run_main
 from echo_ft.data.knowledge import load_knowledge, products_of
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl, write_text
-from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error, size_and_orientation
+from echo_ft.images.decode import READ_ERRORS, SIDEWAYS, decode, describe_read_error, size_and_orientation
 from echo_ft.images.masks import load_mask
 from echo_ft.images.synthetic_defects import DEFECT_METHODS, SyntheticDefect, make_defect
 from echo_ft.inputs import image_file
@@ -215,12 +215,14 @@ def save_defect(defect: SyntheticDefect, method: str, stem: str, normal: Inspect
 def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, Any]:
     """Link or copy an image of the source, its mask and its reference into `folder`. Returns its manifest row.
 
-    Several masks, and polygons, are merged into one mask, because a manifest has only one column for masks.
+    Several masks, and polygons, are merged into one mask, because a manifest has only one column for masks. So are
+    boxes on an image that viewers turn sideways, because a manifest cannot say which view its boxes are for.
     """
     one = inspection
-    if one.masks or one.polygons:
+    size, orientation = size_and_orientation(root / one.image)
+    if one.masks or one.polygons or (one.boxes and orientation in SIDEWAYS and size[0] != size[1]):
         mask = f"{SYNTHETIC_FOLDER}/{one.image}/mask.png"
-        pixels = load_mask(one, root, *size_and_orientation(root / one.image))
+        pixels = load_mask(one, root, size, orientation)
         (folder / mask).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(pixels, np.uint8) * 255).save(folder / mask)
         one = replace(one, mask=mask, masks=(), polygons=(), boxes=())
@@ -239,10 +241,10 @@ def import_image(inspection: Inspection, root: Path, folder: Path) -> dict[str, 
 
 
 def manifest_row(inspection: Inspection) -> dict[str, Any]:
-    """Return an inspection as a row for the source `manifest`, without empty columns."""
+    """Return an inspection as a row for the source `manifest`, without empty columns other than the condition."""
     columns = {name: getattr(inspection, name) for name in COLUMNS}
     columns["condition"] = condition_cell(inspection.condition)
-    return {name: value for name, value in columns.items() if value}
+    return {name: value for name, value in columns.items() if value or name == "condition"}
 
 
 def extend_knowledge(known: Knowledge, synthetic: Sequence[Inspection]) -> dict[str, dict[str, dict[str, str]]]:

@@ -96,7 +96,7 @@ def merge_records(items: Iterable[Item]) -> SourceRecords:
             rejections.append(Rejection(inspection.image, unmarked + _suffix(said), "mask"))
     kept = {inspection.id for inspection in inspections}
     return SourceRecords(
-        inspections,
+        with_groups_as_paths(inspections),
         questions,
         rejections,
         {name: places for name, said in statements.items() if name in kept and (places := _places(said))},
@@ -117,6 +117,16 @@ def with_composed_names(inspection: Inspection) -> Inspection:
         # By default, the group is the path. The frames of a file usually show the same part.
         group=file if inspection.group in (file, inspection.image) else nfc(inspection.group),
     )
+
+
+def with_groups_as_paths(inspections: Sequence[Inspection]) -> list[Inspection]:
+    """Return the inspections with the same group for all images whose group is the path of one of them.
+
+    The image with this path has it as it is on disk, and the others have it in NFC.
+    """
+    own = {one.group for one in inspections if one.group == image_file(Path(one.image)).as_posix()}
+    on_disk = {nfc(path): path for path in own if nfc(path) not in own}
+    return [dataclasses.replace(one, group=on_disk[one.group]) if one.group in on_disk else one for one in inspections]
 
 
 def merge_statements(statements: Sequence[Statement]) -> tuple[Inspection, str | None]:

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_prep.convert import convert, main
+from data_prep.convert import ImagePaths, convert, main
 from echo_ft.data.dataset import MANIFEST, load_dataset
 from echo_ft.data.export_rows import message_rows, prompt_completion_rows
 from echo_ft.errors import EchoError
@@ -182,6 +183,17 @@ def test_images_that_libraries_read_differently_are_copied_as_rgb(form, tmp_path
     ):
         for image, name in zip(images, own.exchange.images, strict=True):
             np.testing.assert_array_equal(np.asarray(image), np.asarray(load_image(parts / "images" / name)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_colours_are_copied_in_8_bits(tmp_path, suffix):
+    """Pillow opens them as RGB and keeps the high byte of each value, so 12 bits would be nearly black."""
+    path = tmp_path / f"part.{suffix}"
+    cv2.imwrite(str(path), np.tile(np.linspace(0, 4095, 64).astype(np.uint16), (16, 1))[..., None].repeat(3, axis=2))
+    copy = ImagePaths(tmp_path, tmp_path / "images", tmp_path / "images").resolve(path.name)
+    with Image.open(copy) as image:
+        assert np.asarray(image).max() == 255
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(load_image(path)))
 
 
 def images_of(tmp_path: Path, form: str) -> list[list[Image.Image]]:

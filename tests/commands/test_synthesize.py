@@ -212,6 +212,57 @@ def test_synthetic_defects_follow_their_part_or_are_left_out(tmp_path):
     assert built["rejected"] == len(left) + plain["rejected"]
 
 
+def test_unlabelled_images_stay_in_the_manifest(tmp_path):
+    manifest = draw_discs(tmp_path / "raw", splits=False, normals=4)
+    for name in ("new", "newer"):
+        Image.fromarray(disc(100, 130, len(name))).save(tmp_path / f"raw/disc/{name}.png")
+    with open(manifest, "a") as file:
+        for name in ("new", "newer"):
+            file.write(json.dumps({"image": f"disc/{name}.png", "product": "disc", "condition": ""}) + "\n")
+    synthesize(make_config(manifest, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    usable = usable_images(make_config(tmp_path / "made/parts.jsonl", tmp_path / "data"), tmp_path / "made")
+    assert [one.image for one in usable.inspections if not one.condition] == ["disc/new.png", "disc/newer.png"]
+
+
+def test_synthetic_defects_belong_to_parts_with_decomposed_names(tmp_path):
+    """macOS writes `ü` as `u` and a mark. Without a group, the path of an image is its part."""
+    manifest = draw_discs(tmp_path / "raw", splits=False, normals=4)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row.pop("group", None)
+        name = row["image"].replace("disc/", "disc/gru\u0308n-")
+        (tmp_path / "raw" / row["image"]).rename(tmp_path / "raw" / name)
+        row["image"] = name
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    synthesize(make_config(manifest, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    usable = usable_images(make_config(tmp_path / "made/parts.jsonl", tmp_path / "data"), tmp_path / "made")
+    own = {one.image: one.group for one in usable.inspections}
+    made = [one for one in usable.inspections if one.synthetic]
+    assert len(made) > 4
+    for one in made:
+        assert one.group == own[one.image.removeprefix("synthetic/").rsplit("/", 1)[0]]
+
+
+def test_boxes_on_an_image_that_viewers_turn_become_a_mask(tmp_path):
+    manifest = draw_discs(tmp_path / "raw", splits=False, normals=4)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(tmp_path / "raw/disc/dented.png") as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "raw/disc/dented.png", exif=exif)
+    names = [row["image"] for row in rows]
+    images = [{"id": place, "file_name": name, "width": 130, "height": 100} for place, name in enumerate(names, 1)]
+    marks = [{"id": 1, "image_id": len(rows), "category_id": 1, "bbox": [50, 40, 20, 15]}]
+    coco = {"images": images, "annotations": marks, "categories": [{"id": 1, "name": "dent"}]}
+    (tmp_path / "raw/parts.json").write_text(json.dumps(coco))
+    synthesize(make_config(tmp_path / "raw/parts.json", tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    usable = usable_images(make_config(tmp_path / "made/parts.jsonl", tmp_path / "data"), tmp_path / "made")
+    (dented,) = (one for one in usable.inspections if one.condition == "dent")
+    assert dented.mask and not dented.boxes
+    mask = np.asarray(Image.open(tmp_path / "made" / dented.mask)) > 0
+    assert mask[40:55, 50:70].all() and mask.sum() == 15 * 20
+
+
 def test_dataset_with_its_own_name_gets_the_splits_of_its_source(tmp_path):
     source = BuildConfig("synthetic", tmp_path / "made", parts=MIN_PARTS, split="seeded")
     synthesize(source, SynthesizeConfig(["cutpaste"]))
