@@ -7,6 +7,7 @@
 | `fiftyone` | samples.json, metadata.json | FiftyOne |
 
 Every image has its truth as annotations, and its reference, the words of each expert, P(defect), the answers and tags.
+Images without a condition have no annotation, and COCO cannot hold them.
 The files refer to the images instead of copying them. `data_prep.build --corrections FILE` reads corrected files of the
 first two formats.
 """
@@ -23,6 +24,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder
 from echo_ft.inputs import FRAME
 from echo_ft.metrics.loading import load_run
+from echo_ft.records import UNLABELLED
 from evaluation.review import TAGS, review_cases, run_dataset
 from evaluation.review_formats import FORMATS
 
@@ -46,7 +48,7 @@ class ReviewConfig:
 def main(argv: list[str]) -> None:
     """Write the files of the format and print how many images have which tag."""
     (config,) = configs.parse([ReviewConfig], named_first(argv, "--run"))
-    run = load_run(Path(config.run))
+    run = load_run(Path(config.run), keep_unlabelled=True)
     dataset = run_dataset(run)
     cases = [case for case in review_cases(run, dataset) if not config.tags or {*config.tags} & {*case.tags}]
     if not cases:
@@ -54,6 +56,12 @@ def main(argv: list[str]) -> None:
     framed = next((one for case in cases if FRAME.fullmatch(one := case.inspection.image)), None)
     if framed:
         raise EchoError(f"{framed} is a frame of a file, which other tools cannot show; build from PNG files instead")
+    unlabelled = sum(case.inspection.condition == UNLABELLED for case in cases)
+    if unlabelled and config.format == "coco":
+        raise EchoError(
+            f"{unlabelled} images of {config.run} have no condition, but in COCO an image without annotations is good; "
+            "use --format labelstudio or fiftyone"
+        )
     output = Path(config.output or run.folder / f"review_{config.format}")
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")

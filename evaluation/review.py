@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from echo_ft.data.dataset import Dataset, load_dataset
+from echo_ft.data.splits import conditions_of
 from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import most_probable
 from echo_ft.files import read_complete_rows, read_jsonl
@@ -16,7 +17,7 @@ from echo_ft.metrics.experts import concluded_letter
 from echo_ft.metrics.grounding.scores import named_boxes
 from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import is_correct, p_defect
-from echo_ft.records import ROLES, Inspection, Prediction, Trace
+from echo_ft.records import ROLES, UNLABELLED, Inspection, Prediction, Trace
 
 TAGS = ("wrong", "disagreement", "unparsed", "failed")
 """Tags for cases that may be worth a review. `disagreement`: the reasoning expert's conclusion contradicts the
@@ -44,6 +45,8 @@ class ReviewCase:
 
     inspection: Inspection
     """The image and its truth, as stored in the dataset."""
+    conditions: tuple[str, ...]
+    """The conditions of the product in the whole dataset."""
     references: tuple[str, ...]
     """The normal images that the decision maker saw."""
     extractor: str
@@ -86,14 +89,22 @@ def review_cases(run: Run, dataset: Dataset) -> list[ReviewCase]:
     missing = [case for case in predictions if case not in inspections]
     if missing:
         raise EchoError(f"{dataset.folder} has no image {missing[0]} of {run.folder}; restore the dataset of the run")
+    conditions = conditions_of([*inspections.values()])
     return [
-        _review_case(inspections[case], rows, traces.get(case, {}), boxes.get(case, ()))
+        _review_case(
+            inspections[case],
+            tuple(conditions[inspections[case].dataset, inspections[case].product]),
+            rows,
+            traces.get(case, {}),
+            boxes.get(case, ()),
+        )
         for case, rows in predictions.items()
     ]
 
 
 def _review_case(
     inspection: Inspection,
+    conditions: tuple[str, ...],
     rows: Sequence[Prediction],
     traces: dict[tuple[str, str], Trace],
     boxes: tuple[Box, ...],
@@ -108,6 +119,7 @@ def _review_case(
     questions = [(row, said(reasoner, row.question)) for row in rows]
     return ReviewCase(
         inspection,
+        conditions,
         shown,
         said(extractor, "best", "normal"),
         said(guide, "guide"),
@@ -122,7 +134,7 @@ def _tags(row: Prediction, reasoning: str) -> tuple[str, ...]:
     probable = most_probable(row.probabilities) if row.probabilities else None
     others = {letter for letter in (concluded, probable) if letter is not None} - {row.parsed}
     applies = {
-        "wrong": not is_correct(row),
+        "wrong": row.condition != UNLABELLED and not is_correct(row),
         "disagreement": row.parsed is not None and bool(others),
         "unparsed": row.parsed is None and row.error is None,
         "failed": row.error is not None,

@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 from echo_ft.files import write_json, write_text
 from echo_ft.images.decode import image_size
 from echo_ft.images.outlines import Outlines, outlines_of
-from echo_ft.records import GOOD
+from echo_ft.records import GOOD, UNLABELLED
 from evaluation.review import ReviewCase, ReviewQuestion
 
 Write = Callable[[Path, Sequence[ReviewCase], Path, str], None]
@@ -21,11 +21,12 @@ Write = Callable[[Path, Sequence[ReviewCase], Path, str], None]
 def write_labelstudio(folder: Path, cases: Sequence[ReviewCase], root: Path, run: str) -> None:
     """Write tasks for Label Studio with the truth as an annotation, and the interface that shows them.
 
+    A task has no annotation if the condition of its image is not known.
     Label Studio serves the images as local files below `root`.
     """
     tasks = [_task(number, case, root, run) for number, case in enumerate(cases, start=1)]
     write_json(folder / "tasks.json", tasks)
-    defects = sorted({case.inspection.condition for case in cases} - {GOOD})
+    defects = sorted({name for case in cases for name in case.conditions} - {GOOD})
     write_text(folder / "config.xml", _interface(defects, any(case.predicted for case in cases)))
 
 
@@ -57,7 +58,7 @@ def _task(number: int, case: ReviewCase, root: Path, run: str) -> dict[str, Any]
             "answers": "\n\n".join(map(_question_text, case.questions)),
             **_facts(case),
         },
-        "annotations": [{"result": results}],
+        "annotations": [] if inspection.condition == UNLABELLED else [{"result": results}],
     }
     if case.p_defect is not None or case.predicted:
         # Label Studio shows these boxes separately from the annotation, which holds the truth.
@@ -137,11 +138,12 @@ def _question_text(question: ReviewQuestion) -> str:
         for letter, text in row.options.items()
     )
     verdict = "right" if question.right else ", ".join(question.tags)
+    judged = "; ".join(filter(None, (verdict, row.answer and f"truth {row.answer}")))
     lines = (
         f"{row.kind}: {row.question_text}",
         options,
         question.reasoning and f"reasoning_expert: {question.reasoning}",
-        f"decision_maker: {row.error or row.text} ({verdict}; truth {row.answer})",
+        f"decision_maker: {row.error or row.text}" + (f" ({judged})" if judged else ""),
     )
     return "\n".join(filter(None, lines))
 
@@ -247,7 +249,7 @@ def _sample(case: ReviewCase, root: Path) -> dict[str, Any]:
     return {
         "filepath": str(root / inspection.image),
         "tags": list(case.tags),
-        "condition": _fiftyone_label("Classification", label=inspection.condition),
+        "condition": _fiftyone_label("Classification", label=inspection.condition) if inspection.condition else None,
         "ground_truth": _fiftyone_label("Detections", detections=detections),
         "outlines": _fiftyone_label("Polylines", polylines=polylines),
         "predictions": _fiftyone_label("Detections", detections=predicted),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_cases, load_dataset, read_digests, require_unchanged
+from echo_ft.data.splits import UNLABELLED_SPLIT
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_fail
 from echo_ft.experts.roles import PROMPT_VERSION
@@ -92,7 +93,9 @@ def main(argv: list[str]) -> int:
     run_remaining(prepared, state)
     failed = failure_reasons(Path(config.output)) if state.is_main_process else []
     if state.is_main_process:
-        print(f"done: {config.output}; score it with `python -m evaluation.score {config.output}`")
+        review = f"review it with `python -m evaluation.export_review {config.output} --format labelstudio`"
+        score = f"score it with `python -m evaluation.score {config.output}`"
+        print(f"done: {config.output}; {review if config.split == UNLABELLED_SPLIT else score}")
         if failed:
             LOGGER.warning(
                 f"{len(failed)} predictions failed (first: {failed[0]}); rerun the same command to retry them"

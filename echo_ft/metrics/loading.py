@@ -50,8 +50,11 @@ class Run:
     """Whether every question of the run has an answer."""
 
 
-def load_run(folder: Path) -> Run:
-    """Load the run in `folder`. Raises EchoError if it is not a run, is damaged, or has no predictions."""
+def load_run(folder: Path, keep_unlabelled: bool = False) -> Run:
+    """Load the run in `folder`. Raises EchoError if it is not a run, is damaged, or has no predictions.
+
+    Answers about images without a condition cannot be scored and are left out, unless `keep_unlabelled`.
+    """
     meta, rows = folder / "run.json", folder / "predictions.jsonl"
     if not folder.is_dir():
         raise EchoError(f"there is no folder {folder}; create a run with python -m evaluation.run --output {folder}")
@@ -71,11 +74,11 @@ def load_run(folder: Path) -> Run:
     if not predictions:
         raise EchoError(f"{rows} is empty; rerun the same evaluation.run command to resume")
     incomplete = _incomplete_warnings(provenance, predictions)
-    known = [one for one in predictions if one.condition != UNLABELLED]
+    known = [one for one in predictions if keep_unlabelled or one.condition != UNLABELLED]
     if not known:
         raise EchoError(
-            f"{rows} has only answers about images without a condition, so there is nothing to score; read the answers "
-            "in that file, or run another split"
+            f"{rows} has only answers about images without a condition, so there is nothing to score; export them "
+            "for review with python -m evaluation.export_review, or run another split"
         )
     warnings = [*incomplete, *_unlabelled_warnings(predictions, known), *_run_warnings(provenance)]
     provenance["predictions_fingerprint"] = fingerprint_bytes(content)

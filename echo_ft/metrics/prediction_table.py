@@ -15,7 +15,7 @@ import numpy as np
 
 from echo_ft.errors import EchoError
 from echo_ft.metrics import intervals
-from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
+from echo_ft.records import GOOD, LETTERS, QUESTION_TYPES, UNLABELLED, Prediction
 
 MISSPELT = 0.9
 """The difflib similarity above which a question type counts as a misspelling of another. MMAD's own types reach 0.76
@@ -173,10 +173,12 @@ def p_defect(prediction: Prediction) -> float | None:
     """Return the probability of the option that states a defect; None if it is unknown.
 
     The true answer identifies this option. It is the correct one for a defective image and, if there are two options,
-    the other one for a normal image.
+    the other one for a normal image. For an unlabelled image, it is the first one, as `open_questions` writes it.
     """
     if prediction.kind != "Anomaly Detection" or prediction.probabilities is None or prediction.error:
         return None
+    if prediction.condition == UNLABELLED:
+        return prediction.probabilities.get(LETTERS[0])
     if prediction.condition != GOOD:
         return prediction.probabilities.get(prediction.answer)
     others = [letter for letter in prediction.options if letter != prediction.answer]

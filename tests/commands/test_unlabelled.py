@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from contextlib import redirect_stdout, suppress
@@ -12,6 +13,7 @@ import pytest
 from data_prep import audit
 from data_prep.build import build
 from data_prep.build import main as build_main
+from data_prep.collect import usable_images
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.data.splits import UNLABELLED_SPLIT
 from echo_ft.errors import EchoError
@@ -20,7 +22,7 @@ from echo_ft.files import write_jsonl
 from echo_ft.metrics.loading import load_run
 from echo_ft.records import GROUNDING, UNLABELLED, Inspection, Prediction, Question
 from echo_ft.retrieval.products import read_products
-from evaluation import score
+from evaluation import export_review, score
 from tests.support.backends import ScriptedBackend
 from tests.support.drawn_manifest import draw_manifest, draw_part, flags, make_config, read_rows
 from tests.support.scripted_runs import WORDS, write_scripted_run
@@ -108,3 +110,57 @@ def test_scores_leave_them_out_and_say_how_many(folders, tmp_path, capsys):
     write_jsonl(mixed / "predictions.jsonl", answers)
     with pytest.raises(EchoError, match="has only answers about images without a condition"):
         load_run(mixed)
+
+
+@pytest.fixture
+def run(folders, tmp_path) -> Path:
+    """A run on the images without a condition, in which every answer gives a defect a probability of 0.8."""
+    folder = write_scripted_run(tmp_path / "run", folders[1], WORDS | {"decide": "A"}, split=UNLABELLED_SPLIT)
+    answers = read_rows(folder, "predictions.jsonl", Prediction)
+    sure = {"A": 0.8, "B": 0.2}
+    write_jsonl(
+        folder / "predictions.jsonl",
+        [dataclasses.replace(one, probabilities=sure if one.options else None) for one in answers],
+    )
+    return folder
+
+
+def test_their_run_can_be_reviewed_and_the_new_truth_read_back(folders, run, tmp_path, capsys):
+    export_review.main([str(run), "--format", "labelstudio"])
+    assert "3 images (none tagged) for labelstudio" in capsys.readouterr().out, "without a truth, no answer is wrong"
+    path = run / "review_labelstudio" / "tasks.json"
+    tasks = json.loads(path.read_text())
+    assert [(one["data"]["path"], one["annotations"]) for one in tasks] == [
+        (f"cap/new-{number}.png", []) for number in range(3)
+    ]
+    for task in tasks:
+        assert task["predictions"][0]["score"] == pytest.approx(0.8)
+        assert "decision_maker: A" in task["data"]["answers"]
+        assert "truth" not in task["data"]["answers"]
+        assert "wrong" not in task["data"]["tags"]
+    interface = (path.parent / "config.xml").read_text()
+    assert all(f'<Choice value="{name}"/>' in interface for name in ("good", "dent", "stain"))
+    config = make_config(folders[1].parent / "parts.jsonl", tmp_path / "unused", corrections=path)
+    source = usable_images(dataclasses.replace(config, corrections=None), tmp_path).inspections
+    assert usable_images(config, tmp_path).inspections == source, "an unchanged file changes nothing"
+    outline = {"x": 0, "y": 0, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["dent"]}
+    size = {"original_width": 48, "original_height": 40}
+    marked = {**size, "type": "rectanglelabels", "from_name": "box", "to_name": "image", "value": outline}
+    normal = {"type": "choices", "from_name": "condition", "to_name": "image", "value": {"choices": ["good"]}}
+    tasks[0]["annotations"], tasks[1]["annotations"] = [{"result": [normal]}], [{"result": [marked]}]
+    path.write_text(json.dumps(tasks))
+    known = {one.image: one for one in usable_images(config, tmp_path).inspections}
+    assert [known[f"cap/new-{number}.png"].condition for number in range(3)] == ["good", "dent", UNLABELLED]
+    assert known["cap/new-1.png"].boxes == ((0.0, 0.0, 24.0, 20.0),)
+    build(dataclasses.replace(config, output=tmp_path / "grown"))
+    splits = {one.image: one.split for one in read_rows(tmp_path / "grown", "inspections.jsonl", Inspection)}
+    assert splits["cap/new-2.png"] == UNLABELLED_SPLIT
+    assert UNLABELLED_SPLIT not in {splits["cap/new-0.png"], splits["cap/new-1.png"]}
+
+
+def test_their_review_in_fiftyone_states_no_condition_and_coco_refuses_them(run):
+    export_review.main([str(run), "--format", "fiftyone"])
+    samples = json.loads((run / "review_fiftyone" / "samples.json").read_text())["samples"]
+    assert [(one["condition"], one["p_defect"]) for one in samples] == [(None, pytest.approx(0.8))] * 3
+    with pytest.raises(EchoError, match=r"3 images of .* have no condition, but in COCO .*; use --format labelstudio"):
+        export_review.main([str(run), "--format", "coco"])

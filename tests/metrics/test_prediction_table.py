@@ -9,7 +9,7 @@ import pytest
 
 from echo_ft.errors import EchoError
 from echo_ft.metrics.prediction_table import make_prediction_table, p_defect
-from echo_ft.records import GOOD, Prediction
+from echo_ft.records import GOOD, UNLABELLED, Prediction
 from tests.support.predictions import CLASSIFICATION, DETECTION, make_prediction
 
 
@@ -33,6 +33,8 @@ def test_p_defect_is_the_probability_of_the_option_that_states_a_defect() -> Non
     assert p_defect(dataclasses.replace(defective, probabilities=None)) is None
     three = dataclasses.replace(normal, options={"A": "1", "B": "2", "C": "3"})
     assert p_defect(three) is None, "either of two wrong options may state the defect"
+    unlabelled = dataclasses.replace(normal, condition=UNLABELLED, answer="", probabilities={"A": 0.7, "B": 0.3})
+    assert p_defect(unlabelled) == 0.7
 
 
 def test_equal_part_numbers_in_two_products_are_two_parts() -> None:
