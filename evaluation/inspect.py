@@ -67,6 +67,7 @@ class InspectConfig:
             "help": "URL of an OpenAI-compatible server that has the adapters of the bundle, http://HOST:PORT/v1."
         },
     )
+    server_timeout: float = field(default=300.0, metadata={"help": "With --server: timeout of a request in seconds."})
     base_model: str | None = field(
         default=None, metadata={"help": "With a bundle: current folder of the base model. Default: that of the bundle."}
     )
@@ -174,7 +175,11 @@ def load_inspector(config: InspectConfig) -> Inspector:
     if config.server is not None:
         if config.base_model is not None:
             raise EchoError("--base_model cannot be used with --server, which has the base model; remove it")
-        return Inspector.from_server(config.server, config.bundle, threshold=config.threshold)
+        if config.server_timeout <= 0:
+            raise EchoError(f"server_timeout is {config.server_timeout:g}; set it to more than 0")
+        return Inspector.from_server(
+            config.server, config.bundle, threshold=config.threshold, timeout=config.server_timeout
+        )
     return Inspector.from_bundle(config.bundle, base_model=config.base_model, threshold=config.threshold)
 
 

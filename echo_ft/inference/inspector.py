@@ -160,13 +160,14 @@ class Inspector:
         model: str = "{role}",
         threshold: float | None = None,
         max_concurrent: int = BATCH_SIZE,
+        timeout: float = 300.0,
     ) -> Inspector:
         """Use the adapters of a bundle that a server has loaded; the base model is not needed here.
 
         `url` is that of an OpenAI-compatible server, and `model` is the name of the adapters there, with `{role}` in
-        place of the role. If the server requires a key, set the environment variable OPENAI_API_KEY. Raises EchoError
-        if the server returns no token probabilities, counts tokens differently, or does not answer like the bundle's
-        adapters.
+        place of the role. If the server requires a key, set the environment variable OPENAI_API_KEY. A request that
+        takes more than `timeout` seconds is retried. Raises EchoError if the server returns no token probabilities,
+        counts tokens differently, or does not answer like the bundle's adapters.
         """
         from echo_ft.inference.server import Server, ServerThread
 
@@ -175,9 +176,10 @@ class Inspector:
         products = load_bundle_products(path, description)
         adapters = bundle_adapters(path, description, description.base_model, has_weights=False)
         builder = load_bundle_rows(path, description)
-        server = ServerThread(
-            Server(url, model, builder, products.root, description.max_new_tokens, max_concurrent=max_concurrent)
+        client = Server(
+            url, model, builder, products.root, description.max_new_tokens, None, max_concurrent, timeout=timeout
         )
+        server = ServerThread(client)
         if not server.call(server.server.check()):
             raise EchoError(f"{url} returns no token probabilities, so there is no P(defect); serve with vLLM")
         backend = served_backend(server.server, server.call, description.base_model)

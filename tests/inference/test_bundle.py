@@ -69,6 +69,10 @@ def test_the_command_inspects_with_a_bundle(bundle, image, capsys):
         ([], "give either a bundle or adapters: add --bundle DIR"),
         (["--bundle", "b", "--adapters", "a"], "give either a bundle or adapters"),
         (["--bundle", "b", "--dataset", "d"], "--dataset cannot be used with --bundle; remove it, or use --adapters"),
+        (
+            ["--bundle", "b", "--server", "http://h/v1", "--server_timeout", "0"],
+            "server_timeout is 0; set it to more than 0",
+        ),
         (["--adapters", "a", "--server", "http://h/v1"], "--server cannot be used with --adapters; .* or use --bundle"),
         (
             ["--bundle", "b", "--server", "http://h/v1", "--base_model", "m"],

@@ -213,7 +213,8 @@ def test_an_inspector_trusts_a_server_only_with_the_adapters_of_the_bundle(
     server = FakeServer(model_answers(tuned, builder(bundle, **options), tmp_path, served))
     try:
         if message is None:
-            inspector = Inspector.from_server(server.url, bundle)
+            inspector = Inspector.from_server(server.url, bundle, timeout=70)
+            assert inspector.generate.__self__.server.timeout == 70
             image = next((bundle / "references" / "images").iterdir())
             ours, theirs = (one.predict(image, "washer") for one in (Inspector.from_bundle(bundle), inspector))
             assert theirs.pred_score == pytest.approx(ours.pred_score, abs=1e-4)
