@@ -1,7 +1,9 @@
-"""The demo of `make demo` at a small size: each adapter trains for a few steps. The bundle also has merged models."""
+"""The demo of `make demo`, or the same at a small size: each adapter trains for a few steps. The bundle also has merged
+models."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,19 @@ def make_small_demo(folder: Path) -> SmallDemo:
         run_in_process(*tiny_options(role, dataset, adapters / role, *FEW_STEPS))
     run_demo(dataset, adapters, demo.run)
     score([str(demo.run)])
+    export_merged(adapters, demo)
+    return demo
+
+
+def take_demo(made: Path, folder: Path) -> SmallDemo:
+    """Return the demo that `make demo` left in `made`, such as `runs/demo`, with a bundle in `folder`."""
+    dataset = json.loads((made / "tuned" / "run.json").read_text(encoding="utf-8"))["dataset"]
+    demo = SmallDemo(Path(dataset), made / "tuned", folder / "bundle")
+    export_merged(made / "adapters", demo)
+    return demo
+
+
+def export_merged(adapters: Path, demo: SmallDemo) -> None:
+    """Write the bundle of a demo, with the merged models of all roles."""
     parts = ["--adapters", adapters, "--report", demo.run / "report.json", "--output", demo.bundle]
     export([*map(str, parts), "--merge", *ROLES])
-    return demo
