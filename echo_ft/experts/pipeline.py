@@ -100,9 +100,11 @@ def run_or_fail(cases: Sequence[Case], generate: Generate, config: PipelineConfi
     except BackendError:
         raise
     except EchoError as error:
-        if len(cases) > 1:
-            return [outcome for case in cases for outcome in run_or_fail([case], generate, config)]
-        return [_failed(cases[0], error)]
+        reason = str(error)
+    # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
+    if len(cases) > 1:
+        return [outcome for case in cases for outcome in run_or_fail([case], generate, config)]
+    return [_failed(cases[0], reason)]
 
 
 async def run_cases_async(
@@ -143,7 +145,7 @@ async def _run_case_async(case: Case, generate: AsyncGenerate, config: PipelineC
     except BackendError:
         raise
     except EchoError as error:
-        return _failed(case, error)
+        return _failed(case, str(error))
 
 
 def run_case(
@@ -250,8 +252,8 @@ def _averaged(case: Case, question: Question, orders: Sequence[Prediction]) -> P
     return _prediction(case, question, letter or "", parsed=letter, probabilities=probabilities)
 
 
-def _failed(case: Case, error: EchoError) -> Outcome:
-    return Outcome([_prediction(case, question, "", error=str(error)) for question in case.seen.questions], [])
+def _failed(case: Case, reason: str) -> Outcome:
+    return Outcome([_prediction(case, question, "", error=reason) for question in case.seen.questions], [])
 
 
 def _prediction(

@@ -117,16 +117,14 @@ class Engine:
     ) -> list[Generation]:
         """Generate for all branches of `rows`. If memory runs out, halve the rows and `max_batch_tokens`."""
         try:
-            cache, visible, starts = self._prefill_in_groups(rows, features)
-            owners = torch.tensor([index for index, row in enumerate(rows) for _ in row.exchange.branches])
-            return self._decode(rows, owners.to(self.device), cache, visible, starts, limit)
+            return self._generate_together(rows, features, limit)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise EchoError(
                     "a single case does not fit into memory; lower max_pixels, references or max_new_tokens, or use "
                     "a GPU with more memory"
                 ) from error
-        # This is outside the handler, whose traceback would keep the tensors of the failed attempt alive.
+        # Here nothing of the failed attempt is alive: its cache was in another frame, which the traceback kept.
         self._looks.clear()
         torch.cuda.empty_cache()
         lengths = [np.bincount(row.segments).tolist() for row in rows]
@@ -137,6 +135,13 @@ class Engine:
         middle = len(rows) // 2
         first = self._generate_batch(rows[:middle], features[:middle], limit)
         return first + self._generate_batch(rows[middle:], features[middle:], limit)
+
+    def _generate_together(
+        self, rows: Sequence[Row], features: Sequence[Sequence[torch.Tensor]], limit: int
+    ) -> list[Generation]:
+        cache, visible, starts = self._prefill_in_groups(rows, features)
+        owners = torch.tensor([index for index, row in enumerate(rows) for _ in row.exchange.branches])
+        return self._decode(rows, owners.to(self.device), cache, visible, starts, limit)
 
     def _batch_boundaries(self, rows: Sequence[Row], limit: int) -> list[int]:
         """Split rows into batches within `max_batch_tokens`; returns the start of each batch and the end of the last.

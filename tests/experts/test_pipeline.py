@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -97,6 +99,30 @@ def test_broken_case_fails_with_all_its_questions_and_no_others(tmp_path):
     assert "is broken" in outcomes[1].predictions[0].error
     assert outcomes[1].predictions[0].parsed is None
     assert outcomes[0] == run_cases(cases[:1], ScriptedBackend(), PipelineConfig())[0]
+
+
+def test_nothing_of_a_failed_batch_is_alive_when_its_cases_run_again(tmp_path):
+    """After an attempt that ran out of memory, its tensors would leave the other cases no memory."""
+    cases, failed, alive = [make_case(tmp_path, f"line/part/{index}") for index in range(3)], [], []
+
+    class Tensor:
+        """Stands for the tensors of a forward pass."""
+
+    def out_of_memory(role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
+        gc.collect()
+        alive.append(sum(one() is not None for one in failed))
+        tensor = Tensor()
+        failed.append(weakref.ref(tensor))
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise EchoError("a single case does not fit into memory") from error
+
+    outcomes = run_or_fail(cases, out_of_memory, PipelineConfig())
+    assert alive == [0, 0, 0, 0]
+    assert {one.error for outcome in outcomes for one in outcome.predictions} == {
+        "a single case does not fit into memory"
+    }
 
 
 def test_probabilities_decide_with_answer_logits(case):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -315,6 +317,23 @@ def test_out_of_memory_halves_the_budget_and_continues(model, row_builder, excha
     monkeypatch.setattr(Engine, "_prefill", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     with pytest.raises(EchoError, match="does not fit into memory; lower max_pixels"):
         engine.generate("decision_maker", exchanges)
+
+
+def test_no_cache_of_a_failed_attempt_is_alive_in_the_next(model, row_builder, exchanges, tmp_path, monkeypatch):
+    """On a GPU, the cache of the whole batch would fill the memory that its halves need."""
+    failed, alive = [], []
+
+    def out_of_memory(self, rows, owners, cache, *_):
+        gc.collect()
+        alive.append(sum(one() is not None for one in failed))
+        failed.append(weakref.ref(cache))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "_decode", out_of_memory)
+    with pytest.raises(EchoError, match="does not fit into memory"):
+        Engine(model, row_builder, tmp_path, max_new_tokens=8).generate("decision_maker", exchanges)
+    assert len(alive) >= 3, "the batch was halved at least twice"
+    assert set(alive) == {0}
 
 
 def test_adapters_take_the_dtype_of_the_base_model(tmp_path):
