@@ -29,7 +29,7 @@ from echo_ft.model.batches import float32_logits, join_caches, join_states, pad_
 from echo_ft.model.loading import project_patches
 from echo_ft.model.rows import PADDING, Row, RowBuilder
 from echo_ft.model.vision import ImageEncoder, ImageFeatureCache
-from echo_ft.records import LETTERS, Exchange, Generation
+from echo_ft.records import LETTERS, ROLES, Exchange, Generation
 from echo_ft.terminal import LOGGER
 
 PREFILL_TOKENS = 8_192
@@ -77,6 +77,8 @@ class Engine:
         project_patches(self.base)
         self.device = self.base.device
         self._encoder = ImageEncoder(self.base, row_builder, features)
+        tower = [name for name, _ in self.base.named_parameters() if ".visual." in name]
+        self._tower_roles = {role for role in ROLES if any(f".{role}." in name for name in tower)}
         ends = self.base.generation_config.eos_token_id
         self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
         self._letters = {letter: row_builder.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS}
@@ -93,8 +95,8 @@ class Engine:
             self.model.set_adapter(role)
             self._adapt_from = getattr(self.model, "adapt_from", {}).get(role, "prefix")
         shown = [view for exchange in exchanges for view in views(exchange, self.root, self.corruption)]
-        # Roles share features unless an adapter changes the vision tower.
-        owner = role if self.adapted and self._tower_is_adapted(role) else ""
+        # Roles share features unless an adapter changes the vision tower or the merger.
+        owner = role if role in self._tower_roles else ""
         encoded = iter(self._encoder.encode(owner, shown))
         images = [[next(encoded) for _ in exchange.images] for exchange in exchanges]
         rows = [
@@ -158,11 +160,6 @@ class Engine:
                 boundaries.append(index)
                 prefix, branch, count = own_prefix, max(own), len(own)
         return [*boundaries, len(rows)]
-
-    def _tower_is_adapted(self, role: str) -> bool:
-        return any(
-            ".visual." in name and role in getattr(module, "lora_A", ()) for name, module in self.model.named_modules()
-        )
 
     def _prefill_in_groups(
         self, rows: Sequence[Row], features: Sequence[Sequence[torch.Tensor]]

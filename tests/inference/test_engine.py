@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 from benchmarks.evaluation.speed import Plain, split_by_question
 from data_prep.build import main as build_main
@@ -334,6 +335,23 @@ def test_no_cache_of_a_failed_attempt_is_alive_in_the_next(model, row_builder, e
         Engine(model, row_builder, tmp_path, max_new_tokens=8).generate("decision_maker", exchanges)
     assert len(alive) >= 3, "the batch was halved at least twice"
     assert set(alive) == {0}
+
+
+def test_a_role_that_trains_the_merger_has_its_own_image_features(row_builder, exchanges, tmp_path):
+    """`lora_modules_to_save: [merger]` trains the merger itself, without LoRA weights in it."""
+    torch.manual_seed(0)
+    tuned = load_model(str(ECHO_TINY), dtype="float32")
+    first, second = (LoraConfig(target_modules=["q_proj"], modules_to_save=["merger"]) for _ in range(2))
+    tuned = get_peft_model(tuned, first, ROLES[0])
+    tuned.add_adapter(ROLES[3], second)
+    for name, weight in tuned.named_parameters():
+        if "merger.modules_to_save" in name:
+            weight.data.add_(0.05 * torch.randn_like(weight))
+    alone = Engine(tuned, row_builder, tmp_path, max_new_tokens=2).generate(ROLES[3], exchanges[:1])
+    engine = Engine(tuned, row_builder, tmp_path, max_new_tokens=2)
+    other = engine.generate(ROLES[0], exchanges[:1])
+    assert engine.generate(ROLES[3], exchanges[:1]) == alone
+    assert other != alone
 
 
 def test_adapters_take_the_dtype_of_the_base_model(tmp_path):
