@@ -146,15 +146,20 @@ def decode(path: Path, mode: str = "RGB", min_size: tuple[int, int] | None = Non
     Callers use it to report the error in their own way.
     """
     with open_image(path) as image:
-        turn = _turn(image)
-        deep = deep_values(image)
-        if deep is not None:
-            decoded = _eight_bits(deep).convert(mode)
-        else:
-            if min_size is not None:
-                image.draft(mode, min_size[::-1] if turn in _SIDEWAYS else min_size)
-            decoded = image.convert(mode)
-        return decoded if turn is None else decoded.transpose(turn)
+        return to_upright(image, mode, min_size)
+
+
+def to_upright(image: Image.Image, mode: str = "RGB", min_size: tuple[int, int] | None = None) -> Image.Image:
+    """Convert an opened image, or one in memory, as `decode` converts a file. Raises Pillow's errors or InputError."""
+    turn = _turn(image)
+    deep = deep_values(image)
+    if deep is not None:
+        decoded = _eight_bits(deep).convert(mode)
+    else:
+        if min_size is not None:
+            image.draft(mode, min_size[::-1] if turn in _SIDEWAYS else min_size)
+        decoded = image.convert(mode)
+    return decoded if turn is None else decoded.transpose(turn)
 
 
 def describe_read_error(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echo_ft.errors import EchoError
-from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
+from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, decode, describe_read_error, is_deep, to_upright
 from echo_ft.inputs import image_file, read_bytes
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -59,15 +59,21 @@ def snapshot(image: ImageInput, folder: Path) -> Path:
 
 
 def _png(image: Image.Image | NDArray[Any]) -> bytes:
-    """Return an image in memory as a PNG file. Raises EchoError if an array is not an image of uint8."""
-    if not isinstance(image, Image.Image):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise EchoError(
-                f"an array of {image.dtype} with shape {image.shape} is not an image; pass uint8 values of shape "
-                f"(height, "
-                "width, 3) in RGB, or (height, width)"
-            )
-        image = Image.fromarray(image)
+    """Return an image in memory as a PNG file. Raises EchoError if it is unusable, or an array that is not uint8."""
+    if isinstance(image, Image.Image):
+        if is_deep(image) and image.mode not in HIGH_DEPTH_MODES:
+            raise EchoError("Pillow keeps only 8 of the 16 bits of this image's colours; pass the path of the file")
+        try:
+            image = to_upright(image)
+        except Exception as error:  # Pillow's readers raise many kinds of errors for broken files
+            raise EchoError(f"the Pillow image cannot be read: {describe_read_error(error)}; replace it") from error
+    elif image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise EchoError(
+            f"an array of {image.dtype} with shape {image.shape} is not an image; pass uint8 values of shape "
+            "(height, width, 3) in RGB, or (height, width)"
+        )
+    else:
+        image = Image.fromarray(image).convert("RGB")
     file = io.BytesIO()
-    image.convert("RGB").save(file, "png")
+    image.save(file, "png")
     return file.getvalue()

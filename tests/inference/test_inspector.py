@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import echo_ft
 from benchmarks.evaluation.inspector import draw_images, measure_inspector
@@ -17,6 +18,8 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import run_cases
 from echo_ft.files import read_jsonl, write_json
+from echo_ft.images.decode import load_image
+from echo_ft.images.snapshot import snapshot
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inference.inspector import Inspector
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS
@@ -37,6 +40,54 @@ def test_a_file_an_image_and_an_array_give_the_same_result(inspector, image):
         assert [one.prompt for one in result.trace] == [one.prompt for one in results[0].trace]
         assert [one.images[:-1] for one in result.trace] == [one.images[:-1] for one in results[0].trace]
     assert all(trace.images[-1] == str(image) for trace in results[0].trace)
+
+
+def ramp(top, dtype):
+    return np.tile(np.linspace(0, top, 80).astype(dtype), (40, 1))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "values"), [("png", ramp(4095, "<u2")), ("tif", ramp(4095, "<i4")), ("tif", ramp(1, "<f4"))]
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_deep_greys_in_memory_become_the_8_bits_of_their_file(tmp_path, suffix, values, loaded):
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(values).save(path)
+    with Image.open(path) as opened:
+        taken = snapshot(opened.copy() if loaded else opened, tmp_path)
+    np.testing.assert_array_equal(np.asarray(load_image(taken)), np.asarray(load_image(path)))
+    assert np.asarray(load_image(taken)).mean() == pytest.approx(127.5, abs=1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_images_in_memory_stand_upright_as_their_file_does(tmp_path, suffix, loaded):
+    path = tmp_path / draw(tmp_path / f"turned.{suffix}", (80, 40), 1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(path) as flat:
+        flat.convert("RGB").save(path, exif=exif)
+    with Image.open(path) as opened:
+        taken = snapshot(opened.convert("RGB") if loaded else opened, tmp_path)
+    assert load_image(taken).size == (40, 80)
+    np.testing.assert_array_equal(np.asarray(load_image(taken)), np.asarray(load_image(path)))
+
+
+def test_unusable_images_in_memory_are_refused(tmp_path):
+    colours = np.dstack([ramp(4095, "<u2")] * 3)
+    cv2.imwrite(str(tmp_path / "colours.png"), colours)
+    for _ in range(2):
+        with (
+            Image.open(tmp_path / "colours.png") as opened,
+            pytest.raises(EchoError, match="pass the path of the file"),
+        ):
+            snapshot(opened, tmp_path)
+    with pytest.raises(EchoError, match="the Pillow image cannot be read: its values range from -1 to"):
+        snapshot(Image.fromarray(ramp(4095, "<i4") - 1), tmp_path)
+    with Image.open(tmp_path / draw(tmp_path / "closed.png", (8, 8), 1)) as closed:
+        pass
+    with pytest.raises(EchoError, match="the Pillow image cannot be read"):
+        snapshot(closed, tmp_path)
 
 
 def test_images_in_memory_and_overwritten_files_are_seen_afresh(inspector, tmp_path):
