@@ -26,7 +26,6 @@ from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons, read_cut_warning
-from echo_ft.inference.server import Server, call_in
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, require_whole_prompt, tuned_base
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
@@ -317,6 +316,8 @@ async def run_server(
 
     Raises EchoError if the server does not answer, or does not return probabilities that the run needs.
     """
+    from echo_ft.inference.server import Server, call_in  # needs the extra `serving`
+
     config = prepared.config
     assert config.server is not None
     async with Server(

@@ -49,6 +49,9 @@ HEAVY = {
 }  # fmt: skip
 """Packages that a function may import, so that `--help` and light commands do not load them."""
 
+OPTIONAL = {"bitsandbytes", "fastapi", "gradio", "matplotlib", "openai", "starlette", "uvicorn"}
+"""Packages that only an extra of pyproject.toml installs."""
+
 LIGHT_INSIDE = {"fcntl": "Windows has none", "resource": "Windows has none"}
 """Other modules that a function may import, and why."""
 
@@ -185,6 +188,24 @@ def test_command_help_loads_no_heavy_package():
         script = f"import sys, {module}; print(*sorted(set(sys.modules) & {{'torch', 'transformers', 'trl', 'faiss'}}))"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "", f"{module} loads {done.stdout}"
+
+
+@cache
+def loaded_at_start(module: str) -> frozenset[str]:
+    """The packages of others that importing one of our modules imports."""
+    path = module_file(module)
+    if path is None:
+        return frozenset({module.split(".")[0]})
+    return frozenset().union(*(loaded_at_start(name) for node in tree(path).body for name in imported(node)))
+
+
+def test_commands_start_without_the_packages_of_extras():
+    assert "openai" in loaded_at_start("echo_ft.inference.server")
+    for path in LIGHT:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] in SCRIPTS:
+            found = loaded_at_start(".".join(parts)) & OPTIONAL
+            assert not found, f"{path.relative_to(ROOT)} loads {found}; import it inside a function"
 
 
 def test_models_load_from_safetensors_and_never_run_remote_code():
