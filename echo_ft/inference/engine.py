@@ -126,7 +126,7 @@ class Engine:
                     "a single case does not fit into memory; lower max_pixels, references or max_new_tokens, or use "
                     "a GPU with more memory"
                 ) from error
-        # Here nothing of the failed attempt is alive: its cache was in another frame, which the traceback kept.
+        # Here, neither the handler's traceback nor a variable keeps the tensors of the failed attempt alive.
         self._looks.clear()
         torch.cuda.empty_cache()
         lengths = [np.bincount(row.segments).tolist() for row in rows]
