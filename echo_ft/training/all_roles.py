@@ -113,7 +113,8 @@ class AllRolesTrainer(PrefixSharingTrainer):
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         self.accelerator.unscale_gradients()
         norms = [torch.nn.utils.clip_grad_norm_(self._weights(role), self.args.max_grad_norm) for role in ROLES]
-        return torch.stack(norms).norm()
+        # The norm of a role without gradients is on the CPU (torch 2.15).
+        return torch.stack([norm.to(self.args.device) for norm in norms]).norm()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups of their own for each role."""

@@ -50,9 +50,10 @@ def check_largest_batch(trainer: Any, cases: Sequence[int]) -> None:
             own = [] if trainer.is_deepspeed_enabled else list(trained.values())  # DeepSpeed has its states already
             held = hold_step_memory(args, trainer.optimizer, own, inputs["pixel_values"])
             model.train()
-            loss = trainer.compute_loss(model, inputs)
-            # With loss.backward(), DDP and DeepSpeed would treat these gradients as those of step 1.
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            with trainer.maybe_activation_offload_context:
+                loss = trainer.compute_loss(model, inputs)
+                # With loss.backward(), DDP and DeepSpeed would treat these gradients as those of step 1.
+                found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

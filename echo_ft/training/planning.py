@@ -94,9 +94,11 @@ class Plan:
         """
         cases = self.cases()
         order = sorted(range(len(cases)), key=lambda number: -case_work(cases[number]).tokens)
-        first = {cases[number][0].case: number for number in reversed(order)}
+        first: dict[str, int] = {}
+        for number in order:
+            first.setdefault(cases[number][0].case, number)
         repeated = [number for number in order if first[cases[number][0].case] != number]
-        return [*reversed(first.values()), *repeated][:size]
+        return [*first.values(), *repeated][:size]
 
 
 def case_work(rows: Sequence[PlannedRow]) -> WorkCounts:

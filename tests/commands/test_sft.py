@@ -237,6 +237,30 @@ def test_the_largest_batch_check_tells_its_memory_and_does_not_affect_training(d
     assert tokens[0]["log_history"][-1].get("num_tokens") == tokens[1]["log_history"][-1].get("num_tokens")
 
 
+def test_the_largest_batch_is_checked_with_offloaded_activations_if_training_offloads_them(
+    dataset, tmp_path, monkeypatch
+):
+    packed: list[int] = []  # the tensors saved for the backward pass, for each time that offloading is switched on
+
+    class CountsTensors(torch.autograd.graph.saved_tensors_hooks):  # TRL's own needs a GPU
+        def __init__(self) -> None:
+            super().__init__(self.pack, lambda tensor: tensor)
+
+        def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+            packed[-1] += 1
+            return tensor
+
+        def __enter__(self) -> None:
+            packed.append(0)
+            return super().__enter__()
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", lambda model: CountsTensors())
+    options = [*SHORT, "--max_steps", 1, "--gradient_accumulation_steps", 1, "--activation_offloading", "true"]
+    run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / "out", *options))
+    check, step = packed
+    assert check > 10 and step > 10
+
+
 def test_training_starts_after_decoding_only_its_first_batches(tmp_path, monkeypatch):
     from echo_ft.images import decode
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.model.adapters import read_card
 from echo_ft.records import ROLES, Exchange
+from echo_ft.training.all_roles import AllRolesTrainer
 from echo_ft.training.checks import check_options
 from echo_ft.training.collator import Collator
 from echo_ft.training.config import EchoConfig, TrainingConfig
@@ -95,6 +98,19 @@ def test_a_role_without_rows_in_a_step_keeps_its_weights(tmp_path):
     for role in ROLES:
         trained = any(weight.any() for name, weight in weights(tmp_path / "out" / role).items() if "lora_B" in name)
         assert trained == (role != "reference_extractor")
+
+
+def test_the_norm_of_a_role_without_gradients_is_on_the_device_of_the_others():
+    with_gradient, without = (torch.nn.Parameter(torch.ones(2, device="meta")) for _ in range(2))
+    with_gradient.grad = torch.ones(2, device="meta")
+    weights = {role: [without] for role in ROLES} | {"decision_maker": [with_gradient]}
+    trainer: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(unscale_gradients=lambda: None),
+        args=SimpleNamespace(max_grad_norm=1.0, device=torch.device("meta")),
+        _weights=lambda role: weights[role],
+    )
+    norm = AllRolesTrainer._clip_grad_norm(trainer, None)
+    assert (norm.shape, norm.device.type) == (torch.Size([]), "meta")
 
 
 def test_a_dry_run_plans_the_rows_of_all_roles(dataset, tmp_path, capsys):

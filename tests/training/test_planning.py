@@ -63,6 +63,9 @@ def test_the_largest_batch_repeats_a_case_only_after_all_others():
     assert Plan(rows).largest_batch(2) == [1, 3]
     assert Plan(rows).largest_batch(4) == [1, 3, 0, 4]
     assert sorted(Plan(rows).largest_batch(9)) == [0, 1, 2, 3, 4]
+    rows[2] = replace(rows[2], text=WorkCounts(tokens=12))  # in a joined plan, a role may lack one of the repeats
+    assert Plan(rows).largest_batch(1) == [2]
+    assert Plan(rows).largest_batch(4) == [2, 1, 3, 4]
 
 
 def test_a_case_that_balancing_repeats_is_a_separate_case():
