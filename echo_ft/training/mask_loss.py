@@ -100,9 +100,9 @@ def load_mask_heads(heads: MaskHeads, folder: Path) -> None:
     try:
         heads.load_state_dict(load_file(folder / MASK_HEADS))
     except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()  # torch names the weight on the second line
         raise EchoError(
-            f"{folder} has no usable {MASK_HEADS} ({str(error).splitlines()[0]}); resume from a checkpoint that was "
-            "trained with mask_loss"
+            f"{folder} has no usable {MASK_HEADS} ({reason}); resume from a checkpoint that was trained with mask_loss"
         ) from error
 
 

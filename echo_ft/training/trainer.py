@@ -277,7 +277,8 @@ class PrefixSharingTrainer(SFTTrainer):
             self._load_full_model(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
-        if self.mask_heads is not None:
+        # Under FSDP and DeepSpeed, the checkpoint that was just loaded holds the heads as well.
+        if self.mask_heads is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_mask_heads(self.mask_heads, Path(str(self.state.best_model_checkpoint)))
         step = int(Path(str(self.state.best_model_checkpoint)).name.removeprefix("checkpoint-"))
         self.card = replace(self.card, best_step=step)

@@ -73,6 +73,18 @@ def launch_deepspeed(recipe: str, *arguments: object) -> str:
     return launch(*arguments, "--ddp_backend", "gloo", launcher=launcher, **environment)
 
 
+BFLOAT16 = ["--dtype", "bfloat16", "--bf16", "true"]
+
+
+def launch_bfloat16(recipe: str, *arguments: object) -> str:
+    """Run train/sft.py in bfloat16 on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
+    environment = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false" if "zero" in recipe else "true"}
+    backend = ["--ddp_backend", "gloo"] if "zero" in recipe else []
+    launcher = ["--config_file", f"recipes/accelerate/{recipe}.yaml", "--num_processes", 2]
+    script = ["-m", "tests.support.gpu_only_on_cpu"]
+    return launch(*arguments, *BFLOAT16, *backend, launcher=launcher, script=script, **environment)
+
+
 def tiny_options(role: str, dataset: Path, output: Path, *more: object) -> list[object]:
     """Options of train/sft.py for the tiny recipe of `role`."""
     recipe = ROOT / "recipes" / "tiny" / f"{role}.yaml"

@@ -21,12 +21,21 @@ from echo_ft.model.loading import load_model
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.records import GOOD, Inspection
 from echo_ft.training.collator import Collator
-from echo_ft.training.mask_loss import MASK_HEADS, attach_mask_heads, token_marks, token_weights
+from echo_ft.training.mask_loss import (
+    MASK_HEADS,
+    MaskHeads,
+    attach_mask_heads,
+    load_mask_heads,
+    token_marks,
+    token_weights,
+)
 from tests.conftest import ECHO_TINY, MAX_PIXELS, make_case, make_dataset
 from tests.support.exchanges import exchanges_of, with_completions
 from tests.support.training import (
+    BEST_OF_SIX,
     SAME_TRAINING,
     launch,
+    launch_bfloat16,
     launch_deepspeed,
     logged_state,
     losses,
@@ -289,3 +298,22 @@ def test_two_ranks_give_the_weights_of_one(trained, dataset, tmp_path, topology)
         launch_deepspeed(topology, *options)
     assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-4)
     assert_same_weights(tmp_path, trained, different=0.002, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_under_fsdp2_has_its_heads(dataset, tmp_path):
+    output = tmp_path / "decision_maker"
+    options = [*BEST_OF_SIX, "--mask_loss", 0.5, "--max_pixels", MAX_PIXELS, "--max_steps", 3]
+    arguments = tiny_options("decision_maker", dataset, output, *options, "--per_device_train_batch_size", 2)
+    launch_bfloat16("fsdp2", *arguments)
+    best = json.loads((output / "echo_ft.json").read_text())["best_step"]
+    assert best < 3
+    assert_same_weights(output, output / f"checkpoint-{best}", rtol=0, atol=0)
+
+
+def test_unusable_heads_are_refused_with_the_reason(trained, tmp_path):
+    heads = MaskHeads(hidden=8, tower=True)
+    with pytest.raises(EchoError, match=r"no usable mask_heads\.safetensors \(size mismatch for .*; resume from"):
+        load_mask_heads(heads, trained / "checkpoint-1")
+    with pytest.raises(EchoError, match=r"no usable mask_heads\.safetensors \(No such file .*; resume from"):
+        load_mask_heads(heads, tmp_path)

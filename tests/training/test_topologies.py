@@ -18,10 +18,12 @@ from echo_ft.training.sampler import BalancedSampler
 from tests.conftest import ROOT, make_dataset
 from tests.support.training import (
     BEST_OF_SIX,
+    BFLOAT16,
     BIN,
     SAME_TRAINING,
     history,
     launch,
+    launch_bfloat16,
     launch_deepspeed,
     logged_state,
     losses,
@@ -30,7 +32,6 @@ from tests.support.training import (
 
 LANGUAGE = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TWO_RANKS = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2]
-BFLOAT16 = ["--dtype", "bfloat16", "--bf16", "true"]
 EVALUATED = ["--eval_strategy", "steps", "--eval_steps", 3, "--per_device_eval_batch_size"]
 FULL_TUNING = [*SAME_TRAINING, "--save_strategy", "no", "--use_peft", "false", "--learning_rate", "1e-3"]
 
@@ -58,15 +59,6 @@ def one_rank(dataset, tmp_path_factory):
     options = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 4, *EVALUATED, 1]
     launch(*tiny_options("reasoning_expert", dataset, output, *options))
     return output
-
-
-def launch_bfloat16(recipe: str, *arguments: object) -> str:
-    """Run train/sft.py in bfloat16 on two CPU processes with a recipe of recipes/accelerate. Returns its output."""
-    environment = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false" if "zero" in recipe else "true"}
-    backend = ["--ddp_backend", "gloo"] if "zero" in recipe else []
-    launcher = ["--config_file", f"recipes/accelerate/{recipe}.yaml", "--num_processes", 2]
-    script = ["-m", "tests.support.gpu_only_on_cpu"]
-    return launch(*arguments, *BFLOAT16, *backend, launcher=launcher, script=script, **environment)
 
 
 def evaluation(output):
