@@ -19,7 +19,7 @@ from echo_ft.data.splits import LEFT_OUT
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import update_upstream
 from echo_ft.experts.roles import ROUTINGS, render
-from echo_ft.inference.run_folder import RUN_DESCRIPTION, TRACES
+from echo_ft.inference.run_folder import RUN_DESCRIPTION, TRACES, changed_file
 from echo_ft.inputs import from_dict, open_input, read_json_object
 from echo_ft.model.adapters import ADAPTER_CARD, read_card
 from echo_ft.model.training_overlap import images_trained_on
@@ -58,7 +58,8 @@ class UpstreamRun:
 def read_runs(folders: Sequence[Path], routing: str) -> list[UpstreamRun]:
     """Read the runs.
 
-    Raises EchoError if a run is incomplete, or if its options differ from those of training rows with `routing`.
+    Raises EchoError if a run is incomplete, if one of its files has changed since it ended, or if its options differ
+    from those of training rows with `routing`.
     """
     return [_read_run(folder, {**REQUIRED_OPTIONS, "routing": routing}) for folder in folders]
 
@@ -74,6 +75,9 @@ def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
                     f"the run {folder} has {name} {run.get(name)}, but training rows have {value}; "
                     f"rerun it with {name} {value}"
                 )
+        fault = changed_file(folder, run)
+        if fault:
+            raise EchoError(f"{fault} since the run ended; restore it, or run again into another output")
         offsets: dict[str, int] = {}
         offset = 0
         with open_input(folder / TRACES) as file:

@@ -247,8 +247,7 @@ def test_a_run_on_training_cases_of_its_adapters_is_refused(place, runs, clean, 
 
 
 def test_adapters_with_unknown_training_images_are_refused(place, clean, tmp_path):
-    changed_run = tmp_path / "run"
-    shutil.copytree(clean[1], changed_run)
+    changed_run = Path(shutil.copytree(clean[1], tmp_path / "run"))
     edit(
         changed_run / "run.json", lambda run: run["adapters"]["knowledge_guide"].update(dataset=str(tmp_path / "gone"))
     )
@@ -266,8 +265,7 @@ def test_a_fully_tuned_base_model_counts_as_trained_on_its_dataset(place, runs, 
     tuned.mkdir()
     (tuned / "config.json").write_text("{}")
     write_card(tuned, read_card(place / "adapters" / "fold0" / "decision_maker"))
-    changed_run = tmp_path / "run"
-    shutil.copytree(runs["fold0 train"], changed_run)
+    changed_run = Path(shutil.copytree(runs["fold0 train"], tmp_path / "run"))
     edit(changed_run / "run.json", lambda run: run.update(adapters={}, base_model=str(tuned)))
     with pytest.raises(EchoError, match=r"with weights \(.*tuned\) that were trained on it"):
         predict(place, tmp_path / "out", [*clean, changed_run])
@@ -287,12 +285,22 @@ def test_a_case_that_no_run_covers_is_named(place, folds, clean, tmp_path):
     assert f"({len(left)} of " in str(caught.value)
     with pytest.raises(EchoError, match="of the validation split"):
         predict(place, tmp_path / "out", clean[:2])
-    changed_run = tmp_path / "run"
-    shutil.copytree(clean[2], changed_run)
+    changed_run = Path(shutil.copytree(clean[2], tmp_path / "run"))
     traces = read_rows(changed_run, "traces.jsonl", Trace)
     write_jsonl(changed_run / "traces.jsonl", [trace for trace in traces if trace.role != "knowledge_guide"])
+    edit(changed_run / "run.json", lambda run: run.pop("digests"))
     with pytest.raises(EchoError, match=r"has no output of knowledge_guide for "):
         predict(place, tmp_path / "out", [*clean[:2], changed_run])
+
+
+@pytest.mark.parametrize("name", ["traces.jsonl", "predictions.jsonl"])
+def test_a_run_that_has_changed_since_it_ended_is_refused(place, clean, tmp_path, name):
+    changed_run = Path(shutil.copytree(clean[0], tmp_path / "run"))
+    lines = (changed_run / name).read_text().splitlines(keepends=True)
+    (changed_run / name).write_text("".join([lines[0].replace('"text": "', '"text": "x', 1), *lines[1:]]))
+    with pytest.raises(EchoError, match=rf"run/{name} has changed since the run ended; restore it, or run again"):
+        predict(place, tmp_path / "out", [changed_run, *clean[1:]])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -305,8 +313,7 @@ def test_a_case_that_no_run_covers_is_named(place, folds, clean, tmp_path):
     ],
 )
 def test_a_run_with_other_options_than_training_rows_is_refused(place, clean, tmp_path, change, message):
-    changed_run = tmp_path / "run"
-    shutil.copytree(clean[0], changed_run)
+    changed_run = Path(shutil.copytree(clean[0], tmp_path / "run"))
     edit(changed_run / "run.json", lambda run: run.update(change))
     with pytest.raises(EchoError, match=message):
         predict(place, tmp_path / "out", [changed_run, *clean[1:]])
