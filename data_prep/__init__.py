@@ -1,0 +1,5 @@
+"""Commands that prepare datasets."""
+
+from echo_ft.processes import end_imports_on_ctrl_c
+
+end_imports_on_ctrl_c()

@@ -181,15 +181,16 @@ class Ending:
                 signal.alarm(LONGEST_END_SECONDS)
             raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError
         if self.signals[-1][1] - self.signals[0][1] > SAME_SIGNAL_SECONDS:
-            self._say()
+            self.say()
             os._exit(self.status)
 
     def stop(self) -> NoReturn:
         """Report that the command was stopped, and exit."""
-        self._say()
+        self.say()
         sys.exit(self.status)
 
-    def _say(self) -> None:
+    def say(self) -> None:
+        """Report once that the command was stopped."""
         if self._said:
             return
         self._said = True
@@ -212,7 +213,7 @@ def handled_signals(resume_hint: str) -> Iterator[Ending]:
     ending = Ending(resume_hint)
     defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     # Commands that a shell starts in the background ignore Ctrl-C.
-    handled = [number for number, usual in defaults.items() if signal.getsignal(number) is usual]
+    handled = [number for number, usual in defaults.items() if signal.getsignal(number) in (usual, _end_imports)]
     for number in handled:
         signal.signal(number, ending.note)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -223,6 +224,22 @@ def handled_signals(resume_hint: str) -> Iterator[Ending]:
         if not ending.signals:  # otherwise, a further Ctrl-C must not interrupt Python's own clean-up
             for number in handled:
                 signal.signal(number, defaults[number])
+
+
+def end_imports_on_ctrl_c() -> None:
+    """Let Ctrl-C end a command with one sentence while `python -m` imports its modules.
+
+    The packages of commands call this before any other import. Later, `handled_signals` takes over. There is no effect
+    in other programs that import the packages.
+    """
+    # Python sets this value while it looks for the command's module (https://docs.python.org/3/using/cmdline.html).
+    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_imports)
+
+
+def _end_imports(number: int, _: Any) -> NoReturn:
+    Ending("rerun the command to start again").say()
+    os._exit(128 + number)  # nothing needs a clean-up yet, and a module might not let an exception pass
 
 
 def lost_process(error: Exception) -> bool:

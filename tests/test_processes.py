@@ -78,6 +78,19 @@ def test_a_process_of_a_group_ends_although_its_clean_up_does_not(monkeypatch):
     assert process.returncode == -signal.SIGALRM
 
 
+@pytest.mark.parametrize("command", ["data_prep.build", "evaluation.score", "train.show"])
+def test_ctrl_c_during_imports_ends_in_one_sentence(tmp_path, command):
+    (tmp_path / "yaml.py").write_text("import time; print('ready', flush=True); time.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", command], cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (err, process.returncode) == ("stopped by Ctrl-C; rerun the command to start again\n", 130)
+
+
 def test_only_the_first_process_of_a_machine_speaks_of_ctrl_c_and_each_of_an_end_by_its_launcher():
     for number, said in (
         (signal.SIGINT, ""),
