@@ -26,7 +26,7 @@ from echo_ft.records import GOOD, UNLABELLED, Inspection, Question, Rejection
 from echo_ft.terminal import progress
 
 CheckFile = Callable[..., ImageCheck]
-"""A version of `check_image` that keeps its results."""
+"""A version of `check_image` that takes paths relative to the root and keeps its results."""
 
 DECLARING_SOURCES = ("folder", "manifest")
 """The sources that read the options `good` and `frame`, because people arrange these datasets themselves."""
@@ -143,7 +143,11 @@ def check_records(records: SourceRecords, root: Path, below_links: bool | None =
     """
     rejections = [*records.rejections]
     with_questions = {question.inspection for question in records.questions}
-    check = cache(check_image)
+
+    @cache  # by name, because joining and hashing a Path takes longer
+    def check(name: str, is_mask: bool = False) -> ImageCheck:
+        return check_image(root / name, is_mask)
+
     inspections: dict[str, Inspection] = {}
     for item in progress(records.inspections, "checking", "images"):
         linked = None if below_links is None else sources.link_fault(item, root, below_links)
@@ -155,7 +159,7 @@ def check_records(records: SourceRecords, root: Path, below_links: bool | None =
             inspections[item.id] = inspection
         if rejection is not None:
             rejections.append(_with_place(rejection, item, records))
-    rejections += _drop_references(inspections, records, root, check)
+    rejections += _drop_references(inspections, records, check)
     questions = []
     for question in records.questions:
         token = control_token(question.text, *question.options.values())
@@ -167,10 +171,10 @@ def check_records(records: SourceRecords, root: Path, below_links: bool | None =
         else:
             questions.append(question)
     kept = list(inspections.values())
-    bits = {one.image: check(root / one.image).bits for one in kept}
+    bits = {one.image: check(one.image).bits for one in kept}
     readings = Readings(
-        [one.image for one in kept if check(root / one.image).orientation != 1],
-        [one.image for one in kept if any(check(root / name, True).lossy for name in mask_files(one))],
+        [one.image for one in kept if check(one.image).orientation != 1],
+        [one.image for one in kept if any(check(name, True).lossy for name in mask_files(one))],
         {image: depth for image, depth in bits.items() if depth is not None},
     )
     unannotated = [one.image for one in kept if one.id in records.unannotated]
@@ -182,10 +186,10 @@ def _checked(
     item: Inspection, records: SourceRecords, root: Path, check: CheckFile, has_questions: bool
 ) -> tuple[Inspection | None, Rejection | None]:
     """Return the usable part of an inspection, or None, and the rejection of the inspection or its marks."""
-    fault = name_fault(item) or check(root / item.image).fault
+    fault = name_fault(item) or check(item.image).fault
     if fault:
         return None, Rejection(item.image, fault)
-    image = check(root / item.image)
+    image = check(item.image)
     rotated = orientation_fault(item, image)
     if rotated:
         unmarked = dataclasses.replace(item, boxes=(), polygons=())
@@ -197,7 +201,7 @@ def _checked(
     # Each mask of a merged record comes from a place that names a defect, so none of them may be empty.
     several = [dataclasses.replace(item, mask=name, masks=()) for name in names] if merged and item.masks else []
     for one in (item, *several):
-        files = [check(root / name, True) for name in mask_files(one)]
+        files = [check(name, True) for name in mask_files(one)]
         mask = mask_fault(one, root, image, files)
         if mask is None:
             continue
@@ -215,9 +219,7 @@ def _with_place(rejection: Rejection, inspection: Inspection, records: SourceRec
     return dataclasses.replace(rejection, reason=f"{rejection.reason} ({place})") if place else rejection
 
 
-def _drop_references(
-    inspections: dict[str, Inspection], records: SourceRecords, root: Path, check: CheckFile
-) -> list[Rejection]:
+def _drop_references(inspections: dict[str, Inspection], records: SourceRecords, check: CheckFile) -> list[Rejection]:
     """Remove unusable references from `inspections`, and return a rejection for each."""
     by_image = {inspection.image: inspection for inspection in inspections.values()}
     unusable = {*records.rejected, *(one.image for one in records.inspections)} - {*by_image}
@@ -225,9 +227,7 @@ def _drop_references(
     for inspection in list(inspections.values()):
         if inspection.reference is None:
             continue
-        fault = check(root / inspection.reference).fault or _reference_fault(
-            by_image.get(inspection.reference), inspection
-        )
+        fault = check(inspection.reference).fault or _reference_fault(by_image.get(inspection.reference), inspection)
         if inspection.reference in unusable:
             fault = fault or "the reference was rejected, so it may show a defect"
         if fault:
