@@ -43,11 +43,20 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_f
 
 
 def to_json(record: Any) -> str:
-    """Encode a record as one line of JSON, with keys in the order of its fields.
+    """Encode a record as one line of JSON, with keys in the order of its fields, and `escape_surrogates` in its texts.
 
     Raises TypeError if the record contains a value that JSON cannot represent.
     """
-    return _ENCODER.encode(record)
+    line = _ENCODER.encode(record)
+    return line if line.isascii() else _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", line)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def escape_surrogates(text: str) -> str:
+    """Write unpaired surrogates as text, such as `\\udcfc`. A file name has them for bytes that are not UTF-8."""
+    return _SURROGATE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def read_jsonl(path: Path, cls: type[Record], exclude: str = "") -> Iterator[Record]:
@@ -229,19 +238,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     """Write records as JSON lines, atomically, and return their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for record in records:
-            line = to_json(record)
-            if not line.isascii():  # the name of a rejected file may have bytes that are not UTF-8
-                line = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", line)
-            file.write(line + "\n")
+            file.write(to_json(record) + "\n")
             count += 1
     return count
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
+from echo_ft.experts.pipeline import BackendError
+from echo_ft.experts.roles import one_line
 from echo_ft.files import to_json
 from echo_ft.images.snapshot import list_images
 from echo_ft.inference.inspector import Inspector, Result
@@ -137,12 +139,25 @@ def inspect_images(path: Path, config: InspectConfig) -> int:
 
 
 def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig) -> None:
-    """Inspect the new images of a folder forever. Report an unreadable image and continue with the next."""
+    """Inspect the new images of a folder forever. Report an image that cannot be inspected and continue with the next.
+
+    Raises EchoError for an unknown product, and BackendError if no image can be inspected.
+    """
+    inspector.possible_products(config.product)
     for path, error in watch.images():
+        problem = f"the image {path} cannot be read: {error}"
         if error is None:
-            report(inspector.predict(path, config.product), config)
-            continue
-        LOGGER.warning(f"image {path} cannot be read: {error}; it was not inspected")
+            try:
+                result = inspector.predict(path, config.product)
+            except BackendError:
+                raise
+            except EchoError as failure:
+                problem = error = str(failure)
+                watch.fail(error)
+            else:
+                report(result, config)
+                continue
+        LOGGER.warning(f"{problem}; it was not inspected")
         if config.webhook is not None:
             post(config.webhook, {"image": str(path), "error": error})
 

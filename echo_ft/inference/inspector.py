@@ -14,7 +14,7 @@ from PIL import Image
 from echo_ft.data.dataset import candidate_order, load_dataset
 from echo_ft.data.questions import open_questions
 from echo_ft.errors import EchoError
-from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case, run_cases
+from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case, run_or_fail
 from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
 from echo_ft.images.snapshot import ImageInput, list_images, snapshot
@@ -202,13 +202,16 @@ class Inspector:
         return list(self.stream(images, product))
 
     def stream(self, images: str | Path | Sequence[ImageInput], product: str | None = None) -> Iterator[Result]:
-        """Yield the result of each image as soon as its batch is done. A path is a folder of image files."""
+        """Yield the result of each image as soon as its batch is done. A path is a folder of image files.
+
+        Raises EchoError as `predict` does, after the results of the images before it if the experts cannot inspect one.
+        """
         images = list_images(Path(images)) if isinstance(images, str | Path) else images
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
             with scratch_folder("echo-ft-") as scratch:
                 cases = [self._case(snapshot(image, scratch), product) for image in batch]
-                outcomes = run_cases(cases, self.generate, self.pipeline)
+                outcomes = run_or_fail(cases, self.generate, self.pipeline)
                 for image, case, outcome in zip(batch, cases, outcomes, strict=True):
                     yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
 
@@ -234,14 +237,21 @@ class Inspector:
                     break
             yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
 
+    def possible_products(self, product: str | None) -> list[tuple[str, str]]:
+        """Return the (dataset, product) that an image may show, given the name of its product or None.
+
+        Raises EchoError for an unknown product.
+        """
+        found = [key for key in self.products.conditions if product in (None, key[1])]
+        if not found:
+            known = ", ".join(self.products.comparable)
+            raise EchoError(f"product {product!r} is not in {self.products.source}; choose from {known}")
+        return found
+
     def _case(self, path: Path, product: str | None) -> Case:
         """Return the case of an image file that `snapshot` made. Only its content decides the order of candidates."""
         products = self.products
-        keys = [key for key in products.conditions if product in (None, key[1])]
-        if not keys:
-            known = ", ".join(products.comparable)
-            raise EchoError(f"product {product!r} is not in {products.source}; choose from {known}")
-        key, references = products.search.find(path, keys)
+        key, references = products.search.find(path, self.possible_products(product))
         entries = products.knowledge.get(key[0], {}).get(key[1], {})
         identifier = path.stem
         questions = open_questions(identifier, products.conditions[key], products.grounding)
@@ -257,6 +267,8 @@ class Inspector:
 
     def _result(self, image: str, case: Case, outcome: Outcome) -> Result:
         detection = outcome.predictions[0]
+        if detection.error is not None:
+            raise EchoError(f"the image {image or case.id} cannot be inspected: {detection.error}")
         if detection.probabilities is None:
             raise EchoError("the backend returns no probabilities, so there is no P(defect); use a local model")
         score = self.calibration.score(detection.probabilities["A"])

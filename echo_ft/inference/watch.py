@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from echo_ft.errors import EchoError
-from echo_ft.files import list_folder, open_append, read_complete_rows, to_json, write_jsonl
+from echo_ft.files import escape_surrogates, list_folder, open_append, read_complete_rows, to_json, write_jsonl
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
 from echo_ft.images.snapshot import IMAGE_SUFFIXES
 from echo_ft.processes import lock_folder
@@ -40,7 +40,7 @@ class InspectedFile:
     """An image that is done. A file with a different size or time counts as a new image."""
 
     image: str
-    """The file name."""
+    """The file name, by `escape_surrogates`."""
     size: int
     modified: int
     """Time of the last change in nanoseconds."""
@@ -64,9 +64,11 @@ class FolderWatch:
         self._state = folder / STATE_FILE
         self._pending: dict[str, tuple[tuple[int, int], float]] = {}
         """The size and time of each file that is not finished, and when they were first seen."""
+        self._error: str | None = None
+        """Why the image that was yielded last could not be inspected."""
         try:
             self._lock = lock_folder(folder, "folder")
-            present = {path.name for path in list_folder(folder)}
+            present = {escape_surrogates(path.name) for path in list_folder(folder)}
             rows = [row for row in read_complete_rows(self._state, InspectedFile) if row.image in present]
             self._done = {row.image: (row.size, row.modified) for row in rows}
             write_jsonl(self._state, rows)  # this leaves out a line that a crash has cut off
@@ -93,26 +95,30 @@ class FolderWatch:
         """
         while True:
             for path, version, error in self._finished():
-                yield path, error
-                self._record(InspectedFile(path.name, *version, error))
+                if _version(path) == version:  # otherwise it was deleted or changed while others were inspected
+                    self._error = error
+                    yield path, error
+                    self._record(InspectedFile(escape_surrogates(path.name), *version, self._error))
             self.sleep(POLL_SECONDS)
+
+    def fail(self, error: str) -> None:
+        """Record why the image that `images` yielded last could not be inspected."""
+        self._error = error
 
     def _finished(self) -> list[tuple[Path, tuple[int, int], str | None]]:
         now, found, names = self.clock(), [], set()
         for path in list_folder(self.folder):
             if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
                 continue
-            try:
-                stat = path.stat()
-            except OSError:  # the file was deleted in the meantime
+            name, version = escape_surrogates(path.name), _version(path)
+            if version is None:
                 continue
-            version = stat.st_size, stat.st_mtime_ns
-            names.add(path.name)
-            if self._done.get(path.name) == version:
+            names.add(name)
+            if self._done.get(name) == version:
                 continue
-            known, since = self._pending.get(path.name, (None, now))
+            known, since = self._pending.get(name, (None, now))
             if known != version:
-                self._pending[path.name] = version, now
+                self._pending[name] = version, now
             elif now - since >= SETTLED_SECONDS:
                 error = _read_error(path)
                 if error is None or now - since >= BROKEN_SECONDS:
@@ -127,6 +133,15 @@ class FolderWatch:
         self._file.flush()
         self._done[row.image] = row.size, row.modified
         self._pending.pop(row.image, None)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return the size of a file and the time of its last change in nanoseconds, or None if it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _read_error(path: Path) -> str | None:
@@ -180,8 +195,7 @@ def post(
         if waited >= patience:
             raise EchoError(
                 f"the webhook {url} did not accept a result for {patience:g} s ({problem}); start it and rerun the "
-                f"same "
-                "command, which inspects that image again"
+                "same command, which inspects that image again"
             )
         if waited == 0:
             LOGGER.warning(f"the webhook {url} does not accept results ({problem}); repeating for {patience:g} s")

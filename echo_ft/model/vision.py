@@ -106,8 +106,9 @@ class ImageEncoder:
         return shared or self._recent.get(key)
 
     def _load(self, view: View) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
-        """Load the model inputs of an image and its (width, height)."""
+        """Load the model inputs of an image and its (width, height). Raises EchoError if it cannot be used."""
         image = view.load()
+        self.row_builder.grid(*image.size)  # otherwise, the processor raises a ValueError for a long and narrow image
         return image_inputs(self.row_builder, [image]), image.size
 
 

@@ -127,6 +127,28 @@ def test_an_image_that_was_not_finished_at_a_crash_is_seen_again(folder, whole):
     ]
 
 
+def test_an_image_whose_name_is_not_utf_8_is_seen_once(folder, whole):
+    name = os.fsdecode(b"pr\xfcfung.png")
+    (folder / name).write_bytes(whole)
+    assert [found for found, _, _ in seen(folder)] == [name]
+    assert seen(folder) == []
+
+
+def test_an_image_that_goes_or_changes_while_others_are_inspected_waits_for_its_turn(folder, whole):
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(whole)
+        os.utime(folder / f"{index}.png", (1000 + index, 1000 + index))
+    clock, found = Clock(10.0), []
+    with FolderWatch(folder, clock, clock.sleep) as watch, pytest.raises(EndOfTestError):
+        for path, error in watch.images():
+            if not found:
+                (folder / "1.png").unlink()
+                (folder / "2.png").write_bytes(whole + b"\0")
+            found.append((path.name, clock.now, error))
+    assert [(name, error) for name, _, error in found] == [("0.png", None), ("2.png", None)]
+    assert found[1][1] >= found[0][1] + SETTLED_SECONDS
+
+
 def test_only_one_process_watches_a_folder_and_a_missing_one_is_named(folder):
     with FolderWatch(folder), pytest.raises(EchoError, match="another process is writing to"):
         FolderWatch(folder)
@@ -193,6 +215,8 @@ def test_a_webhook_that_rejects_a_result_stops_the_watch():
 def test_the_command_posts_every_result_and_every_broken_image_once(bundle, folder, whole, monkeypatch, capsys):
     (folder / "good.png").write_bytes(whole)
     (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    os.rename(folder / draw(folder / "strip.png", (1601, 8), 1), folder / os.fsdecode(b"str\xffp.png"))
+    os.utime(folder / "good.png")  # it is the last one
     monkeypatch.setattr(watch_module, "SETTLED_SECONDS", 0.0)
     monkeypatch.setattr(watch_module, "BROKEN_SECONDS", 0.0)
     clock = Clock(2.0)
@@ -204,7 +228,10 @@ def test_the_command_posts_every_result_and_every_broken_image_once(bundle, fold
             with pytest.raises(EndOfTestError):
                 inspect.main(arguments)
     results = {body["image"]: body for body in hook.bodies}
-    assert len(hook.bodies) == 2
+    assert len(hook.bodies) == 3
     assert results[str(folder / "good.png")]["answers"]
+    assert "an image of 1601 x 8 pixels cannot be used" in results[rf"{folder}/str\udcffp.png"]["error"]
+    with open(folder / STATE_FILE) as file:
+        assert "1601 x 8" in next(line for line in file if "udcff" in line)
     assert "broken" in results[str(folder / "broken.png")]["error"]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results[str(folder / "good.png")]
