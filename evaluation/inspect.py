@@ -23,8 +23,11 @@ from echo_ft.images.snapshot import list_images
 from echo_ft.inference.inspector import Inspector, Result
 from echo_ft.inference.watch import FolderWatch, check_webhook, post
 from echo_ft.inputs import image_file
-from echo_ft.terminal import LOGGER
+from echo_ft.terminal import LOGGER, printable
 from evaluation import inspection_page
+
+HOST, PORT = "127.0.0.1", 7860
+"""The default address of the page."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,15 @@ class InspectConfig:
         default=False,
         metadata={"help": "Instead of images: serve a page until Ctrl-C, on which you can drop images. Needs Gradio."},
     )
-    host: str = field(
-        default="127.0.0.1",
-        metadata={"help": "With --serve: address of the page. Everyone who can reach it can use the page."},
+    host: str | None = field(
+        default=None,
+        metadata={
+            "help": f"With --serve: address of the page. Everyone who can reach it can use the page. Default: {HOST}."
+        },
     )
-    port: int = field(default=7860, metadata={"help": "With --serve: port of the page. 0 selects a free one."})
+    port: int | None = field(
+        default=None, metadata={"help": f"With --serve: port of the page. 0 selects a free one. Default: {PORT}."}
+    )
     webhook: str | None = field(
         default=None, metadata={"help": "Address to which each result is posted as JSON. Redirects are not followed."}
     )
@@ -87,7 +94,9 @@ class InspectConfig:
     )
     threshold: float | None = field(
         default=None,
-        metadata={"help": "P(defect) at which an image is flagged. Default: that of the calibration, else 0.5."},
+        metadata={
+            "help": "P(defect) at which an image is flagged, from 0 to 1. Default: that of the calibration, else 0.5."
+        },
     )
     json: bool = field(default=False, metadata={"help": "Print one JSON object per image."})
 
@@ -97,11 +106,13 @@ def main(argv: list[str]) -> None:
     (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
     if [config.images is not None, config.watch is not None, config.serve].count(True) != 1:
         raise EchoError("give images, a folder to watch, or --serve: IMAGE_OR_FOLDER, --watch FOLDER or --serve")
+    for name in ("webhook", "product", "json") if config.serve else ("host", "port"):
+        value = getattr(config, name)
+        if value is not None and value is not False:
+            raise EchoError(f"--{name} cannot be used {'with' if config.serve else 'without'} --serve; remove it")
     if config.serve:
-        for name in ("webhook", "product"):
-            if getattr(config, name) is not None:
-                raise EchoError(f"--{name} cannot be used with --serve; remove it")
-        inspection_page.serve(lambda: load_inspector(config), config.host, config.port)
+        host, port = config.host or HOST, PORT if config.port is None else config.port
+        inspection_page.serve(lambda: load_inspector(config), host, port)
         return
     if config.webhook is not None:
         check_webhook(config.webhook)
@@ -203,7 +214,8 @@ def describe(result: Result) -> str:
     verdict = "DEFECT" if result.pred_label else "ok"
     named = f" {result.condition}" if result.condition else ""
     score = f"P(defect) {result.pred_score:.3f} (threshold {result.threshold:g})"
-    return f"{result.image}: {verdict}{named}, {score}, {result.product}. {result.explanation}".rstrip()
+    line = f"{result.image}: {verdict}{named}, {score}, {result.product}. {one_line(result.explanation)}"
+    return printable(line).replace("\n", r"\n").rstrip()
 
 
 if __name__ == "__main__":

@@ -143,12 +143,12 @@ class Inspector:
         """
         path = Path(folder)
         description = read_bundle(path)
+        calibration = _with_threshold(description.calibration, threshold)
         products = load_bundle_products(path, description)
         adapters = bundle_adapters(path, description, str(base_model or description.base_model))
         builder = load_bundle_rows(path, description)
         model = load_tuned_model(adapters, builder, dtype or description.dtype, str(folder))
         generate = _engine(model, builder, products, description.max_new_tokens, max_batch_tokens)
-        calibration = _with_threshold(description.calibration or Calibration(), threshold)
         return cls(generate, products, description.pipeline, calibration)
 
     @classmethod
@@ -322,5 +322,10 @@ def _engine(
     return Engine(model, row_builder, products.root, max_new_tokens, max_batch_tokens=max_batch_tokens).generate
 
 
-def _with_threshold(calibration: Calibration, threshold: float | None) -> Calibration:
-    return calibration if threshold is None else replace(calibration, threshold=threshold)
+def _with_threshold(calibration: Calibration | None, threshold: float | None) -> Calibration:
+    """Replace the threshold of a calibration, if there is one. Raises EchoError if it is not a probability."""
+    if threshold is None:
+        return calibration or Calibration()
+    if not 0 <= threshold <= 1:
+        raise EchoError(f"threshold is {threshold:g}; set a probability from 0 to 1")
+    return replace(calibration or Calibration(), threshold=threshold)

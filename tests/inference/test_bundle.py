@@ -59,7 +59,7 @@ def test_a_bundle_shows_the_prompts_of_all_roles(bundle):
 
 
 def test_the_command_inspects_with_a_bundle(bundle, image, capsys):
-    inspect.main([str(image), "--bundle", str(bundle), "--threshold", "1.1"])
+    inspect.main([str(image), "--bundle", str(bundle), "--threshold", "1"])
     assert f"{image}: ok, P(defect)" in capsys.readouterr().out
 
 

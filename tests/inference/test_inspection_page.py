@@ -120,6 +120,8 @@ def test_only_products_with_a_normal_image_are_offered(inspector, image):
 def test_what_the_page_lacks_is_said_before_the_model_loads(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(EchoError, match="--json cannot be used with --serve; remove it"):
+        inspect.main(["--serve", "--bundle", "nowhere", "--json", "true"])
     with pytest.raises(EchoError, match=r"the page needs Gradio .*; install echo-ft\[serving\]"):
         inspect.main(["--serve", "--bundle", "nowhere", "--port", "0"])
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -184,6 +184,37 @@ def test_unusable_folders_are_named_before_the_model_loads(tmp_path, adapters):
             inspect.main([str(path), "--adapters", "nowhere"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threshold", "50"], "threshold is 50; set a probability from 0 to 1"),
+        (["--threshold", "-0.1"], "threshold is -0.1; set a probability"),
+        (["--port", "0"], "--port cannot be used without --serve; remove it"),
+        (["--host", "0.0.0.0"], "--host cannot be used without --serve"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(image, adapters, arguments, message):
+    with pytest.raises(EchoError, match=message):
+        inspect.main([str(image), "--adapters", str(adapters), *arguments])
+
+
+def test_the_results_before_an_image_that_cannot_be_inspected_are_yielded(inspector, tmp_path):
+    images = [tmp_path / draw(tmp_path / name, size, 1) for name, size in (("a.png", (60, 60)), ("b.png", (1601, 8)))]
+    results = inspector.stream([images[0], images[1], images[0]])
+    assert next(results).image == str(images[0])
+    with pytest.raises(EchoError, match=r"the image .*b.png cannot be inspected: an image of 1601 x 8 pixels"):
+        next(results)
+
+
+def test_a_line_about_an_image_is_one_line(inspector, image):
+    result = replace(
+        inspector.predict(image), image="a\nb.png", explanation="No\n\n1. defect\x1b[2J.\n", condition="x\ny"
+    )
+    (line,) = inspect.describe(replace(result, pred_label=True)).splitlines()
+    assert line.startswith(r"a\nb.png: DEFECT x\ny, P(defect)")
+    assert line.endswith(r"No 1. defect\x1b[2J.")
+
+
 def test_an_unknown_product_is_refused_with_the_known_ones(inspector, image):
     with pytest.raises(EchoError, match=r"product 'bolt' is not in .*; choose from cap, washer"):
         inspector.predict(image, "bolt")
@@ -197,9 +228,9 @@ def test_the_command_prints_lines_or_json_and_its_status_tells(adapters, image, 
     assert record["image"] == str(image)
     assert record["pred_label"] is True
     assert {trace["role"] for trace in record["trace"]} >= {"reference_extractor", "decision_maker"}
-    inspect.main([str(image), "--adapters", str(adapters), "--threshold", "1.1"])
+    inspect.main([str(image), "--adapters", str(adapters), "--threshold", "1"])
     printed = capsys.readouterr().out
-    assert f"{image}: ok, P(defect) {record['pred_score']:.3f} (threshold 1.1)" in printed
+    assert f"{image}: ok, P(defect) {record['pred_score']:.3f} (threshold 1)" in printed
     assert "0 of 1 images flagged" in printed
 
 

@@ -45,7 +45,7 @@ SMOKE_OPTIONS = {
         "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1",
     ],
     "evaluation.run": [*TINY_MODEL, *TINY_PIXELS, "--max_new_tokens", "3"],
-    "evaluation.inspect": ["--threshold", "1.1"],  # the status is 1 if an image is flagged
+    "evaluation.inspect": ["--threshold", "1"],  # the status is 1 if an image is flagged
     "evaluation.ablate": [*TINY_PIXELS, "--max_new_tokens", "3"],
 }  # fmt: skip
 """Options added per module, so that commands use echo-tiny, few pixels, one step, short outputs and no downloads."""
