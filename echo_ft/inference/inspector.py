@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -166,8 +168,10 @@ class Inspector:
 
         `url` is that of an OpenAI-compatible server, and `model` is the name of the adapters there, with `{role}` in
         place of the role. If the server requires a key, set the environment variable OPENAI_API_KEY. A request that
-        takes more than `timeout` seconds is retried. Raises EchoError if the server returns no token probabilities,
-        counts tokens differently, or does not answer like the bundle's adapters.
+        takes more than `timeout` seconds is retried. If only one of the answers Yes and No is among the most likely
+        tokens, `pred_score` is the bound on P(defect) that is nearest to 0.5. The connections close once the inspector
+        is no longer used. Raises EchoError if the server returns no token probabilities, counts tokens differently, or
+        does not answer like the bundle's adapters.
         """
         from echo_ft.inference.server import Server, ServerThread
 
@@ -179,13 +183,17 @@ class Inspector:
         client = Server(
             url, model, builder, products.root, description.max_new_tokens, None, max_concurrent, timeout=timeout
         )
-        server = ServerThread(client)
-        if not server.call(server.server.check()):
-            raise EchoError(f"{url} returns no token probabilities, so there is no P(defect); serve with vLLM")
-        backend = served_backend(server.server, server.call, description.base_model)
-        check_adapters(backend, list(adapters), read_probe(path / "adapters"), url, builder)
-        calibration = _with_threshold(description.calibration or Calibration(), threshold)
-        return cls(server.generate, products, description.pipeline, calibration)
+        with ExitStack() as on_error:
+            server = ServerThread(client)
+            on_error.callback(server.close)
+            if not server.call(client.check()):
+                raise EchoError(f"{url} returns no token probabilities, so there is no P(defect); serve with vLLM")
+            backend = served_backend(client, server.call, description.base_model)
+            check_adapters(backend, list(adapters), read_probe(path / "adapters"), url, builder)
+            on_error.pop_all()
+        inspector = cls(server.generate, products, description.pipeline, calibration)
+        weakref.finalize(inspector, server.close).atexit = False  # a process that ends closes all connections
+        return inspector
 
     @overload
     def predict(self, images: ImageInput, product: str | None = None) -> Result: ...  # type: ignore[overload-overlap]  # str
@@ -270,7 +278,10 @@ class Inspector:
         if detection.error is not None:
             raise EchoError(f"the image {image or case.id} cannot be inspected: {detection.error}")
         if detection.probabilities is None:
-            raise EchoError("the backend returns no probabilities, so there is no P(defect); use a local model")
+            raise EchoError(
+                f"the image {image or case.id} has no P(defect), because the server returned no probability of A or B; "
+                "use a local model"
+            )
         score = self.calibration.score(detection.probabilities["A"])
         flagged = score >= self.calibration.threshold
         named = [one for one in outcome.predictions[1:] if one.parsed is not None and one.options]

@@ -22,6 +22,10 @@ MAX_LOGPROB = 1e-3
 """Largest accepted log-probability. Rounding may lift the value of a certain token above 0."""
 
 
+LEAST_REST = 1e-6
+"""Smallest probability that is left for all other tokens. Those of the likely ones are rounded and may add up to 1."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """The answer of a server. The types of its fields were checked."""
@@ -33,6 +37,14 @@ class Completion:
     cut: bool
     """Whether the text ended at the token limit."""
     prompt_tokens: int | None
+    bound: float = 0.0
+    """Upper bound of the log-probability of each token that is not among the most likely ones."""
+
+    @property
+    def bounded_letters(self) -> dict[str, float]:
+        """`letters`, with `bound` for those that are missing if A or B is there."""
+        known = "A" in self.letters or "B" in self.letters
+        return (dict.fromkeys(LETTERS, self.bound) if known else {}) | self.letters
 
 
 class ReplyError(ValueError):
@@ -78,7 +90,15 @@ def read_completion(reply: Any) -> Completion:
         _require(type(logprob) in (int, float) and math.isfinite(logprob), f"logprob {logprob!r} of {letter}")
         _require(logprob <= MAX_LOGPROB, f"logprob {logprob!r} of {letter}")
     _require(len(dict(letters)) == len(letters), "a letter twice among the likely tokens")
-    return Completion(text, dict(letters), bool(likely), choice.finish_reason == "length", tokens)
+    cut = choice.finish_reason == "length"
+    return Completion(text, dict(letters), bool(likely), cut, tokens, _bound([one.logprob for one in likely]))
+
+
+def _bound(likely: list[Any]) -> float:
+    """Return the largest possible log-probability of the other tokens, given those of the most likely ones."""
+    known = [one for one in likely if type(one) in (int, float) and one <= MAX_LOGPROB]
+    rest = 1 - sum(math.exp(one) for one in known)
+    return min(math.log(max(rest, LEAST_REST)), *known, 0.0)
 
 
 def _top_logprobs(logprobs: Any) -> list[Any]:

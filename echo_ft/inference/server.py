@@ -83,13 +83,15 @@ class Server:
         timeout: float = 300.0,
         patience: float = 600.0,
         corruption: Corruption | None = None,
+        bounds_letters: bool = False,
     ) -> None:
         """Make a client for the server at `url`.
 
         `model` is the model's name on the server; `{role}` in it is replaced by the role. At most `max_concurrent`
         requests are sent at once. A request is retried for `patience` seconds if it takes more than `timeout` seconds,
-        or if the server is unreachable or overloaded. `answer_tokens` and `corruption` work as in `Engine`. If the
-        server requires a key, set the environment variable OPENAI_API_KEY.
+        or if the server is unreachable or overloaded. `answer_tokens` and `corruption` work as in `Engine`. With
+        `bounds_letters`, a letter that is not among the TOP_LOGPROBS most likely tokens has its largest possible
+        probability if A or B is among them. If the server requires a key, set the environment variable OPENAI_API_KEY.
         """
         if not re.match(r"https?://[^/\s]", url):
             raise EchoError(f"the server {url} is not an address that starts with http:// or https://; correct it")
@@ -102,6 +104,7 @@ class Server:
         self.timeout = timeout
         self.patience = patience
         self.corruption = corruption
+        self.bounds_letters = bounds_letters
         self.max_images = IMAGES_PER_REQUEST * max_concurrent
         # `_request` retries instead, for a limited time: a restarting server needs minutes to load its model.
         # Without redirects, no other host receives the images. Uncompressed replies cannot grow when they are decoded.
@@ -156,16 +159,17 @@ class Server:
     async def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
         """Generate the outputs of `role` for every branch of every exchange, in order.
 
-        `letters` contains only letters among the TOP_LOGPROBS most likely tokens, and is empty if the server returns no
-        probabilities. Raises EchoError if an image is broken or the server rejects a prompt, and BackendError if the
-        server itself fails.
+        Without `bounds_letters`, `letters` contains only letters among the TOP_LOGPROBS most likely tokens. It is empty
+        if the server returns no probabilities. Raises EchoError if an image is broken or the server rejects a prompt,
+        and BackendError if the server itself fails.
         """
         decides = role == "decision_maker"
         limit = self.answer_tokens if decides else self.max_new_tokens
 
         async def complete(exchange: Exchange) -> list[Generation]:
             encoded = [await self._encode(view) for view in views(exchange, self.root, self.corruption)]
-            return _generations(await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides))
+            replies = await self._complete(self.models[role], exchange, encoded, limit, logprobs=decides)
+            return _generations(replies, self.bounds_letters)
 
         return await asyncio.gather(*(complete(exchange) for exchange in exchanges))
 
@@ -241,6 +245,7 @@ class Server:
         failing_since: float | None = None
         wait = FIRST_RETRY_WAIT
         while True:
+            asked = 0  # seconds to wait by the server's Retry-After
             try:
                 # httpx (0.28) limits each read, so a reply that arrives byte by byte would never time out.
                 async with asyncio.timeout(self.timeout):
@@ -268,7 +273,7 @@ class Server:
                     ) from error
                 retry_after = error.response.headers.get("retry-after", "")
                 if retry_after.isdecimal():
-                    wait = max(wait, min(int(retry_after[:9]), LONGEST_RETRY_AFTER))
+                    asked = min(int(retry_after[:9]), LONGEST_RETRY_AFTER)
             except (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError) as error:
                 known = f" ({error})" if isinstance(error, ReplyError) else ""
                 reason = f"the reply is not a chat completion{known}; most server addresses end in /v1"
@@ -276,19 +281,22 @@ class Server:
             if failing_since is None:
                 failing_since = now
                 warnings.warn(f"{self.url}: {reason}; retrying for {self.patience:g} s", stacklevel=2)
-            if now + wait > failing_since + self.patience:
+            if now + asked + wait > failing_since + self.patience:
                 # If the server has answered other requests in the meantime, only this one fails.
                 error_class = EchoError if self._last_reply > failing_since else BackendError
                 raise error_class(
                     f"{self.url} did not answer for {self.patience:g} s ({reason}); start the server and rerun the "
                     "same command to resume the run"
                 )
-            await asyncio.sleep(wait * random.uniform(0.5, 1))
+            await asyncio.sleep(asked + wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_RETRY_WAIT)
 
 
-def _generations(replies: Sequence[Completion]) -> list[Generation]:
-    return [Generation(reply.text.strip(), reply.letters, reply.cut) for reply in replies]
+def _generations(replies: Sequence[Completion], bounded: bool = False) -> list[Generation]:
+    return [
+        Generation(reply.text.strip(), reply.bounded_letters if bounded else reply.letters, reply.cut)
+        for reply in replies
+    ]
 
 
 def call_in(loop: asyncio.AbstractEventLoop) -> Callable[[Coroutine[Any, Any, Reply]], Reply]:
@@ -301,11 +309,26 @@ class ServerThread:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name="echo-ft server", daemon=True).start()
-        self.call: Callable[[Coroutine[Any, Any, Any]], Any] = call_in(loop)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run, name="echo-ft server", daemon=True).start()
+        self.call: Callable[[Coroutine[Any, Any, Any]], Any] = call_in(self._loop)
         """Runs a coroutine of the server and returns its result."""
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
         """Generate as `Server.generate` does."""
         return self.call(self.server.generate(role, exchanges))
+
+    def close(self) -> None:
+        """Close the connections and end the thread, without waiting for them. No call may follow."""
+
+        async def end() -> None:
+            try:
+                await self.server.__aexit__()
+            finally:
+                self._loop.stop()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop)

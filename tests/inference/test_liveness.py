@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -221,11 +223,21 @@ def test_an_inspector_trusts_a_server_only_with_the_adapters_of_the_bundle(
             assert [one.text for one in theirs.trace] == [one.text for one in ours.trace]
             assert theirs.reference == ours.reference
             assert f"{server.url}: answers differ from the base model's and equal those of the trained" in said.text
+            assert client_threads(), "it serves this inspector"
+            del inspector
         else:
             with pytest.raises(BackendError, match=message):
                 Inspector.from_server(server.url, bundle)
+        gc.collect()
+        for thread in client_threads():
+            thread.join(timeout=60)
+        assert not client_threads(), "nothing is left of the client"
     finally:
         server.close()
+
+
+def client_threads():
+    return [one for one in threading.enumerate() if one.name == "echo-ft server"]
 
 
 def test_a_run_stops_before_its_first_answer_if_two_roles_are_swapped(bundle, dataset, tmp_path):

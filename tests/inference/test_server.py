@@ -183,6 +183,26 @@ def test_missing_probabilities_are_not_guessed(fake, row_builder, case, tmp_path
     assert all(one.parsed == best for one in outcome.predictions)
 
 
+@pytest.mark.parametrize(
+    ("top", "expected"),
+    [
+        ({"A": -0.5, "B": -3.0}, {"A": -0.5, "B": -3.0}),
+        ({"A": -0.01, " A": -6.0, "Yes": -9.0}, {"A": -0.01, "B": -9.0}),  # B is at most as likely as the last token
+        ({"A": -1e-4, "Yes": -2.0}, {"A": -1e-4, "B": math.log(1e-6)}),  # nothing is left for B
+        ({"B": 0.0}, {"B": 0.0, "A": math.log(1e-6)}),
+        ({"C": -0.1, "Yes": -9.0}, {}),  # then nothing is known about A and B
+    ],
+)
+def test_an_inspector_bounds_a_letter_that_the_server_leaves_out(fake, row_builder, case, tmp_path, top, expected):
+    fake.answer = likely(*top.items())
+    exchange = exchanges_of(case)[-1]
+    (own,) = ask_server(fake, row_builder, tmp_path, [exchange], bounds_letters=True)
+    assert {letter: own[0].letters[letter] for letter in expected} == pytest.approx(expected)
+    assert ("B" in own[0].letters) == ("B" in expected)
+    (plain,) = ask_server(fake, row_builder, tmp_path, [exchange])
+    assert plain[0].letters == {letter: value for letter, value in top.items() if letter in "ABCDE"}
+
+
 FAULTS: dict[str, Answer] = {
     "overloaded": lambda _: (429, {"error": {"message": "too many"}}),
     "not ready": lambda _: (503, {"error": {"message": "loading"}}),
@@ -221,22 +241,22 @@ def test_an_unavailable_server_stops_the_run_with_one_message(fake, row_builder,
         outcomes(fake, row_builder, tmp_path, [case], patience=0.2, timeout=0.1)
 
 
-@pytest.mark.parametrize(("retry_after", "waits"), [(None, [1, 2, 4, 8, 8]), ("3", [3, 6, 8, 8, 8])])
+@pytest.mark.parametrize(("asked", "waits"), [(0, [1, 2, 4, 8, 8]), (60, [1, 2, 4, 8, 8])])
 def test_retries_slow_down_and_respect_the_servers_retry_after(
-    fake, row_builder, case, tmp_path, monkeypatch, retry_after, waits
+    fake, row_builder, case, tmp_path, monkeypatch, asked, waits
 ):
     slept, sleep = [], asyncio.sleep
     monkeypatch.setattr(server_module, "FIRST_RETRY_WAIT", 1)
     monkeypatch.setattr(server_module, "LONGEST_RETRY_WAIT", 8)
-    monkeypatch.setattr(server_module.random, "uniform", lambda low, high: high)
     monkeypatch.setattr(server_module.asyncio, "sleep", lambda seconds: slept.append(seconds) or sleep(0))
     exchange = exchanges_of(case)[-1]
     exchange = replace(exchange, branches=exchange.branches[:1])
-    headers = {} if retry_after is None else {"Retry-After": retry_after}
     failures = iter(waits)
+    headers = {"Retry-After": str(asked)} if asked else {}
     fake.answer = lambda body: (503, {}, headers) if next(failures, None) else completion(body)
     ask_server(fake, row_builder, tmp_path, [exchange])
-    assert slept == waits
+    assert len(slept) == len(waits)
+    assert all(asked + wait / 2 <= one <= asked + wait for one, wait in zip(slept, waits, strict=True))
 
 
 def changed(**changes: Any) -> Answer:
