@@ -90,7 +90,7 @@ class InspectConfig:
     )
     calibration: str | None = field(
         default=None,
-        metadata={"help": "With adapters: report.json with a calibration, for temperature and threshold."},
+        metadata={"help": "With adapters: report.json of a run with them, for its options, temperature and threshold."},
     )
     threshold: float | None = field(
         default=None,

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from echo_ft import config as configs
-from echo_ft.data.dataset import Dataset, load_dataset
+from echo_ft.data.dataset import Dataset, load_dataset, require_not_rebuilt
 from echo_ft.errors import EchoError
-from echo_ft.export.measured import read_measurement
+from echo_ft.inference.decision import read_measurement
 from echo_ft.inputs import read_json_object
 from echo_ft.model.adapters import Adapter, AdapterCard, find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
@@ -145,11 +145,8 @@ def find_dataset(config: ExportConfig, card: AdapterCard) -> Dataset | None:
         dataset = load_dataset(Path(config.dataset or card.dataset))
     except EchoError as error:
         raise EchoError(f"{error}. Pass its folder as --dataset, or use --references none") from error
-    if config.dataset is None and dataset.fingerprint != card.dataset_fingerprint:
-        raise EchoError(
-            f"{dataset.folder} was rebuilt since the training (fingerprint {dataset.fingerprint}, not "
-            f"{card.dataset_fingerprint}); pass the folder as --dataset to use it anyway"
-        )
+    if config.dataset is None:
+        require_not_rebuilt(dataset, card.dataset_fingerprint)
     return dataset
 
 

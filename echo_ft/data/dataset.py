@@ -89,6 +89,15 @@ def load_dataset(folder: Path) -> Dataset:
     return Dataset(folder, root, manifest)
 
 
+def require_not_rebuilt(dataset: Dataset, fingerprint: str) -> None:
+    """Raise EchoError if a dataset no longer has the fingerprint that it had in a training."""
+    if dataset.fingerprint != fingerprint:
+        raise EchoError(
+            f"{dataset.folder} was rebuilt since the training (fingerprint {dataset.fingerprint}, not {fingerprint}); "
+            "pass the folder as --dataset to use it anyway"
+        )
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of the dataset in `folder`, and include a checksum of the manifest itself."""
     write_json(folder / MANIFEST, {**manifest, "manifest_fingerprint": _manifest_fingerprint(manifest)})

@@ -19,7 +19,6 @@ from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.export.card import licence_notes, model_card
-from echo_ft.export.measured import Measurement
 from echo_ft.export.published_form import save_model, save_processor
 from echo_ft.export.vllm import adapts_vision, read_lora, served_loras, vllm_rank
 from echo_ft.files import atomic_folder, explain_full_disk, write_json, write_text
@@ -33,6 +32,7 @@ from echo_ft.inference.bundle import (
     read_bundle,
     write_checksums,
 )
+from echo_ft.inference.decision import Measurement
 from echo_ft.inference.engine import Engine
 from echo_ft.inference.inspector import Inspector, Result
 from echo_ft.inference.liveness import (

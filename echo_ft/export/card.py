@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from echo_ft.export.measured import Measurement
 from echo_ft.export.vllm import LoraFiles, serving_lines
 from echo_ft.inference.bundle import BundleDescription
+from echo_ft.inference.decision import Measurement
 from echo_ft.model.adapters import Adapter, AdapterCard
 from echo_ft.retrieval.products import ProductData
 

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from echo_ft.data.dataset import candidate_order, load_dataset
+from echo_ft.data.dataset import candidate_order, load_dataset, require_not_rebuilt
 from echo_ft.data.questions import open_questions
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case, run_or_fail
@@ -21,13 +21,13 @@ from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
 from echo_ft.images.snapshot import ImageInput, list_images, snapshot
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
-from echo_ft.inference.decision import Calibration, load_calibration
+from echo_ft.inference.decision import Calibration, load_calibration, read_measurement
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import scratch_folder
-from echo_ft.records import GROUNDING, ROLES, Case, Entry, Prediction, Question, Seen, Trace, Truth
+from echo_ft.records import GROUNDING, MAX_NEW_TOKENS, ROLES, Case, Entry, Prediction, Question, Seen, Trace, Truth
 from echo_ft.retrieval.products import ProductData, read_products
 
 BATCH_SIZE = 8
@@ -106,26 +106,30 @@ class Inspector:
         calibration: str | Path | None = None,
         threshold: float | None = None,
         dtype: str = "auto",
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> Inspector:
         """Load the four adapters in `folder` with the base model, pixel budget, routing and dataset of their cards.
 
-        `dataset` replaces the dataset folder of the cards, for example for other references. `calibration` is a
-        report.json with a calibration, and `threshold` replaces its threshold; without both, the threshold is 0.5.
-        `max_batch_tokens` limits the key-value cache, as in `evaluation.run`. Raises EchoError if a part is missing or
-        does not fit the others.
+        `dataset` replaces the dataset folder of the cards, for example for other references. `calibration` is the
+        report.json of a run with these adapters, which gives the calibration and the options. `threshold` replaces its
+        threshold; without both, the threshold is 0.5. `max_batch_tokens` limits the key-value cache, as in
+        `evaluation.run`. Raises EchoError if a part is missing or does not fit the others.
         """
         card = read_card(Path(folder) / ROLES[0])
         weights = base_fingerprint(card.base_model, card.base_revision)
         adapters = find_adapters(Path(folder), card.base_model, weights, card.min_pixels, card.max_pixels)
-        found = load_calibration(Path(calibration)) if calibration is not None else Calibration()
+        measured = None if calibration is None else read_measurement(Path(calibration), adapters)
+        found = _with_threshold(None if calibration is None else load_calibration(Path(calibration)), threshold)
+        pipeline = measured.pipeline if measured else PipelineConfig(routing=card.routing)
+        tokens = max_new_tokens or (measured.max_new_tokens if measured else MAX_NEW_TOKENS)
         loaded = load_dataset(Path(card.dataset if dataset is None else dataset))
+        if dataset is None:
+            require_not_rebuilt(loaded, card.dataset_fingerprint)
+        products = read_products(loaded, measured.k if measured else None)
         builder = RowBuilder(load_processor(card.base_model, card.base_revision, card.min_pixels, card.max_pixels))
-        products = read_products(loaded)
         model = load_tuned_model(adapters, builder, dtype, str(folder))
-        generate = _engine(model, builder, products, max_new_tokens, max_batch_tokens)
-        return cls(generate, products, PipelineConfig(routing=card.routing), _with_threshold(found, threshold))
+        return cls(_engine(model, builder, products, tokens, max_batch_tokens), products, pipeline, found)
 
     @classmethod
     def from_bundle(
@@ -180,8 +184,9 @@ class Inspector:
         products = load_bundle_products(path, description)
         adapters = bundle_adapters(path, description, description.base_model, has_weights=False)
         builder = load_bundle_rows(path, description)
+        calibration, tokens = _with_threshold(description.calibration, threshold), description.max_new_tokens
         client = Server(
-            url, model, builder, products.root, description.max_new_tokens, None, max_concurrent, timeout=timeout
+            url, model, builder, products.root, tokens, None, max_concurrent, timeout=timeout, bounds_letters=True
         )
         with ExitStack() as on_error:
             server = ServerThread(client)

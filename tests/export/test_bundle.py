@@ -19,11 +19,10 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.export import bundle as bundle_module
 from echo_ft.export.bundle import ExportPlan, export_bundle
-from echo_ft.export.measured import read_measurement
 from echo_ft.export.published_form import publish_config
 from echo_ft.export.vllm import serving_lines, vllm_refusal
 from echo_ft.inference.bundle import read_bundle
-from echo_ft.inference.decision import Calibration
+from echo_ft.inference.decision import Calibration, read_measurement
 from echo_ft.inference.inspector import Inspector
 from echo_ft.model.adapters import find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model
@@ -31,6 +30,7 @@ from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROOT, make_dataset, random_adapters
 from tests.support.old_transformers import answer
+from tests.support.runs import make_report
 from train.export import main as export_main
 
 LORA_NAMES = ["base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -117,32 +117,10 @@ def test_an_adapter_that_is_not_reproduced_still_stops_the_export(adapters, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
-def make_report(path, adapters, changes=None):
-    """A report.json of a run with the adapters, with only the fields that the export reads."""
-    found = find(adapters)
-    provenance = {
-        "split": "test", "dataset": "data/line", "questions": 70, "cases": 10, "routing": "full",
-        "reference": "retrieved", "references": 1, "knowledge": "all", "reasoning": "off", "corruption": None,
-        "answer": "logits", "option_order": "given", "max_new_tokens": 48,
-        "base_fingerprint": next(iter(found.values())).card.base_fingerprint,
-        "adapters": {role: {"fingerprint": one.fingerprint} for role, one in found.items()},
-    }  # fmt: skip
-    report = {
-        "provenance": provenance | (changes or {}),
-        "tables": {"strict": {"Average": {"Anomaly Detection": 81.25, "Object Analysis": None, "Average": 70.0}}},
-        "intervals": {"strict": {"Average": {"Anomaly Detection": [75.04, 88.96], "Average": None}}},
-        "detection": {"All": {"auroc": 0.9125, "recall": None, "intervals": {"auroc": [0.85, 0.95]}}},
-        "calibration": {"temperature": 2.0, "thresholds": {"f1": {"threshold": 0.4}}},
-        "warnings": ["ten parts are few"],
-    }
-    path.write_text(json.dumps(report))
-    return path
-
-
 def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters, tmp_path):
     """With a calibration, the bundle decides as the scored run did."""
     options = ["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), *NO_IMAGES, "--merge", "none"]
-    export_main([*options, "--report", str(make_report(tmp_path / "report.json", adapters))])
+    export_main([*options, "--report", str(make_report(tmp_path / "report.json", find(adapters)))])
     described = read_bundle(tmp_path / "bundle")
     assert described.pipeline == PipelineConfig(knowledge="all", reasoning="off", answer="logits")
     assert described.calibration == Calibration(2.0, 0.4)
@@ -174,7 +152,7 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
     ],
 )
 def test_a_report_of_something_else_is_refused(adapters, tmp_path, changes, message):
-    report = make_report(tmp_path / "report.json", adapters, changes)
+    report = make_report(tmp_path / "report.json", find(adapters), changes)
     with pytest.raises(EchoError, match=message):
         read_measurement(report, find(adapters))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -16,16 +17,20 @@ from benchmarks.evaluation.inspector import draw_images, measure_inspector
 from benchmarks.evaluation.overhead import memory_mib
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
-from echo_ft.experts.pipeline import run_cases
+from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl, write_json
 from echo_ft.images.decode import load_image
 from echo_ft.images.snapshot import snapshot
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inference.inspector import Inspector
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS
-from echo_ft.records import Inspection
+from echo_ft.model.adapters import find_adapters
+from echo_ft.model.loading import base_fingerprint
+from echo_ft.provenance import seal_folder
+from echo_ft.records import ROLES, Inspection
 from evaluation import inspect
-from tests.conftest import draw
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, draw
+from tests.support.runs import make_report
 
 
 def test_a_file_an_image_and_an_array_give_the_same_result(inspector, image):
@@ -158,6 +163,30 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(EchoError, match="has neither a calibration nor a gate; write one with python -m"):
         load_calibration(tmp_path / "report.json")
+
+
+def test_a_report_gives_the_inspector_the_options_of_its_run_and_must_be_of_its_adapters(adapters, tmp_path):
+    found = find_adapters(adapters, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), MIN_PIXELS, MAX_PIXELS)
+    report = make_report(tmp_path / "report.json", found)
+    inspector = Inspector.from_adapters(adapters, calibration=report)
+    assert inspector.pipeline == PipelineConfig(knowledge="all", reasoning="off", answer="logits")
+    assert inspector.calibration == Calibration(2.0, 0.4)
+    assert inspector.products.search.k == 1
+    assert inspector.generate.__self__.max_new_tokens == 48
+    other = make_report(tmp_path / "other.json", found, {"adapters": {}})
+    with pytest.raises(EchoError, match=r"other.json measures another adapter of reference_extractor than"):
+        Inspector.from_adapters(adapters, calibration=other)
+
+
+def test_a_dataset_that_was_rebuilt_since_the_training_must_be_named(adapters, dataset, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters, folder)
+    card = json.loads((folder / ROLES[0] / "echo_ft.json").read_text())
+    (folder / ROLES[0] / "echo_ft.json").write_text(json.dumps(card | {"dataset_fingerprint": "other"}))
+    seal_folder(folder / ROLES[0])
+    with pytest.raises(EchoError, match=r"was rebuilt since the training .*other.; pass the folder as --dataset"):
+        Inspector.from_adapters(folder)
+    assert Inspector.from_adapters(folder, dataset=dataset).products.source == dataset
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from echo_ft.files import write_jsonl
+from echo_ft.model.adapters import Adapter
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
 from evaluation.run import main as run_main
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS
@@ -73,3 +75,24 @@ def run_evaluation(dataset, output, *more) -> None:
     options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
     run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])
+
+
+def make_report(path: Path, found: Mapping[str, Adapter], changes: dict[str, Any] | None = None) -> Path:
+    """Write a report.json of a run with these adapters, with only the fields that exports and inspectors read."""
+    provenance = {
+        "split": "test", "dataset": "data/line", "questions": 70, "cases": 10, "routing": "full",
+        "reference": "retrieved", "references": 1, "knowledge": "all", "reasoning": "off", "corruption": None,
+        "answer": "logits", "option_order": "given", "max_new_tokens": 48,
+        "base_fingerprint": next(iter(found.values())).card.base_fingerprint,
+        "adapters": {role: {"fingerprint": one.fingerprint} for role, one in found.items()},
+    }  # fmt: skip
+    report = {
+        "provenance": provenance | (changes or {}),
+        "tables": {"strict": {"Average": {"Anomaly Detection": 81.25, "Object Analysis": None, "Average": 70.0}}},
+        "intervals": {"strict": {"Average": {"Anomaly Detection": [75.04, 88.96], "Average": None}}},
+        "detection": {"All": {"auroc": 0.9125, "recall": None, "intervals": {"auroc": [0.85, 0.95]}}},
+        "calibration": {"temperature": 2.0, "thresholds": {"f1": {"threshold": 0.4}}},
+        "warnings": ["ten parts are few"],
+    }
+    path.write_text(json.dumps(report))
+    return path
