@@ -220,7 +220,8 @@ def _write_descriptions(
         not_merged=bundle.failed,
     )
     write_json(folder / BUNDLE_DESCRIPTION, asdict(described))
-    write_text(folder / "README.md", model_card(described, measured, card, loras, merge_size))
+    references = 0 if products is None else products.search.k
+    write_text(folder / "README.md", model_card(described, measured, card, loras, merge_size, references))
 
 
 def _inspect(model: Any, row_builder: RowBuilder, products: ProductData | None, plan: ExportPlan) -> list[Result]:

@@ -60,8 +60,9 @@ def model_card(
     card: AdapterCard,
     loras: Mapping[str, LoraFiles],
     merge_size: int,
+    references: int,
 ) -> str:
-    """Return the README.md of a bundle. `merge_size` is as in `serving_lines`."""
+    """Return the README.md of a bundle. `merge_size` and `references` are as in `serving_lines`."""
     merged = [part.split("/")[1] for part in bundle.share_of_the_update if part.startswith("merged/")]
     header: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "image-text-to-text"}
     if not Path(bundle.base_model).is_dir():
@@ -105,7 +106,7 @@ def model_card(
         "- echo-ft: `python -m evaluation.inspect IMAGE --bundle .`, or `Inspector.from_bundle` in Python. A run on a",
         "  dataset takes the folder `adapters`: `python -m evaluation.run --config ... --adapters adapters`.",
         "- PEFT: load an adapter with `PeftModel.from_pretrained(base, 'adapters/decision_maker')`.",
-        *serving_lines(loras, merged, card, merge_size),
+        *serving_lines(loras, merged, card, merge_size, references),
         "## Licences",
         "",
         *(f"- {part}: {note}" for part, note in bundle.licences.items()),

@@ -24,6 +24,10 @@ VLLM_MERGE_SIZE = 2
 """Patches along each side of an image token in the published Qwen2-VL models. vLLM (0.32) loads no other number."""
 
 
+LEAST_IMAGES = 8
+"""Smallest limit of images per prompt in the command, for runs on datasets with more references than the bundle's."""
+
+
 @dataclass(frozen=True)
 class LoraFiles:
     """The properties of an adapter that decide how vLLM serves it."""
@@ -52,19 +56,21 @@ def served_loras(loras: Mapping[str, LoraFiles]) -> dict[str, LoraFiles]:
 
 
 def serving_lines(
-    loras: Mapping[str, LoraFiles], merged: Sequence[str], card: AdapterCard, merge_size: int
+    loras: Mapping[str, LoraFiles], merged: Sequence[str], card: AdapterCard, merge_size: int, references: int
 ) -> list[str]:
     """Return the lines of the model card about serving.
 
     `merged` are the roles with a merged model. `merge_size` is the number of patches along each side of an image token.
+    `references` is the number of references that the reference extractor sees next to the query.
     """
     lines, served = [], served_loras(loras)
     if served:
         rank = vllm_rank([lora.config for lora in served.values()])
         command = _vllm_command(card, list(served), rank, adapts_vision(loras.values()))
+        command += _vllm_limits(card, references)
         lines += ["- vLLM: run this command in this folder:", "", "```", " \\\n  ".join(command), "```", ""]
     if merged:
-        example = [f"vllm serve merged/{merged[0]} --served-model-name {merged[0]}", *_vllm_limits(card)]
+        example = [f"vllm serve merged/{merged[0]} --served-model-name {merged[0]}", *_vllm_limits(card, references)]
         lines += [
             "- Merged models have the form of the published checkpoints, which transformers 4, transformers 5 and vLLM",
             "  read. An example for vLLM:",
@@ -103,17 +109,17 @@ def _vllm_command(card: AdapterCard, served: Sequence[str], rank: int, adapts_vi
         f"--enable-lora --max-loras {len(served)} --max-lora-rank {rank}"
         + (" --enable-tower-connector-lora" if adapts_vision else ""),
         "--lora-modules " + " ".join(f"{role}=adapters/{role}" for role in served),
-        *_vllm_limits(card),
     ]
 
 
-def _vllm_limits(card: AdapterCard) -> list[str]:
+def _vllm_limits(card: AdapterCard, references: int) -> list[str]:
     """Return the lines of a vLLM command that make vLLM read images and generate as a run does."""
     budget = json.dumps({"min_pixels": card.min_pixels, "max_pixels": card.max_pixels})
+    images = json.dumps({"image": max(references + 1, LEAST_IMAGES)})
     return [
         "--generation-config vllm",  # the generation config of the model may set a repetition penalty
         f"--mm-processor-kwargs {shlex.quote(budget)}",
-        f"--limit-mm-per-prompt {shlex.quote(json.dumps({'image': 8}))}",
+        f"--limit-mm-per-prompt {shlex.quote(images)}",
     ]
 
 

@@ -266,11 +266,18 @@ def test_the_command_for_vllm_has_only_adapters_that_it_serves(exported):
 def test_a_base_model_that_vllm_does_not_load_is_named_with_the_correction(exported, adapters):
     card = read_card(adapters / ROLES[0])
     for size in (2, 3):
-        text = " ".join(serving_lines({}, ["decision_maker"], card, size))
+        text = " ".join(serving_lines({}, ["decision_maker"], card, size, 2))
         assert ("base model has 3 x 3" in text) == (size == 3)
         assert ("pass `spatial_merge_size=spatial_merge_size` to" in text) == (size == 3)
     size = json.loads((ECHO_TINY / "config.json").read_text())["vision_config"]["spatial_merge_size"]
     assert (f"base model has {size} x {size}" in (exported / "README.md").read_text()) == (size != 2)
+
+
+@pytest.mark.parametrize(("references", "images"), [(2, 8), (7, 8), (8, 9), (30, 31)])
+def test_the_command_for_vllm_allows_the_images_of_every_role(adapters, references, images):
+    """The reference extractor sees all references and the query."""
+    text = " ".join(serving_lines({}, ["decision_maker"], read_card(adapters / ROLES[0]), 2, references))
+    assert f"--limit-mm-per-prompt '{{\"image\": {images}}}'" in text
 
 
 @pytest.mark.parametrize(

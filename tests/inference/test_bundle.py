@@ -58,6 +58,12 @@ def test_a_bundle_shows_the_prompts_of_all_roles(bundle):
     assert read_bundle(bundle).prompt_version == PROMPT_VERSION
 
 
+def test_the_command_for_vllm_knows_how_many_references_the_bundle_shows(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_ft.export.vllm.LEAST_IMAGES", 1)
+    export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--merge", "none"])
+    assert """--limit-mm-per-prompt '{"image": 3}'""" in (tmp_path / "bundle" / "README.md").read_text()
+
+
 def test_the_command_inspects_with_a_bundle(bundle, image, capsys):
     inspect.main([str(image), "--bundle", str(bundle), "--threshold", "1"])
     assert f"{image}: ok, P(defect)" in capsys.readouterr().out
