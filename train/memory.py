@@ -88,10 +88,10 @@ def main(argv: list[str]) -> None:
     if own.run is not None:
         adapter = sum(count.trainable for count in count_parameters(model)) if base.use_peft else 0
         print(f"\n{own.run}, with four adapters like that of the recipe")
-        print(_run_report(own.run, str(base.model_name_or_path), base.model_revision, adapter))
+        print(_run_report(own.run, str(base.model_name_or_path), base.model_revision, adapter, config.adapt_from))
 
 
-def _run_report(path: str, model_name: str, revision: str | None, adapter_parameters: int) -> str:
+def _run_report(path: str, model_name: str, revision: str | None, adapter_parameters: int, adapt_from: str) -> str:
     from echo_ft.inference.memory import run_report
 
     options = read_run(path)
@@ -102,7 +102,7 @@ def _run_report(path: str, model_name: str, revision: str | None, adapter_parame
         )
     features = int(options.get("features_gib", 0) * 2**30)
     model = meta_model(model_name, revision)
-    return run_report(model, adapter_parameters, run_shapes(options), run_width(options), features)
+    return run_report(model, adapter_parameters, run_shapes(options), run_width(options), features, adapt_from)
 
 
 def read_run(path: str) -> dict[str, Any]:

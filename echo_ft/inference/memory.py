@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from echo_ft.inference.engine import PREFILL_TOKENS
+from echo_ft.inference.engine import LOOK_TOKENS, PREFILL_TOKENS
 from echo_ft.model.activations import CUDA_CONTEXT
 from echo_ft.model.vision import RECENT_IMAGES
 from echo_ft.records import ROLES
@@ -61,12 +61,14 @@ class RunEstimate:
     """The peak while prefixes run, with the caches of all prefixes."""
     decode: int
     """The peak while branches are decoded, with their caches."""
+    kept: int = 0
+    """The keys and values of images that adapters which act after the prefix keep for the next role."""
     context: int = CUDA_CONTEXT
 
     @property
     def total(self) -> int:
         """The peak of the run."""
-        return self.weights + self.adapters + self.features + max(self.prefill, self.decode) + self.context
+        return self.weights + self.adapters + self.features + self.kept + max(self.prefill, self.decode) + self.context
 
 
 def image_tokens(model: Any, max_pixels: int) -> int:
@@ -76,15 +78,21 @@ def image_tokens(model: Any, max_pixels: int) -> int:
 
 
 def estimate_run(
-    model: Any, adapter_parameters: int, shape: RunShape, width: int, features_bytes: int = 0
+    model: Any,
+    adapter_parameters: int,
+    shape: RunShape,
+    width: int,
+    features_bytes: int = 0,
+    adapt_from: str = "prefix",
 ) -> RunEstimate:
     """Estimate the memory of a run.
 
     `model` is a Qwen2-VL on the meta device without adapters, and each value takes `width` bytes.
 
-    `adapter_parameters` counts the parameters of one role's adapter; 0 means no adapters. `features_bytes` is the size
-    of the image features that an ablation keeps. With hidden size h and MLP size f, a prefix token in a layer needs 3f
-    + 5h values for SwiGLU, the residual stream and the norms. With adapters, the sum of base layer and adapter adds f.
+    `adapter_parameters` counts the parameters of one role's adapter; 0 means no adapters. They act from `adapt_from`
+    on. `features_bytes` is the size of the image features that an ablation keeps. With hidden size h and MLP size f, a
+    prefix token in a layer needs 3f + 5h values for SwiGLU, the residual stream and the norms. With adapters, the sum
+    of base layer and adapter adds f.
     """
     text = model.config.text_config
     hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
@@ -107,21 +115,28 @@ def estimate_run(
         prefill=group * token + together * prefix * cache,
         decode=decoded * (cache + cache // layers)
         + max(started * repeated, branches * shape.branch_tokens * token, logits),
+        kept=0 if adapt_from == "prefix" else cache * min(LOOK_TOKENS, shape.exchanges * shape.images * image),
     )
 
 
 def run_report(
-    model: Any, adapter_parameters: int, shapes: Mapping[str, RunShape], width: int, features_bytes: int = 0
+    model: Any,
+    adapter_parameters: int,
+    shapes: Mapping[str, RunShape],
+    width: int,
+    features_bytes: int = 0,
+    adapt_from: str = "prefix",
 ) -> str:
     """Return the estimates as text for a terminal: a line per role for a run with adapters, and one for the base model.
 
     The arguments are those of `estimate_run`; `shapes` has the largest batch of each role.
     """
-    parts = ("weights", "adapters", "features", "prefill", "decode", "context", "total")
+    late = ("kept",) if adapt_from != "prefix" else ()
+    parts = ("weights", "adapters", "features", *late, "prefill", "decode", "context", "total")
     rows = [["GiB on one GPU", *parts]]
     base = 0
     for role, shape in shapes.items():
-        tuned = estimate_run(model, adapter_parameters, shape, width, features_bytes)
+        tuned = estimate_run(model, adapter_parameters, shape, width, features_bytes, adapt_from)
         rows.append([role, *(format_gib(getattr(tuned, part)) for part in parts)])
         base = max(base, estimate_run(model, 0, shape, width, features_bytes).total)
     return "\n".join(
@@ -129,7 +144,8 @@ def run_report(
             align_columns(rows),
             "",
             f"The base model without adapters needs {format_gib(base)} GiB. All figures are estimates, not measured on "
-            f"a GPU. The",
+            "a GPU. The",
             "total has the larger of prefill and decode. features: of recent images and those that an ablation keeps.",
+            *(["kept: keys and values of the images, for the next role."] if late else []),
         ]
     )

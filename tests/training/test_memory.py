@@ -339,6 +339,15 @@ def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp
         totals[name] = float(line.split()[-1])
     assert totals["run"] < 12
     assert totals["ablation"] == pytest.approx(totals["run"] + 16, abs=0.15)
+    main(["--config", str(recipe), "--adapt_from", "branch", "--run", str(RECIPES / "qwen2_vl_2b" / "run.yaml")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    header = next(row for row in rows if "kept" in row and "total" in row)
+    found = {row[0]: dict(zip(header[::-1], row[::-1], strict=False)) for row in rows if row and row[0] in ROLES}
+    # 32,768 tokens at most, with a key and a value in 28 layers and 2 heads of 128 numbers
+    assert found["decision_maker"]["kept"] == f"{32_768 * 2 * 28 * 2 * 128 * 2 / 2**30:.1f}"
+    late = found["knowledge_guide"]
+    assert float(late["total"]) == pytest.approx(totals["run"] + float(late["kept"]), abs=0.11)
+    assert float(late["kept"]) > 0.4
     with pytest.raises(EchoError, match="give a recipe and a run of the same model"):
         main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_7b" / "run.yaml")])
     with pytest.raises(EchoError, match="has no max_pixels; give the YAML file of a run"):
