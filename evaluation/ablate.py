@@ -35,7 +35,7 @@ from echo_ft.records import ROLES
 from echo_ft.terminal import LOGGER
 from evaluation import ablation_table
 from evaluation.config import RunConfig, answer_options, answer_tokens
-from evaluation.run import PreparedRun, load_weights, make_engine, prepare_run, provenance, run_remaining
+from evaluation.run import PreparedRun, load_run_model, make_engine, prepare_run, provenance, run_remaining
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +208,7 @@ class EngineFactory:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._loaded = key, load_weights(prepared, device), ImageFeatureCache(int(self.features_gib * 2**30))
+            self._loaded = key, load_run_model(prepared, device), ImageFeatureCache(int(self.features_gib * 2**30))
         _, model, features = self._loaded
         return make_engine(prepared, model, features=features)
 

@@ -271,25 +271,25 @@ def run_local(config: RunConfig, batches: Iterable[Sequence[Case]], generate: Ge
 
 
 def load_engine(prepared: PreparedRun, device: torch.device) -> Engine:
-    """Load a run's model, onto a GPU if `device` is one, check that its adapters act, and return its engine."""
-    model, folder = load_weights(prepared, device), prepared.config.adapters
-    if folder is not None:
-        backend = local_backend(model, prepared.row_builder)
-        check_adapters(backend, list(prepared.adapters), read_probe(Path(folder)), folder, prepared.row_builder)
-    return make_engine(prepared, model)
+    """Load a run's model, and return its engine."""
+    return make_engine(prepared, load_run_model(prepared, device))
 
 
-def load_weights(prepared: PreparedRun, device: torch.device) -> Any:
-    """Load the base model and attach the run's adapters."""
+def load_run_model(prepared: PreparedRun, device: torch.device) -> Any:
+    """Load a run's model, onto a GPU if `device` is one, attach its adapters, and check that they act."""
     config = prepared.config
-    model = load_model(
+    base = load_model(
         config.model_name_or_path,
         config.model_revision,
         config.dtype,
         attn_implementation=config.attn_implementation,
         device_map=str(device) if device.type == "cuda" else None,
     )
-    return attach_adapters(model, prepared.adapter_paths)
+    model, folder = attach_adapters(base, prepared.adapter_paths), config.adapters
+    if folder is not None:
+        backend = local_backend(model, prepared.row_builder)
+        check_adapters(backend, list(prepared.adapters), read_probe(Path(folder)), folder, prepared.row_builder)
+    return model
 
 
 def make_engine(prepared: PreparedRun, model: Any, **options: Any) -> Engine:

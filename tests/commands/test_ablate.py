@@ -159,6 +159,7 @@ def test_the_table_is_printed_and_written_with_numbers_of_questions(done):
         assert [cell.strip() for cell in row.split("|")[-4:-2]] == ["21", "3"]
         assert " ".join(row.replace("|", " ").split()) in " ".join(printed.split()), name
     assert "Holm-corrected for 6 differences" in printed
+    assert f": answers differ from the base model's: {', '.join(ROLES)}" in printed, "the adapters were checked"
     assert "AD Anomaly Detection" in markdown
     page = (done / "out" / "ablation.html").read_text()
     require_self_contained(page)
@@ -173,12 +174,15 @@ def record_calls(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
 
     def recorded(self, role, exchanges):
         for one in exchanges:
+            if one.case == "probe":
+                continue
             prefix = (role, self.adapted, self.corruption, one.images, one.context)
             prompts.extend((*prefix, branch.prompt) for branch in one.branches)
         return generate(self, role, exchanges)
 
     def load_recorded_image(self, view):
-        images.append((id(self), view))
+        if "echo-ft-probe-" not in str(view.path):
+            images.append((id(self), view))
         return load_image(self, view)
 
     def load_recorded_model(*arguments, **options):
