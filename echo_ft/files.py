@@ -147,8 +147,11 @@ def atomic_folder(output: Path) -> Iterator[Path]:
 
     At any moment, `output` is the old folder or the complete new one, even if the process is killed. This needs a file
     system that can swap two folders. On other file systems, the next call restores the old folder. Anything that killed
-    commands left next to `output` is removed. Raises EchoError if the parent folder of `output` is not writable.
+    commands left next to `output` is removed. If `output` is a link, the folder that it points to is replaced. Raises
+    EchoError if the parent folder of `output` is not writable.
     """
+    if output.is_symlink():
+        output = output.resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_over(output)

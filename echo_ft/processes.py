@@ -104,7 +104,7 @@ def left_over_folders(parent: Path, prefix: str) -> Iterator[Path]:
     for path in sorted(parent.glob(f"{glob.escape(prefix)}*")):
         if re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(prefix)) and path.is_dir() and not path.is_symlink():
             with held(path) as free:
-                if free and (any(path.iterdir()) or _is_old(path)):
+                if free and _is_left_over(path):
                     yield path
 
 
@@ -113,13 +113,18 @@ def remove_left_over_files(folder: Path) -> None:
     for path in sorted(folder.glob(f"*{PARTIAL}")):
         if re.search(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$", path.name) and path.is_file():
             with held(path) as free:
-                if free and (path.stat().st_size or _is_old(path)):
+                if free and _is_left_over(path):
                     LOGGER.warning("removing %s, which a killed command left", path)
                     path.unlink(missing_ok=True)
 
 
-def _is_old(path: Path) -> bool:
-    return time.time() - path.stat().st_mtime > _YOUNG_SECONDS
+def _is_left_over(path: Path) -> bool:
+    """Return whether a file or folder that nobody holds has content or is old."""
+    try:
+        filled = any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0
+        return filled or time.time() - path.stat().st_mtime > _YOUNG_SECONDS
+    except FileNotFoundError:  # another process has just removed it
+        return False
 
 
 @contextmanager

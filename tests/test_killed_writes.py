@@ -8,6 +8,7 @@ import shutil
 import signal
 import timeit
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,40 @@ def test_partial_files_and_scratch_folders_of_killed_commands_are_removed(tmp_pa
         assert living.is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["living"]
     assert capsys.readouterr().err.count("which a killed command left") == 2
+
+
+def test_what_another_process_is_removing_is_no_left_over(tmp_path, monkeypatch, capsys):
+    """The lock of a removed file or folder is free, but there is nothing left to remove."""
+    gone = [tmp_path / f"vectors.{'a' * 32}.partial", tmp_path / ".out.abcd1234"]
+    gone[0].write_text("some")
+    (gone[1] / "out").mkdir(parents=True)
+
+    @contextmanager
+    def late(path: Path) -> Iterator[bool]:
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        yield True
+
+    monkeypatch.setattr(processes, "held", late)
+    remove_left_over_files(tmp_path)
+    assert list(processes.left_over_folders(tmp_path, ".out.")) == []
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_new_folder_takes_the_place_that_a_link_points_to(tmp_path):
+    (tmp_path / "big").mkdir()
+    for name in ("there", "missing"):
+        link, place = tmp_path / f"to-{name}", tmp_path / "big" / name
+        link.symlink_to(place)
+        if name == "there":
+            replace(place, "old")
+        with atomic_folder(link) as new:
+            assert new.parent.parent == place.parent, "the new folder must be on the disk of the old one"
+            (new / "images").mkdir()
+            (new / "images" / "a").write_text("new")
+        assert link.is_symlink()
+        assert (place / "images" / "a").read_text() == "new"
+    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == ["missing", "there"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
