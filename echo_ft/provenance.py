@@ -60,6 +60,7 @@ def commit() -> str:
     """
     here = Path(__file__).resolve().parent
     try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # it fails in an environment in another checkout
         head = _git(here, "rev-parse", "HEAD")
         return head + ("-dirty" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

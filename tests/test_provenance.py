@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from data_prep.build import main as build_main
+from echo_ft import provenance
 from echo_ft.data.dataset import DIGESTS, Dataset, load_dataset, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
@@ -162,3 +164,25 @@ def test_settings_under_comparison_may_differ(tmp_path: Path) -> None:
         adapters={"decision_maker": {"fingerprint": "beef"}}, dtype="bfloat16", code="beef", versions={"torch": "3"},
     )  # fmt: skip
     compare.main([str(base), str(other)])
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_a_repository_around_an_installed_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / ".venv" / "provenance.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".gitignore")
+    git("commit", "-qm", "user's own")
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    assert provenance.commit() == "unknown"
+    git("add", "-f", str(installed))
+    git("commit", "-qm", "a checkout of the code")
+    assert provenance.commit() == git("rev-parse", "HEAD")
