@@ -33,27 +33,9 @@ class DuplicateKeyError(ValueError):
     """Raised for a key that occurs twice in an object."""
 
 
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping. Raises ConstructorError for a duplicate key and for a key that is not a scalar."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem="a key is a list or a mapping; quote names that start with a bracket or a brace",
-                    problem_mark=key.start_mark,
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(text: str) -> Any:
     """Parse YAML within the bounds of this module. Raises yaml.YAMLError."""
-    loader = _Loader(text)
+    loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -69,7 +51,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise yaml.YAMLError if a parsed file exceeds the bounds of this module once its aliases are expanded."""
+    """Raise yaml.YAMLError for a faulty key, and for anything that exceeds the bounds once aliases are expanded."""
     sizes: dict[int, int] = {}
     stack: list[tuple[yaml.Node, bool]] = [(root, False)]
     open_nodes: set[int] = set()
@@ -91,6 +73,8 @@ def _check_nodes(root: yaml.Node) -> None:
                 )
             if isinstance(node, yaml.ScalarNode):
                 _check_scalar(node)
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(node)
             stack += [(node, True), *((child, False) for child in children)]
     repeated = sizes[id(root)] - len(sizes)
     if repeated > MAX_REPEATED:
@@ -101,6 +85,23 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Raise ConstructorError for a duplicate key and for a key that is not a scalar.
+
+    PyYAML (6.0) adds merged keys to the node itself while it builds values, so a later check would find duplicates.
+    """
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                problem="a key is a list or a mapping; quote names that start with a bracket or a brace",
+                problem_mark=key.start_mark,
+            )
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+        seen.add(key.value)
 
 
 def _check_scalar(node: yaml.ScalarNode) -> None:

@@ -304,14 +304,14 @@ def download_run(path: str, name: str) -> Path:
             f"there is no folder {name}, and W&B gives no run {path} ({reason}); check the path, which is "
             "entity/project/id"
         ) from error
-    if not logged:
+    place = logged[-1].metadata if logged else {}
+    names = [Path(str(place.get(key, ""))).name for key in ("experiment", "run")]
+    if not all(names) or ".." in names:  # another program may log artifacts of this type too
         raise EchoError(
             f"the W&B run {path} has no evaluation; log one with python -m evaluation.score RUN_DIR --report_to wandb, "
             "and give that run"
         )
-    place = logged[-1].metadata
-    folder = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts"), *path.split("/"))
-    folder = folder / Path(place["experiment"]).name / Path(place["run"]).name
+    folder = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts"), *path.split("/"), *names)
     logged[-1].download(root=str(folder))
     return folder
 

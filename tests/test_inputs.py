@@ -103,6 +103,12 @@ def test_bounds_of_yaml(text, reason):
     assert read_yaml("base: &base {x: 1}\nmore: {<<: *base, y: 2}") == {"base": {"x": 1}, "more": {"x": 1, "y": 2}}
 
 
+def test_a_mapping_with_its_own_merge_can_be_merged_again_further_up():
+    text = "base: &base {x: 1, y: 2}\ndeep: {deeper: {deepest: {own: &own {<<: *base, x: 3}}}}\nmore: {<<: *own}"
+    assert read_yaml(text) == yaml.safe_load(text)
+    assert read_yaml(text)["more"] == {"x": 3, "y": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

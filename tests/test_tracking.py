@@ -341,9 +341,12 @@ def test_compare_takes_wandb_runs_as_well_as_folders(folder, monkeypatch, tmp_pa
         assert tracking.evaluation_artifact(downloaded).digest == tracking.evaluation_artifact(Path(TUNED)).digest
     with pytest.raises(EchoError, match=r"no folder runs/demo/lost, and W&B gives no run runs/demo/lost \(Could not"):
         compare.main([BASE, "runs/demo/lost"])
-    monkeypatch.setattr(FakeApi, "logged_artifacts", lambda _: [SimpleNamespace(type="model")])
-    with pytest.raises(EchoError, match=r"has no evaluation; log one with python -m evaluation.score RUN_DIR"):
-        compare.main([BASE, address])
+    foreign = [{}, {"experiment": "caps", "run": ".."}, {"experiment": "..", "run": "tuned"}, {"experiment": "caps"}]
+    artifacts = [SimpleNamespace(type="evaluation", metadata=place) for place in foreign]
+    for artifact in (SimpleNamespace(type="model"), *artifacts):
+        monkeypatch.setattr(FakeApi, "logged_artifacts", lambda _, artifact=artifact: [artifact])
+        with pytest.raises(EchoError, match=r"has no evaluation; log one with python -m evaluation.score RUN_DIR"):
+            compare.main([BASE, address])
 
 
 def test_without_a_key_an_address_is_refused_and_a_path_is_a_folder(monkeypatch, tmp_path):
