@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +167,8 @@ def _references(
     for number, query in enumerate(queries):
         yield from results.references_of(number, query)
         if query.reference is not None and {query.image, query.reference} <= descriptors.rows.keys():
-            similarity = float(descriptors.vector(query.image) @ descriptors.vector(query.reference))
-            yield Reference(query.id, query.reference, _rounded(similarity), 1, "given")
+            (similarity,) = _similarities(descriptors.vector(query.image), descriptors.vectors([query.reference]))
+            yield Reference(query.id, query.reference, _rounded(float(similarity)), 1, "given")
 
 
 def _search(
@@ -184,31 +185,33 @@ def _search(
     # Search deep enough to skip the largest number of excluded positions.
     depth = min(count, k + max(map(len, excluded)))
     vectors = descriptors.vectors([query.image for query in queries])
-    similarities, positions = pool.index.search(vectors, depth)
+    _, positions = pool.index.search(vectors, depth)
     for row, (number, query) in enumerate(zip(numbers, queries, strict=True)):
-        retrieved = [
-            (position, similarity)
-            for position, similarity in zip(positions[row].tolist(), similarities[row].tolist(), strict=True)
-            if position >= 0 and position not in excluded[row]
-        ][:k]
+        allowed = (one for one in positions[row].tolist() if one >= 0 and one not in excluded[row])
+        retrieved = [*islice(allowed, k)]
         if len(retrieved) < min(k, count - len(excluded[row])):  # the approximate search missed some neighbours
             retrieved = _exhaustive_search(pool, vectors[row], excluded[row], k)
         drawn = _draw_random(count, excluded[row], k, random.Random(f"{seed}/{query.id}"))
-        control = [(position, float(vectors[row] @ descriptors.vector(pool.images[position]))) for position in drawn]
-        for method, references in enumerate((retrieved, control)):
-            for rank, (position, similarity) in enumerate(references):
-                results.positions[number, method, rank] = position
-                results.similarities[number, method, rank] = similarity
+        for method, found in enumerate((retrieved, drawn)):
+            similarities = _similarities(vectors[row], descriptors.vectors([pool.images[one] for one in found]))
+            ranked = np.lexsort((found, -similarities)) if method == 0 else np.arange(len(found))
+            results.positions[number, method, : len(found)] = np.array(found, np.int32)[ranked]
+            results.similarities[number, method, : len(found)] = similarities[ranked]
 
 
-def _exhaustive_search(
-    pool: ReferencePool, vector: NDArray[np.float32], excluded: set[int], k: int
-) -> list[tuple[int, float]]:
+def _similarities(vector: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the similarities (n,) of a vector (d,) to `others` (n, d).
+
+    Those of the index are float32, and their last digit depends on the number of threads.
+    """
+    return others.astype(np.float64) @ vector.astype(np.float64)
+
+
+def _exhaustive_search(pool: ReferencePool, vector: NDArray[np.float32], excluded: set[int], k: int) -> list[int]:
     similarities = pool.index.compare(vector)
     similarities[list(excluded)] = -np.inf
     count = min(k, len(similarities) - len(excluded))
-    order = np.argsort(-similarities, kind="stable")[:count]
-    return [(int(position), float(similarities[position])) for position in order]
+    return np.argsort(-similarities, kind="stable")[:count].tolist()
 
 
 def _draw_random(count: int, excluded: set[int], k: int, rng: random.Random) -> list[int]:

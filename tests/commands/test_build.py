@@ -70,6 +70,15 @@ def test_the_same_inputs_give_the_same_bytes(raw, built, tmp_path):
     assert load_dataset(built).fingerprint == load_dataset(tmp_path / "again").fingerprint
 
 
+def test_the_number_of_threads_changes_no_byte(raw, tmp_path):
+    source = ["--source", "manifest", "--annotations", raw, "--descriptor", "skimage"]
+    for threads in (1, 2):
+        done = run_build(*source, "--output", tmp_path / str(threads), threads=threads)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_dataset(tmp_path / str(threads)).fingerprint for threads in (1, 2))
+    assert one == two
+
+
 def test_training_rows_are_those_of_each_case_in_balanced_order(built):
     """The buffers that hold the rows until their order is known do not change them."""
     dataset = load_dataset(built)

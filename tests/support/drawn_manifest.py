@@ -73,8 +73,8 @@ def write_part_knowledge(folder: Path) -> Path:
     return folder / "knowledge.yaml"
 
 
-def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def run_build(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "data_prep.build", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
