@@ -97,7 +97,12 @@ def run_experiment(patch: pytest.MonkeyPatch) -> None:
     Path(BUNDLE, "bundle.json").write_text(json.dumps({"base_model": "echo-tiny"}))
     Path(BUNDLE, "processor", "tokenizer.json").write_text("{}")
     options = export.ExportConfig(
-        ADAPTERS, BUNDLE, report_to="wandb", scored=[TUNED], registry="wandb-registry-model/caps", aliases=["staging"]
+        ADAPTERS,
+        BUNDLE,
+        report=f"{TUNED}/report.json",
+        report_to="wandb",
+        registry="wandb-registry-model/caps",
+        aliases=["staging"],
     )
     export.log_export(options, adapters)
 
@@ -232,6 +237,15 @@ def test_the_config_of_an_evaluation_is_that_of_its_run(runs):
     config = runs["evaluate"].config
     assert (config["routing"], config["split"]) == ("full", "test")
     assert config["score"]["false_alarms"] == 0.05
+
+
+def test_a_report_outside_its_run_folder_is_named_and_gives_no_lineage(folder, offline, capsys):
+    shutil.copytree(folder / BUNDLE, BUNDLE)
+    shutil.copy(folder / TUNED / "report.json", offline)
+    export.log_export(export.ExportConfig(ADAPTERS, BUNDLE, report="report.json", report_to="wandb"), {})
+    assert "no run as an input of the bundle: report.json is not in a run folder" in capsys.readouterr().err
+    (logged,) = read_runs(offline)
+    assert (logged.names(used=True), logged.names(used=False)) == (set(), {"caps-bundle"})
 
 
 def test_a_registry_is_linked_online_only(runs, capsys, folder):
@@ -404,8 +418,6 @@ def test_a_long_table_is_cut_with_a_message(monkeypatch, capsys):
     ("options", "message"),
     [
         ({"registry": "models/caps"}, "registry needs W&B; add --report_to wandb"),
-        ({"scored": ["nowhere"]}, "scored needs W&B"),
-        ({"report_to": "wandb", "scored": ["nowhere"]}, "nowhere has no report.json; score the run with"),
         ({"report_to": "wandb", "aliases": ["staging"]}, "aliases need a collection of the registry; add --registry"),
     ],
 )

@@ -15,6 +15,7 @@ from echo_ft.model.adapters import Adapter, AdapterCard, find_adapters, read_car
 from echo_ft.model.loading import DTYPES, base_fingerprint
 from echo_ft.records import ROLES
 from echo_ft.retrieval.products import REFERENCE_CHOICES
+from echo_ft.terminal import LOGGER
 from echo_ft.tracking import (
     REPORT_TO,
     adapter_artifact,
@@ -58,7 +59,7 @@ class ExportConfig:
         default=None,
         metadata={
             "help": "report.json of a run with these adapters. Its results go into the model card. The bundle uses "
-            "the options of the run and its calibration, if there is one."
+            "the options of the run and its calibration, if there is one. W&B shows the run as an input of the bundle."
         },
     )
     licence: str | None = field(
@@ -72,10 +73,6 @@ class ExportConfig:
         metadata={"help": "Data type of the exported weights; auto: that of the checkpoint.", "choices": list(DTYPES)},
     )
     report_to: str = field(default="none", metadata=REPORT_TO)
-    scored: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Scored run folders that W&B shows as inputs of the bundle; needs report_to wandb."},
-    )
     registry: str | None = field(
         default=None,
         metadata={
@@ -151,25 +148,25 @@ def find_dataset(config: ExportConfig, card: AdapterCard) -> Dataset | None:
 
 
 def check_tracking(config: ExportConfig) -> None:
-    """Raise EchoError for options of W&B that have no effect, and for a scored run that does not exist."""
-    for name in ("scored", "registry"):
-        if getattr(config, name) and config.report_to != "wandb":
-            raise EchoError(f"{name} needs W&B; add --report_to wandb or remove {name}")
+    """Raise EchoError for options of W&B that have no effect."""
+    if config.registry is not None and config.report_to != "wandb":
+        raise EchoError("registry needs W&B; add --report_to wandb or remove registry")
     if config.aliases and config.registry is None:
         raise EchoError("aliases need a collection of the registry; add --registry or remove aliases")
-    for run in config.scored:
-        if not (Path(run) / "report.json").is_file():
-            raise EchoError(f"scored: {run} has no report.json; score the run with python -m evaluation.score {run}")
 
 
 def log_export(config: ExportConfig, adapters: Mapping[str, Adapter]) -> None:
-    """Log the bundle to Weights & Biases, with its adapters and the scored runs as inputs."""
+    """Log the bundle to Weights & Biases, with its adapters and the run of its report as inputs."""
     output = Path(config.output)
     with log_run("export", output.resolve().name, experiment_name(output), asdict(config)) as run:
         for adapter in adapters.values():
             use_artifact(run, adapter_artifact(adapter.path, asdict(adapter.card)))
-        for scored in config.scored:
-            use_artifact(run, evaluation_artifact(Path(scored)))
+        if config.report is not None:
+            evaluation = Path(config.report).parent
+            if (evaluation / "run.json").is_file():
+                use_artifact(run, evaluation_artifact(evaluation))
+            else:
+                LOGGER.warning("W&B shows no run as an input of the bundle: %s is not in a run folder", config.report)
         bundle = bundle_artifact(output, read_json_object(output / "bundle.json"))
         run.log_artifact(bundle)
         if config.registry is not None:
