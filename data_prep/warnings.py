@@ -45,11 +45,17 @@ def build_warnings(
 
 
 def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator[str]:
-    """Warn about images that are good only by convention, conflicting copies, and masks of different parts."""
+    """Warn about images without annotations or conditions, conflicting copies, and masks of different parts."""
     if draft.unannotated:
         yield (
             f"{len(draft.unannotated)} images without annotations were read as {GOOD}: "
             f"{first_names(draft.unannotated)}; remove images that were not checked"
+        )
+    unlabelled = [inspection.image for inspection in draft.inspections if inspection.condition == UNLABELLED]
+    if 0 < len(unlabelled) < len(draft.inspections):
+        yield (
+            f"{len(unlabelled)} of {len(draft.inspections)} images have no condition, so they are only for runs: "
+            f"{first_names(unlabelled)}; if you forgot to label them, add their condition"
         )
     copies: dict[str, list[Inspection]] = defaultdict(list)
     by_mask: dict[str, list[Inspection]] = defaultdict(list)

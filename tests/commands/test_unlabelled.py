@@ -85,6 +85,14 @@ def test_the_build_and_the_audit_say_that_they_skip_them(built, capsys):
     assert "unlabelled            3  images without a condition were skipped" in capsys.readouterr().out
 
 
+def test_the_build_warns_if_only_some_images_have_no_condition(folders):
+    labelled, mixed = (load_dataset(folder).manifest["warnings"] for folder in folders)
+    assert [text for text in mixed if text not in labelled] == [
+        "3 of 55 images have no condition, so they are only for runs: cap/new-0.png, cap/new-1.png, cap/new-2.png; "
+        "if you forgot to label them, add their condition"
+    ]
+
+
 def test_scores_leave_them_out_and_say_how_many(folders, tmp_path, capsys):
     labelled = write_scripted_run(tmp_path / "labelled", folders[0])
     mixed = write_scripted_run(tmp_path / "mixed", folders[1])
