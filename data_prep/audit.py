@@ -301,7 +301,7 @@ def _describe_side(side: Side, splits: Sequence[str]) -> dict[str, Any]:
         "dataset": str(side.dataset.folder),
         "fingerprint": side.dataset.fingerprint,
         "splits": list(splits),
-        "photographs": len(side.cases),
+        "images": len(side.cases),
         "references": len(side.references),
     }
 

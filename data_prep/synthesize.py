@@ -139,7 +139,7 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
             "list": listed,
             "config": source.dataset_options() | dataclasses.asdict(config),
             "counts": {
-                "photographs": len(inspections),
+                "images": len(inspections),
                 "normals": len(normals),
                 "synthetic": dict(sorted(Counter(str(one.synthetic) for one in synthetic).items())),
             },

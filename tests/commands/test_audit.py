@@ -119,7 +119,7 @@ def test_clean_dataset_exits_with_0_and_gets_a_report(tmp_path):
     report = json.loads((folder / "audit.json").read_text())
     assert report["leak"] is False
     assert report["pairs"] == []
-    assert report["train"]["photographs"] == 13 and report["evaluation"]["photographs"] == 4
+    assert report["train"]["images"] == 13 and report["evaluation"]["images"] == 4
     assert (folder / "audit.html").is_file()
     assert load_dataset(folder).manifest["audits"]["of parts"]["leak"] is False
 

@@ -114,7 +114,7 @@ def test_command_lists_all_images_and_alters_only_training_normals(synthesized):
     assert manifest["commit"]
     assert manifest["versions"]["scikit-image"]
     counts = manifest["counts"]
-    assert (counts["photographs"], counts["normals"]) == (25, 16)
+    assert (counts["images"], counts["normals"]) == (25, 16)
     assert sum(counts["synthetic"].values()) == len(synthetic)
     assert manifest["rejected"] == len(failed)
 
