@@ -93,10 +93,23 @@ function applyFilters(wanted) {
 
 // ---- The list. Only the visible rows exist in the document.
 
+// One row of dots per run, with one dot per question. Three runs or more have one dot each, filled by their share of right answers.
+const MANY_RUNS = 3;
+const countRight = status => [...status].filter(found => found === "1").length;
+
+function dotOfRun(status, run) {
+  const right = countRight(status), percent = 100 * right / status.length;
+  return make("i", {className: right ? "share" : "wrong", title: `${runs[run]}: ${right} of ${status.length} right`,
+    style: right ? `background: linear-gradient(to top, var(--good) ${percent}%, transparent ${percent}%)` : ""});
+}
+
 function dots(one) {
+  if (runs.length >= MANY_RUNS) return [make("div", {className: "dots", role: "img",
+    "aria-label": one[STATUS].map((status, run) => `${runs[run]}: ${countRight(status)} of ${status.length} right`).join(", ")},
+    ...one[STATUS].map(dotOfRun))];
   const names = {"1": "right", "0": "wrong", "-": "unparsed", "!": "failed"};
   return one[STATUS].map((status, run) => make("div", {className: "dots", role: "img",
-    "aria-label": `${runs[run]}: ${[...status].filter(found => found === "1").length} of ${status.length} right`},
+    "aria-label": `${runs[run]}: ${countRight(status)} of ${status.length} right`},
     ...[...status].map((found, place) => make("i", {className: found === "1" ? "" : found === "0" ? "wrong" : "unparsed",
       title: `${index.kinds[one[KINDS][place]]}: ${names[found]}`}))));
 }

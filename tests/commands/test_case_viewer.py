@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -301,6 +302,18 @@ def test_the_dots_of_all_answers_have_one_size(browser: Browser, runs: tuple[Pat
     dots = "[...document.querySelectorAll('.dots i')]"
     assert browser.run(f"new Set({dots}.map(dot => dot.className)).size") == 3, "correct, wrong and unparsed"
     assert browser.run(f"[...new Set({dots}.map(dot => dot.offsetWidth))].length") == 1
+
+
+def test_the_list_has_one_dot_for_each_of_many_runs(browser: Browser, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("third", "fourth"):
+        shutil.copytree(runs[1], tmp_path / name)
+    compare.main([*map(str, (*runs, tmp_path / "third", tmp_path / "fourth")), "--output", str(tmp_path)])
+    browser.resize(1280, 900)
+    browser.open(tmp_path / "compare.html", "#cases")
+    browser.run(SETTLE)
+    titles = "[...document.querySelectorAll('#row-2 .dots i')].map(dot => dot.title)"
+    assert browser.run(titles) == [f"{name}: 6 of 7 right" for name in ("base", "tuned", "third", "fourth")]
+    assert browser.run("[...document.querySelectorAll('.row')].every(row => row.scrollHeight <= row.clientHeight)")
 
 
 def test_hostile_words_stay_words(browser: Browser, runs: tuple[Path, Path]) -> None:
