@@ -249,12 +249,12 @@ PARTLY_DONE = 3
 
 
 def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun the command to start again") -> None:
-    """Run a command's `main(argv)` and exit with its status. After an error, print one sentence to stderr.
+    """Run a command's `main(argv)` and exit with its status. After an error, print a one-line message to stderr.
 
     The status is what `main` returns (0 by default), or 2 for an error. As in a shell, it is 130 for Ctrl-C, 143 for
     SIGTERM and 141 for a closed pipe. It is 1 only if a command returns 1, as `evaluation.inspect` does for a flagged
-    image. `evaluation.score --gate` exits with 1 or 3 for some verdicts. After Ctrl-C, the sentence ends with
-    `resume_hint`. The traceback of an unexpected error is written to a file that the sentence names.
+    image. `evaluation.score --gate` exits with 1 or 3 for some verdicts. After Ctrl-C, the message ends with
+    `resume_hint`. The traceback of an unexpected error is written to a file that the message names.
     """
     # When peft imports bitsandbytes (0.50), bitsandbytes warns that it does not use a kernel from the Hugging Face Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -279,10 +279,10 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
 
 
 def _explain(error: Exception, resume_hint: str) -> str:
-    """Return a sentence about an unexpected error that names the file with its traceback."""
+    """Return a message about an unexpected error that names the file with its traceback."""
     if lost_process(error):
         reason = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"another process has ended or cannot be reached ({reason}); read its error message; {resume_hint}"
+        return f"another process has ended or cannot be reached ({reason}); see its error message; {resume_hint}"
     kind = type(error)
     if kind.__module__.partition(".")[0] == "wandb":
         return f"W&B: {error}; run wandb login, set WANDB_MODE=offline, or remove report_to"

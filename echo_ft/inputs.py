@@ -1,4 +1,4 @@
-"""The only module that opens files from outside: images, lists, annotations, configs, datasets, runs and cards.
+"""The only module that opens outside files: images, lists, annotations, configs, datasets, runs and cards.
 
 Only regular files are opened, because a pipe or a device could block a command forever. Sizes and lengths are bounded,
 and text must be valid UTF-8. `strict_yaml` parses the text, `from_dict` checks the types of the parsed values, and
@@ -102,10 +102,10 @@ def read_yaml_file(path: Path | str) -> Any:
 
 
 FRAME = re.compile(r"(.+)#frame=([0-9]{1,6})", re.DOTALL)
-"""Matches the path of one frame of an image file, such as `stack.tif#frame=2`. The first frame has the number 0."""
+"""Matches the path of one frame of an image file, such as `stack.tif#frame=2`. The first frame has the index 0."""
 
 MAX_FRAME = 999_999
-"""Largest number of a frame that FRAME matches."""
+"""Largest frame index that FRAME matches."""
 
 
 def with_frame(image: str, frame: int | None) -> str:
@@ -114,7 +114,7 @@ def with_frame(image: str, frame: int | None) -> str:
 
 
 def split_frame(path: Path) -> tuple[Path, int | None]:
-    """Return the file that holds an image, and the number of the frame if the path names one."""
+    """Return the file that holds an image, and the index of the frame if the path names one."""
     found = FRAME.fullmatch(path.name)
     return (path.with_name(found[1]), int(found[2])) if found else (path, None)
 

@@ -61,7 +61,7 @@ def lock_folder(folder: Path, option: str = "--output") -> TextIO:
     except BlockingIOError as error:
         file.close()
         raise EchoError(
-            f"another process is writing to {folder}; wait until it ends or choose another {option}"
+            f"another process is writing to {folder}; wait until it finishes or choose another {option}"
         ) from error
     except OSError as error:  # some network file systems do not support locks, and runs on them are still useful
         warnings.warn(f"{folder} cannot be locked ({error}); do not start a second run there", stacklevel=3)
@@ -158,7 +158,7 @@ class TerminatedError(BaseException):
 
 
 class Ending:
-    """Ends a command after a signal, with one sentence and the exit status that shells use."""
+    """Ends a command after a signal, with a one-line message and the exit status that shells use."""
 
     def __init__(self, resume_hint: str) -> None:
         self.resume_hint = resume_hint
@@ -200,12 +200,12 @@ class Ending:
             return
         self._said = True
         if self.status == 128 + signal.SIGINT:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one sentence is enough for all processes of a launcher
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one message is enough for all processes of a launcher
                 sys.stderr.write(f"stopped by Ctrl-C; {self.resume_hint}\n")
         elif _world_size() > 1:
             sys.stderr.write(
-                f"{_own_name()} was stopped by SIGTERM, which launchers send after another process has ended; read the "
-                f"message of that process; {self.resume_hint}\n"
+                f"{_own_name()} was stopped by SIGTERM, which launchers send when another process exits; see that "
+                f"process's error message; {self.resume_hint}\n"
             )
         else:
             sys.stderr.write(f"stopped by SIGTERM; {self.resume_hint}\n")
@@ -278,7 +278,7 @@ def _watch_siblings(resume_hint: str) -> None:
         for pid, count in looks.items():
             if count >= STOPPED_LOOKS:
                 sys.stderr.write(
-                    f"{_own_name()} ends because process {pid} of the same launcher is stopped; end that process; "
+                    f"{_own_name()} exits because process {pid} of the same launcher is stopped; kill that process; "
                     f"{resume_hint}\n"
                 )
                 sys.stderr.flush()

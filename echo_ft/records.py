@@ -50,8 +50,7 @@ ROBUSTMAD_TYPES = {
 """The question types of RobustMAD, keyed by the rows of its tables. They are left out of MMAD's tables."""
 
 UNKNOWN_CONDITION = "unknown"
-"""The condition of an image if nothing says whether it shows a defect, as in some files of answers from other
-programs."""
+"""The condition of an image if nothing says whether it shows a defect, as in some answer files from other programs."""
 
 ROLES = ("reference_extractor", "knowledge_guide", "reasoning_expert", "decision_maker")
 """The four expert roles, in the order of the pipeline."""

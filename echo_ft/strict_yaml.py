@@ -110,7 +110,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
             node.value.encode()
         except UnicodeEncodeError as error:
             raise yaml.constructor.ConstructorError(
-                problem="a text contains an unpaired surrogate", problem_mark=node.start_mark
+                problem="a string contains an unpaired surrogate", problem_mark=node.start_mark
             ) from error
 
 
@@ -126,7 +126,7 @@ def read_json(text: str, unique_keys: bool = True) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("a text contains an unpaired surrogate") from error
+            raise ValueError("a string contains an unpaired surrogate") from error
     return value
 
 

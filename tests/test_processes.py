@@ -1,4 +1,4 @@
-"""A command that gets a signal ends with one sentence and a shell's exit status, even after several signals."""
+"""A command that gets a signal exits with a one-line message and a shell's status, even after several signals."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_a_process_beside_a_stopped_one_ends_with_a_sentence(monkeypatch):
     finally:
         ranks[1].kill()
         ranks[1].communicate()
-    reason = f"process {ranks[1].pid} of the same launcher is stopped; end that process"
-    assert err == f"process 0 of 2 ends because {reason}; run it again\n"
+    reason = f"process {ranks[1].pid} of the same launcher is stopped; kill that process"
+    assert err == f"process 0 of 2 exits because {reason}; run it again\n"
     assert ranks[0].returncode == 2
 
 

@@ -47,9 +47,9 @@ def write_questions(
     """Return the questions about `inspection` whose answer is known, in the order of MMAD's tables.
 
     `knowledge` holds the product's entries (`entries_for`), `conditions` the conditions in its images, and `products`
-    those of the whole dataset. Wrong options are other conditions of the product, their descriptions, places that the
-    defect does not touch, and other products. A question has two to four distinct options. Their order depends only on
-    `seed` and the question's id. Raises EchoError if the mask cannot be used.
+    those of the whole dataset. Wrong options are other conditions of the product, their descriptions, locations that
+    the defect does not touch, and other products. A question has two to four distinct options. Their order depends only
+    on `seed` and the question's id. Raises EchoError if the mask cannot be used.
     """
     choices: dict[str, tuple[str, list[str]]] = {}
     """Maps a question type to the correct option and the wrong options."""
@@ -91,7 +91,7 @@ def _defect_choices(
 
 
 def defect_place(inspection: Inspection, root: Path) -> tuple[str, list[str]] | None:
-    """Return the place of the defect and the places that contain none of it, or None if the defect is not marked.
+    """Return the location of the defect and the locations that contain none of it, or None if the defect is not marked.
 
     Raises EchoError if the mask cannot be used.
     """

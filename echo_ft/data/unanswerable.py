@@ -34,7 +34,7 @@ def write_unanswerable_questions(
 
     `share`, from 0 to 1, is the fraction of images that get these questions. `conditions` are those of each product in
     the inspection's dataset. The question names another product or an absent defect; if both are possible, the seed
-    decides. A question about the place of an absent defect has no twin if the image has no marked defect. Raises
+    decides. A question about the location of an absent defect has no twin if the image has no marked defect. Raises
     EchoError if the mask cannot be used.
     """
     draw = random.Random(f"{seed}/{inspection.id}#{slug(UNANSWERABLE)}")

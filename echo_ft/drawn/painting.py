@@ -70,10 +70,10 @@ def paint_part(
     rng: np.random.Generator,
     hidden: int = -1,
 ) -> tuple[_Array, _Array, _Array]:
-    """Paint a part with its printed marks in front of a backdrop. `backdrop` is a factor on the background's colour.
+    """Paint a part with its printed marks in front of a backdrop. `backdrop` multiplies the background's colour.
 
-    `rng` draws the texture. The layers of component number `hidden` are left out. Returns the canvas, the fraction of
-    each pixel that the part covers, and the fraction that the hidden component would cover.
+    `rng` draws the texture. The layers of the component with the index `hidden` are left out. Returns the canvas, the
+    fraction of each pixel that the part covers, and the fraction that the hidden component would cover.
     """
     cover, shade, missing = np.zeros(u.shape, np.float32), np.ones(u.shape, np.float32), np.zeros(u.shape, np.float32)
     for layer in layers:
@@ -98,7 +98,7 @@ def _planes(colour: Rgb) -> _Array:
 
 
 def _texture(style: Style, size: tuple[int, int], rng: np.random.Generator) -> _Array:
-    """Return a factor (height, width) on the part's colour. The style sets the kind of pattern, `rng` its details."""
+    """Return multipliers (height, width) for the part's colour. The style sets the pattern, `rng` its details."""
     height, width = size
     if style.kind not in SURFACES:
         return 1 + 0.03 * smooth_noise(rng, size, (7, 7)) + 0.015 * white_noise(rng, size)

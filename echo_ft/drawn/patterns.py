@@ -62,7 +62,7 @@ class Pattern:
 
 
 def random_shade(rng: np.random.Generator) -> float:
-    """Draw a random factor for the part's colour that clearly differs from 1."""
+    """Draw a random multiplier for the part's colour that clearly differs from 1."""
     return float(rng.uniform(0.2, 0.65) if rng.random() < 0.5 else rng.uniform(1.35, 1.9))
 
 
@@ -121,7 +121,7 @@ def _local(u: _Array, v: _Array, point: Pose) -> tuple[_Array, _Array]:
 
 
 def _fold(pattern: Pattern, u: _Array, v: _Array) -> tuple[_Array, _Array, NDArray[np.int64]]:
-    """Return (p, q) of every pixel around its nearest component and the number of that component."""
+    """Return (p, q) of every pixel around its nearest component and the index of that component."""
     x, y = u - np.float32(pattern.u), v - np.float32(pattern.v)
     rows, columns = pattern.counts
     if pattern.layout == "circle":
@@ -179,7 +179,7 @@ def _component(pattern: Pattern, p: _Array, q: _Array) -> list[tuple[_Array, flo
 
 
 def pattern_layers(pattern: Pattern, u: _Array, v: _Array, defect: Defect | None) -> list[Layer]:
-    """Return the layers of a pattern. The `component` of a structural defect is its number within the pattern."""
+    """Return the layers of a pattern. The `component` of a structural defect is its index within the pattern."""
     p, q, number = _fold(pattern, u, v)
     name = defect.name if defect else ""
     if pattern.is_lines:

@@ -19,9 +19,9 @@ class Layer(NamedTuple):
 
     distance: _Array
     shade: float | _Array | None
-    """Factor on the part's colour. None is a hole that shows the background."""
+    """Multiplier for the part's colour. None is a hole that shows the background."""
     component: int = -1
-    """Number of the component that can be missing, or -1."""
+    """Index of the component that can be missing, or -1."""
 
 
 def pixel_coverage(distance: _Array, pixel: float) -> _Array:

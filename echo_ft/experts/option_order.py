@@ -24,7 +24,7 @@ _DECISION = re.compile(
 _NAMES_OTHERS = re.compile(
     rf"(?i:\b(?:all|any|both|either|neither|none|some) of (?:the|these)\b)|\b[{LETTERS}] (?:and|or) [{LETTERS}]\b"
 )
-"""Part of an option that refers to other options, such as `none of the above`. It must keep its place."""
+"""Part of an option that refers to other options, such as `none of the above`. It must keep its position."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PermutedPrediction(Prediction):
     """A prediction with rotated options. All fields use the original letters, except `text`."""
 
     shift: int = 0
-    """Number of places that each option was moved; 0 is the order of the question itself."""
+    """Number of positions that each option was moved; 0 is the order of the question itself."""
 
 
 def rotate_options(question: Question, shift: int) -> Question:

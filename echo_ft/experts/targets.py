@@ -31,7 +31,7 @@ CACHED_IMAGES = 256
 COARSE_GRID = 64
 """Cells per side of the comparison grid for candidates. It is coarse because parts are never placed exactly alike."""
 
-# Phrasings of about equal length. The id of the case or question selects one of them. Each contains the place, size,
+# Phrasings of about equal length. The id of the case or question selects one of them. Each contains the location, size,
 # shape, tone, condition and option verbatim, so that metrics can parse them.
 
 HINTS = ("look for this.", "check the part for this.", "this matters here.")
@@ -204,7 +204,7 @@ def _mark(mask: masks.Mask | None, query: masks.Grey, reference: masks.Grey | No
 
 
 def _observe(case: Case, mark: tuple[masks.Region, str] | None, draw: random.Random) -> str:
-    """Describe what is visible: a mark and its place, a defect at an unknown place, or no mark."""
+    """Describe what is visible: a mark and its location, a defect at an unknown location, or no mark."""
     reference = "the reference" if case.seen.references else "a normal part"
     if case.truth.condition == GOOD:
         observation, comparison = draw.choice(NORMAL_OBSERVATIONS), draw.choice(NORMAL_COMPARISONS)
@@ -229,7 +229,7 @@ def _reason(case: Case, question: Question, mark: tuple[masks.Region, str] | Non
     if question.kind == GROUNDING or question.text == QUESTION_TEXTS["Anomaly Detection"]:
         if question.kind != GROUNDING and answer.casefold() != ("no" if normal else "yes"):
             return None  # the answer contradicts the condition
-        # Reasoning about boxes concludes whether there is a defect, and names its place in words.
+        # Reasoning about boxes concludes whether there is a defect, and names its location in words.
         conclusion = draw.choice(NO_DEFECT_CONCLUSIONS if normal else DEFECT_CONCLUSIONS).format(
             name=readable_name(case.truth.condition)
         )

@@ -28,7 +28,7 @@ def licence_notes(adapters: Mapping[str, Adapter], products: ProductData | None,
     licence = _licence_of(card.base_model, card.base_revision)
     notes = {
         "base model": f"{card.base_model}: {licence or 'see its model card'}",
-        "adapters and merged models": "derived from the base model and the training images; their licences hold",
+        "adapters and merged models": "derived from the base model and the training images; their licences apply",
     }
     if products is not None:
         datasets = ", ".join(sorted({dataset for dataset, _ in products.conditions}))

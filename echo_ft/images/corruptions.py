@@ -29,7 +29,7 @@ from echo_ft.errors import EchoError
 SEVERITIES = (1, 2, 3, 4, 5)
 
 REFERENCE_SIDE = 224
-"""Side in pixels of the images for which ImageNet-C defines its values."""
+"""Side length in pixels of the images for which ImageNet-C defines its values."""
 
 BLUR_SIGMAS = (1.0, 2.0, 3.0, 4.0, 6.0)
 """Standard deviation of the Gaussian blur in pixels, from ImageNet-C's gaussian_blur."""

@@ -48,7 +48,7 @@ MAX_ATTEMPTS = 30
 """Number of draws after which an image is skipped."""
 
 WORKING_SIDE = 256
-"""Side in pixels at which the foreground is detected. CutPaste's lengths refer to images of this size."""
+"""Side length in pixels at which the foreground is detected. CutPaste's lengths refer to images of this size."""
 
 MIN_EXPLAINED_VARIANCE = 0.75
 """Otsu's two classes count as part and background only if they explain at least this fraction of the variance.
@@ -202,8 +202,8 @@ def perlin(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[Ima
 def poisson(image: ImageArray, part: Mask, rng: np.random.Generator) -> tuple[ImageArray, Mask]:
     """NSA: resize a patch of the part by 0.7 to 1.3, mirror it at random, and blend it in elsewhere (Poisson editing).
 
-    As in the paper's code, the sides of the patch are 0.03 to 0.4 of the image's sides. The gradients are those of the
-    patch, or the stronger ones of patch and image. Unlike in that code, each image gets one patch, and the mask
+    As in the paper's code, the side lengths of the patch are 0.03 to 0.4 of those of the image. The gradients are those
+    of the patch, or the stronger ones of patch and image. Unlike in that code, each image gets one patch, and the mask
     excludes pixels that hardly changed (`CHANGE_THRESHOLD`). OpenCV's `seamlessClone` does the blending (Pérez et al.
     2003).
     """

@@ -88,12 +88,12 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
     for role, adapter in adapters.items():
         if measured.get(role) != adapter.fingerprint:
             raise EchoError(
-                f"{path} measures another adapter of {role} than {adapter.path} ({measured.get(role)}, not "
+                f"{path} measures a different adapter of {role} than {adapter.path} ({measured.get(role)}, not "
                 f"{adapter.fingerprint}); run and score these adapters"
             )
         # The report of a run on a server has no fingerprint of the weights.
         if base is not None and base != adapter.card.base_fingerprint:
-            raise EchoError(f"{path} measures another base model ({base}); run and score these adapters")
+            raise EchoError(f"{path} measures a different base model ({base}); run and score these adapters")
     if corruption is not None or pipeline.reference == "random":
         what = "corrupted images" if corruption is not None else "random references"
         raise EchoError(f"{path} measures {what}, which an inspector does not use; pass the report of another run")

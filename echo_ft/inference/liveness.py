@@ -3,8 +3,8 @@
 Their answers to a fixed probe are compared with those of the base model and those recorded in the export.
 
 The export records the answers of every adapter and of the base model. It also records each adapter's answers under two
-faults that leave no other trace: applied twice, or without its weights in the vision tower. The backend must answer as
-the adapter of the role. If its answer matches another record, that record names the fault.
+faults that are otherwise undetectable: the adapter being applied twice, and its vision-tower weights being missing. The
+backend must answer as the adapter of the role. If its answer matches another record, that record names the fault.
 
 An answer to the probe has the text of each branch and, where the backend returns them, the log-probabilities of the
 option letters at its first token. The log-probabilities decide. The text decides only without them, because small
@@ -225,10 +225,10 @@ def find_fault(role: str, answer: ProbeAnswer, record: ProbeRecord, base: Callab
     if answer.equals(trained, tolerance):
         return ""
     faults = {
-        BASE: "it answers as the base model does, so the adapter is not loaded, is not active, or does not get the "
+        BASE: "it answers as the base model does, so the adapter is not loaded, is not active, or does not receive the "
         "requests; load it under the name of its role, with weights named after the model's modules",
         f"{role} {TWICE}": "its answers are those of the adapter with twice its effect, so it is applied twice or with "
-        "another lora_alpha; apply it once",
+        "a different lora_alpha; apply it once",
         f"{role} {WITHOUT_VISION}": "its answers are those of the adapter without its weights in the vision tower; "
         "start vLLM with --enable-tower-connector-lora, or serve the merged model",
         **{
@@ -254,7 +254,7 @@ def find_fault(role: str, answer: ProbeAnswer, record: ProbeRecord, base: Callab
     by = "" if distance is None else f" by {distance:.2g} nats"
     return (
         f"its answers differ from those of the trained adapter{by}, and are not the base model's; its scale "
-        "(lora_alpha, r, use_rslora) or some of its weights differ, or the base model is another one or is quantized"
+        "(lora_alpha, r, use_rslora) or some of its weights differ, or the base model is a different one or quantized"
     )
 
 
@@ -271,8 +271,8 @@ def _base_fault(untuned: ProbeAnswer, record: ProbeRecord) -> str:
     distance = untuned.distance(record.answers[BASE])
     by = "" if distance is None else f", by {distance:.2g} nats"
     return (
-        f"the base model itself does not answer as in the export{by}: it is quantized, has another precision than "
-        f"{record.dtype} or another revision, or its chat template or image processing differs; use the base model "
+        f"the base model itself does not answer as in the export{by}: it is quantized, has a precision other than "
+        f"{record.dtype} or a different revision, or its chat template or image processing differs; use the base model "
         "and the processor that bundle.json names"
     )
 
@@ -312,7 +312,7 @@ def check_adapters(
                 if fault:
                     raise BackendError(f"{where}: the adapter of the {role} does not act as trained: {fault}")
                 if answer.equals(record.answers[BASE], record.tolerance):
-                    # Without probabilities, equal texts hide an effect that the export has measured.
+                    # Without probabilities, equal text hides an effect that the export has measured.
                     hidden = answer.distance(record.answers[BASE]) is None and record.effect(role) > record.tolerance
                     (unseen if hidden else silent).append(role)
             elif (untuned := base()) is None:
@@ -322,7 +322,7 @@ def check_adapters(
     if unseen:
         LOGGER.warning(
             f"{where}: without token probabilities, nothing shows that the adapters of {', '.join(unseen)} act: their "
-            "texts for the probe are also the base model's; serve with vLLM, or compare a run with the base model's"
+            "outputs for the probe are also the base model's; serve with vLLM, or compare a run with the base model's"
         )
     _report(where, [role for role in roles if role not in unseen], silent, unknown, record is not None)
 

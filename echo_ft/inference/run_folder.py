@@ -293,8 +293,8 @@ def cut_warning(run: Mapping[str, Any]) -> str | None:
     if not counts:
         return None
     return (
-        f"max_new_tokens {run.get('max_new_tokens')} cut texts: {counts}; run again with a larger --max_new_tokens and "
-        "another --output to let them end"
+        f"max_new_tokens {run.get('max_new_tokens')} cut off outputs: {counts}; run again with a larger "
+        "--max_new_tokens and another --output to get the full text"
     )
 
 

@@ -39,7 +39,7 @@ from echo_ft.provenance import content_hash
 _Array = NDArray[np.float32]
 
 ALIGNMENT_SIDES = (32, 64)
-"""Sides in pixels at which a pair of images is aligned, in this order."""
+"""Side lengths in pixels at which a pair of images is aligned, in this order."""
 
 MIN_SIMILARITY, MIN_EXCESS = 0.6, 0.7
 """Thresholds of `similarity` and `excess` for two images of the same surface; see `evidence`."""

@@ -1,8 +1,8 @@
 """Perceptual hashes of images and their crops, and a search for the nearest images.
 
 Images of one product look alike, so the nearest images need not show the same surface. `echo_ft.leakage.matches`
-compares them closely. Grey images are squares with a side of GREY_SIDE pixels, whatever the shape of the file. Boxes
-are (x, y, width, height) as fractions of the side.
+compares them closely. Grey images are squares of GREY_SIDE x GREY_SIDE pixels, whatever the shape of the file. Boxes
+are (x, y, width, height) as fractions of the side length.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ NOT_AUDITED = "not audited"
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder, or of a file of answers from another program."""
+    """The content of a run folder, or of an answer file from another program."""
 
     folder: Path
     """Path of the folder or file."""
@@ -87,7 +87,7 @@ def load_run(folder: Path, keep_unlabelled: bool = False) -> Run:
 
 
 def load_answers(path: Path, questions: Path | None = None) -> tuple[Run, GivenAnswers]:
-    """Load a file of answers from another program. Return it as a run, and the answers themselves.
+    """Load an answer file from another program. Return it as a run, and the answers themselves.
 
     The file is in MMAD's format, JSON lines as `answer_files.plain` describes, or one that RobustMAD's authors publish.
     The last format needs RobustMAD's `questions`. Raises EchoError if the file is damaged or none of its rows can be

@@ -31,7 +31,7 @@ ALARM_METRICS = {
     "False alarms by P(defect), parts": ("p_defect", "parts", "false_alarms"),
     "Escapes by P(defect), parts": ("p_defect", "parts", "escapes"),
 }
-"""Names of false alarms and escapes in comparisons, and the place of each in the result of `detection.score_alarms`."""
+"""Names of false alarms and escapes in comparisons, and their keys in the result of `detection.score_alarms`."""
 
 MIN_PARTS = 5
 """Smallest number of parts for which a metric has an interval."""

@@ -2,7 +2,7 @@
 
 The method follows Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1): the tensors that the backward pass needs,
 counted operation by operation. A frozen linear layer stores no input, so layers with LoRA are counted separately. Tests
-compare the estimate with what autograd saves on a small model, and with the peak at the true widths.
+compare the estimate with what autograd saves on a small model, and with the peak at real layer widths.
 """
 
 from __future__ import annotations

@@ -225,8 +225,8 @@ def find_adapters(
         base_weights = base_weights or card.base_fingerprint
         if card.base_fingerprint != base_weights:
             raise EchoError(
-                f"{path} was trained on another base model ({card.base_model}, weights {card.base_fingerprint}) than "
-                f"{base_model} (weights {base_weights}); run it with its own base model"
+                f"{path} was trained on a different base model ({card.base_model}, weights {card.base_fingerprint}) "
+                f"than {base_model} (weights {base_weights}); run it with its own base model"
             )
         _require_match(path, card, min_pixels, max_pixels)
         files = [path / name for name in ADAPTER_FILES]

@@ -40,7 +40,7 @@ MASK_QUERY_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Span:
-    """The place of one exchange or look in a packed row, in tokens."""
+    """The position of one exchange or look in a packed row, in tokens."""
 
     start: int
     branches: int
@@ -56,7 +56,7 @@ States = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Continuation:
-    """The place of a look's tokens of one adapter, which attend to its tokens of the base model and to each other."""
+    """The position of a look's tokens of one adapter, which attend to the look's base tokens and to each other."""
 
     start: int
     """First token, counted among the adapter's tokens of the row."""
@@ -94,7 +94,7 @@ def make_spans(
 ) -> list[Span]:
     """Return the spans of a packed row, from its segments (1, T) and the (prefix length, length) of each exchange.
 
-    With the number of each token's exchange (T,), the spans are those of looks, and `lengths` has their (shared tokens,
+    With the index of each token's exchange (T,), the spans are those of looks, and `lengths` has their (shared tokens,
     tokens).
     """
     found, start = [], 0
@@ -111,7 +111,7 @@ def make_spans(
 def _visible(segment: torch.Tensor, exchange: torch.Tensor, token: torch.Tensor, first: int) -> torch.Tensor:
     """Return which of L tokens of a look the tokens from `first` on attend to: (L - first, L) bool.
 
-    `segment`, `exchange` and `token` (L,) are each token's segment, the number of its exchange and its place in the
+    `segment`, `exchange` and `token` (L,) are each token's segment, the index of its exchange and its position in the
     row. The result has only the rows of `make_attention_mask` for the branches: the whole mask of 32,768 tokens would
     take 1 GiB, and 5 GiB while it is built.
     """
@@ -136,7 +136,7 @@ def make_block_mask(
 
 
 def _looks(segments: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the number (T,) of each token's look, or of its exchange if `lengths` are those of exchanges."""
+    """Return the index (T,) of each token's look, or of its exchange if `lengths` are those of exchanges."""
     sizes = torch.tensor([length for _, length in lengths], device=segments.device)
     return torch.arange(len(lengths), device=segments.device).repeat_interleave(sizes)
 
@@ -174,7 +174,7 @@ def make_split(batch: Mapping[str, Any], implementation: str) -> Split:
 
 
 def _continuations(batch: Mapping[str, Any], part: Mapping[str, Any]) -> list[Continuation]:
-    """Return the places of an adapter's tokens, one for each look that has any."""
+    """Return the positions of an adapter's tokens, one for each look that has any."""
     base, own_tokens = batch["base_tokens"], part["tokens"]
     found, start, base_start = [], 0, 0
     for (_, earlier), own in zip(batch["base_lengths"], part["lengths"], strict=True):

@@ -2,7 +2,7 @@
 
 A look is what several rows with the same images share: the tokens up to the last image.
 
-Shapes: B rows, L tokens of the longest row, T tokens of a packed row, P patches, C values per patch.
+Shapes: B rows, L tokens in the longest row, T tokens of a packed row, P patches, C values per patch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from echo_ft.model.rows import IGNORED, PADDING, Row, RowBuilder
 from echo_ft.records import ROLES
 
 LOOK = 0
-"""Number of the exchange of tokens that several exchanges share. Exchanges count from 1."""
+"""Exchange index of tokens that several exchanges share. Exchanges are numbered from 1."""
 
 
 def image_inputs(row_builder: RowBuilder, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
@@ -100,12 +100,12 @@ class Look:
 
 
 def pack_looks(looks: Sequence[Look], by_role: bool = False) -> dict[str, Any]:
-    """Concatenate the rows of looks as `pack_rows` does, but the tokens that the rows of a look share only once.
+    """Concatenate the rows of looks as `pack_rows` does, but take the tokens that the rows of a look share only once.
 
     Tokens are of the base model or of an adapter: with `by_role` that of their role, otherwise the only one. Instead of
     the lengths of rows, `lengths` has the (shared tokens, tokens) of each look. In addition, returns
 
-    - exchanges (T,): the number of each token's exchange, or LOOK;
+    - exchanges (T,): the index of each token's exchange, or LOOK;
     - base_tokens (F,): ascending indices of the base model's tokens, and `base_lengths` like `lengths`;
     - `parts`: for each adapter its name (None without `by_role`), its tokens (A,), ascending indices, and `lengths`,
       the number of its tokens in each look;

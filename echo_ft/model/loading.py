@@ -107,10 +107,10 @@ CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "trust_remote_co
 """Keys of CONFIG_FILES that make transformers (5.23) load code from a model folder."""
 
 _PROBE_SIDE = 56
-"""Side in pixels of a small image that every processor accepts."""
+"""Side length in pixels of a small image that every processor accepts."""
 
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys of CONFIG_FILES that hold the number of a token, or several."""
+"""Keys of CONFIG_FILES that hold one or several token ids."""
 
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 """Keys of config.json that make transformers (5.23) fetch attention code from the hub."""
@@ -152,7 +152,7 @@ def check_config_files(folder: Path) -> None:
 
 
 def why_unusable(error: Exception) -> str:
-    """Return the first line of an error of transformers, PEFT or safetensors, which raise many kinds of errors."""
+    """Return the first line of an error from transformers, PEFT or safetensors, which raise many kinds of errors."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -5,7 +5,7 @@ prompt and, in training, its completion with the closing tokens of the chat temp
 to itself, and its M-RoPE positions restart after the prefix. Every branch therefore computes exactly what it would
 compute in a separate row (Qwen2-VL's M-RoPE: arXiv 2409.12191).
 
-Shapes: B rows, L tokens of the longest row, P patches, C = 3 * temporal_patch_size * patch_size^2 values per patch.
+Shapes: B rows, L tokens in the longest row, P patches, C = 3 * temporal_patch_size * patch_size^2 values per patch.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class RowBuilder:
     def row(self, exchange: Exchange, sizes: Sequence[tuple[int, int]]) -> Row:
         """Build the row of an exchange; `sizes` has the (width, height) of each image in pixels.
 
-        Raises EchoError if a text contains a control token of the chat template, if an image is too long and narrow, or
-        if the chat template has the wrong number of image placeholders.
+        Raises EchoError if any text contains a control token of the chat template, if an image is too long and narrow,
+        or if the chat template has the wrong number of image placeholders.
         """
         grids = np.array([self.grid(*size) for size in sizes], dtype=np.int64).reshape(-1, 3)
         encoded = self._encode(self._texts(exchange))
@@ -188,7 +188,7 @@ class RowBuilder:
         return Lengths(length, branches, generated, answers, labels, tuple(grids), look)
 
     def pretokenize(self, exchanges: Sequence[Exchange]) -> None:
-        """Tokenize the texts of several exchanges in one call, which uses all cores."""
+        """Tokenize the text of several exchanges in one call, which uses all cores."""
         texts: list[str] = []
         for exchange in exchanges:
             with contextlib.suppress(EchoError):  # building the row raises the error again
@@ -196,7 +196,7 @@ class RowBuilder:
         self._encode(texts)
 
     def _texts(self, exchange: Exchange) -> list[str]:
-        """Return the texts to tokenize separately: the prefix, then each branch's prompt and completion."""
+        """Return the strings to tokenize separately: the prefix, then each branch's prompt and completion."""
         head, opening, closing = self._template(exchange)
         texts = [head + exchange.context]
         for branch in exchange.branches:
@@ -209,7 +209,7 @@ class RowBuilder:
             token = next((token for token in self._control if token in text), None) if "<|" in text else None
             if token is not None:
                 raise EchoError(
-                    f"case {exchange.case}: a text contains the control token {token}; remove it from the source"
+                    f"case {exchange.case}: its text contains the control token {token}; remove it from the source"
                 )
         images = len(exchange.images)
         if images not in self._templates:

@@ -162,8 +162,8 @@ def extract_descriptors(
 ) -> tuple[DescriptorTable, list[Rejection]]:
     """Return the descriptors of all readable files, and rejections of all other files, sorted by path.
 
-    If the folder `cache` is given, a file whose content is known is read only to hash it. Raises EchoError if a shard
-    of the cache cannot be read.
+    If a `cache` folder is given, files whose descriptors it holds are read only to compute their hashes. Raises
+    EchoError if a shard of the cache cannot be read.
     """
     hashes, rejections = hash_files(paths, root)
     descriptors = DescriptorCache(extractor, cache)

@@ -82,7 +82,7 @@ class SearchResults:
     """(q, 2, k) Cosine similarities."""
 
     def references_of(self, number: int, query: Inspection) -> Iterator[Reference]:
-        """Yield the references of the query with this number: first the retrieved ones, then the random ones."""
+        """Yield the references of the query with this index: first the retrieved ones, then the random ones."""
         if self.pool_of[number] < 0:
             return
         images = self.pools[self.pool_of[number]]
@@ -179,7 +179,7 @@ def _search(
     seed: int,
     results: SearchResults,
 ) -> None:
-    """Write the references of `queries` to `results`. `numbers` holds the number of each query."""
+    """Write the references of `queries` to `results`. `numbers` holds the index of each query."""
     k, count = results.positions.shape[2], len(pool.images)
     excluded = [pool.excluded(query, descriptors) for query in queries]
     # Search deep enough to skip the largest number of excluded positions.

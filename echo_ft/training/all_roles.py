@@ -1,6 +1,6 @@
 """AllRolesTrainer: one adapter per role, trained in one run over shared prefixes.
 
-Each role's loss, gradients, optimizer state and learning rate are those of a run of its own. Only the optimizer, the
+Each role's loss, gradients, optimizer state and learning rate are those of a separate run. Only the optimizer, the
 images and what the base model computes are shared.
 """
 
@@ -95,7 +95,7 @@ class AllRolesTrainer(PrefixSharingTrainer):
                 metrics[f"{role}_loss"].append((loss / count).item())
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate all roles together, and each on its own as the mean over its trained tokens."""
+        """Evaluate all roles together, and each separately as the mean over its trained tokens."""
         output = super().evaluation_loop(*args, **kwargs)
         for role in ROLES:
             total, labels = torch.stack(self._evaluated[role]).sum(dim=0)
@@ -117,7 +117,7 @@ class AllRolesTrainer(PrefixSharingTrainer):
         return torch.stack([norm.to(self.args.device) for norm in norms]).norm()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with groups of their own for each role."""
+        """The Trainer's optimizer, with separate groups for each role."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -132,7 +132,7 @@ class AllRolesTrainer(PrefixSharingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """One schedule for all groups, in which each role's rate changes as in a run of its own."""
+        """One schedule for all groups, in which each role's rate changes as in a separate run."""
         if self.lr_scheduler is None:
             changed: Any = optimizer or self.optimizer
             factors = {role: rate_factor(self._arguments(role), num_training_steps) for role in ROLES}

@@ -119,7 +119,7 @@ def _read_rows(path: Path, role: str) -> Iterator[Exchange]:
 
 
 def read_exchanges(path: Path, indices: Collection[int]) -> pa.Table:
-    """Read the rows with these numbers from a file of valid exchanges.
+    """Read the rows with these indices from a file of valid exchanges.
 
     The package datasets (5.2) would treat the path as a pattern, so it would read `parts2` for `parts[2]`. It would
     also keep a copy of all rows in its cache.

@@ -95,7 +95,7 @@ class Checkpoint:
 
     path: str
     resumed: dict[str, list[str]]
-    """For each adapter's card, the options changed whenever training resumed, this time included, a sentence each."""
+    """For each adapter's card, the options changed whenever training resumed, this time included, one sentence each."""
 
 
 def find_checkpoint(sft: SFTConfig, cards: Mapping[str, AdapterCard]) -> Checkpoint | None:

@@ -86,7 +86,7 @@ class EchoConfig:
     mask_loss: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the mask loss, from 0 (off) to 1, which is added to the loss of the completions. Light "
+            "help": "Weight of the mask loss, from 0 (off) to 1. It is added to the loss of the completions. Linear "
             "heads learn from masks, boxes or polygons which image tokens of the query show the defect."
         },
     )
@@ -101,7 +101,7 @@ class EchoConfig:
     by_role: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata={
-            "help": "With role all, options of single roles, by role: {decision_maker: {learning_rate: 1.0e-4}}. They "
+            "help": "With role all, options for individual roles: {decision_maker: {learning_rate: 1.0e-4}}. They "
             f"can be {', '.join(ROLE_OPTIONS)}."
         },
     )
@@ -118,18 +118,18 @@ class EchoConfig:
     init_lora_weights: str = field(
         default="true",
         metadata={
-            "help": "PEFT's initialization of the adapter. Other initializations of PEFT change the base model, which "
+            "help": "PEFT's initialization of the adapter. Other PEFT initializations change the base model, which "
             "all roles share, or need calibration data.",
             "choices": ["true", "false", "gaussian", "orthogonal"],
         },
     )
     rank_pattern: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "LoRA rank of some modules, by name or pattern, as in PEFT: {down_proj: 4}."},
+        metadata={"help": "LoRA rank for some modules, by name or pattern, as in PEFT: {down_proj: 4}."},
     )
     alpha_pattern: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "LoRA alpha of some modules, by name or pattern, as in PEFT: {down_proj: 8}."},
+        metadata={"help": "LoRA alpha for some modules, by name or pattern, as in PEFT: {down_proj: 8}."},
     )
     dry_run: bool = field(
         default=False,
@@ -236,7 +236,7 @@ def role_arguments(sft: SFTConfig, config: EchoConfig, role: str) -> SFTConfig:
 
 
 def check_by_role(config: EchoConfig) -> None:
-    """Raise EchoError unless `by_role` has usable options of roles that are trained together."""
+    """Raise EchoError unless `by_role` has usable options for roles that are trained together."""
     given: Any = config.by_role or {}
     for role, options in given.items() if isinstance(given, dict) else [(given, None)]:
         if role not in ROLES or not isinstance(options, dict) or not set(options) <= set(ROLE_OPTIONS):
@@ -263,7 +263,7 @@ def check_all_roles(config: EchoConfig, sft: SFTConfig) -> None:
         )
     if sft.deepspeed_plugin or sft.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise EchoError(
-            "role all clips the gradients of each role on its own, which DeepSpeed and FSDP cannot; use "
+            "role all clips the gradients of each role separately, which DeepSpeed and FSDP cannot do; use "
             "recipes/accelerate/ddp.yaml, or train each role in its own run"
         )
     for role in ROLES:

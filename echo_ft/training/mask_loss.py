@@ -36,7 +36,7 @@ MIN_TOKEN_SHARE = 1 / 32
 
 
 class MaskHeads(torch.nn.Module):
-    """One linear head per place: the language model's last hidden states, and the merger's output if it is trained.
+    """Linear heads on the language model's last hidden states and, if the merger is trained, on its output.
 
     The heads are part of the model and run in its forward pass, so every topology shards and synchronises them.
     """

@@ -87,7 +87,7 @@ class Plan:
         return [self.rows[start:end] for start, end in pairwise(starts)]
 
     def largest_batch(self, size: int) -> list[int]:
-        """Return the numbers of the `size` cases with the most tokens, preferring cases with different images.
+        """Return the indices of the `size` cases with the most tokens, preferring cases with different images.
 
         A case that balancing has repeated is used again only after all others, because a batch encodes its images only
         once.
@@ -109,7 +109,7 @@ def case_work(rows: Sequence[PlannedRow]) -> WorkCounts:
 
 
 def join_plans(plans: Sequence[Plan]) -> tuple[Plan, list[int]]:
-    """Join the plans of several roles case by case; also returns the place of each row among the rows of all plans.
+    """Join the plans of several roles case by case; also returns the position of each row among the rows of all plans.
 
     If balancing repeats a case in several plans, its repeats are joined in order. Cases have the order of the longest
     plan. The cases that it lacks follow.

@@ -40,7 +40,7 @@ from echo_ft.training.sampler import BalancedSampler, DrawnEpoch
 
 
 class PrefixSharingTrainer(SFTTrainer):
-    """SFTTrainer on packed prefix-sharing rows, with separate learning rates for tower and merger, and adapter cards.
+    """SFTTrainer on packed prefix-sharing rows, with adapter cards and separate rates for the tower and the merger.
 
     A batch has `per_device_train_batch_size` cases. With the loss, it logs cases/s, questions/s, tokens/s and TFLOP/s
     of all processes since the previous log. On a GPU in flops.PEAK_FLOPS, it also logs the fraction of the peak (MFU).
@@ -208,7 +208,7 @@ class PrefixSharingTrainer(SFTTrainer):
             LOGGER.info(text)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the Trainer's optimizer, with separate learning rates for vision tower and merger."""
+        """Create the Trainer's optimizer, with separate learning rates for the vision tower and the merger."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         set_part_rates(optimizer, model, self.config.vision_learning_rate, self.config.merger_learning_rate)

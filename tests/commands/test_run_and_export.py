@@ -343,7 +343,7 @@ def test_an_adapter_for_another_base_model_is_refused(copied, tmp_path):
     first = next(iter(weights))
     weights[first] = weights[first] + 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EchoError, match=r"trained on another base model.*with its own base model"):
+    with pytest.raises(EchoError, match=r"trained on a different base model.*with its own base model"):
         find(copied, base=other)
 
 

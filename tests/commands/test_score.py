@@ -273,7 +273,7 @@ def test_missing_cases_are_reported_even_if_the_run_claims_completeness(tmp_path
 def test_a_report_warns_about_texts_that_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", predictions(0.5), cut={"reasoning_expert": 3}, max_new_tokens=128)
     score.main([str(run)])
-    sentence = "max_new_tokens 128 cut texts: 3 of the reasoning_expert; run again with a larger --max_new_tokens"
+    sentence = "max_new_tokens 128 cut off outputs: 3 of the reasoning_expert; run again with a larger --max_new_tokens"
     assert sentence in capsys.readouterr().err
     assert sentence in json.loads((run / "report.json").read_text())["warnings"][0]
 

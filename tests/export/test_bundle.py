@@ -144,8 +144,8 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapters": {}}, "measures another adapter of reference_extractor than .*; run and score these adapters"),
-        ({"base_fingerprint": "0"}, r"measures another base model .0.; run and score these adapters"),
+        ({"adapters": {}}, "measures a different adapter of reference_extractor than .*; run and score these adapters"),
+        ({"base_fingerprint": "0"}, r"measures a different base model .0.; run and score these adapters"),
         ({"corruption": "blur"}, "measures corrupted images, which an inspector does not use"),
         ({"reference": "random"}, "measures random references, which an inspector does not use"),
         ({"adapters": None}, r"is not the report of a run .*; write it with python -m evaluation\.score RUN"),

@@ -122,7 +122,7 @@ FAULTS = {
         {"model": merged_into_the_base},
         f"the base model answers as the {DECIDER}, whose .* merged",
     ),
-    "applied twice": ({"scaled": (DECIDER, 2, "")}, f"{DECIDER} .* applied twice or with another lora_alpha"),
+    "applied twice": ({"scaled": (DECIDER, 2, "")}, f"{DECIDER} .* applied twice or with a different lora_alpha"),
     "another scale": ({"scaled": (DECIDER, 0.5, "")}, f"{DECIDER} .* by .* nats, .*; its scale .lora_alpha"),
     "ignored modules": ({"scaled": (DECIDER, 0, "v_proj")}, f"{DECIDER} .*scale .* or some of its weights differ"),
     "ignored vision tower": (

@@ -440,7 +440,7 @@ def test_a_client_of_served_adapters_needs_no_base_weights(dataset, fake, tmp_pa
     card = adapters / "decision_maker" / "echo_ft.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": "another"}))
     seal_folder(card.parent)
-    with pytest.raises(EchoError, match="was trained on another base model"):
+    with pytest.raises(EchoError, match="was trained on a different base model"):
         run(dataset, tmp_path / "mixed", *served, budget=(MIN_PIXELS, MAX_PIXELS))
 
 

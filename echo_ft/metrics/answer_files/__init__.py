@@ -12,7 +12,7 @@ from echo_ft.records import Prediction, Rejection
 
 @dataclass(frozen=True)
 class GivenAnswers:
-    """The content of a file of answers."""
+    """The content of an answer file."""
 
     predictions: list[Prediction]
     rejections: list[Rejection] = field(default_factory=list)

@@ -118,17 +118,17 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
             raise EchoError(f"{where} has no {key!r}; each line needs {', '.join(REQUIRED)}")
     for key in ("image", "kind", "question", "answer", "dataset", "product", "part", "condition"):
         if key in row and (not isinstance(row[key], str) or not row[key].strip()):
-            raise EchoError(f"{where}: {key!r} is {row[key]!r}; it must be a text that is not empty")
+            raise EchoError(f"{where}: {key!r} is {row[key]!r}; it must be a non-empty string")
     if not stays_inside(row["image"]):
         raise EchoError(f"{where}: the image {row['image']} leads out of its folder; write a path relative to a folder")
     if row["text"] is not None and not isinstance(row["text"], str):
-        raise EchoError(f"{where}: 'text' is {row['text']!r}; it must be a text, or null if there is no answer")
+        raise EchoError(f"{where}: 'text' is {row['text']!r}; it must be a string, or null if there is no answer")
     if grounding:
         _require_boxes(row, where)
         return row
     options = row["options"]
     if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
-        raise EchoError(f'{where}: \'options\' must map letters to texts, as in {{"A": "Yes.", "B": "No."}}')
+        raise EchoError(f'{where}: \'options\' must map letters to strings, as in {{"A": "Yes.", "B": "No."}}')
     if not set(options) <= set(LETTERS):
         raise EchoError(
             f"{where}: the options are {', '.join(options)}; use letters from {LETTERS[0]} to {LETTERS[-1]}"

@@ -1,4 +1,4 @@
-"""RobustMAD (TMLR 2026, arXiv 2607.16243): its questions, files of answers to them, and its authors' tables.
+"""RobustMAD (TMLR 2026, arXiv 2607.16243): its questions, files with answers to them, and its authors' tables.
 
 Each of 410 images of MVTec AD and VisA has eleven questions with five options, in four categories. A second file asks
 the same questions about the same images with motion blur or in low light. The authors score the share of correct
@@ -93,7 +93,7 @@ def _asked_image(row: Any) -> tuple[AskedImage, list[Rejection]]:
         raise ValueError("it is not an object")
     for key in ("image_path", "dataset", "category", "specie_name"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"{key!r} is {row.get(key)!r}; it must be a text")
+            raise ValueError(f"{key!r} is {row.get(key)!r}; it must be a string")
     image, difficulty, reference = row["image_path"], row.get("difficulty"), row.get("reference_image_path")
     if not image.startswith(f"{row['dataset']}/{row['category']}/"):
         raise ValueError(f"the path {image} does not start with {row['dataset']}/{row['category']}/")
@@ -124,7 +124,7 @@ def _question(item: Any, inspection: str, difficulty: str) -> Question:
     if not isinstance(category, str) or category not in CATEGORIES:
         raise ValueError(f"the category {category!r} is not one of RobustMAD's: {', '.join(CATEGORIES)}")
     if not isinstance(options, dict) or not options or not set(options) <= set(LETTERS):
-        raise ValueError(f"the options are not a mapping from letters {LETTERS[0]} to {LETTERS[-1]} to texts")
+        raise ValueError(f"the options are not a mapping from letters {LETTERS[0]} to {LETTERS[-1]} to strings")
     if not isinstance(item.get("answer"), str) or item["answer"] not in options:
         raise ValueError(f"the answer {item.get('answer')!r} is not one of the options {', '.join(options)}")
     if not isinstance(item.get("question"), str) or not item["question"].strip():
@@ -145,7 +145,7 @@ def clean_path(image: str) -> tuple[str, str | None]:
 def read_robustmad_answers(path: Path, rows: Sequence[Any], questions: Path | None) -> GivenAnswers:
     """Return the answers of a file that RobustMAD's authors publish, with the options that `questions` lists.
 
-    Raises EchoError if there is no file of questions, or if an answer is not about one of its questions.
+    Raises EchoError if there is no question file, or if an answer is not about one of its questions.
     """
     if questions is None:
         raise EchoError(
@@ -171,7 +171,7 @@ def read_robustmad_answers(path: Path, rows: Sequence[Any], questions: Path | No
             )
         text = row.get("raw_response") or ""
         if not isinstance(text, str):
-            raise EchoError(f"{where}: 'raw_response' is {text!r}; it must be a text")
+            raise EchoError(f"{where}: 'raw_response' is {text!r}; it must be a string")
         predictions.append(_prediction(image, question, text))
         if isinstance(row.get("mslm_answer"), str):
             letters[question.id] = row["mslm_answer"]
