@@ -67,8 +67,8 @@ class AuditConfig:
 
     folders: list[Path] = field(
         metadata={
-            "help": "Dataset to train on, then the dataset to evaluate on if it is a different one. --folders itself "
-            "is optional."
+            "help": "Dataset to train on, then the dataset to evaluate on if it is a different one. The flag --folders "
+            "may be omitted."
         }
     )
     output: Path | None = field(default=None, metadata={"help": "Folder for the report; by default the first dataset."})

@@ -26,7 +26,7 @@ class BuildConfig:
         default=None,
         metadata={
             "help": "File that lists the images: mmad.json, a VisA split, or a manifest as CSV, JSONL, COCO JSON or "
-            "JSON of Label Studio."
+            "Label Studio JSON."
         },
     )
     good: list[str] | None = field(
@@ -39,14 +39,14 @@ class BuildConfig:
     frame: int | None = field(
         default=None,
         metadata={
-            "help": "Frame (from 0) to use of each image file; without it, a file must have one frame. A manifest may "
-            "name a frame per image: stack.tif#frame=2."
+            "help": "Index (from 0) of the frame to use of each image file. Without it, every file must have a single "
+            "frame. A manifest may name a frame per image: stack.tif#frame=2."
         },
     )
     corrections: Path | None = field(
         default=None,
         metadata={
-            "help": "Reviewed truth that replaces the source's: JSON of Label Studio or COCO JSON, as exported by "
+            "help": "Reviewed truth that replaces the source's: Label Studio JSON or COCO JSON, exported by "
             "evaluation.export_review and corrected."
         },
     )
@@ -61,12 +61,12 @@ class BuildConfig:
         default="ViT-B-16/openai",
         metadata={"help": "Image descriptor for retrieval: an open_clip model/weights, or skimage (needs no weights)."},
     )
-    k: int = field(default=3, metadata={"help": "References per image."})
+    k: int = field(default=3, metadata={"help": "Number of references per image."})
     index: Literal["auto", "flat", "hnsw", "ivf_pq"] = field(
         default="auto",
         metadata={
             "help": "Search index over the normal images of a product, or of all products (scope all). flat "
-            "compares with every image, hnsw is the paper's, ivf_pq suits millions; auto chooses by their number."
+            "compares with every image, hnsw is the paper's, ivf_pq suits millions; auto chooses by their count."
         },
     )
     scope: Literal["product", "all"] = field(
@@ -93,7 +93,7 @@ class BuildConfig:
         default_factory=lambda: [0.6, 0.1, 0.3], metadata={"help": "Fractions of train, validation and test."}
     )
     routing: Literal["full", "paper"] = field(
-        default="full", metadata={"help": "Which experts are consulted for each question type."}
+        default="full", metadata={"help": "Experts to consult for each question type."}
     )
     grounding: bool = field(
         default=False, metadata={"help": "Also ask for the boxes of the defects (question type Defect Grounding)."}
@@ -115,7 +115,7 @@ class BuildConfig:
     )
     upstream: Literal["gold", "predicted"] = field(
         default="gold",
-        metadata={"help": "Outputs of earlier roles that a role is shown: gold ones, or predicted ones (from traces)."},
+        metadata={"help": "Outputs of earlier roles to show to a role: gold, or predicted (from traces)."},
     )
     traces: list[Path] = field(
         default_factory=list,
@@ -129,15 +129,15 @@ class BuildConfig:
     )
     cache: Path | None = field(
         default=None,
-        metadata={"help": "Folder that keeps image descriptors between builds, by the content of the files."},
+        metadata={"help": "Folder that keeps image descriptors between builds, keyed by file content."},
     )
     parts: int = field(default=100, metadata={"help": "Parts per product that the source synthetic draws."})
-    seed: int = field(default=0, metadata={"help": "Seed of splits, random references, questions and balancing."})
+    seed: int = field(default=0, metadata={"help": "Seed for splits, random references, questions and balancing."})
     allow_links: bool = field(
-        default=False, metadata={"help": "Follow links of images and masks that lead out of the root."}
+        default=False, metadata={"help": "Follow links to images and masks outside the root."}
     )
     strict: bool = field(
-        default=False, metadata={"help": "Exit with status 3 if something was rejected. The dataset is written anyway."}
+        default=False, metadata={"help": "Exit with status 3 if anything is rejected. The dataset is still written."}
     )
     overwrite: bool = field(
         default=False, metadata={"help": "Replace a dataset in output that was built with another config."}

@@ -148,7 +148,7 @@ def mask_fault(inspection: Inspection, root: Path, image: ImageCheck, files: Seq
             return None
         lossy = any(file.lossy for file in files)
         note = "; in a lossy format, only pixels brighter than half count" if lossy else ""
-        reason = f"{subject} marks nothing although the condition is {inspection.condition}{note}"
+        reason = f"{subject} marks nothing, but the condition is {inspection.condition}{note}"
         return MaskFault(reason, image_usable=True)
     if not defective:
         return MaskFault(f"{subject} marks a defect ({mask.mean():.1%} of the image) on an image labelled {GOOD}")
@@ -180,7 +180,7 @@ def boxes_fault(inspection: Inspection, size: tuple[int, int]) -> str | None:
     if not outlines:
         return None
     if inspection.condition == GOOD:
-        return f"the image has {'boxes' if inspection.boxes else 'polygons'} although it is labelled {GOOD}"
+        return f"the image has {'boxes' if inspection.boxes else 'polygons'}, but it is labelled {GOOD}"
     width, height = size
     for number, outline in enumerate(outlines):
         is_box = number < len(inspection.boxes)

@@ -158,9 +158,9 @@ def balance_cases(cases: Sequence[Inspection], seed: int) -> list[Inspection]:
 
 
 def _separate_repeats(cases: Sequence[Inspection], rng: random.Random) -> list[Inspection]:
-    """Return the cases in order, but move any case that follows itself to a place where it has no equal neighbour.
+    """Return the cases in order, but move any case that follows itself to a position where it has no equal neighbour.
 
-    Training reads neighbouring rows of one case as a single case. Such a place always exists. The other side has at
+    Training reads neighbouring rows of one case as a single case. Such a position always exists. The other side has at
     least as many cases as a case has repeats, and these cases do not repeat.
     """
     order: list[Inspection] = []

@@ -153,7 +153,7 @@ def _leakage_warnings(draft: DatasetDraft, cases: Sequence[Inspection], digests:
 
 
 def _one_sided_roles(counts: Mapping[str, Any], routing: str) -> Iterator[str]:
-    """Warn about roles that are trained on only one side although the training cases have both."""
+    """Warn about roles that are trained on only one side even though the training cases have both."""
     cases = counts["cases"]["train"]
     if not 0 < cases.get(GOOD, 0) < sum(cases.values()):
         return

@@ -66,7 +66,7 @@ class AblationConfig:
         metadata={"help": "Name of each cell and the options in which it differs. Set them in the YAML file."}
     )
     features_gib: float = field(
-        default=1.0, metadata={"help": "Memory for image features kept between cells, besides the model, in GiB."}
+        default=1.0, metadata={"help": "GiB of memory for image features kept between cells, in addition to the model."}
     )
 
 

@@ -216,10 +216,10 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     plural = "" if compared == 1 else "s"
     found = [
         f"Scores are strict and in percent ({kinds}); AUROC of P(defect) ranges from 0 to 1. False alarms are good "
-        "parts that an answer flags, and escapes are defective parts that no answer flags. Differences are paired with "
-        f"{base}. Brackets contain 95% intervals over physical parts; there is none for fewer than {MIN_PARTS} "
-        f"parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact McNemar test on "
-        f"these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count as wrong. "
+        "parts that an answer flags, and escapes are defective parts that no answer flags. Differences are paired "
+        f"differences from {base}. Brackets contain 95% intervals over physical parts; there is none for fewer than "
+        f"{MIN_PARTS} parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact McNemar test "
+        f"on these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count as wrong. "
         "Seconds: time for what no earlier cell had computed; the first cell of a model includes loading it."
     ]
     protocols: dict[str, list[str]] = {}
@@ -231,11 +231,11 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     for cell in table["cells"]:
         difference, name = cell["difference"], cell["name"]
         if cell["same_run_as"] != name:
-            found.append(f'"{name}" has the same options as "{cell["same_run_as"]}", so both are one run.')
+            found.append(f'"{name}" has the same options as "{cell["same_run_as"]}", so they share one run.')
         elif difference is not None and {(difference["questions"], difference["cases"])} != {sizes[base], sizes[name]}:
             found.append(
-                f'"{name}" used a different question set; its difference and its won and lost counts cover the '
-                f'{difference["questions"]} questions ({difference["cases"]} cases) shared with "{base}".'
+                f'"{name}" used a different question set; its difference and win/loss counts cover only the '
+                f'{difference["questions"]} questions ({difference["cases"]} cases) it shares with "{base}".'
             )
         elif difference is None and cell["run"] != runs[base]:
             found.append(f'"{name}" shares no question with "{base}", so there is no difference.')

@@ -35,7 +35,7 @@ class CompareConfig:
     runs: list[str] = field(
         metadata={
             "help": "Run folders, or W&B runs that evaluation.score has logged (entity/project/id), the baseline "
-            "first. --runs itself is optional. Commas join runs to a group, which may have a name: "
+            "first. The flag --runs may be omitted. Commas join runs into a group, which may have a name: "
             "tuned=SEED_0_DIR,SEED_1_DIR."
         }
     )

@@ -28,10 +28,10 @@ class RunConfig:
     model_name_or_path: str = field(metadata={"help": "Base model: a folder or a name on the Hugging Face Hub."})
     output: str = field(metadata={"help": "Run folder."})
     min_pixels: int = field(
-        metadata={"help": "Smallest number of pixels of an image. With adapters, use the value of their training."}
+        metadata={"help": "Smallest number of pixels per image. With adapters, use the value from their training."}
     )
     max_pixels: int = field(
-        metadata={"help": "Largest number of pixels of an image. With adapters, use the value of their training."}
+        metadata={"help": "Largest number of pixels per image. With adapters, use the value from their training."}
     )
     adapters: str | None = field(
         default=None,

@@ -34,7 +34,7 @@ COLOURS = ("#1d5fd1", "#b4540a", "#2f7d4f", "#7a4fb0", "#59636e")
 class CurvesConfig:
     """Options of `python -m evaluation.curves`."""
 
-    ablation: str = field(metadata={"help": "Output folder of evaluation.ablate (may be given without the flag)."})
+    ablation: str = field(metadata={"help": "Output folder of evaluation.ablate. The flag --ablation may be omitted."})
     output: str = field(metadata={"help": f"Picture to write: a file that ends in {' or '.join(FORMATS)}."})
     figure: str = field(default="AUROC", metadata={"help": "The figure to draw, as ablation.json names it."})
 

@@ -33,7 +33,7 @@ from evaluation.review_formats import FORMATS
 class ReviewConfig:
     """Options of `python -m evaluation.export_review`."""
 
-    run: str = field(metadata={"help": "Run folder, written by `python -m evaluation.run`. --run itself is optional."})
+    run: str = field(metadata={"help": "Run folder, written by evaluation.run. The flag --run may be omitted."})
     format: str = field(metadata={"help": "Tool to export to.", "choices": [*FORMATS]})
     output: str | None = field(
         default=None,

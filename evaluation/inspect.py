@@ -35,7 +35,7 @@ class InspectConfig:
     """Options of `python -m evaluation.inspect`."""
 
     images: str | None = field(
-        default=None, metadata={"help": "An image, or a folder of images. --images itself is optional."}
+        default=None, metadata={"help": "An image, or a folder of images. The flag --images may be omitted."}
     )
     watch: str | None = field(
         default=None,
@@ -57,7 +57,7 @@ class InspectConfig:
         default=None, metadata={"help": f"With --serve: port of the page. 0 selects a free one. Default: {PORT}."}
     )
     webhook: str | None = field(
-        default=None, metadata={"help": "Address to which each result is posted as JSON. Redirects are not followed."}
+        default=None, metadata={"help": "URL to which each result is posted as JSON. Redirects are not followed."}
     )
     bundle: str | None = field(
         default=None,
@@ -78,7 +78,7 @@ class InspectConfig:
     )
     server_timeout: float = field(default=300.0, metadata={"help": "With --server: timeout of a request in seconds."})
     base_model: str | None = field(
-        default=None, metadata={"help": "With a bundle: current folder of the base model. Default: that of the bundle."}
+        default=None, metadata={"help": "With a bundle: current folder of the base model. Default: as in the bundle."}
     )
     product: str | None = field(
         default=None,
@@ -86,7 +86,7 @@ class InspectConfig:
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "With adapters: dataset with the normal references. Default: that of the training."},
+        metadata={"help": "With adapters: dataset with the normal references. Default: the training dataset."},
     )
     calibration: str | None = field(
         default=None,
@@ -95,7 +95,7 @@ class InspectConfig:
     threshold: float | None = field(
         default=None,
         metadata={
-            "help": "P(defect) at which an image is flagged, from 0 to 1. Default: that of the calibration, else 0.5."
+            "help": "P(defect) at which an image is flagged, from 0 to 1. Default: the calibrated one, or else 0.5."
         },
     )
     json: bool = field(default=False, metadata={"help": "Print one JSON object per image."})

@@ -89,7 +89,7 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Se
     compared_fields = ("dataset", "product", "image", "condition", "kind", "question_text", "options", "answer")
     for name, run, table in zip(names[1:], runs[1:], tables[1:], strict=True):
         cannot = f"{names[0]} and {name} cannot be compared: "
-        # A file of answers names no dataset. Its questions are compared one by one below.
+        # An answer file names no dataset. Its questions are compared one by one below.
         given = "answers" in runs[0].provenance or "answers" in run.provenance
         for key in () if given else ("dataset_fingerprint", "split"):
             ours, theirs = runs[0].provenance.get(key), run.provenance.get(key)

@@ -1,4 +1,4 @@
-"""Score a run, or a file of answers from another program.
+"""Score a run, or an answer file from another program.
 
     python -m evaluation.score RUN_DIR
     python -m evaluation.score RUN_DIR --calibration VALIDATION_RUN_DIR [--false_alarms 0.05]
@@ -7,7 +7,7 @@
 
 Writes report.json, report.html and answers.json, the format of MMAD's own scorer, and prints the strict table.
 `--answers` takes a file in MMAD's format, JSON lines (`echo_ft.metrics.answer_files.plain`), or answers to RobustMAD,
-which need its file of questions. DIR then also holds the answers as a run, which `evaluation.compare` reads.
+which need its question file. DIR then also holds the answers as a run, which `evaluation.compare` reads.
 `--calibration` takes a run of the same model on a validation split (`evaluation.run --split validation --output
 VALIDATION_RUN_DIR`). Temperature and thresholds of P(defect) are fitted on that run and evaluated on the scored run.
 
@@ -48,18 +48,18 @@ class ScoreConfig:
     """Options of `python -m evaluation.score`."""
 
     run: str | None = field(
-        default=None, metadata={"help": "Run folder, written by `python -m evaluation.run`. --run itself is optional."}
+        default=None, metadata={"help": "Run folder, written by evaluation.run. The flag --run may be omitted."}
     )
     answers: str | None = field(
         default=None,
         metadata={
-            "help": "File of answers from another program, instead of a run: MMAD's format, JSON lines, or RobustMAD's."
+            "help": "Answer file from another program, instead of a run: MMAD's format, JSON lines, or RobustMAD's."
         },
     )
     questions: str | None = field(
-        default=None, metadata={"help": "RobustMAD's file of questions, for a file of answers to them."}
+        default=None, metadata={"help": "RobustMAD's question file, for scoring answers to its questions."}
     )
-    output: str | None = field(default=None, metadata={"help": "Folder of the report. Default: the run folder."})
+    output: str | None = field(default=None, metadata={"help": "Folder for the report. Default: the run folder."})
     calibration: str | None = field(
         default=None,
         metadata={
@@ -75,14 +75,14 @@ class ScoreConfig:
     gate: str | None = field(
         default=None,
         metadata={
-            "help": 'Limits to judge the run by, such as "false_alarms<=0.01, escapes<=0.02": shares of the good parts '
-            "that are flagged, and of the defective parts that are not."
+            "help": 'Limits to judge the run against, such as "false_alarms<=0.01, escapes<=0.02": shares of the good '
+            "parts that are flagged, and of the defective parts that are not."
         },
     )
 
 
 def main(argv: list[str]) -> None:
-    """Score a run or a file of answers, write the report, and print it."""
+    """Score a run or an answer file, write the report, and print it."""
     (config,) = configs.parse([ScoreConfig], named_first(argv, "--run"))
     limits = None if config.gate is None else parse_limits(config.gate)
     if (config.run is None) == (config.answers is None):
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         output, name = Path(config.output or config.run), run.folder.resolve().name
     elif config.calibration is not None:
         raise EchoError(
-            "a file of answers does not say which model gave them; use --calibration with the folder of a run"
+            "an answer file does not say which model wrote it; use --calibration with the folder of a run"
         )
     else:
         output = _answers_folder(config.output)
@@ -137,7 +137,7 @@ def _load_run(folder: Path, questions: str | None) -> tuple[Run, GivenAnswers]:
 
 
 def _answers_folder(output: str | None) -> Path:
-    """Return the folder for a report on a file of answers. It must not hold a run, which would be overwritten."""
+    """Return the folder for a report on an answer file. It must not hold a run, which would be overwritten."""
     if output is None:
         raise EchoError("--answers needs a folder for the report; add --output DIR")
     folder = Path(output)

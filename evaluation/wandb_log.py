@@ -55,7 +55,7 @@ def log_evaluation(report: Mapping[str, Any], run: Run, output: Path, options: A
     `output` is the folder of the report, and `options` is the dataclass of the command's options. Anything that is
     missing or has changed since the run is named in a warning and left out.
     """
-    folder = run.folder if run.folder.is_dir() else output  # there is no run folder for a file of answers
+    folder = run.folder if run.folder.is_dir() else output  # there is no run folder for an answer file
     name, group = folder.resolve().name, experiment_name(folder)
     config = {**run.provenance, "score": asdict(options)}
     with log_run("evaluate", name, group, config) as tracked:

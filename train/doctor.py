@@ -1,7 +1,7 @@
 """Show what this machine can run, what is missing and how to install it: `python -m train.doctor [--json]`.
 
 Checks Python, packages, memory, disk, GPUs, access to the Hugging Face hub, stored weights and tools. Exits with status
-1 if something is missing that the demo needs. Everything else is optional.
+1 if anything the demo needs is missing. Everything else is optional.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check, and what to do if something is missing."""
+    """The result of one check, and what to do if anything is missing."""
 
     name: str
     found: str

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
             f"{fidelity.relative_error:.2%} of its effect"
         )
     if bundle.compared:
-        print(f"the reloaded bundle gives the letters and probabilities of the adapters in {bundle.compared} images")
+        print(f"the reloaded bundle gives the adapters' letters and probabilities for {bundle.compared} images")
     print(f"done: {config.output}; its README.md describes how to use and serve it")
     if config.report_to == "wandb":
         log_export(config, find_adapters(folder, base, weights, card.min_pixels, card.max_pixels))

@@ -54,7 +54,7 @@ class MemoryConfig:
     )
     exchanges: int | None = field(
         default=None,
-        metadata={"help": "Exchanges per case; default: that of the role in full routing (paper routing has 4)."},
+        metadata={"help": "Exchanges per case; default: that of the role under full routing (paper routing has 4)."},
     )
     text_tokens: int | None = field(
         default=None,

@@ -23,11 +23,11 @@ class ShowConfig:
     dataset: str = field(metadata={"help": "Dataset folder, made by `python -m data_prep.build`."})
     model_name_or_path: str = field(
         default="recipes/tiny/echo-tiny",
-        metadata={"help": "Model that provides tokenizer and chat template: a folder or a hub name."},
+        metadata={"help": "Model that provides the tokenizer and the chat template: a folder or a hub name."},
     )
     min_pixels: int = field(default=12544, metadata={"help": "Minimum number of pixels of a resized image."})
     max_pixels: int = field(default=28224, metadata={"help": "Maximum number of pixels of a resized image."})
-    row: int = field(default=0, metadata={"help": "Number of the row in train.jsonl of each role, from 0."})
+    row: int = field(default=0, metadata={"help": "Index (from 0) of the row in each role's train.jsonl."})
 
 
 def main(argv: list[str]) -> None:

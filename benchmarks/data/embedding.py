@@ -2,19 +2,19 @@
 
     python -m benchmarks.data.embedding [--descriptor ViT-B-16 ViT-B-32 skimage]
 
-The benchmark draws parts as PNG files with sides of --side pixels. The descriptor is `skimage` or the architecture of
-an open_clip model with random weights; trained weights take as long.
+The benchmark draws parts as PNG files of --side x --side pixels. The descriptor is `skimage` or the architecture of an
+open_clip model with random weights; trained weights take as long.
 
 The baseline does what a paper's code does: open the file, prepare it and encode a batch of one. It uses one process
-with --plain_threads threads, by default as many as torch chooses. The other contender does what each process of
+with --plain_threads threads, by default as many as torch chooses. The other implementation does what each process of
 `data_prep.embed` does, in --processes processes, or in one process on a GPU. Each process reads and prepares images in
 up to 16 threads, but at most one per processor. For `skimage`, this is the whole work. On a CPU, torch gets one thread
 per process; on a GPU, it chooses the number itself.
 
-Everything that needs loading only once is loaded before the clock starts. The benchmark compares the features of both
-contenders. It then requests all features once more, which takes only the time to hash the files.
+Everything that needs loading only once is loaded before the clock starts. The benchmark compares the features of both.
+It then requests all features once more, which takes only the time to hash the files.
 
-The contenders take turns, --repeats times each, and the table shows medians. Nothing else should run on the machine.
+The two alternate, --repeats times each, and the table shows medians. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from echo_ft.retrieval.descriptors import DescriptorExtractor, FloatArray, OpenC
 
 
 def draw(folder: Path, images: int, side: int) -> list[str]:
-    """Draw `images` images of side `side`, in pixels; returns their file names."""
+    """Draw `images` images of `side` x `side` pixels; returns their file names."""
     products = list(parts.DEMO_PRODUCTS)
     names = [f"{number:06d}.png" for number in range(images)]
     for number, name in enumerate(names):
@@ -159,10 +159,10 @@ def main() -> None:
         "--descriptor", nargs="+", default=["ViT-B-16", "ViT-B-32", "skimage"], help="Descriptors to time."
     )
     parser.add_argument("--images", type=int, default=256, help="Images to draw.")
-    parser.add_argument("--side", type=int, default=512, help="Side of an image in pixels.")
+    parser.add_argument("--side", type=int, default=512, help="Side length of an image, in pixels.")
     parser.add_argument("--plain_threads", type=int, help="Threads of the baseline; by default, torch chooses.")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="Processes on a CPU.")
-    parser.add_argument("--repeats", type=int, default=3, help="Runs of each contender.")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of each implementation.")
     options = parser.parse_args()
     if options.plain_threads:
         import torch

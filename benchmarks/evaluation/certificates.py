@@ -48,7 +48,7 @@ class Factory:
     parts: int
     """Number of good parts, and of defective parts, that choose the threshold. Twice as many are judged."""
     images: tuple[int, int]
-    """Smallest and largest number of images of a part; all numbers between them are equally frequent."""
+    """Smallest and largest number of images per part; all numbers between them are equally frequent."""
     chosen: bool
     """Whether the gate chooses the threshold. Otherwise it is fixed, as for a run that is judged by its answers."""
 
@@ -150,7 +150,7 @@ def print_table(factories: int, chosen: bool) -> list[Verdicts]:
     """Print the table for chosen or for fixed thresholds in Markdown, and return its cells."""
     shares = CHOSEN if chosen else FIXED
     names = [f"{alarms:g}, {escapes:g}" for alarms, escapes in shares]
-    print(f"\n| {'chosen on, ' if chosen else ''}judged on | images of a part | {' | '.join(names)} |")
+    print(f"\n| {'chosen on, ' if chosen else ''}judged on | images per part | {' | '.join(names)} |")
     print("|" + "---|" * (len(names) + 2))
     found = []
     for parts, images in itertools.product(PARTS, IMAGES):

@@ -8,7 +8,7 @@ transformers, which runs one question at a time and switches the adapter on only
 Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. The value also
 changes the texts and their lengths. With `--max_new_tokens 1`, the work is equal.
 
-`--count` runs nothing and counts the engine's operations at the full sizes, on the meta device, as if every generated
+`--count` runs nothing and counts the engine's operations at full model size, on the meta device, as if every generated
 text were one sentence.
 """
 
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch, as in recipes/tiny/run.yaml.")
     parser.add_argument("--runs", type=int, default=3, help="Runs of each value of adapt_from.")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="Maximum tokens per output.")
-    parser.add_argument("--count", action="store_true", help="Count the operations at the full sizes instead.")
+    parser.add_argument("--count", action="store_true", help="Count the operations at full size instead.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not 1 <= options.plain_cases <= options.cases:

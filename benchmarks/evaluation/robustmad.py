@@ -1,6 +1,6 @@
 """Test RobustMAD's conclusions about models with intervals: `python -m benchmarks.evaluation.robustmad FOLDER`.
 
-FOLDER holds `RobustMAD_MCQ.json`, `RobustMAD_MCQ_low.json` and the authors' files of answers to both,
+FOLDER holds `RobustMAD_MCQ.json`, `RobustMAD_MCQ_low.json` and the authors' answer files for both,
 `answers_<model>.json` and `answers_<model>_low.json`. The tables show the strict score of each model, how much it loses
 on degraded images, and how much it gains from a reference. They also show which of two models with neighbouring scores
 is better. The images are resampled, each with its eleven questions, and all models share the resamples.
@@ -76,7 +76,7 @@ def load_models(folder: Path) -> list[Model]:
         raise SystemExit(f"{folder} has no file answers_<model>.json; give the folder with RobustMAD's answers")
     names = [[one.question for one in table.predictions] for model in models for table in (model.clean, model.degraded)]
     if any(own != names[0] for own in names):
-        raise SystemExit(f"the models in {folder} did not answer the same questions; give complete files of answers")
+        raise SystemExit(f"the models in {folder} did not answer the same questions; give complete answer files")
     return models
 
 
@@ -120,7 +120,7 @@ def degraded_images(folder: Path, table: PredictionTable, degradation: str) -> n
 def main() -> None:
     """Print the tables in Markdown, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="Folder with RobustMAD's questions and files of answers.")
+    parser.add_argument("folder", type=Path, help="Folder with RobustMAD's question and answer files.")
     parser.add_argument("--picture", type=Path, help="SVG file to draw the scores into.")
     options = parser.parse_args()
     models = load_models(options.folder)

@@ -1,23 +1,23 @@
 """Compare training speed with other trainers: `python -m benchmarks.training [--runs 3] [--steps 16]`.
 
-All contenders train the same model on the same cases in the same order, ten questions per step. Each runs in its own
-process, and the contenders take turns. The first steps of each process are not counted. Ratios compare medians over
-runs. LLaMA-Factory and ms-swift are included if you pass the Python interpreters of their environments.
+All implementations train the same model on the same cases in the same order, ten questions per step. Each runs in its
+own process, and they alternate. The first steps of each process are not counted. Ratios compare medians over runs.
+LLaMA-Factory and ms-swift are included if you pass the Python interpreters of their environments.
 
-On a GPU, at the true sizes:
+On a GPU, at real model size:
 
     python -m benchmarks.training --gpu --model Qwen/Qwen2-VL-2B-Instruct --rows 20
 
-The weights are then random, which changes neither speed nor memory. The text is tokenized by echo-tiny's tokenizer,
-which needs no download. The operations are the same for all contenders. Only necessary work counts, and each distinct
-image and token counts once. The MFU divides this useful work by the peak of the GPU.
+This uses random weights, which affects neither speed nor memory use. The text is tokenized by echo-tiny's tokenizer,
+which needs no download. The operations are the same for all implementations. Only necessary work counts, and each
+distinct image and token counts once. The MFU divides this useful work by the peak of the GPU.
 
-At the true widths, on a CPU:
+At real layer widths, on a CPU:
 
     python -m benchmarks.training --widths 2b --layers 2
 
-This compares only TRL's trainer and this project's, in float32. The contenders take turns after every step, and each
-step counts as one run. `trl-labels` is TRL with logits only at the labels, as on a GPU.
+This compares only TRL's trainer and this project's, in float32. The implementations alternate after every step, and
+each step counts as one run. `trl-labels` is TRL with logits only at the labels, as on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONTENDERS = (
     ("echo-ft", "computed"), ("echo-ft", "stored"), ("ideal", "computed"), ("ideal", "stored"),
 )  # fmt: skip
 AT_TRUE_WIDTHS = (("trl", "computed"), ("trl-labels", "computed"), ("echo-ft", "computed"), ("echo-ft", "stored"))
-"""Contenders with --widths."""
+"""The implementations compared with --widths."""
 OTHER_TRAINERS = ("trl", "trl-labels", "llamafactory", "ms-swift")
 WIDTHS = {"2b": "Qwen/Qwen2-VL-2B-Instruct", "7b": "Qwen/Qwen2-VL-7B-Instruct"}
 FEW_STEPS = {"cases": 2, "rows": 5, "steps": 8}
@@ -55,9 +55,9 @@ WARM_UP_STEPS = 3
 
 
 def measure(command: Sequence[str], name: str, features: str, folder: Path, workload: Workload) -> dict[str, Any]:
-    """Run one contender once: questions/s at steady state, first losses, work per step and peak memory.
+    """Run one implementation once: questions/s at steady state, first losses, work per step and peak memory.
 
-    If the contender fails, this exits with the end of its output.
+    If it fails, this exits with the end of its output.
     """
     count = workload.steps + (workload.steps_per_epoch if features == "stored" else WARM_UP_STEPS)
     described = json.dumps(asdict(replace(workload, steps=count)))
@@ -120,7 +120,7 @@ def random_model(name: str, folder: Path, layers: int | None = None) -> str:
 
 
 def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: int) -> str:
-    """Return one line per contender, with medians over its runs of `rows` questions per step, then device and versions.
+    """Return one line per implementation: medians over its runs of `rows` questions per step; then device and versions.
 
     Ratios compare medians. The lowest and highest ratios compare runs that took turns with each other.
     """
@@ -128,7 +128,7 @@ def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], rows: 
     best = max((contender for contender in rates if contender[0] in OTHER_TRAINERS), key=rates.__getitem__)
     digits = 1 if min(rates.values()) >= 1 else 3
     lines = [
-        "| contender | features | questions/s | relative to the best other trainer | first losses "
+        "| implementation | features | questions/s | relative to the best other trainer | first losses "
         "| patches, tokens, labels per step | peak MiB | useful TFLOP/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -165,7 +165,7 @@ def with_spread(value: float, runs: Sequence[float], digits: int = 2) -> str:
 def parse_options() -> argparse.Namespace:
     """Parse and check the options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="Runs of each contender.")
+    parser.add_argument("--runs", type=int, default=3, help="Runs of each implementation.")
     parser.add_argument("--steps", type=int, default=16, help="Steps that count in each run.")
     parser.add_argument("--cases", type=int, default=20, help="Cases per epoch.")
     parser.add_argument("--questions", type=int, default=5, help="Questions per case.")
@@ -173,9 +173,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=448, help="Height and width of an image in pixels.")
     parser.add_argument("--model", default=MODEL, help="echo-tiny, or the model config for random weights.")
     parser.add_argument("--widths", choices=list(WIDTHS), help="Compare with TRL on a CPU at this model's widths.")
-    parser.add_argument("--layers", type=int, help="Layers of language model and tower with random weights.")
+    parser.add_argument(
+        "--layers", type=int, help="Number of layers in the language model and the vision tower when weights are random."
+    )
     parser.add_argument("--gpu", action="store_true", help="Train on a GPU in bfloat16.")
-    parser.add_argument("--workers", type=int, default=0, help="Loader processes of every contender.")
+    parser.add_argument("--workers", type=int, default=0, help="Loader processes of every implementation.")
     parser.add_argument("--llamafactory", metavar="PYTHON", help="Python of an environment with LLaMA-Factory.")
     parser.add_argument("--ms_swift", metavar="PYTHON", help="Python of an environment with ms-swift.")
     options = parser.parse_args()
@@ -198,7 +200,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure all contenders in turn and print one table."""
+    """Measure all implementations in turn and print one table."""
     options = parse_options()
     if not options.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

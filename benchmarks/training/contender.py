@@ -93,7 +93,7 @@ def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
 def trl_at_labels(folder: Path, workload: Workload, stored: bool) -> Steps:
     """Run TRL's trainer with logits only at the labels, as it computes them on a GPU.
 
-    On a CPU, TRL (1.16) computes the logits of every token. At true widths, this takes longer than computing two
+    On a CPU, TRL (1.16) computes the logits of every token. At real widths, this takes longer than computing two
     layers.
     """
     from trl.trainer import utils

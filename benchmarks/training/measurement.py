@@ -1,4 +1,4 @@
-"""Measure one contender in its own process. Needs only transformers, so that it runs in other trainers' environments.
+"""Measure one implementation in its own process. Runs in other trainers' environments, as it needs only transformers.
 
 Prints one line of JSON: seconds and CPU seconds per step, losses, the work of a step, peak memory (of the process or of
 its GPU), device, precision and versions.
@@ -22,7 +22,8 @@ from transformers import TrainerCallback, set_seed
 from benchmarks.training.workload import Workload
 
 TURN = "a step is done; waiting for the next turn"
-"""Line that a contender prints after every step if contenders take turns. It then reads a line before it continues."""
+"""Line that an implementation prints after every step if the compared implementations alternate. It then reads a line
+before it continues."""
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "llamafactory", "ms-swift")
 
@@ -46,7 +47,7 @@ class Steps(TrainerCallback):
         self.end_step()
 
     def end_step(self) -> None:
-        """Record the end of a step, and wait for the next turn if contenders take turns."""
+        """Record the end of a step; if the compared implementations alternate, wait for this one's next turn."""
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
         if self.turns:
@@ -66,7 +67,7 @@ class Steps(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Called by the Trainer. Builds the first batch again with the contender's own loader."""
+        """Called by the Trainer. Builds the first batch again with the implementation's own loader."""
         self.work = work(next(iter(train_dataloader)))
 
 
@@ -100,9 +101,9 @@ def main(
     workload: str,
     features: str,
 ) -> None:
-    """Run one contender on `workload`, given as JSON, and print its measurements.
+    """Run one implementation on `workload`, given as JSON, and print its measurements.
 
-    `features` is `stored` if the contender reuses image features across epochs, otherwise `computed`.
+    `features` is `stored` if the implementation reuses image features across epochs, otherwise `computed`.
     """
     set_seed(0)
     measured = contenders[name](Path(folder), Workload(**json.loads(workload)), features == "stored")
@@ -116,7 +117,7 @@ def main(
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         ),
         "device": torch.cuda.get_device_name() if gpu else "CPU",
-        "precision": "bfloat16" if gpu else "float32",  # all contenders use the same precision
+        "precision": "bfloat16" if gpu else "float32",  # all implementations use the same precision
         "versions": versions(),
         **measured.work,
     }  # fmt: skip

@@ -8,9 +8,9 @@ process.
 A step's time is the CPU time of its process, on one thread, so it depends little on what else the machine does. That of
 four runs is the sum of the roles' medians. The peak is the highest of their processes.
 
-At the true widths, with random float32 weights: `python -m benchmarks.training.roles --widths 2b --layers 2`.
+At real layer widths, with random float32 weights: `python -m benchmarks.training.roles --widths 2b --layers 2`.
 
-`--count` trains nothing and counts the operations of a step at the full sizes, on the meta device.
+`--count` trains nothing and counts the operations of a step at full model size, on the meta device.
 """
 
 from __future__ import annotations
@@ -135,8 +135,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="Steps that count in each run.")
     parser.add_argument("--cases_per_step", type=int, default=2, help="Cases per step.")
     parser.add_argument("--widths", choices=list(WIDTHS), help="Random weights at this model's widths, not echo-tiny.")
-    parser.add_argument("--layers", type=int, help="Layers of language model and tower with --widths.")
-    parser.add_argument("--count", action="store_true", help="Count the operations at the full sizes instead.")
+    parser.add_argument(
+        "--layers", type=int, help="Number of layers in the language model and the vision tower, with --widths."
+    )
+    parser.add_argument("--count", action="store_true", help="Count the operations at full size instead.")
     options = parser.parse_args()
     if options.layers is not None and not options.widths:
         parser.error(f"--layers {options.layers} needs random weights; add --widths")

@@ -1,6 +1,7 @@
-"""Measure contenders step by step in turns, so that a slow minute of the machine slows all of them.
+"""Measure implementations step by step in turns, so that a slow minute of the machine slows all of them.
 
-Every contender is a process that stops after each step until its next turn. All models are in memory at the same time.
+Every implementation is a process that stops after each step until its next turn. All models are in memory at the same
+time.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from benchmarks.training.measurement import TURN
 def take_turns(
     commands: Mapping[tuple[str, str], Sequence[str]], steps: int, counted: int, rows: int, folder: Path
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Run the contenders for `steps` steps, one step each in turn; returns one measurement per counted step.
+    """Run the implementations for `steps` steps, one step each in turn; returns one measurement per counted step.
 
-    Only the last `counted` steps are measured. `rate` is in questions/s, with `rows` questions per step. If a contender
-    fails, this exits with the end of its output.
+    Only the last `counted` steps are measured. `rate` is in questions/s, with `rows` questions per step. If one fails,
+    this exits with the end of its output.
     """
     results = {}
     with ExitStack() as stack:
@@ -33,7 +34,7 @@ def take_turns(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
                 )
             )
-            _wait(running[contender], log.name)  # the contender loads and takes its first step while no other runs
+            _wait(running[contender], log.name)  # it loads and takes its first step while no other runs
         for _ in range(steps - 1):
             for number, process in enumerate(running.values()):
                 _go(process)
@@ -53,8 +54,8 @@ def _go(process: subprocess.Popen[str]) -> None:
 
 
 def _wait(process: subprocess.Popen[str], log: str) -> None:
-    """Return when the contender has finished a step."""
+    """Return when the implementation has finished a step."""
     for line in process.stdout or ():
         if line == f"{TURN}\n":
             return
-    raise SystemExit(f"a contender ended early:\n{Path(log).read_text(encoding='utf-8')[-3000:]}")
+    raise SystemExit(f"an implementation stopped early:\n{Path(log).read_text(encoding='utf-8')[-3000:]}")

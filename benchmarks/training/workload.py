@@ -1,4 +1,4 @@
-"""The cases, model and LoRA settings that all contenders share."""
+"""The cases, model and LoRA settings that all implementations share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read images and defects from files of labelme, which writes one JSON file per image.
+"""Read images and defects from labelme files (labelme writes one JSON file per image).
 
 The labels of the shapes and the flags that are set (`labelme --flags`) form the condition. By convention, a file with
 neither is a `good` part; the build counts these images. Records store circles as polygons, and store rectangles and the
@@ -219,7 +219,7 @@ def _points(shape: Mapping[str, Any]) -> list[tuple[float, float]]:
 def _circle(centre: tuple[float, float], rim: tuple[float, float], size: tuple[int, int]) -> tuple[float, ...]:
     """Return a circle as a polygon that is accurate to a tenth of a pixel up to a radius of 10,000 pixels.
 
-    Corners beyond the image of `size` (width, height) are moved to its border. If the centre is inside the image, this
+    Vertices beyond the image of `size` (width, height) are moved to its border. If the centre is inside the image, this
     does not change the part of the circle inside it.
     """
     radius = math.dist(centre, rim)

@@ -182,7 +182,7 @@ def _condition(labels: Sequence[str], choices: Sequence[str], good: tuple[str, .
 
 
 def _corners(kind: str, value: Mapping[str, Any], size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Return the corners of an outline in pixels, clockwise. Label Studio stores percentages of the image's `size`.
+    """Return the vertices of an outline in pixels, clockwise. Label Studio stores percentages of the image's `size`.
 
     A rectangle is rotated around its top left corner. Raises RowError for values that are not finite numbers.
     """

@@ -200,7 +200,7 @@ class DrawnView:
 
     def polygons(self, polygons: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
         """Return polygons for the upright image, in order. Raises RowError if the view is unknown."""
-        # Boxes end at the borders of pixels, whereas the corners of polygons are in the middle of pixels.
+        # Boxes end at the borders of pixels, whereas the vertices of polygons are in the middle of pixels.
         turned = [self._turned(zip(polygon[::2], polygon[1::2], strict=True), 1) for polygon in polygons]
         return in_order(tuple(value for corner in corners for value in corner) for corners in turned)
 
@@ -246,11 +246,11 @@ def drawn_view(root: Path, image: str, stated: tuple[object, object]) -> DrawnVi
 def polygon_of(corners: Iterable[tuple[float, float]]) -> tuple[float, ...]:
     """Return a polygon as records store it: x0, y0, x1, y1, ...
 
-    Raises RowError if it has fewer than three corners or a coordinate that is not finite.
+    Raises RowError if it has fewer than three vertices or a coordinate that is not finite.
     """
     values = tuple(value for corner in corners for value in corner)
     if len(values) < 6:
-        raise RowError(f"a polygon has {len(values) // 2} corners; it needs at least three")
+        raise RowError(f"a polygon has {len(values) // 2} vertices; it needs at least three")
     if not all(map(math.isfinite, values)):
-        raise RowError(f"a polygon has a corner that is not a number: {str(values)[:60]}")
+        raise RowError(f"a polygon has a vertex with a non-numeric coordinate: {str(values)[:60]}")
     return values

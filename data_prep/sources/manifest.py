@@ -212,7 +212,7 @@ def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, datase
     split = split_of(row)
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
-        raise RowError(f"it has boxes although its condition is {GOOD!r}")
+        raise RowError(f"it has boxes, but its condition is {GOOD!r}")
     if condition == UNLABELLED and split is not None:
         raise RowError(
             f"its condition is empty, so it cannot be in the split {split}; add the condition or remove the split"
@@ -223,9 +223,9 @@ def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, datase
             f"synthetic is {synthetic!r}, not one of {', '.join(DEFECT_METHODS)}; leave it empty for a real image"
         )
     if condition == UNLABELLED and (mask or boxes or synthetic):
-        raise RowError(f"it marks a defect although its condition is empty; write the name of the defect, or {GOOD!r}")
+        raise RowError(f"it marks a defect, but its condition is empty; enter the defect's name or {GOOD!r}")
     if synthetic and condition == GOOD:
-        raise RowError(f"its defect is synthetic although its condition is {GOOD!r}")
+        raise RowError(f"its defect is synthetic, but its condition is {GOOD!r}")
     return Inspection(
         id=image,
         image=image,

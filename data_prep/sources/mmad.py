@@ -119,7 +119,7 @@ def _row_fault(key: str, row: Any) -> str | None:
         return "the key is not <dataset>/<product>/.../<condition>/<file>, or its value is not an object"
     for name, kind, what in (
         ("mask_path", str, "a text"),
-        ("random_templates", list, "a list of texts"),
+        ("random_templates", list, "a list of strings"),
         ("conversation", list, "a list of questions"),
     ):
         if row.get(name) is not None and not isinstance(row[name], kind):
@@ -152,7 +152,7 @@ def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
     if kind not in QUESTION_TYPES:
         return Rejection(name, f"the type {item.get('type')!r} is not one of MMAD's nine question types")
     if not isinstance(options, dict) or len(options) < 2 or not set(options) <= set(LETTERS):
-        return Rejection(name, f"the options are not two or more texts by letters {LETTERS[0]} to {LETTERS[-1]}")
+        return Rejection(name, f"the options are not two or more strings with letters {LETTERS[0]} to {LETTERS[-1]}")
     if not isinstance(answer, str) or answer not in options:
         return Rejection(name, f"the answer {answer!r} is not one of the options {', '.join(options)}")
     if not isinstance(item.get("Question"), str) or not item["Question"].strip():

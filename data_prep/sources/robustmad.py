@@ -27,7 +27,7 @@ PUBLISHED_FOLDERS = {GOOD: "Data/Images/Normal", "bad": "Data/Images/Anomaly"}
 def read(config: SourceConfig) -> Items:
     """Yield the queries with their questions and reference, then the normal images of their products.
 
-    Raises EchoError if the file of questions cannot be read or if none of its images is found.
+    Raises EchoError if the question file cannot be read or if none of its images is found.
     """
     if config.annotations is None:
         raise EchoError("the source robustmad needs its questions; set annotations to RobustMAD_MCQ.json")

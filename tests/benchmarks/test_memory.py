@@ -38,7 +38,7 @@ def training(recipe: str, *flags: str) -> tuple[int, int]:
 
 @pytest.fixture
 def two_layers(monkeypatch) -> None:
-    """The published models at their true widths, with two layers each in language model and vision tower."""
+    """The published models at their real widths, with two layers each in the language model and the vision tower."""
     whole = architectures.model_config
 
     def shallow(*arguments: Any) -> Any:

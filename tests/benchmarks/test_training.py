@@ -217,7 +217,7 @@ def test_trl_at_the_labels_gives_the_losses_of_stock_trl(tmp_path, monkeypatch):
     at_labels = trl_at_labels(tmp_path, workload, stored=False)
     assert at_labels.losses == pytest.approx(stock.losses, rel=1e-4)
     assert at_labels.work == stock.work
-    # Stock TRL scores every position except the last in its two rows; the other contender scores only the labels.
+    # Stock TRL scores every position except the last in its two rows; the other trainer scores only the labels.
     assert scored == [stock.work["tokens"] - 2] * 2 + [stock.work["labels"]] * 2
 
 
@@ -292,7 +292,7 @@ def test_counted_operations_are_those_that_the_trainer_reports(tmp_path):
 
 
 def test_trainer_and_ideal_loop_agree_on_random_weights(tmp_path):
-    """The GPU benchmark does the same at the true sizes."""
+    """The GPU benchmark does the same at real model size."""
     from benchmarks.training.contender import echo_ft_trainer, ideal
 
     workload = Workload(4, 5, 2, model=small_random_model(tmp_path), side=56)

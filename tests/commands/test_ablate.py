@@ -128,7 +128,7 @@ def test_cells_with_equal_options_share_one_run(done):
     rows = {cell["name"]: cell for cell in load_table(done)["cells"]}
     assert rows["as tuned"]["figures"] == rows["tuned"]["figures"]
     assert rows["as tuned"]["difference"] is None
-    assert '"as tuned" has the same options as "tuned", so both are one run.' in (done / "printed").read_text()
+    assert '"as tuned" has the same options as "tuned", so they share one run.' in (done / "printed").read_text()
 
 
 def test_the_table_equals_that_of_evaluation_compare(done, tmp_path):

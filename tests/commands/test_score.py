@@ -109,7 +109,7 @@ def test_report_shows_the_bias_towards_a_letter(tmp_path: Path, capsys: pytest.C
     assert (first["letter"], first["chosen"], first["right"]) == ("A", 1, 0.5)
     assert (second["letter"], second["chosen"], second["recall"]) == ("B", 0, 0)
     assert f"in every order for 0.0% of {len(rows)} questions" in capsys.readouterr().out
-    assert "Order of the options" in (folder / "report.html").read_text()
+    assert "Option order" in (folder / "report.html").read_text()
 
 
 def test_permutations_without_predictions_are_ignored(tmp_path: Path) -> None:

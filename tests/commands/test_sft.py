@@ -1,4 +1,4 @@
-"""train/sft.py trains every tiny recipe, plans in a dry run, and reports a mistake in one sentence."""
+"""train/sft.py trains every tiny recipe, plans in a dry run, and reports a mistake in one line."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def test_a_name_with_a_comma_stays_one_defect_in_the_written_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"condition": "good", "synthetic": "cutpaste"}, "its defect is synthetic although its condition is 'good'"),
+        ({"condition": "good", "synthetic": "cutpaste"}, "its defect is synthetic, but its condition is 'good'"),
         ({"syntetic": "cutpaste"}, "did you mean 'synthetic'"),
         ({"synthetic": "yes"}, "synthetic is 'yes', not one of cutpaste, scar, perlin, poisson; leave it empty"),
     ],

@@ -196,7 +196,7 @@ def test_image_with_a_box_and_an_unusable_polygon_is_rejected(tmp_path):
         (lambda c: c["annotations"][0].update(category_id=9), "no category 9"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), r"not [x, y"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "three"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "not a number"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "non-numeric"),
         (lambda c: c["annotations"][0].update(segmentation=[], bbox=[1, 2]), "not [x, y, width, height]"),
         (lambda c: c["categories"][0].update(name="OK"), "must be spelled 'good'"),
         (lambda c: c["categories"][0].update(name="good"), "label only defects"),

@@ -20,7 +20,7 @@ DATA = Path(os.environ.get("ECHO_FT_DATA", ROOT.parent / "shared" / "data")) / "
 
 
 def lay_out(root: Path, content: dict[str, Any]) -> SourceConfig:
-    """Draw the images and references of a file of questions, and two training images per product."""
+    """Draw the images and references of a question file, and two training images per product."""
     for image in content["images"]:
         draw(root / image["image_path"])
         draw(root / image["reference_image_path"])

@@ -270,7 +270,7 @@ BAD_ROWS = [
     ({"image": "../outside.png"}, "outside the root"),
     ({"product": ""}, "product is missing"),
     ({"condition": "", "split": "train"}, "its condition is empty, so it cannot be in the split train; add the"),
-    ({"condition": " ", "boxes": [[1, 1, 4, 4]]}, "it marks a defect although its condition is empty; write the"),
+    ({"condition": " ", "boxes": [[1, 1, 4, 4]]}, "it marks a defect, but its condition is empty; enter the"),
     ({"condition": "OK"}, "'good'"),
     ({"condition": "O.K."}, "'good'"),
     ({"condition": "bent + OK"}, "'good'"),
@@ -281,7 +281,7 @@ BAD_ROWS = [
     ({"reference": "missing.png"}, "reference missing.png"),
     ({"boxes": "[[1, 2]]"}, r"\[\[x0"),
     ({"boxes": "left"}, r"\[\[x0"),
-    ({"boxes": "[[1, 2, 3, 4]]", "condition": "good"}, "boxes although"),
+    ({"boxes": "[[1, 2, 3, 4]]", "condition": "good"}, "boxes, but"),
 ]
 
 

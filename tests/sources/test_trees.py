@@ -1,4 +1,4 @@
-"""Folder trees that people have are read if their meaning is clear; otherwise, one sentence says what to do."""
+"""Folder trees that people have are read if their meaning is clear; otherwise, a one-line message says what to do."""
 
 from __future__ import annotations
 

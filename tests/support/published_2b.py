@@ -183,7 +183,7 @@ def write_weights(folder: Path) -> None:
 
 
 def write_model(folder: Path, vocabulary: Path, depth: int | None) -> None:
-    """Write the whole model folder, with `depth` layers in language model and tower, or all of them."""
+    """Write the whole model folder, with `depth` layers in the language model and the vision tower, or all of them."""
     folder.mkdir(parents=True)
     config = json.loads(json.dumps(CONFIG))
     if depth is not None:

@@ -28,7 +28,7 @@ POSITIVE_WEIGHT = 3.0
 
 
 class Heads(torch.nn.Module):
-    """One linear head per place in the model. Inputs are normalised, so the scale of the states does not matter."""
+    """One linear head per location in the model. Inputs are normalised, so the scale of the states does not matter."""
 
     def __init__(self, patch_width: int, width: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def _presence(logits: Any, shown: Any) -> Any:
 
 
 def _named(logits: Any, shown: Any, names: Any) -> Any:
-    """Return the mean loss of the class at the places that show it. `names` holds one class per image."""
+    """Return the mean loss of the class at the positions that show it. `names` holds one class per image."""
     classes = names.view(-1, *(1,) * (shown.ndim - 1)).expand_as(shown)[shown]
     return _known(logits[shown], classes)
 

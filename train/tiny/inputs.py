@@ -20,7 +20,7 @@ QUERY_SHARES = (0.4, 0.3, 0.3)
 """Fractions of queries that show the normal part and each of the two defective parts."""
 
 TOKEN_SIDE = 28
-"""Side of one image token in pixels: 4 x 4 merged patches of 7 pixels."""
+"""Side length of an image token, in pixels: 4 x 4 merged patches of 7 pixels."""
 
 USER_OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 ASSISTANT_OPENING = "<|im_end|>\n<|im_start|>assistant\n"
@@ -36,7 +36,7 @@ class TokenRow:
     positions: np.ndarray
     """(3, L): M-RoPE positions in time, height and width. Every branch starts right after the prefix."""
     branch: np.ndarray
-    """(L,): 0 in the prefix, otherwise the number of the branch."""
+    """(L,): 0 in the prefix, otherwise the index of the branch."""
     trained: np.ndarray
     """(L,): true for tokens that contribute to the loss."""
 

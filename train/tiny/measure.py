@@ -84,7 +84,8 @@ def measure_text(student: Student, rows: int = 64) -> float:
 
 
 def measure_detection(stage: str, student: Student, pool: Pool) -> dict[str, float]:
-    """Return the AUROC of detection on each product's normal and first defective query, keyed by place in the model."""
+    """Return the AUROC of detection on each product's normal and first defective query, keyed by location in the
+    model."""
     defective = np.tile([False, True], pool.products)
     figures = {}
     for references in REFERENCES if stage != "look" else ("none",):
@@ -115,7 +116,7 @@ def _detection_batches(pool: Pool, references: str) -> Iterator[list[LessonRow]]
 
 
 def _detection_scores(stage: str, student: Student, rows: Sequence[LessonRow]) -> dict[str, Any]:
-    """Return the scores (B,) of rows with one lesson, keyed by the places that the stage has trained."""
+    """Return the scores (B,) of rows with one lesson, keyed by the locations that the stage has trained."""
     heads, language, count = student.heads, student.language, len(rows[0].images)
     images = np.stack([image for row in rows for image in row.images])
     _, tokens = student.look(torch.from_numpy(images).float())

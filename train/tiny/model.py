@@ -42,7 +42,7 @@ SPECIAL_TOKENS = (
 VOCABULARY_SIZE = 3072
 
 PATCH_SIZE, MERGE_SIZE = 7, 4
-"""A token has 28 x 28 pixels, as in Qwen2-VL, but 4 x 4 patches, so it learns small patterns at 16 places."""
+"""A token has 28 x 28 pixels, as in Qwen2-VL, but 4 x 4 patches, so it learns small patterns at 16 positions."""
 COMPARING, BRINGING = 0, 1
 """Layers of the language model that compare the query with the reference and bring the result to the text.
 
@@ -220,7 +220,7 @@ def _prepare_attention(model: Any, answer: int) -> None:
 
 
 def prepare_comparison(model: Any) -> None:
-    """Initialise two heads of the comparing layer to attend to the token at the same place in the previous image.
+    """Initialise two heads of the comparing layer to attend to the token at the same position in the previous image.
 
     The grids of two images of 6 x 6 tokens are 8 positions apart in time, height and width. The image takes 6, and the
     two special tokens between them take one each. The layer's output starts small.

@@ -27,7 +27,7 @@ from echo_ft.files import atomic_folder
 
 IMAGES_PER_PRODUCT = 4
 PATCH = 7
-"""Side of a vision tower patch in pixels. `shares` has one value for each patch."""
+"""Side length of a vision tower patch, in pixels. `shares` has one value for each patch."""
 
 KIND_NAMES = WORLD_KINDS
 COLOUR_NAMES = tuple(COLOURS)

@@ -238,7 +238,7 @@ def model_card(results: Mapping[str, Any], millions: float, config: PretrainConf
 
 
 def detection_rows(results: Mapping[str, Any]) -> list[str]:
-    """Return the table rows of the detection AUROC: each place in the model after each stage that measures it."""
+    """Return the table rows of the detection AUROC: each location in the model after each stage that measures it."""
     rows = []
     for name, stage in results.items():
         places = [what.removeprefix("known: ") for what in stage["figures"] if what.startswith("known: ")]

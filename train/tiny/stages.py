@@ -2,8 +2,8 @@
 
 1. `read`: the reading layers learn to answer questions about text with a letter. They do not see images yet.
 2. `look`: the vision tower learns what patches and image tokens show.
-3. `compare`: the comparing layer learns what differs from a normal reference at the same place.
-4. `bring`: the bringing layer copies what was found, and where, to the text after the images.
+3. `compare`: the comparing layer learns what differs from a normal reference at the same position. 4. `bring`: the
+   bringing layer copies what was found, and where, to the text after the images.
 5. `answer`: all layers learn to answer about images.
 
 The heads of earlier stages stay active. The comparing and bringing layers learn to leave text without images unchanged,
@@ -131,7 +131,7 @@ def look(student: Student, pool: Pool) -> Stage:
 
 
 def compare(student: Student, pool: Pool) -> Stage:
-    """Learn what differs from a normal reference at the same place."""
+    """Learn what differs from a normal reference at the same position."""
     with torch.no_grad():
         sample = student.look(torch.tensor(pool.images[:64]).float())[1]
     scale_tokens(student.visual, sample, TOKEN_DEVIATION)
