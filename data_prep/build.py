@@ -78,7 +78,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
     """Build the dataset folder `config.output`, completely or not at all, and return its manifest.
 
     Raises EchoError for an unknown source, a missing root, an output folder that must not be replaced, or traces that
-    do not fit. Also raises it if no usable image is left.
+    do not match. Also raises it if no usable image is left.
     """
     check_config(config)
     runs = read_runs(config.traces, config.routing)

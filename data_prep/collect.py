@@ -63,7 +63,7 @@ def check_config(config: BuildConfig) -> None:
         "upstream predicted and traces": (config.upstream == "predicted", bool(config.traces)),
     }.items():
         if first != second:
-            raise EchoError(f"{pair} need each other; give both or neither")
+            raise EchoError(f"{pair} must be set together; give both or neither")
     if config.source == "synthetic":
         if config.root is not None:
             raise EchoError("the source synthetic draws its images into the dataset folder; remove root")

@@ -133,14 +133,12 @@ class BuildConfig:
     )
     parts: int = field(default=100, metadata={"help": "Parts per product that the source synthetic draws."})
     seed: int = field(default=0, metadata={"help": "Seed for splits, random references, questions and balancing."})
-    allow_links: bool = field(
-        default=False, metadata={"help": "Follow links to images and masks outside the root."}
-    )
+    allow_links: bool = field(default=False, metadata={"help": "Follow links to images and masks outside the root."})
     strict: bool = field(
         default=False, metadata={"help": "Exit with status 3 if anything is rejected. The dataset is still written."}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace a dataset in output that was built with another config."}
+        default=False, metadata={"help": "Replace a dataset in output that was built with a different config."}
     )
     report_to: str = field(default="none", metadata=REPORT_TO)
 

@@ -129,8 +129,8 @@ def mask_fault(inspection: Inspection, root: Path, image: ImageCheck, files: Seq
     """Return why the mask files of a readable image cannot be used, or None if they can be used or do not exist.
 
     `image` is the check of the image, and `files` are the checks of the mask files. A mask that is ambiguous or marks
-    an implausible part of the image does not cast doubt on the condition of a defect. A broken mask, or a mask of
-    another size, may belong to another image.
+    an implausible part of the image does not cast doubt on the condition of a defect. A broken mask, or a mask of a
+    different size, may belong to another image.
     """
     names = masks.mask_files(inspection)
     if not names:

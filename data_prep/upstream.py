@@ -177,7 +177,7 @@ def predicted_upstream(case: Case, runs: Sequence[UpstreamRun], routing: str) ->
                     fault = (
                         f"has no output of {role}"
                         if trace is None
-                        else f"gave {role} another prompt or other images than this dataset"
+                        else f"gave {role} a different prompt or different images from this dataset"
                     )
                     raise EchoError(
                         f"the run {run.folder} {fault} for {case.id} ({branch.id}); build the run's dataset and this "

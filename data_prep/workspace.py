@@ -37,7 +37,7 @@ DATASET_ENTRIES = frozenset(
 def workspace(output: Path, config: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder to build in. It replaces `output` if the block succeeds; otherwise, it is removed.
 
-    Raises EchoError before anything is built if `output` is not a dataset, or was built with another config. With
+    Raises EchoError before anything is built if `output` is not a dataset, or was built with a different config. With
     `overwrite`, the config may differ.
     """
     _check_replaceable(output, config, overwrite)
@@ -65,7 +65,7 @@ def _check_replaceable(output: Path, config: Mapping[str, Any], overwrite: bool)
     changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
     if changed and not overwrite:
         raise EchoError(
-            f"{output} holds a dataset with another config (it differs in {', '.join(changed)}); "
+            f"{output} holds a dataset with a different config (it differs in {', '.join(changed)}); "
             "choose another output or add --overwrite"
         )
 

@@ -232,7 +232,7 @@ def handled_signals(resume_hint: str) -> Iterator[Ending]:
 
 
 def end_imports_on_ctrl_c() -> None:
-    """Let Ctrl-C end a command with one sentence while `python -m` imports its modules.
+    """Let Ctrl-C end a command with a one-line message while `python -m` imports its modules.
 
     The packages of commands call this before any other import. Later, `handled_signals` takes over. There is no effect
     in other programs that import the packages.

@@ -301,7 +301,7 @@ def download_run(path: str, name: str) -> Path:
     except (wandb.errors.Error, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EchoError(
-            f"there is no folder {name}, and W&B gives no run {path} ({reason}); check the path, which is "
+            f"there is no folder {name}, and W&B finds no run {path} ({reason}); check the path, which is "
             "entity/project/id"
         ) from error
     place = logged[-1].metadata if logged else {}

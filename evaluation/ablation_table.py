@@ -218,9 +218,9 @@ def notes(table: Mapping[str, Any]) -> list[str]:
         f"Scores are strict and in percent ({kinds}); AUROC of P(defect) ranges from 0 to 1. False alarms are good "
         "parts that an answer flags, and escapes are defective parts that no answer flags. Differences are paired "
         f"differences from {base}. Brackets contain 95% intervals over physical parts; there is none for fewer than "
-        f"{MIN_PARTS} parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact McNemar test "
-        f"on these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count as wrong. "
-        "Seconds: time for what no earlier cell had computed; the first cell of a model includes loading it."
+        f"{MIN_PARTS} parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact "
+        f"McNemar test on these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count "
+        "as wrong. Seconds: time for what no earlier cell had computed; the first cell of a model includes loading it."
     ]
     protocols: dict[str, list[str]] = {}
     for cell in table["cells"]:

@@ -26,7 +26,7 @@ EXPERT_LABELS = {
     "condition": "knowledge guide: true condition",
     "condition_recall": "knowledge guide: mean recall over conditions",
     "place": "reasoning expert: location of the defect",
-    "place_touched": "reasoning expert: location of a part of the defect",
+    "place_touched": "reasoning expert: location of part of the defect",
     "conclusion": "reasoning expert: conclusion equals the decision",
 }
 """Labels of the keys of `report.experts.figures`."""

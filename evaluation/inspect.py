@@ -181,7 +181,7 @@ def report(result: Result, config: InspectConfig) -> None:
 
 
 def load_inspector(config: InspectConfig) -> Inspector:
-    """Load the inspector for these options. Raises EchoError if they do not fit together."""
+    """Load the inspector for these options. Raises EchoError if they are incompatible."""
     if (config.bundle is None) == (config.adapters is None):
         raise EchoError(
             "give either a bundle or adapters: add --bundle DIR (written by train.export) or --adapters DIR"

@@ -37,9 +37,7 @@ def read_groups(specs: Sequence[str], compared: Sequence[str] = ()) -> list[RunG
         groups.append(RunGroup(label or ", ".join(names[chosen]), names[chosen], runs[chosen], tables[chosen]))
         require_same_setup(groups[-1])
     if len({group.name for group in groups}) < len(groups):
-        raise EchoError(
-            f"two of the names {', '.join(group.name for group in groups)} are equal; give each group its own name"
-        )
+        raise EchoError(f"two of the groups {', '.join(group.name for group in groups)} have the same name; rename one")
     return groups
 
 

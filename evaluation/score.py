@@ -91,9 +91,7 @@ def main(argv: list[str]) -> None:
         run, given = _load_run(Path(config.run), config.questions)
         output, name = Path(config.output or config.run), run.folder.resolve().name
     elif config.calibration is not None:
-        raise EchoError(
-            "an answer file does not say which model wrote it; use --calibration with the folder of a run"
-        )
+        raise EchoError("an answer file does not say which model wrote it; use --calibration with the folder of a run")
     else:
         output = _answers_folder(config.output)
         run, given = load_answers(Path(str(config.answers)), Path(config.questions) if config.questions else None)

@@ -353,7 +353,7 @@ def test_compare_takes_wandb_runs_as_well_as_folders(folder, monkeypatch, tmp_pa
         assert found["differences"] == expected["differences"]
         downloaded = tmp_path / str(place) / "entity/echo-ft/k3v9x2ab/caps/tuned"
         assert tracking.evaluation_artifact(downloaded).digest == tracking.evaluation_artifact(Path(TUNED)).digest
-    with pytest.raises(EchoError, match=r"no folder runs/demo/lost, and W&B gives no run runs/demo/lost \(Could not"):
+    with pytest.raises(EchoError, match=r"no folder runs/demo/lost, and W&B finds no run runs/demo/lost \(Could not"):
         compare.main([BASE, "runs/demo/lost"])
     foreign = [{}, {"experiment": "caps", "run": ".."}, {"experiment": "..", "run": "tuned"}, {"experiment": "caps"}]
     artifacts = [SimpleNamespace(type="evaluation", metadata=place) for place in foreign]

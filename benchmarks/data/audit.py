@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=5000, help="Drawn images in both splits together.")
     parser.add_argument("--products", type=int, default=20, help="Drawn products.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the drawn images.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for the drawn images.")
     parser.add_argument("--magnetic_tile", type=Path, help="The folder that contains MT_Blowhole to MT_Uneven.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

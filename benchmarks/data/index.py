@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000, help="Indexed vectors.")
     parser.add_argument("--products", type=int, default=1000, help="Products that the vectors belong to.")
     parser.add_argument("--kinds", nargs="+", choices=INDEX_TYPES, default=["auto"], help="Index types to measure.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the vectors.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for the vectors.")
     options = parser.parse_args()
     print("| vectors | products | kind | build s | processor s | peak GiB | ms per query | processor ms | recall@1 |")
     print("|---|---|---|---|---|---|---|---|---|")

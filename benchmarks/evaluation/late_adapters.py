@@ -6,7 +6,7 @@ weights, the same for every value of adapt_from. The values take turns. Their an
 transformers, which runs one question at a time and switches the adapter on only where it acts.
 
 Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. The value also
-changes the texts and their lengths. With `--max_new_tokens 1`, the work is equal.
+changes the output and its length. With `--max_new_tokens 1`, the work is equal.
 
 `--count` runs nothing and counts the engine's operations at full model size, on the meta device, as if every generated
 text were one sentence.
@@ -52,7 +52,7 @@ from echo_ft.records import LETTERS, ROLES, Branch, Case, Exchange, Generation, 
 from echo_ft.training.costs.flops import WorkCounts, image_work, repeated_work, text_work, unit_costs
 
 SCALE = 0.02
-"""Standard deviation of the adapters' output weights: enough to change texts, too little to make them nonsense."""
+"""Standard deviation of the adapters' output weights: enough to change the output, too little to make it nonsense."""
 
 
 def write_adapters(folder: Path, data: Path, row_builder: RowBuilder, start: str) -> dict[str, Path]:

@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument(
         "--engine", choices=["hypothesis", "atheris"], default="hypothesis", help="The package that generates inputs."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the inputs.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for the inputs.")
     parser.add_argument("--output", type=Path, default=Path("finds"), help="Folder for the findings.")
     options = parser.parse_args()
     if options.engine == "atheris":

@@ -174,7 +174,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL, help="echo-tiny, or the model config for random weights.")
     parser.add_argument("--widths", choices=list(WIDTHS), help="Compare with TRL on a CPU at this model's widths.")
     parser.add_argument(
-        "--layers", type=int, help="Number of layers in the language model and the vision tower when weights are random."
+        "--layers",
+        type=int,
+        help="Number of layers in the language model and the vision tower when weights are random.",
     )
     parser.add_argument("--gpu", action="store_true", help="Train on a GPU in bfloat16.")
     parser.add_argument("--workers", type=int, default=0, help="Loader processes of every implementation.")

@@ -154,7 +154,7 @@ def word_count(text: str) -> int:
     return len(_UNSPACED.sub(" ", text).split()) + -(-characters // UNSPACED_PER_WORD)
 
 
-@lru_cache(maxsize=1024)  # all images of a product use the same texts
+@lru_cache(maxsize=1024)  # all images of a product use the same strings
 def without_stop(text: str) -> str:
     """Normalise text for comparison: composed, in lower case, with single spaces and without trailing full stops."""
     return " ".join(nfc(text).casefold().split()).rstrip("." + STOPS)

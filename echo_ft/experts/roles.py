@@ -187,7 +187,7 @@ def knowledge_lines(seen: Seen) -> str:
     return "".join(f"- {one_line(entry.condition)}: {one_line(entry.description)}\n" for entry in seen.knowledge)
 
 
-@lru_cache(maxsize=1024)  # the same texts occur in many prompts
+@lru_cache(maxsize=1024)  # the same strings occur in many prompts
 def one_line(text: str) -> str:
     """Collapse whitespace, so that data cannot change the layout of a prompt."""
     return " ".join(text.split())

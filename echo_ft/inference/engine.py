@@ -60,7 +60,7 @@ class Engine:
         corrupts every query. `features` may be shared with other engines on the same model and pixel budget.
 
         `max_batch_tokens` limits the tokens in the key-value cache at the end of decoding. Larger batches are split; an
-        exchange that exceeds the limit runs in a batch of its own.
+        exchange that exceeds the limit runs in its own batch.
         """
         self.model = model.eval()
         self.row_builder = row_builder

@@ -114,7 +114,7 @@ class Inspector:
         `dataset` replaces the dataset folder of the cards, for example for other references. `calibration` is the
         report.json of a run with these adapters, which gives the calibration and the options. `threshold` replaces its
         threshold; without both, the threshold is 0.5. `max_batch_tokens` limits the key-value cache, as in
-        `evaluation.run`. Raises EchoError if a part is missing or does not fit the others.
+        `evaluation.run`. Raises EchoError if a component is missing or does not match the others.
         """
         card = read_card(Path(folder) / ROLES[0])
         weights = base_fingerprint(card.base_model, card.base_revision)
@@ -144,8 +144,8 @@ class Inspector:
         """Load a bundle that `train.export` wrote. It needs no dataset.
 
         `base_model` is the current folder of the base model, if it has moved since training. `threshold` and `dtype`
-        replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a part does not fit the
-        others, or if an adapter does not act as in the export.
+        replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a component does not match
+        the others, or if an adapter does not act as in the export.
         """
         path = Path(folder)
         description = read_bundle(path)
@@ -318,7 +318,8 @@ def load_tuned_model(adapters: Mapping[str, Adapter], row_builder: RowBuilder, d
     """Load the base model of the adapters' cards with the adapters, onto a GPU if there is one.
 
     Checks that every adapter has its effect (echo_ft.inference.liveness). Messages refer to the adapters as `where`.
-    Raises EchoError if an adapter does not fit, or does not act as in the export that recorded its answers.
+    Raises EchoError if an adapter does not fit the base model, or does not act as in the export that recorded its
+    answers.
     """
     import torch
 

@@ -94,7 +94,7 @@ class Server:
         probability if A or B is among them. If the server requires a key, set the environment variable OPENAI_API_KEY.
         """
         if not re.match(r"https?://[^/\s]", url):
-            raise EchoError(f"the server {url} is not an address that starts with http:// or https://; correct it")
+            raise EchoError(f"the server address {url} does not start with http:// or https://; correct it")
         self.url = url
         self.models = {role: model.replace("{role}", role) for role in ROLES}
         self.row_builder = row_builder
@@ -305,7 +305,7 @@ def call_in(loop: asyncio.AbstractEventLoop) -> Callable[[Coroutine[Any, Any, Re
 
 
 class ServerThread:
-    """Runs a `Server` in the event loop of a thread of its own, for callers that have no event loop to run it in."""
+    """Runs a `Server` in the event loop of a separate thread, for callers that have no event loop."""
 
     def __init__(self, server: Server) -> None:
         self.server = server

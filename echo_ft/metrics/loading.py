@@ -258,7 +258,7 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest
     if source["dataset_fingerprint"] == here:
         own = "MMAD's own images" if manifest.get("source") == "mmad" else "the dataset's own images"
         apart = TRAINED_APART.get(manifest.get("config", {}).get("split"))
-        name = apart if apart and provenance.get("split") == "test" else f"trained on a part of {own}"
+        name = apart if apart and provenance.get("split") == "test" else f"trained on some of {own}"
         audits = manifest.get("audits", {})
     else:
         name = f"across datasets, trained on {source['dataset']}"

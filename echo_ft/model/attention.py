@@ -59,10 +59,10 @@ class Continuation:
     """The position of a look's tokens of one adapter, which attend to the look's base tokens and to each other."""
 
     start: int
-    """First token, counted among the adapter's tokens of the row."""
+    """First token, counted among the adapter's tokens in the row."""
     end: int
     base_start: int
-    """First token of the base model, counted among those of the row."""
+    """First token of the base model, counted among those in the row."""
     base_end: int
     mask: torch.Tensor
     """(1, 1, tokens, base model's tokens + tokens) bool, as in `Span`."""

@@ -134,9 +134,7 @@ def check_config_files(folder: Path) -> None:
             parts += [value for value in part.values() if isinstance(value, dict)]
             for key in CODE_KEYS:
                 if part.get(key):
-                    raise EchoError(
-                        f"{path} has the key {key!r}, which loads code; use a model without code of its own"
-                    )
+                    raise EchoError(f"{path} has the key {key!r}, which loads code; use a model without custom code")
             for key in ATTENTION_KEYS:
                 if part.get(key) not in (None, "eager", "sdpa"):
                     raise EchoError(f"{path} sets {key} to {part[key]!r}, which may load code; remove the key")

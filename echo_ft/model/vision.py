@@ -201,8 +201,9 @@ def require_frozen_tower(model: Any) -> None:
     """Raise EchoError if `model` trains the vision tower or the merger, because stored features would be outdated."""
     if any(".visual." in f".{name}" and weight.requires_grad for name, weight in model.named_parameters()):
         raise EchoError(
-            "features cannot be stored because the vision tower is trained; remove `features` from the config, or the "
-            "modules of tower and merger from lora_target_modules (with use_peft: false, set their learning rates to 0)"
+            "features cannot be stored because the vision tower is trained; remove `features` from the config, or "
+            "the modules of the tower and the merger from lora_target_modules (with use_peft: false, set their "
+            "learning rates to 0)"
         )
 
 

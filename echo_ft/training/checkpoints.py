@@ -182,7 +182,7 @@ def _shown(value: Any) -> str:
 
 
 def _require_states(checkpoint: Path, sft: SFTConfig) -> None:
-    """Raise EchoError unless `checkpoint` has the states of optimizer and schedule, in the form that this run reads.
+    """Raise EchoError unless `checkpoint` has the optimizer and schedule states, in the form that this run reads.
 
     transformers (5.23) silently starts the optimizer over if it does not find its state.
     """
@@ -295,8 +295,8 @@ def optimizer_options(optimizer: Any) -> list[dict[str, Any]]:
 def apply_options(schedule: Any, options: list[dict[str, Any]]) -> None:
     """Make a resumed run use `options`, those of a new optimizer, instead of the checkpoint's, from its next step on.
 
-    torch's `load_state_dict` restores the options of optimizer and schedule together with their states. Schedules that
-    are not a function of the step keep the checkpoint's learning rates.
+    torch's `load_state_dict` restores the options of the optimizer and the schedule together with their states.
+    Schedules that are not a function of the step keep the checkpoint's learning rates.
     """
     from torch.optim.lr_scheduler import LambdaLR
 

@@ -120,7 +120,7 @@ def _check_row_options(sft: SFTConfig) -> None:
     if sft.max_length not in (None, defaults["max_length"]):
         raise EchoError(
             f"max_length {sft.max_length} would truncate rows, and rows are never truncated; set max_length: null, and "
-            "use max_tokens to reject long rows by name"
+            "use max_tokens to reject long rows"
         )
 
 
@@ -179,7 +179,7 @@ def _try(option: str, check: Callable[[], Any], remedy: str) -> Any:
 
 
 def _check_libraries(sft: SFTConfig) -> None:
-    """Check the packages and arguments of optimizer, reports, kernels, compiler and checkpointing."""
+    """Check the packages and arguments for the optimizer, reports, kernels, the compiler and checkpointing."""
     for name in sft.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             raise EchoError(

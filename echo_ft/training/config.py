@@ -45,7 +45,7 @@ class EchoConfig:
     max_pixels: int = field(metadata={"help": "Maximum number of pixels of a resized image (the pixel budget)."})
     max_tokens: int = field(
         default=32768,
-        metadata={"help": "Rows with more tokens are rejected by name before step 1. Rows are never truncated."},
+        metadata={"help": "Rows with more tokens are rejected and listed before step 1. Rows are never truncated."},
     )
     vision_learning_rate: float | None = field(
         default=None,
@@ -159,7 +159,7 @@ class TrainingConfig(SFTConfig):
         evaluates, saves = (getattr(value, "value", value) for value in (self.eval_strategy, self.save_strategy))
         if evaluates == "no":
             raise EchoError(
-                "load_best_model_at_end is set, but eval_strategy is no, so no checkpoint is the best; set "
+                "load_best_model_at_end is set, but eval_strategy is no, so there is no best checkpoint; set "
                 "eval_strategy and save_strategy to epoch, or remove load_best_model_at_end"
             )
         if saves not in (evaluates, "best"):
@@ -180,10 +180,10 @@ def check_early_stopping(config: EchoConfig, sft: SFTConfig) -> None:
     patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
     if patience is None:
         if threshold:
-            raise EchoError("early_stopping_threshold has no effect without early_stopping_patience; set both or none")
+            raise EchoError("early_stopping_threshold has no effect without early_stopping_patience; set both")
         return
     if patience < 1:
-        raise EchoError(f"early_stopping_patience is {patience}; it is a number of evaluations, 1 or more")
+        raise EchoError(f"early_stopping_patience is {patience}; it must be a number of evaluations, at least 1")
     if not sft.load_best_model_at_end:
         raise EchoError(
             "early_stopping_patience is set without load_best_model_at_end, so training would stop late and keep the "

@@ -78,7 +78,7 @@ class Plan:
         return (
             f"{len(self.too_long)} completions are longer than the {MAX_NEW_TOKENS} tokens that a run generates by "
             f"default, and the longest has {max(self.too_long)}; raise max_new_tokens to {max(self.too_long)} in the "
-            "run, or shorten the texts"
+            "run, or shorten the text"
         )
 
     def cases(self) -> list[list[PlannedRow]]:
@@ -158,7 +158,7 @@ def plan(
 ) -> Plan:
     """Plan all rows of `exchanges`, for an adapter that acts from `adapt_from` on (rows.ADAPT_FROM).
 
-    Unusable rows are rejected by name, never truncated.
+    Unusable rows are rejected and listed, never truncated.
     """
     planned = Plan()
     rows = iter(exchanges)

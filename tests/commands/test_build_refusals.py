@@ -112,7 +112,7 @@ def test_only_a_dataset_of_the_same_config_is_replaced(small_manifest, tmp_path)
     output.mkdir()  # an empty folder may be used
     build(make_config(small_manifest, output))
     build(make_config(small_manifest, output))
-    with pytest.raises(EchoError, match=r"another config \(it differs in seed\).*--overwrite"):
+    with pytest.raises(EchoError, match=r"a different config \(it differs in seed\).*--overwrite"):
         build(make_config(small_manifest, output, seed=1))
     first = load_dataset(output).fingerprint
     assert build(make_config(small_manifest, output, seed=1, overwrite=True))["fingerprint"] != first

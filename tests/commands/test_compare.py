@@ -147,7 +147,7 @@ def test_runs_with_different_setups_cannot_form_a_group(tmp_path: Path) -> None:
         compare.main([str(base), f"{one},{logits}", "--compared", "answer"])
     again = make_run(tmp_path / "again", predictions(0.6), adapters={**adapters, ROLES[0]: {"fingerprint": "f00d"}})
     compare.main([str(base), f"{one},{again}"])
-    with pytest.raises(EchoError, match="two of the names base, base are equal"):
+    with pytest.raises(EchoError, match="two of the groups base, base have the same name"):
         compare.main([str(base), f"base={one}"])
     with pytest.raises(EchoError, match="two or more runs"):
         compare.main([f"{base},{one}"])

@@ -323,7 +323,7 @@ def test_a_run_with_other_options_than_training_rows_is_refused(place, clean, tm
 
 
 def test_outputs_about_other_references_or_images_are_refused(place, whole, clean, tmp_path, monkeypatch):
-    with pytest.raises(EchoError, match=r"gave reference_extractor another prompt .* with the same config"):
+    with pytest.raises(EchoError, match=r"gave reference_extractor a different prompt .* with the same config"):
         predict(place, tmp_path / "out", clean, "--k", 1)
     moved = tmp_path / "moved"
     shutil.copytree(place / "raw", moved / "raw")
@@ -336,7 +336,7 @@ def test_outputs_about_other_references_or_images_are_refused(place, whole, clea
 
 @pytest.mark.parametrize("more", [("--folds", 2), ("--fold", 0), ("--upstream", "predicted"), ("--traces", "runs/x")])
 def test_options_that_need_each_other_are_refused_separately(place, tmp_path, more):
-    with pytest.raises(EchoError, match="need each other; give both or neither"):
+    with pytest.raises(EchoError, match="must be set together; give both or neither"):
         build_main(options(place, tmp_path / "out", *more))
 
 

@@ -1,4 +1,4 @@
-"""Knowledge in any language gives the same questions as in English, and control tokens in it are refused by name."""
+"""Knowledge in any language gives the same questions as in English, and control tokens in it are refused."""
 
 from __future__ import annotations
 

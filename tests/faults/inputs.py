@@ -1,4 +1,4 @@
-"""Hostile and broken inputs: a function that writes each, the command that reads it, and the sentence expected."""
+"""Hostile and broken inputs: a function that writes each, the command that reads it, and the message expected."""
 
 from __future__ import annotations
 

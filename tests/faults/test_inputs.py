@@ -1,4 +1,4 @@
-"""Every hostile or broken input in the table gives its own sentence, without a traceback or a hang."""
+"""Every hostile or broken input in the table gives its own message, without a traceback or a hang."""
 
 from __future__ import annotations
 

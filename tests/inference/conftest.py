@@ -47,7 +47,7 @@ def bundle(adapters, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inspector(adapters):
-    """An inspector that writes short texts."""
+    """An inspector that writes short outputs."""
     return Inspector.from_adapters(adapters, max_new_tokens=8)
 
 

@@ -161,7 +161,7 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EchoError, match=r"row 1: .* has no question 1 about \['a\.png'\]"):
         load_answers(write(path, listed), asked)
     rows[2]["answer"] = "E"
-    with pytest.raises(EchoError, match=r"row 3: the right answer is 'E', but .*says 'C'"):
+    with pytest.raises(EchoError, match=r"row 3: the correct answer is 'E', but .*says 'C'"):
         load_answers(write(path, rows), asked)
     del rows[2]
     run, _ = load_answers(write(path, rows), asked)

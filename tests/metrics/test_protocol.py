@@ -53,12 +53,12 @@ def test_the_base_model_follows_mmads_protocol_only_with_the_reference_that_mmad
 @pytest.mark.parametrize(
     ("rule", "split", "expected"),
     [
-        ("seeded", "test", "trained on a part of MMAD's own images"),
-        ("given", "test", "trained on a part of MMAD's own images"),
+        ("seeded", "test", "trained on some of MMAD's own images"),
+        ("given", "test", "trained on some of MMAD's own images"),
         ("by_dataset", "test", "across datasets"),
         ("by_product", "test", "across products"),
         ("by_condition", "test", "across defects"),
-        ("by_dataset", "validation", "trained on a part of MMAD's own images"),  # validation has train's datasets
+        ("by_dataset", "validation", "trained on some of MMAD's own images"),  # validation has train's datasets
     ],
 )
 def test_training_on_the_same_dataset_is_named_by_its_split(
@@ -87,14 +87,14 @@ def test_the_verdict_of_the_audit_is_part_of_the_protocol(tmp_path: Path) -> Non
 def test_adapters_of_two_datasets_name_both(tmp_path: Path) -> None:
     evaluated = make_dataset(tmp_path / "visa", "eval", source="visa")
     found = protocol(evaluated, source(evaluated, "eval"), source("elsewhere", "train", seen=None))
-    first = "trained on a part of the dataset's own images (not audited)"
+    first = "trained on some of the dataset's own images (not audited)"
     assert found.startswith(f"{first} and across datasets, trained on elsewhere (not audited);")
 
 
 def test_a_run_without_its_dataset_and_an_older_run_are_described_from_the_cards(tmp_path: Path) -> None:
     card = {"dataset": "gone", "dataset_fingerprint": "eval", "leaks": {}}
     assert protocol("gone", trained_on=None, adapters={"decision_maker": card}) == (
-        "trained on a part of the dataset's own images (not audited); all retrieved references per image"
+        "trained on some of the dataset's own images (not audited); all retrieved references per image"
     )
     answers = Run(Path("answers.json"), [], {"answers": "answers.json"}, [], [])
     assert describe_protocol(answers) == "unknown training data: the answers come from another program"

@@ -1,4 +1,4 @@
-"""Changed, missing, extra or absurd weights of an adapter or the base model are refused by name."""
+"""Changed, missing, extra or absurd weights of an adapter or the base model are refused, and the message names them."""
 
 from __future__ import annotations
 

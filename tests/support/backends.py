@@ -12,7 +12,7 @@ from echo_ft.records import Exchange, Generation
 
 @dataclass
 class ScriptedBackend:
-    """Returns fixed texts for each role, and records the exchanges that it receives."""
+    """Returns fixed strings for each role, and records the exchanges that it receives."""
 
     texts: dict[str, str] = field(
         default_factory=lambda: {"best": "2", "normal": "NORMAL", "guide": "GUIDE", "reason": "REASON", "decide": "B"}

@@ -131,7 +131,7 @@ def test_a_best_checkpoint_needs_a_checkpoint_of_each_evaluation(tmp_path, optio
             "is set without load_best_model_at_end, .* set load_best_model_at_end: true",
         ),
         (["--early_stopping_threshold", 0.1], "early_stopping_threshold has no effect without early_stopping_patience"),
-        ([*BEST_OF_SIX, "--early_stopping_patience", 0], "early_stopping_patience is 0; it is a number of evaluations"),
+        ([*BEST_OF_SIX, "--early_stopping_patience", 0], "early_stopping_patience is 0; it must be a number"),
         ([*STOPPING, "--early_stopping_threshold", "nan"], "early-stopping-threshold: invalid float value: 'nan'"),
     ],
 )

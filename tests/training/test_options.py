@@ -1,4 +1,4 @@
-"""Options that would make training fail are refused by name before the first weight is loaded."""
+"""Options that would make training fail are refused, and named, before the first weight is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before step 1, the plan rejects unusable rows by name, groups cases and finds the largest batch."""
+"""Before step 1, the plan rejects and names unusable rows, groups cases and finds the largest batch."""
 
 from __future__ import annotations
 

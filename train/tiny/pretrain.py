@@ -79,7 +79,7 @@ class PretrainConfig:
 
     output: str = field(metadata={"help": "Folder to write the model to."})
     work: str = field(
-        default="runs/echo-tiny", metadata={"help": "Folder of drawn images, finished stages and checkpoints."}
+        default="runs/echo-tiny", metadata={"help": "Folder for drawn images, finished stages and checkpoints."}
     )
     stages: list[str] = field(
         default_factory=lambda: list(STEPS), metadata={"help": f"Stages to train: {', '.join(STEPS)}."}
@@ -93,7 +93,7 @@ class PretrainConfig:
         default=1,
         metadata={"help": "Threads of one stage. On two cores, two processes with one thread each are faster."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of weights, images and lessons."})
+    seed: int = field(default=0, metadata={"help": "Seed for weights, images and lessons."})
 
 
 def main(argv: list[str]) -> None:

@@ -166,7 +166,7 @@ def read_robustmad_answers(path: Path, rows: Sequence[Any], questions: Path | No
         image, question = asked[key]
         if row.get("answer", question.answer) != question.answer:
             raise EchoError(
-                f"{where}: the right answer is {row['answer']!r}, but {questions} says {question.answer!r}; give the "
+                f"{where}: the correct answer is {row['answer']!r}, but {questions} says {question.answer!r}; give the "
                 "questions that were answered"
             )
         text = row.get("raw_response") or ""
