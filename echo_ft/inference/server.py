@@ -20,6 +20,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -232,7 +233,8 @@ class Server:
                     "tokenizer, chat template or pixel budget differs; start it with those of model_name_or_path "
                     f"and with {self._budget()}"
                 )
-            return reply
+            # `transformers serve` (5.23) keeps the control tokens of Qwen2-VL, which an engine drops.
+            return replace(reply, text=self.row_builder.without_control_tokens(reply.text))
 
         return await asyncio.gather(*map(complete, exchange.branches, lengths))
 

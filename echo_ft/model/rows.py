@@ -195,6 +195,12 @@ class RowBuilder:
                 texts += self._texts(exchange)
         self._encode(texts)
 
+    def without_control_tokens(self, text: str) -> str:
+        """Return a generated text without control tokens, as the tokenizer decodes it when it skips special tokens."""
+        for token in self._control if "<|" in text else ():
+            text = text.replace(token, "")
+        return text
+
     def _texts(self, exchange: Exchange) -> list[str]:
         """Return the strings to tokenize separately: the prefix, then each branch's prompt and completion."""
         head, opening, closing = self._template(exchange)

@@ -113,6 +113,18 @@ def test_a_reply_that_ends_at_the_token_limit_is_marked(fake, row_builder, case,
     assert {*marks} == {True, False}
 
 
+def test_control_tokens_in_a_reply_are_dropped_as_an_engine_does(fake, row_builder, case, tmp_path):
+    def boxed(body):
+        reply = completion(body)
+        reply["choices"][0]["message"]["content"] = "a dent <|box_start|>(1,2),(30,40)<|box_end|><|im_end|>"
+        return reply
+
+    fake.answer = boxed
+    exchange = next(exchange for exchange in exchanges_of(case) if exchange.role == "knowledge_guide")
+    (own,) = ask_server(fake, row_builder, tmp_path, [exchange], "knowledge_guide")
+    assert {one.text for one in own} == {"a dent (1,2),(30,40)"}
+
+
 @pytest.mark.parametrize("takes", [True, False])
 def test_the_penalty_of_the_models_config_is_switched_off_where_the_server_takes_it(fake, dataset, tmp_path, takes):
     """vLLM accepts this field; `transformers serve` rejects unknown fields and reads frequency_penalty instead."""
