@@ -167,6 +167,12 @@ function picture(number, label, outlines, boxes, caption, large) {
   return make("figure", {className: large ? "large" : ""}, frame, make("figcaption", {textContent: caption}));
 }
 
+// Each distinct value that runs have, with the names of those runs unless all have it.
+function perRun(values) {
+  return [...new Set(values)].filter(value => value !== null).map(value => [value,
+    values.every(other => other === value) ? "" : ` of ${runs.filter((_, run) => values[run] === value).join(", ")}`]);
+}
+
 function pictures(one, found) {
   const label = `${index.products[one[PRODUCT]]}, ${index.conditions[one[CONDITION]]}`;
   const boxes = found.questions.flatMap(question =>
@@ -174,8 +180,10 @@ function pictures(one, found) {
   const outlined = [found.query.outlines ? "defect outlined" : "", boxes.length ? "predicted boxes dashed" : ""];
   return make("div", {className: "pictures"},
     picture(found.query.image, `query image: ${label}`, found.query.outlines, boxes,
-      ["query", ...outlined.filter(text => text)].join(", "), true),
-    ...found.references.map((reference, place) => ({...reference, caption: `candidate ${place + 1}`}))
+      ["query", ...outlined.filter(text => text), ...perRun(index.corruptions).map(([text, who]) =>
+        `shown to the experts${who} with ${text}`)].join(", "), true),
+    ...found.references.map(reference => ({...reference,
+      caption: perRun(reference.numbers).map(([number, who]) => `candidate ${number}${who}`).join("; ")}))
       .sort((one, other) => (other.chosen.length > 0) - (one.chosen.length > 0))
       .map(({image, chosen, caption}) => {
         const by = runs.length === 1 ? "" : ` of ${chosen.map(run => runs[run]).join(", ")}`;

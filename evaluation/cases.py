@@ -45,21 +45,27 @@ class CaseViewer:
 def make_viewer(runs: Mapping[str, Run], images: ImageStore) -> CaseViewer:
     """Collect the cases of runs on the same questions. The keys of `runs` are their names on the page.
 
-    Images, masks and references come from the dataset of the last run, and words from the traces. Files that no longer
-    exist are left out, because the page works without them.
+    Images and masks come from the dataset of the last run, and words from the traces. References come from the dataset
+    as each run used it, or from the traces if the dataset is missing. Files that no longer exist are left out, because
+    the page works without them.
     """
     names, some = list(runs), list(runs.values())
     answers_of_first = [*some[0].predictions, *some[0].grounding]
     rows = [_by_case([*run.predictions, *run.grounding]) for run in some]
     traces = [_by_case(read_complete_rows(run.folder / TRACES, Trace)) for run in some]
-    root, cases = _dataset_cases(some[-1])
-    images.read_from(root)
+    loaded: dict[str, tuple[Path | None, dict[str, Case]]] = {}
+    for run in some:
+        if _cases_key(run) not in loaded:
+            loaded[_cases_key(run)] = _dataset_cases(run)
+    cases = [loaded[_cases_key(run)][1] for run in some]
+    images.read_from(loaded[_cases_key(some[-1])][0])
     order = sorted(rows[0], key=lambda case: _sort_key(rows[0][case][0]))
     asked = {one.kind for one in answers_of_first}
     kinds = [*(kind for kind in QUESTION_TYPES if kind in asked), *sorted(asked - {*QUESTION_TYPES})]
     products = sorted({_product(one) for one in answers_of_first})
     conditions = sorted({one.condition for one in answers_of_first}, key=lambda name: (name != GOOD, name))
     index: dict[str, Any] = {"runs": names, "kinds": kinds, "products": products, "conditions": conditions}
+    index |= {"corruptions": [_corruption(run) for run in some]}
     index |= {"roles": [role.replace("_", " ") for role in ROLES], "block": CASES_PER_BLOCK, "cases": []}
     described = []
     for case in order:
@@ -67,7 +73,8 @@ def make_viewer(runs: Mapping[str, Run], images: ImageStore) -> CaseViewer:
         if not questions:
             continue
         first = questions[0][0]
-        described.append(_describe_case(cases.get(case), questions, [found.get(case, []) for found in traces], images))
+        own = [run.get(case) for run in cases]
+        described.append(_describe_case(own, questions, [found.get(case, []) for found in traces], images))
         index["cases"].append(
             [
                 case,
@@ -97,15 +104,32 @@ def _by_case(rows: Any) -> dict[str, list[Any]]:
     return found
 
 
+def _cases_key(run: Run) -> str:
+    """Return everything that the cases of a run depend on, as JSON."""
+    keys = ("dataset", "dataset_fingerprint", "split", "reference", "references")
+    return json.dumps([run.provenance.get(key) for key in keys])
+
+
+def _corruption(run: Run) -> str | None:
+    """Return how a run degraded its queries, such as `blur 3`, or None if it did not."""
+    kind = run.provenance.get("corruption")
+    return None if kind is None else f"{kind} {run.provenance.get('severity')}".replace("_", " ")
+
+
 def _dataset_cases(run: Run) -> tuple[Path | None, dict[str, Case]]:
-    """Return the image folder and the cases of a run's dataset; empty if the dataset is missing or was rebuilt."""
+    """Return the image folder and the cases of a run's dataset, with the references that the run used.
+
+    Both are empty if the dataset is missing or was rebuilt.
+    """
     try:
         dataset = run_dataset(run)
     except EchoError:
         return None, {}
+    split, reference = (str(run.provenance.get(*pair)) for pair in (("split",), ("reference", "retrieved")))
     try:
-        return dataset.root, {case.id: case for case in load_cases(dataset, str(run.provenance.get("split")))}
-    except (EchoError, OSError, KeyError, ValueError):  # a page works without masks
+        cases = load_cases(dataset, split, reference, run.provenance.get("references"))
+        return dataset.root, {case.id: case for case in cases}
+    except (EchoError, OSError, KeyError, TypeError, ValueError):  # a page works without masks
         return dataset.root, {}
 
 
@@ -133,30 +157,40 @@ def _finds_boxes(prediction: Prediction) -> bool:
 
 
 def _describe_case(
-    case: Case | None,
+    cases: Sequence[Case | None],
     questions: Sequence[Sequence[Prediction]],
     traces: Sequence[Sequence[Trace]],
     images: ImageStore,
 ) -> dict[str, Any]:
-    """Return the content of the page for one case. `questions` holds the answers of every run to each question."""
+    """Return the content of the page for one case, which each run has loaded with its own references.
+
+    `questions` holds the answers of every run to each question.
+    """
     first = questions[0][0]
-    candidates = _candidates(first.image, case, traces)
-    names = {first.image: "query", **{path: f"candidate {place}" for place, path in enumerate(candidates, start=1)}}
+    candidates = [_candidates(first.image, case, own) for case, own in zip(cases, traces, strict=True)]
     numbers = {answers[0].question: place for place, answers in enumerate(questions, start=1)}
     return {
         "group": first.group,
-        "query": {"path": first.image, **images.add_query(first.image, case)},
+        "query": {"path": first.image, **images.add_query(first.image, cases[-1])},
         "references": [
             {
                 "path": path,
                 "image": images.add(path),
+                "numbers": [run.get(path) for run in candidates],
                 "chosen": [place for place, own in enumerate(traces) if _baseline(own, first.image) == path],
             }
-            for path in candidates
+            for path in dict.fromkeys(path for run in candidates for path in run)
         ],
         "questions": [_describe_question(answers) for answers in questions],
-        "words": [[_describe_trace(trace, numbers, names) for trace in own] for own in traces],
+        "words": [
+            [_describe_trace(trace, numbers, {first.image: "query"} | _names(own)) for trace in said]
+            for said, own in zip(traces, candidates, strict=True)
+        ],
     }
+
+
+def _names(candidates: Mapping[str, int]) -> dict[str, str]:
+    return {path: f"candidate {number}" for path, number in candidates.items()}
 
 
 def _describe_trace(trace: Trace, numbers: Mapping[str, int], names: Mapping[str, str]) -> list[Any]:
@@ -186,12 +220,12 @@ def _boxes(prediction: Prediction) -> tuple[Box, ...]:
     return named_boxes(prediction) or () if prediction.kind == GROUNDING else ()
 
 
-def _candidates(query: str, case: Case | None, traces: Sequence[Sequence[Trace]]) -> list[str]:
-    """Return the references in the order in which the reference extractor numbers them."""
-    if case is not None:
-        return [reference.image for reference in case.seen.references]
-    seen = [path for own in traces for trace in own for path in trace.images]
-    return [path for path in dict.fromkeys(seen) if path != query]
+def _candidates(query: str, case: Case | None, traces: Sequence[Trace]) -> dict[str, int]:
+    """Return the number that the reference extractor of a run gives to each reference."""
+    paths = [reference.image for reference in case.seen.references] if case is not None else []
+    if case is None:
+        paths = [path for trace in traces for path in trace.images if path != query]
+    return {path: number for number, path in enumerate(dict.fromkeys(paths), start=1)}
 
 
 def _baseline(traces: Sequence[Trace], query: str) -> str | None:

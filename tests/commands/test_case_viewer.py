@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from data_prep.build import build
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.experts.targets import training_exchanges
 from echo_ft.files import write_jsonl
@@ -26,8 +27,10 @@ from evaluation.case_images import IMAGE_SIDE
 from evaluation.figures import DETECTION, confusions, letter_bias, reliability_curve
 from tests.conftest import make_case, make_dataset
 from tests.support.browser import Browser, start_browser
+from tests.support.drawn_manifest import draw_manifest, make_config
 from tests.support.predictions import make_prediction
 from tests.support.runs import make_run
+from tests.support.scripted_runs import write_scripted_run
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
@@ -180,6 +183,46 @@ def test_the_outlines_of_the_mask_are_on_the_query(tmp_path: Path, orientation: 
     assert cases[1]["query"]["outlines"] is None
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "first": {},
+    "one": {"references": 1},
+    "random": {"reference": "random"},
+    "none": {"reference": "none", "corruption": "low_resolution", "severity": 2},
+}
+"""Runs that show different images to the experts."""
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that compares the runs of OPTIONS."""
+    folder = tmp_path_factory.mktemp("references")
+    build(make_config(draw_manifest(folder / "raw", ("cap",), normals=6, defects=3), folder / "data", k=3))
+    for name, options in OPTIONS.items():
+        write_scripted_run(folder / name, folder / "data", **options)
+    compare.main([*(str(folder / name) for name in OPTIONS)])
+    return folder / "compare" / "compare.html"
+
+
+def test_a_case_shows_the_references_of_each_run(comparison: Path) -> None:
+    index, cases = read_viewer(comparison)
+    assert index["corruptions"] == [None, None, None, "low resolution 2"]
+    dataset = load_dataset(comparison.parents[1] / "data")
+    used = {name: load_cases(dataset, "test", one.get("reference", "retrieved"), one.get("references"))
+            for name, one in OPTIONS.items()}  # fmt: skip
+    assert {one[0] for one in index["cases"]} == {case.id for case in used["first"]}
+    for place, name in enumerate(OPTIONS):
+        expected = {case.id: [one.image for one in case.seen.references] for case in used[name]}
+        for (case, *_), shown in zip(index["cases"], cases, strict=True):
+            numbers = {one["path"]: one["numbers"][place] for one in shown["references"]}
+            assert {path: number for path, number in numbers.items() if number} == {
+                path: number for number, path in enumerate(expected[case], start=1)
+            }
+            saw = {image for *_, images, _ in shown["words"][place] for image in images}
+            assert saw == {"query", *(f"candidate {number}" for number in numbers.values() if number)}, name
+            chosen = [one["path"] for one in shown["references"] if place in one["chosen"]]
+            assert chosen == expected[case][:1], "the extractor says 1"
+
+
 def test_named_boxes_are_on_the_page_and_judged_by_their_overlap(tmp_path: Path) -> None:
     rows = [answer(make_case(tmp_path, str(number)), 0, "A") for number in range(4)]
     named = ("(100,100),(300,310)", "(500,500),(900,900)", "none", "somewhere")
@@ -314,6 +357,15 @@ def test_the_list_has_one_dot_for_each_of_many_runs(browser: Browser, runs: tupl
     titles = "[...document.querySelectorAll('#row-2 .dots i')].map(dot => dot.title)"
     assert browser.run(titles) == [f"{name}: 6 of 7 right" for name in ("base", "tuned", "third", "fourth")]
     assert browser.run("[...document.querySelectorAll('.row')].every(row => row.scrollHeight <= row.clientHeight)")
+
+
+def test_captions_name_the_runs_that_saw_an_image(browser: Browser, comparison: Path) -> None:
+    browser.open(comparison)
+    browser.run(SETTLE)
+    text = browser.run(TEXT)
+    assert "shown to the experts of none with low resolution 2" in text
+    assert re.search(r"candidate \d of first.*; candidate 1 of one, shown to the experts of one\n", text)
+    assert browser.messages == []
 
 
 def test_hostile_words_stay_words(browser: Browser, runs: tuple[Path, Path]) -> None:

@@ -25,8 +25,9 @@ WORDS = {
 def write_scripted_run(folder: Path, dataset: Path, words: Mapping[str, str] = WORDS, **changes: Any) -> Path:
     """Write a complete run in which each role says the same about every case. `changes` override run.json."""
     loaded = load_dataset(dataset)
-    cases = load_cases(loaded, changes.get("split", "test"))
-    outcomes = run_cases(cases, ScriptedBackend(dict(words)), PipelineConfig())
+    reference = changes.get("reference", "retrieved")
+    cases = load_cases(loaded, changes.get("split", "test"), reference, changes.get("references"))
+    outcomes = run_cases(cases, ScriptedBackend(dict(words)), PipelineConfig(reference=reference))
     write_jsonl(folder / "predictions.jsonl", [row for outcome in outcomes for row in outcome.predictions])
     write_jsonl(folder / "traces.jsonl", [row for outcome in outcomes for row in outcome.traces])
     run = {"dataset": str(dataset), "dataset_fingerprint": loaded.fingerprint, "split": "test", "adapters": {}}
