@@ -28,10 +28,18 @@ PACKAGES = (
     "open_clip_torch",
     "faiss-cpu",
     "scikit-image",
+    "torchvision",
+    "pillow",
+    "opencv-python-headless",
+    "numpy",
+    "scipy",
 )
 
-ANSWERING_PACKAGES = ("torch", "transformers", "peft")
-"""The PACKAGES that a model's answers depend on. The others are used for building datasets, training and evaluation."""
+ANSWERING_PACKAGES = ("torch", "transformers", "peft", "torchvision", "pillow", "opencv-python-headless")
+"""The PACKAGES that a model's answers depend on: those that decode and resize images, and those that run the model."""
+
+CORRUPTING_PACKAGES = ("numpy", "scipy")
+"""The PACKAGES on which the answers of a run with corruption depend as well."""
 
 ANSWERING_MODULES = (
     "inference.engine", "experts.pipeline", "inference.server", "data.dataset", "model.loading", "model.adapters",
@@ -51,6 +59,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def split_versions(corrupted: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the versions of the packages that a run's answers depend on, and those of Python and all others.
+
+    `corrupted` says whether the run degrades its queries.
+    """
+    found, answering = versions(), ANSWERING_PACKAGES + (CORRUPTING_PACKAGES if corrupted else ())
+    others = {name: version for name, version in found.items() if name not in answering}
+    return {name: found[name] for name in answering}, others
 
 
 def commit() -> str:

@@ -33,12 +33,11 @@ from echo_ft.model.training_overlap import BASE_MODEL, describe_training_data
 from echo_ft.processes import join_processes
 from echo_ft.provenance import (
     ANSWERING_MODULES,
-    ANSWERING_PACKAGES,
     SUPPORTING_MODULES,
     code_fingerprint,
     commit,
     source_files,
-    versions,
+    split_versions,
 )
 from echo_ft.records import Case
 from echo_ft.terminal import LOGGER, progress
@@ -161,7 +160,7 @@ def prepare_run(config: RunConfig) -> PreparedRun:
         **{name: getattr(config, name) for name in BATCH_OPTIONS if config.server is None},
         "trained_on": training,
         "warnings": warnings,
-        "other_versions": {name: version for name, version in versions().items() if name not in ANSWERING_PACKAGES},
+        "other_versions": split_versions(config.corruption is not None)[1],
         "commit": commit(),
     }
     row_builder = load_row_builder(
@@ -250,7 +249,7 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
         "base_fingerprint": weights,
         "adapters": {role: {"fingerprint": one.fingerprint, **asdict(one.card)} for role, one in adapters.items()},
         "prompt_version": PROMPT_VERSION,
-        "versions": {name: version for name, version in versions().items() if name in ANSWERING_PACKAGES},
+        "versions": split_versions(config.corruption is not None)[0],
         # This covers only code that affects answers, so a run can resume after a change to the scoring code.
         "code": code_fingerprint(
             *source_files(*ANSWERING_MODULES, exclude=SUPPORTING_MODULES),

@@ -166,6 +166,15 @@ def test_settings_under_comparison_may_differ(tmp_path: Path) -> None:
     compare.main([str(base), str(other)])
 
 
+@pytest.mark.parametrize("corrupted", [False, True])
+def test_the_packages_that_corrupt_queries_matter_only_to_runs_with_corruption(corrupted: bool) -> None:
+    answering, others = provenance.split_versions(corrupted)
+    assert ("scipy" in answering, "scipy" in others) == (corrupted, not corrupted)
+    assert {"torchvision", "pillow", "opencv-python-headless"} <= set(answering)
+    assert {**answering, **others} == provenance.versions()
+    assert "absent" not in answering.values()
+
+
 def test_the_commit_is_that_of_the_code_and_not_of_a_repository_around_an_installed_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

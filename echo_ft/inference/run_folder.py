@@ -218,11 +218,14 @@ class RunFolder:
     def _resume(self, earlier: Mapping[str, Any]) -> None:
         """Check that `earlier` has the same provenance, and take over its notes."""
         required = self._required()
-        difference = _difference("", {key: earlier.get(key) for key in required}, json.loads(json.dumps(required)))
+        before: dict[str, Any] = {key: earlier.get(key) for key in required}
+        if isinstance(before.get("versions"), dict):  # older runs recorded fewer packages
+            before["versions"] = {**required["versions"], **before["versions"]}
+        difference = _difference("", before, json.loads(json.dumps(required)))
         if difference:
-            name, before, now = difference
+            name, earlier_value, now = difference
             raise EchoError(
-                f"{self.folder} holds a run in which {name} is {before!r}, not {now!r}; "
+                f"{self.folder} holds a run in which {name} is {earlier_value!r}, not {now!r}; "
                 "choose another --output, or delete that folder to start over"
             )
         self._notes = {

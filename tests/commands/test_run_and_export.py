@@ -71,8 +71,9 @@ def test_a_run_answers_every_question_and_adapters_change_the_answers(dataset, a
     assert set(provenance["adapters"]) == set(ROLES)
     for role, adapter in find(adapters).items():
         assert provenance["adapters"][role]["fingerprint"] == adapter.fingerprint
-    assert set(provenance["versions"]) == {"torch", "transformers", "peft"}
-    assert "python" in provenance["other_versions"]
+    imaging = {"torchvision", "pillow", "opencv-python-headless"}
+    assert set(provenance["versions"]) == {"torch", "transformers", "peft", *imaging}
+    assert {"python", "numpy", "scipy"} <= set(provenance["other_versions"])
     assert provenance["adapters_folder"] == str(adapters)
 
 

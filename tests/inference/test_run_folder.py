@@ -103,6 +103,18 @@ def test_the_error_names_nested_and_missing_values(tmp_path, cases):
         run(tmp_path / "run", cases)
 
 
+def test_a_run_resumes_without_the_versions_that_it_did_not_record(tmp_path, cases):
+    older, newer = {"torch": "2"}, {"torch": "2", "pillow": "13"}
+    run(tmp_path / "run", cases, {**PROVENANCE, "versions": older}, stop_after=1)
+    with pytest.raises(EchoError, match=r"versions\.torch is '2', not '3'"):
+        run(tmp_path / "run", cases, {**PROVENANCE, "versions": {**newer, "torch": "3"}})
+    run(tmp_path / "run", cases, {**PROVENANCE, "versions": newer}, stop_after=1)
+    with pytest.raises(EchoError, match=r"versions\.pillow is '13', not '14'"):
+        run(tmp_path / "run", cases, {**PROVENANCE, "versions": {**newer, "pillow": "14"}})
+    run(tmp_path / "run", cases, {**PROVENANCE, "versions": newer})
+    assert json.loads((tmp_path / "run" / RUN_DESCRIPTION).read_text())["versions"] == newer
+
+
 def test_different_notes_do_not_stop_a_run_and_are_recorded(tmp_path, cases):
     first, second = {"commit": "one", "warnings": []}, {"commit": "two", "warnings": []}
     run(tmp_path / "run", cases, notes=first, stop_after=1)
