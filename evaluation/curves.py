@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,9 @@ class AblationCell:
     name: str
     differs: dict[str, Any]
     figures: dict[str, CellFigure]
-
-
-CELL_FIELDS = tuple(one.name for one in fields(AblationCell))
+    corruption: str | None
+    severity: int
+    """0 without corruption."""
 
 
 def main(argv: list[str]) -> None:
@@ -89,12 +89,19 @@ def main(argv: list[str]) -> None:
     if not source.is_file():
         raise EchoError(f"there is no {source}; run python -m evaluation.ablate first")
     try:
-        rows = read_json_object(source)["cells"]
-        cells = [from_dict(AblationCell, {name: row[name] for name in CELL_FIELDS}) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+        table = read_json_object(source)
+        cells = [_read_cell(row, table["provenance"][row["name"]]) for row in table["cells"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EchoError(f"{source} is not the result of an ablation ({error})") from error
     draw_curves(read_curves(cells, config.figure, source), config.figure, output)
     print(f"wrote {output}")
+
+
+def _read_cell(row: Mapping[str, Any], provenance: Mapping[str, Any]) -> AblationCell:
+    """Read a cell. Its corruption comes from its run, because the shared options may name it."""
+    content = {name: row[name] for name in ("name", "differs", "figures")}
+    corruption = {"corruption": provenance.get("corruption"), "severity": provenance.get("severity") or 0}
+    return from_dict(AblationCell, content | corruption)
 
 
 def read_curves(cells: Sequence[AblationCell], figure: str, source: Path) -> list[Curve]:
@@ -103,18 +110,17 @@ def read_curves(cells: Sequence[AblationCell], figure: str, source: Path) -> lis
     Raises EchoError if no cell corrupts images, if a corrupted cell has no counterpart without corruption, or if a cell
     lacks the figure.
     """
-    cleans = {_other_options(cell): cell for cell in cells if "corruption" not in cell.differs}
+    cleans = {_other_options(cell): cell for cell in cells if cell.corruption is None}
     corrupted: dict[str, dict[str, dict[int, Point]]] = {key: {} for key in cleans}
     for cell in cells:
-        if "corruption" in cell.differs:
+        if cell.corruption is not None:
             key = _other_options(cell)
             if key not in cleans:
                 raise EchoError(
                     f"{source}: the cell {cell.name!r} has no counterpart without corruption; add a cell with the same "
                     "other options"
                 )
-            kind, severity = cell.differs["corruption"], cell.differs["severity"]
-            corrupted[key].setdefault(kind, {})[severity] = _point(cell, figure, source)
+            corrupted[key].setdefault(cell.corruption, {})[cell.severity] = _point(cell, figure, source)
     if not any(corrupted.values()):
         raise EchoError(f"{source} has no cell with corruption; add some, as recipes/tiny/curves.yaml does")
     return [Curve(cell.name, _point(cell, figure, source), corrupted[key]) for key, cell in cleans.items()]
@@ -156,12 +162,12 @@ def draw_curves(curves: Sequence[Curve], figure: str, output: Path) -> None:
         rows, COLUMNS, figsize=(2.9 * COLUMNS, 2.6 * rows + 0.4), sharey=True, squeeze=False, layout="constrained"
     )
     panels = list(grid.flat)
-    drawn = [curve for curve in curves if curve.corrupted]
+    drawn = [(index, curve) for index, curve in enumerate(curves) if curve.corrupted]
     for kind, panel in zip(kinds, panels, strict=False):
-        for index, curve in enumerate(drawn):
+        for place, (index, curve) in enumerate(drawn):
             points = {0: curve.clean, **dict(sorted(curve.corrupted.get(kind, {}).items()))}
             # Shift the curves against each other, so that their bars do not overlap.
-            _draw(panel, [severity + 0.08 * index for severity in points], list(points.values()), index, curve.name)
+            _draw(panel, [severity + 0.08 * place for severity in points], list(points.values()), index, curve.name)
         panel.set_title(kind.replace("_", " "))
         panel.set_xlabel("severity")
         panel.set_xticks(range(6))
@@ -187,7 +193,7 @@ def draw_curves(curves: Sequence[Curve], figure: str, output: Path) -> None:
 
 
 def _draw(panel: Any, places: Sequence[float], points: Sequence[Point], index: int, name: str) -> None:
-    """Draw points at `places` on the x-axis, with their intervals if they have any."""
+    """Draw the points of the curve number `index` at `places` on the x-axis, with their intervals if they have any."""
     colour = COLOURS[index % len(COLOURS)]
     panel.plot(places, [point.value for point in points], "o-", color=colour, markersize=3.5, linewidth=1.4, label=name)
     for place, point in zip(places, points, strict=True):

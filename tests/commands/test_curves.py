@@ -34,16 +34,21 @@ CELLS = [
 ]
 
 
-def write_ablation(folder: Path, cells: list[dict[str, Any]]) -> list[str]:
-    (folder / "ablation.json").write_text(json.dumps({"baseline": "tuned", "cells": cells}))
+def write_ablation(folder: Path, cells: list[dict[str, Any]], **shared: Any) -> list[str]:
+    options = {"corruption": None, "severity": None, **shared}
+    provenance = {one["name"]: {**options, **one.get("differs", {})} for one in cells}
+    table = {"baseline": "tuned", "cells": cells, "provenance": provenance}
+    (folder / "ablation.json").write_text(json.dumps(table))
     return [str(folder), "--output", str(folder / "pictures" / "curves.svg")]
 
 
-def read(folder: Path, cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, *more: str) -> list[Curve]:
+def read(
+    folder: Path, cells: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, *more: str, **shared: Any
+) -> list[Curve]:
     """The curves that the command draws."""
     drawn: list[Curve] = []
     monkeypatch.setattr(curves, "draw_curves", lambda found, figure, output: drawn.extend(found))
-    curves.main([*write_ablation(folder, cells), *more])
+    curves.main([*write_ablation(folder, cells, **shared), *more])
     return drawn
 
 
@@ -54,6 +59,27 @@ def test_cells_that_differ_only_in_the_corruption_form_a_curve(tmp_path, monkeyp
     assert {severity: point.value for severity, point in tuned.corrupted["blur"].items()} == {1: 0.9, 5: 0.6}
     assert hardened.corrupted == {"motion": {2: Point(0.8, 0.8 - 0.05, 0.8 + 0.03)}}
     assert not without.corrupted
+
+
+def test_the_corruption_may_be_a_shared_option(tmp_path, monkeypatch):
+    cells = [cell("clean", 0.9, corruption=None, severity=None), cell("1", 0.8, severity=1), cell("2", 0.7, severity=2)]
+    (curve,) = read(tmp_path, cells, monkeypatch, corruption="blur")
+    assert (curve.name, curve.clean.value) == ("clean", 0.9)
+    assert {severity: point.value for severity, point in curve.corrupted["blur"].items()} == {1: 0.8, 2: 0.7}
+    cells = [cell("clean", 0.9, severity=None), cell("blurred", 0.6, corruption="blur")]
+    (curve,) = read(tmp_path, cells, monkeypatch, severity=3)
+    assert curve.corrupted["blur"][3].value == 0.6
+
+
+def test_a_cell_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    colours: dict[str, set[int]] = {}
+    monkeypatch.setattr(
+        curves, "_draw", lambda _panel, _places, _points, index, name: colours.setdefault(name, set()).add(index)
+    )
+    cells = [cell("base", 0.5, adapters=None), *CELLS]
+    found = [curves._read_cell(one, one["differs"]) for one in cells]
+    curves.draw_curves(curves.read_curves(found, "AUROC", tmp_path), "AUROC", tmp_path / "curves.svg")
+    assert colours == {"base": {0}, "tuned": {1}, "hardened": {2}, "without reference": {3}}
 
 
 def test_another_figure_is_drawn_by_choice(tmp_path, monkeypatch):
