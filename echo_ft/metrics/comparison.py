@@ -59,14 +59,14 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
     intervals then include the variation between seeds, as far as a few runs can show it.
     """
     base, first = groups[0], groups[0].tables[0]
-    key_figure = headline(first)
-    weights = first.weights()
-    part_counts = [compared_part_counts(group.tables[0]) for group in groups]
+    key_figure, single_class = headline(first), bool(strict.single_class_rows(first))
+    weights, scored = first.weights(), scored_in_all(groups)
+    part_counts = [compared_part_counts(group.tables[0], scored) for group in groups]
     resampled = [
-        resample_runs([compared_metrics(table, weights) for table in group.tables], seed)
+        resample_runs([compared_metrics(table, weights, scored) for table in group.tables], seed)
         for seed, group in enumerate(groups, start=1)
     ]
-    described = [_describe_group(*one) for one in zip(groups, resampled, part_counts, strict=True)]
+    described = [_describe_group(*one, scored) for one in zip(groups, resampled, part_counts, strict=True)]
     tests = _corrected_tests(base, groups[1:])
     questions, cases = len(first.predictions), len({one.case for one in first.predictions})
     differences = []
@@ -77,7 +77,14 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
             change, parts = resampled[place][key] - resampled[0][key], min(count, part_counts[place][key])
             rows[key] = {
                 "difference": None if after is None or before is None else after - before,
-                "interval": metric_interval(change, parts, key, difference=True, percent=_in_percent(first, key)),
+                "interval": metric_interval(
+                    change,
+                    parts,
+                    key,
+                    difference=True,
+                    percent=_in_percent(first, key),
+                    single_class=single_class,
+                ),
             }
         sentence = describe_difference(group.title, base.title, rows[key_figure], questions, cases)
         differences.append({"run": group.name, "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
@@ -93,11 +100,35 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
             for name, run in zip(group.members, group.runs, strict=True)
             for text in run.warnings
         ]
-        + server_warnings(groups),
+        + server_warnings(groups)
+        + scored_warnings(groups),
         "runs": described,
         "differences": differences,
         "bootstrap": BOOTSTRAP,
     }
+
+
+def scored_in_all(groups: Sequence[RunGroup]) -> np.ndarray:
+    """Return which images have a P(defect) in every run, (N,) bool. Runs without any P(defect) do not count."""
+    tables = [table for group in groups for table in group.tables]
+    return np.logical_and.reduce([table.scored for table in tables if table.scored.any()] or [tables[0].scored])
+
+
+def scored_warnings(groups: Sequence[RunGroup]) -> list[str]:
+    """Warn if AUROC leaves out images because a run has no P(defect) for them."""
+    images, scored = detection_images(groups[0].tables[0]), scored_in_all(groups)
+    runs = [
+        (name, int((images & table.scored).sum()))
+        for group in groups
+        for name, table in zip(group.members, group.tables, strict=True)
+    ]
+    short = [f"{name} has one for {count}" for name, count in runs if 0 < count < images.sum()]
+    if not short:
+        return []
+    return [
+        f"AUROC covers only {(images & scored).sum()} of {images.sum()} images, because it needs their P(defect) from "
+        f"every run ({', '.join(short)})"
+    ]
 
 
 def server_warnings(groups: Sequence[RunGroup]) -> list[str]:
@@ -143,10 +174,12 @@ def resample_runs(resampled: Sequence[dict[str, np.ndarray]], seed: int) -> dict
 
 
 def _describe_group(
-    group: RunGroup, resampled: Mapping[str, np.ndarray], part_counts: Mapping[str, int]
+    group: RunGroup, resampled: Mapping[str, np.ndarray], part_counts: Mapping[str, int], scored: np.ndarray
 ) -> dict[str, Any]:
     """Return the metrics of a group with their intervals, its answer counts and its provenance."""
-    values = [compared_metrics(table, group.tables[0].unit_weights()) for table in group.tables]
+    first = group.tables[0]
+    values = [compared_metrics(table, first.unit_weights(), scored) for table in group.tables]
+    single_class = bool(strict.single_class_rows(first))
     return {
         "name": group.name,
         "title": group.title,
@@ -154,7 +187,11 @@ def _describe_group(
         "protocol": "; or ".join(dict.fromkeys(map(describe_protocol, group.runs))),
         "figures": {
             key: mean_over_runs([json_number(metrics[key][0]) for metrics in values])
-            | {"interval": metric_interval(resampled[key], parts, key, percent=_in_percent(group.tables[0], key))}
+            | {
+                "interval": metric_interval(
+                    resampled[key], parts, key, percent=_in_percent(first, key), single_class=single_class
+                )
+            }
             for key, parts in part_counts.items()
         },
         "counts": strict.answer_counts([one for run in group.runs for one in run.predictions]),
@@ -225,22 +262,25 @@ def describe_difference(name: str, baseline: str, average: Mapping[str, Any], qu
     )
 
 
-def compared_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
+def compared_metrics(
+    table: PredictionTable, weights: np.ndarray, scored: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Return the compared metrics (R,): the `Average` row and ALARM_METRICS in percent, and detection from 0 to 1.
 
+    AUROC covers the images in `scored`, (N,) bool, that have a P(defect), by default all that have one.
     Question types that are not MMAD's follow, in percent. If the table has only such types, their mean comes first.
     """
     row = strict.strict_array(table, weights)[:, -1].T
-    ours = _in_order(row, detection_metrics(table, weights), alarm_metrics(table, weights))
+    ours = _in_order(row, detection_metrics(table, weights, scored=scored), alarm_metrics(table, weights))
     return _with_other_types(table, ours, strict.other_type_array(table, weights).T)
 
 
-def compared_part_counts(table: PredictionTable) -> dict[str, int]:
+def compared_part_counts(table: PredictionTable, scored: np.ndarray | None = None) -> dict[str, int]:
     """Count the parts behind each of `compared_metrics`."""
     counts, images = strict.strict_part_counts(table)[-1].tolist(), detection_images(table)
     alarms = alarm_part_counts(table, images)
-    by_name = {name: alarms[rate] for name, (_, _, rate) in ALARM_METRICS.items()}
-    ours = _in_order(counts, detection_part_counts(table, images), by_name)
+    by_name = {name: alarms[by, rate] for name, (_, by, rate) in ALARM_METRICS.items()}
+    ours = _in_order(counts, detection_part_counts(table, images, scored), by_name)
     return _with_other_types(table, ours, strict.other_type_part_counts(table))
 
 

@@ -56,12 +56,13 @@ def auroc(weights: np.ndarray, scores: np.ndarray, positive: np.ndarray) -> np.n
 
 
 def detection_metrics(
-    table: PredictionTable, weights: np.ndarray, members: np.ndarray | None = None
+    table: PredictionTable, weights: np.ndarray, members: np.ndarray | None = None, scored: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """Return each detection metric (R,) of the images `members`, (N,) bool, or of all images.
 
-    `auroc` covers the images that have a P(defect). `recall` (on defective images), `specificity` (on normal ones) and
-    `balanced_accuracy` (their mean) cover all decisions and count unparsed ones as wrong.
+    `auroc` covers the images that have a P(defect), or those of them in `scored`, (N,) bool. `recall` (on defective
+    images), `specificity` (on normal ones) and `balanced_accuracy` (their mean) cover all decisions and count unparsed
+    ones as wrong.
     """
     members = np.ones(len(table.images), dtype=bool) if members is None else members
     total, correct = np.zeros(len(table.images)), np.zeros(len(table.images))
@@ -74,7 +75,7 @@ def detection_metrics(
         return intervals.ratio(weights[:, chosen] @ correct[chosen], weights[:, chosen] @ total[chosen])
 
     recall, specificity = accuracy(table.defective), accuracy(~table.defective)
-    scored = members & ~np.isnan(table.defect_scores)
+    scored = members & table.scored & (True if scored is None else scored)
     return {
         "auroc": auroc(weights[:, scored], table.defect_scores[scored], table.defective[scored]),
         "recall": recall,
@@ -83,10 +84,12 @@ def detection_metrics(
     }
 
 
-def detection_part_counts(table: PredictionTable, members: np.ndarray) -> dict[str, int]:
+def detection_part_counts(
+    table: PredictionTable, members: np.ndarray, scored: np.ndarray | None = None
+) -> dict[str, int]:
     """Count the parts behind each of `detection_metrics`. A metric of two classes has the count of the smaller one."""
     return {
-        "auroc": table.smaller_class_parts(members & ~np.isnan(table.defect_scores)),
+        "auroc": table.smaller_class_parts(members & table.scored & (True if scored is None else scored)),
         "recall": table.smaller_class_parts(members & table.defective),
         "specificity": table.smaller_class_parts(members & ~table.defective),
         "balanced_accuracy": table.smaller_class_parts(members),
@@ -104,7 +107,7 @@ def score_detection(table: PredictionTable) -> dict[str, dict[str, Any]]:
             "images": int(members.sum()),
             "normal": int((members & ~table.defective).sum()),
             "defective": int((members & table.defective).sum()),
-            "scored": int((members & ~np.isnan(table.defect_scores)).sum()),
+            "scored": int((members & table.scored).sum()),
             **{key: json_number(value[0]) for key, value in metrics.items()},
             "average_precision": average_precision(table, members),
             "intervals": {key: metric_interval(value, parts[key], key) for key, value in resampled.items()},
@@ -129,7 +132,7 @@ def detection_images(table: PredictionTable) -> np.ndarray:
 
 def average_precision(table: PredictionTable, members: np.ndarray) -> float | None:
     """Return scikit-learn's average precision of P(defect) over `members`, (N,) bool; None if a class is missing."""
-    scored = members & ~np.isnan(table.defect_scores)
+    scored = members & table.scored
     truth = table.defective[scored]
     if not 0 < truth.sum() < len(truth):
         return None
@@ -140,13 +143,12 @@ def average_precision(table: PredictionTable, members: np.ndarray) -> float | No
 
 def roc_points(table: PredictionTable) -> list[tuple[float, float]]:
     """Return the ROC curve of P(defect) as (false positive rate, true positive rate); empty if a class is missing."""
-    scored = ~np.isnan(table.defect_scores)
-    truth = table.defective[scored]
+    truth = table.defective[table.scored]
     if not 0 < truth.sum() < len(truth):
         return []
     from sklearn.metrics import roc_curve
 
-    false_positive, true_positive, _ = roc_curve(truth, table.defect_scores[scored])
+    false_positive, true_positive, _ = roc_curve(truth, table.defect_scores[table.scored])
     return list(zip(false_positive.tolist(), true_positive.tolist(), strict=True))
 
 
@@ -199,10 +201,20 @@ def alarm_units(table: PredictionTable, members: np.ndarray) -> dict[tuple[str, 
     }
 
 
-def alarm_part_counts(table: PredictionTable, members: np.ndarray) -> dict[str, int]:
-    """Count the parts behind `false_alarms` and behind `escapes`."""
-    of_class = {"false_alarms": ~table.defective, "escapes": table.defective}
-    return {name: table.smaller_class_parts(members & chosen) for name, chosen in of_class.items()}
+def alarm_part_counts(table: PredictionTable, members: np.ndarray) -> dict[tuple[str, str], int]:
+    """Count the parts behind each rate: {(`images` or `parts`, `false_alarms` or `escapes`): parts}.
+
+    A part with good and defective images is behind the false alarms of images, but not of parts, where it is defective.
+    """
+    good, defective, shown = (
+        len(np.unique(table.part_index[members & chosen])) for chosen in (~table.defective, table.defective, True)
+    )
+    return {
+        ("images", "false_alarms"): good,
+        ("images", "escapes"): defective,
+        ("parts", "false_alarms"): shown - defective,
+        ("parts", "escapes"): defective,
+    }
 
 
 def alarm_metrics(table: PredictionTable, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -233,6 +245,6 @@ def score_alarms(table: PredictionTable) -> dict[str, dict[str, Any]]:
                 "good": int((~units.defective).sum()),
                 "defective": int(units.defective.sum()),
                 **{key: json_number(value[0]) for key, value in shares.items()},
-                "intervals": {key: metric_interval(value, parts[key]) for key, value in resampled.items()},
+                "intervals": {key: metric_interval(value, parts[by, key]) for key, value in resampled.items()},
             }
     return rows

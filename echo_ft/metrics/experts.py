@@ -147,8 +147,8 @@ def mean_over_groups(
 
     Parts are resampled within their group, so no resample leaves a group empty. Each group takes one degree of freedom.
     Resamples of n parts underestimate the standard deviation by a factor of sqrt(1 - 1 / n), which matters for groups
-    of few parts and is corrected per group. A group of one part shows no variation, so there is no interval if any
-    group has only one.
+    of few parts and is corrected per group, in place of the correction in `intervals.percentile_interval`. A group of
+    one part shows no variation, so there is no interval if any group has only one.
     """
     units: dict[tuple[int, int], list[bool]] = {}
     for number, own in enumerate(groups):
@@ -159,14 +159,15 @@ def mean_over_groups(
     total, correct = np.array([len(one) for one in units.values()]), np.array([sum(one) for one in units.values()])
     weights = intervals.resample(group.tolist())
     sizes = np.bincount(group)
+    degrees_of_freedom = len(units) - len(groups) + 1
+    corrected_later = 1 - 1 / max(degrees_of_freedom, 2)
     shares, resampled_shares = [], []
     for number, own in enumerate(groups):
         own_units = group == number
         drawn = weights[:, own_units]
         shares.append(float(np.mean([judgement.correct for judgement in own])))
         deviations = (drawn @ correct[own_units]) / (drawn @ total[own_units]) - shares[-1]
-        resampled_shares.append(shares[-1] + deviations / np.sqrt(1 - 1 / max(sizes[number], 2)))
-    degrees_of_freedom = len(units) - len(groups) + 1
+        resampled_shares.append(shares[-1] + deviations * np.sqrt(corrected_later / (1 - 1 / max(sizes[number], 2))))
     resampled = np.clip(np.mean(resampled_shares, axis=0), 0, 1)
     return {
         "value": float(np.mean(shares)),

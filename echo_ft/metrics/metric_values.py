@@ -37,9 +37,8 @@ MIN_PARTS = 5
 """Smallest number of parts for which a metric has an interval."""
 
 
-def class_count(metric: str) -> int:
-    """Count the accuracies that a metric averages: 2 if normal and defective images have equal weight, else 1."""
-    return 2 if metric in (QUESTION_TYPES[DETECTION_INDEX], "balanced_accuracy") else 1
+TWO_CLASSES = (QUESTION_TYPES[DETECTION_INDEX], "balanced_accuracy")
+"""The metrics that average two accuracies, one on normal images and one on defective images."""
 
 
 def json_number(value: float) -> float | None:
@@ -53,20 +52,27 @@ def json_interval(low: float | None, high: float | None) -> list[float] | None:
 
 
 def metric_interval(
-    values: np.ndarray, parts: int, metric: str = "", difference: bool = False, percent: bool = False
+    values: np.ndarray,
+    parts: int,
+    metric: str = "",
+    difference: bool = False,
+    percent: bool = False,
+    single_class: bool = False,
 ) -> list[float] | None:
     """Return the 95% interval of a metric with the resampled `values` (R,), which come from this number of `parts`.
 
     `metric` is the name of a column of the strict table, of one of ALARM_METRICS or of a detection metric. All other
     metrics are fractions from 0 to 1, or percentages with `percent`. `difference` is true if the value is the
-    difference between two metrics. Return None if all values are nan, or if there are fewer than MIN_PARTS parts: too
-    few to resample.
+    difference between two metrics, and `single_class` if only normal or only defective images have questions of
+    Anomaly Detection, at least in one row of the strict table. Return None if all values are nan, or if there are fewer
+    than MIN_PARTS parts: too few to resample.
     """
     if parts < MIN_PARTS:
         return None
     top = 100.0 if percent or metric in (*QUESTION_TYPES, AVERAGE, *ALARM_METRICS) else 1.0
     bounds = (-top if difference else 0.0, top)
-    interval = intervals.percentile_interval(values, parts, bounds, classes=class_count(metric))
+    classes = 2 if metric in TWO_CLASSES and not single_class else 1
+    interval = intervals.percentile_interval(values, parts, bounds, classes=classes)
     return json_interval(*map(json_number, interval))
 
 

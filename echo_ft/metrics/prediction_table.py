@@ -70,6 +70,11 @@ class PredictionTable:
         return np.array([np.mean(scores) if scores else np.nan for scores in scores_by_image])
 
     @cached_property
+    def scored(self) -> np.ndarray:
+        """(N,) bool: whether each image has a P(defect)."""
+        return ~np.isnan(self.defect_scores)
+
+    @cached_property
     def parts(self) -> list[tuple[str, str, str]]:
         """The part that each image shows. Dataset, product and group identify a part, as in `splits.part_key`."""
         group = {image_key(prediction): prediction.group for prediction in self.predictions}

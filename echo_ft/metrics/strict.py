@@ -26,7 +26,6 @@ from echo_ft.metrics.metric_values import (
     DETECTION_INDEX,
     MIN_PARTS,
     ScoreTable,
-    class_count,
     json_interval,
     json_number,
     metric_interval,
@@ -94,8 +93,12 @@ def strict_intervals(table: PredictionTable, by: str = "dataset") -> dict[str, d
 
     A score that rests on fewer than MIN_PARTS parts has no interval.
     """
-    counts = strict_part_counts(table, by)
-    classes = np.array([class_count(column) for column in (*QUESTION_TYPES, AVERAGE)])
+    counts, single = strict_part_counts(table, by), single_class_rows(table, by)
+    classes = np.ones_like(counts)
+    classes[:, DETECTION_INDEX] = [
+        *(1 if name in single else 2 for name in table.group_images(by)[0]),
+        1 if single else 2,
+    ]
     resampled = strict_array(table, table.weights(by), by)
     bounds = intervals.percentile_interval(resampled, counts, (0.0, 100.0), classes=classes)
     low, high = np.where(counts < MIN_PARTS, np.nan, bounds)

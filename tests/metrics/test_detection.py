@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from echo_ft.metrics import intervals
+from echo_ft.metrics.comparison import compared_part_counts
 from echo_ft.metrics.detection import alarm_metrics, auroc, detection_metrics, score_alarms, score_detection
 from echo_ft.metrics.metric_values import ALARM_METRICS
 from echo_ft.metrics.prediction_table import make_prediction_table
@@ -94,6 +95,25 @@ def test_false_alarms_and_escapes_are_counted_by_image_and_by_part() -> None:
         ("p_defect", "parts"): (3, 2 / 3, 3, 1 / 3),
     }
     assert found["All"]["answers"]["parts"]["intervals"] == {"false_alarms": None, "escapes": None}, "too few parts"
+
+
+def test_parts_with_good_and_defective_images_are_behind_no_false_alarm_of_parts() -> None:
+    rows = [make_prediction(place, DETECTION, True, GOOD, group=f"good {place}") for place in range(2)]
+    for place in range(40):
+        rows += [
+            make_prediction(
+                2 * place + 10 + condition, DETECTION, True, (GOOD, "crack")[condition], group=f"mixed {place}"
+            )
+            for condition in (0, 1)
+        ]
+    table = make_prediction_table(rows)
+    found = score_alarms(table)["All"]["answers"]
+    assert (found["parts"]["good"], found["parts"]["intervals"]["false_alarms"]) == (2, None), "two parts are too few"
+    assert found["images"]["intervals"]["false_alarms"]
+    assert found["parts"]["intervals"]["escapes"]
+    counts = compared_part_counts(table)
+    names = ("False alarms, images", "False alarms, parts", "Escapes, images", "Escapes, parts")
+    assert [counts[name] for name in names] == [42, 2, 40, 40]
 
 
 def test_a_resample_draws_all_images_of_a_part() -> None:

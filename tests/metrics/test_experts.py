@@ -18,6 +18,8 @@ from echo_ft.images import masks
 from echo_ft.inference.run_folder import ROW_DIGESTS, RUN_DESCRIPTION
 from echo_ft.metrics import experts
 from echo_ft.metrics.experts import Judgement, concluded_letter, named_condition, named_location
+from echo_ft.metrics.intervals import resample
+from echo_ft.metrics.metric_values import share_with_interval
 from echo_ft.metrics.prediction_table import make_prediction_table
 from echo_ft.records import GOOD, LETTERS, Case, Entry, Exchange, Generation, Trace
 from evaluation import formatting, score
@@ -239,6 +241,16 @@ def test_interval_of_the_mean_over_conditions_contains_the_truth(conditions: int
         low, high = experts.mean_over_groups(table, images, groups)["interval"]
         contained.append(low - 1e-9 <= accuracies.mean() <= high + 1e-9)
     assert lowest <= np.mean(contained) <= 0.985
+
+
+def test_recall_of_one_condition_has_the_interval_of_its_share() -> None:
+    correct = np.arange(12) % 2 == 0
+    table = SimpleNamespace(part_index=np.arange(12), images=tuple(range(12)))
+    own = [Judgement("condition", f"{place}", bool(one), True, 0.5) for place, one in enumerate(correct)]
+    found = experts.mean_over_groups(table, {f"{place}": place for place in range(12)}, [own])
+    assert share_with_interval(table, resample([0] * 12), np.arange(12), correct) == (
+        found["value"], pytest.approx(found["interval"])
+    )  # fmt: skip
 
 
 def test_location_with_some_of_the_defect_differs_from_its_own(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from echo_ft.metrics import comparison, detection, strict
+from echo_ft.metrics.loading import Run
 from echo_ft.metrics.metric_values import AVERAGE
 from echo_ft.metrics.mmad import from_predictions, official_table
 from echo_ft.metrics.prediction_table import make_prediction_table
@@ -130,6 +133,57 @@ def test_score_rests_on_the_parts_of_its_smaller_class() -> None:
     assert counts[:, [*columns, -1]].tolist() == [[3, 1, 0, 7], [1, 0, 1, 1], [1, 1, 1, 1]]
     compared = comparison.compared_part_counts(table)
     assert [compared[key] for key in ("AUROC", "recall", "specificity", "Average")] == [3, 5, 3, 1]
+
+
+@pytest.mark.parametrize("count", [8, 20])
+def test_detection_with_one_class_has_the_exact_interval_of_a_share(count: int) -> None:
+    rows = [make_prediction(image, DETECTION, True) for image in range(count)]
+    both = [*rows, *(make_prediction(count + image, DETECTION, True, GOOD) for image in range(count))]
+    exact = 100 * binomtest(count, count).proportion_ci(0.95, "exact").low
+    for some, low in ((rows, exact), (both, (100 + exact) / 2)):
+        run = Run(Path("run"), some, {}, [], [])
+        group = comparison.RunGroup("run", ["run"], [run], [make_prediction_table(some)])
+        for row in ("D", AVERAGE):
+            assert strict.strict_intervals(group.tables[0])[row][DETECTION] == pytest.approx([low, 100])
+        found = comparison.build_comparison([group, dataclasses.replace(group, name="other")])
+        assert found["runs"][0]["figures"][DETECTION]["interval"] == pytest.approx([low, 100])
+        difference = found["differences"][0]["figures"][DETECTION]["interval"]
+        assert difference == pytest.approx([low - 100, 100 - low])
+
+
+def test_auroc_is_compared_on_the_images_that_all_runs_score() -> None:
+    """The second run equals the first, but fails on most images that the first gets wrong."""
+    draw = np.random.default_rng(0)
+    first = []
+    for image in range(120):
+        condition, score = (GOOD, "crack")[image % 2], float(np.clip(draw.normal(0.4 + 0.2 * (image % 2), 0.2), 0, 1))
+        row = make_prediction(image, DETECTION, (score >= 0.5) == (image % 2), condition)
+        first.append(dataclasses.replace(row, probabilities={"A": score, "B": 1 - score}))
+    second = [
+        row
+        if row.parsed == row.answer
+        else dataclasses.replace(row, probabilities=None, parsed=None, error="out of memory")
+        for row in first
+    ]
+    groups = [
+        comparison.RunGroup(name, [name], [Run(Path(name), rows, {}, [], [])], [make_prediction_table(rows)])
+        for name, rows in (("first", first), ("second", second))
+    ]
+    found, count = comparison.build_comparison(groups), sum(row.error is None for row in second)
+    assert found["differences"][0]["figures"]["AUROC"]["difference"] == 0
+    alone = detection.score_detection(groups[1].tables[0])["All"]["auroc"]
+    assert [run["figures"]["AUROC"]["value"] for run in found["runs"]] == [alone, alone]
+    assert found["warnings"] == [
+        f"AUROC covers only {count} of 120 images, because it needs their P(defect) from every run "
+        f"(second has one for {count})"
+    ]
+    unscored = [dataclasses.replace(row, probabilities=None) for row in first]
+    table = make_prediction_table(unscored)
+    silent = comparison.RunGroup("silent", ["silent"], [Run(Path("silent"), unscored, {}, [], [])], [table])
+    found = comparison.build_comparison([groups[0], silent])
+    assert found["warnings"] == []
+    own, other = (run["figures"]["AUROC"]["value"] for run in found["runs"])
+    assert (own, other) == (detection.score_detection(groups[0].tables[0])["All"]["auroc"], None)
 
 
 def test_both_classes_of_a_part_widen_the_detection_interval() -> None:
