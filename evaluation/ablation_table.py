@@ -12,10 +12,10 @@ from typing import Any
 
 from echo_ft.files import write_json, write_text
 from echo_ft.metrics import intervals
-from echo_ft.metrics.comparison import ALL_QUESTIONS, RunGroup, build_comparison
+from echo_ft.metrics.comparison import ALL_QUESTIONS, RunGroup, build_comparison, headline, scored_warnings
 from echo_ft.metrics.intervals import BOOTSTRAP
 from echo_ft.metrics.loading import load_run
-from echo_ft.metrics.metric_values import AVERAGE, MIN_PARTS
+from echo_ft.metrics.metric_values import MIN_PARTS, OTHER_AVERAGE
 from echo_ft.metrics.prediction_table import make_prediction_table
 from echo_ft.metrics.report import small_class_warnings
 from echo_ft.records import QUESTION_TYPES, Prediction
@@ -38,6 +38,9 @@ INITIALS = {kind: "".join(word[0] for word in kind.split()) for kind in QUESTION
 ALARM_COLUMNS = {"false alarms, %": "False alarms, parts", "escapes, %": "Escapes, parts"}
 """Column headings of false alarms and escapes, and their names in a comparison."""
 
+NO_SCORE: Mapping[str, Any] = {"value": None, "difference": None, "interval": None}
+"""Figure of a cell without questions of the types that the table sums up."""
+
 QuestionKey = tuple[Any, ...]
 """Everything that identifies a question and the image that it is about."""
 
@@ -51,7 +54,7 @@ def build_table(
     names of run folders to the time spent on them. Each cell of the result has its `figures` with intervals, None if
     they rest on too few parts, its `counts`, and its `difference` from the baseline. The difference is None for the
     baseline and for a cell that shares no question with it. `p_holm` is corrected for multiple comparisons across all
-    differences in the table.
+    differences in the table. `headline` names the figure that sums up a cell: the one of the baseline.
 
     Raises EchoError if a run cannot be loaded.
     """
@@ -61,6 +64,7 @@ def build_table(
     scores, differences, warnings = _compare_cells(groups, folders[baseline], baseline)
     return {
         "baseline": baseline,
+        "headline": headline(groups[folders[baseline]].tables[0]),
         "cells": [
             {
                 "name": name,
@@ -106,10 +110,12 @@ def _compare_cells(
         if shared:
             pair = [_restrict(one, shared) for one in (base, group)]
             differences[folder] = _difference(build_comparison(pair)["differences"][0], pair[0])
-            for warning in small_class_warnings(pair[0].tables[0]):
+            for warning in [*small_class_warnings(pair[0].tables[0]), *scored_warnings(pair)]:
                 text = f"on the questions shared with {baseline}, {warning}"
                 warnings.setdefault(text, []).append(group.name)
     comparison = build_comparison(same_questions)
+    for warning in scored_warnings(same_questions):
+        warnings[warning] = [group.name for group in same_questions]
     for group, described in zip(same_questions, comparison["runs"], strict=True):
         scores[group.runs[0].folder] = described
     for group, found in zip(same_questions[1:], comparison["differences"], strict=True):
@@ -136,7 +142,7 @@ def _run_warnings(group: RunGroup) -> list[str]:
 
 
 def _question_key(one: Prediction) -> QuestionKey:
-    image = (one.case, one.dataset, one.product, one.image, one.condition)
+    image = (one.case, one.dataset, one.product, one.group, one.image, one.condition)
     return (*image, one.question, one.kind, one.question_text, tuple(one.options.items()), one.answer)
 
 
@@ -173,13 +179,14 @@ def table_rows(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
     header = ("cell", "average, %", "difference", "won, lost", "p", "AUROC", *ALARM_COLUMNS)
     rows = [(*header, *(INITIALS[kind] for kind in kinds), f"{UNPARSED_LABEL}, %", "questions", "cases", "seconds")]
+    key = table["headline"]
     for cell in table["cells"]:
         scores, counts = cell["figures"], cell["counts"]
         rows.append(
             (
                 cell["name"],
-                _score_text(AVERAGE, scores[AVERAGE]),
-                *_difference_cells(cell["difference"]),
+                _score_text(key, scores.get(key, NO_SCORE)),
+                *_difference_cells(cell["difference"], key),
                 _score_text("AUROC", scores["AUROC"]),
                 *(_score_text(name, scores[name]) for name in ALARM_COLUMNS.values()),
                 *(percent(scores[kind]["value"]) for kind in kinds),
@@ -192,11 +199,11 @@ def table_rows(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _difference_cells(difference: Mapping[str, Any] | None) -> tuple[str, str, str]:
+def _difference_cells(difference: Mapping[str, Any] | None, key: str) -> tuple[str, str, str]:
     """Return the columns `difference`, `won, lost` and `p`, empty if there is no difference."""
     if difference is None:
         return "", "", ""
-    average = difference["figures"][AVERAGE]
+    average = difference["figures"].get(key, NO_SCORE)
     interval = " to ".join(signed(bound) for bound in average["interval"] or [None])
     counts = f"{difference['won']}, {difference['lost']}"
     return f"{signed(average['difference'])} ({interval})", counts, p_text(difference["p_holm"])
@@ -212,11 +219,13 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     """Explain the columns, and list the cells that differ from the others in more than their options."""
     base, header = table["baseline"], table_rows(table)[0]
     kinds = ", ".join(f"{short} {kind}" for kind, short in INITIALS.items() if short in header)
+    columns = f" ({kinds})" if kinds else ""
+    average = " The average is that of question types other than MMAD's." if table["headline"] == OTHER_AVERAGE else ""
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
     plural = "" if compared == 1 else "s"
     found = [
-        f"Scores are strict and in percent ({kinds}); AUROC of P(defect) ranges from 0 to 1. False alarms are good "
-        "parts that an answer flags, and escapes are defective parts that no answer flags. Differences are paired "
+        f"Scores are strict and in percent{columns}; AUROC of P(defect) ranges from 0 to 1.{average} False alarms are "
+        "good parts that an answer flags, and escapes are defective parts that no answer flags. Differences are paired "
         f"differences from {base}. Brackets contain 95% intervals over physical parts; there is none for fewer than "
         f"{MIN_PARTS} parts. Won, lost: questions that only the cell or only {base} answered correctly. p: exact "
         f"McNemar test on these, Holm-corrected for {compared} difference{plural}. Unparsed and failed answers count "
@@ -258,7 +267,8 @@ def markdown(table: Mapping[str, Any]) -> str:
 def write(output: Path, table: Mapping[str, Any]) -> None:
     """Write ablation.json, ablation.md and ablation.html."""
     header, *rows = table_rows(table)
-    averages = [cell["difference"] and cell["difference"]["figures"][AVERAGE] for cell in table["cells"]]
+    key = table["headline"]
+    averages = [cell["difference"] and cell["difference"]["figures"].get(key, NO_SCORE) for cell in table["cells"]]
     provenances = list(table["provenance"].values())
     page = render(
         "ablation.html.jinja",

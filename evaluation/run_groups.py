@@ -84,7 +84,9 @@ def require_same_setup(group: RunGroup) -> None:
 def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Sequence[PredictionTable]) -> None:
     """Raise EchoError if a run's dataset, split or set of questions differs from that of the first run."""
     first = {(one.case, one.question): one for one in (*tables[0].predictions, *runs[0].grounding)}
-    compared_fields = ("dataset", "product", "image", "condition", "kind", "question_text", "options", "answer")
+    compared_fields = (
+        "dataset", "product", "group", "image", "condition", "kind", "question_text", "options", "answer",
+    )  # fmt: skip
     for name, run, table in zip(names[1:], runs[1:], tables[1:], strict=True):
         cannot = f"{names[0]} and {name} cannot be compared: "
         # An answer file names no dataset. Its questions are compared one by one below.
@@ -105,10 +107,9 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Se
             twin = other[case, question]
             differing = [field for field in compared_fields if getattr(one, field) != getattr(twin, field)]
             if differing:
-                raise EchoError(
-                    f"{cannot}the {differing[0]} of question {question} of case {case} differs; "
-                    "run both on the same dataset"
-                )
+                name = "part" if differing[0] == "group" else differing[0]
+                remedy = "write the same into both files" if given else "run both on the same dataset"
+                raise EchoError(f"{cannot}the {name} of question {question} of case {case} differs; {remedy}")
 
 
 def require_same_protocol(names: Sequence[str], runs: Sequence[Run], compared: Sequence[str]) -> None:

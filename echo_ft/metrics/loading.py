@@ -263,7 +263,9 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest
     else:
         name = f"across datasets, trained on {source['dataset']}"
         audits = _manifest(source["dataset"], source["dataset_fingerprint"]).get("audits", {})
-    leaks = [card.get("leaks", {}).get(here) for card in provenance.get("adapters", {}).values()]
+    cards = provenance.get("adapters", {}).values()
+    same_data = [card for card in cards if card.get("dataset_fingerprint") == source["dataset_fingerprint"]]
+    leaks = [card.get("leaks", {}).get(here) for card in same_data]
     found = audits.get(here, {}).get("verdict") or next(filter(None, leaks), NOT_AUDITED)
     return f"{name} ({'no leak found' if found.startswith('no leak') else found})"
 

@@ -373,6 +373,43 @@ def test_a_cell_with_other_questions_is_compared_on_the_shared_ones(tmp_path):
     assert '"other" shares no question with "seen", so there is no difference' in text
 
 
+def test_questions_about_other_parts_are_not_shared(tmp_path):
+    rows = predictions(0.5)
+    folders = {
+        "seen": make_run(tmp_path / "seen", rows),
+        "regrouped": make_run(tmp_path / "regrouped", [dataclasses.replace(row, group="one") for row in rows[20:]]),
+    }
+    table = ablation_table.build_table([(name, {}, folder) for name, folder in folders.items()], "seen", {})
+    assert table["cells"][1]["difference"] is None
+
+
+def test_other_question_types_are_summed_up_and_missing_probabilities_stated(tmp_path):
+    folders = {}
+    for name, skill in (("weak", 0.2), ("strong", 0.9)):
+        rows = [dataclasses.replace(row, kind=f"Other {row.kind}") for row in predictions(skill)]
+        folders[name] = make_run(tmp_path / name, rows)
+    table = ablation_table.build_table([(name, {}, folder) for name, folder in folders.items()], "weak", {})
+    difference = table["cells"][1]["difference"]["figures"]["Average of other types"]
+    header, _, strong = ablation_table.table_rows(table)
+    cells = dict(zip(header, strong, strict=True))
+    assert cells["difference"].startswith(f"+{difference['difference']:.1f} (+")
+    average = table["cells"][1]["figures"]["Average of other types"]["value"]
+    assert cells["average, %"].startswith(f"{average:.1f} (")
+    assert "in percent; AUROC" in ablation_table.text(table)
+    assert "The average is that of question types other than MMAD's." in ablation_table.text(table)
+    ablation_table.write(tmp_path, table)
+    assert f"{average:.1f}" in (tmp_path / "ablation.html").read_text()
+    detects = predictions(0.5)
+    few = [dataclasses.replace(row, probabilities=None) if place < 20 else row for place, row in enumerate(detects)]
+    for name, rows in (("all", detects), ("few", few)):
+        folders[name] = make_run(tmp_path / name, rows)
+    table = ablation_table.build_table([(name, {}, folders[name]) for name in ("all", "few")], "all", {})
+    assert table["warnings"] == [
+        "all, few: AUROC covers only 30 of 40 images, because it needs their P(defect) from every run (few has one for "
+        "30)"
+    ]
+
+
 def predictions_of(first: int, last: int) -> list[Prediction]:
     """Predictions for the images from number `first` up to `last`, which is excluded."""
     return predictions(0.7, images=last)[2 * first :]
@@ -418,6 +455,8 @@ def test_few_parts_one_class_and_failures_are_reported(tmp_path):
         "few: on the questions shared with seen, Anomaly Detection has no interval if a class has fewer "
         "than 5 parts: the dataset tiles has 3 defective parts",
         "broken: 1 predictions failed (first: broken image); rerun the same command to retry them",
+        "seen, broken: AUROC covers only 39 of 40 images, because it needs their P(defect) from every run (broken has "
+        "one for 39)",
     ]
     ablation_table.write(tmp_path, table)
     assert "1 predictions failed (first: broken image)" in (tmp_path / "ablation.html").read_text()

@@ -195,6 +195,7 @@ def test_the_verdict_says_if_a_run_is_worse(tmp_path: Path, capsys: pytest.Captu
         (predictions(0.5), {"split": "validation"}, "split differs.*test and validation"),
         (predictions(0.5)[:-1], {}, "1 questions are only in the first run and 0 only in the second"),
         ([dataclasses.replace(row, answer="B") for row in predictions(0.5)], {}, "the answer of question .* differs"),
+        ([dataclasses.replace(row, group="one") for row in predictions(0.5)], {}, "the part of question .* differs"),
     ],
 )
 def test_runs_with_different_questions_are_not_compared(

@@ -99,6 +99,16 @@ def test_boxes_made_elsewhere_are_scored_and_compared(tmp_path: Path, capsys: py
     assert re.search(r"mean IoU, % +\+63\.5", capsys.readouterr().out)
 
 
+def test_answers_that_name_other_parts_are_not_compared(tmp_path: Path) -> None:
+    for name, named in (("plain", {}), ("grouped", {"part": "1"})):
+        (tmp_path / f"{name}.jsonl").write_text("".join(line(image, "A", **named) for image in range(10)))
+        score.main(["--answers", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / name)])
+    with pytest.raises(
+        EchoError, match=r"the part of question .* of case 0\.png differs; write the same into both files"
+    ):
+        compare.main([str(tmp_path / "plain"), str(tmp_path / "grouped")])
+
+
 def test_a_comparison_states_the_rows_that_could_not_be_scored(tmp_path: Path) -> None:
     rows = [
         {

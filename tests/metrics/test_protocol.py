@@ -78,7 +78,7 @@ def test_the_verdict_of_the_audit_is_part_of_the_protocol(tmp_path: Path) -> Non
     )
     rebuilt = source(trained, "older")
     assert "(not audited)" in protocol(evaluated, rebuilt), "the audit is of another version of the dataset"
-    cards = {role: {"leaks": {"eval": "LEAK: 3 groups"}} for role in ROLES}
+    cards = {role: {"dataset_fingerprint": "older", "leaks": {"eval": "LEAK: 3 groups"}} for role in ROLES}
     assert "(LEAK: 3 groups)" in protocol(evaluated, rebuilt, adapters=cards)
     assert "(not audited)" in protocol(evaluated, rebuilt, adapters={ROLES[0]: {"leaks": {"another": "LEAK"}}})
     assert protocol(evaluated, source(evaluated, "eval", seen=4)).startswith("trained on 4 of these 89 images; ")
@@ -89,6 +89,17 @@ def test_adapters_of_two_datasets_name_both(tmp_path: Path) -> None:
     found = protocol(evaluated, source(evaluated, "eval"), source("elsewhere", "train", seen=None))
     first = "trained on some of the dataset's own images (not audited)"
     assert found.startswith(f"{first} and across datasets, trained on elsewhere (not audited);")
+
+
+def test_a_leak_is_stated_only_for_its_own_training_data() -> None:
+    cards = {
+        "knowledge_guide": {"dataset": "one", "dataset_fingerprint": "1", "leaks": {"eval": "LEAK: 3 copies"}},
+        "decision_maker": {"dataset": "two", "dataset_fingerprint": "2", "leaks": {}},
+    }
+    found = protocol("gone", source("one", "1"), source("two", "2"), adapters=cards)
+    assert found.startswith(
+        "across datasets, trained on one (LEAK: 3 copies) and across datasets, trained on two (not audited);"
+    )
 
 
 def test_a_run_without_its_dataset_and_an_older_run_are_described_from_the_cards(tmp_path: Path) -> None:
