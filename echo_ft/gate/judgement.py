@@ -205,7 +205,8 @@ def _notes(table: PredictionTable, members: np.ndarray) -> list[str]:
 
 def _unknown_training(run: Run) -> list[str]:
     """Return a sentence that the model may have been trained on these images, if that could not be checked."""
-    if "dataset" not in run.provenance:
+    untold = run.provenance.get("adapters") and "trained_on" not in run.provenance  # an older version wrote run.json
+    if "dataset" not in run.provenance or untold:
         return ["it is not known how the model was trained; the verdict holds only if it saw none of these parts"]
     unknown = [one["dataset"] for one in run.provenance.get("trained_on", []) if one["photographs_trained_on"] is None]
     if not unknown:

@@ -161,6 +161,8 @@ def test_unknown_training_data_are_stated() -> None:
     unknown = {"dataset": "data/gone", "photographs_trained_on": None, "of_photographs": 36}
     found = judge_run(make_run(parts(9, 9), trained_on=[unknown]), LIMITS)
     assert found["notes"][-1].startswith("the training data data/gone could not be compared with these images")
+    older = judge_run(make_run(parts(9, 9), adapters={"decision_maker": {}}), LIMITS)
+    assert older["notes"][-1].startswith("it is not known how the model was trained")
     answers = dataclasses.replace(make_run(parts(9, 9)), provenance={"answers": "answers.json"})
     assert judge_run(answers, LIMITS)["notes"][-1].startswith("it is not known how the model was trained")
 
