@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
 from echo_ft.images.mask_reading import Mask
-from echo_ft.images.masks import Marked, fill_boxes, fill_polygons, load_mask, mask_files
+from echo_ft.images.masks import Marked, covered_pixels, fill_polygons, load_mask, mask_files
 from echo_ft.records import BOX_END, BOX_START
 
 Box = tuple[int, int, int, int]
@@ -45,9 +45,9 @@ def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation:
     if mask_files(marked):
         mask = load_mask(marked, root, size, orientation)
         return () if mask is None else mask_boxes(mask)
-    pieces = [fill_polygons([polygon], size) for polygon in marked.polygons]
-    pieces += [fill_boxes([box], size) for box in marked.boxes]
-    return join_boxes([_bounding_box(piece) for piece in pieces if piece.any()], size)
+    drawn = (fill_polygons([polygon], size) for polygon in marked.polygons)  # one mask in memory at a time
+    boxes = [_bounding_box(mask) for mask in drawn if mask.any()]
+    return join_boxes([*boxes, *(covered_pixels(box, size) for box in marked.boxes)], size)
 
 
 def mask_boxes(mask: Mask) -> tuple[Box, ...]:

@@ -6,6 +6,7 @@ from 0 to 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,15 +195,24 @@ def fill_boxes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[i
     width, height = size
     mask = np.zeros((height, width), dtype=np.bool_)
     for box in boxes:
-        x0, y0, x1, y1 = box
-        rows = slice(max(0, int(np.floor(y0))), max(0, int(np.ceil(y1))))
-        columns = slice(max(0, int(np.floor(x0))), max(0, int(np.ceil(x1))))
-        if mask[rows, columns].size == 0:
-            raise EchoError(
-                f"box {list(box)} lies outside the {width} x {height} image; write boxes as x0, y0, x1, y1 in pixels"
-            )
-        mask[rows, columns] = True
+        x0, y0, x1, y1 = covered_pixels(box, size)
+        mask[y0:y1, x0:x1] = True
     return mask
+
+
+def covered_pixels(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the box (x0, y0, x1, y1) of all pixels that a box covers at least partly, in an image (width, height).
+
+    Raises EchoError if the box lies outside the image.
+    """
+    width, height = size
+    x0, y0 = (max(0, math.floor(value)) for value in box[:2])
+    x1, y1 = min(width, math.ceil(box[2])), min(height, math.ceil(box[3]))
+    if x0 >= x1 or y0 >= y1:
+        raise EchoError(
+            f"box {list(box)} lies outside the {width} x {height} image; write boxes as x0, y0, x1, y1 in pixels"
+        )
+    return x0, y0, x1, y1
 
 
 def load_grey(path: Path, size: tuple[int, int]) -> Grey:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,20 @@ def test_a_hundred_thousand_broken_answers_are_refused_and_never_guessed() -> No
         assert text.count(BOX_START) == text.count(BOX_END)
         assert text.count(BOX_START) in (0, len(parsed))
     assert 10_000 < accepted < 90_000
+
+
+def test_many_boxes_need_the_memory_of_few(tmp_path: Path) -> None:
+    """labelme stores the rows of an irregular mask as boxes."""
+    boxes = tuple((10.0 + row % 7, float(row), 900.0, row + 1.0) for row in range(500))
+    polygons = ((20.0, 600.0, 39.0, 600.0, 39.0, 610.0),) * 50
+    tracemalloc.start()
+    try:
+        found = target_boxes(marked(boxes=boxes, polygons=polygons), tmp_path, (1000, 1000))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == ((10, 0, 900, 500), (20, 600, 40, 611))
+    assert peak < 20e6
 
 
 def test_masks_polygons_and_boxes_give_targets(tmp_path: Path) -> None:
