@@ -90,7 +90,7 @@ def load_dataset(folder: Path) -> Dataset:
 
 
 def require_not_rebuilt(dataset: Dataset, fingerprint: str) -> None:
-    """Raise EchoError if a dataset no longer has the fingerprint that it had in a training."""
+    """Raise EchoError if a dataset no longer has the fingerprint that it had during training."""
     if dataset.fingerprint != fingerprint:
         raise EchoError(
             f"{dataset.folder} was rebuilt since the training (fingerprint {dataset.fingerprint}, not {fingerprint}); "

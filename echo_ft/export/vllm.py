@@ -25,7 +25,7 @@ VLLM_MERGE_SIZE = 2
 
 
 LEAST_IMAGES = 8
-"""Smallest limit of images per prompt in the command, for runs on datasets with more references than the bundle's."""
+"""Smallest limit on images per prompt in the command, for runs on datasets with more references than the bundle's."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class InspectedFile:
     """An image that is done. A file with a different size or time counts as a new image."""
 
     image: str
-    """The file name, by `escape_surrogates`."""
+    """The file name, with `escape_surrogates` applied."""
     size: int
     modified: int
     """Time of the last change in nanoseconds."""
