@@ -43,8 +43,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=_f
 
 
 def to_json(record: Any) -> str:
-    """Encode a record as one line of JSON, with keys in the order of its fields, and `escape_surrogates` applied to its
-    strings.
+    """Encode a record as one line of JSON, with keys in field order and `escape_surrogates` applied to strings.
 
     Raises TypeError if the record contains a value that JSON cannot represent.
     """
