@@ -16,10 +16,10 @@ from PIL import Image
 
 from echo_ft.images.boxes import parse_boxes
 from tests.conftest import ROOT
-from train.tiny import inputs, loop, pretrain, stages
+from train.tiny import inputs, loop, measure, pretrain, stages
 from train.tiny import model as tiny_model
 from train.tiny.lessons import STATEMENTS, LessonRow, draw_text_row, image_lessons, random_labels
-from train.tiny.pool import Pool, draw_pool, open_pool
+from train.tiny.pool import IMAGES_PER_PRODUCT, LABELS, Pool, draw_pool, open_pool
 from train.tiny.shifts import encode_as_shifts, normalize
 
 FOLDER = ROOT / "recipes" / "tiny" / "echo-tiny"
@@ -306,6 +306,23 @@ def test_the_committed_card_has_the_wording_of_the_command(model: Any) -> None:
     card = pretrain.model_card(results, millions, pretrain.PretrainConfig(output=""))
     committed = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert without_training(card) == without_training(committed)
+
+
+def test_a_query_without_a_visible_defect_counts_as_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = 8
+    count = products * IMAGES_PER_PRODUCT
+    labels = np.full(count, -1, np.int16).astype(LABELS)
+    labels["defect"][2::IMAGES_PER_PRODUCT] = 0
+    labels["defect"][2] = -1  # the drawn defect of the first product cannot be seen
+    scores = iter(labels["defect"].reshape(products, -1)[:, [1, 2]].ravel() + 1.0)
+
+    def exact(_stage: str, _student: Any, rows: list[LessonRow]) -> dict[str, Any]:
+        return {"tower": torch.tensor([next(scores) for _ in rows])}
+
+    monkeypatch.setattr(measure, "_detection_scores", exact)
+    pool = Pool(np.zeros((count, 1, 1, 3), np.uint8), np.zeros((count, 1, 1), np.uint8), labels)
+    student: Any = None
+    assert measure.measure_detection("look", student, pool) == {"tower": 1.0}
 
 
 @pytest.mark.parametrize(("stage", "trained"), [("read", {"reading"}), ("look", {"visual", "heads"})])

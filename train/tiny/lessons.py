@@ -1,7 +1,7 @@
 """The lessons that echo-tiny is pretrained on: rows of drawn images and text with several prompts and completions each.
 
-Images come from a pool (train.tiny.pool). Words of other inspection tasks occur only in meaningless
-rows of text (random combinations of `WORDS`), so that the model learns to read, bind and repeat them.
+Images come from a pool (train.tiny.pool). Words of other inspection tasks occur only in meaningless text (random
+combinations of `WORDS`), alone or beside images, so that the model learns to read, bind and repeat them.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from train.tiny.pretrain import LETTER, REFERENCES
 from train.tiny.stages import Student, letter_mask
 
 BATCH = 16
+QUERIES = (1, 2)
+"""Places of the measured images among those of a product: a normal one and the first drawn with a defect."""
 DETECTION = Lesson(f"Question: Is there any defect in the object?\nA. Yes.\nB. No.\n{INSTRUCTION}", "A", "detection")
 CONTEXTS = ("", "The first image is a normal part. The second image is the part under inspection.\n")
 
@@ -84,9 +86,12 @@ def measure_text(student: Student, rows: int = 64) -> float:
 
 
 def measure_detection(stage: str, student: Student, pool: Pool) -> dict[str, float]:
-    """Return the AUROC of detection on each product's normal and first defective query, keyed by location in the
-    model."""
-    defective = np.tile([False, True], pool.products)
+    """Return the AUROC of detection on two QUERIES of each product, keyed by location in the model.
+
+    The second has a defect unless it was drawn without a visible one.
+    """
+    queries = [IMAGES_PER_PRODUCT * product + query for product in range(pool.products) for query in QUERIES]
+    defective = pool.labels["defect"][queries] >= 0
     figures = {}
     for references in REFERENCES if stage != "look" else ("none",):
         scores: dict[str, list[Any]] = {}
@@ -106,7 +111,7 @@ def _detection_batches(pool: Pool, references: str) -> Iterator[list[LessonRow]]
     rows = []
     for product in range(pool.products):
         other = IMAGES_PER_PRODUCT * ((product + shift) % pool.products)
-        for query in (1, 2):
+        for query in QUERIES:
             shown = [pool.images[IMAGES_PER_PRODUCT * product + query]]
             if references != "none":
                 shown.insert(0, pool.images[other])

@@ -30,8 +30,8 @@ BEFORE = {"read": (), "look": (), "compare": ("look",), "bring": ("compare",), "
 """The stages whose weights a stage starts from. If several of them trained the same weights, the last one in the list
 takes precedence."""
 DATA = """- **Data**: {images:,} images drawn by `echo_ft/drawn`. The kinds of parts are {kinds}. The defects are
-{defects}. The model has never seen the products or defects of the demo. Their names occur only in rows of randomly
-combined words. The lessons are in `train/tiny/lessons.py`."""
+{defects}. The model has never seen the products or defects of the demo. Their names occur only in random combinations
+of words, some of them beside images. The lessons are in `train/tiny/lessons.py`."""
 """A paragraph of the model card."""
 REFERENCES = ("own", "other", "none")
 """A normal reference of the same product, one of another product, or no reference."""
@@ -63,8 +63,8 @@ reference of the same product (own), of another product (other) or none. The let
 A letter is right if it is the most probable of all tokens. In rows of text, {text}% are right. On known products with
 their own reference: {letters}.
 
-Limits: it knows drawn surfaces, about 850 words and short answers, and little about real images. It can at best copy
-words that its lessons did not contain.
+Limits: it knows drawn surfaces, a few hundred words and short answers, and little about real images. It can at best
+copy words that its lessons did not contain.
 """
 MINIMA = {"products": 8, "held_out": 5, "threads": 1, "seed": 0}
 """The smallest value of each option. A batch has images of eight products, and the reference of another product comes
