@@ -76,5 +76,6 @@ pictures: $(INSTALLED)
 	  "file://$(CURDIR)/data/demo/preview.html#condition=missing%20ball"
 	$(CROP) docs/images/preview.png
 
+# The user's own datasets and runs stay.
 clean:
-	rm -rf runs data
+	rm -rf runs/demo data/demo runs/smoke data/smoke
