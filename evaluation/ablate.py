@@ -1,8 +1,9 @@
 """Run and compare many variants from one YAML file: `python -m evaluation.ablate --config FILE`.
 
 The file contains the options of evaluation.run, which all cells share, and `cells`. Each cell has a name and sets only
-the options that differ; it is compared with the cell `baseline`. Every cell has an ordinary run folder under `output`;
-cells with equal options share one.
+the options that differ; it is compared with the cell `baseline`. A name with options in braces, such as
+`{corruption} {severity}`, stands for one cell for each combination of their values, which are lists. Every cell has an
+ordinary run folder under `output`; cells with equal options share one.
 
 Cells share results. The model and the image features stay in memory from one cell to the next. `output/utterances`
 caches what the roles generate, so cells with the same prompts share it. Cells added later use the same cache. Rerun the
@@ -15,10 +16,11 @@ Writes ablation.json, ablation.md and ablation.html to `output`, and prints the 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,8 @@ CACHE_FOLDER = "utterances"
 
 SECONDS = "seconds.json"
 """File under `output`: {name of a run folder: seconds that this command spent on the run before it finished}."""
+
+_IN_BRACES = re.compile(r"\{(\w+)\}")
 
 PROMPT_KEYS = (
     "split", "routing", "reference", "references", "knowledge", "reasoning", "answer", "option_order", "adapters",
@@ -118,12 +122,7 @@ def read_cells(shared: RunConfig, ablation: AblationConfig) -> list[Cell]:
     Raises EchoError for an unknown option, an invalid value, and a baseline that is not a cell.
     """
     cells, folders = [], dict[str, str]()
-    for name, given in ((str(name), given) for name, given in ablation.cells.items()):
-        changes = {} if given is None else given
-        if not isinstance(changes, dict):
-            raise EchoError(
-                f"cell {name}: {changes!r} is not a mapping; list the options in which it differs, or write {{}}"
-            )
+    for name, changes in expand_cells(ablation.cells):
         if "output" in changes:
             raise EchoError(f"cell {name}: its output is always a folder under {shared.output}; remove output")
         (config,) = configs.build([RunConfig], {**asdict(shared), **changes}, f"cell {name}")
@@ -137,6 +136,32 @@ def read_cells(shared: RunConfig, ablation: AblationConfig) -> list[Cell]:
         names = ", ".join(cell.name for cell in cells)
         raise EchoError(f"baseline is {ablation.baseline!r}, which is not a cell; choose from {names}")
     return cells
+
+
+def expand_cells(cells: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the changed options of each cell, with one cell for each combination of options in braces.
+
+    Raises EchoError for changes that are not a mapping, for an option in braces without a list of values, and for two
+    cells of one name.
+    """
+    names = set[str]()
+    for pattern, changes in ((str(name), {} if given is None else given) for name, given in cells.items()):
+        if not isinstance(changes, dict):
+            raise EchoError(
+                f"cell {pattern}: {changes!r} is not a mapping; list the options in which it differs, or write {{}}"
+            )
+        options = dict.fromkeys(_IN_BRACES.findall(pattern))
+        for option in options:
+            if not isinstance(changes.get(option), list):
+                raise EchoError(f"cell {pattern}: give a list of values for {option}, or remove {{{option}}}")
+        for values in itertools.product(*(changes[option] for option in options)):
+            chosen, name = dict(zip(options, values, strict=True)), pattern
+            for option, value in chosen.items():
+                name = name.replace(f"{{{option}}}", str(value))
+            if name in names:
+                raise EchoError(f"cell {pattern}: there is already a cell {name}; rename one of them")
+            names.add(name)
+            yield name, {**changes, **chosen}
 
 
 def _folder(output: Path, name: str, fingerprint: str) -> str:

@@ -292,6 +292,18 @@ def test_a_cell_that_is_added_later_uses_the_cache(done, shared, tmp_path, monke
         ({"cells": {"tuned": {}, "b": {"split": "left_out"}}}, "^cell b: .* has no case in the split left_out"),
         ({"cells": {"tuned": {}, "b": {"output": "x"}}}, "^cell b: its output is always a folder under"),
         ({"cells": {"tuned": {}, "b": "base"}}, "^cell b: 'base' is not a mapping"),
+        (
+            {"cells": {"tuned": {}, "{reference}": {"reference": "none"}}},
+            "^cell {reference}: give a list of values for reference, or remove {reference}",
+        ),
+        (
+            {"cells": {"tuned": {}, "{reference}": {"reference": ["none", "nun"]}}},
+            "^cell nun: reference cannot be 'nun'; choose from retrieved",
+        ),
+        (
+            {"cells": {"tuned": {}, "none": {}, "{reference}": {"reference": ["none"]}}},
+            "^cell {reference}: there is already a cell none; rename one of them",
+        ),
         ({"baseline": "tunde"}, "baseline is 'tunde', which is not a cell; choose from tuned, base"),
     ],
 )
@@ -299,6 +311,17 @@ def test_an_invalid_config_is_refused_before_anything_runs(shared, tmp_path, cha
     with pytest.raises(EchoError, match=message):
         ablate.main(write_config(tmp_path, {**shared, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_options_in_braces_make_a_cell_for_each_combination():
+    late = {"adapters": "late", "corruption": ["blur", "jpeg"], "severity": [1, 5]}
+    assert [*ablate.expand_cells({"tuned": None, "late, {corruption} {severity}": late})] == [
+        ("tuned", {}),
+        ("late, blur 1", {"adapters": "late", "corruption": "blur", "severity": 1}),
+        ("late, blur 5", {"adapters": "late", "corruption": "blur", "severity": 5}),
+        ("late, jpeg 1", {"adapters": "late", "corruption": "jpeg", "severity": 1}),
+        ("late, jpeg 5", {"adapters": "late", "corruption": "jpeg", "severity": 5}),
+    ]
 
 
 def test_cells_with_different_servers_are_different_runs(shared):

@@ -124,6 +124,9 @@ def test_the_recipe_has_every_severity_for_both_sets_of_adapters():
     shared, ablation = configs.parse([RunConfig, ablate.AblationConfig], ["--config", recipe])
     cells = ablate.read_cells(shared, ablation)
     assert len({cell.config.output for cell in cells}) == len(cells), "no two have the same settings"
+    names = [f"{kind} {level}" for kind in CORRUPTIONS for level in SEVERITIES]
+    degraded = ["degraded training", *(f"degraded training, {name}" for name in names)]
+    assert [cell.name for cell in cells] == ["tuned", *names, *degraded, "scratch is known", "scratch is new"]
     corrupted = [
         (cell.config.adapters, cell.config.corruption, cell.config.severity)
         for cell in cells
