@@ -199,7 +199,7 @@ def test_an_exchange_without_references_is_answered(model, row_builder, case, tm
     assert engine.generate("decision_maker", []) == []
 
 
-def require_equal_answers(folder, recipe, *build):
+def require_equal_answers(folder, recipe, *build, tolerance=1e-5):
     """Compare a run on a recipe's test split with one `generate` call per question and expert.
 
     The adapters are the recipe's, trained for a few steps. Every question consults all experts.
@@ -252,7 +252,7 @@ def require_equal_answers(folder, recipe, *build):
         largest = max(largest, *differences)
     print(f"{recipe}: {equal} of {len(questions)} letters are equal, probabilities differ by at most {largest:.1e}")
     assert equal == len(questions)
-    assert largest < 1e-5
+    assert largest < tolerance
 
 
 @pytest.mark.slow
@@ -265,7 +265,8 @@ def test_demo_answers_equal_those_of_one_question_at_a_time(tmp_path):
 def test_magnetic_tile_answers_equal_those_of_one_question_at_a_time(tmp_path):
     if not TILES.is_dir():
         pytest.skip(f"no folder {TILES}; set ECHO_FT_DATA")
-    require_equal_answers(tmp_path, "recipes/magnetic_tile", "--root", str(TILES))
+    # Rounding decides a few answers: plain float32 differs from plain float64 there by as much as from the engine.
+    require_equal_answers(tmp_path, "recipes/magnetic_tile", "--root", str(TILES), tolerance=5e-4)
 
 
 def test_float32_logits_do_not_tie_as_bfloat16_does():
