@@ -92,6 +92,17 @@ def keep_adapter_input_dtype(model: Any) -> None:
         layer.cast_input_dtype_enabled = False
 
 
+def train_in_float32(model: Any) -> None:
+    """Convert the trained 16-bit weights of a quantized model to float32.
+
+    TRL (1.16) makes them bfloat16, in which AdamW loses small updates to rounding and its second moment never
+    decreases.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+
+
 def freeze_parts(model: Any, vision_learning_rate: float | None, merger_learning_rate: float | None) -> Any:
     """Make all parameters of `model` trainable except those of parts with learning rate 0; returns `model`."""
     rates = {"vision tower": vision_learning_rate, "merger": merger_learning_rate}

@@ -26,6 +26,7 @@ from echo_ft.model.preparation import (
     packed_inputs,
     prepare_model,
     set_part_rates,
+    train_in_float32,
 )
 from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
@@ -73,6 +74,8 @@ class PrefixSharingTrainer(SFTTrainer):
             self.add_callback(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))
         self.implementation = implementation
         tuned = self.accelerator.unwrap_model(self.model)
+        if card.quantization and not self.is_deepspeed_enabled:  # DeepSpeed has 32-bit copies
+            train_in_float32(tuned)
         dtypes = {weight.dtype for weight in tuned.parameters() if weight.requires_grad}
         if self._trains_own_weights and dtypes & {torch.bfloat16, torch.float16}:
             raise EchoError(

@@ -153,6 +153,7 @@ def test_a_quantized_base_starts_near_the_loss_of_the_plain_one(plain, dataset, 
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path, *SHORT, *LANGUAGE, *quantized))
     assert losses(tmp_path)[0] == pytest.approx(losses(plain)[0], rel=0.2)
     assert losses(tmp_path)[2] < losses(tmp_path)[0]
+    assert {weight.dtype for weight in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -95,7 +95,7 @@ def estimate_topologies(
     """Estimate the memory of weights, gradients and AdamW states from `frozen` bytes and `trainable` parameters.
 
     On one GPU and under DDP, a trainable parameter takes `adapter_width` bytes, and so do its gradient and each of
-    AdamW's two states. (PEFT keeps the adapter of a bfloat16 model in float32.) DDP copies the gradients into buckets.
+    AdamW's two states. (The adapter of a bfloat16 model is in float32.) DDP copies the gradients into buckets.
     DeepSpeed trains in bfloat16 and adds a float32 copy and AdamW's states: 12 bytes per parameter (K = 12 in the ZeRO
     paper). ZeRO-2 shards gradients and states over the GPUs, and ZeRO-3 shards the weights too. Offload keeps weights
     and states in main memory. On a CPU, the weights are mapped from their file if it has their dtype, and count once.
@@ -142,8 +142,8 @@ def estimate_training(model: Any, batch: BatchShape, sft: SFTConfig, base: Model
     bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None
     loaded, width = 4 if base.dtype == "float32" else 2, 2 if sft.bf16 or sft.fp16 else 4
     frozen = frozen_bytes(model, loaded, bits, base.use_bnb_nested_quant)
-    # PEFT keeps an adapter in float32 unless the model is quantized. Full fine-tuning trains the weights as they are.
-    adapter_width = 2 if bits or (not base.use_peft and loaded == 2) else 4
+    # Adapters are trained in float32. Full fine-tuning trains the weights as they are.
+    adapter_width = 2 if not base.use_peft and loaded == 2 else 4
     return TrainingEstimate(
         estimate_topologies(frozen, total - trainable, trainable, gpus, adapter_width),
         estimate_activations(model, batch, width, stream=loaded),
