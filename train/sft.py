@@ -132,11 +132,13 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
         if checkpoint is not None:
             cards = {folder: replace(card, resumed=checkpoint.resumed[folder]) for folder, card in cards.items()}
     cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
+    if sft.world_size > 1 and not sft.dataloader_drop_last:
+        cases = pad_cases(cases, sft.world_size * sft.per_device_train_batch_size, sft.length_column_name)
     validation = None
     if sft.eval_strategy != "no":
         validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
         if sft.world_size > 1:
-            validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size)
+            validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size, sft.length_column_name)
     return CheckedRun(
         dataset, digests, row_builder, cases, validation, planned, cards, checkpoint, marks or None, model
     )

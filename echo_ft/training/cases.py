@@ -147,16 +147,17 @@ def group_by_case(exchanges: pa.Table, starts: Sequence[int] | None = None) -> d
     return datasets.Dataset(pa.table({"exchanges": rows}))
 
 
-def pad_cases(cases: datasets.Dataset, multiple: int) -> datasets.Dataset:
+def pad_cases(cases: datasets.Dataset, multiple: int, tokens: str) -> datasets.Dataset:
     """Return `cases`, followed by copies of the first one without completions, up to a multiple of `multiple` cases.
 
     All processes must take the same number of batches. accelerate (1.15) repeats cases for this, and the repeated cases
-    would count twice in an evaluation. A case without completions has no trained tokens and adds nothing to the loss.
+    would count twice. A case without completions has no trained tokens and adds nothing to the loss. `tokens` is the
+    column with the number of tokens of each case. It is 0 for the copies.
     """
     missing = -len(cases) % multiple
     if not missing:
         return cases
-    empty = cases[0]
+    empty = {**cases[0], tokens: 0}
     for branch in (branch for exchange in empty["exchanges"] for branch in exchange["branches"]):
         branch["completion"] = None
     padding = datasets.Dataset.from_list([empty] * missing, features=cases.features)

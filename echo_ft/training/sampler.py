@@ -20,9 +20,9 @@ class BalancedSampler(Sampler[int]):
     """
 
     def __init__(self, tokens: Sequence[int], batch: int, processes: int, accumulation: int, seed: int) -> None:
-        """`tokens` has one entry per case. `batch` is the number of cases per process and micro-batch.
+        """`tokens` has one entry per case, which is 0 for the copies of `pad_cases`. They go into the last step.
 
-        `accumulation` is the number of micro-batches per step.
+        `batch` is the number of cases per process and micro-batch, and `accumulation` that of micro-batches per step.
         """
         self.tokens = tokens
         self.batch = batch
@@ -40,17 +40,17 @@ class BalancedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.tokens), generator=generator).tolist()
+        copies = [case for case, tokens in enumerate(self.tokens) if not tokens]
+        order = torch.randperm(len(self.tokens) - len(copies), generator=generator).tolist() + copies
         micro_batch = self.batch * self.processes
         step = micro_batch * self.accumulation
         for start in range(0, len(order), step):
             cases = order[start : start + step]
-            if len(cases) < step:  # accelerate fills an incomplete step with cases from the start of the epoch
-                yield from cases
-                continue
+            whole = len(cases) // micro_batch * micro_batch
+            cases, rest = cases[:whole], cases[whole:]
             cases.sort(key=lambda case: -self.tokens[case])
             totals = [0] * self.processes
-            for first in range(0, step, micro_batch):
+            for first in range(0, whole, micro_batch):
                 shares: list[list[int]] = [[] for _ in range(self.processes)]
                 for case in cases[first : first + micro_batch]:
                     free = (rank for rank, share in enumerate(shares) if len(share) < self.batch)
@@ -59,6 +59,7 @@ class BalancedSampler(Sampler[int]):
                 for rank, share in enumerate(shares):
                     totals[rank] += sum(self.tokens[case] for case in share)
                     yield from share
+            yield from rest  # accelerate drops them, because only dataloader_drop_last leaves the cases unpadded
 
 
 class DrawnEpoch(TrainerCallback):

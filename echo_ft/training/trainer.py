@@ -156,7 +156,7 @@ class PrefixSharingTrainer(SFTTrainer):
         if num_items_in_batch is None:
             return self.config.mask_loss * total / inputs["mask_labels"].sum()
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self.config.mask_loss * scale * total / num_items_in_batch
+        return self.config.mask_loss * scale * total / num_items_in_batch.clamp(min=1)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return the FLOPs of a batch. The Trainer's estimate would visit all parameters at every step."""

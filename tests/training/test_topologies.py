@@ -8,12 +8,14 @@ import shutil
 import subprocess
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 
 from echo_ft.records import ROLES
+from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case, pad_cases
 from echo_ft.training.sampler import BalancedSampler
 from tests.conftest import ROOT, make_dataset
 from tests.support.training import (
@@ -231,12 +233,12 @@ def test_two_ranks_train_all_roles_as_one_does_although_a_role_has_one_row(datas
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """A dataset with cases of different lengths: every other case has only one question."""
-    return keep_one_question(make_dataset(tmp_path_factory.mktemp("uneven")), "train")
+    return keep_one_question(make_dataset(tmp_path_factory.mktemp("uneven"), train=7), "train")
 
 
 @pytest.mark.slow
 def test_uneven_cases_on_two_ranks_give_the_losses_of_one(uneven, tmp_path):
-    # Eight cases and four per step: the third step begins the second epoch, and the fourth ends it.
+    # Seven cases and four per step: the third step begins the second epoch. The second and the fourth have three cases.
     steps = [*SAME_TRAINING, "--save_strategy", "steps", "--save_steps", 1, "--max_steps", 4]
     for ranks in (1, 2):
         more = [*steps, "--per_device_train_batch_size", 4 // ranks]
@@ -270,3 +272,32 @@ def test_the_sampler_keeps_the_cases_of_a_step_and_balances_ranks(batch, ranks, 
                 rank_tokens = np.array(tokens)[cases].reshape(accumulation, ranks, batch).sum(axis=2)
                 imbalance[name].append(float((rank_tokens.max(axis=1) / rank_tokens.mean(axis=1)).mean()))
     assert np.mean(imbalance["balanced"]) - 1 < 0.7 * (np.mean(imbalance["torch"]) - 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_last_step_has_the_cases_of_one_process_and_copies_without_labels(accumulation):
+    cases, ranks, batch = 9, 2, 4
+    padded = pad_cases(made_cases(cases), ranks * batch, "length")
+    assert padded["length"] == [10 + case for case in range(cases)] + [0] * 7
+    answers = [exchanges[0]["branches"][0]["completion"] for exchanges in padded["exchanges"]]
+    assert answers == ["A"] * cases + [None] * 7
+    sampler = BalancedSampler(padded["length"], batch, ranks, accumulation, seed=7)
+    plain = list(RandomSampler(range(cases), generator=torch.Generator().manual_seed(7)))
+    found = list(sampler)
+    assert sorted(found) == list(range(len(sampler)))
+    (last,) = (case for case in found[8:] if case < cases)
+    if accumulation == 1:
+        assert last == plain[-1] and sorted(found[:8]) == sorted(plain[:8])
+    else:
+        assert last == 0, "the shortest case of the step"
+
+
+def made_cases(count):
+    """Cases of one exchange each, with 10 tokens and more."""
+    rows = [
+        {"role": "decision_maker", "case": str(case), "images": [], "context": "", "prompt_version": "1",
+         "branches": [{"id": str(case), "prompt": "?", "completion": "A"}]}
+        for case in range(count)
+    ]  # fmt: skip
+    cases = group_by_case(pa.Table.from_pylist(rows, EXCHANGE_SCHEMA))
+    return cases.add_column("length", [10 + case for case in range(count)])
