@@ -92,6 +92,17 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
         raise EchoError(f"{source}: {_blamed(error, given)}{error}") from error
 
 
+def is_true(argv: Sequence[str], key: str) -> bool:
+    """Return whether the option `key` is true in what `parse` would read. A value that `parse` refuses is not."""
+    file, flags = _split([_with_home(flag) for flag in argv])
+    value = _load(Path(file)).get(key) if file else None
+    for flag, following in pairwise([*flags, "--"]):
+        name, _, given = flag.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") == key:
+            value = given or (True if following.startswith("--") else following)
+    return str(value).lower() in ("yes", "true", "t", "y", "1")  # as in HfArgumentParser
+
+
 def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     flags, config = list(argv), None
     for index, flag in enumerate(flags):

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     from echo_ft.training.checks import check_options, check_precision, runs_on_cpu
     from echo_ft.training.config import EchoConfig, TrainingConfig, check_early_stopping
 
-    if "--dry_run" in argv:  # without a GPU, transformers rejects bf16 unless the CPU is requested explicitly
+    if configs.is_true(argv, "dry_run"):  # without a GPU, transformers rejects bf16 unless the CPU is requested
         argv = [*argv, "--use_cpu", "true"]
     config, sft, base = configs.parse([EchoConfig, TrainingConfig, ModelConfig], argv)
     check_options(sft, base, config)

@@ -33,7 +33,8 @@ class ShowConfig:
 def main(argv: list[str]) -> None:
     """Print one block per role: images, token counts and text with trained tokens in [[...]], green on a terminal."""
     (config,) = configs.parse([ShowConfig], argv)
-
+    if config.row < 0:
+        raise EchoError(f"row is {config.row}; rows are numbered from 0")
     dataset = load_dataset(Path(config.dataset))
     row_builder = RowBuilder(load_processor(config.model_name_or_path, None, config.min_pixels, config.max_pixels))
     marks = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")

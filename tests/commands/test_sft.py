@@ -173,6 +173,32 @@ def test_a_dry_run_needs_only_config_and_processor_of_the_model(dataset, tmp_pat
         run_in_process(*options)
 
 
+@pytest.mark.parametrize("spelling", ["--dry_run", "--dry-run=true", "--dry_run yes", "dry_run: true"])
+def test_a_dry_run_needs_no_gpu_in_any_spelling(tmp_path, monkeypatch, spelling):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "recipes/tiny/decision_maker.yaml").read_text())
+    # The message about the dataset shows that the check of bf16 has passed.
+    options = ["--config", recipe, "--bf16", "true", "--use_cpu", "false", "--dataset", "nowhere"]
+    options += ["--output_dir", tmp_path / "out"]
+    if spelling.startswith("--"):
+        options += spelling.split()
+    else:
+        recipe.write_text(f"{recipe.read_text()}{spelling}\n")
+    with pytest.raises(EchoError, match="there is no dataset nowhere"):
+        run_in_process(*options)
+    if not spelling.startswith("--"):
+        with pytest.raises(EchoError, match="bf16 is set, but there is no GPU"):
+            run_in_process(*options, "--dry_run", "false")
+
+
+def test_a_row_below_zero_is_refused():
+    from train.show import main
+
+    with pytest.raises(EchoError, match="row is -1; rows are numbered from 0"):
+        main(["--dataset", "nowhere", "--row", "-1"])
+
+
 def test_a_dry_run_refuses_an_image_that_has_changed_since_the_build(tmp_path):
     dataset = make_dataset(tmp_path / "data", train=2, validation=1, test=1)
     options = tiny_options("decision_maker", dataset, tmp_path / "out", "--dry_run", "--eval_strategy", "no")
