@@ -48,6 +48,7 @@ UNSUPPORTED = {
     "batch_eval_metrics": "an evaluation computes only the metrics of the loss",
     "neftune_noise_alpha": "rows are packed and share prefixes, so the noise would depend on the batch size",
     "trust_remote_code": "Qwen2-VL is part of transformers",
+    "auto_find_batch_size": "it would change the number of cases per step, on which the results depend",
     "lora_target_parameters": "Qwen2-VL has linear layers; use lora_target_modules",
 }
 """Options that must stay unset, with the reasons."""
@@ -311,6 +312,8 @@ def _check_model_options(model: ModelConfig) -> None:
             f"{quantized} is set with use_peft: false, but the weights of a quantized model cannot be trained; remove "
             "one of the two options"
         )
+    if model.load_in_4bit and model.dtype == "auto":
+        raise EchoError("dtype auto is incompatible with load_in_4bit, which computes in dtype; set dtype: bfloat16")
     if quantized:
         storage = f"bnb_4bit_quant_storage {model.bnb_4bit_quant_storage}"
         _try(storage, lambda: quantization_config(model), "name a type of torch, such as uint8")

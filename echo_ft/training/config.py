@@ -318,11 +318,9 @@ def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig
     names = check_lora_targets(model, lora.target_modules)
     lora.target_modules = set(names)
     lora.init_lora_weights = {"true": True, "false": False}.get(config.init_lora_weights, config.init_lora_weights)
-    for saved in lora.modules_to_save or ():
+    for saved in lora.modules_to_save or ():  # PEFT ignores unknown names
         if not any(f".{name}".endswith(f".{saved}") for name, _ in model.named_modules()):
-            raise EchoError(
-                f"lora_modules_to_save: the model has no module {saved}; correct the name"
-            )  # PEFT ignores such a name
+            raise EchoError(f"lora_modules_to_save: the model has no module {saved}; correct the name")
     modules = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{target}") for target in names)]
     for option in ("rank_pattern", "alpha_pattern"):
         patterns: Any = getattr(config, option) or {}
@@ -338,10 +336,13 @@ def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig
             if not found:
                 raise EchoError(f"{option}: {pattern} matches no module of lora_target_modules; name one of those")
         setattr(lora, option, patterns)
-    scale = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
-    if scale > MAX_LORA_SCALE:
-        raise EchoError(
-            f"lora_alpha {lora.lora_alpha} with lora_r {lora.r} is a scale of {scale:g}; set at most "
-            f"{MAX_LORA_SCALE:g} times lora_r"
-        )
+    for module in modules:
+        rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, module), lora.r)
+        alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern, module), lora.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if lora.use_rslora else rank)
+        if scale > MAX_LORA_SCALE:
+            raise EchoError(
+                f"lora_alpha {alpha} with lora_r {rank} is a scale of {scale:g} in {module}; set at most "
+                f"{MAX_LORA_SCALE:g} times lora_r"
+            )
     return lora

@@ -143,6 +143,17 @@ def test_a_broken_value_is_refused_with_the_name_of_the_option(check, name, hint
             "gradient_checkpointing_kwargs or .*every",
         ),
         ({"load_in_4bit": True, "bnb_4bit_quant_storage": "int3"}, "bnb_4bit_quant_storage int3 cannot be used"),
+        ({"load_in_4bit": True, "dtype": "auto"}, "dtype auto is incompatible with load_in_4bit.*set dtype: bfloat16"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported: .*cases per step"),
+        ({"lora_r": 1, "lora_alpha": 1001}, "lora_alpha 1001 with lora_r 1 is a scale of 1001 in model"),
+        (
+            {"lora_r": 1, "alpha_pattern": {"q_proj": 5000}},
+            r"lora_alpha 5000 with lora_r 1 is a scale of 5000 in .*q_proj; set at most 1000 times lora_r",
+        ),
+        (
+            {"lora_r": 16, "lora_alpha": 2000, "rank_pattern": {"v_proj": 1}},
+            r"lora_alpha 2000 with lora_r 1 is a scale of 2000 in .*v_proj",
+        ),
         ({"lora_task_type": "SEQ_CLS"}, "lora_task_type cannot be 'SEQ_CLS'"),
         ({"lora_modules_to_save": ["head"]}, "lora_modules_to_save: the model has no module head"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights cannot be 'pissa'; choose from true, false, gaussian"),
