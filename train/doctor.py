@@ -22,6 +22,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 from packaging.requirements import Requirement
 
 from echo_ft import config as configs
+from echo_ft.errors import EchoError
+from echo_ft.model.loading import indexed_files
 from echo_ft.terminal import format_gib
 
 GIB = 2**30
@@ -221,11 +223,24 @@ def check_weights() -> list[Check]:
     free = shutil.disk_usage(existing).free
     checks = []
     for name, size in WEIGHTS.items():
-        stored = isinstance(try_to_load_from_cache(name, "model.safetensors.index.json"), str)
+        state = download_state(name)
         room = "" if free >= size * GIB else f", which has no room for its {size} GiB: set HF_HOME to a larger disk"
-        found = f"stored in {cache}" if stored else f"not in {cache}{room}"
+        stored = state == "stored"
+        found = f"{state} in {cache}" + ("" if stored else room)
         checks.append(Check(name.partition("/")[2], found, "" if stored else f"hf download {name}"))
     return checks
+
+
+def download_state(name: str) -> str:
+    """Return `stored`, `incomplete` or `not` for the weights of a model. An interrupted download leaves their index."""
+    index = try_to_load_from_cache(name, "model.safetensors.index.json")
+    if not isinstance(index, str):
+        return "not"
+    try:
+        files = indexed_files(Path(index))
+    except EchoError:
+        return "incomplete"
+    return "stored" if all(isinstance(try_to_load_from_cache(name, file), str) for file in files) else "incomplete"
 
 
 def check_tool(name: str) -> Check:

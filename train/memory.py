@@ -73,21 +73,25 @@ def main(argv: list[str]) -> None:
     from trl import ModelConfig, SFTConfig
 
     from echo_ft.training.checks import check_options
-    from echo_ft.training.config import EchoConfig
+    from echo_ft.training.config import EchoConfig, trained_roles
 
     # Without a GPU, transformers rejects bf16 unless the CPU is requested explicitly.
     own, config, sft, base = configs.parse(
         [MemoryConfig, EchoConfig, SFTConfig, ModelConfig], [*argv, "--use_cpu", "true"]
     )
     check_options(sft, base, config)
-    if own.gpus < 1:
-        raise EchoError(f"gpus is {own.gpus}; set it to 1 or more")
+    for name in ("gpus", "images", "exchanges", "text_tokens", "label_tokens"):
+        value = getattr(own, name)
+        if value is not None and value < 1:
+            raise EchoError(f"{name} is {value}; set it to 1 or more")
     model = trainable_meta_model(config, base)
     print(f"{base.model_name_or_path}, {config.role}")
     print(memory_report(model, largest_batch(own, config, sft), sft, base, own.gpus, config.adapt_from))
     if own.run is not None:
-        adapter = sum(count.trainable for count in count_parameters(model)) if base.use_peft else 0
-        print(f"\n{own.run}, with four adapters like that of the recipe")
+        trained = sum(count.trainable for count in count_parameters(model))
+        adapter = trained // len(trained_roles(config)) if base.use_peft else 0
+        adapters = "four adapters like that of the recipe" if base.use_peft else "no adapters"
+        print(f"\n{own.run}, with {adapters}")
         print(_run_report(own.run, str(base.model_name_or_path), base.model_revision, adapter, config.adapt_from))
 
 

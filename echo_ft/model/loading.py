@@ -266,7 +266,8 @@ def checkpoint_dtype(model_name_or_path: str, revision: str | None = None) -> st
     return str(config.dtype or "float32").removeprefix("torch.")
 
 
-def _indexed_files(index: Path) -> list[str]:
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files in model.safetensors.index.json. Raises EchoError if it is broken."""
     try:
         return sorted(set(restore(dict[str, str], read_json_object(index)["weight_map"]).values()))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -292,7 +293,7 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
         return None if found is None else Path(found)
 
     index = find("model.safetensors.index.json")
-    names = _indexed_files(index) if index else ["model.safetensors"]
+    names = indexed_files(index) if index else ["model.safetensors"]
     chunks = []
     for name in names:
         path = find(name)

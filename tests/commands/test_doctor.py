@@ -72,6 +72,24 @@ def test_extras_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.package_fault(Requirement("pillow>=1,<2")).startswith("pillow is ")
 
 
+def test_an_interrupted_download_is_not_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = next(iter(WEIGHTS))
+    snapshot = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    for constants in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path))
+    assert doctor.check_weights()[0].found == f"not in {tmp_path}"
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model-1.safetensors").touch()
+    found = doctor.check_weights()[0]
+    assert (found.found, found.remedy) == (f"incomplete in {tmp_path}", f"hf download {name}")
+    (snapshot / "model-2.safetensors").touch()
+    assert doctor.check_weights()[0] == Check(found.name, f"stored in {tmp_path}")
+
+
 def test_a_full_disk_is_named_with_what_is_lacking(tmp_path: Path) -> None:
     assert doctor.check_disk(tmp_path, 100 * GIB).state == "ok"
     full = doctor.check_disk(tmp_path, GIB // 2)

@@ -76,6 +76,11 @@ def test_patches_attend_only_within_their_image():
 def test_only_a_known_gpu_has_a_peak():
     assert flops.device_peak_flops("NVIDIA H200") == 989e12
     assert flops.device_peak_flops("NVIDIA H100 PCIe") < flops.device_peak_flops("NVIDIA H100 80GB HBM3")
+    assert flops.device_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert flops.device_peak_flops("NVIDIA L40") == flops.device_peak_flops("NVIDIA L40S") / 2 == 181e12
+    assert flops.device_peak_flops("NVIDIA H100 NVL") == flops.device_peak_flops("NVIDIA H200 NVL") == 835e12
+    assert flops.device_peak_flops("NVIDIA GH200 480GB") == flops.device_peak_flops("NVIDIA H200")
+    assert flops.device_peak_flops("NVIDIA RTX A1000") is None
     assert flops.device_peak_flops("a toaster") is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -352,6 +353,31 @@ def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp
         main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_7b" / "run.yaml")])
     with pytest.raises(EchoError, match="has no max_pixels; give the YAML file of a run"):
         main(["--config", str(recipe), "--run", str(RECIPES / "accelerate" / "ddp.yaml")])
+
+
+def test_the_command_counts_the_four_adapters_of_a_run_once(capsys, monkeypatch):
+    from train import memory
+
+    adapters: list[int] = []
+    monkeypatch.setattr(memory, "_run_report", lambda *options: adapters.append(options[3]) or "")
+    run = ["--run", str(RECIPES / "qwen2_vl_2b" / "run.yaml")]
+    memory.main(["--config", str(RECIPES / "qwen2_vl_2b" / "all_roles.yaml"), *run])
+    printed = capsys.readouterr().out
+    trained = re.search(r"^all .* ([\d,]+) \(", printed, re.MULTILINE)
+    assert trained and adapters == [int(trained[1].replace(",", "")) / 4]
+    assert "run.yaml, with four adapters like that of the recipe" in printed
+    memory.main(["--config", str(RECIPES / "qwen2_vl_2b" / "decision_maker.yaml"), *run, "--use_peft", "false"])
+    assert adapters[1] == 0
+    assert "run.yaml, with no adapters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gpus", "images", "exchanges", "text_tokens", "label_tokens"])
+def test_the_command_refuses_sizes_below_one(name):
+    from train.memory import main
+
+    recipe = str(RECIPES / "qwen2_vl_2b" / "decision_maker.yaml")
+    with pytest.raises(EchoError, match=f"{name} is -1; set it to 1 or more"):
+        main(["--config", recipe, f"--{name}", "-1"])
 
 
 def test_the_command_reports_a_wrong_target_in_one_sentence():

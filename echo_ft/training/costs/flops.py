@@ -9,6 +9,7 @@ activation functions and embeddings do not count.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,17 +21,22 @@ from echo_ft.model.loading import parameter_group
 from echo_ft.model.rows import IGNORED, Row
 
 PEAK_FLOPS = (
+    ("GB200", 2500e12),
     ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12),
     ("H100", 989e12),
     ("A100", 312e12),
     ("L40S", 362e12),
     ("A10G", 70e12),
     ("A10", 125e12),
+    ("L40", 181e12),
     ("L4", 121e12),
 )
-"""(part of the device name, peak): dense bfloat16 FLOP/s from the vendors' data sheets. The first match wins."""
+"""(words in the device name, peak): dense bfloat16 FLOP/s from the vendors' data sheets. The first match wins."""
 
 
 @dataclass(frozen=True)
@@ -166,4 +172,4 @@ def unit_costs(model: Any) -> UnitCosts:
 
 def device_peak_flops(device_name: str) -> float | None:
     """Return the peak dense bfloat16 FLOP/s of a GPU; None if its name does not match PEAK_FLOPS."""
-    return next((flops for part, flops in PEAK_FLOPS if part in device_name), None)
+    return next((flops for words, flops in PEAK_FLOPS if re.search(rf"\b{words}\b", device_name)), None)
