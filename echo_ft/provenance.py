@@ -138,6 +138,16 @@ def fingerprint_bytes(*chunks: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def same_weights(one: str | None, other: str | None) -> bool:
+    """Return whether two fingerprints of a base model (`model.loading.base_fingerprint`) are of the same weights.
+
+    Older versions recorded only the part before the hyphen. If one of them lacks the rest, the first part decides.
+    """
+    if one is None or other is None or ("-" in one and "-" in other):
+        return one == other
+    return one.partition("-")[0] == other.partition("-")[0]
+
+
 def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
     """Fingerprint the contents and paths (relative to `root`) of files, in any order, as 16 hex digits.
 

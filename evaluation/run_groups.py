@@ -10,6 +10,7 @@ from echo_ft.metrics.comparison import RunGroup
 from echo_ft.metrics.loading import Run, load_run
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
 from echo_ft.metrics.report import SAME_MODEL_KEYS
+from echo_ft.provenance import same_weights
 from echo_ft.tracking import local_run
 
 PROTOCOL = ("answer", "option_order", "max_new_tokens", "min_pixels", "max_pixels", "prompt_version")
@@ -74,7 +75,7 @@ def require_same_setup(group: RunGroup) -> None:
             first, other = group.runs[0].provenance.get(key), run.provenance.get(key)
             if key == "adapters":
                 first, other = (", ".join(sorted(adapters or {})) or "none" for adapters in (first, other))
-            if first != other:
+            if first != other and not (key == "base_fingerprint" and same_weights(first, other)):
                 raise EchoError(
                     f"{group.members[0]} and {name} cannot be one group: their {key} differs ({first} and {other}); "
                     "separate them with a space instead of a comma"

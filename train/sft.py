@@ -216,7 +216,8 @@ def make_trainer(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -
     from echo_ft.training.trainer import PrefixSharingTrainer
 
     first, *_ = checked.cards.values()
-    store = feature_store(first, config, sft, base) if config.features else None
+    settings = checked.row_builder.image_processor.to_json_string()
+    store = feature_store(first, config, sft, base, settings) if config.features else None
     model = load_model(
         base.model_name_or_path,
         base.model_revision,
@@ -277,8 +278,8 @@ def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[
             run.log_artifact(adapter_artifact(folder, asdict(read_card(folder))))
 
 
-def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) -> Any:
-    """Return the store for features of the frozen vision tower.
+def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any, image_processor: str) -> Any:
+    """Return the store for features of the frozen vision tower. `image_processor` has the processor's settings as JSON.
 
     Its key has all that they depend on, except the image.
     """
@@ -288,6 +289,7 @@ def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any) ->
     key = {
         "base": card.base_fingerprint,
         "pixels": [config.min_pixels, config.max_pixels],
+        "image_processor": image_processor,
         "decoder": DECODER_VERSION,
         "precision": [base.dtype, sft.bf16, sft.fp16],
         "quantization": str(quantization_config(base)),

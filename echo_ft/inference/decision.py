@@ -14,6 +14,7 @@ from scipy.special import expit, logit
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.inputs import read_json_object
+from echo_ft.provenance import same_weights
 
 if TYPE_CHECKING:
     from echo_ft.model.adapters import Adapter
@@ -92,7 +93,7 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
                 f"{adapter.fingerprint}); run and score these adapters"
             )
         # The report of a run on a server has no fingerprint of the weights.
-        if base is not None and base != adapter.card.base_fingerprint:
+        if base is not None and not same_weights(base, adapter.card.base_fingerprint):
             raise EchoError(f"{path} measures a different base model ({base}); run and score these adapters")
     if corruption is not None or pipeline.reference == "random":
         what = "corrupted images" if corruption is not None else "random references"

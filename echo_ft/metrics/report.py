@@ -25,7 +25,7 @@ from echo_ft.metrics.loading import Run, describe_protocol, rejection_warnings
 from echo_ft.metrics.metric_values import MIN_PARTS
 from echo_ft.metrics.mmad import Answer, counted_as_normal, official_table
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
-from echo_ft.provenance import commit
+from echo_ft.provenance import commit, same_weights
 from echo_ft.records import QUESTION_TYPES, Prediction, Trace
 
 SAME_MODEL_KEYS = (
@@ -61,6 +61,8 @@ def calibrate_run(run: Run, validation: Run, false_alarms: float) -> dict[str, A
     cannot = f"{validation.folder} cannot calibrate {run.folder}: "
     for key in (*SAME_MODEL_KEYS, "answer"):
         ours, theirs = run.provenance.get(key), validation.provenance.get(key)
+        if key == "base_fingerprint" and same_weights(ours, theirs):
+            continue
         # `generate` and `logits` read P(defect) from the same tokens. `averaged` averages over the option orders.
         if ours != theirs and (key != "answer" or "averaged" in (ours, theirs)):
             values = "" if isinstance(ours, dict) else f" ({ours} and {theirs})"

@@ -18,7 +18,7 @@ from echo_ft.files import flush, write_json, write_text
 from echo_ft.inputs import from_dict, read_json_object
 from echo_ft.model.adapter_layers import act_when_switched_on, check_patterns
 from echo_ft.model.loading import base_fingerprint, require_finite, why_unusable
-from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, versions, write_sums
+from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, same_weights, versions, write_sums
 from echo_ft.records import ROLES
 
 ADAPTER_CARD = "echo_ft.json"
@@ -223,7 +223,7 @@ def find_adapters(
                 f"{path} holds an adapter for {card.role}, not {role}; put each adapter into its role's folder"
             )
         base_weights = base_weights or card.base_fingerprint
-        if card.base_fingerprint != base_weights:
+        if not same_weights(card.base_fingerprint, base_weights):
             raise EchoError(
                 f"{path} was trained on a different base model ({card.base_model}, weights {card.base_fingerprint}) "
                 f"than {base_model} (weights {base_weights}); run it with its own base model"

@@ -78,7 +78,7 @@ def test_the_card_describes_the_adapter(one_rank, dataset):
     assert card["dataset"] == str(dataset)
     assert (card["min_pixels"], card["max_pixels"]) == (recipe["min_pixels"], recipe["max_pixels"])
     assert card["prompt_version"]
-    assert len(card["base_fingerprint"]) == 16
+    assert len(card["base_fingerprint"]) == 33
     assert card["versions"]["trl"] != "absent"
     assert json.loads((one_rank / "checkpoint-1" / "echo_ft.json").read_text()) == card
 

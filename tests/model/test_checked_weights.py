@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, ADAPTER_FILES, attach_adapters, find_adapters
 from echo_ft.model.loading import base_fingerprint, load_model
-from echo_ft.provenance import CHECKSUMS
+from echo_ft.provenance import CHECKSUMS, fingerprint_bytes, same_weights
 from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, make_dataset, random_adapters
 
 
@@ -48,6 +48,42 @@ def test_any_changed_byte_of_an_adapter_is_refused_with_the_name_of_its_file(ada
     if name != CHECKSUMS:
         with pytest.raises(EchoError, match=rf"{name} is missing since|no readable {name}|there is no adapter in"):
             find_adapters(adapters, str(ECHO_TINY), weights, MIN_PIXELS, MAX_PIXELS)
+
+
+def test_merged_models_differ_in_their_fingerprint_although_both_ends_are_equal(tmp_path: Path) -> None:
+    content = (ECHO_TINY / "model.safetensors").read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    offsets = [one["data_offsets"] for one in json.loads(content[8:length]).values() if "data_offsets" in one]
+    found = []
+    for change in (0, 1, 2):
+        changed = bytearray(content)
+        for first, last in offsets:  # like a merge, which changes tensors between the first and the last
+            if first > 1 << 16 and length + last < len(content) - (1 << 16):
+                changed[length + first] ^= change
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        found.append(base_fingerprint(str(tmp_path)))
+    assert found[0] == base_fingerprint(str(ECHO_TINY))
+    assert len(set(found)) == 3
+    assert len({one.partition("-")[0] for one in found}) == 1
+
+
+def test_an_adapter_of_an_older_version_still_fits_its_base(adapters: Path) -> None:
+    content = (ECHO_TINY / "model.safetensors").read_bytes()
+    header, size, end = 8 + int.from_bytes(content[:8], "little"), len(content), 1 << 16
+    recorded = fingerprint_bytes(content[: header + end] + content[max(header, size - end) :])
+    for card in adapters.glob(f"*/{ADAPTER_CARD}"):
+        card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": recorded}))
+        (card.parent / CHECKSUMS).unlink()
+    weights = base_fingerprint(str(ECHO_TINY))
+    assert len(find_adapters(adapters, str(ECHO_TINY), weights, MIN_PIXELS, MAX_PIXELS)) == 4
+    with pytest.raises(EchoError, match=r"base model .* than .*weights 0"):
+        find_adapters(adapters, str(ECHO_TINY), f"0{weights[1:]}", MIN_PIXELS, MAX_PIXELS)
+
+
+def test_fingerprints_of_older_versions_are_compared_by_what_they_recorded() -> None:
+    assert same_weights("aa-bb", "aa-bb") and same_weights("aa", "aa-bb") and same_weights("aa-bb", "aa")
+    assert not same_weights("aa-bb", "aa-cc") and not same_weights("aa", "ab-bb") and not same_weights(None, "aa")
+    assert same_weights(None, None)
 
 
 def not_finite(weights: dict[str, torch.Tensor], value: float) -> str:
