@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -126,3 +127,11 @@ def test_the_makefile_makes_every_picture_of_the_documents():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
     for picture in (ROOT / "docs" / "images").glob("*.png"):
         assert f"docs/images/{picture.name}" in recipe
+
+
+def test_make_clean_keeps_the_datasets_and_runs_of_users(tmp_path):
+    kept = {tmp_path / folder / name for folder in ("data", "runs") for name in ("parts", "echo-tiny")}
+    for folder in (*kept, tmp_path / "runs" / "demo", tmp_path / "data" / "demo"):
+        folder.mkdir(parents=True)
+    subprocess.run(["make", "-f", str(ROOT / "Makefile"), "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert {*tmp_path.glob("*/*")} == kept

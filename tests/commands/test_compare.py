@@ -33,7 +33,9 @@ def test_compare_ends_with_the_verdict_and_writes_next_to_the_last_run(tmp_path:
     assert difference["difference"] == pytest.approx(averages[1] - averages[0])
     assert 0 < difference["interval"][0] < difference["difference"] < difference["interval"][1]
     assert comparison["differences"][0]["mcnemar"]["All questions"]["p_holm"] < 0.001
-    require_self_contained((tmp_path / "compare" / "compare.html").read_text())
+    page = (tmp_path / "compare" / "compare.html").read_text()
+    require_self_contained(page)
+    assert all(f"&lt;b&gt;{name}" in page for name in ("crack", "echo-tiny"))
 
 
 def test_seven_runs_have_seven_colours(tmp_path: Path) -> None:

@@ -148,6 +148,15 @@ def test_every_reason_belongs_to_a_command(tmp_path):
     assert not unused
 
 
+def test_a_command_that_returns_an_error_fails(monkeypatch):
+    command = Command({}, ["python", "-m"], "evaluation.run", ["python", "-m", "evaluation.run"], [])
+    monkeypatch.setattr("evaluation.run.main", lambda _: 0)
+    documented.run_in_process(command, [])
+    monkeypatch.setattr("evaluation.run.main", lambda _: 3)
+    with pytest.raises(AssertionError, match=r"python -m evaluation.run: 3"):
+        documented.run_in_process(command, [])
+
+
 def test_bash_expands_loops_variables_and_environment(tmp_path):
     text = "```bash\nfor a in x:1 y:2; do\n  A_B=c python -m train.show --dataset 'd e' --row ${a#*:}\ndone\n```\n"
     (tmp_path / "page.md").write_text(text)

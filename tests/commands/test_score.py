@@ -39,10 +39,12 @@ def test_score_writes_the_report_and_prints_the_table(tmp_path: Path) -> None:
     assert report["tables"]["strict"]["tiles"][QUESTION_TYPES[1]] == pytest.approx(100 * right / 40)
     assert report["tables"]["strict"]["tiles"][QUESTION_TYPES[2]] is None
     assert report["detection"]["All"]["scored"] == 39
-    assert set(report["products"]) == {"tiles/product 0", "tiles/product 1", "tiles/product 2"}
+    assert set(report["products"]) == {"tiles/<b>product 0", "tiles/<b>product 1", "tiles/<b>product 2"}
     assert report["provenance"]["dataset_fingerprint"] == "f00d"
     assert re.fullmatch("[0-9a-f]{16}", report["provenance"]["predictions_fingerprint"])
-    require_self_contained((folder / "report.html").read_text())
+    page = (folder / "report.html").read_text()
+    require_self_contained(page)
+    assert all(f"&lt;b&gt;{name}" in page for name in ("product 0", "crack", "echo-tiny"))
     answers = json.loads((folder / "answers.json").read_text())
     assert len(answers) == 80
     assert answers[2]["gpt_answer"] == ""
@@ -201,7 +203,7 @@ def test_threshold_for_too_few_normal_images_is_left_out(tmp_path: Path, capsys:
         (
             "validation",
             {"base_model": "another"},
-            "their base_model differs .echo-tiny and another.; run the validation",
+            "their base_model differs .<b>echo-tiny and another.; run the validation",
         ),
         ("validation", {"adapters": {"decision_maker": {"fingerprint": "beef"}}}, "their adapters differs; run"),
         ("validation", {"answer": "averaged"}, "their answer differs .None and averaged."),
@@ -210,7 +212,7 @@ def test_threshold_for_too_few_normal_images_is_left_out(tmp_path: Path, capsys:
         (
             "test",
             {},
-            "40 parts are in both, such as tiles/product 0/test part 0; give a run made with --split validation",
+            "40 parts are in both, such as tiles/<b>product 0/test part 0; give a run made with --split validation",
         ),
     ],
 )

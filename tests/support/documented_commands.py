@@ -154,9 +154,10 @@ def check_config(command: Command, arguments: list[str]) -> None:
 def run_in_process(command: Command, arguments: list[str]) -> None:
     """Call the main function of the command's module. Fails if the command raises or exits with an error."""
     try:
-        importlib.import_module(command.module).main(arguments)
+        status = importlib.import_module(command.module).main(arguments)
     except SystemExit as stop:
-        assert not stop.code or stop.code in VERDICTS.get(command.module or "", ()), f"{command.text}: {stop.code}"
+        status = stop.code
+    assert not status or status in VERDICTS.get(command.module or "", ()), f"{command.text}: {status}"
 
 
 def run_in_shell(command: Command, arguments: list[str]) -> None:

@@ -20,11 +20,14 @@ from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS
 
 
 def predictions(skill: float, seed: int = 0, images: int = 40) -> list[Prediction]:
-    """Answer two questions per image, correctly with probability `skill`. The questions do not depend on `skill`."""
+    """Answer two questions per image, correctly with probability `skill`. The questions do not depend on `skill`.
+
+    The names contain markup, which pages must escape (`require_self_contained`).
+    """
     luck = random.Random(seed)
     rows = []
     for image in range(images):
-        condition = GOOD if image % 2 else "crack"
+        condition = GOOD if image % 2 else "<b>crack"
         for kind in QUESTION_TYPES[:2]:
             options = (
                 {"A": "Yes.", "B": "No."} if kind == QUESTION_TYPES[0] else {"A": "Bend.", "B": "Hole.", "C": "Crack."}
@@ -35,7 +38,7 @@ def predictions(skill: float, seed: int = 0, images: int = 40) -> list[Predictio
             rows.append(
                 Prediction(
                     f"tile-{image}", f"tile-{image}/{kind}", "tiles",
-                    f"product {image % 3}", f"part {image}",
+                    f"<b>product {image % 3}", f"part {image}",
                     f"{image}.png", condition, kind, "<b>Is there a defect?</b>",
                     options, answer, parsed, parsed, probabilities,
                 )
@@ -50,7 +53,7 @@ def make_run(folder: Path, rows: list[Prediction], **changes: Any) -> Path:
         "dataset": "nowhere",
         "dataset_fingerprint": "f00d",
         "split": "test",
-        "base_model": "echo-tiny",
+        "base_model": "<b>echo-tiny",
         "adapters": {},
     }
     run |= {"complete": True, "cases": len({row.case for row in rows}), **changes}
@@ -67,14 +70,15 @@ def run_command(module: str, *arguments: str | Path) -> subprocess.CompletedProc
 def require_self_contained(page: str) -> None:
     """Fail if a page refers to anything outside itself or contains unescaped text."""
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)|@import|url\(""", page)
-    assert "<b>Is there a defect?" not in page, "the text of a run must be escaped"
+    assert not re.search("<b>(product|crack|echo-tiny|Is there)", page), "the text of a run must be escaped"
 
 
 def run_evaluation(dataset, output, *more) -> None:
-    """Run `evaluation.run` in this process, with echo-tiny and short outputs."""
+    """Run `evaluation.run` in this process, with echo-tiny and short outputs. Fails if a prediction fails."""
     options = {"dataset": dataset, "output": output, "model_name_or_path": ECHO_TINY, "dtype": "float32"}
     options |= {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "max_new_tokens": 6, "batch_size": 2}
-    run_main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + [str(m) for m in more])
+    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    assert run_main([*given, *map(str, more)]) == 0
 
 
 def make_report(path: Path, found: Mapping[str, Adapter], changes: dict[str, Any] | None = None) -> Path:

@@ -42,14 +42,14 @@ class SmallDemo:
 def run_demo(dataset: Path, adapters: Path, output: Path, *options: object) -> None:
     """Run adapters on the test split with the demo's recipe."""
     given = ["--dataset", dataset, "--adapters", adapters, "--output", output, "--model_name_or_path", BASE, *options]
-    run(["--config", "recipes/tiny/run.yaml", *map(str, given)])
+    assert run(["--config", "recipes/tiny/run.yaml", *map(str, given)]) == 0
 
 
 def make_small_demo(folder: Path) -> SmallDemo:
     """Make the demo in `folder`, by the steps of `make demo`. The working directory is the project's folder."""
     dataset, adapters = folder / "data", folder / "adapters"
     demo = SmallDemo(dataset, folder / "tuned", folder / "bundle")
-    build(["--config", "recipes/tiny/data.yaml", "--parts", "12", "--output", str(dataset)])
+    assert build(["--config", "recipes/tiny/data.yaml", "--parts", "12", "--output", str(dataset)]) == 0
     for role in ROLES:
         run_in_process(*tiny_options(role, dataset, adapters / role, *FEW_STEPS))
     run_demo(dataset, adapters, demo.run)
