@@ -392,7 +392,7 @@ def test_a_cell_with_other_questions_is_compared_on_the_shared_ones(tmp_path):
     assert seen["difference"] is None
     assert table["warnings"] == ["novel, other: odd", "other: new"]
     text = ablation_table.text(table)
-    assert 'cover the 20 questions (10 cases) shared with "seen"' in text
+    assert 'cover only the 20 questions (10 cases) it shares with "seen"' in text
     assert '"other" shares no question with "seen", so there is no difference' in text
 
 
@@ -446,7 +446,7 @@ def test_a_cell_with_more_or_fewer_questions_names_the_shared_number(tmp_path, s
     }
     table = ablation_table.build_table([(name, {}, folder) for name, folder in folders.items()], "seen", {})
     assert table["cells"][1]["difference"]["cases"] == shared
-    assert f"cover the {2 * shared} questions ({shared} cases) shared with" in ablation_table.text(table)
+    assert f"cover only the {2 * shared} questions ({shared} cases) it shares with" in ablation_table.text(table)
     assert [row[-1] for row in ablation_table.table_rows(table)] == ["seconds", "–", "–"]
 
 
