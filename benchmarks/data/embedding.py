@@ -24,8 +24,11 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -105,7 +108,10 @@ def _embed_share(
 
 
 def time_processes(names: list[str], root: Path, descriptor: str, cache: Path, processes: int, gpu: bool) -> float:
-    """Return the seconds that `processes` processes take to describe equal parts of the images into `cache`."""
+    """Return the seconds that `processes` processes take to describe equal parts of the images into `cache`.
+
+    There must be at least one image per process. Exits if a process fails.
+    """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
     threads = None if gpu else 1
@@ -115,13 +121,27 @@ def time_processes(names: list[str], root: Path, descriptor: str, cache: Path, p
     ]
     for worker in workers:
         worker.start()
-    barrier.wait()
-    started = time.perf_counter()
-    barrier.wait()
-    seconds = time.perf_counter() - started
-    for worker in workers:
-        worker.join()
-    return seconds
+    threading.Thread(target=_abort_after_failure, args=(workers, barrier), daemon=True).start()
+    try:
+        barrier.wait()
+        started = time.perf_counter()
+        barrier.wait()
+        return time.perf_counter() - started
+    except threading.BrokenBarrierError as error:
+        raise SystemExit("a process that computes descriptors failed; see its error above") from error
+    finally:
+        for worker in workers:
+            worker.join()
+
+
+def _abort_after_failure(workers: list[SpawnProcess], barrier: Barrier) -> None:
+    """Break the barrier if a worker fails, because the others would wait for it forever."""
+    running = list(workers)
+    while running:
+        wait([worker.sentinel for worker in running])
+        if any(worker.exitcode for worker in running):
+            barrier.abort()
+        running = [worker for worker in running if worker.exitcode is None]
 
 
 def measure(folder: Path, name: str, images: int, side: int, processes: int, repeats: int) -> str:
@@ -129,7 +149,7 @@ def measure(folder: Path, name: str, images: int, side: int, processes: int, rep
     import torch
 
     gpu = torch.cuda.is_available() and name != "skimage"
-    processes = 1 if gpu else processes
+    processes = 1 if gpu else min(processes, images)
     names = draw(folder, images, side)
     descriptor = prepare_descriptor(folder, name)
     extractor = load_extractor(descriptor)

@@ -109,8 +109,8 @@ def random_model(name: str, folder: Path, layers: int | None = None) -> str:
         config.text_config.num_hidden_layers = config.vision_config.depth = layers
         config.text_config.layer_types = config.text_config.layer_types[:layers]
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    # On the CPU, because this process would keep memory of the GPU while others are measured there.
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     processor = AutoProcessor.from_pretrained(MODEL, trust_remote_code=False)
     for reader in (processor.image_processor, processor.video_processor):
@@ -204,8 +204,10 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure all implementations in turn and print one table."""
     options = parse_options()
-    if not options.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # The Trainer would split the batch of one process over several GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if options.gpu else ""
+    )
     with tempfile.TemporaryDirectory() as folder:
         random = options.model != MODEL
         model = random_model(options.model, Path(folder) / "model", options.layers) if random else MODEL

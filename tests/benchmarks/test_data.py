@@ -118,6 +118,17 @@ def test_both_contenders_compute_the_same_descriptors(tmp_path):
     assert difference <= 1e-5
 
 
+def test_no_process_is_without_an_image(tmp_path):
+    assert embedding.measure(tmp_path, "skimage", 2, 56, 3, 1).startswith("| skimage | 2 x (")
+
+
+def test_a_failing_process_ends_the_benchmark(tmp_path):
+    names = embedding.draw(tmp_path, 2, 56)
+    descriptor = f"ViT-B-16/{tmp_path / 'missing.pt'}"
+    with pytest.raises(SystemExit, match="a process that computes descriptors failed"):
+        embedding.time_processes(names, tmp_path, descriptor, tmp_path / "cache", 2, False)
+
+
 def test_verification_counts_every_part_and_leaves_the_modules_as_they_were(tmp_path):
     before = [getattr(module, name) for module, name in verification.ADDED_TO_BUILD]
     found = verification.measure(tmp_path, 60, images=20)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -190,6 +191,25 @@ def small_random_model(folder, layers=None):
     config.text_config.vocab_size = 4096
     config.save_pretrained(folder / "config")
     return benchmark.random_model(str(folder / "config"), folder / "model", layers)
+
+
+def test_the_benchmark_leaves_the_gpu_to_the_trainers_and_shows_them_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    allocated = torch.cuda.memory_reserved()
+    model = small_random_model(tmp_path)
+    assert torch.cuda.memory_reserved() == allocated
+    seen = []
+    monkeypatch.setattr(benchmark, "random_model", lambda *_: model)
+    monkeypatch.setattr(benchmark, "measure_runs", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(benchmark, "table", lambda *_: "")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", "--gpu", "--model", str(tmp_path / "config")])
+    for given in ("2,3", "1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        benchmark.main()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    benchmark.main()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert seen == ["2", "1", "0"]
 
 
 def test_a_model_of_fewer_layers_keeps_its_widths(tmp_path):

@@ -286,7 +286,7 @@ def _weighted_words(student: Student, batch: dict[str, Any], states: Any) -> Any
 
 
 def letter_mask(tokenizer: Any, batch: dict[str, Any]) -> Any:
-    """Return which of a batch's N trained tokens are letters that form the whole completion, as booleans (N,)."""
+    """Return which of a batch's N trained tokens are letters that end a completion, as booleans (N,)."""
     letters = torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCD")))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     labels = batch["labels"][:, 1:]
