@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from PIL import Image
 
 from data_prep.manifest import rejection_summary
@@ -226,8 +225,6 @@ def _query_picture(case: Case, root: Path) -> Picture:
     mask = masks.load_mask(case.truth, root, *size_and_orientation(path))
     if mask is None or not mask.any():
         return _picture(image, boxes=boxes)
-    if mask.shape[0] < image.height:
-        return _picture(image, masks.outline_path(np.asarray(Image.fromarray(mask).resize(image.size))), boxes)
     return _picture(image, masks.outline_path(masks.resize_mask(mask, image.size)), boxes)
 
 

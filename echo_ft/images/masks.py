@@ -226,7 +226,13 @@ def load_grey(path: Path, size: tuple[int, int]) -> Grey:
 
 
 def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """Resize a mask to `size` (width, height). Pixels that touch the mask are True, so small defects remain."""
+    """Resize a mask to `size` (width, height). Pixels that touch the mask are True, so small defects remain.
+
+    An enlarged mask repeats the nearest pixels, as an enlarged image does.
+    """
+    for axis, length in enumerate((size[1], size[0])):
+        if length > mask.shape[axis]:
+            mask = mask.take((2 * np.arange(length) + 1) * mask.shape[axis] // (2 * length), axis)
     height, width = mask.shape
     small = np.zeros((size[1], size[0]), dtype=np.bool_)
     ys, xs = np.nonzero(mask)

@@ -322,6 +322,16 @@ def test_contrast_of_a_mark_does_not_depend_on_exposure() -> None:
     assert masks.contrast(texture, np.ones_like(mask), texture) == 0.0
 
 
+def test_enlarged_mask_covers_what_the_enlarged_image_shows() -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((168, 120)) < 0.3
+    for size in ((256, 256), (300, 64), (120, 168)):
+        grey = Image.fromarray(mask.astype(np.float32)).resize((size[0], max(168, size[1])), Image.Resampling.BOX)
+        found = masks.resize_mask(mask, (size[0], max(168, size[1])))
+        assert (found == (np.asarray(grey) > 0.5)).all()
+    assert masks.resize_mask(mask, (300, 64)).any(axis=0).sum() > 280
+
+
 def test_small_defect_survives_resizing() -> None:
     mask = np.zeros((1000, 1000), dtype=np.bool_)
     mask[503, 707] = True
