@@ -65,7 +65,7 @@ IRRELEVANT = (
     # These options affect only speed, memory and rounding.
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "use_liger_kernel", "liger_kernel_config", "torch_empty_cache_steps", "auto_find_batch_size",
+    "use_liger_kernel", "liger_kernel_config", "torch_empty_cache_steps",
     "activation_offloading", "full_determinism", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     "dataloader_in_order", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
