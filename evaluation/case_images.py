@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,7 +102,7 @@ class ImageStore:
         with ThreadPoolExecutor(decode.READER_THREADS) as pool:
             written = list(progress(pool.map(write, paths, names), "writing images", "images", len(paths)))
         for old in self.folder.glob("*.jpg"):
-            if old.name not in set(names):
+            if re.fullmatch(r"[0-9a-f]{16}\.jpg", old.name) and old.name not in set(names):
                 old.unlink()
         return [f"{self.folder.name}/{name}" if there else "" for name, there in zip(names, written, strict=True)]
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,7 +201,7 @@ def fuzz_bytes(name: str, executions: int, folder: Path, seed: int, output: Path
     """
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["echo_ft", "data_prep"]):
-        parser = _parsers().PARSERS[name]
+        parser = _known_parsers([name])[0]
         _parsers().prepare_folder(folder)
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -227,6 +227,14 @@ def fuzz_bytes(name: str, executions: int, folder: Path, seed: int, output: Path
 
 def _parsers() -> ModuleType:
     return importlib.import_module("benchmarks.reliability.parsers")
+
+
+def _known_parsers(names: Sequence[str]) -> list[Parser]:
+    """Return the parsers with these names. Exits if one is unknown."""
+    known = _parsers().PARSERS
+    if not set(names) <= set(known):
+        sys.exit(f"--parser {', '.join(names)} is unknown; choose from {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def report(name: str, found: Found, output: Path) -> None:
@@ -260,15 +268,12 @@ def main() -> None:
             parser.error("--engine atheris takes one parser per process; add --parser NAME")
         with tempfile.TemporaryDirectory() as folder:
             fuzz_bytes(options.parser, options.executions, Path(folder), options.seed, options.output)
-    known = _parsers().PARSERS
-    names = list(known) if options.parser == "all" else [options.parser]
-    if not set(names) <= set(known):
-        parser.error(f"--parser {options.parser} is unknown; choose from {', '.join(known)}")
+    names = list(_parsers().PARSERS) if options.parser == "all" else [options.parser]
     finds = 0
-    for name in names:
+    for name, chosen in zip(names, _known_parsers(names), strict=True):
         with tempfile.TemporaryDirectory() as folder:
             prepared = _parsers().prepare_folder(Path(folder))
-            found = fuzz(known[name], options.executions, prepared, options.seed)
+            found = fuzz(chosen, options.executions, prepared, options.seed)
         report(name, found, options.output)
         finds += len(found.finds)
     sys.exit(1 if finds else 0)

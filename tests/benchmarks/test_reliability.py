@@ -89,6 +89,13 @@ def test_atheris_leaves_no_corpus_behind(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+def test_atheris_refuses_an_unknown_parser(tmp_path, monkeypatch):
+    fake = SimpleNamespace(instrument_imports=lambda include: nullcontext())
+    monkeypatch.setitem(sys.modules, "atheris", fake)
+    with pytest.raises(SystemExit, match=r"--parser leters is unknown; choose from .*letters"):
+        fuzz_bytes("leters", 1, tmp_path, 0, tmp_path / "finds")
+
+
 class Stub:
     """A process of a training, as multiprocessing shows it, that runs a shell command."""
 

@@ -144,12 +144,13 @@ def test_images_are_inside_the_page_or_in_a_folder_or_left_out(runs: tuple[Path,
     assert 'id="image-' not in (tmp_path / "folder" / "report.html").read_text()
     assert max(Image.open(written[0]).size) <= IMAGE_SIDE
     state = [path.stat().st_mtime_ns for path in written]
-    (tmp_path / "folder" / "report_images" / "old.jpg").touch()
-    (tmp_path / "folder" / "report_images" / "notes.txt").touch()
+    own = ("notes.txt", "photo.jpg")
+    for name in ("0123456789abcdef.jpg", *own):
+        (tmp_path / "folder" / "report_images" / name).touch()
     score.main([str(folder), "--output", str(tmp_path / "folder"), "--images", "folder"])
     assert [path.stat().st_mtime_ns for path in written] == state, "unchanged images are not encoded again"
     names = {path.name for path in (tmp_path / "folder" / "report_images").iterdir()}
-    assert names == {path.name for path in written} | {"notes.txt"}
+    assert names == {path.name for path in written} | {*own}, "only an old image of the page is removed"
     index, cases = read_viewer(tmp_path / "none" / "report.html")
     assert index["images"] == []
     assert {one["query"]["image"] for one in cases} == {-1}

@@ -54,8 +54,8 @@ class LoggedRun:
 
 def read_runs(folder: Path) -> list[LoggedRun]:
     """The offline runs in WANDB_DIR, in the order in which they started."""
-    paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns)
-    return [read_run(path) for path in paths]
+    runs = [read_run(path) for path in folder.glob("wandb/offline-run-*/run-*.wandb")]
+    return sorted(runs, key=lambda one: one.run.start_time.ToNanoseconds())
 
 
 def read_run(path: Path) -> LoggedRun:
