@@ -237,8 +237,10 @@ def _run_row(shape: RunShape, image: int) -> Row:
 def main() -> None:
     """Measure a recipe or a run and print the peaks next to the estimates."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", required=True, help="Training recipe, for example of the 7B decision maker.")
-    parser.add_argument("--run", help="Config of a run of the same model.")
+    parser.add_argument(
+        "--recipe", required=True, help="Training recipe, for example the one for the 7B decision maker."
+    )
+    parser.add_argument("--run", help="Config of a run with the same model.")
     options = parser.parse_args()
     config, sft, base = configs.parse(
         [EchoConfig, SFTConfig, ModelConfig], ["--config", options.recipe, "--use_cpu", "true"]

@@ -202,7 +202,7 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
     best = trainer.card.best_step
     chosen = f" of step {best}, the best in evaluation," if best else ""
     if sft.load_best_model_at_end and not best and sft.process_index == 0:
-        LOGGER.warning("there is no best checkpoint to load, so the %s is that of the last step", kind)
+        LOGGER.warning("there is no best checkpoint to load, so the %s is the one from the last step", kind)
     trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")
     trainer.end()
 
@@ -259,9 +259,9 @@ def make_trainer(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -
 
 @contextmanager
 def log_training(checked: CheckedRun, config: EchoConfig, sft: Any) -> Iterator[None]:
-    """Log the training in this block to Weights & Biases if `report_to` says so, with dataset, card and adapter.
+    """If `report_to` enables Weights & Biases, log this block's training to it with the dataset, card and adapter.
 
-    transformers' callback logs its curves and options into the run that it finds.
+    The transformers callback logs its curves and options to the run that is already active.
     """
     if "wandb" not in (sft.report_to or ()) or sft.process_index != 0:
         yield

@@ -180,9 +180,11 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=256, help="Images to draw.")
     parser.add_argument("--side", type=int, default=512, help="Side length of an image, in pixels.")
-    parser.add_argument("--plain_threads", type=int, help="Threads of the baseline; by default, torch chooses.")
+    parser.add_argument(
+        "--plain_threads", type=int, help="Number of threads for the baseline; by default, torch decides."
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="Processes on a CPU.")
-    parser.add_argument("--repeats", type=int, default=3, help="Runs of each implementation.")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs per implementation.")
     options = parser.parse_args()
     if options.plain_threads:
         import torch

@@ -168,8 +168,12 @@ def _build(manifest: Path, output: Path) -> Measurement:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000], help="Rows of each manifest.")
-    parser.add_argument("--folder", type=Path, help="Where to draw and build; a temporary folder if absent.")
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000], help="Rows per manifest.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="Folder in which to draw the images and build the dataset; defaults to a temporary folder.",
+    )
     options = parser.parse_args()
     print("| rows | training rows | wall s | processor s | image work s | rows/s without image work | peak MiB |")
     print("|---|---|---|---|---|---|---|")

@@ -1,10 +1,10 @@
 """Measure what checksums and flushes add to a build and to a training: `python -m benchmarks.data.verification`.
 
 The manifest is that of `benchmarks.data.rows`. The dataset is built twice with the same descriptor cache. The second
-build overwrites the first and finds all descriptors in the cache. The added work consists of the checksums of its
-records and of the cache, and of flushing files to the disk. The start of training means planning the rows of one role,
-without loading a model. There, the added work is the checksums of the dataset. Training also hashes each image when it
-first reads it; this time is compared with the time for decoding.
+build overwrites the first and finds all descriptors in the cache. The added work is computing checksums of the
+records and of the cache, and flushing files to disk. The start of training means planning the rows for one role,
+without loading a model. There, the added work is computing checksums of the dataset. Training also hashes each image
+when it first reads it; this time is compared with the time for decoding.
 """
 
 from __future__ import annotations
@@ -107,8 +107,12 @@ def measure(folder: Path, rows: int, images: int = 1000) -> dict[str, tuple[floa
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=10_000, help="Images of the manifest.")
-    parser.add_argument("--folder", type=Path, help="Where to draw and build; a temporary folder if absent.")
+    parser.add_argument("--rows", type=int, default=10_000, help="Number of images in the manifest.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="Folder in which to draw the images and build the dataset; defaults to a temporary folder.",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options.rows)

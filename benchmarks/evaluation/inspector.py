@@ -73,7 +73,7 @@ def measure_inspector(inspector: Inspector, paths: Sequence[Path]) -> tuple[floa
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", required=True, help="Bundle of train.export.")
+    parser.add_argument("--bundle", required=True, help="Bundle written by train.export.")
     parser.add_argument("--images", type=int, default=1000, help="Number of images.")
     parser.add_argument("--width", type=int, default=256, help="Width and height of the images in pixels.")
     options = parser.parse_args()

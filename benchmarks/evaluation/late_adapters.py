@@ -242,10 +242,10 @@ def count_table(counts: Mapping[str, EngineWork]) -> str:
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=16, help="Cases of a run.")
-    parser.add_argument("--plain_cases", type=int, default=4, help="How many of them plain transformers runs.")
+    parser.add_argument("--cases", type=int, default=16, help="Cases per run.")
+    parser.add_argument("--plain_cases", type=int, default=4, help="How many of them to run with plain transformers.")
     parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch, as in recipes/tiny/run.yaml.")
-    parser.add_argument("--runs", type=int, default=3, help="Runs of each value of adapt_from.")
+    parser.add_argument("--runs", type=int, default=3, help="Runs per value of adapt_from.")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="Maximum tokens per output.")
     parser.add_argument("--count", action="store_true", help="Count the operations at full size instead.")
     options = parser.parse_args()

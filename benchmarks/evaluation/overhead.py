@@ -91,7 +91,7 @@ def measure(folder: Path, cases: Sequence[Case], batch_size: int, server: bool) 
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=10_000, help="Cases of the run.")
+    parser.add_argument("--cases", type=int, default=10_000, help="Cases in the run.")
     parser.add_argument("--questions", type=int, default=5, help="Questions per case.")
     parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch.")
     options = parser.parse_args()

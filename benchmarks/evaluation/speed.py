@@ -172,7 +172,7 @@ class Ideal:
     seconds: float = 0.0
 
     def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        """Return the engine's outputs and time their forward passes."""
+        """Return the engine's outputs, timing the forward passes that produce them."""
         with recorded(self.engine.base) as events:
             outputs = self.engine.generate(role, exchanges)
         # The first of these passes allocates memory and is slower.
@@ -250,9 +250,9 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=16, help="Cases for the engine and the ideal.")
-    parser.add_argument("--plain_cases", type=int, default=4, help="How many of them plain transformers runs.")
+    parser.add_argument("--plain_cases", type=int, default=4, help="How many of them to run with plain transformers.")
     parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch, as in recipes/tiny/run.yaml.")
-    parser.add_argument("--runs", type=int, default=3, help="Runs of each method.")
+    parser.add_argument("--runs", type=int, default=3, help="Runs per method.")
     parser.add_argument("--adapters", type=Path, help="A folder with one adapter per role; none for the base model.")
     options = parser.parse_args()
     if not 1 <= options.plain_cases <= options.cases:

@@ -261,8 +261,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="Total minutes.")
     parser.add_argument("--kills", type=int, default=1000, help="Maximum number of kills per process count.")
     parser.add_argument("--ranks", type=int, nargs="+", choices=[1, 2], default=[1, 2], help="Process counts to test.")
-    parser.add_argument("--steps", type=int, default=12, help="Steps of a training.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed for the times and the processes to kill.")
+    parser.add_argument("--steps", type=int, default=12, help="Steps per training.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for choosing which processes to kill and when.")
     parser.add_argument("--dataset", type=Path, help="Dataset to train on; by default, the command builds one.")
     options = parser.parse_args()
     tallies = {}

@@ -165,7 +165,7 @@ def with_spread(value: float, runs: Sequence[float], digits: int = 2) -> str:
 def parse_options() -> argparse.Namespace:
     """Parse and check the options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="Runs of each implementation.")
+    parser.add_argument("--runs", type=int, default=3, help="Runs per implementation.")
     parser.add_argument("--steps", type=int, default=16, help="Steps that count in each run.")
     parser.add_argument("--cases", type=int, default=20, help="Cases per epoch.")
     parser.add_argument("--questions", type=int, default=5, help="Questions per case.")
@@ -179,9 +179,11 @@ def parse_options() -> argparse.Namespace:
         help="Number of layers in the language model and the vision tower when weights are random.",
     )
     parser.add_argument("--gpu", action="store_true", help="Train on a GPU in bfloat16.")
-    parser.add_argument("--workers", type=int, default=0, help="Loader processes of every implementation.")
-    parser.add_argument("--llamafactory", metavar="PYTHON", help="Python of an environment with LLaMA-Factory.")
-    parser.add_argument("--ms_swift", metavar="PYTHON", help="Python of an environment with ms-swift.")
+    parser.add_argument("--workers", type=int, default=0, help="Loader processes for every implementation.")
+    parser.add_argument(
+        "--llamafactory", metavar="PYTHON", help="Python interpreter of an environment with LLaMA-Factory."
+    )
+    parser.add_argument("--ms_swift", metavar="PYTHON", help="Python interpreter of an environment with ms-swift.")
     options = parser.parse_args()
     if options.widths:
         if options.gpu or options.model != MODEL or options.llamafactory or options.ms_swift:

@@ -131,7 +131,7 @@ def count_table(counts: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
 def main() -> None:
     """Measure or count, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=1, help="Runs of each role and way.")
+    parser.add_argument("--runs", type=int, default=1, help="Runs per combination of role and method.")
     parser.add_argument("--steps", type=int, default=10, help="Steps that count in each run.")
     parser.add_argument("--cases_per_step", type=int, default=2, help="Cases per step.")
     parser.add_argument("--widths", choices=list(WIDTHS), help="Random weights at this model's widths, not echo-tiny.")

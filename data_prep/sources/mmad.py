@@ -152,7 +152,8 @@ def _question(name: str, inspection: str, item: Any) -> Question | Rejection:
     if kind not in QUESTION_TYPES:
         return Rejection(name, f"the type {item.get('type')!r} is not one of MMAD's nine question types")
     if not isinstance(options, dict) or len(options) < 2 or not set(options) <= set(LETTERS):
-        return Rejection(name, f"the options are not two or more strings with letters {LETTERS[0]} to {LETTERS[-1]}")
+        letters = f"{LETTERS[0]} to {LETTERS[-1]}"
+        return Rejection(name, f"expected at least two options, each a string labelled with a letter from {letters}")
     if not isinstance(answer, str) or answer not in options:
         return Rejection(name, f"the answer {answer!r} is not one of the options {', '.join(options)}")
     if not isinstance(item.get("Question"), str) or not item["Question"].strip():

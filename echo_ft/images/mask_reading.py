@@ -132,7 +132,9 @@ def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]
 
 
 def _on_ground(values: NDArray[Any], what: str) -> Mask:
-    """Return the pixels that differ from the background of a mask without black, which is the value of its border.
+    """For a mask that contains no black, return the pixels that differ from its background.
+
+    The background is taken to be the value at the border.
 
     Raises EchoError if there are more than two values, or if the two are too close to each other.
     """

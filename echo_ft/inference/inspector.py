@@ -145,7 +145,8 @@ class Inspector:
 
         `base_model` is the current folder of the base model, if it has moved since training. `threshold` and `dtype`
         replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a component does not match
-        the others, or if an adapter does not act as in the export.
+        the others, or if an adapter does not behave as it did in the
+        export.
         """
         path = Path(folder)
         description = read_bundle(path)
@@ -318,8 +319,8 @@ def load_tuned_model(adapters: Mapping[str, Adapter], row_builder: RowBuilder, d
     """Load the base model of the adapters' cards with the adapters, onto a GPU if there is one.
 
     Checks that every adapter has its effect (echo_ft.inference.liveness). Messages refer to the adapters as `where`.
-    Raises EchoError if an adapter does not fit the base model, or does not act as in the export that recorded its
-    answers.
+    Raises EchoError if an adapter does not fit the base model, or does not behave as it did in the export that
+    recorded its answers.
     """
     import torch
 

@@ -284,12 +284,12 @@ def check_adapters(
 
     With the `record` of an export, the answers must be those of the trained adapters. Without it, they are only
     compared with the base model's. Messages refer to the backend as `where`. Raises BackendError if an adapter does not
-    act as in the export. A warning lists the adapters whose answers equal the base model's.
+    behave as it did in the export. A warning lists the adapters whose answers equal the base model's.
     """
     with make_probe() as probe:
         if record is not None and probe_tokens(row_builder, probe) != record.tokens:
             raise BackendError(
-                f"{where}: the tokens of the probe differ from those of the export, so the tokenizer, the chat "
+                f"{where}: the tokens of the probe differ from those in the export, so the tokenizer, the chat "
                 "template or the pixel budget differs; use the processor of the bundle"
             )
         asked: list[ProbeAnswer | None] = []
@@ -310,7 +310,7 @@ def check_adapters(
             if record is not None:
                 fault = find_fault(role, answer, record, base)
                 if fault:
-                    raise BackendError(f"{where}: the adapter of the {role} does not act as trained: {fault}")
+                    raise BackendError(f"{where}: the {role} adapter does not behave as it did in training: {fault}")
                 if answer.equals(record.answers[BASE], record.tolerance):
                     # Without probabilities, equal text hides an effect that the export has measured.
                     hidden = answer.distance(record.answers[BASE]) is None and record.effect(role) > record.tolerance
@@ -321,8 +321,9 @@ def check_adapters(
                 silent.append(role)
     if unseen:
         LOGGER.warning(
-            f"{where}: without token probabilities, nothing shows that the adapters of {', '.join(unseen)} act: their "
-            "outputs for the probe are also the base model's; serve with vLLM, or compare a run with the base model's"
+            f"{where}: without token probabilities, nothing shows that the adapters for {', '.join(unseen)} act: for "
+            "the probe, they give the same outputs as the base model; serve with vLLM, or compare a run with the base "
+            "model's"
         )
     _report(where, [role for role in roles if role not in unseen], silent, unknown, record is not None)
 
@@ -335,11 +336,11 @@ def _report(where: str, roles: Sequence[str], silent: Sequence[str], unknown: Se
         LOGGER.info(f"{where}: answers differ from the base model's{equal}: {', '.join(acting)}")
     if silent:
         LOGGER.warning(
-            f"{where}: the base model gives the same answers to the probe as the adapters of {', '.join(silent)}: "
+            f"{where}: the base model gives the same answers to the probe as the adapters for {', '.join(silent)}: "
             "they have hardly any effect; train longer, or check that their weights are not zero"
         )
     if unknown:
         LOGGER.warning(
-            f"{where}: there is no base model to compare with, so nothing shows that the adapters of "
+            f"{where}: there is no base model to compare with, so nothing shows that the adapters for "
             f"{', '.join(unknown)} act; pass the adapters of a bundle (python -m train.export), which has their answers"
         )

@@ -268,7 +268,8 @@ def compared_metrics(
     """Return the compared metrics (R,): the `Average` row and ALARM_METRICS in percent, and detection from 0 to 1.
 
     AUROC covers the images in `scored`, (N,) bool, that have a P(defect), by default all that have one.
-    Question types that are not MMAD's follow, in percent. If the table has only such types, their mean comes first.
+    The scores, in percent, for question types that are not part of MMAD come last. If the table has only such types,
+    their mean comes first.
     """
     row = strict.strict_array(table, weights)[:, -1].T
     ours = _in_order(row, detection_metrics(table, weights, scored=scored), alarm_metrics(table, weights))

@@ -227,7 +227,7 @@ def describe_protocol(run: Run) -> str:
     """State how the training data relate to the run's images, what the audit found, and which references were shown.
 
     Published MMAD scores follow different protocols: MMAD's 1-shot without training, training on some of MMAD's own
-    images, and training on other datasets. Scores of different protocols cannot be compared. The facts come from the
+    images, and training on other datasets. Scores from different protocols cannot be compared. The facts come from the
     run, the cards of its adapters, and the manifests of the datasets if they are still there and unchanged.
     """
     provenance = run.provenance

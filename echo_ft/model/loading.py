@@ -282,8 +282,8 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
     tensor. A merged adapter changes no tensor at the ends. Compare fingerprints with `provenance.same_weights`, because
     older versions recorded only the first group.
 
-    Raises EchoError if the model is not found, if a weight file is missing, cut off or not in safetensors format, or if
-    their index is broken.
+    Raises EchoError if the model is not found, if a weight file is missing, truncated or not in safetensors format, or
+    if the weight index is invalid.
     """
     from transformers.utils import cached_file
 
@@ -313,7 +313,7 @@ def base_fingerprint(model_name_or_path: str, revision: str | None = None) -> st
             size, header = path.stat().st_size, file.read(8)
             length = int.from_bytes(header, "little")
             if len(header) + length > size:
-                raise EchoError(f"{path} is cut off or not a safetensors file; copy or download it again")
+                raise EchoError(f"{path} is truncated or not a safetensors file; copy or download it again")
             header += file.read(length)
             start = file.read(1 << 16)
             file.seek(max(len(header), size - (1 << 16)))
@@ -339,5 +339,5 @@ def _tensor_bytes(path: Path, header: bytes, size: int) -> list[tuple[int, int]]
         if any(not len(header) <= first <= last <= size for first, last in places):
             raise ValueError("a tensor is not in the file")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EchoError(f"{path} is cut off or not a safetensors file; copy or download it again") from error
+        raise EchoError(f"{path} is truncated or not a safetensors file; copy or download it again") from error
     return places

@@ -212,7 +212,7 @@ MMAD_REASONS = {
     "Question": "the question has no text",
     "Answer": "the answer .* is not one of the options A, B",
     "type": "the type .* is not one of MMAD's nine question types",
-    "Options": "the options are not two or more strings with letters A to E",
+    "Options": "expected at least two options, each a string labelled with a letter from A to E",
 }
 
 

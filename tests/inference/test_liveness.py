@@ -1,4 +1,4 @@
-"""An adapter that does not act as it was trained to is named, with the cause, before the first answer counts."""
+"""An adapter that does not behave as it did in training is named, with the cause, before the first answer counts."""
 
 from __future__ import annotations
 
@@ -108,15 +108,16 @@ BASE_DIFFERS = (
 FAULTS = {
     "requests without the adapter": (
         {"served": lambda role: BASE},
-        f"{EXTRACTOR} does not act as trained: it answers as the base model does",
+        f"{EXTRACTOR} adapter does not behave as it did in training: it answers as the base model does",
     ),
     "one request without the adapter": (
         {"served": lambda role: BASE if role == REASONER else role},
-        f"{REASONER} does not act as trained: it answers as the base model does",
+        f"{REASONER} adapter does not behave as it did in training: it answers as the base model does",
     ),
     "swapped roles": (
         {"served": lambda role: {DECIDER: GUIDE, GUIDE: DECIDER}.get(role, role)},
-        f"{GUIDE} does not act as trained: it answers as the {DECIDER} does, so two roles are swapped",
+        f"{GUIDE} adapter does not behave as it did in training: it answers as the {DECIDER} does, so two roles are "
+        "swapped",
     ),
     "merged and applied again": (
         {"model": merged_into_the_base},
@@ -171,7 +172,7 @@ def test_equal_texts_without_probabilities_are_no_sign_of_a_weak_adapter(bundle,
     base = replace(record.answers[BASE], texts=record.answers[DECIDER].texts)
     record = replace(record, answers={**record.answers, BASE: base})
     silent = replace(base, letters=record.answers[DECIDER].letters)
-    for effect, words in ((True, f"nothing shows that the adapters of {DECIDER} act"), (False, "hardly any effect")):
+    for effect, words in ((True, f"nothing shows that the adapters for {DECIDER} act"), (False, "hardly any effect")):
         said.clear()
         known = record if effect else replace(record, answers={**record.answers, BASE: silent})
         check_adapters(
@@ -199,7 +200,11 @@ def test_the_record_leaves_the_model_unchanged_and_knows_the_vision_tower(bundle
     ("options", "served", "message"),
     [
         ({}, lambda name: name, None),
-        ({}, lambda name: BASE, f"{EXTRACTOR} does not act as trained: it answers as the base model does"),
+        (
+            {},
+            lambda name: BASE,
+            f"{EXTRACTOR} adapter does not behave as it did in training: it answers as the base model does",
+        ),
         (
             {"max_pixels": MAX_PIXELS // 2},
             lambda name: name,
@@ -283,7 +288,7 @@ def test_an_edited_template_of_a_bundle_is_named(bundle, tmp_path):
     path.write_text(path.read_text().replace("a helpful", "helpful a"))
     write_checksums(folder)
     with pytest.raises(
-        BackendError, match="the tokens of the probe differ from those of the export, so the tokenizer, the chat"
+        BackendError, match="the tokens of the probe differ from those in the export, so the tokenizer, the chat"
     ):
         Inspector.from_bundle(folder)
 
@@ -296,7 +301,7 @@ def test_an_adapter_without_effect_is_named_by_export_and_inspector(adapters, tm
     seal_folder(path.parent)
     export_main(["--adapters", str(folder), "--output", str(tmp_path / "bundle"), "--merge", "none"])
     silent = (
-        f"the base model gives the same answers to the probe as the adapters of {DECIDER}: they have hardly any effect"
+        f"the base model gives the same answers to the probe as the adapters for {DECIDER}: they have hardly any effect"
     )
     assert silent in said.text
     said.clear()

@@ -77,11 +77,11 @@ def test_a_broken_index_of_the_weights_is_named(tmp_path, content):
 def test_cut_weights_are_named(tmp_path):
     whole = (ECHO_TINY / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(EchoError, match=r"model\.safetensors is cut off"):
+    with pytest.raises(EchoError, match=r"model\.safetensors is truncated"):
         base_fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"[]")
-    with pytest.raises(EchoError, match=r"model\.safetensors is cut off or not a safetensors file"):
+    with pytest.raises(EchoError, match=r"model\.safetensors is truncated or not a safetensors file"):
         base_fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(EchoError, match=r"model\.safetensors is cut off or not a safetensors file; copy or download"):
+    with pytest.raises(EchoError, match=r"model\.safetensors is truncated or not a safetensors file; copy or download"):
         base_fingerprint(str(tmp_path))

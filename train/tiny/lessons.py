@@ -87,7 +87,7 @@ def image_lessons(
 ) -> tuple[str, tuple[Lesson, ...]]:
     """Draw the context and three to five lessons on the last image of a row, after `normals` images of normal parts.
 
-    `best` is the index of the normal image that is most like the last one, or None if that is not asked.
+    `best` is the index of the normal image most similar to the last image, or None if the question does not ask for it.
     """
     context = _pick(rng, _CONTEXTS[min(normals, 2)])
     if best is not None:
