@@ -39,8 +39,8 @@ class BuildConfig:
     frame: int | None = field(
         default=None,
         metadata={
-            "help": "Index (from 0) of the frame to use of each image file. Without it, every file must have a single "
-            "frame. A manifest may name a frame per image: stack.tif#frame=2."
+            "help": "Index (from 0) of the frame to use from each image file. Without it, every file must have a "
+            "single frame. A manifest may name a frame per image: stack.tif#frame=2."
         },
     )
     corrections: Path | None = field(
@@ -115,17 +115,18 @@ class BuildConfig:
     )
     upstream: Literal["gold", "predicted"] = field(
         default="gold",
-        metadata={"help": "Outputs of earlier roles to show to a role: gold, or predicted (from traces)."},
+        metadata={"help": "Outputs from earlier roles to show to a role: gold, or predicted (from traces)."},
     )
     traces: list[Path] = field(
         default_factory=list,
         metadata={
-            "help": "Run folders of evaluation.run for upstream predicted. Together they must cover the train and "
-            "validation cases with adapters that were not trained on them; if several cover a case, the first is used."
+            "help": "Run folders written by evaluation.run, for upstream predicted. Together they must cover the "
+            "train and validation cases with adapters that were not trained on them; if several cover a case, the "
+            "first is used."
         },
     )
     balance: bool = field(
-        default=True, metadata={"help": "Train on as many normal as defective cases of each product."}
+        default=True, metadata={"help": "Train on as many normal as defective cases for each product."}
     )
     cache: Path | None = field(
         default=None,

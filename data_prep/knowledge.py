@@ -222,7 +222,7 @@ def check_knowledge(knowledge: Knowledge, files: Mapping[tuple[str, str], Path],
     for dataset in knowledge:
         if dataset not in names.values():
             file = next(file for (name, _), file in files.items() if name == dataset)
-            yield f"{file}: the dataset {dataset!r} has no image; the images are of {', '.join(names)}"
+            yield f"{file}: the dataset {dataset!r} has no image; the images belong to {', '.join(names)}"
     for dataset, name in names.items():
         shown = [product for place, product in counts if place == dataset]
         products = products_of(knowledge, dataset)

@@ -85,7 +85,9 @@ def _read_run(folder: Path, required: Mapping[str, Any]) -> UpstreamRun:
                 offsets.setdefault(read_json(line.decode(), unique_keys=False)["case"], offset)
                 offset += len(line)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EchoError(f"traces: {folder} is not a run of evaluation.run ({error}); check the path") from error
+        raise EchoError(
+            f"traces: {folder} is not a run folder from evaluation.run ({error}); check the path"
+        ) from error
     return UpstreamRun(folder, run, offsets)
 
 
@@ -175,7 +177,7 @@ def predicted_upstream(case: Case, runs: Sequence[UpstreamRun], routing: str) ->
                 shown = exchange.images, exchange.context, branch.prompt
                 if trace is None or (trace.images, trace.context, trace.prompt) != shown:
                     fault = (
-                        f"has no output of {role}"
+                        f"has no output from {role}"
                         if trace is None
                         else f"gave {role} a different prompt or different images from this dataset"
                     )

@@ -220,7 +220,9 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     base, header = table["baseline"], table_rows(table)[0]
     kinds = ", ".join(f"{short} {kind}" for kind, short in INITIALS.items() if short in header)
     columns = f" ({kinds})" if kinds else ""
-    average = " The average is that of question types other than MMAD's." if table["headline"] == OTHER_AVERAGE else ""
+    average = (
+        " The average covers question types that are not part of MMAD." if table["headline"] == OTHER_AVERAGE else ""
+    )
     compared = sum(cell["difference"] is not None for cell in table["cells"] if cell["name"] == cell["same_run_as"])
     plural = "" if compared == 1 else "s"
     found = [
@@ -234,7 +236,7 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     protocols: dict[str, list[str]] = {}
     for cell in table["cells"]:
         protocols.setdefault(cell["protocol"], []).append(f'"{cell["name"]}"')
-    found += [f"Protocol of {', '.join(names)}: {protocol}." for protocol, names in protocols.items()]
+    found += [f"Protocol for {', '.join(names)}: {protocol}." for protocol, names in protocols.items()]
     sizes = {cell["name"]: (cell["counts"]["questions"], cell["cases"]) for cell in table["cells"]}
     runs = {cell["name"]: cell["run"] for cell in table["cells"]}
     for cell in table["cells"]:

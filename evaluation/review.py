@@ -67,10 +67,10 @@ class ReviewCase:
 def run_dataset(run: Run) -> Dataset:
     """Load the dataset of a run. Raises EchoError if it is missing or was rebuilt after the run."""
     if "dataset" not in run.provenance:
-        raise EchoError(f"{run.folder} is not the folder of a run; give one written by python -m evaluation.run")
+        raise EchoError(f"{run.folder} is not a run folder; give one written by python -m evaluation.run")
     dataset = load_dataset(Path(str(run.provenance["dataset"])))
     if dataset.fingerprint != run.provenance.get("dataset_fingerprint"):
-        raise EchoError(f"{dataset.folder} has been rebuilt since the run {run.folder}; restore the dataset of the run")
+        raise EchoError(f"{dataset.folder} has been rebuilt since the run {run.folder}; restore the run's dataset")
     return dataset
 
 
@@ -88,7 +88,7 @@ def review_cases(run: Run, dataset: Dataset) -> list[ReviewCase]:
     boxes = {one.case: named_boxes(one) or () for one in run.grounding}
     missing = [case for case in predictions if case not in inspections]
     if missing:
-        raise EchoError(f"{dataset.folder} has no image {missing[0]} of {run.folder}; restore the dataset of the run")
+        raise EchoError(f"{dataset.folder} has no image {missing[0]} of {run.folder}; restore the run's dataset")
     conditions = conditions_of([*inspections.values()])
     return [
         _review_case(

@@ -8,7 +8,7 @@
 Writes report.json, report.html and answers.json, the format of MMAD's own scorer, and prints the strict table.
 `--answers` takes a file in MMAD's format, JSON lines (`echo_ft.metrics.answer_files.plain`), or answers to RobustMAD,
 which need its question file. DIR then also holds the answers as a run, which `evaluation.compare` reads.
-`--calibration` takes a run of the same model on a validation split (`evaluation.run --split validation --output
+`--calibration` takes a run with the same model on a validation split (`evaluation.run --split validation --output
 VALIDATION_RUN_DIR`). Temperature and thresholds of P(defect) are fitted on that run and evaluated on the scored run.
 
 `--gate` judges the run against limits. The exit status is 0 if it passes, 1 if it fails, and 3 if there are not enough
@@ -63,7 +63,7 @@ class ScoreConfig:
     calibration: str | None = field(
         default=None,
         metadata={
-            "help": "Run of the same model on a validation split, to fit temperature and thresholds of P(defect)."
+            "help": "Run with the same model on a validation split, to fit temperature and thresholds of P(defect)."
         },
     )
     false_alarms: float = field(
@@ -86,12 +86,12 @@ def main(argv: list[str]) -> None:
     (config,) = configs.parse([ScoreConfig], named_first(argv, "--run"))
     limits = None if config.gate is None else parse_limits(config.gate)
     if (config.run is None) == (config.answers is None):
-        raise EchoError("give either the folder of a run, or --answers FILE with --output DIR")
+        raise EchoError("give either a run folder, or --answers FILE with --output DIR")
     if config.run is not None:
         run, given = _load_run(Path(config.run), config.questions)
         output, name = Path(config.output or config.run), run.folder.resolve().name
     elif config.calibration is not None:
-        raise EchoError("an answer file does not say which model wrote it; use --calibration with the folder of a run")
+        raise EchoError("an answer file does not say which model wrote it; use --calibration with a run folder")
     else:
         output = _answers_folder(config.output)
         run, given = load_answers(Path(str(config.answers)), Path(config.questions) if config.questions else None)

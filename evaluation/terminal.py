@@ -90,7 +90,7 @@ def print_robustmad(report: Mapping[str, Any]) -> None:
 
 
 def print_other_types(other_types: Mapping[str, Any]) -> None:
-    """Print the strict scores of the question types that are not MMAD's."""
+    """Print the strict scores of the question types that are not part of MMAD."""
     rows: list[tuple[str, ...]]
     rows = [("other types, percent", "strict", "95% interval", "questions", "unparsed", "failed")]
     for kind, own in other_types.items():
@@ -212,9 +212,9 @@ def print_option_order(order: Mapping[str, Any]) -> None:
 
 
 def print_experts(experts: Mapping[str, Any]) -> None:
-    """Print the scores of the experts before the decision."""
+    """Print the scores for the experts before the decision."""
     if "unavailable" in experts:
-        print(f"\nno scores of the experts before the decision: {experts['unavailable']}")
+        print(f"\nno scores for the experts before the decision: {experts['unavailable']}")
         return
     rows = [("experts before the decision", "%", "95% interval", "chance, %", "outputs", "unparsed")]
     for name, label in EXPERT_LABELS.items():

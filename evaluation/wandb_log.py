@@ -91,7 +91,7 @@ def use_adapters(tracked: wandb.Run, provenance: Mapping[str, Any]) -> None:
             if fingerprint_files([path / name for name in ADAPTER_FILES], path) != described.get("fingerprint"):
                 raise EchoError(f"{path} has different weights than in the run")
         except (EchoError, OSError) as error:
-            LOGGER.warning("W&B gets no adapter of the %s: %s", role, error)
+            LOGGER.warning("W&B does not get the %s adapter: %s", role, error)
             continue
         use_artifact(tracked, adapter_artifact(path, card))
 

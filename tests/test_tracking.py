@@ -384,9 +384,10 @@ def test_what_changed_since_a_run_is_named_and_left_out(folder, offline, capsys)
     score.main([TUNED, "--report_to", "wandb"])
     warned = capsys.readouterr().err
     assert (
-        f"no adapter of the decision_maker: {ADAPTERS}/decision_maker has different weights than in the run" in warned
+        f"does not get the decision_maker adapter: {ADAPTERS}/decision_maker has different weights than in the run"
+        in warned
     )
-    assert "W&B gets no adapter of the knowledge_guide: " in warned
+    assert "W&B does not get the knowledge_guide adapter: " in warned
     assert "W&B gets no dataset and no table of cases: data/caps has been rebuilt since the run" in warned
     (logged,) = read_runs(offline)
     assert logged.names(used=True) == {"caps-reference_extractor", "caps-reasoning_expert"}
@@ -403,7 +404,7 @@ def test_scores_of_an_answer_file_are_logged_with_their_report(offline, capsys):
     files = {"report.json", "report.html", "run.json", "predictions.jsonl"}  # `evaluation.compare` reads the last two
     assert {*logged.contents("others-scored")} == files
     assert logged.history[0]["counts/questions"] == 1
-    assert "answers.json is not the folder of a run" in capsys.readouterr().err
+    assert "answers.json is not a run folder" in capsys.readouterr().err
 
 
 def test_a_long_table_is_cut_with_a_message(monkeypatch, capsys):
@@ -418,7 +419,7 @@ def test_a_long_table_is_cut_with_a_message(monkeypatch, capsys):
     ("options", "message"),
     [
         ({"registry": "models/caps"}, "registry needs W&B; add --report_to wandb"),
-        ({"report_to": "wandb", "aliases": ["staging"]}, "aliases need a collection of the registry; add --registry"),
+        ({"report_to": "wandb", "aliases": ["staging"]}, "aliases need a collection in the registry; add --registry"),
     ],
 )
 def test_an_export_refuses_options_without_effect(options, message):

@@ -117,7 +117,7 @@ def print_result(checks: Sequence[Check], abilities: Mapping[str, bool]) -> None
         if chosen:
             print(f"\n{title}")
             print("\n".join(f"  {check.name}: {check.remedy}" for check in chosen))
-    print("\nThis machine can, by estimates of train.memory that were not measured on a GPU:")
+    print("\nThis machine can, according to estimates from train.memory that were not measured on a GPU:")
     for ability, possible in abilities.items():
         print(f"  {'yes' if possible else 'no ':<3}  {ability}")
 
@@ -211,7 +211,7 @@ def check_hub(environment: Mapping[str, str]) -> Check:
         pass  # the hub answered
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        remedy = "set HTTPS_PROXY, set HF_ENDPOINT to a mirror, or copy the weights into the folder of HF_HOME"
+        remedy = "set HTTPS_PROXY, set HF_ENDPOINT to a mirror, or copy the weights into the HF_HOME folder"
         return Check("hub", f"{address} does not answer ({reason})", remedy)
     return Check("hub", f"{address} answers")
 

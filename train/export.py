@@ -52,7 +52,8 @@ class ExportConfig:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset with the normal images and the knowledge. Default: the training dataset of the adapters."
+            "help": "Dataset with the normal images and the knowledge. Default: the one that the adapters "
+            "were trained on."
         },
     )
     report: str | None = field(
@@ -63,25 +64,25 @@ class ExportConfig:
         },
     )
     licence: str | None = field(
-        default=None, metadata={"help": "Licence of the normal images and the knowledge, for the model card."}
+        default=None, metadata={"help": "Licence for the normal images and the knowledge, for the model card."}
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Current location of the base model; default: the one used in training."}
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "Data type of the exported weights; auto: that of the checkpoint.", "choices": list(DTYPES)},
+        metadata={"help": "Data type of the exported weights; auto: as in the checkpoint.", "choices": list(DTYPES)},
     )
     report_to: str = field(default="none", metadata=REPORT_TO)
     registry: str | None = field(
         default=None,
         metadata={
-            "help": "Collection of the W&B registry to link the bundle to, such as wandb-registry-model/inspection; "
+            "help": "Collection in the W&B registry to link the bundle to, such as wandb-registry-model/inspection; "
             "needs report_to wandb."
         },
     )
     aliases: list[str] = field(
-        default_factory=list, metadata={"help": "Aliases of the bundle in the registry, such as staging."}
+        default_factory=list, metadata={"help": "Aliases for the bundle in the registry, such as staging."}
     )
 
 
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> None:
     if bundle.failed:
         reasons = "; ".join(f"{role}: {reason}" for role, reason in bundle.failed.items())
         raise EchoError(
-            f"{config.output} has all adapters but no merged model of {reasons}. The adapters work without it; "
+            f"{config.output} has all adapters but no merged model for {reasons}. The adapters work without it; "
             "--merge none exports no merged model"
         )
 
@@ -152,7 +153,7 @@ def check_tracking(config: ExportConfig) -> None:
     if config.registry is not None and config.report_to != "wandb":
         raise EchoError("registry needs W&B; add --report_to wandb or remove registry")
     if config.aliases and config.registry is None:
-        raise EchoError("aliases need a collection of the registry; add --registry or remove aliases")
+        raise EchoError("aliases need a collection in the registry; add --registry or remove aliases")
 
 
 def log_export(config: ExportConfig, adapters: Mapping[str, Adapter]) -> None:

@@ -40,7 +40,7 @@ questions."""
 _BRANCHES = {"reference_extractor": 2, "knowledge_guide": 1, "reasoning_expert": 3, "decision_maker": 3}
 """Branches of a large exchange in a run. Half of the text tokens are shared by all branches."""
 _EXCHANGES_PER_CASE = {"reasoning_expert": 2, "decision_maker": 2}
-"""Exchanges per case of the roles with more than one. In full routing, Object Classification gets no knowledge and has
+"""Exchanges per case for the roles with more than one. In full routing, Object Classification gets no knowledge and has
 its own prefix."""
 
 
@@ -50,18 +50,20 @@ class MemoryConfig:
 
     gpus: int = field(default=4, metadata={"help": "Number of GPUs in topologies with several GPUs."})
     images: int | None = field(
-        default=None, metadata={"help": "Images of the largest exchange; default: depends on the role."}
+        default=None, metadata={"help": "Images in the largest exchange; default: depends on the role."}
     )
     exchanges: int | None = field(
         default=None,
-        metadata={"help": "Exchanges per case; default: that of the role under full routing (paper routing has 4)."},
+        metadata={
+            "help": "Exchanges per case; default: as many as the role has under full routing (paper routing has 4)."
+        },
     )
     text_tokens: int | None = field(
         default=None,
-        metadata={"help": "Text tokens of the longest exchange with all branches; default: depends on the role."},
+        metadata={"help": "Text tokens in the longest exchange with all branches; default: depends on the role."},
     )
     run: str | None = field(
-        default=None, metadata={"help": "Config of a run to estimate as well, with the adapters of the recipe."}
+        default=None, metadata={"help": "Config for a run to estimate as well, with the recipe's adapters."}
     )
     label_tokens: int | None = field(
         default=None, metadata={"help": "Trained tokens among the text tokens; default: depends on the role."}
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> None:
     if own.run is not None:
         trained = sum(count.trainable for count in count_parameters(model))
         adapter = trained // len(trained_roles(config)) if base.use_peft else 0
-        adapters = "four adapters like that of the recipe" if base.use_peft else "no adapters"
+        adapters = "four adapters like the recipe's" if base.use_peft else "no adapters"
         print(f"\n{own.run}, with {adapters}")
         print(_run_report(own.run, str(base.model_name_or_path), base.model_revision, adapter, config.adapt_from))
 
@@ -102,7 +104,7 @@ def _run_report(path: str, model_name: str, revision: str | None, adapter_parame
     if options.get("model_name_or_path") != model_name:
         raise EchoError(
             f"{path} runs {options.get('model_name_or_path')}, but the recipe trains {model_name}; give a recipe and a "
-            "run of the same model"
+            "run with the same model"
         )
     features = int(options.get("features_gib", 0) * 2**30)
     model = meta_model(model_name, revision)
@@ -114,9 +116,9 @@ def read_run(path: str) -> dict[str, Any]:
     try:
         options = read_yaml_file(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise EchoError(f"{path} cannot be read ({error}); give the YAML file of a run") from error
+        raise EchoError(f"{path} cannot be read ({error}); give the YAML file for a run") from error
     if not isinstance(options, dict) or "max_pixels" not in options:
-        raise EchoError(f"{path} has no max_pixels; give the YAML file of a run")
+        raise EchoError(f"{path} has no max_pixels; give the YAML file for a run")
     return options
 
 

@@ -198,9 +198,9 @@ def fit(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -> None:
         trainer.train(resume_from_checkpoint=checked.checkpoint.path if checked.checkpoint else None)
         trainer.save_model(sft.output_dir)
         trainer.save_state()
-    kind = "full model" if not base.use_peft else "adapter" if len(checked.cards) == 1 else "adapter of each role"
+    kind = "full model" if not base.use_peft else "adapter" if len(checked.cards) == 1 else "adapter for each role"
     best = trainer.card.best_step
-    chosen = f" of step {best}, the best in evaluation," if best else ""
+    chosen = f" from step {best}, the best in evaluation," if best else ""
     if sft.load_best_model_at_end and not best and sft.process_index == 0:
         LOGGER.warning("there is no best checkpoint to load, so the %s is the one from the last step", kind)
     trainer.accelerator.print(f"{config.role}: the {kind}{chosen} is in {sft.output_dir}")

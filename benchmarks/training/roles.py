@@ -1,9 +1,9 @@
-"""Compare ways to train all four roles: `python -m benchmarks.training.roles`.
+"""Compare methods to train all four roles: `python -m benchmarks.training.roles`.
 
 A case has two images and five questions. The reference extractor and the knowledge guide answer once per case, the
 others once per question. For each value of adapt_from, four runs train one role each, with this project's trainer and
-computed image features. With `role: all`, one run trains all roles. The ways take turns, role by role, each in its own
-process.
+computed image features. With `role: all`, one run trains all roles. The methods take turns, role by role, each in its
+own process.
 
 A step's time is the CPU time of its process, on one thread, so it depends little on what else the machine does. That of
 four runs is the sum of the roles' medians. The peak is the highest of their processes.
@@ -43,7 +43,7 @@ TOGETHER = {f"{start}, role: all": start for start in ADAPT_FROM if start != "pr
 
 @dataclass(frozen=True)
 class Training:
-    """What the training of all roles took in one way."""
+    """What training all roles took with one method."""
 
     seconds: float
     """CPU time of a step of each role, together."""
@@ -70,7 +70,7 @@ def measure_roles(folder: Path, workload: Workload) -> dict[str, Training]:
 
 
 def table(results: Mapping[str, Sequence[Training]]) -> str:
-    """One line per way. Ratios compare medians; their spread compares runs that took turns."""
+    """One line per method. Ratios compare medians; their spread compares runs that took turns."""
     medians = {start: statistics.median(run.seconds for run in runs) for start, runs in results.items()}
     lines = [
         "| adapt_from | CPU s per step of all roles | times as fast as prefix | TFLOP | peak MiB |",
@@ -87,7 +87,7 @@ def table(results: Mapping[str, Sequence[Training]]) -> str:
 
 
 def count_operations(name: str, workload: Workload, folder: Path) -> dict[str, tuple[float, float]]:
-    """Count the operations of a step of all roles in each way, with computed and with stored image features.
+    """Count the operations in a step of all roles for each method, with computed and with stored image features.
 
     `name` is the name of a published model or a folder with a config.json.
     """
@@ -116,7 +116,7 @@ def count_operations(name: str, workload: Workload, folder: Path) -> dict[str, t
 
 
 def count_table(counts: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
-    """One line per model and way: TFLOP, and how many times fewer than those of prefix."""
+    """One line per model and method: TFLOP, and how many times fewer than those of prefix."""
     lines = [
         "| model | adapt_from | TFLOP, features computed | times fewer | TFLOP, features stored | times fewer |",
         "|---|---|---|---|---|---|",

@@ -57,7 +57,7 @@ def read_labelstudio(config: SourceConfig, path: Path) -> Items:
             name = locate(config.root, _path(task["data"]), "image", config.frame)
             annotation = _annotation(task)
             if annotation is None:
-                yield Rejection(place, f"{NOT_ANNOTATED} of {name}; submit an annotation, or remove the task")
+                yield Rejection(place, f"{NOT_ANNOTATED} for {name}; submit an annotation, or remove the task")
                 continue
             results = _results(annotation)
             yield ItemPlace(name, place, unannotated=not _outlining(results) and not _choices(results))

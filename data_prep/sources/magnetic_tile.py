@@ -60,7 +60,7 @@ def read(config: SourceConfig) -> Items:
         yield from reject_unused(root, kind, [folder], "images must be in Imgs", allow_text=True)
         found = [path for path in list_folder(folder) if path.suffix == ".jpg" and path.is_file()]
         used = {*found, *(path.with_suffix(".png") for path in found)}
-        reason = "it is neither a .jpg image nor a .png mask of the same name"
+        reason = "it is neither a .jpg image nor a .png mask with the same name"
         yield from reject_unused(root, folder, used, "images must be directly in Imgs", reason)
         for path in found:
             match = re.fullmatch(r"exp\d+_num_(\d+)", path.stem)

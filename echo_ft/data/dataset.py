@@ -166,7 +166,7 @@ def read_digests(dataset: Dataset) -> dict[str, str] | None:
     except FileNotFoundError as error:
         raise EchoError(f"{path} is missing, so changed images would not be noticed; rebuild the dataset") from error
     except (OSError, ValueError, TypeError) as error:
-        raise EchoError(f"{path} is not JSON of digests ({error}); rebuild the dataset") from error
+        raise EchoError(f"{path} does not contain digests as JSON ({error}); rebuild the dataset") from error
     if images_fingerprint(digests) != expected:
         raise EchoError(f"{path} does not match this dataset's manifest.json; rebuild the dataset")
     return digests

@@ -38,9 +38,9 @@ def _share(name: str, text: str) -> float:
         share = float(text)
     except ValueError:
         remedy = "write 1% as 0.01" if text.endswith("%") else f"write {EXAMPLE}"
-        raise EchoError(f"--gate: the limit of {name} is {text!r}, which is not a number; {remedy}") from None
+        raise EchoError(f"--gate: the limit for {name} is {text!r}, which is not a number; {remedy}") from None
     if share == 0:
         raise EchoError(f"--gate: no number of parts can show that {name} never occur; give a limit above 0")
     if not (math.isfinite(share) and 0 < share < 1):
-        raise EchoError(f"--gate: the limit of {name} is {text}; give a fraction between 0 and 1, such as 0.01 for 1%")
+        raise EchoError(f"--gate: the limit for {name} is {text}; give a fraction between 0 and 1, such as 0.01 for 1%")
     return share

@@ -70,7 +70,7 @@ class Measurement:
 def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement:
     """Read a report.json and check that it measures the `adapters`.
 
-    Raises EchoError if it is not the report of a run, if the run used different adapters or a different base model, or
+    Raises EchoError if it is not a run's report, if the run used different adapters or a different base model, or
     if an inspector cannot repeat it. An inspector cannot repeat a run with corrupted queries or random references.
     """
     try:
@@ -83,13 +83,13 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
         calibrated = bool(report["calibration"]) or gate.get("threshold") is not None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EchoError(
-            f"{path} is not the report of a run ({type(error).__name__}: {error}); write it with python -m "
+            f"{path} is not a run's report ({type(error).__name__}: {error}); write it with python -m "
             "evaluation.score RUN"
         ) from error
     for role, adapter in adapters.items():
         if measured.get(role) != adapter.fingerprint:
             raise EchoError(
-                f"{path} measures a different adapter of {role} than {adapter.path} ({measured.get(role)}, not "
+                f"{path} measures a different {role} adapter than {adapter.path} ({measured.get(role)}, not "
                 f"{adapter.fingerprint}); run and score these adapters"
             )
         # The report of a run on a server has no fingerprint of the weights.

@@ -44,7 +44,7 @@ CONTINUED_WITH = "continued_with"
 """Key in run.json for the notes of processes that later resumed the run with different settings."""
 
 CUT = "cut"
-"""Key in run.json for the number of outputs of each role that max_new_tokens cut off."""
+"""Key in run.json for the number of outputs from each role that max_new_tokens cut off."""
 
 ROW_DIGESTS = "digests"
 """Key in run.json of a complete run for the SHA-256 of the rows in each of its other files, in any order."""
@@ -292,7 +292,7 @@ def read_cut_warning(folder: Path) -> str | None:
 
 def cut_warning(run: Mapping[str, Any]) -> str | None:
     """Return a sentence about the outputs that max_new_tokens cut off, or None; `run` is the content of run.json."""
-    counts = ", ".join(f"{count} of the {role}" for role, count in run.get(CUT, {}).items())
+    counts = ", ".join(f"{count} from the {role}" for role, count in run.get(CUT, {}).items())
     if not counts:
         return None
     return (

@@ -33,10 +33,10 @@ def fit_calibration(table: PredictionTable, validation: PredictionTable, false_a
 
     The result has `expected_calibration_error`, `log_loss` and the bins of a `reliability` diagram for the test run,
     before and after division by `temperature` (`fit_temperature`). A threshold applies to the calibrated P(defect);
-    images that reach it are called defective. `thresholds` has recall, share of false alarms and F1 on both runs, with
+    images that reach it are called defective. `thresholds` has recall, false-alarm share and F1 on both runs, with
     intervals on the test run, for three of them:
 
-    - `false_alarms` keeps the given share of false alarms on normal images (`false_alarm_threshold`). It is missing if
+    - `false_alarms` keeps the given false-alarm share on normal images (`false_alarm_threshold`). It is missing if
       the validation run has too few normal images.
     - `f1` has the highest F1 on the validation run.
     - `best` has the highest F1 on the test run itself. It has no intervals, because it cannot be known in advance.

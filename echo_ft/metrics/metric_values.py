@@ -16,7 +16,7 @@ AVERAGE = "Average"
 """Name of the row and of the column of averages."""
 
 OTHER_AVERAGE = "Average of other types"
-"""Name of the unweighted mean over the question types that are not MMAD's."""
+"""Name of the unweighted mean over the question types that are not part of MMAD."""
 
 DETECTION_INDEX = QUESTION_TYPES.index("Anomaly Detection")
 """Index of Anomaly Detection in QUESTION_TYPES."""

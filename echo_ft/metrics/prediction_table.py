@@ -50,7 +50,7 @@ class PredictionTable:
 
     @cached_property
     def other_types(self) -> tuple[str, ...]:
-        """The question types that are not MMAD's, sorted. They are scored separately, outside MMAD's tables."""
+        """The question types that are not part of MMAD, sorted. They are scored separately, outside MMAD's tables."""
         return tuple(sorted({prediction.kind for prediction in self.predictions} - {*QUESTION_TYPES}))
 
     @cached_property

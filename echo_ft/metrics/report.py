@@ -177,7 +177,7 @@ def expert_report(run: Run, table: PredictionTable) -> dict[str, Any]:
     try:
         dataset = load_dataset(Path(str(run.provenance["dataset"])))
         if dataset.fingerprint != run.provenance.get("dataset_fingerprint"):
-            raise EchoError(f"{dataset.folder} has been rebuilt since the run; restore the dataset of the run")
+            raise EchoError(f"{dataset.folder} has been rebuilt since the run; restore the run's dataset")
         cases = load_cases(dataset, str(run.provenance.get("split")))
         # Drop the prompts, which take most of the memory of a trace.
         traces = [replace(one, context="", prompt="") for one in _read_traces(run)]
@@ -197,7 +197,7 @@ def _read_traces(run: Run) -> Iterator[Trace]:
     lost = sorted({one.case for one in run.predictions if one.error is None} - cases)
     if lost:
         raise EchoError(
-            f"{path} has no row of {len(lost)} cases (first: {lost[0]}); restore the file, or start a run in another "
+            f"{path} has no row for {len(lost)} cases (first: {lost[0]}); restore the file, or start a run in another "
             "--output"
         )
 
@@ -256,7 +256,7 @@ def calibration_warnings(calibration: Mapping[str, Any]) -> list[str]:
     if "false_alarms" not in calibration["thresholds"]:
         stated, normal = calibration["stated_false_alarms"], calibration["validation"]["normal"]
         warnings.append(
-            f"{normal} normal validation images are too few to guarantee a share of false alarms of {stated:g}; use "
+            f"{normal} normal validation images are too few to guarantee a false-alarm share of {stated:g}; use "
             f"at least {math.ceil(1 / stated - 1e-9) - 1}, or raise --false_alarms"
         )
     return warnings

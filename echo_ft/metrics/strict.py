@@ -5,7 +5,7 @@ and on defective images. Question types that a dataset does not have are left ou
 resampling physical parts with all their images and questions (`echo_ft.metrics.intervals`). The resamples are
 stratified by dataset and by the classes that a part shows, so no resample lacks a class (`PredictionTable.weights`).
 
-Question types that are not MMAD's are scored separately (`other_type_report`) and do not enter MMAD's tables.
+Question types that are not part of MMAD are scored separately (`other_type_report`) and do not enter MMAD's tables.
 
 Shapes: R resamples, N images, Q questions, D rows of a table, K = 7 question types. Weights (R, N) are the number of
 times that each image is drawn. One row of ones gives the scores themselves, so scores and intervals share their code.
@@ -150,7 +150,7 @@ def other_type_part_counts(table: PredictionTable) -> list[int]:
 
 
 def other_type_report(table: PredictionTable) -> dict[str, dict[str, Any]]:
-    """Return {type: strict score in percent, its interval, and its `answer_counts`} for types that are not MMAD's."""
+    """Return {type: strict score in percent, interval, and `answer_counts`} for types that are not part of MMAD."""
     scores = other_type_array(table, table.unit_weights())[0]
     resampled, parts = other_type_array(table, table.weights()), other_type_part_counts(table)
     return {

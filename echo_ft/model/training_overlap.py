@@ -33,7 +33,7 @@ class _TrainingData:
     @property
     def owners(self) -> str:
         adapters = ", ".join(role for role in self.roles if role != BASE_MODEL)
-        names = [f"the adapters of {adapters}"] if adapters else []
+        names = [f"the adapters for {adapters}"] if adapters else []
         return " and ".join([*names, *([BASE_MODEL] if BASE_MODEL in self.roles else [])])
 
 
@@ -90,7 +90,7 @@ def _adapter_warnings(adapters: Mapping[str, Adapter], sources: Sequence[_Traini
     quantized = [role for role, adapter in adapters.items() if adapter.card.quantization]
     if quantized:
         warnings.append(
-            f"the adapters of {', '.join(quantized)} were trained on a quantized base model but run on the "
+            f"the adapters for {', '.join(quantized)} were trained on a quantized base model but run on the "
             "unquantized one, which differs slightly; compare with adapters trained on the unquantized base model"
         )
     return warnings

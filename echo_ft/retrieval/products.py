@@ -168,7 +168,7 @@ def load_products(folder: Path, source: Path) -> ProductData:
         raise EchoError(f"image {root / images[0]} cannot be read: {reason}; export {source} again")
     if vector.shape != vectors[0].shape or float(vector @ vectors[0]) < SAME_DESCRIPTOR:
         raise EchoError(
-            f"the descriptor {descriptor} of this machine differs from the one in {source}; install the package "
+            f"the descriptor {descriptor} on this machine differs from the one in {source}; install the package "
             "versions that its bundle.json names, or export it again here"
         )
     search = ReferenceSearch(normals, table, extractor, k)

@@ -107,8 +107,8 @@ def _read_rows(path: Path, role: str) -> Iterator[Exchange]:
     """Yield the rows of a file. Raises EchoError for one that is not a training row of the role."""
     for number, row in enumerate(read_jsonl(path, Exchange), start=1):
         fault = (
-            f"of the role {row.role}" if row.role != role
-            else f"of the prompt version {row.prompt_version}" if row.prompt_version != PROMPT_VERSION
+            f"for the role {row.role}" if row.role != role
+            else f"with the prompt version {row.prompt_version}" if row.prompt_version != PROMPT_VERSION
             else "without branches" if not row.branches
             else "without a completion" if not all(branch.completion for branch in row.branches)
             else None

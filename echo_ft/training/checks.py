@@ -257,10 +257,10 @@ def _check_schedule(sft: SFTConfig) -> None:
         for factor in getattr(schedule, "lr_lambdas", ()):
             for step in {0, 1, steps // 2, steps - 1, steps}:
                 if not math.isfinite(factor(step)):
-                    raise ValueError(f"the rate of step {step} is not finite")
+                    raise ValueError(f"the rate at step {step} is not finite")
 
     arguments = f" with lr_scheduler_kwargs {sft.lr_scheduler_kwargs}" if sft.lr_scheduler_kwargs else ""
-    remedy = "see the arguments of this schedule in transformers.optimization, and set lr_scheduler_kwargs"
+    remedy = "see the arguments for this schedule in transformers.optimization, and set lr_scheduler_kwargs"
     _try(f"lr_scheduler_type {getattr(name, 'value', name)}{arguments}", evaluate, remedy)
 
 
@@ -288,7 +288,7 @@ def _check_hub(sft: SFTConfig, dry_run: bool) -> None:
         raise EchoError(f"push_to_hub needs a connection, but HF_HUB_OFFLINE is set; unset it, or {remedy}")
     token = sft.hub_token or huggingface_hub.get_token()
     if token is None:
-        raise EchoError(f"push_to_hub needs a token of the Hugging Face Hub; run `hf auth login`, or {remedy}")
+        raise EchoError(f"push_to_hub needs a Hugging Face Hub token; run `hf auth login`, or {remedy}")
     _try(
         "push_to_hub", lambda: huggingface_hub.HfApi().whoami(token), f"check the connection and the token, or {remedy}"
     )
@@ -316,7 +316,7 @@ def _check_model_options(model: ModelConfig) -> None:
         raise EchoError("dtype auto is incompatible with load_in_4bit, which computes in dtype; set dtype: bfloat16")
     if quantized:
         storage = f"bnb_4bit_quant_storage {model.bnb_4bit_quant_storage}"
-        _try(storage, lambda: quantization_config(model), "name a type of torch, such as uint8")
+        _try(storage, lambda: quantization_config(model), "name a torch type, such as uint8")
     if model.use_peft and not model.lora_target_modules:
         raise EchoError(
             "lora_target_modules is missing; those of the language model are [q_proj, k_proj, v_proj, o_proj, ...], "

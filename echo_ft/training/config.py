@@ -247,7 +247,7 @@ def check_by_role(config: EchoConfig) -> None:
         for name in {"learning_rate", "warmup_steps"} & options.keys():
             value = options[name]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e18:
-                raise EchoError(f"by_role: {name} of {role} is {value!r}; set a number of at least 0")
+                raise EchoError(f"by_role: {name} for {role} is {value!r}; set a number of at least 0")
     if given and config.role != ALL_ROLES:
         raise EchoError(f"by_role has no effect with role {config.role}; set role: all, or remove by_role")
 
@@ -334,7 +334,7 @@ def lora_config(config: EchoConfig, base: ModelConfig, model: Any) -> LoraConfig
             except re.error as error:
                 raise EchoError(f"{option}: {pattern} is not a regular expression ({error}); correct it") from error
             if not found:
-                raise EchoError(f"{option}: {pattern} matches no module of lora_target_modules; name one of those")
+                raise EchoError(f"{option}: {pattern} matches no module in lora_target_modules; name one of those")
         setattr(lora, option, patterns)
     for module in modules:
         rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, module), lora.r)

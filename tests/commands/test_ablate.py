@@ -419,7 +419,7 @@ def test_other_question_types_are_summed_up_and_missing_probabilities_stated(tmp
     average = table["cells"][1]["figures"]["Average of other types"]["value"]
     assert cells["average, %"].startswith(f"{average:.1f} (")
     assert "in percent; AUROC" in ablation_table.text(table)
-    assert "The average is that of question types other than MMAD's." in ablation_table.text(table)
+    assert "The average covers question types that are not part of MMAD." in ablation_table.text(table)
     ablation_table.write(tmp_path, table)
     assert f"{average:.1f}" in (tmp_path / "ablation.html").read_text()
     detects = predictions(0.5)

@@ -59,7 +59,7 @@ def test_a_run_answers_every_question_and_adapters_change_the_answers(dataset, a
     run_evaluation(dataset, tmp_path / "tuned", "--adapters", adapters)
     cut = json.loads((tmp_path / "tuned" / "run.json").read_text())["cut"]
     assert cut["reasoning_expert"] > 0, "six tokens are too few"
-    assert f"{cut['reasoning_expert']} of the reasoning_expert" in capsys.readouterr().err
+    assert f"{cut['reasoning_expert']} from the reasoning_expert" in capsys.readouterr().err
     base, tuned = (rows(tmp_path / name, "predictions.jsonl", Prediction) for name in ("base", "tuned"))
     assert len({row.question for row in base}) == len(base) == len(tuned) == 21
     assert [row.probabilities for row in base] != [row.probabilities for row in tuned]
@@ -151,7 +151,7 @@ def test_a_run_warns_about_adapters_trained_on_different_datasets(dataset, tmp_p
     found, warnings = describe_training_data(mixed, here, "test", ["test_1_2.png"])
     assert [one["roles"] for one in found] == [list(ROLES[:3]), ["decision_maker"]]
     assert "trained on 2 different datasets" in warnings[0]
-    assert "training data of the adapters of decision_maker" in warnings[1]
+    assert "training data of the adapters for decision_maker" in warnings[1]
 
 
 @pytest.mark.parametrize("audited", ROLES)
@@ -170,7 +170,9 @@ def test_a_run_warns_about_adapters_of_a_quantized_base(dataset):
     card = dataclasses.replace(adapters["decision_maker"].card, quantization="4bit")
     adapters["decision_maker"] = dataclasses.replace(adapters["decision_maker"], card=card)
     (warning,) = describe_training_data(adapters, here, "test", ["test_1_2.png"])[1]
-    assert "the adapters of decision_maker were trained on a quantized base model but run on the unquantized" in warning
+    assert (
+        "the adapters for decision_maker were trained on a quantized base model but run on the unquantized" in warning
+    )
 
 
 def test_a_fully_tuned_base_model_is_checked_like_an_adapter(dataset, tmp_path, capsys):

@@ -192,7 +192,7 @@ def test_threshold_for_too_few_normal_images_is_left_out(tmp_path: Path, capsys:
     folder = make_run(tmp_path / "test", uncertain("test", 20, 0))
     validation = make_run(tmp_path / "validation", uncertain("validation", 20, 1), split="validation")
     score.main([str(folder), "--calibration", str(validation)])
-    warning = "10 normal validation images are too few to guarantee a share of false alarms of 0.05"
+    warning = "10 normal validation images are too few to guarantee a false-alarm share of 0.05"
     assert warning in capsys.readouterr().err
     assert set(json.loads((folder / "report.json").read_text())["calibration"]["thresholds"]) == {"f1", "best"}
 
@@ -236,7 +236,7 @@ def test_invalid_calibration_options_are_refused(tmp_path: Path) -> None:
     folder, other = (make_run(tmp_path / name, uncertain(name, 40, 1)) for name in ("test", "validation"))
     with pytest.raises(EchoError, match="--false_alarms is 5; give a fraction"):
         score.main([str(folder), "--calibration", str(other), "--false_alarms", "5"])
-    with pytest.raises(EchoError, match="use --calibration with the folder of a run"):
+    with pytest.raises(EchoError, match="use --calibration with a run folder"):
         score.main(["--answers", "x.json", "--output", str(tmp_path / "out"), "--calibration", str(other)])
 
 
@@ -275,7 +275,9 @@ def test_missing_cases_are_reported_even_if_the_run_claims_completeness(tmp_path
 def test_a_report_warns_about_texts_that_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", predictions(0.5), cut={"reasoning_expert": 3}, max_new_tokens=128)
     score.main([str(run)])
-    sentence = "max_new_tokens 128 cut off outputs: 3 of the reasoning_expert; run again with a larger --max_new_tokens"
+    sentence = (
+        "max_new_tokens 128 cut off outputs: 3 from the reasoning_expert; run again with a larger --max_new_tokens"
+    )
     assert sentence in capsys.readouterr().err
     assert sentence in json.loads((run / "report.json").read_text())["warnings"][0]
 
@@ -355,7 +357,7 @@ def test_command_line_error_is_one_line_with_exit_status_2(tmp_path: Path) -> No
     done = run_command("evaluation.score", "--answer", "x.json")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown option --answer; did you mean 'answers'?\n"
-    with pytest.raises(EchoError, match="give either the folder of a run, or --answers"):
+    with pytest.raises(EchoError, match="give either a run folder, or --answers"):
         score.main([])
     with pytest.raises(EchoError, match=r"--answers needs a folder .* --output DIR"):
         score.main(["--answers", "x.json"])

@@ -289,7 +289,7 @@ def test_a_case_that_no_run_covers_is_named(place, folds, clean, tmp_path):
     traces = read_rows(changed_run, "traces.jsonl", Trace)
     write_jsonl(changed_run / "traces.jsonl", [trace for trace in traces if trace.role != "knowledge_guide"])
     edit(changed_run / "run.json", lambda run: run.pop("digests"))
-    with pytest.raises(EchoError, match=r"has no output of knowledge_guide for "):
+    with pytest.raises(EchoError, match=r"has no output from knowledge_guide for "):
         predict(place, tmp_path / "out", [*clean[:2], changed_run])
 
 
@@ -318,7 +318,7 @@ def test_a_run_with_other_options_than_training_rows_is_refused(place, clean, tm
     with pytest.raises(EchoError, match=message):
         predict(place, tmp_path / "out", [changed_run, *clean[1:]])
     (changed_run / "run.json").unlink()
-    with pytest.raises(EchoError, match="is not a run of"):
+    with pytest.raises(EchoError, match="is not a run folder from"):
         predict(place, tmp_path / "out", [changed_run, *clean[1:]])
 
 

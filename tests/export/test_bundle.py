@@ -91,7 +91,7 @@ def test_a_failed_merge_costs_the_merged_model_alone(adapters, tmp_path, monkeyp
 
     monkeypatch.setattr(bundle_module, "save_model", fail_first)
     output = tmp_path / "bundle"
-    with pytest.raises(EchoError, match=r"no merged model of decision_maker: OSError: .*No space left.*--merge none"):
+    with pytest.raises(EchoError, match=r"no merged model for decision_maker: OSError: .*No space left.*--merge none"):
         export_main(
             ["--adapters", str(adapters), "--output", str(output), *NO_IMAGES, "--merge", "decision_maker", ROLES[1]]
         )
@@ -144,11 +144,11 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapters": {}}, "measures a different adapter of reference_extractor than .*; run and score these adapters"),
+        ({"adapters": {}}, "measures a different reference_extractor adapter than .*; run and score these adapters"),
         ({"base_fingerprint": "0"}, r"measures a different base model .0.; run and score these adapters"),
         ({"corruption": "blur"}, "measures corrupted images, which an inspector does not use"),
         ({"reference": "random"}, "measures random references, which an inspector does not use"),
-        ({"adapters": None}, r"is not the report of a run .*; write it with python -m evaluation\.score RUN"),
+        ({"adapters": None}, r"is not a run's report .*; write it with python -m evaluation\.score RUN"),
     ],
 )
 def test_a_report_of_something_else_is_refused(adapters, tmp_path, changes, message):

@@ -170,7 +170,7 @@ def test_an_index_of_another_descriptor_is_named(copied):
         content = dict(found)
     np.savez(path, **(content | {"vectors": np.roll(content["vectors"], 7, axis=1)}))
     write_checksums(copied)
-    with pytest.raises(EchoError, match="the descriptor skimage of this machine differs from the one in"):
+    with pytest.raises(EchoError, match="the descriptor skimage on this machine differs from the one in"):
         load_bundle_products(copied, read_bundle(copied))
 
 

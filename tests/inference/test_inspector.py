@@ -174,7 +174,7 @@ def test_a_report_gives_the_inspector_the_options_of_its_run_and_must_be_of_its_
     assert inspector.products.search.k == 1
     assert inspector.generate.__self__.max_new_tokens == 48
     other = make_report(tmp_path / "other.json", found, {"adapters": {}})
-    with pytest.raises(EchoError, match=r"other.json measures a different adapter of reference_extractor than"):
+    with pytest.raises(EchoError, match=r"other.json measures a different reference_extractor adapter than"):
         Inspector.from_adapters(adapters, calibration=other)
 
 

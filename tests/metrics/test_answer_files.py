@@ -256,7 +256,7 @@ def test_options_of_an_answer_about_boxes_may_be_null(tmp_path: Path) -> None:
         ([{"probabilities": {"A": 90, "B": 10}}], r"P\(A\) is 90; it must be a number from 0 to 1"),
         ([{"probabilities": {"A": 0.9, "B": 0.9}}], "add up to 1.8; they must add up to 1"),
         ([{"probabilities": {"A": float("nan")}}], "must be a number from 0 to 1"),
-        ([{"probabilities": {"C": 0.5}}], r"letters of the options \(A, B\)"),
+        ([{"probabilities": {"C": 0.5}}], r"option letters \(A, B\)"),
         (
             [{"options": {"A": "A dent.", "B": "Fine."}}],
             r"does not say whether caps/001\.png has a defect.*'condition'",

@@ -318,7 +318,7 @@ def test_report_scores_the_experts_or_states_why_it_cannot(tmp_path: Path, capsy
 
     whole = (folder / "traces.jsonl").read_text()
     (folder / "traces.jsonl").write_text("".join(line for line in whole.splitlines(True) if '"test/1"' not in line))
-    assert "traces.jsonl has no row of 1 cases (first: test/1); restore the file" in report()[0]["unavailable"]
+    assert "traces.jsonl has no row for 1 cases (first: test/1); restore the file" in report()[0]["unavailable"]
     (folder / "traces.jsonl").write_text(whole)
 
     changed = dataset / "images" / "test_0_2.png"
@@ -334,7 +334,7 @@ def test_report_scores_the_experts_or_states_why_it_cannot(tmp_path: Path, capsy
     found, page, printed = report()
     assert "there is no dataset" in found["unavailable"]
     assert "No scores: there is no dataset" in page
-    assert "no scores of the experts before the decision: there is no dataset" in printed
+    assert "no scores for the experts before the decision: there is no dataset" in printed
     (folder / "traces.jsonl").unlink()
     assert report()[0] == {"unavailable": "the run has no traces.jsonl"}
 

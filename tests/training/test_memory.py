@@ -349,9 +349,9 @@ def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp
     late = found["knowledge_guide"]
     assert float(late["total"]) == pytest.approx(totals["run"] + float(late["kept"]), abs=0.11)
     assert float(late["kept"]) > 0.4
-    with pytest.raises(EchoError, match="give a recipe and a run of the same model"):
+    with pytest.raises(EchoError, match="give a recipe and a run with the same model"):
         main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_7b" / "run.yaml")])
-    with pytest.raises(EchoError, match="has no max_pixels; give the YAML file of a run"):
+    with pytest.raises(EchoError, match="has no max_pixels; give the YAML file for a run"):
         main(["--config", str(recipe), "--run", str(RECIPES / "accelerate" / "ddp.yaml")])
 
 
@@ -365,7 +365,7 @@ def test_the_command_counts_the_four_adapters_of_a_run_once(capsys, monkeypatch)
     printed = capsys.readouterr().out
     trained = re.search(r"^all .* ([\d,]+) \(", printed, re.MULTILINE)
     assert trained and adapters == [int(trained[1].replace(",", "")) / 4]
-    assert "run.yaml, with four adapters like that of the recipe" in printed
+    assert "run.yaml, with four adapters like the recipe's" in printed
     memory.main(["--config", str(RECIPES / "qwen2_vl_2b" / "decision_maker.yaml"), *run, "--use_peft", "false"])
     assert adapters[1] == 0
     assert "run.yaml, with no adapters" in capsys.readouterr().out

@@ -157,7 +157,7 @@ def test_a_broken_value_is_refused_with_the_name_of_the_option(check, name, hint
         ({"lora_task_type": "SEQ_CLS"}, "lora_task_type cannot be 'SEQ_CLS'"),
         ({"lora_modules_to_save": ["head"]}, "lora_modules_to_save: the model has no module head"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights cannot be 'pissa'; choose from true, false, gaussian"),
-        ({"rank_pattern": {"lm_head": 4}}, "rank_pattern: lm_head matches no module of lora_target_modules"),
+        ({"rank_pattern": {"lm_head": 4}}, "rank_pattern: lm_head matches no module in lora_target_modules"),
         ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern: q_proj is 2\.5; set a whole number"),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern: .* is not a regular expression"),
     ],
@@ -184,7 +184,7 @@ def test_a_run_with_deepspeed_needs_an_output_that_is_no_pattern(check, recipe, 
 def test_a_push_to_the_hub_needs_a_token(check, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(EchoError, match="push_to_hub needs a token of the Hugging Face Hub; run `hf auth login`"):
+    with pytest.raises(EchoError, match="push_to_hub needs a Hugging Face Hub token; run `hf auth login`"):
         check({"push_to_hub": True})
 
 

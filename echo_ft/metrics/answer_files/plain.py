@@ -153,7 +153,7 @@ def _require_boxes(row: Mapping[str, Any], where: str) -> None:
 def _normalised(given: Any, options: Mapping[str, str], where: str) -> dict[str, float]:
     """Return P(letter) of every option, with a sum of 1. A letter that is absent has the probability 0."""
     if not isinstance(given, dict) or not set(given) <= set(options):
-        raise EchoError(f"{where}: 'probabilities' must map letters of the options ({', '.join(options)}) to numbers")
+        raise EchoError(f"{where}: 'probabilities' must map option letters ({', '.join(options)}) to numbers")
     for letter, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise EchoError(f"{where}: P({letter}) is {value!r}; it must be a number from 0 to 1")
