@@ -225,7 +225,10 @@ def assign_configured_splits(
 
 def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:
     """Say how to get images of defects, or normal images, into a train split that has none."""
-    if not any((inspection.condition != GOOD) == defects for inspection in inspections):
+    labelled = [inspection for inspection in inspections if inspection.condition != UNLABELLED]
+    if not labelled:
+        return f"the images have no condition; enter the name of each defect, or {GOOD!r}"
+    if not any((inspection.condition != GOOD) == defects for inspection in labelled):
         return "add images of defects" if defects else f"add normal images, with condition {GOOD!r}"
     if config.split == "given":
         return "set split to seeded"

@@ -107,6 +107,7 @@ def _top_logprobs(logprobs: Any) -> list[Any]:
     if content is None or content == []:
         return []
     _require(isinstance(content, list), f"logprobs {content!r}")
+    _require(isinstance(getattr(content[0], "token", None), str), f"logprobs {content[0]!r}")
     likely = content[0].top_logprobs
     _require(likely is None or isinstance(likely, list), f"top_logprobs {likely!r}")
     return likely or []
