@@ -168,7 +168,7 @@ def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig)
             else:
                 report(result, config)
                 continue
-        LOGGER.warning(f"{problem}; it was not inspected")
+        LOGGER.warning(f"{printable(problem)}; it was not inspected")
         if config.webhook is not None:
             post(config.webhook, {"image": str(path), "error": error})
 
