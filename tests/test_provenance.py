@@ -82,7 +82,7 @@ def test_digests_of_another_dataset_are_rejected(built: Dataset) -> None:
     with pytest.raises(EchoError, match=r"digests.json does not match this dataset's manifest.json"):
         require_unchanged(built, [])
     (built.folder / DIGESTS).write_text("{")
-    with pytest.raises(EchoError, match=r"digests.json is not JSON .*; rebuild the dataset"):
+    with pytest.raises(EchoError, match=r"digests.json does not contain digests as JSON .*; rebuild the dataset"):
         require_unchanged(built, [])
 
 

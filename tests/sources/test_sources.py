@@ -102,7 +102,7 @@ def test_mmad_reports_missing_files_and_continues(mmad_root):
     [
         ({"type": "Riddle"}, "not one of MMAD's nine"),
         ({"Answer": "C"}, "not one of the options"),
-        ({"Options": {"1": "Yes."}}, "letters A to E"),
+        ({"Options": {"1": "Yes."}}, "letter from A to E"),
         ({"Question": " "}, "no text"),
     ],
 )

@@ -138,7 +138,10 @@ REFUSED = [
         "by_role cannot have decider: .*it takes reference_extr",
     ),
     ({"by_role": {"decision_maker": {"lora_r": 4}}}, "each with a mapping of learning_rate, lr_scheduler_type"),
-    ({"by_role": {"decision_maker": {"learning_rate": "fast"}}}, "learning_rate of decision_maker is 'fast'; set a nu"),
+    (
+        {"by_role": {"decision_maker": {"learning_rate": "fast"}}},
+        "learning_rate for decision_maker is 'fast'; set a nu",
+    ),
     ({"role": "decision_maker", "by_role": {"decision_maker": {"warmup_steps": 1}}}, "no effect with role decision_m"),
 ]
 
@@ -158,7 +161,7 @@ def test_deepspeed_cannot_clip_each_role_on_its_own(recipe):
     late = {"role": "all", "adapt_from": "answer", "mask_loss": 0.0}
     config, sft, base = build([EchoConfig, TrainingConfig, ModelConfig], {**recipe, **late}, "recipe.yaml")
     sft.deepspeed_plugin = object()  # type: ignore[assignment]
-    with pytest.raises(EchoError, match=r"DeepSpeed and FSDP cannot; use recipes/accelerate/ddp\.yaml"):
+    with pytest.raises(EchoError, match=r"DeepSpeed and FSDP cannot do; use recipes/accelerate/ddp\.yaml"):
         check_options(sft, base, config)
 
 
