@@ -118,10 +118,12 @@ def test_both_contenders_compute_the_same_descriptors(tmp_path):
     assert difference <= 1e-5
 
 
+@pytest.mark.slow
 def test_no_process_is_without_an_image(tmp_path):
     assert embedding.measure(tmp_path, "skimage", 2, 56, 3, 1).startswith("| skimage | 2 x (")
 
 
+@pytest.mark.slow
 def test_a_failing_process_ends_the_benchmark(tmp_path):
     names = embedding.draw(tmp_path, 2, 56)
     descriptor = f"ViT-B-16/{tmp_path / 'missing.pt'}"

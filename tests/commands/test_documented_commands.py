@@ -27,7 +27,7 @@ DOCUMENTS = [
 ]
 
 NOT_RUN = {
-    "make demo": "takes 8.5 minutes; the documents contain its steps",
+    "make demo": "takes 8 minutes; the documents contain its steps",
     "make test": "runs this test suite",
     "make style types test": "runs this test suite",
     "UPDATE_GOLDEN=1 python -m pytest": "rewrites the golden prompts",

@@ -94,13 +94,14 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_run(one_rank, datas
         assert torch.equal(weight, expected[name]), name
 
 
-def test_stored_features_do_not_change_the_losses(dataset, tmp_path):
+def test_stored_features_do_not_change_the_losses(dataset, tmp_path, capsys):
     language = ["--lora_target_modules", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options = [*SAME_TRAINING, "--save_strategy", "no", "--per_device_train_batch_size", 2, *language]
-    launch(*tiny_options("reference_extractor", dataset, tmp_path / "computed", *options))
+    run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / "computed", *options))
     stored = [*options, "--features", tmp_path / "features"]
-    printed = launch(*tiny_options("reference_extractor", dataset, tmp_path / "stored", *stored))
-    assert "questions_per_second" in printed
+    capsys.readouterr()
+    run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / "stored", *stored))
+    assert "questions_per_second" in capsys.readouterr().out
     assert list((tmp_path / "features").glob("*/*.safetensors"))
     assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "computed"), rel=1e-5)
 
@@ -111,7 +112,7 @@ def test_a_dry_run_predicts_the_training_and_writes_nothing(dataset, tmp_path):
     options = tiny_options("reference_extractor", dataset, output, *schedule, "--save_strategy", "no")
     printed = launch(*options, "--dry_run", "--bf16", "true")  # needs no GPU
     assert not output.exists()
-    launch(*options, "--logging_steps", 1)
+    run_in_process(*options, "--logging_steps", 1)
     state = json.loads((output / "trainer_state.json").read_text())
     found = re.search(r"(\d+) cases, 3 per step .*: (\d+) steps per epoch, (\d+) in total", printed)
     assert found
@@ -230,7 +231,8 @@ def test_tower_and_merger_have_their_own_learning_rates(dataset, tmp_path):
         "--max_grad_norm",
         0,
     ]
-    launch(*tiny_options("reference_extractor", dataset, tmp_path / "out", *parts, *rates, *once, "--weight_decay", 0))
+    options = tiny_options("reference_extractor", dataset, tmp_path / "out", *parts, *rates, *once, "--weight_decay", 0)
+    run_in_process(*options)
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     # The first step of AdamW moves every weight with a gradient by the learning rate.
     moved = {name: weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name}

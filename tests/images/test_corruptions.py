@@ -29,7 +29,7 @@ from tests.conftest import make_case, make_dataset
 from tests.support.exchanges import exchanges_of, with_completions
 from tests.support.runs import run_evaluation
 from tests.support.servers import FakeServer, ask_server, shown_images
-from tests.support.training import launch, tiny_options
+from tests.support.training import run_in_process, tiny_options
 from train.sft import main as sft_main
 
 
@@ -232,10 +232,11 @@ def test_training_batch_contains_the_corrupted_query(row_builder, case, tmp_path
     )
 
 
-def test_training_reports_corrupted_queries_and_resumes_only_alike(dataset, tmp_path):
+def test_training_reports_corrupted_queries_and_resumes_only_alike(dataset, tmp_path, capsys):
     output = tmp_path / "decision_maker"
     flags = ["--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", 1]
-    printed = launch(*tiny_options("decision_maker", dataset, output, *flags, "--corrupted_share", 0.7))
+    run_in_process(*tiny_options("decision_maker", dataset, output, *flags, "--corrupted_share", 0.7))
+    printed = capsys.readouterr().out
     count = sum(draw_corruption(f"train/{index}", 0.7, 0) is not None for index in range(12))
     assert 0 < count < 12
     assert f"decision_maker, train: {count} of 12 cases have a corrupted query" in printed

@@ -181,7 +181,8 @@ def test_zero_3_does_not_hang_if_a_rank_has_stored_its_images(dataset, tmp_path)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "first"), rel=1e-4)
 
 
-@pytest.mark.parametrize("adapt_from", ["prefix", pytest.param("answer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapt_from", ["prefix", "answer"])
 def test_fsdp2_gives_the_gradients_of_one_process(tmp_path, adapt_from):
     script = ["-m", "tests.support.fully_sharded", str(tmp_path), adapt_from]
     done = subprocess.run(
