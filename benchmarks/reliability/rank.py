@@ -1,7 +1,4 @@
-"""One training process of the kill loop.
-
-A fork server imports this module once, so that starting a process takes only a second.
-"""
+"""One training process of the kill loop. `preload` imports what it needs, once for all processes."""
 
 from __future__ import annotations
 
@@ -10,16 +7,12 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-import peft  # noqa: F401
-import trl  # noqa: F401
-
-from echo_ft.config import run_main
-from echo_ft.training import cases, checks, collator, trainer  # noqa: F401
-from train import sft
-
 
 def train(arguments: Sequence[str], environment: Mapping[str, str], log: str) -> None:
     """Run train/sft.py in this process, as a launcher would start it. Its output is appended to the file `log`."""
+    from echo_ft.config import run_main
+    from train import sft
+
     os.environ.update(environment)
     tempfile.tempdir = None  # the parent process may have cached its own temporary folder here
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

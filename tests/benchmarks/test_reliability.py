@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.reliability.__main__ import Loop, kill_loop
+from benchmarks.reliability.__main__ import Loop, kill_loop, wait
 from benchmarks.reliability.fuzz import Found, execute, fuzz, fuzz_bytes, report
 from benchmarks.reliability.parsers import PARSERS, Parser, prepare_folder
 from echo_ft.errors import EchoError
@@ -119,7 +119,7 @@ class StubLoop(Loop):
     """Trainings that are shell commands and have always logged `loss`."""
 
     def __init__(self, folder: Path, *commands: str) -> None:
-        super().__init__(folder, folder, len(commands), 1, random.Random(0))
+        super().__init__(folder, folder, folder, len(commands), 1, random.Random(0))
         self.commands, self.loss, self.started = commands, 1.0, []
 
     def start(self, output: Path) -> list[Stub]:
@@ -151,6 +151,27 @@ def test_the_kill_loop_notices_another_loss(tmp_path, capsys, monkeypatch, loss,
     monkeypatch.setattr(loop, "undisturbed", lambda: (undisturbed(), setattr(loop, "loss", loss))[0])
     tally = kill_loop(loop, minutes=0, kills=0)
     assert (tally.trainings, tally.faults) == (2, faults)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="only Linux says how long a process waited")
+def test_time_without_a_core_does_not_count():
+    core = str(min(os.sched_getaffinity(0)))
+    processes = [Stub(f"taskset -c {core} sh -c 'while :; do :; done'") for _ in range(4)]
+    try:
+        started = time.monotonic()
+        passed = wait(processes, 1)
+        assert 1 <= passed < (time.monotonic() - started) / 2
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def test_sleep_counts():
+    process = Stub("sleep 60")
+    assert wait([process], 0.2) >= 0.2
+    process.kill()
+    process.join()
 
 
 def test_a_hanging_training_is_ended_before_the_loop_is(tmp_path, monkeypatch):
