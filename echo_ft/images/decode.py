@@ -13,6 +13,8 @@ refused unless its path names one of them, as in `stack.tif#frame=2` (`inputs.FR
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
 from echo_ft.errors import EchoError
-from echo_ft.inputs import InputError, open_input, split_frame
+from echo_ft.inputs import MAX_BYTES, InputError, open_input, split_frame
 
 DECODER_VERSION = "8bit-upright-colour"
 """Name of the decoding rule. Every cache key includes it, so that no cache mixes images decoded in different ways."""
@@ -38,11 +40,17 @@ and the one for EPS starts another program."""
 MAX_PIXELS = 100_000_000
 """Largest allowed number of pixels. Such an image takes 300 MB in RGB, although its file may have only 20 KB."""
 
+MAX_TEXT_HEADER = 4096
+"""Length in bytes within which the header of a PPM file must end."""
+
 HIGH_DEPTH_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 """Pillow's greyscale modes with more than 8 bits per pixel."""
 
 BITS_PER_SAMPLE = 258
 """The TIFF tag that holds the number of bits in each channel."""
+
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+"""The TIFF tag for the meaning of the values, and its value for grey values that decrease towards white."""
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 """Common bit depths of camera images."""
@@ -59,26 +67,41 @@ class _RangeError(ValueError):
 def open_image(file: Path | BinaryIO, any_frames: bool = False) -> Iterator[Image.Image]:
     """Open an image file, on disk or in memory, to read its header or decode it within the block.
 
-    A path may name a frame. Raises InputError if the image has more than MAX_PIXELS pixels or no such frame. Without a
-    frame and `any_frames`, also raises it if there are several. Raises one of READ_ERRORS if the image is broken, and
-    also converts the errors that Pillow raises within the block.
+    A path may name a frame. Raises InputError if the image has more than MAX_PIXELS pixels or no such frame, or if the
+    file is larger than MAX_BYTES. Without a frame and `any_frames`, also raises it if there are several. Raises one of
+    READ_ERRORS if the image is broken, and also converts the errors that Pillow raises within the block.
     """
     try:
         path, frame = split_frame(file) if isinstance(file, Path) else (file, None)
         source = open_input(path) if isinstance(path, Path) else path
-        with source, Image.open(source, formats=FORMATS) as image:
-            _check_pixels(image)
-            if frame is not None:
-                _select_frame(image, frame)
-            elif not any_frames:
-                _check_single(image)
-            yield image
+        with source:
+            _check_file(source)
+            with Image.open(source, formats=FORMATS) as image:
+                _check_pixels(image)
+                if frame is not None:
+                    _select_frame(image, frame)
+                elif not any_frames:
+                    _check_single(image)
+                yield image
     except (OSError, ValueError, EchoError):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large() from error
     except Exception as error:  # Pillow's readers raise many kinds of errors for broken files
         raise InputError(_broken(error)) from error
+
+
+def _check_file(source: BinaryIO) -> None:
+    size = source.seek(0, io.SEEK_END)
+    source.seek(0)
+    start = source.read(MAX_TEXT_HEADER)
+    source.seek(0)
+    if size > MAX_BYTES:
+        raise InputError(f"the file has {size:,} bytes, more than {MAX_BYTES:,}; save it with compression or crop it")
+    # Pillow (13.0.0) reads this header byte by byte, so a comment of many megabytes takes minutes.
+    parts = len(re.sub(rb"#[^\r\n]*", b"", start).split())  # type, width, height and, without P1 and P4, largest value
+    if re.match(rb"P[0-6fy]", start) and parts < (3 if start[1:2] in b"14" else 4) and size > len(start):
+        raise InputError(f"its header has more than {MAX_TEXT_HEADER:,} bytes; save it without comments")
 
 
 def _check_pixels(image: Image.Image) -> None:
@@ -201,6 +224,8 @@ def deep_values(image: Image.Image) -> NDArray[np.generic] | None:
     """
     if not is_deep(image):
         return None
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # type: ignore[attr-defined]
+        raise InputError("its values decrease towards white (WhiteIsZero), which Pillow ignores; save it as a PNG file")
     if image.mode in HIGH_DEPTH_MODES:
         return np.asarray(image)
     import cv2

@@ -72,7 +72,7 @@ def marked_pixels(image: Image.Image, what: str) -> Mask:
             "the EXIF tag"
         )
     lossy = is_lossy(image)
-    values, alpha = _values(image)
+    values, alpha = _values(image, what)
     marks: Mask = values > 127 if lossy else values != 0
     if image.mode == "P" and (marks.all() or not marks.any()):
         indexes = np.asarray(image)
@@ -113,13 +113,15 @@ def _is_lossless_webp(image: Image.Image) -> bool:
     return False
 
 
-def _values(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+def _values(image: Image.Image, what: str) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
     """Return the grey values, or the brightest channel, and the opacity, both (height, width).
 
-    The opacity is None for an image without transparency.
+    The opacity is None for an image without transparency. Raises EchoError for NaN and infinity.
     """
     deep = deep_values(image)
     if deep is not None and deep.ndim == 2:
+        if not np.isfinite(deep).all():
+            raise EchoError(f"{what} has values that are not finite numbers; save it with 0 outside the defect")
         return deep, None
     if deep is not None and not image.has_transparency_data:
         return deep.max(axis=2), None

@@ -150,3 +150,12 @@ def test_errors_name_missing_and_broken_files(tmp_path):
     for read in (decode.load_image, decode.image_size):
         with pytest.raises(EchoError, match=r"bad\.png cannot be read: .*; replace it"):
             read(tmp_path / "bad.png")
+
+
+@pytest.mark.parametrize("kind", [b"P4", b"P5", b"P6"])
+def test_comments_in_a_ppm_header_are_read_up_to_a_limit(tmp_path, kind):
+    width, values = 64, {b"P4": b"", b"P5": b"255\n", b"P6": b"255\n"}[kind]
+    size = {b"P4": 64 // 8, b"P5": 64, b"P6": 64 * 3}[kind] * 2000
+    for length, readable in ((60, True), (5000, False)):
+        (tmp_path / "a.ppm").write_bytes(kind + b"\n#" + b"c" * length + b"\n%d 2000\n" % width + values + b"#" * size)
+        assert (check_image(tmp_path / "a.ppm").fault is None) == readable
