@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import logging
 import math
 import os
@@ -271,6 +272,8 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # TRL (1.16) and peft (0.21) use names that transformers (5.23) has deprecated. Users cannot change them.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
+    # Pillow (13.0.0) warns about broken metadata and large images. `images.decode` refuses what cannot be used.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     log_to_terminal()
     with handled_signals(resume_hint) as ending:
         try:
@@ -289,8 +292,17 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
         sys.exit(status)
 
 
+_PATH_ERRORS = frozenset(
+    {
+        errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
+        errno.EROFS,
+    }
+)  # fmt: skip
+"""Codes of errors that come from a path that the user gave or from the disk, so a traceback would not help."""
+
+
 def _explain(error: Exception, resume_hint: str) -> str:
-    """Return a message about an unexpected error that names the file with its traceback."""
+    """Return a message about an unexpected error. It names the file with the traceback, unless a path is at fault."""
     if lost_process(error):
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         return f"another process has ended or cannot be reached ({reason}); see its error message; {resume_hint}"
@@ -305,6 +317,10 @@ def _explain(error: Exception, resume_hint: str) -> str:
         what, remedy = f"out of memory ({what})", "use smaller batches or images, or a machine with more memory"
     elif isinstance(error, OSError) and error.filename:
         what, remedy = f"{error.filename}: {error.strerror}", "check the path, its permissions and the disk"
+        if error.errno in _PATH_ERRORS:
+            return f"{what}; {remedy}"
+    elif isinstance(error, RuntimeError) and reason.startswith("Symlink loop"):  # from pathlib in Python 3.11 and 3.12
+        return f"{reason}; remove the link or choose another path"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="echo_ft-error-", suffix=".txt", delete=False) as file:
             file.write(f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")

@@ -138,7 +138,7 @@ def test_wandb_errors_are_one_line(monkeypatch, capsys):
             "error: ZeroDivisionError: by zero; check what the message mentions, or report",
         ),
         (MemoryError(), "error: out of memory (MemoryError); use smaller batches or images"),
-        (PermissionError(13, "Permission denied", "data/x"), "error: data/x: Permission denied; check the path"),
+        (FileNotFoundError(2, "No such file", "data/x"), "error: data/x: No such file; check the path"),
         (ValueError("\x1b[31mred"), "error: ValueError: \\x1b[31mred; check"),
     ],
 )
@@ -154,6 +154,33 @@ def test_an_unexpected_error_is_one_sentence_that_names_the_file_with_its_traceb
     assert said.endswith(f"the traceback is in {file}\n")
     assert file.read_text().startswith("command --output 'a b'\n\nTraceback")
     assert f"in main\n    raise error\n{type(error).__name__}" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "data/x"), "data/x: Permission denied; check the path, its"),
+        (RuntimeError("Symlink loop from 'data/x'"), "Symlink loop from 'data/x'; remove the link"),
+    ],
+)
+def test_an_unusable_path_needs_no_traceback(error, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert ended_by(error, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_warnings_of_pillow_about_an_image_are_not_printed(monkeypatch):
+    import warnings
+
+    def main(argv):
+        for module in ("PIL.TiffImagePlugin", "elsewhere"):
+            warnings.warn_explicit("odd metadata", UserWarning, "file.py", 1, module)
+
+    monkeypatch.setattr("sys.argv", ["command"])
+    with pytest.warns(UserWarning) as shown:
+        run_main(main)
+    assert len(shown) == 1
 
 
 def test_without_room_for_the_file_the_traceback_is_printed(monkeypatch, capsys):
