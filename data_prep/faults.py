@@ -23,8 +23,8 @@ MAX_BORDER = 0.75
 """A mask seems inverted if it marks more than these fractions of the image and of its border. No mask of the magnetic
 tiles marks more than 0.50 and 0.49."""
 
-CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Characters that control a terminal or change the order in which it shows the rest of a line."""
+CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that control a terminal, break a line or change the order in which the rest of the line is shown."""
 
 MAX_ASPECT = 200
 """Largest aspect ratio of an image. Qwen2-VL's processor in transformers refuses larger ones."""
@@ -46,6 +46,8 @@ def name_fault(inspection: Inspection) -> str | None:
     files = (inspection.image, *masks.mask_files(inspection), inspection.reference or "")
     if not _is_utf8("".join(files)):
         return "the name of the image, its mask or its reference is not UTF-8; rename the file"
+    if CONTROL_CHARACTER.search("".join(files)):
+        return "the name of the image, its mask or its reference has a control character; rename the file"
     for field in ("dataset", "product", "condition", "group"):
         name = getattr(inspection, field)
         if not _is_utf8(name):

@@ -84,8 +84,8 @@ def read_text(path: Path | str, encoding: str = "utf-8", limit: int = MAX_BYTES)
 
 
 def read_json_file(path: Path | str, unique_keys: bool = True) -> Any:
-    """Read a JSON file as `read_json` does. Raises ValueError and OSError."""
-    return read_json(read_text(path), unique_keys)
+    """Read a JSON file as `read_json` does. A byte order mark is skipped. Raises ValueError and OSError."""
+    return read_json(read_text(path, "utf-8-sig"), unique_keys)
 
 
 def read_json_object(path: Path | str) -> dict[str, Any]:

@@ -36,6 +36,11 @@ PREDICTION = Prediction(
 )
 
 
+def test_a_byte_order_mark_before_json_is_skipped(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert inputs.read_json_object(tmp_path / "a.json") == {"a": 1}
+
+
 def test_pipes_and_folders_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (

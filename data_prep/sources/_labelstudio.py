@@ -39,7 +39,7 @@ NOT_ANNOTATED = "the task has no annotation"
 def is_task_list(path: Path) -> bool:
     """Return whether a JSON file holds a list, as Label Studio exports, rather than an object, as in COCO."""
     try:
-        with open_text(path) as file:
+        with open_text(path, "utf-8-sig") as file:
             return file.read(4096).lstrip().startswith("[")
     except (OSError, ValueError):  # the error is reported when the file is read
         return False
@@ -85,7 +85,10 @@ def _load(path: Path) -> list[dict[str, Any]]:
 def _path(data: Mapping[str, Any]) -> str:
     stated = text_of(data, "path")
     address = text_of(data, "image") or ""
-    local = parse_qs(urlsplit(address).query).get("d", [""])[0]
+    try:
+        local = parse_qs(urlsplit(address).query).get("d", [""])[0]
+    except ValueError:  # the address is malformed
+        local = ""
     if not (stated or local):
         raise RowError(
             f"its image {address[:60]!r} is not below the root; set data.path to the path of the image, or serve "
@@ -147,6 +150,11 @@ def _inspection(
         kind, value = result.get("type"), result["value"]
         if kind not in ("rectanglelabels", "polygonlabels"):
             raise RowError(f"results of the type {kind!r} are not supported; outline defects as rectangles or polygons")
+        if result.get("image_rotation"):  # the percentages then refer to the rotated image
+            raise RowError(
+                f"its outlines were drawn with the image rotated by {result['image_rotation']} degrees; rotate it back "
+                "in Label Studio and draw them again"
+            )
         labels += _names(result, kind)
         view = drawn_view(root, name, (result.get("original_width"), result.get("original_height")))
         corners = _corners(kind, value, view.size)

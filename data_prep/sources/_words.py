@@ -84,6 +84,8 @@ Only these phrases count, because `no solder` is a defect."""
 UNKNOWN_WORDS = plain_words(
     (
         "?", "??", "???", "n/a", "na", "n.a.", "nil", "null", "nan",
+        # error values of spreadsheets
+        "#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#null!", "#num!",
         "unknown", "unk", "unlabeled", "unlabelled", "unannotated", "unlabel", "not labeled",
         "not labelled", "not annotated", "undefined", "unspecified", "undecided", "unclear", "unsure", "uncertain",
         "not sure", "maybe", "todo", "to do", "to-do", "tbd", "pending", "ignore", "ignored",

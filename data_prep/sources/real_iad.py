@@ -100,7 +100,7 @@ def _inspection(root: Path, prefix: str, row: Any, split: str, normal: str) -> I
     if not isinstance(row, Mapping) or not all(isinstance(row.get(key), str) for key in ("category", "image_path")):
         raise RowError("category and image_path must be strings")
     image = locate(root, f"{prefix}/{row['image_path']}", "image")
-    code, mask = row.get("anomaly_class"), row.get("mask_path")
+    code, mask = str(row.get("anomaly_class")), row.get("mask_path")
     if code != normal and code not in CONDITIONS:
         raise RowError(f"the anomaly_class {code!r} of {image} is not one of {normal}, {', '.join(CONDITIONS)}")
     sample = VIEW.fullmatch(image)

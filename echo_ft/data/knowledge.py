@@ -27,6 +27,12 @@ from echo_ft.strict_yaml import read_json, read_yaml
 DATASET_ALIASES = {"DS-MVTec": "MVTec", "MVTec-AD": "MVTec"}
 """Maps a dataset name to the name that MMAD's file uses for it."""
 
+MAX_DESCRIPTION = 20_000
+"""Length of the longest description, in characters. No prompt has space for a longer one."""
+
+CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f]")
+"""Characters that control a terminal. Line breaks and tabs are part of descriptions and count as spaces."""
+
 MAX_BRIEF_WORDS = 40
 """Longer descriptions are shortened in completions (`brief`)."""
 
@@ -120,12 +126,19 @@ def parse_knowledge(path: Path, content: str) -> dict[str, dict[str, dict[str, s
                         f"knowledge file {path}: {dataset}/{product}/{condition} is {_kind(text)}; "
                         "describe what the condition looks like, in quotes"
                     )
-                _check_tokens(path, f"{dataset}/{product}/{condition}", text or "")
+                _check_text(path, f"{dataset}/{product}/{condition}", text or "")
                 texts[condition] = nfc(text) if text and clean(text) else ""
     return found
 
 
-def _check_tokens(path: Path, key: str, text: str) -> None:
+def _check_text(path: Path, key: str, text: str) -> None:
+    if len(text) > MAX_DESCRIPTION:
+        raise EchoError(
+            f"knowledge file {path}: {key} has {len(text):,} characters; shorten it to a few sentences, at most "
+            f"{MAX_DESCRIPTION:,} characters"
+        )
+    if CONTROL_CHARACTER.search(key + " ".join(text.split())):
+        raise EchoError(f"knowledge file {path}: {key} has a control character; remove it")
     token = control_token(key, text)
     if token:
         raise EchoError(

@@ -31,7 +31,10 @@ from tests.faults.inputs import (
 CELLS: dict[str, tuple[Sequence[Any], str]] = {
     "image": ((None, True, ["odd.png"], {}, "", " "), r"parts\.jsonl:1: image is"),
     "product": ((None, True, ["cap"], {}, "", " "), r"parts\.jsonl:1.*product is"),
-    "condition": ((None, True, [3], {}, "", " "), r"parts\.jsonl:1.*condition|the images have no condition"),
+    "condition": (
+        (None, True, [3], {}, "", " ", "#REF!", "#DIV/0!"),
+        r"parts\.jsonl:1.*condition|the images have no condition",
+    ),
     "group": ((True, ["1"], {}), r"parts\.jsonl:1: group is"),
     "split": ((3, True, ["test"], "dev", "TEST set"), r"parts\.jsonl:1: split"),
     "mask": ((True, ["m.png"], "gone.png", "../m.png"), r"parts\.jsonl:1: .*mask"),
@@ -165,12 +168,13 @@ TASK = {
     ],
 }  # fmt: skip
 LABEL_STUDIO: dict[str, Sequence[Any]] = {
-    "data": (None, 3, "x", [], {}, {"image": 3}, {"image": "../a.png"}, {"image": "b.png"}),
+    "data": (None, 3, "x", [], {}, {"image": 3}, {"image": "../a.png"}, {"image": "http://[::1"}),
     "annotations": (None, 3, "x", {}, [3], [None], [{"result": 3}], [{"result": [3]}], [{"result": [{"type": 3}]}]),
 }
 REGION: dict[str, Sequence[Any]] = {
     "type": ("brushlabels", "star", ["rectanglelabels"]),
     "original_width": ("48", 0, 47),
+    "image_rotation": (90,),
     "value": (
         None, 3, [], {}, {"x": 1, "y": 1, "width": 900, "height": 5, "rectanglelabels": ["dent"]},
         {"x": "a", "y": 1, "width": 9, "height": 5, "rectanglelabels": ["dent"]},
@@ -298,10 +302,41 @@ def knowledge_files() -> Iterator[Fault]:
         yield Fault(f"knowledge {name}", described(text), r"k\.yaml")
 
 
+def real_iad(**changes: Any) -> Callable[[Path], Arguments]:
+    """One manifest of Real-IAD with one row."""
+
+    def make(root: Path) -> Arguments:
+        picture(root / "raw" / "cap" / "OK" / "cap_0001_OK_C1_1.jpg")
+        row = {"category": "cap", "anomaly_class": "OK", "image_path": "OK/cap_0001_OK_C1_1.jpg", "mask_path": None}
+        content = {"meta": {"prefix": "cap/", "normal_class": "OK"}, "train": [{**row, **changes}], "test": []}
+        (root / "cap.json").write_text(json.dumps(content))
+        return build(root, source="real_iad", root=root / "raw", annotations=root / "cap.json")
+
+    return make
+
+
+REAL_IAD: dict[str, Sequence[Any]] = {
+    "category": NO_TEXT,
+    "anomaly_class": (*NO_TEXT, "ZZ"),
+    "image_path": (*NO_TEXT, "", "../a.jpg", "/a.jpg"),
+}
+
+
+def real_iad_files() -> Iterator[Fault]:
+    for field, value in table(REAL_IAD):
+        yield Fault(
+            f"Real-IAD {field} {named(value)}",
+            real_iad(**{field: value}),
+            rf"cap\.json:train\[0\]: .*({field}|does not exist|outside the root)",
+        )
+
+
 def empty_lists() -> Iterator[Fault]:
     for name in ("p.csv", "p.jsonl", "p.json", "p.tsv"):
         says = " ?(has no column 'image'|cannot be read|is |holds|lists|; it lists none)"
         yield Fault(f"empty list {name}", listing(b"", name), re.escape(name) + says)
+    tasks = listing(b'\xef\xbb\xbf[{"data": {}}]', "c.json")
+    yield Fault("Label Studio with a byte order mark", tasks, r"c\.json:tasks\[0\]: its image '' is not below the root")
     yield Fault("list without a suffix", listing(b"image,product,condition\n", "list"), "list")
     yield Fault("no source", lambda root: build(root), "source")
     yield Fault("list is a folder", lambda root: build(root, source="manifest", annotations=root), "annotations|file")
@@ -309,6 +344,6 @@ def empty_lists() -> Iterator[Fault]:
 
 ANNOTATIONS = [
     *cells(), *csv_lists(), *coco_files(), *labelme_files(), *label_studio_files(), *mmad_files(), *options(),
-    *knowledge_files(), *empty_lists(),
+    *knowledge_files(), *empty_lists(), *real_iad_files(),
 ]  # fmt: skip
 """Every row of this file."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 from tests.support import folder_layouts
@@ -108,6 +109,19 @@ def bomb(path: Path) -> None:
     Image.new("1", (13_000, 13_000)).save(path)
 
 
+def sparse(path: Path) -> None:
+    picture(path)
+    os.truncate(path, 2**31)
+
+
+def tiff(values: Any, **options: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, values, **options)
+
+    return write
+
+
 BROKEN = r"odd\.\w+: the image is broken or has an unknown format \(\w+\)"
 FRAMES = r"odd\.\w+: the file has several frames, so it is unclear which one to use; append one to its path"
 LINK = "is a link out of the root to .*; copy the file, set root"
@@ -128,6 +142,19 @@ IMAGES = [
     Fault("empty image", listed(raw(b"")), BROKEN),
     Fault("text as image", listed(raw(b"not an image")), BROKEN),
     Fault("169 million pixels", listed(bomb), r"odd\.png: the image has more than 100 million pixels; crop it"),
+    Fault("image of 2 GiB", listed(sparse), r"odd\.png: the file has 2,147,483,648 bytes, more than"),
+    Fault(
+        "long header",
+        listed(raw(b"P6\n#" + b"a" * 5_000_000 + b"\n2 2\n255\n" + b"a" * 12)),
+        "its header has more than",
+    ),
+    Fault(
+        "white is zero",
+        listed(tiff(np.eye(32, 48, dtype=np.uint16), photometric="miniswhite"), "odd.tif"),
+        r"odd\.tif: its values decrease towards white",
+    ),
+    Fault("line break in a name", listed(picture, "odd\n.png"), "has a control character; rename the file"),
+    Fault("line separator in a product", listed(picture, product="ca\u2028p"), r"'ca\\u2028p' has a control character"),
     Fault("pipe as image", listed(pipe), r"image odd\.png does not exist under the root"),
     Fault("folder as image", listed(lambda path: path.mkdir(parents=True)), r"image odd\.png does not exist"),
     Fault("link out", listed(linked), LINK),
@@ -140,6 +167,13 @@ IMAGES = [
     Fault("product true", listed(picture, product=True), "product is True, not a string"),
     Fault(
         "mask link", listed(lambda p: (picture(p), linked(p.with_name("m.png"))), condition="dent", mask="m.png"), LINK
+    ),
+    Fault(
+        "mask of NaN",
+        listed(
+            lambda p: (picture(p), tiff(np.full((32, 48), np.nan))(p.with_name("m.tif"))), condition="a", mask="m.tif"
+        ),
+        r"mask m\.tif has values that are not finite numbers; save it",
     ),
     Fault(
         "huge boxes", listed(picture, condition="dent", boxes=f"[[0, 0, {HUGE}, 5]]"), "a number has 5000 digits|boxes"
@@ -275,6 +309,11 @@ LISTS = [
 # Configs
 
 
+def linked_to_itself(root: Path) -> Path:
+    (root / "loop").symlink_to("loop")
+    return root / "loop"
+
+
 def merges() -> str:
     lines = ["a0: &a0 {x: 1, y: 2}"]
     lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 10)]
@@ -306,6 +345,16 @@ CONFIGS = [
     Fault("config NUL", config('root: "a\\0b"'), "root has a NUL character"),
     Fault("config twice", config("seed: 1\nseed: 2"), "duplicate key 'seed'"),
     Fault("config not UTF-8", lambda root: raw_config(root, b"k: \xff"), "is not valid YAML"),
+    Fault(
+        "output too long",
+        lambda root: build(root, source="synthetic", output=root / ("o" * 300)),
+        "File name too long; check the path",
+    ),
+    Fault(
+        "output a link to itself",
+        lambda root: build(root, source="synthetic", output=linked_to_itself(root)),
+        "Symlink loop|symbolic links",
+    ),
     Fault("config folder", lambda root: ["data_prep.build", "--config", str(root)], "there is no config file"),
 ]
 
@@ -330,6 +379,10 @@ KNOWLEDGE = [
     Fault("knowledge int", described("parts: {cap: {good: !!int ''}}"), "a value cannot be read"),
     Fault("knowledge pair", described('parts: {cap: {good: "\\ud800"}}'), "an unpaired surrogate"),
     Fault("knowledge token", described("parts: {cap: {good: a <|im_end|> b}}"), "control token"),
+    Fault("knowledge long", described(f"parts: {{cap: {{good: {'word ' * 5000}}}}}"), "has 24,999 characters; shorten"),
+    Fault(
+        "knowledge escape", described('parts: {cap: {good: "a \\e[2J b"}}'), "parts/cap/good has a control character"
+    ),
     Fault("knowledge circle", described("parts: &a {cap: *a}"), "refers to a value that contains it"),
 ]
 
