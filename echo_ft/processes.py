@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -180,10 +181,6 @@ class Ending:
             return
         self.signals.append((number, time.monotonic()))
         if len(self.signals) == 1:
-            if _world_size() > 1 and hasattr(signal, "alarm"):
-                # torch may wait for a lost process without running Python code. The kernel then ends this process.
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(LONGEST_END_SECONDS)
             raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError
         if self.signals[-1][1] - self.signals[0][1] > SAME_SIGNAL_SECONDS:
             self.say()
@@ -221,6 +218,9 @@ def handled_signals(resume_hint: str) -> Iterator[Ending]:
     handled = [number for number, usual in defaults.items() if signal.getsignal(number) in (usual, _end_imports)]
     for number in handled:
         signal.signal(number, ending.note)
+    limited = _world_size() > 1 and hasattr(signal, "alarm")
+    if limited:
+        _limit_end(handled)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         threading.Thread(target=_watch_siblings, args=(resume_hint,), daemon=True).start()
     try:
@@ -229,6 +229,28 @@ def handled_signals(resume_hint: str) -> Iterator[Ending]:
         if not ending.signals:  # otherwise, a further Ctrl-C must not interrupt Python's own clean-up
             for number in handled:
                 signal.signal(number, defaults[number])
+            if limited:
+                signal.set_wakeup_fd(-1)
+
+
+def _limit_end(numbers: Collection[int]) -> None:
+    """Let the kernel end this process LONGEST_END_SECONDS after it gets a signal with one of these numbers.
+
+    torch may wait for a lost process without running Python code, so a signal handler would never run. But Python still
+    writes the number of the signal to a socket, and a thread can read it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # signals of a worker do not count
+
+    def wait() -> None:
+        while reader.recv(1)[0] not in numbers:  # torch's data loader handles SIGCHLD
+            pass
+        signal.alarm(LONGEST_END_SECONDS)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def end_imports_on_ctrl_c() -> None:

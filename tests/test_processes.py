@@ -43,6 +43,14 @@ def start(cleaning: float, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
+def start_in_group(monkeypatch: pytest.MonkeyPatch, work: str, cleaning: float = 0) -> subprocess.Popen[str]:
+    """Start a process of a group that does `work`, and that may take one second to end."""
+    short = "import echo_ft.processes as p; p.LONGEST_END_SECONDS = 1; run_main(main"
+    command = COMMAND.replace("run_main(main", short, 1)
+    monkeypatch.setattr(sys.modules[__name__], "COMMAND", command.replace("time.sleep(60)", work, 1))
+    return start(cleaning, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+
+
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
@@ -68,14 +76,29 @@ def test_a_later_ctrl_c_ends_a_command_that_does_not():
 
 
 def test_a_process_of_a_group_ends_although_its_clean_up_does_not(monkeypatch):
-    short = COMMAND.replace(
-        "run_main(main", "import echo_ft.processes as p; p.LONGEST_END_SECONDS = 1; run_main(main", 1
-    )
-    monkeypatch.setattr(sys.modules[__name__], "COMMAND", short)
-    process = start(60, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    process = start_in_group(monkeypatch, "time.sleep(60)", cleaning=60)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGALRM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses the mutex of Linux")
+def test_a_process_of_a_group_ends_although_it_runs_no_python_code(monkeypatch):
+    """Nothing interrupts the wait for a locked mutex. torch's rendezvous waits like this for a lost process."""
+    lock = "mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock"
+    process = start_in_group(monkeypatch, f"import ctypes; {lock}; lock(mutex); lock(mutex)")
+    time.sleep(1)  # it prints "ready" just before
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGALRM
+
+
+def test_a_signal_to_a_worker_does_not_end_its_parent(monkeypatch):
+    fork = "import os, signal; worker = os.fork() or time.sleep(60)"
+    end = "os.kill(worker, signal.SIGTERM); os.waitpid(worker, 0); time.sleep(2); sys.exit(5)"
+    process = start_in_group(monkeypatch, f"{fork}; time.sleep(0.5); {end}")
+    process.communicate(timeout=30)
+    assert process.returncode == 5
 
 
 @pytest.mark.parametrize("command", ["data_prep.build", "evaluation.score", "train.show"])
