@@ -35,7 +35,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json, write_jsonl
 from echo_ft.records import GOOD, Rejection
 from echo_ft.retrieval.descriptors import load_extractor
-from echo_ft.terminal import LOGGER, printable
+from echo_ft.terminal import LOGGER
 from echo_ft.tracking import dataset_artifact, log_run, numbers_by_path
 
 UNLABELLED_USE = "without a condition, so only for runs: no training, no audit, no scores"
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     print(rejection_summary(manifest))
     first = next(read_jsonl(config.output / "rejected.jsonl", Rejection), None)
     if first:
-        print(printable(f"  first: {first.item}: {first.reason}"))
+        print(f"  first: {first.item}: {first.reason}")
     return PARTLY_DONE if first and config.strict else 0
 
 

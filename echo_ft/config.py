@@ -20,6 +20,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,7 +31,7 @@ from echo_ft.errors import EchoError
 from echo_ft.inputs import read_yaml_file
 from echo_ft.processes import TerminatedError, handled_signals, lost_process
 from echo_ft.strict_yaml import read_json
-from echo_ft.terminal import LOGGER, log_to_terminal
+from echo_ft.terminal import LOGGER, PrintableStream, log_to_terminal
 
 COMMAND_LINE = "the command line"
 
@@ -275,7 +276,9 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
     # Pillow (13.0.0) warns about broken metadata and large images. `images.decode` refuses what cannot be used.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     log_to_terminal()
-    with handled_signals(resume_hint) as ending:
+    # Names in datasets and runs may contain anything, so whatever a command prints is escaped.
+    safe: Any = PrintableStream(sys.stdout)
+    with handled_signals(resume_hint) as ending, redirect_stdout(safe):
         try:
             status = main(sys.argv[1:])
         except (KeyboardInterrupt, TerminatedError):
@@ -294,8 +297,8 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
 
 _PATH_ERRORS = frozenset(
     {
-        errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
-        errno.EROFS,
+        errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
+        errno.EPERM, errno.EROFS,
     }
 )  # fmt: skip
 """Codes of errors that come from a path that the user gave or from the disk, so a traceback would not help."""

@@ -35,7 +35,28 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay. Names of files and products may contain anything.
     """
-    return "".join(char if char in "\n\t" or not _is_control(char) else ascii(char)[1:-1] for char in text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char in "\n\t" or not _is_control(char) else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    # JSON escapes the characters below DEL itself, and knows no escapes of two digits.
+    return ascii(char)[1:-1] if char < "\x7f" else rf"\u{ord(char):04x}"
+
+
+class PrintableStream:
+    """A text stream that passes everything through `printable` and otherwise behaves like the stream that it wraps."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text to the stream. Returns the length of what was written."""
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _is_control(char: str) -> bool:

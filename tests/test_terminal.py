@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from echo_ft import terminal
-from echo_ft.terminal import progress
+from echo_ft.terminal import printable, progress
 
 
 class Stream(io.StringIO):
@@ -30,6 +31,11 @@ def run(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, seconds: float = 0.0
     monkeypatch.setattr(sys, "stderr", stream)
     assert [item for item in progress("abc", "reading", "records", **options) if not time.sleep(seconds)] == [*"abc"]
     return stream.getvalue()
+
+
+def test_an_escaped_text_stays_valid_json():
+    text = json.dumps("a\x1b\x7f\x85\u202eb", ensure_ascii=False)
+    assert printable(text) == r'"a\u001b\u007f\u0085\u202eb"'
 
 
 def test_a_log_gets_lines_that_say_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,13 +30,12 @@ class ShowConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Print one block per role: images, token counts and text with trained tokens in [[...]], green on a terminal."""
+    """Print one block per role: images, token counts and text with trained tokens in [[...]]."""
     (config,) = configs.parse([ShowConfig], argv)
     if config.row < 0:
         raise EchoError(f"row is {config.row}; rows are numbered from 0")
     dataset = load_dataset(Path(config.dataset))
     row_builder = RowBuilder(load_processor(config.model_name_or_path, None, config.min_pixels, config.max_pixels))
-    marks = ("\033[32m[[", "]]\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     for role in ROLES:
         path = dataset.folder / "sft" / role / "train.jsonl"
         exchange = next(islice(read_jsonl(path, Exchange), config.row, None), None)
@@ -48,7 +46,7 @@ def main(argv: list[str]) -> None:
         print(f"=== {role}, case {exchange.case}: {len(exchange.images)} images, {row.prefix_length} shared tokens,")
         print(f"    {len(exchange.branches)} branches, {len(row.input_ids)} tokens, {trained} of them trained")
         print("\n".join(f"    image: {dataset.root / image}" for image in exchange.images))
-        print(mark_trained(row, row_builder, *marks))
+        print(mark_trained(row, row_builder))
 
 
 if __name__ == "__main__":
