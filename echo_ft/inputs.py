@@ -203,6 +203,18 @@ def restore(hint: Any, value: Any) -> Any:
     return _converter(hint)(value)
 
 
+def check_fields(content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raise TypeError, which names the field, if a field of `content` differs from its type in `types`.
+
+    Fields may be missing, and fields without a type are not checked.
+    """
+    for name in types.keys() & content.keys():
+        try:
+            restore(types[name], content[name])
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from error
+
+
 def _tuple_converter(args: tuple[Any, ...]) -> Callable[[Any], Any]:
     items = [_converter(arg) for arg in args if arg is not Ellipsis]
     length = None if Ellipsis in args else len(items)

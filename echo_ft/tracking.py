@@ -145,7 +145,7 @@ def dataset_artifact(folder: Path, manifest: Mapping[str, Any]) -> wandb.Artifac
     It references the records and copies only the manifest and the preview pages. digests.json identifies the images by
     their SHA-256.
     """
-    audits = {name: found["verdict"] for name, found in manifest.get("audits", {}).items()}
+    audits = {name: found.get("verdict") for name, found in manifest.get("audits", {}).items()}
     kept = ("fingerprint", "images_fingerprint", "config", "counts", "splits", "prompt_version", "commit", "warnings")
     facts = {name: manifest[name] for name in kept if name in manifest}
     artifact = _artifact(f"dataset-{folder.resolve().name}", "dataset", facts | {"audits": audits or "not audited"})

@@ -112,10 +112,10 @@ def load_inputs(config: RunConfig) -> tuple[Dataset, dict[str, Adapter]]:
     """
     check_config(config)
     dataset = load_dataset(Path(config.dataset))
-    if config.references is not None and not 1 <= config.references <= dataset.manifest["config"]["k"]:
+    if config.references is not None and not 1 <= config.references <= dataset.manifest["config"].get("k", 0):
         raise EchoError(
             f"references is {config.references}, but {config.dataset} was built with k "
-            f"{dataset.manifest['config']['k']}; choose a number from 1 to that, or rebuild it with a larger --k"
+            f"{dataset.manifest['config'].get('k')}; choose a number from 1 to that, or rebuild it with a larger --k"
         )
     if config.adapters is None:
         return dataset, {}
@@ -238,7 +238,7 @@ def provenance(config: RunConfig, dataset: Dataset, adapters: dict[str, Adapter]
     """Return the part of run.json that must be equal when a run is resumed."""
     # The weights of a server may be on another machine.
     weights = None if config.server else base_fingerprint(config.model_name_or_path, config.model_revision)
-    shows_all = config.references == dataset.manifest["config"]["k"]
+    shows_all = config.references == dataset.manifest["config"].get("k")
     return {
         **answer_options(replace(config, references=None) if shows_all else config),
         "dataset": config.dataset,

@@ -15,7 +15,7 @@ from echo_ft.data.splits import UNLABELLED_SPLIT, held_out_conditions, readable_
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl, write_json
 from echo_ft.images.decode import READER_THREADS
-from echo_ft.inputs import read_json_object, restore
+from echo_ft.inputs import check_fields, read_json_object, restore
 from echo_ft.provenance import content_hash, digests_of, fingerprint_bytes, first_change
 from echo_ft.records import (
     GROUNDING,
@@ -37,6 +37,16 @@ MANIFEST, DIGESTS = "manifest.json", "digests.json"
 """The manifest, with the SHA-256 of all records, and {path: SHA-256} of every image, mask and named reference."""
 
 KNOWLEDGE = "knowledge.json"
+
+MANIFEST_FIELDS = {
+    **dict.fromkeys(("annotations_fingerprint", "images_fingerprint", "prompt_version", "source"), str | None),
+    "audits": dict[str, dict[str, Any]],
+    "counts": dict[str, Any],
+    "held_out": tuple[str, ...],
+}
+COUNT_FIELDS = {"photographs": dict[str, int], "synthetic": dict[str, Any]}
+CONFIG_FIELDS = {"k": int, **dict.fromkeys(("routing", "split", "scope", "descriptor", "index"), str)}
+"""The types of the fields of manifest.json, and of its `counts` and `config`, that other commands read."""
 
 REFERENCE_METHODS = ("retrieved", "random", "none")
 
@@ -80,8 +90,14 @@ def load_dataset(folder: Path) -> Dataset:
             f"{path} has the format {found!r}, not {DATASET_FORMAT!r}; rebuild the dataset with this version"
         )
     for key, kind in (("root", str), ("fingerprint", str), ("config", dict)):
-        if not isinstance(manifest.get(key), kind) or manifest[key] == "":
+        if not isinstance(manifest.get(key), kind) or manifest[key] == "" or "\0" in manifest[key]:
             raise EchoError(f"{path} has no usable {key} ({manifest.get(key)!r}); rebuild the dataset")
+    try:
+        check_fields(manifest, MANIFEST_FIELDS)
+        check_fields(manifest.get("counts", {}), COUNT_FIELDS)
+        check_fields(manifest["config"], CONFIG_FIELDS)
+    except TypeError as error:
+        raise EchoError(f"{path} has been changed by hand ({error}); rebuild the dataset") from error
     root = (folder / manifest["root"]).resolve()
     if not root.is_dir():
         raise EchoError(f"the images of {folder} are no longer in {root}; put them back or rebuild the dataset")

@@ -12,11 +12,15 @@ NAMES = (FALSE_ALARMS, ESCAPES)
 EXAMPLE = '--gate "false_alarms<=0.01, escapes<=0.02"'
 
 
+MIN_LIMIT = 1e-6
+"""Smallest limit. It takes three million parts without an error to show a smaller one."""
+
+
 def parse_limits(text: str) -> dict[str, float]:
     """Return {`false_alarms` or `escapes`: limit}, in this order.
 
-    Raises EchoError for an unknown or repeated name, a comparison other than `<=`, and a limit that is not between 0
-    and 1.
+    Raises EchoError for an unknown or repeated name, a comparison other than `<=`, and a limit that is not between
+    MIN_LIMIT and 1.
     """
     limits: dict[str, float] = {}
     for part in text.split(","):
@@ -43,4 +47,6 @@ def _share(name: str, text: str) -> float:
         raise EchoError(f"--gate: no number of parts can show that {name} never occur; give a limit above 0")
     if not (math.isfinite(share) and 0 < share < 1):
         raise EchoError(f"--gate: the limit for {name} is {text}; give a fraction between 0 and 1, such as 0.01 for 1%")
+    if share < MIN_LIMIT:
+        raise EchoError(f"--gate: no run has enough parts to show that {name} are below {share:g}; give a larger limit")
     return share

@@ -11,8 +11,8 @@ from typing import Any
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl
-from echo_ft.inference.run_folder import CONTINUED_WITH, ROW_DIGESTS, changed_file
-from echo_ft.inputs import from_dict, read_bytes, read_json_file, read_json_object
+from echo_ft.inference.run_folder import CONTINUED_WITH, CUT, ROW_DIGESTS, changed_file
+from echo_ft.inputs import check_fields, from_dict, read_bytes, read_json_file, read_json_object
 from echo_ft.metrics.answer_files import GivenAnswers
 from echo_ft.metrics.answer_files.plain import read_plain_answers
 from echo_ft.metrics.answer_files.robustmad import read_robustmad_answers
@@ -30,6 +30,33 @@ TRAINED_APART = {
 
 NOT_AUDITED = "not audited"
 """Part of a protocol if data_prep.audit has not compared the training data with the run's dataset."""
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """An entry of `trained_on` in run.json, as `model.training_overlap` describes it."""
+
+    dataset: str
+    dataset_fingerprint: str
+    photographs_trained_on: int | None
+    of_photographs: int
+    roles: tuple[str, ...] = ()
+
+
+RUN_FIELDS = {
+    "adapters": dict[str, dict[str, Any]] | None,
+    **dict.fromkeys(("cases", "questions"), int),
+    **dict.fromkeys(("references", "severity"), int | None),
+    **dict.fromkeys(("dataset", "split", "reference", "corruption", "answer", "answers", "server"), str | None),
+    CUT: dict[str, int],
+    CONTINUED_WITH: tuple[dict[str, Any], ...],
+    "trained_on": tuple[TrainingSource, ...] | None,
+    "warnings": tuple[str, ...],
+}
+"""The types of the fields of run.json that scores and comparisons read."""
+
+CARD_FIELDS = {"dataset": str, "dataset_fingerprint": str, "leaks": dict[str, str]}
+"""The types of the fields of an adapter's entry in run.json that they read."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,14 @@ def load_run(folder: Path, keep_unlabelled: bool = False) -> Run:
         provenance = read_json_object(meta)
     except (OSError, ValueError) as error:
         raise EchoError(f"{meta} is not JSON ({error}); rerun the same evaluation.run command") from error
+    try:
+        check_fields(provenance, RUN_FIELDS)
+        for card in (provenance.get("adapters") or {}).values():
+            check_fields(card, CARD_FIELDS)
+        for note in provenance.get(CONTINUED_WITH, []):
+            check_fields(note, RUN_FIELDS)
+    except TypeError as error:
+        raise EchoError(f"{meta} has been changed by hand ({error}); restore it, or run into another output") from error
     fault = changed_file(folder, provenance)
     if fault:
         raise EchoError(f"{fault} since the run ended; restore it, or run again into another output")
@@ -236,7 +271,8 @@ def describe_protocol(run: Run) -> str:
     manifest = _manifest(provenance["dataset"], provenance.get("dataset_fingerprint"))
     sources = provenance.get("trained_on")
     if sources is None:  # an older version wrote run.json without this field
-        sources = [card for card in provenance.get("adapters", {}).values() if "dataset_fingerprint" in card]
+        cards = (provenance.get("adapters") or {}).values()
+        sources = [card for card in cards if {"dataset", "dataset_fingerprint"} <= card.keys()]
     training = dict.fromkeys(_training(source, provenance, manifest) for source in sources)
     return f"{' and '.join(training) or 'not trained'}; {_references(provenance, manifest)}"
 
@@ -263,7 +299,7 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest
     else:
         name = f"across datasets, trained on {source['dataset']}"
         audits = _manifest(source["dataset"], source["dataset_fingerprint"]).get("audits", {})
-    cards = provenance.get("adapters", {}).values()
+    cards = (provenance.get("adapters") or {}).values()
     same_data = [card for card in cards if card.get("dataset_fingerprint") == source["dataset_fingerprint"]]
     leaks = [card.get("leaks", {}).get(here) for card in same_data]
     found = audits.get(here, {}).get("verdict") or next(filter(None, leaks), NOT_AUDITED)

@@ -88,7 +88,8 @@ class Adapter:
 
 def audit_leaks(dataset: Dataset) -> dict[str, str]:
     """Return the leaks that data_prep.audit found, keyed by the fingerprint of the dataset that `dataset` overlaps."""
-    return {name: found["verdict"] for name, found in dataset.manifest.get("audits", {}).items() if found["leak"]}
+    audits = dataset.manifest.get("audits", {})
+    return {name: str(found.get("verdict")) for name, found in audits.items() if found.get("leak")}
 
 
 def make_card(

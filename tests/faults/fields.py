@@ -115,9 +115,14 @@ def questions() -> Iterator[Fault]:
 
 MANIFEST: dict[str, Sequence[Any]] = {
     "format": (None, 3, "echo-ft dataset 9", ["echo-ft dataset 1"], MISSING),
-    "root": (None, 3, True, ["."], {}, MISSING),
+    "root": (None, 3, True, ["."], {}, "a\0b", MISSING),
     "fingerprint": (3, True, [], {}, "", MISSING),
     "config": (None, 3, "x", [], MISSING),
+    "audits": (3, [3], {"a": 3}),
+    "counts": (3, [3]),
+    "held_out": (3, [3]),
+    "k": ("x", [1], None),
+    "photographs": (3, {"train": "x"}),
 }
 
 
@@ -126,18 +131,40 @@ def manifests() -> Iterator[Fault]:
         def made(root: Path) -> Arguments:
             folder = dataset(root)
             path = folder / "manifest.json"
-            write_json(path, without(json.loads(path.read_text()), field, value))
+            content = json.loads(path.read_text())
+            inside = {"k": "config", "photographs": "counts"}.get(field)
+            changed = without(content.get(inside, {}) if inside else content, field, value)
+            write_json(path, {**content, inside: changed} if inside else changed)
             return ["data_prep.audit", str(folder)]
 
         return made
 
     for field, value in table(MANIFEST):
-        yield Fault(
-            f"manifest {field} {named(value)}", make(field, value), rf"manifest\.json has (no usable|the) {field}"
-        )
+        says = rf"manifest\.json has (no usable |the |been changed by hand \(){field}"
+        yield Fault(f"manifest {field} {named(value)}", make(field, value), says)
 
 
 # Runs and answers
+
+RUN: dict[str, Sequence[Any]] = {
+    "warnings": (None, 3, [3]),
+    "adapters": (3, [3], {"a": 3}),
+    "leaks": (3, {"a": 3}),
+    "trained_on": (3, [3], [{"dataset": "x"}]),
+    "continued_with": (None, 3, [3]),
+    "cut": (None, 3, {"a": "x"}),
+    "cases": ("x", None),
+    "dataset": (3, ["x"]),
+    "references": ("x", [1]),
+}
+
+
+def descriptions() -> Iterator[Fault]:
+    for field, value in table(RUN):
+        content = {"adapters": {"decision_maker": {field: value}}} if field == "leaks" else {field: value}
+        make = run(run_json=json.dumps({"complete": True, **content}).encode())
+        yield Fault(f"run {field} {value}", make, rf"run\.json has been changed by hand \({field}")
+
 
 PREDICTION = {
     **dict.fromkeys(
@@ -197,5 +224,5 @@ def given_answers() -> Iterator[Fault]:
             )
 
 
-FIELDS = [*inspections(), *questions(), *manifests(), *predictions(), *given_answers()]
+FIELDS = [*inspections(), *questions(), *manifests(), *descriptions(), *predictions(), *given_answers()]
 """Every row of this file."""

@@ -40,7 +40,7 @@ from tests.faults.folders import (
     planned,
     small_dataset,
 )
-from tests.faults.inputs import Arguments, Fault, answers, build, frames, listed, picture, run
+from tests.faults.inputs import Arguments, Fault, answers, build, frames, listed, picture, run, second
 from tests.support import folder_layouts
 from tests.support.training import SAME_TRAINING, run_in_process, tiny_options
 
@@ -224,6 +224,12 @@ def runs() -> Iterator[Fault]:
     for name, (change, file) in RUNS.items():
         says = rf"{file}\.jsonl has changed since the run ended" if file else r"run\.json has no usable digests"
         yield Fault(f"finished run {name}", finished_run(change), says)
+
+
+def _report_folder(root: Path) -> Arguments:
+    arguments = run()(root)
+    (root / "run" / "report.json").mkdir()
+    return arguments
 
 
 # Datasets that a build has written
@@ -423,6 +429,9 @@ OUTCOMES = [
     *images(), *runs(), *built(), *checkpoints(),
     Fault("empty product", empty_product, NO_IMAGE, 0),
     Fault("answers repeated", answers(json.dumps(REPEATED)), r"1 questions have several answers, which all count", 0),
+    Fault("kind with an escape", run(second(kind="\x1b[2Jx")), r"\\x1b\[2Jx", 0),
+    Fault("gate too small", with_options(run(), "--gate", "escapes<=1e-320"), "no run has enough parts to show that"),
+    Fault("report a folder", _report_folder, r"report\.json: Is a directory; check the path"),
     Fault("answers long", answers(json.dumps([{**ANSWER, "gpt_answer": LONG}])), r"\b1 unparsed answers", 0),
     Fault("training no completions", trained_on(lines(ROWS, without_completions)), "is a row without a completion"),
     Fault(

@@ -53,6 +53,7 @@ def test_the_input_gets_its_sentence(fault: Fault, tmp_path, monkeypatch, capsys
             status = ended.code or 0
     said = "".join(capsys.readouterr())
     assert "Traceback" not in said and "the traceback is in" not in said, said
+    assert "\x1b[2J" not in said, "a terminal would clear its screen"
     assert re.search(fault.says, said), said
     assert status == fault.status
     fault.holds(tmp_path)

@@ -38,6 +38,7 @@ def test_limits_are_read_in_any_order() -> None:
         ("escapes<=", "the limit for escapes is '', which is not a number; write --gate"),
         ("escapes<=<=0.1", "the limit for escapes is '<=0.1', which is not a number"),
         ("escapes<=0", "no number of parts can show that escapes never occur; give a limit above 0"),
+        ("escapes<=1e-320", "no run has enough parts to show that escapes are below 9.99989e-321; give a larger limit"),
         ("escapes<=1", "the limit for escapes is 1; give a fraction between 0 and 1, such as 0.01 for 1%"),
         ("escapes<=5", "the limit for escapes is 5; give a fraction between 0 and 1"),
         ("escapes<=-0.1", "the limit for escapes is -0.1; give a fraction between 0 and 1"),
