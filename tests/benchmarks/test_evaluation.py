@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import norm
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from benchmarks.evaluation import certificates, late_adapters, overhead, speed
+from benchmarks.evaluation import certificates, late_adapters, overhead, small_cnn, speed
+from data_prep.build import build
+from echo_ft.data.dataset import load_dataset
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
+from echo_ft.images.decode import load_image
 from echo_ft.inference.engine import Engine
 from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION
 from echo_ft.model.adapters import attach_adapters
 from echo_ft.model.loading import load_model
 from echo_ft.records import ROLES, Prediction
 from tests.conftest import ECHO_TINY, make_case, make_dataset, random_adapters
+from tests.support.drawn_manifest import draw_manifest, edit_rows, make_config
 
 MAX_NEW_TOKENS = 5
 
@@ -139,3 +146,41 @@ def test_wrong_verdicts_are_rare_and_the_simulation_sees_them():
     assert good.passed > 0.7
     assert good.wrongly_passed <= 0.05
     assert bad.passed == 0
+
+
+def test_a_small_network_sees_the_pixels_of_the_recipes(tmp_path):
+    build(make_config(draw_manifest(tmp_path / "images", ("cap",), normals=6, defects=3), tmp_path / "data"))
+    sample = small_cnn.load_samples(load_dataset(tmp_path / "data"), "train")[0]
+    image = load_image(tmp_path / "images" / sample.case.seen.query)
+    assert sample.pixels.shape == (3, 112, 140)
+    resized = np.asarray(image.resize((140, 112), Image.Resampling.BICUBIC)) / 255
+    deviation = np.array(OPENAI_CLIP_STD)[:, None, None]
+    found = sample.pixels.numpy() * deviation + np.array(OPENAI_CLIP_MEAN)[:, None, None]
+    assert np.abs(found - resized.transpose(2, 0, 1)).max() < 0.01
+    assert sample.marks.shape == (28, 35)
+
+
+def test_a_small_network_finds_a_plain_defect_and_repeats_with_its_seed(tmp_path, monkeypatch, capsys):
+    build(make_config(draw_manifest(tmp_path / "images", ("cap",), normals=16, defects=8), tmp_path / "data"))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["small_cnn", str(tmp_path / "data"), "--seeds", "1", "--epochs", "8"])
+    small_cnn.main()
+    table = capsys.readouterr().out.splitlines()
+    value = table[2].split(" | ")[2].split()[0]
+    assert float(value) > 0.9
+    assert table[-1] == f"Test AUROC: mean {value}, from {value} to {value}"
+    dataset = load_dataset(tmp_path / "data")
+    samples, validation = (small_cnn.load_samples(dataset, split) for split in ("train", "validation"))
+    networks = [small_cnn.train(samples, validation, 1, seed)[0] for seed in (1, 1, 2)]
+    first, same, other = (small_cnn.score(network, validation) for network in networks)
+    assert (first == same).all()
+    assert (first != other).any()
+
+
+def test_a_small_network_needs_masks(tmp_path, monkeypatch):
+    manifest = draw_manifest(tmp_path / "images", ("cap",), normals=6, defects=3)
+    edit_rows(manifest, lambda row: row.pop("mask", None))
+    build(make_config(manifest, tmp_path / "data"))
+    monkeypatch.setattr(sys, "argv", ["small_cnn", str(tmp_path / "data")])
+    with pytest.raises(SystemExit, match="needs good and defective images in each split, and masks"):
+        small_cnn.main()
