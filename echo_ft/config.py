@@ -280,17 +280,18 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
     safe: Any = PrintableStream(sys.stdout)
     with handled_signals(resume_hint) as ending, redirect_stdout(safe):
         try:
-            status = main(sys.argv[1:])
-        except (KeyboardInterrupt, TerminatedError):
+            try:
+                status = main(sys.argv[1:])
+            except BrokenPipeError:  # `... | head` closed the pipe
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(141)
+            except Exception as error:
+                if ending.signals:  # torch (2.15) turns a KeyboardInterrupt in some of its loaders into a RuntimeError
+                    ending.stop()
+                LOGGER.error("%s", error if isinstance(error, EchoError) else _explain(error, resume_hint))
+                sys.exit(2)
+        except (KeyboardInterrupt, TerminatedError):  # a launcher may send SIGTERM while an error is reported
             ending.stop()
-        except BrokenPipeError:  # `... | head` closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        except Exception as error:
-            if ending.signals:  # torch (2.15) turns a KeyboardInterrupt in some of its loaders into a RuntimeError
-                ending.stop()
-            LOGGER.error("%s", error if isinstance(error, EchoError) else _explain(error, resume_hint))
-            sys.exit(2)
     if status:
         sys.exit(status)
 

@@ -66,6 +66,16 @@ def test_signals_end_in_one_sentence(number, status, said, times):
     assert process.returncode in (status, -number), "a shell shows both as the same status"
 
 
+def test_a_signal_while_an_error_is_reported_ends_in_one_sentence(monkeypatch):
+    """A launcher sends SIGTERM to all processes as soon as one fails, just when the others report that they lost it."""
+    signalled = "__str__=lambda error: os.kill(os.getpid(), signal.SIGTERM) or 'the error'"
+    work = f"import os, signal; raise type('Signalled', (Exception,), dict({signalled}))()"
+    monkeypatch.setattr(sys.modules[__name__], "COMMAND", COMMAND.replace("time.sleep(60)", work, 1))
+    process = start(0)
+    _, err = process.communicate(timeout=60)
+    assert (err, process.returncode) == ("stopped by SIGTERM; run it again\n", 143)
+
+
 def test_a_later_ctrl_c_ends_a_command_that_does_not():
     process = start(cleaning=60)
     process.send_signal(signal.SIGINT)
