@@ -167,7 +167,7 @@ class Loop:
             return
 
     def compare(self, output: Path) -> None:
-        """Compare a completed training with the undisturbed one."""
+        """Compare a completed training with the undisturbed one, and search its logs for a traceback."""
         self.tally.trainings += 1
         expected, found = _losses(self.folder / "undisturbed"), _losses(output)
         if expected.keys() != found.keys():
@@ -181,11 +181,13 @@ class Loop:
             first, second = (path / "adapter_model.safetensors" for path in (self.folder / "undisturbed", output))
             if first.read_bytes() != second.read_bytes():
                 self.fault(output, "its weights differ")
+        if any("Traceback (most recent call last)" in log.read_text(errors="replace") for log in _logs(output)):
+            self.fault(output, "a process ended with a traceback")
 
     def fault(self, output: Path, what: str) -> None:
-        """Record a fault together with the end of the first process's log."""
+        """Record a fault, and print the end of each process's log."""
         self.tally.faults.append(f"{output.name}: {what}")
-        print(f"{output.name}: {what}\n{_end_of(output.with_suffix('.0.log'))}", file=sys.stderr, flush=True)
+        print(f"{output.name}: {what}", *map(_end_of, _logs(output)), sep="\n", file=sys.stderr, flush=True)
 
 
 def wait(processes: Sequence[ForkServerProcess], seconds: float) -> float:
@@ -225,6 +227,10 @@ def _step(marker: Path) -> int:
 def _losses(output: Path) -> dict[int, float]:
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def _logs(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"{output.name}.*.log"))
 
 
 def _end_of(log: Path) -> str:

@@ -153,6 +153,16 @@ def test_the_kill_loop_notices_another_loss(tmp_path, capsys, monkeypatch, loss,
     assert (tally.trainings, tally.faults) == (2, faults)
 
 
+def test_a_traceback_in_a_log_is_a_fault(tmp_path, capsys):
+    loop = StubLoop(tmp_path, "true")
+    loop.undisturbed()
+    (tmp_path / "training-1.1.log").write_text("Traceback (most recent call last):\nValueError: mine\n")
+    assert loop.run(tmp_path / "training-2", 60)
+    assert loop.run(tmp_path / "training-1", 60)
+    assert loop.tally.faults == ["training-1: a process ended with a traceback"]
+    assert "ValueError: mine" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="only Linux says how long a process waited")
 def test_time_without_a_core_does_not_count():
     core = str(min(os.sched_getaffinity(0)))
