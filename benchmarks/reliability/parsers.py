@@ -12,6 +12,7 @@ import openai
 from openai._models import construct_type
 from openai.types.chat import ChatCompletion
 from PIL import Image
+from transformers import HfArgumentParser  # noqa: F401  # otherwise the first config would import it, for seconds
 
 from data_prep.config import BuildConfig
 from data_prep.sources import SourceConfig, manifest
