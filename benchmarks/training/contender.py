@@ -73,14 +73,15 @@ def arguments(folder: Path, batch: int, workload: Workload) -> SFTConfig:
 
 
 def trl_stock(folder: Path, workload: Workload, stored: bool) -> Steps:
-    """Run TRL's own SFTTrainer and collator, with one row of images and text per question."""
+    """Run TRL's own SFTTrainer and collator, with one row of images and text per prompt."""
     processor = processor_of(workload)
     rows = datasets.Dataset.from_list(rows_for(make_exchanges(folder, workload), folder, prompt_completion_rows))
+    per_step = len(rows) // workload.steps_per_epoch
     rows = rows.cast_column("images", datasets.List(datasets.Image()))
     steps = Steps(workload.turns)
     trainer = SFTTrainer(
         model=base(workload),
-        args=arguments(folder, workload.rows, workload),
+        args=arguments(folder, per_step, workload),
         train_dataset=rows,
         processing_class=processor,
         peft_config=lora(),

@@ -2,13 +2,16 @@
 
 A case has two images and five questions. The reference extractor and the knowledge guide answer once per case, the
 others once per question. For each value of adapt_from, four runs train one role each, with this project's trainer and
-computed image features. With `role: all`, one run trains all roles. The methods take turns, role by role, each in its
-own process.
+computed image features. With `role: all`, one run trains all roles. With `--trl`, TRL's stock trainer also trains each
+role. The methods take turns, role by role, each in its own process.
 
 A step's time is the CPU time of its process, on one thread, so it depends little on what else the machine does. That of
-four runs is the sum of the roles' medians. The peak is the highest of their processes.
+four runs is the sum of the roles' medians, and their first loss the sum of the roles' losses in the first step. The
+peak is the highest of their processes.
 
-At real layer widths, with random float32 weights: `python -m benchmarks.training.roles --widths 2b --layers 2`.
+At real layer widths, with random float32 weights, and without the separate runs of late adapters:
+
+    python -m benchmarks.training.roles --widths 2b --layers 2 --together --cases_per_step 1 --steps 2
 
 `--count` trains nothing and counts the operations of a step at full model size, on the meta device.
 """
@@ -49,23 +52,36 @@ class Training:
     """CPU time of a step of each role, together."""
     peak_mib: float
     operations: float
-    """Operations of a step of each role, together: forward and backward, each distinct image and token once."""
+    """Operations of a step of each role, together: forward and backward, each distinct image and token once. 0 for
+    TRL, which does not count them."""
+    first_loss: float
+    """Losses of all roles in the first step, together. They are equal if the methods train the same tokens."""
 
 
-def measure_roles(folder: Path, workload: Workload) -> dict[str, Training]:
-    """Train the roles one after another, with the values of adapt_from in turn, and then together."""
+def measure_roles(
+    folder: Path, workload: Workload, trl: bool = False, separate: Sequence[str] = ADAPT_FROM
+) -> dict[str, Training]:
+    """Train the roles one after another, with the methods in turn, and then together.
+
+    `separate` has the values of adapt_from with which each role is trained in its own run.
+    """
     command = [sys.executable, "-m", "benchmarks.training.contender"]
-    runs = [(start, role, start) for role in ROLES for start in ADAPT_FROM]
-    runs += [(way, ALL_ROLES, start) for way, start in TOGETHER.items()]
+    ways = [("trl", "trl", "prefix")] if trl else []
+    ways += [(start, "echo-ft", start) for start in separate]
+    runs = [(way, name, role, start) for role in ROLES for way, name, start in ways]
+    runs += [(way, "echo-ft", ALL_ROLES, start) for way, start in TOGETHER.items()]
     found: dict[str, Training] = {}
-    for way, role, start in runs:
-        run = measure(command, "echo-ft", "computed", folder, replace(workload, role=role, adapt_from=start))
+    for way, name, role, start in runs:
+        run = measure(command, name, "computed", folder, replace(workload, role=role, adapt_from=start))
         seconds = statistics.median(run["cpu_seconds"][-workload.steps :])
-        before = found.get(way, Training(0.0, 0.0, 0.0))
+        before = found.get(way, Training(0.0, 0.0, 0.0, 0.0))
         found[way] = Training(
-            before.seconds + seconds, max(before.peak_mib, run["peak_mib"]), before.operations + run["operations"]
+            before.seconds + seconds,
+            max(before.peak_mib, run["peak_mib"]),
+            before.operations + run.get("operations", 0.0),
+            before.first_loss + run["losses"][0],
         )
-        print(f"{role}, {start}: {seconds:.3f} s, {run['peak_mib']:.0f} MiB", file=sys.stderr, flush=True)
+        print(f"{role}, {way}: {seconds:.3f} s, {run['peak_mib']:.0f} MiB", file=sys.stderr, flush=True)
     return found
 
 
@@ -73,15 +89,17 @@ def table(results: Mapping[str, Sequence[Training]]) -> str:
     """One line per method. Ratios compare medians; their spread compares runs that took turns."""
     medians = {start: statistics.median(run.seconds for run in runs) for start, runs in results.items()}
     lines = [
-        "| adapt_from | CPU s per step of all roles | times as fast as prefix | TFLOP | peak MiB |",
-        "|---|---|---|---|---|",
+        "| method | CPU s per step of all roles | times as fast as prefix | first loss | TFLOP | peak MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for start, runs in results.items():
         ratios = [first.seconds / own.seconds for first, own in zip(results["prefix"], runs, strict=True)]
+        operations = runs[0].operations
         lines.append(
             f"| {start} | {with_spread(medians[start], [run.seconds for run in runs])} "
             f"| {with_spread(medians['prefix'] / medians[start], ratios)} "
-            f"| {runs[0].operations / 1e12:.3f} | {max(run.peak_mib for run in runs):.0f} |"
+            f"| {runs[0].first_loss:.3f} | {f'{operations / 1e12:.3f}' if operations else ''} "
+            f"| {max(run.peak_mib for run in runs):.0f} |"
         )
     return "\n".join(lines)
 
@@ -138,6 +156,8 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, help="Number of layers in the language model and the vision tower, with --widths."
     )
+    parser.add_argument("--trl", action="store_true", help="Also train each role with TRL's stock trainer.")
+    parser.add_argument("--together", action="store_true", help="Use branch and answer only with `role: all`.")
     parser.add_argument("--count", action="store_true", help="Count the operations at full size instead.")
     options = parser.parse_args()
     if options.layers is not None and not options.widths:
@@ -154,10 +174,11 @@ def main() -> None:
             return
         model = random_model(WIDTHS[options.widths], folder / "model", options.layers) if options.widths else MODEL
         workload = Workload(cases, questions, options.steps, model=model, rows=questions * options.cases_per_step)
-        results: dict[str, list[Training]] = {way: [] for way in (*ADAPT_FROM, *TOGETHER)}
+        results: dict[str, list[Training]] = {}
+        separate = ADAPT_FROM[:1] if options.together else ADAPT_FROM
         for _ in range(options.runs):
-            for way, found in measure_roles(folder, workload).items():
-                results[way].append(found)
+            for way, found in measure_roles(folder, workload, options.trl, separate).items():
+                results.setdefault(way, []).append(found)
     print(table(results))
 
 

@@ -260,7 +260,7 @@ def test_the_comparison_at_other_widths_prints_one_table(tmp_path, monkeypatch, 
 
 
 def test_runs_of_a_role_train_the_same_tokens_wherever_the_adapter_acts(tmp_path):
-    from benchmarks.training.contender import echo_ft_trainer
+    from benchmarks.training.contender import echo_ft_trainer, trl_stock
 
     base = Workload(2, 5, 1, model=small_random_model(tmp_path), side=56)
     for role, labels in (("knowledge_guide", 2), ("decision_maker", 10)):
@@ -274,6 +274,9 @@ def test_runs_of_a_role_train_the_same_tokens_wherever_the_adapter_acts(tmp_path
         assert work["prefix"] > work["branch"] > work["answer"]
         assert found["prefix"].work == found["branch"].work == found["answer"].work
         assert found["prefix"].work["labels"] % labels == 0
+        stock = trl_stock(tmp_path, dataclasses.replace(base, role=role), stored=False)
+        assert stock.losses[0] == pytest.approx(found["prefix"].losses[0], abs=1e-3)
+        assert stock.work["labels"] == found["prefix"].work["labels"]
         assert len(make_exchanges(tmp_path, dataclasses.replace(base, role=role))[0].branches) == labels // 2
 
 
@@ -281,14 +284,20 @@ def test_the_steps_of_all_roles_are_added_and_compared_turn_by_turn(tmp_path, mo
     steps = {"prefix": [9.0, 4.0, 2.0, 3.0], "branch": [9.0, 1.0, 1.0, 2.0], "answer": [9.0, 3.0, 3.0, 3.0]}
 
     def measured(command, name, features, folder, workload):
-        return {"cpu_seconds": steps[workload.adapt_from], "peak_mib": len(workload.role), "operations": 2e11}
+        found = {"cpu_seconds": steps[workload.adapt_from], "peak_mib": len(workload.role), "losses": [0.5, 9.0]}
+        return found if name == "trl" else {**found, "operations": 2e11}
 
     monkeypatch.setattr(roles, "measure", measured)
-    found = roles.measure_roles(tmp_path, Workload(2, 5, 3))
-    assert found["branch"] == roles.Training(4 * 1.0, len("reference_extractor"), 8e11)
-    assert found["branch, role: all"] == roles.Training(1.0, len("all"), 2e11)
-    runs = {"prefix": [found["prefix"], roles.Training(20.0, 1.0, 8e11)], "branch": [found["branch"], found["branch"]]}
-    assert roles.table(runs).splitlines()[3] == "| branch | 4.00 (4.00 to 4.00) | 4.00 (3.00 to 5.00) | 0.800 | 19 |"
+    found = roles.measure_roles(tmp_path, Workload(2, 5, 3), trl=True)
+    assert found["branch"] == roles.Training(4 * 1.0, len("reference_extractor"), 8e11, 2.0)
+    assert found["branch, role: all"] == roles.Training(1.0, len("all"), 2e11, 0.5)
+    slow = roles.Training(20.0, 1.0, 8e11, 2.0)
+    runs = {"prefix": [found["prefix"], slow], "branch": [found["branch"]] * 2, "trl": [found["trl"]] * 2}
+    branch, trl = roles.table(runs).splitlines()[3:]
+    assert branch == "| branch | 4.00 (4.00 to 4.00) | 4.00 (3.00 to 5.00) | 2.000 | 0.800 | 19 |"
+    assert trl.endswith("| 2.000 |  | 19 |")
+    few = roles.measure_roles(tmp_path, Workload(2, 5, 3), separate=["prefix"])
+    assert list(few) == ["prefix", *roles.TOGETHER]
 
 
 def test_counted_operations_are_those_that_the_trainer_reports(tmp_path):
