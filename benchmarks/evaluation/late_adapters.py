@@ -8,6 +8,14 @@ transformers, which runs one question at a time and switches the adapter on only
 Rates are per second of CPU time, on one thread, so they do not depend on what else the machine does. The value also
 changes the output and its length. With `--max_new_tokens 1`, the work is equal.
 
+The vision tower of echo-tiny does most of its work, so what adapters do after it hardly shows. At real layer widths,
+with random float32 weights:
+
+    python -m benchmarks.evaluation.late_adapters --widths 2b --layers 2 --cases 1 --plain_cases 0 --max_new_tokens 1
+
+With `--references 1`, all roles see the same images. With `--stored`, the image features stay in memory from one run to
+the next, as those of an ablation do.
+
 `--count` runs nothing and counts the engine's operations at full model size, on the meta device, as if every generated
 text were one sentence.
 """
@@ -15,6 +23,7 @@ text were one sentence.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
@@ -38,7 +47,7 @@ from benchmarks.evaluation.speed import (
     draw_cases,
     require_same_answers,
 )
-from benchmarks.training.__main__ import WIDTHS, with_spread
+from benchmarks.training.__main__ import WIDTHS, random_model, with_spread
 from benchmarks.training.workload import SENTENCE, TARGETS
 from echo_ft.data.dataset import load_dataset
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
@@ -48,6 +57,7 @@ from echo_ft.model.adapters import attach_adapters, make_card, write_card
 from echo_ft.model.architectures import meta_model
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import ADAPT_FROM, RowBuilder
+from echo_ft.model.vision import ImageFeatureCache
 from echo_ft.records import LETTERS, ROLES, Branch, Case, Exchange, Generation, Upstream
 from echo_ft.training.costs.flops import WorkCounts, image_work, repeated_work, text_work, unit_costs
 
@@ -55,19 +65,31 @@ SCALE = 0.02
 """Standard deviation of the adapters' output weights: enough to change the output, too little to make it nonsense."""
 
 
-def write_adapters(folder: Path, data: Path, row_builder: RowBuilder, start: str) -> dict[str, Path]:
-    """Write a random adapter per role that acts from `start` on; returns their folders."""
+def with_shared_weights(model: Any) -> Any:
+    """Return a copy of `model` with the same weights in memory, so that PEFT can change its layers."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def write_adapters(folder: Path, data: Path, row_builder: RowBuilder, start: str, base: Any) -> dict[str, Path]:
+    """Write a random adapter of the model `base` per role that acts from `start` on; returns their folders."""
     lora = LoraConfig(r=8, target_modules=r".*language_model.*\.(" + "|".join(TARGETS) + ")", task_type="CAUSAL_LM")
     for seed, role in enumerate(ROLES):
         torch.manual_seed(seed)
-        tuned = get_peft_model(load_model(MODEL, None, "float32"), lora)
+        tuned = get_peft_model(with_shared_weights(base), lora)
         for name, weight in tuned.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=SCALE)
         tuned.save_pretrained(str(folder / role))
         tokens = row_builder.generation_prompt if start == "answer" else ()
         card = make_card(
-            role, MODEL, None, SIDE**2, SIDE**2, load_dataset(data), adapt_from=start, invocation_tokens=tokens
+            role,
+            base.name_or_path,
+            None,
+            SIDE**2,
+            SIDE**2,
+            load_dataset(data),
+            adapt_from=start,
+            invocation_tokens=tokens,
         )
         write_card(folder / role, card)
     return {role: folder / role for role in ROLES}
@@ -108,17 +130,19 @@ class PlainLate:
         if first:
             before = {name: tensor[..., :first] for name, tensor in whole.items()}
             with self.model.disable_adapter():
-                self.model(**before, **pixels, past_key_values=cache, use_cache=True)
+                self.model(**before, **pixels, past_key_values=cache, use_cache=True, logits_to_keep=1)
             step = {name: tensor[..., first:] for name, tensor in whole.items()}
         found: list[int] = []
         letters: dict[str, float] = {}
         tokenizer, position = self.row_builder.tokenizer, positions.max()
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
         while len(found) < self.max_new_tokens:
-            logits = self.model(**step, past_key_values=cache, use_cache=True).logits[0, -1].float()
+            logits = self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
             scores = torch.log_softmax(logits, dim=-1)
             letters = letters or {one: float(scores[tokenizer.convert_tokens_to_ids(one)]) for one in LETTERS}
             token = int(logits.argmax())
-            if token in self.model.generation_config.eos_token_id:
+            if token in ends:
                 break
             found.append(token)
             step = {"input_ids": torch.tensor([[token]]), "position_ids": (position + len(found)).expand(3, 1, 1)}
@@ -127,17 +151,20 @@ class PlainLate:
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], float]:
     """Measure the values of adapt_from in turn; returns their rates and the largest difference of a probability."""
-    root, cases = draw_cases(folder / "data", options.cases)
-    row_builder = RowBuilder(load_processor(MODEL, None, SIDE * SIDE, SIDE * SIDE))
-    models = {}
+    root, drawn = draw_cases(folder / "data", options.cases)
+    cases = [with_references(case, options.references) for case in drawn]
+    name = random_model(WIDTHS[options.widths], folder / "model", options.layers) if options.widths else MODEL
+    row_builder = RowBuilder(load_processor(name, None, SIDE * SIDE, SIDE * SIDE))
+    base, models = load_model(name, None, "float32"), {}
     for start in ADAPT_FROM:
-        adapters = write_adapters(folder / start, folder / "data", row_builder, start)
-        models[start] = attach_adapters(load_model(MODEL, None, "float32"), adapters)
+        adapters = write_adapters(folder / start, folder / "data", row_builder, start, base)
+        models[start] = attach_adapters(with_shared_weights(base), adapters)
+    features = ImageFeatureCache(2**30 if options.stored else 0)
     rates: dict[str, list[float]] = {start: [] for start in ADAPT_FROM}
     largest = 0.0
     for number in range(options.runs + 1):
         for start, model in models.items():
-            engine = Engine(model, row_builder, root, options.max_new_tokens)
+            engine = Engine(model, row_builder, root, options.max_new_tokens, features=features)
             began = time.process_time()
             found = answers(
                 [
@@ -241,17 +268,25 @@ def count_table(counts: Mapping[str, EngineWork]) -> str:
 
 def main() -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=16, help="Cases per run.")
     parser.add_argument("--plain_cases", type=int, default=4, help="How many of them to run with plain transformers.")
     parser.add_argument("--batch_size", type=int, default=16, help="Cases per batch, as in recipes/tiny/run.yaml.")
     parser.add_argument("--runs", type=int, default=3, help="Runs per value of adapt_from.")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="Maximum tokens per output.")
+    parser.add_argument("--references", type=int, default=3, help="References per case, at most 3.")
+    parser.add_argument("--stored", action="store_true", help="Keep image features from one run to the next.")
+    parser.add_argument("--widths", choices=list(WIDTHS), help="Random weights at this model's widths, not echo-tiny.")
+    parser.add_argument(
+        "--layers", type=int, help="Number of layers in the language model and the vision tower, with --widths."
+    )
     parser.add_argument("--count", action="store_true", help="Count the operations at full size instead.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if not 1 <= options.plain_cases <= options.cases:
-        parser.error("--plain_cases must be between 1 and --cases")
+    if options.layers is not None and not options.widths:
+        parser.error(f"--layers {options.layers} needs random weights; add --widths")
+    if not 0 <= options.plain_cases <= options.cases:
+        parser.error("--plain_cases must be between 0 and --cases")
     with tempfile.TemporaryDirectory() as name:
         if options.count:
             root, cases = draw_cases(Path(name) / "data", options.cases)
@@ -267,7 +302,8 @@ def main() -> None:
             return
         rates, largest = measure(options, Path(name))
     print(table(rates))
-    print(f"\nPlain transformers gives the same answers. Option probabilities differ by at most {largest:.1e}.")
+    if options.plain_cases:
+        print(f"\nPlain transformers gives the same answers. Option probabilities differ by at most {largest:.1e}.")
 
 
 def table(rates: Mapping[str, Sequence[float]]) -> str:

@@ -24,8 +24,9 @@ from echo_ft.inference.run_folder import PREDICTIONS, RUN_DESCRIPTION
 from echo_ft.model.adapters import attach_adapters
 from echo_ft.model.loading import load_model
 from echo_ft.records import ROLES, Prediction
-from tests.conftest import ECHO_TINY, make_case, make_dataset, random_adapters
+from tests.conftest import ECHO_TINY, ROOT, make_case, make_dataset, random_adapters
 from tests.support.drawn_manifest import draw_manifest, edit_rows, make_config
+from tests.support.models import small_config
 
 MAX_NEW_TOKENS = 5
 
@@ -70,6 +71,23 @@ def test_plain_transformers_and_the_engine_switch_adapters_on_at_the_same_token(
 def test_rates_of_late_adapters_are_relative_to_prefix():
     rates = {"prefix": [1.0, 2.0, 3.0], "branch": [2.0, 6.0, 3.0]}
     assert late_adapters.table(rates).splitlines()[3] == "| branch | 3.00 (2.00 to 6.00) | 1.50 (1.00 to 3.00) |"
+
+
+@pytest.mark.slow
+def test_late_adapters_are_measured_at_other_widths(tmp_path, monkeypatch, capsys):
+    config = small_config()
+    config.text_config.vocab_size = 4096
+    config.save_pretrained(tmp_path / "config")
+    monkeypatch.setitem(late_adapters.WIDTHS, "2b", str(tmp_path / "config"))
+    for module in (late_adapters, speed):
+        monkeypatch.setattr(module, "SIDE", 56)
+    options = "--widths 2b --layers 2 --cases 1 --plain_cases 1 --runs 1 --max_new_tokens 1 --references 1 --stored"
+    monkeypatch.setattr(sys, "argv", ["late_adapters", *options.split()])
+    monkeypatch.chdir(ROOT)
+    late_adapters.main()
+    printed = capsys.readouterr().out
+    assert [row.split(" | ")[0] for row in printed.splitlines()[-5:-2]] == ["| prefix", "| branch", "| answer"]
+    assert "Plain transformers gives the same answers." in printed
 
 
 def test_looks_are_counted_once_for_all_roles_that_share_them(cases, tmp_path):
