@@ -28,6 +28,9 @@ TRAINED_APART = {
 }
 """Splits of a build that hold out more than parts, each with the protocol of a run on its test split."""
 
+MAX_SUM = 1.01
+"""Largest sum of probabilities that rounding explains."""
+
 NOT_AUDITED = "not audited"
 """Part of a protocol if data_prep.audit has not compared the training data with the run's dataset."""
 
@@ -248,7 +251,9 @@ def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Predi
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     for number, line in enumerate(lines, start=1):
         try:
-            predictions.append(from_dict(Prediction, read_json(line.decode(), unique_keys=False)))
+            prediction = from_dict(Prediction, read_json(line.decode(), unique_keys=False))
+            _check_probabilities(prediction)
+            predictions.append(prediction)
         except (ValueError, TypeError) as error:
             if not complete and number == len(lines):  # the run was killed while it wrote this line
                 return predictions, [Rejection(f"{path.name}:{number}", "cut off when the run stopped")]
@@ -256,6 +261,13 @@ def _predictions(path: Path, content: bytes, complete: bool) -> tuple[list[Predi
                 f"{path}:{number} is not a prediction ({error}); delete the line and rerun evaluation.run"
             ) from error
     return predictions, []
+
+
+def _check_probabilities(prediction: Prediction) -> None:
+    found = prediction.probabilities or {}
+    possible = found.keys() <= prediction.options.keys() and all(0 <= value <= 1 for value in found.values())
+    if not possible or (found and not 0 < sum(found.values()) <= MAX_SUM):
+        raise ValueError(f"probabilities: {found} does not divide 1 among the options")
 
 
 def describe_protocol(run: Run) -> str:

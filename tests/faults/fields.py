@@ -174,7 +174,20 @@ PREDICTION = {
     "image": (None, 3, ["a"], MISSING, "../a.png", "/a.png"),
     "options": (None, 3, "A", ["A"], {"A": 1}, {"A": None}, MISSING),
     "parsed": (3, True, ["A"], MISSING),
-    "probabilities": (3, "x", [0.5], {"A": "x"}, {"A": None}, {"A": [1]}, {"A": float("inf")}, {"A": True}),
+    "probabilities": (
+        3,
+        "x",
+        [0.5],
+        {"A": "x"},
+        {"A": None},
+        {"A": [1]},
+        {"A": float("inf")},
+        {"A": True},
+        {"A": -1, "B": 2},
+        {"A": 1, "B": 1},
+        {"A": 0},
+        {"Z": 1},
+    ),
     "error": (3, True, ["a"]),
 }
 
