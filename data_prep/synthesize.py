@@ -60,6 +60,9 @@ from echo_ft.terminal import progress
 SYNTHETIC_FORMAT = "echo-ft synthetic 1"
 """`format` in manifest.json."""
 
+MAX_PER_NORMAL = 1000
+"""Largest number of synthetic images per normal image."""
+
 REJECTED_FILE = "rejected.jsonl"
 
 SYNTHETIC_FOLDER = "synthetic"
@@ -105,8 +108,8 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
     it if the source has questions, which a manifest cannot hold, or no normal image for training.
     """
     check_config(source)
-    if config.per_normal < 1:
-        raise EchoError(f"per_normal is {config.per_normal}; it must be 1 or more")
+    if not 1 <= config.per_normal <= MAX_PER_NORMAL:
+        raise EchoError(f"per_normal is {config.per_normal}; set it to a number from 1 to {MAX_PER_NORMAL}")
     if source.output.is_dir() and any(source.output.iterdir()):
         raise EchoError(f"{source.output} is not empty; choose another output, and build the dataset from it")
     known = load_knowledge(source.knowledge) if source.knowledge else {}

@@ -85,11 +85,16 @@ def build(types: Sequence[Any], config: Mapping[str, Any], source: str, flags: S
         if action.const is False:  # HfArgumentParser gives --no_key the help of --key and the default False
             action.help, action.default = f"Same as --{action.dest} false.", argparse.SUPPRESS
     try:
-        return tuple(parser.parse_args_into_dataclasses(args=list(flags), look_for_args_file=False))
+        *found, unused = parser.parse_args_into_dataclasses(
+            args=list(flags), return_remaining_strings=True, look_for_args_file=False
+        )
+        if unused:
+            raise EchoError(f"{COMMAND_LINE}: {unused[0]!r} belongs to no option; quote values that contain spaces")
+        return tuple(found)
     except EchoError:
         raise
     except Exception as error:  # the checks of another library's dataclass may raise anything
-        given = {**config, **{flag.removeprefix("--"): value for flag, value in pairwise(flags)}}
+        given = {**config, **{flag[2:]: value for flag, value in pairwise(flags) if flag[:2] == "--"}}
         given |= {name: _mapping(given[name]) for name in mappings & given.keys() if isinstance(given[name], str)}
         raise EchoError(f"{source}: {_blamed(error, given)}{error}") from error
 
@@ -156,7 +161,8 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     try:
         # YAML 1.1 reads 2e-4 as a string. The flag's type converts both spellings to a number.
         kind = action.type or (lambda item: item)
-        converted = [kind(item if _is_number(item) else str(item)) for item in items]
+        numeric = kind in (_whole, _finite)
+        converted = [kind(item if numeric and _is_number(item) else str(item)) for item in items]
     except Exception as error:
         raise EchoError(f"{source}: {key} cannot be {value!r} ({error})") from error
     for item in converted:
@@ -187,7 +193,14 @@ def _finite(item: Any) -> float:
     return number
 
 
-_STRICT: dict[Any, Callable[[Any], Any]] = {int: _whole, float: _finite}
+def _path(text: str) -> Path:
+    """Like `Path`, but raises ArgumentTypeError for an empty text, which would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give a path, or leave the option out")
+    return Path(text)
+
+
+_STRICT: dict[Any, Callable[[Any], Any]] = {int: _whole, float: _finite, Path: _path}
 
 
 def _takes_mapping(kind: Any) -> bool:
@@ -296,24 +309,14 @@ def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun 
         sys.exit(status)
 
 
-_PATH_ERRORS = frozenset(
-    {
-        errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
-        errno.EPERM, errno.EROFS,
-    }
-)  # fmt: skip
-"""Codes of errors that come from a path that the user gave or from the disk, so a traceback would not help."""
-
-
 def _explain(error: Exception, resume_hint: str) -> str:
     """Return a message about an unexpected error. It names the file with the traceback, unless a path is at fault."""
+    reason = (str(error).strip().splitlines() or [""])[0]
     if lost_process(error):
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"another process has ended or cannot be reached ({reason}); see its error message; {resume_hint}"
+        return f"another process has ended or cannot be reached ({reason[:200]}); see its error message; {resume_hint}"
     kind = type(error)
     if kind.__module__.partition(".")[0] == "wandb":
         return f"W&B: {error}; run wandb login, set WANDB_MODE=offline, or remove report_to"
-    reason = (str(error).strip().splitlines() or [""])[0]
     what = f"{kind.__name__}{': ' if reason else ''}{reason}"
     remedy = "check what the message mentions, or report the error with that file"
     # Torch.OutOfMemoryError, by its name, because torch may not be imported.
@@ -321,7 +324,7 @@ def _explain(error: Exception, resume_hint: str) -> str:
         what, remedy = f"out of memory ({what})", "use smaller batches or images, or a machine with more memory"
     elif isinstance(error, OSError) and error.filename:
         what, remedy = f"{error.filename}: {error.strerror}", "check the path, its permissions and the disk"
-        if error.errno in _PATH_ERRORS:
+        if error.errno != errno.ENOENT:  # a missing file may also be a mistake in this project
             return f"{what}; {remedy}"
     elif isinstance(error, RuntimeError) and reason.startswith("Symlink loop"):  # from pathlib in Python 3.11 and 3.12
         return f"{reason}; remove the link or choose another path"

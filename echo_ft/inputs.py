@@ -23,6 +23,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
+from urllib.parse import urlsplit
 
 from echo_ft.records import RelativePath
 from echo_ft.strict_yaml import read_json, read_yaml
@@ -122,6 +123,18 @@ def split_frame(path: Path) -> tuple[Path, int | None]:
 def image_file(path: Path) -> Path:
     """Return the file that holds an image, whose path may name a frame."""
     return split_frame(path)[0]
+
+
+def is_web_address(text: str) -> bool:
+    """Return whether a text is an http or https address with a host, a possible port and no space."""
+    try:
+        parts = urlsplit(text)
+        possible = parts.port != 0  # any other impossible port is a ValueError
+    except ValueError:
+        return False
+    return (
+        possible and parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"[\s\0-\x1f]", text)
+    )
 
 
 def stays_inside(name: str) -> bool:

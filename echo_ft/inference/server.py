@@ -14,7 +14,6 @@ import io
 import math
 import os
 import random
-import re
 import threading
 import time
 import warnings
@@ -41,6 +40,7 @@ except ImportError as missing:
     raise EchoError("--server needs the package openai; run pip install 'transformers[serving]'") from missing
 
 from echo_ft.inference.replies import Completion, ReplyError, bound_reply, read_completion
+from echo_ft.inputs import is_web_address
 
 TOP_LOGPROBS = 20
 """Number of most likely tokens to request at the answer position: the maximum of OpenAI and vLLM."""
@@ -94,8 +94,8 @@ class Server:
         `bounds_letters`, a letter that is not among the TOP_LOGPROBS most likely tokens has its largest possible
         probability if A or B is among them. If the server requires a key, set the environment variable OPENAI_API_KEY.
         """
-        if not re.match(r"https?://[^/\s]", url):
-            raise EchoError(f"the server address {url} does not start with http:// or https://; correct it")
+        if not is_web_address(url):
+            raise EchoError(f"the server address {url} is not one such as http://HOST:8000/v1; correct it")
         self.url = url
         self.models = {role: model.replace("{role}", role) for role in ROLES}
         self.row_builder = row_builder

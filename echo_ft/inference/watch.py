@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -16,6 +15,7 @@ from echo_ft.errors import EchoError
 from echo_ft.files import escape_surrogates, list_folder, open_append, read_complete_rows, to_json, write_jsonl
 from echo_ft.images.decode import READ_ERRORS, decode, describe_read_error
 from echo_ft.images.snapshot import IMAGE_SUFFIXES
+from echo_ft.inputs import is_web_address
 from echo_ft.processes import lock_folder
 from echo_ft.terminal import LOGGER
 
@@ -154,8 +154,7 @@ def _read_error(path: Path) -> str | None:
 
 def check_webhook(url: str) -> None:
     """Raise EchoError if `url` is not the address of a webhook."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not is_web_address(url):
         raise EchoError(f"--webhook {url} is not an address; give one such as https://HOST/PATH")
 
 

@@ -254,7 +254,9 @@ OPTIONS: dict[str, Sequence[str]] = {
     "source": ("3", "x", "[synthetic]", "null"),
     "good": ("3", "{a: b}"),
     "traces": ("[nowhere]", "3"),
-    "root": ("nowhere", "[a]"),
+    "root": ("nowhere", "[a]", "''"),
+    "cache": ("''",),
+    "strict": ("2",),
     "knowledge": ("nowhere.yaml", "[a]"),
     "corrections": ("nowhere.json",),
     "upstream": ("x", "predicted"),
@@ -337,6 +339,13 @@ def empty_lists() -> Iterator[Fault]:
         yield Fault(f"empty list {name}", listing(b"", name), re.escape(name) + says)
     tasks = listing(b'\xef\xbb\xbf[{"data": {}}]', "c.json")
     yield Fault("Label Studio with a byte order mark", tasks, r"c\.json:tasks\[0\]: its image '' is not below the root")
+    yield Fault("stray word", lambda root: [*build(root, source="manifest"), "stray"], "'stray' belongs to no option")
+    many = ["--per_normal", "100000000"]
+    yield Fault(
+        "too many synthetic images",
+        lambda root: ["data_prep.synthesize", *listing(b"", "p.csv")(root)[1:], *many],
+        "per_normal is 100000000; set it to a number from 1 to 1000",
+    )
     yield Fault("list without a suffix", listing(b"image,product,condition\n", "list"), "list")
     yield Fault("no source", lambda root: build(root), "source")
     yield Fault("list is a folder", lambda root: build(root, source="manifest", annotations=root), "annotations|file")

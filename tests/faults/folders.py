@@ -319,7 +319,7 @@ RUN_OPTIONS = {
     "adapters": ("nowhere",),
     "dataset": ("nowhere",),
     "model_name_or_path": ("nowhere", "$(touch pwned)/x"),
-    "server": ("ftp://127.0.0.1", "nowhere"),
+    "server": ("ftp://127.0.0.1", "nowhere", "http://[::1", "http://127.0.0.1:9/v1\n", "http://127.0.0.1:99999/v1"),
 }
 
 

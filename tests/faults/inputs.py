@@ -171,7 +171,9 @@ IMAGES = [
     Fault(
         "mask of NaN",
         listed(
-            lambda p: (picture(p), tiff(np.full((32, 48), np.nan))(p.with_name("m.tif"))), condition="a", mask="m.tif"
+            lambda p: (picture(p), tiff(np.full((32, 48), np.nan, np.float32))(p.with_name("m.tif"))),
+            condition="a",
+            mask="m.tif",
         ),
         r"mask m\.tif has values that are not finite numbers; save it",
     ),
