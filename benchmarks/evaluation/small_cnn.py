@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path, help="A dataset folder written by data_prep.build.")
     parser.add_argument("--seeds", type=int, default=5, help="Number of seeds, counted from 0.")
-    parser.add_argument("--epochs", type=int, default=10, help="Epochs per seed.")
+    parser.add_argument("--epochs", type=int, default=20, help="Epochs per seed.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset(options.dataset)
