@@ -75,8 +75,8 @@ adapt-from: $(INSTALLED)
 	      --adapters $(STARTS)/adapters/$$start-$$seed --output $(STARTS)/$$start-$$seed; \
 	  done; \
 	done
-	$(BIN)/python -m evaluation.compare --output $(STARTS)/compare $$(for start in prefix branch answer; do \
-	  echo $$start=$$(ls -d $(STARTS)/$$start-* | paste -sd,); done)
+	$(BIN)/python -m evaluation.compare $$(for start in prefix branch answer; do \
+	  echo $$start=$$(ls -d $(STARTS)/$$start-* | paste -sd,); done) --output $(STARTS)/compare
 
 # Two workers, each with one file at a time. Most of the time goes into starting commands.
 test: $(INSTALLED)
