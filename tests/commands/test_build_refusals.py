@@ -15,6 +15,7 @@ from echo_ft.config import PARTLY_DONE
 from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Question, Reference, Rejection
+from echo_ft.terminal import printable
 from tests.support.drawn_manifest import draw_manifest, edit_rows, flags, make_config, read_rows, run_build
 
 
@@ -184,7 +185,8 @@ def test_a_build_says_last_what_it_rejected_and_strict_makes_it_a_status(small_m
     assert main(arguments) == 0
     *_, summary, first = capsys.readouterr().out.splitlines()
     assert summary == "1 rejected; see rejected.jsonl"
-    assert first.startswith("  first: cap/\\x1b[31m.png: its group ")
+    # run_main escapes what is printed
+    assert printable(first).startswith("  first: cap/\\x1b[31m.png: the name of the image, its mask ")
     assert main([*arguments, "--strict"]) == PARTLY_DONE, "the option does not change the dataset"
 
 
