@@ -47,8 +47,8 @@ demo: $(INSTALLED)
 	$(BIN)/python -m evaluation.compare runs/$(NAME)/base runs/$(NAME)/tuned
 
 # Compare adapters that act from the prefix, the branch and the answer on, with the dataset of the last demo. All are
-# trained with the options of all_roles.yaml. A step of it has two cases of the guide and the reasoner on average, because
-# only defects have them. The vision tower is frozen, so all runs share its features.
+# trained with the options of all_roles.yaml. Only defects are cases of the guide and the reasoner, on average two in a
+# step of four, so their own runs take two cases per step. The vision tower is frozen, so all runs share its features.
 SEEDS ?= 0 1 2
 STARTS := runs/$(NAME)/adapt_from
 TRAIN_FROM := $(BIN)/python -m train.launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process \
