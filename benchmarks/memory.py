@@ -44,7 +44,7 @@ from echo_ft.records import ROLES, Branch, Exchange
 from echo_ft.training.checks import check_options
 from echo_ft.training.config import EchoConfig, lora_config
 from echo_ft.training.costs.memory import estimate_training, trainable_meta_model
-from train.memory import MemoryConfig, largest_batch, read_run, run_shapes, run_width
+from train.memory import MemoryConfig, largest_batch, read_run, run_shapes
 
 PIXEL_VALUES = 3 * 2 * 14 * 14
 """Values per patch of Qwen2-VL."""
@@ -255,12 +255,12 @@ def main() -> None:
         peak = training_peak(model, batch, sft, getattr(torch, str(base.dtype)))
         print(f"{options.recipe}: {peak / 2**30:.2f} GiB at the peak, {expected / 2**30:.2f} estimated")
         return
-    read = read_run(options.run)
+    run_options = read_run(options.run)
     adapter = sum(count.trainable for count in count_parameters(model))
-    dtype = torch.float32 if run_width(read) == 4 else torch.bfloat16
-    for role, shape in run_shapes(read).items():
+    dtype = torch.float32 if run_options.width == 4 else torch.bfloat16
+    for role, shape in run_shapes(run_options).items():
         plain = meta_model(str(base.model_name_or_path), base.model_revision)
-        run = estimate_run(plain, adapter, shape, run_width(read))
+        run = estimate_run(plain, adapter, shape, run_options.width)
         expected, lora = run.total - run.context, lora_config(config, base, plain)
         peak = run_peak(plain, lora, shape, dtype)
         print(

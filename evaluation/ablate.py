@@ -88,6 +88,8 @@ class Cell:
 def main(argv: list[str]) -> None:
     """Check all cells, run the unfinished ones, and write the table."""
     shared, ablation = configs.parse([RunConfig, AblationConfig], argv)
+    if ablation.features_gib < 0:
+        raise EchoError(f"features_gib is {ablation.features_gib:g}; set it to 0 or more")
     cells = read_cells(shared, ablation)
     runs = order_runs(cells)
     output = Path(shared.output)

@@ -10,15 +10,14 @@ evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import yaml
 
 from echo_ft import config as configs
 from echo_ft.errors import EchoError
-from echo_ft.inputs import read_yaml_file
+from echo_ft.inputs import from_dict, read_yaml_file
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.architectures import count_parameters, meta_model
 from echo_ft.training.costs.memory import memory_report, trainable_meta_model
@@ -70,6 +69,25 @@ class MemoryConfig:
     )
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run on which its memory depends."""
+
+    model_name_or_path: str
+    max_pixels: int
+    batch_size: int = 8
+    max_new_tokens: int = 128
+    max_batch_tokens: int | None = None
+    dtype: str | None = None
+    features_gib: float = 0.0
+    """Size limit of the features that evaluation.ablate keeps."""
+
+    @property
+    def width(self) -> int:
+        """Bytes per weight. The published weights are in bfloat16."""
+        return 4 if self.dtype == "float32" else 2
+
+
 def main(argv: list[str]) -> None:
     """Parse the options, then print the parameter counts and the memory estimate."""
     from trl import ModelConfig, SFTConfig
@@ -101,46 +119,53 @@ def _run_report(path: str, model_name: str, revision: str | None, adapter_parame
     from echo_ft.inference.memory import run_report
 
     options = read_run(path)
-    if options.get("model_name_or_path") != model_name:
+    if options.model_name_or_path != model_name:
         raise EchoError(
-            f"{path} runs {options.get('model_name_or_path')}, but the recipe trains {model_name}; give a recipe and a "
+            f"{path} runs {options.model_name_or_path}, but the recipe trains {model_name}; give a recipe and a "
             "run with the same model"
         )
-    features = int(options.get("features_gib", 0) * 2**30)
+    features = int(options.features_gib * 2**30)
     model = meta_model(model_name, revision)
-    return run_report(model, adapter_parameters, run_shapes(options), run_width(options), features, adapt_from)
+    return run_report(model, adapter_parameters, run_shapes(options), options.width, features, adapt_from)
 
 
-def read_run(path: str) -> dict[str, Any]:
-    """Read the config of a run. Raises EchoError if it cannot be read or has no pixel budget."""
+def read_run(path: str) -> RunOptions:
+    """Read the config of a run. Raises EchoError if it cannot be read, lacks an option or has an unusable value."""
     try:
-        options = read_yaml_file(path)
+        given = read_yaml_file(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise EchoError(f"{path} cannot be read ({error}); give the YAML file for a run") from error
-    if not isinstance(options, dict) or "max_pixels" not in options:
-        raise EchoError(f"{path} has no max_pixels; give the YAML file for a run")
+    for name in ("max_pixels", "model_name_or_path"):
+        if not isinstance(given, dict) or name not in given:
+            raise EchoError(f"{path} has no {name}; give the YAML file for a run")
+    names = [option.name for option in fields(RunOptions)]
+    try:
+        options = from_dict(RunOptions, {name: given[name] for name in names if name in given})
+    except TypeError as error:
+        raise EchoError(f"{path}: {error}; correct it") from error
+    for name in ("max_pixels", "batch_size", "max_new_tokens", "max_batch_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise EchoError(f"{path}: {name} is {value}; set it to 1 or more")
+    if options.features_gib < 0:
+        raise EchoError(f"{path}: features_gib is {options.features_gib:g}; set it to 0 or more")
     return options
 
 
-def run_width(options: Mapping[str, Any]) -> int:
-    """Return the bytes per weight of a run. The published weights are in bfloat16."""
-    return 4 if options.get("dtype") == "float32" else 2
-
-
-def run_shapes(options: Mapping[str, Any]) -> dict[str, RunShape]:
-    """Return the largest batch of each role in a run with the options of its config."""
+def run_shapes(options: RunOptions) -> dict[str, RunShape]:
+    """Return the largest batch of each role in a run with these options."""
     from echo_ft.inference.memory import RunShape
 
     return {
         role: RunShape(
-            exchanges=options.get("batch_size", 8) * _EXCHANGES_PER_CASE.get(role, 1),
+            exchanges=options.batch_size * _EXCHANGES_PER_CASE.get(role, 1),
             images=images,
-            max_pixels=options["max_pixels"],
+            max_pixels=options.max_pixels,
             prefix_text=text // 2,
             branches=_BRANCHES[role],
             branch_tokens=text // 2 // _BRANCHES[role],
-            max_new_tokens=options.get("max_new_tokens", 128),
-            max_batch_tokens=options.get("max_batch_tokens"),
+            max_new_tokens=options.max_new_tokens,
+            max_batch_tokens=options.max_batch_tokens,
         )
         for role, (images, text, _) in _EXCHANGE_SIZES.items()
     }

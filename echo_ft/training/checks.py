@@ -57,7 +57,7 @@ _LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "eval_accumulation_steps": 1, "dataloader_prefetch_factor": 1, "torch_empty_cache_steps": 1,
     "ddp_bucket_cap_mb": 1, "ddp_timeout": 1, "max_tokens": 1, "lora_r": 1, "lora_alpha": 1,
-    "max_steps": -1, "local_rank": -1,
+    "min_pixels": 1, "max_pixels": 1, "max_steps": -1, "local_rank": -1,
 }  # fmt: skip
 """Smallest values of numbers that may not be 0 or may be negative. All other numbers start at 0."""
 

@@ -304,6 +304,7 @@ def test_a_cell_that_is_added_later_uses_the_cache(done, shared, tmp_path, monke
             {"cells": {"tuned": {}, "none": {}, "{reference}": {"reference": ["none"]}}},
             "^cell {reference}: there is already a cell none; rename one of them",
         ),
+        ({"features_gib": -1}, "^features_gib is -1; set it to 0 or more"),
         ({"baseline": "tunde"}, "baseline is 'tunde', which is not a cell; choose from tuned, base"),
     ],
 )

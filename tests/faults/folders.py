@@ -265,7 +265,7 @@ OPTIONS = {
     "features_gib": (".nan", "-1"),
     "gradient_checkpointing_kwargs": ("x", "{use_reentrant: true}"),
     "deepspeed": ("c.yaml",),
-    "max_pixels": ("3",),
+    "max_pixels": ("0", "3"),
     "attn_implementation": ("kernels-community/flash", "flash_attention_2"),
     "trust_remote_code": ("true",),
     "seed": ("-1", "4294967296"),

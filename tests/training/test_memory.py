@@ -355,6 +355,29 @@ def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp
         main(["--config", str(recipe), "--run", str(RECIPES / "accelerate" / "ddp.yaml")])
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("max_pixels: many", 'max_pixels: "many" is not a whole number'),
+        ("max_pixels: 0", "max_pixels is 0; set it to 1 or more"),
+        ("batch_size: -1", "batch_size is -1; set it to 1 or more"),
+        ("max_batch_tokens: [1]", "max_batch_tokens: .* is not a whole number"),
+        ("features_gib: .nan", "features_gib: NaN is not a number"),
+        ("features_gib: -1", "features_gib is -1; set it to 0 or more"),
+    ],
+)
+def test_a_run_with_an_unusable_option_is_refused_by_name(tmp_path, line, says):
+    from train.memory import read_run
+
+    run = tmp_path / "run.yaml"
+    rows = (RECIPES / "tiny" / "run.yaml").read_text().splitlines()
+    kept = [row for row in rows if not line.startswith(row.split(":")[0])]
+    run.write_text("\n".join([*kept, line]))
+    with pytest.raises(EchoError, match=f"{run}: {says}"):
+        read_run(str(run))
+
+
 def test_the_command_counts_the_four_adapters_of_a_run_once(capsys, monkeypatch):
     from train import memory
 
