@@ -240,7 +240,7 @@ OTHER_OPENERS = {
     ("echo_ft/images/corruptions.py", "Image.open"): "a JPEG that it has just encoded in memory",
     ("echo_ft/export/vllm.py", "safe_open"): "names of tensors, by safetensors",
     ("echo_ft/inference/run_folder.py", "json.loads"): "what it has just encoded",
-    ("echo_ft/model/adapters.py", "safe_open"): "names of tensors, by safetensors",
+    ("echo_ft/model/adapter_layers.py", "safe_open"): "names of tensors, by safetensors",
     ("echo_ft/processes.py", "path.read_bytes"): "the state of a process, from the kernel",
     ("echo_ft/provenance.py", "_module_file(package, module).read_text"): "source files of this package",
     ("echo_ft/retrieval/descriptor_cache.py", "np.load"): "descriptors that a build stored, without pickle",

@@ -11,8 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from echo_ft.errors import EchoError
 from echo_ft.inputs import read_json_object
+from echo_ft.model.loading import require_finite
+
+MAX_LORA_SCALE = 1000.0
+"""Largest accepted scale of an adapter's update, alpha over rank. Usual scales are 0.5 to 64."""
+
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+"""Types of an adapter's tensors, as safetensors names them."""
 
 PATTERN_SECONDS = 10
 """Time limit for matching the patterns of an adapter with all module names. Usual patterns take milliseconds."""
@@ -116,3 +125,33 @@ def check_patterns(folder: Path, names: Iterable[str]) -> None:
             f"the patterns in {folder / 'adapter_config.json'} take more than {PATTERN_SECONDS} s to match; list the "
             "names of the modules instead"
         ) from error
+
+
+def check_weights(model: Any, role: str, path: Path) -> None:
+    """Check an adapter attached to `model` as `role` from the folder `path`.
+
+    Raises ValueError if file and model have different tensors, or a tensor is of integers, and EchoError if a weight is
+    not finite or the scale is unusual.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+        for name in sorted(saved):
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _WEIGHT_TYPES:  # PEFT would convert them without a word
+                raise ValueError(f"its tensor {name} is of type {kind}, not {', '.join(_WEIGHT_TYPES)}")
+    state = get_peft_model_state_dict(model, adapter_name=role)
+    loaded = set(state)
+    if saved != loaded:
+        name = sorted(saved ^ loaded)[0]
+        raise ValueError(f"{'it' if name in saved else 'the model'} alone has the tensor {name}")
+    require_finite(state.items(), path)
+    for name, module in model.named_modules():
+        scale = getattr(module, "scaling", {}).get(role, 1.0) if isinstance(module, BaseTunerLayer) else 1.0
+        if not 0 < scale <= MAX_LORA_SCALE:
+            raise EchoError(
+                f"the adapter in {path} has the scale {scale:g} at {name}, which is not between 0 and "
+                f"{MAX_LORA_SCALE:g}; correct lora_alpha and r in its adapter_config.json, or train it again"
+            )

@@ -9,15 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from echo_ft.data.dataset import Dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import flush, write_json, write_text
 from echo_ft.inputs import from_dict, read_json_object
-from echo_ft.model.adapter_layers import act_when_switched_on, check_patterns
-from echo_ft.model.loading import base_fingerprint, require_finite, why_unusable
+from echo_ft.model.adapter_layers import act_when_switched_on, check_patterns, check_weights
+from echo_ft.model.loading import base_fingerprint, why_unusable
 from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, same_weights, versions, write_sums
 from echo_ft.records import ROLES
 
@@ -30,9 +28,6 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 SAVE_REMEDY = "copy it again, or train it again"
-
-MAX_LORA_SCALE = 1000.0
-"""Largest accepted scale of an adapter's update, alpha over rank. Usual scales are 0.5 to 64."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +293,7 @@ def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
                     )
             else:
                 model = PeftModel.from_pretrained(model, str(path), adapter_name=role, autocast_adapter_dtype=False)
-            _check_weights(model, role, path)
+            check_weights(model, role, path)
             act_when_switched_on(model, role)
         except (MemoryError, EchoError):
             raise
@@ -326,25 +321,3 @@ def gather_adapter(model: Any, device: Any) -> dict[str, Any]:
             if dist.get_rank() == 0:
                 gathered[name] = whole.cpu()
     return gathered
-
-
-def _check_weights(model: Any, role: str, path: Path) -> None:
-    """Check that the file and the model have the same tensors, that all are finite, and that the scale is usual."""
-    from peft import get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
-    state = get_peft_model_state_dict(model, adapter_name=role)
-    loaded = set(state)
-    if saved != loaded:
-        name = sorted(saved ^ loaded)[0]
-        raise ValueError(f"{'it' if name in saved else 'the model'} alone has the tensor {name}")
-    require_finite(state.items(), path)
-    for name, module in model.named_modules():
-        scale = getattr(module, "scaling", {}).get(role, 1.0) if isinstance(module, BaseTunerLayer) else 1.0
-        if not 0 < scale <= MAX_LORA_SCALE:
-            raise EchoError(
-                f"the adapter in {path} has the scale {scale:g} at {name}, which is not between 0 and "
-                f"{MAX_LORA_SCALE:g}; correct lora_alpha and r in its adapter_config.json, or train it again"
-            )

@@ -17,7 +17,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from echo_ft.errors import EchoError
-from echo_ft.model.adapters import MAX_LORA_SCALE
+from echo_ft.model.adapter_layers import MAX_LORA_SCALE
 from echo_ft.model.loading import check_lora_targets, parameter_group
 from echo_ft.model.rows import ADAPT_FROM
 from echo_ft.records import ROLES

@@ -104,6 +104,12 @@ def extra(weights: dict[str, torch.Tensor]) -> str:
     return name.replace("layers.0", "layers.77")
 
 
+def integers(weights: dict[str, torch.Tensor]) -> str:
+    name = sorted(weights)[0]
+    weights[name] = (100 * weights[name]).to(torch.int8)
+    return name
+
+
 CHANGES: list[Callable[[dict[str, torch.Tensor]], str]] = [
     lambda weights: not_finite(weights, float("nan")),
     lambda weights: not_finite(weights, float("-inf")),
@@ -113,8 +119,8 @@ CHANGES: list[Callable[[dict[str, torch.Tensor]], str]] = [
 NAMES = ["nan", "infinite", "missing", "extra"]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=NAMES)
-def test_weights_of_an_adapter_that_are_not_finite_missing_or_extra_are_refused(
+@pytest.mark.parametrize("change", [*CHANGES, integers], ids=[*NAMES, "integers"])
+def test_weights_of_an_adapter_that_are_not_finite_missing_extra_or_integers_are_refused(
     adapters: Path, change: Callable[[dict[str, torch.Tensor]], str]
 ) -> None:
     folder = adapters / "decision_maker"
