@@ -152,17 +152,22 @@ def _parsed(path: Path, line: str) -> tuple[Mapping[str, Any], str | None]:
     """Return the readable cells of a line of JSON, and the reason why the row cannot be used, or None."""
     fault = None
     try:
-        row = read_json(line)
-    except DuplicateKeyError as error:
-        row, fault = read_json(line, unique_keys=False), f"the line is ambiguous ({error}); remove one of the two"
+        try:
+            row = read_json(line)
+        except DuplicateKeyError as error:
+            row, fault = read_json(line, unique_keys=False), f"the line is ambiguous ({error}); remove one of the two"
     except ValueError as error:
-        # The image must be known, so that other lines about it do not count as its whole truth.
-        image = IMAGE_KEY.search(line)
-        return {"image": read_json(image[1])} if image else {}, f"the line is not JSON ({error})"
+        return _image_in(line), f"the line is not JSON ({error})"
     if not isinstance(row, dict):
         return {}, "the line is not a JSON object"
     _check_columns(path, tuple(row), complete=False)
     return row, fault
+
+
+def _image_in(line: str) -> dict[str, Any]:
+    """Return the image that a broken line names, so that other lines about it do not count as its whole truth."""
+    image = IMAGE_KEY.search(line)
+    return {"image": read_json(image[1])} if image else {}
 
 
 @lru_cache  # each line of JSON contains the names of its columns

@@ -261,6 +261,9 @@ VISA = "VisA/candle/test/bad/000.JPG"
 
 LISTS = [
     Fault("key twice", listing(KEY_TWICE), "the line is ambiguous .duplicate key 'condition'.; remove one of the two"),
+    Fault("key twice, then more", listing(KEY_TWICE.rstrip() + b"}"), "the line is not JSON .Extra data"),
+    Fault("key twice in half a line", listing(b'{"condition": ' + KEY_TWICE), "the line is not JSON .Expecting"),
+    Fault("key twice beside half of a pair", listing(KEY_TWICE.replace(b"a.png", b"\\ud800")), "an unpaired surrogate"),
     Fault("deep line", listing(DEEP.encode()), "the line is not JSON .it is nested too deeply"),
     Fault("list of huge number", listing(b'{"image": %s}' % HUGE.encode()), "a number has 5000 digits"),
     Fault("half of a pair", listing(b'{"image": "\\ud800", "product": "a"}'), "an unpaired surrogate"),

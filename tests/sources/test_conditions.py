@@ -28,7 +28,8 @@ no anomaly found|not cracked|ok_front|OK-2|good top side|go\u200bod|\ufeffOK|no 
 
 DEFECT_WORDS = (
     "fine|sound|free|skip|skipped|n.i.O.|NOK|NG|not ok|no solder|negative bump|free end|ko|defective|不良|abnormal|1|"
-    "no crack stop|no label|nonconformity|not flat|good_side_bent|okular"
+    "no crack stop|no label|nonconformity|not flat|good_side_bent|okular|"
+    f"good{'9' * 60}x"  # a pattern that repeats what repeats itself would never end here
 )
 
 
