@@ -52,14 +52,14 @@ demo: $(INSTALLED)
 SEEDS ?= 0 1 2
 STARTS := runs/$(NAME)/adapt_from
 TRAIN_FROM := $(BIN)/python -m train.launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process \
-  $(THREADS) train/sft.py --config recipes/tiny/all_roles.yaml --dataset data/$(NAME) \
-  --features $(STARTS)/features --eval_strategy no $(TRAIN)
+  $(THREADS_PER_ROLE) train/sft.py --config recipes/tiny/all_roles.yaml --dataset data/$(NAME) \
+  --features $(STARTS)/features --eval_strategy no --disable_tqdm true $(TRAIN)
 
 adapt-from: $(INSTALLED)
 	rm -rf $(STARTS)
-	set -e; for seed in $(SEEDS); do \
+	for seed in $(SEEDS); do \
 	  for start in branch answer; do \
-	    $(TRAIN_FROM) --adapt_from $$start --seed $$seed --output_dir $(STARTS)/adapters/$$start-$$seed; \
+	    echo --adapt_from $$start --seed $$seed --output_dir $(STARTS)/adapters/$$start-$$seed; \
 	  done; \
 	  for role in $(ROLES); do \
 	    case $$role in \
@@ -67,14 +67,13 @@ adapt-from: $(INSTALLED)
 	      reference_extractor) own= ;; \
 	      *) own="--per_device_train_batch_size 2" ;; \
 	    esac; \
-	    $(TRAIN_FROM) --adapt_from prefix --role $$role --by_role '{}' $$own --seed $$seed \
+	    echo --adapt_from prefix --role $$role --by_role {} $$own --seed $$seed \
 	      --output_dir $(STARTS)/adapters/prefix-$$seed/$$role; \
 	  done; \
-	  for start in prefix branch answer; do \
-	    $(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME) \
-	      --adapters $(STARTS)/adapters/$$start-$$seed --output $(STARTS)/$$start-$$seed; \
-	  done; \
-	done
+	done | xargs -P $(THREADS) -L 1 $(TRAIN_FROM)
+	for run in $$(ls $(STARTS)/adapters); do \
+	  echo --adapters $(STARTS)/adapters/$$run --output $(STARTS)/$$run; \
+	done | xargs -P $(THREADS) -L 1 $(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME)
 	$(BIN)/python -m evaluation.compare $$(for start in prefix branch answer; do \
 	  echo $$start=$$(ls -d $(STARTS)/$$start-* | paste -sd,); done) --output $(STARTS)/compare
 
