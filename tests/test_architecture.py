@@ -249,8 +249,9 @@ OTHER_OPENERS = {
     ("echo_ft/tracking.py", "json.loads"): "what it has just encoded",
     ("echo_ft/tracking.py", "file.read_text"): "the id of a run that it has written",
     ("echo_ft/training/checkpoints.py", "json.loads"): "state that training saved",
-    ("echo_ft/training/checkpoints.py", "file.read_text"): "state that training saved",
     ("echo_ft/training/checkpoints.py", "(checkpoint / 'trainer_state.json').read_text"): "state that training saved",
+    ("echo_ft/training/option_changes.py", "json.loads"): "state that training saved",
+    ("echo_ft/training/option_changes.py", "file.read_text"): "state that training saved",
     ("echo_ft/training/mask_loss.py", "load_file"): "heads that training saved, by safetensors",
     ("train/doctor.py", "limit.read_text"): "the memory limit of a container, from the kernel",
 }

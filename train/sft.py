@@ -26,6 +26,7 @@ from echo_ft.model.adapters import AdapterCard, audit_leaks, make_card, read_car
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import lock_folder
+from echo_ft.provenance import ANSWERING_PACKAGES, CORRUPTING_PACKAGES
 from echo_ft.records import Exchange, Inspection
 from echo_ft.terminal import LOGGER
 from echo_ft.tracking import (
@@ -36,8 +37,9 @@ from echo_ft.tracking import (
     resume_wandb_run,
     use_artifact,
 )
-from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, training_options
+from echo_ft.training.checkpoints import Checkpoint, find_checkpoint, require_cases
 from echo_ft.training.costs.memory import trainable_meta_model
+from echo_ft.training.option_changes import training_options
 from echo_ft.training.planning import Plan, dry_run_report
 
 if TYPE_CHECKING:
@@ -132,6 +134,9 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
         if checkpoint is not None:
             cards = {folder: replace(card, resumed=checkpoint.resumed[folder]) for folder, card in cards.items()}
     cases, planned = load_training_cases(row_builder, dataset, config, sft, "train")
+    cards = {folder: replace(card, cases=len(cases)) for folder, card in cards.items()}
+    if checkpoint is not None and not sft.ignore_data_skip:
+        require_cases(checkpoint, len(cases))
     if sft.world_size > 1 and not sft.dataloader_drop_last:
         cases = pad_cases(cases, sft.world_size * sft.per_device_train_batch_size, sft.length_column_name)
     validation = None
@@ -286,6 +291,7 @@ def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any, im
     from echo_ft.model.vision import TowerFeatureStore
     from echo_ft.training.config import quantization_config
 
+    packages = {*ANSWERING_PACKAGES, *CORRUPTING_PACKAGES, "bitsandbytes"} - {"peft"}
     key = {
         "base": card.base_fingerprint,
         "pixels": [config.min_pixels, config.max_pixels],
@@ -293,7 +299,7 @@ def feature_store(card: AdapterCard, config: EchoConfig, sft: Any, base: Any, im
         "decoder": DECODER_VERSION,
         "precision": [base.dtype, sft.bf16, sft.fp16],
         "quantization": str(quantization_config(base)),
-        "versions": {name: card.versions[name] for name in ("torch", "transformers", "bitsandbytes")},
+        "versions": {name: card.versions[name] for name in sorted(packages)},
     }
     most_bytes = int(config.features_gib * 2**30)
     return TowerFeatureStore(Path(str(config.features)), json.dumps(key), most_bytes, sft.world_size)

@@ -65,8 +65,10 @@ class AdapterCard:
     """For an adapter that acts from the answer on, the tokens at which it begins to act."""
     best_step: int = 0
     """Step of the checkpoint that load_best_model_at_end chose; 0 if these are the weights of the last step."""
+    cases: int = 0
+    """Number of training cases; 0 in cards of older versions."""
     training: dict[str, Any] = field(default_factory=dict)
-    """The options that decide what is learnt (echo_ft.training.checkpoints); empty in cards of older versions."""
+    """The options that decide what is learnt (echo_ft.training.option_changes); empty in cards of older versions."""
     resumed: list[str] = field(default_factory=list)
     """The options that were changed when training resumed, one sentence each."""
 

@@ -19,8 +19,8 @@ from trl import SFTConfig
 
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, write_card
 from echo_ft.records import ROLES
-from echo_ft.training.checkpoints import optimizer_options
 from echo_ft.training.config import role_arguments
+from echo_ft.training.option_changes import optimizer_options
 from echo_ft.training.trainer import PrefixSharingTrainer
 
 

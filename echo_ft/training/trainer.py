@@ -32,11 +32,12 @@ from echo_ft.model.rows import IGNORED
 from echo_ft.model.vision import TowerFeatureStore
 from echo_ft.provenance import seal_folder
 from echo_ft.terminal import LOGGER
-from echo_ft.training.checkpoints import COMPLETE_MARKER, apply_options, moved_best_checkpoint, optimizer_options
+from echo_ft.training.checkpoints import COMPLETE_MARKER, moved_best_checkpoint
 from echo_ft.training.config import EarlyStopping, EchoConfig
 from echo_ft.training.costs.flops import WorkCounts, device_peak_flops, unit_costs
-from echo_ft.training.largest_batch import LargestBatchCheck
+from echo_ft.training.costs.largest_batch import LargestBatchCheck
 from echo_ft.training.mask_loss import attach_mask_heads, load_mask_heads, save_mask_heads
+from echo_ft.training.option_changes import apply_options, optimizer_options
 from echo_ft.training.sampler import BalancedSampler, DrawnEpoch
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from trl import ModelConfig
 
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_file
@@ -15,9 +18,11 @@ from echo_ft.images.views import View
 from echo_ft.model.loading import load_model, project_patches
 from echo_ft.model.preparation import packed_inputs, prepare_model
 from echo_ft.model.vision import TowerFeatureStore, encode_images_once
+from echo_ft.provenance import versions
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.collator import Collator
 from tests.conftest import ECHO_TINY, draw
+from train.sft import feature_store
 
 GIB = 2**30
 
@@ -190,3 +195,16 @@ def logits_of(model, collator, exchanges, corruptions):
 def test_features_of_a_trained_tower_are_never_stored(model, tmp_path):
     with pytest.raises(EchoError, match="features cannot be stored because the vision tower is trained"):
         encode_images_once(copy.deepcopy(model), TowerFeatureStore(tmp_path, "a tower", GIB))
+
+
+def test_features_depend_on_all_packages_that_make_pixels_or_run_the_tower(tmp_path):
+    config = SimpleNamespace(min_pixels=1, max_pixels=2, features=str(tmp_path), features_gib=1.0)
+    sft = SimpleNamespace(bf16=False, fp16=False, world_size=1)
+
+    def folder(**changed: str) -> Path:
+        card = SimpleNamespace(base_fingerprint="base", versions={**versions(), **changed})
+        return feature_store(card, config, sft, ModelConfig(), "{}").folder
+
+    names = ("torch", "torchvision", "transformers", "pillow", "opencv-python-headless", "scipy", "bitsandbytes")
+    assert len({folder(), folder(), *(folder(**{name: "0"}) for name in names)}) == 1 + len(names)
+    assert folder(wandb="0") == folder()

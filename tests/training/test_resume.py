@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,18 +19,17 @@ from echo_ft.data.dataset import load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.model.adapters import ADAPTER_CARD, AdapterCard, make_card, read_card, write_card
 from echo_ft.provenance import CHECKSUMS, seal_folder
-from echo_ft.training.checkpoints import (
-    COMPLETE_MARKER,
+from echo_ft.training.checkpoints import COMPLETE_MARKER, find_checkpoint
+from echo_ft.training.checks import UNSUPPORTED, WITHOUT_EFFECT
+from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
+from echo_ft.training.option_changes import (
     FIXED,
     FREE,
     IRRELEVANT,
     apply_options,
-    find_checkpoint,
     optimizer_options,
     training_options,
 )
-from echo_ft.training.checks import UNSUPPORTED, WITHOUT_EFFECT
-from echo_ft.training.config import EchoConfig, TrainingConfig, lora_config
 from echo_ft.training.sampler import DrawnEpoch
 from tests.conftest import ECHO_TINY, make_dataset
 from tests.support.training import run_in_process, tiny_options
@@ -141,7 +141,7 @@ def test_every_training_option_is_classified():
     classes += ["max_length", "lora_task_type"]
     names = {option.name for record in TYPES for option in fields(record) if option.init}
     assert len(classes) == len({*classes})
-    assert names - {*classes} == set(), "say in echo_ft.training.checkpoints what a resume does with these options"
+    assert names - {*classes} == set(), "say in echo_ft.training.option_changes what a resume does with these options"
     assert {*classes} - names == {"cases_per_step", "mixed_precision"}
     assert {*FIXED} == {*REFUSED_VALUES, *SET_ONLY, "cases_per_step", "mixed_precision"}
     assert {*FREE} == {*FREE_VALUES, "vision_learning_rate", "merger_learning_rate"}
@@ -270,6 +270,16 @@ def test_a_run_shorter_than_its_checkpoint_is_refused(resume):
     assert resume({"max_steps": 2}, {"max_steps": 2}).resumed == {".": []}
 
 
+def test_an_earlier_checkpoint_is_not_resumed_beside_a_later_one(resume, tmp_path):
+    """If that run were stopped before step 4, `true` would resume from the weights that the user went back from."""
+    later = tmp_path / "checkpoint-4"
+    later.mkdir()
+    assert resume({}).path.endswith("checkpoint-2")  # an incomplete checkpoint is never resumed from
+    (later / COMPLETE_MARKER).touch()
+    with pytest.raises(EchoError, match=r"checkpoint-4 is later than .*checkpoint-2, .*; delete it, or choose another"):
+        resume({})
+
+
 def test_a_card_of_an_older_version_resumes_with_a_warning(resume, card_of, tmp_path, capsys):
     resume({})
     checkpoint = tmp_path / "checkpoint-2"
@@ -369,6 +379,17 @@ def test_a_changed_option_gives_the_adapter_of_a_run_that_changes_it(
     card = read_card(tmp_path / "resumed")
     assert card.training[option] == value
     assert [sentence.split()[0] for sentence in card.resumed] == [option]
+
+
+def test_a_resume_with_other_cases_is_refused(stopped, dataset, tmp_path):
+    """The order of an epoch depends on their number, so some would come twice in it and others never."""
+    assert read_card(stopped).cases == 8
+    copied = tmp_path / "copied"
+    shutil.copytree(dataset, copied)
+    next((copied / "images").glob("train_0_2.png")).unlink()
+    arguments = [*STEPS, "--resume_from_checkpoint", stopped]
+    with pytest.raises(EchoError, match=r"trained on 8 cases, not \d; rejected_train.jsonl lists .* ignore_data_skip"):
+        run_in_process(*tiny_options("decision_maker", copied, tmp_path / "out", *arguments))
 
 
 @pytest.mark.parametrize(
