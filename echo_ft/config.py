@@ -155,9 +155,12 @@ def _checked(parser: Any, key: str, value: Any, source: str) -> Any:
     if any(isinstance(item, str) and "\0" in item for item in items):
         raise EchoError(f"{source}: {key} has a NUL character; remove it")
     items = [_with_home(item) if isinstance(item, str) else item for item in items]
-    for yes, no in (("on", "off"), ("true", "false")):  # YAML 1.1 reads these words as booleans, unless they are quoted
-        if action.choices is not None and yes in action.choices:
-            items = [(yes if item else no) if isinstance(item, bool) else item for item in items]
+    for yes, no in (("on", "off"), ("true", "false"), ("yes", "no")):
+        # YAML 1.1 reads these words as booleans, unless they are quoted.
+        words = {True: yes, False: no}
+        items = [
+            words[item] if isinstance(item, bool) and words[item] in (action.choices or ()) else item for item in items
+        ]
     try:
         # YAML 1.1 reads 2e-4 as a string. The flag's type converts both spellings to a number.
         kind = action.type or (lambda item: item)

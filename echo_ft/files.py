@@ -158,7 +158,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise EchoError(f"{output.parent} cannot be written ({error.strerror}); choose another output") from error
-    folder, old = partial / output.name, partial / _REPLACED
+    folder, old = partial / output.name, partial / _replaced(output)
     with held(partial):
         try:
             folder.mkdir()  # this folder has the user's default permissions, unlike the one from mkdtemp
@@ -176,8 +176,9 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-_REPLACED = "replaced"
-"""Name of the old folder while the new one takes its place, where folders cannot be swapped."""
+def _replaced(output: Path) -> str:
+    """Return the name of the old folder while the new one takes its place, where folders cannot be swapped."""
+    return f"{output.name}.replaced"
 
 
 def _swap(first: Path, second: Path) -> bool:
@@ -198,9 +199,10 @@ def _swap(first: Path, second: Path) -> bool:
 def _remove_left_over(output: Path) -> None:
     """Remove what `atomic_folder(output)` left behind in killed processes, and restore `output` if it is missing."""
     for path in left_over_folders(output.parent, f".{output.name}."):
-        if {one.name for one in path.iterdir()} <= {output.name, _REPLACED}:
-            if (path / _REPLACED).exists() and not output.exists():
-                (path / _REPLACED).rename(output)
+        old = path / _replaced(output)
+        if {one.name for one in path.iterdir()} <= {output.name, old.name}:
+            if old.exists() and not output.exists():
+                old.rename(output)
                 LOGGER.warning("restored %s, which a killed command had moved away", output)
             LOGGER.warning("removing %s, which a killed command left", path)
             shutil.rmtree(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -148,8 +149,8 @@ def _check_depth(value: Any) -> None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise DuplicateKeyError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+        counts = Counter(name for name, _ in pairs)
+        raise DuplicateKeyError(f"duplicate key {next(name for name, count in counts.items() if count > 1)!r}")
     return mapping
 
 

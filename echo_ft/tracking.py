@@ -64,10 +64,10 @@ class Picture:
 def experiment_name(output: Path) -> str:
     """Return the name of an output folder's experiment, which is the name of the folder around it.
 
-    It is `demo` for `runs/demo/tuned` and for the adapter `runs/demo/adapters/decision_maker`.
+    It is `demo` for `runs/demo/tuned` and for adapters in `runs/demo/adapters` or `runs/demo/late_adapters`.
     """
     folder = output.resolve().parent
-    return folder.parent.name if folder.name == "adapters" else folder.name
+    return folder.parent.name if folder.name.endswith("adapters") else folder.name
 
 
 @contextmanager
@@ -159,7 +159,10 @@ def dataset_artifact(folder: Path, manifest: Mapping[str, Any]) -> wandb.Artifac
 
 def adapter_artifact(folder: Path, card: Mapping[str, Any]) -> wandb.Artifact:
     """Return the artifact of an adapter, or of a fully fine-tuned model, whose weights are only referenced."""
-    artifact = _artifact(f"{experiment_name(folder)}-{folder.resolve().name}", "model", card)
+    parts = [experiment_name(folder), folder.resolve().parent.name, folder.resolve().name]
+    if parts[1] == "adapters" or not parts[1].endswith("adapters"):
+        del parts[1]
+    artifact = _artifact("-".join(parts), "model", card)
     _add_files(artifact, folder, ("adapter_model.safetensors", "adapter_config.json", "echo_ft.json", "README.md"))
     if (folder / "config.json").is_file():
         for path in sorted([folder / "config.json", *folder.glob("model*.safetensors*")]):

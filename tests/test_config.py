@@ -21,6 +21,7 @@ class Options:
     balance: bool = True
     reasoning: str = field(default="on", metadata={"choices": ["on", "off"]})
     limit: int | None = 5
+    saved: str = field(default="steps", metadata={"choices": ["no", "steps"]})
 
 
 @pytest.fixture
@@ -36,6 +37,13 @@ def test_values_have_their_types_and_flags_win(write):
     argv = write("dataset: d\nlearning_rate: 2e-4\nkinds: [x, y]\nbalance: false\nreasoning: off\nlimit: null\n")
     (options,) = parse([Options], [*argv, "--steps", "7", "--dataset", "e"])
     assert options == Options("e", 2e-4, 7, ["x", "y"], False, "off", None)
+
+
+def test_words_that_yaml_reads_as_booleans_are_choices(write):
+    for word in ("no", "No", "'no'", "false"):
+        assert parse([Options], write(f"dataset: d\nsaved: {word}\n"))[0].saved == "no"
+    with pytest.raises(EchoError, match="saved cannot be 'True'; choose from no, steps"):
+        parse([Options], write("dataset: d\nsaved: yes\n"))
 
 
 def test_the_home_folder_is_expanded_in_files_and_flags(write, tmp_path, monkeypatch):

@@ -72,6 +72,7 @@ def test_sizes_and_lines_are_bounded(tmp_path):
         ("9" * 5000, "a number has 5000 digits"),
         ('["\\ud800"]', "an unpaired surrogate"),
         ('{"a": 1, "a": 2}', "duplicate key 'a'"),
+        ("{" + ", ".join(f'"{number % 99_999}": 1' for number in range(100_000)) + "}", "duplicate key '0'"),
     ],
 )
 def test_bounds_of_json(text, reason):

@@ -92,6 +92,14 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_after_a_kill_at_any
     assert states == {"old", "new"}
 
 
+@pytest.mark.parametrize("name", ["out", "replaced", "out.replaced"])
+def test_a_folder_whose_block_fails_does_not_appear(tmp_path, name):
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / name) as folder:
+        (folder / "half").touch()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_command_left_is_named_and_what_a_living_one_uses_stays(tmp_path, capsys):
     output = tmp_path / "out"
     assert kill_at(1, False, lambda: replace(output, "new"))

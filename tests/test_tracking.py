@@ -319,6 +319,19 @@ def test_variables_of_wandb_take_precedence(offline, monkeypatch):
 def test_experiments_are_named_after_the_folder_around_the_output():
     assert tracking.experiment_name(Path("runs/demo/tuned")) == "demo"
     assert tracking.experiment_name(Path("runs/demo/adapters/decision_maker")) == "demo"
+    assert tracking.experiment_name(Path("runs/demo/late_adapters/decision_maker")) == "demo"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/demo/adapters/decision_maker", "demo-decision_maker"),
+        ("runs/demo/decision_maker", "demo-decision_maker"),
+        ("runs/demo/late_adapters/decision_maker", "demo-late_adapters-decision_maker"),
+    ],
+)
+def test_adapters_of_different_trainings_are_different_artifacts(folder, name):
+    assert tracking.adapter_artifact(Path(folder), {}).name == name
 
 
 class FakeApi:

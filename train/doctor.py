@@ -166,7 +166,8 @@ def total_memory() -> int:
 
 def check_memory(total: int) -> Check:
     """Check the main memory, in bytes."""
-    cores = len(os.sched_getaffinity(0))
+    # macOS does not say which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = f"{format_gib(total)} GiB of memory, {cores} CPU core{'s' if cores != 1 else ''}"
     remedy = "" if total >= DEMO_MEMORY else "use a machine with 8 GB of memory or more"
     return Check("memory", found, remedy, needed=True)
@@ -179,9 +180,11 @@ def check_disk(folder: Path, free: int) -> Check:
 
 
 def find_gpus() -> list[tuple[str, int]]:
-    """Return the name and the memory in bytes of each GPU that torch can use."""
-    import torch
-
+    """Return the name and the memory in bytes of each GPU that torch can use, and nothing if torch is missing."""
+    try:
+        import torch
+    except ImportError:
+        return []
     if not torch.cuda.is_available():
         return []
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]

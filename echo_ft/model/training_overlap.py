@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _overlap_warnings(source: _TrainingData, dataset: Dataset, split: str, count
             f"{source.overlap[0]}: they are in the train split ({source.folder}) of {source.owners}; scores on them "
             "measure memorisation, so evaluate on images outside every train split"
         )
-    if source.fingerprint != dataset.fingerprint:
+    if source.fingerprint != dataset.fingerprint or source.overlap is None:
         limit = (
             "that dataset is missing or was rebuilt, so its images could not be compared"
             if source.overlap is None
@@ -137,7 +138,8 @@ def images_trained_on(
         paths = {(source.root / one.image).resolve() for one in inspections if one.split == "train"}
         by_size: dict[int, list[Path]] = defaultdict(list)
         for path in paths:
-            by_size[image_file(path).stat().st_size].append(path)
+            with suppress(FileNotFoundError):  # one missing image must not hide the others
+                by_size[image_file(path).stat().st_size].append(path)
         hashes: dict[Path, bytes] = {}
 
         def content(path: Path) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_the_result_names_what_is_there_and_the_command_for_what_is_not(
     assert "  Qwen2-VL-2B-Instruct: hf download Qwen/Qwen2-VL-2B-Instruct\n" in printed
     assert "The demo needs" not in printed
     assert "  yes  train the 7B at MMAD's pixel budget\n" in printed
+
+
+def test_a_machine_without_torch_and_a_mac_are_diagnosed_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["absent-package"])
+    with pytest.raises(SystemExit):
+        doctor.main([])
+    printed = capsys.readouterr().out
+    assert "absent-package is not installed" in printed
+    assert re.search(r"GiB of memory, \d+ CPU core", printed)
 
 
 def test_a_machine_that_cannot_run_the_demo_gets_status_1(

@@ -145,6 +145,14 @@ def test_test_images_that_were_trained_on_are_counted_by_content(dataset, tmp_pa
         assert "may have been trained on; that dataset is missing" in warnings[0]
 
 
+def test_a_missing_training_image_does_not_hide_that_others_were_trained_on(tmp_path):
+    here = load_dataset(make_dataset(tmp_path / "data", train=2, validation=1, test=1))
+    before = describe_training_data(adapters_trained_on(here), here, "test", ["test_0_2.png"])
+    assert before[0][0]["photographs_trained_on"] == 1
+    (here.root / "train_1_2.png").unlink()
+    assert describe_training_data(adapters_trained_on(here), here, "test", ["test_0_2.png"]) == before
+
+
 def test_a_run_warns_about_adapters_trained_on_different_datasets(dataset, tmp_path):
     here, other = load_dataset(dataset), copy_dataset(dataset, tmp_path / "other", "another")
     mixed = {**adapters_trained_on(here, ROLES[:3]), **adapters_trained_on(other, ROLES[3:])}
