@@ -230,6 +230,20 @@ def test_a_letter_without_a_probability_has_the_probability_zero(tmp_path: Path)
     assert table.defect_scores.tolist() == [0, 0], "a certain answer is neither left out nor unknown"
 
 
+def test_the_stated_condition_decides_if_yes_means_a_good_part(tmp_path: Path) -> None:
+    normal = {"question": "Is this part normal?", "probabilities": {"A": 0.8, "B": 0.2}}
+    path = write_lines(
+        tmp_path / "answers.jsonl",
+        {**normal, "condition": "good"},
+        {**normal, "image": "caps/002.png", "answer": "B", "condition": "dent"},
+        {**normal, "image": "caps/003.png", "answer": "B"},
+        {"image": "caps/003.png"},
+    )
+    predictions = load_answers(path)[0].predictions
+    assert [one.condition for one in predictions] == [GOOD, "dent", "defective", "defective"]
+    assert make_prediction_table(predictions).defect_scores[:2].tolist() == pytest.approx([0.2, 0.2])
+
+
 def test_options_of_an_answer_about_boxes_may_be_null(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "answers.jsonl", {}, {**BOXES, "options": None, "text": "none"})
     (boxes,) = load_answers(path)[0].grounding
@@ -261,9 +275,16 @@ def test_options_of_an_answer_about_boxes_may_be_null(tmp_path: Path) -> None:
             [{"options": {"A": "A dent.", "B": "Fine."}}],
             r"does not say whether caps/001\.png has a defect.*'condition'",
         ),
+        ([{"question": "Is this part normal?"}], r"answer 'Yes\.' to 'Is this part normal\?' does not say whether"),
+        ([{"question": "Is the part free of defects?"}], "does not say whether"),
+        ([{"question": "Is this part flawless?"}], "does not say whether"),
+        ([{"question": "Ist das Teil ohne Defekt?"}], "does not say whether"),
         ([{"part": "1"}, {"part": "2", "kind": "Riddle"}], r":2: the part of .* is '2', but '1' in .*:1"),
         ([{"condition": "good"}], "contradict each other on whether caps/001.png is good"),
-        ([{}, {"answer": "B", "question": "Really?"}], "contradict each other on whether caps/001.png is good"),
+        (
+            [{}, {"answer": "B", "question": "Do you see a flaw?"}],
+            "contradict each other on whether caps/001.png is good",
+        ),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, changes: list[dict[str, Any]], message: str) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,7 +43,23 @@ UNNAMED = "all"
 """The dataset or product if a line names none. It must not depend on the file, so that models can be compared."""
 
 STATED = {"yes": "defective", "no": GOOD}
-"""The condition that the correct answer to an Anomaly Detection question implies."""
+"""The condition that the correct answer implies, if an Anomaly Detection question asks for a defect."""
+
+DEFECT_WORDS = frozenset(
+    {
+        "abnormal", "abnormalities", "abnormality", "anomalies", "anomalous", "anomaly", "blemish", "blemishes",
+        "damage", "damaged", "defect", "defective", "defects", "fault", "faults", "faulty", "flaw", "flawed", "flaws",
+    }
+)  # fmt: skip
+ENGLISH_WORDS = frozenset({"any", "it", "that", "the", "there", "this", "you"})
+TURNING_WORDS = frozenset(
+    {
+        "absent", "acceptable", "accepted", "clean", "clear", "fine", "flawless", "free", "good", "healthy", "intact",
+        "lack", "lacking", "lacks", "never", "no", "non", "none", "normal", "not", "ok", "okay", "or", "pass",
+        "passed", "passes", "perfect", "rule", "t", "undamaged", "without",
+    }
+)  # fmt: skip
+"""Words that may swap the meanings of yes and no. `t` is the end of a word such as `isn't`."""
 
 
 def read_plain_answers(path: Path) -> GivenAnswers:
@@ -180,23 +197,28 @@ def _require_consistent(rows: list[tuple[str, Prediction]]) -> None:
 def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
     """Return the predictions with the condition of their image.
 
-    A condition that a line states comes first, then the one that the correct answer to Anomaly Detection or the true
-    boxes imply. Otherwise, it is `good` if the image is in a folder of that name, or else unknown.
+    A condition that a line states comes first. Next comes the one that the true boxes imply, or the correct answer to
+    a question that asks for a defect. Otherwise, it is `good` if the image is in a folder of that name, or else
+    unknown. Raises EchoError if an Anomaly Detection question leaves the condition open.
     """
     named: dict[str, str] = {row.image: row.condition for _, row in rows if row.condition}
     stated: dict[str, dict[str, str]] = defaultdict(dict)
+    open_rows: list[tuple[str, Prediction]] = []
     for where, row in rows:
         if row.kind == QUESTION_TYPES[0]:
             answer = without_stop(row.options[row.answer])
-            if answer not in STATED and row.image not in named:
-                raise EchoError(
-                    f"{where}: {row.options[row.answer]!r} does not say whether {row.image} has a defect; add the key "
-                    "'condition', which is 'good' or the name of the defect"
-                )
-            if answer in STATED:
+            if answer in STATED and _asks_for_defect(row.question_text):
                 stated[row.image][STATED[answer]] = where
+            else:
+                open_rows.append((where, row))
         elif row.kind == GROUNDING:
             stated[row.image]["defective" if parse_boxes(row.answer) else GOOD] = where
+    for where, row in open_rows:
+        if row.image not in named and row.image not in stated:
+            raise EchoError(
+                f"{where}: the answer {row.options[row.answer]!r} to {row.question_text!r} does not say whether "
+                f"{row.image} has a defect; add the key 'condition', which is 'good' or the name of the defect"
+            )
     for image, found in stated.items():
         truths = {*found, *({named[image]} if image in named else ())}
         if len({truth == GOOD for truth in truths}) > 1:
@@ -205,6 +227,12 @@ def _with_conditions(rows: list[tuple[str, Prediction]]) -> list[Prediction]:
                 f"whether {image} is good; correct one of them"
             )
     return [replace(row, condition=_condition(row.image, named, stated)) for _, row in rows]
+
+
+def _asks_for_defect(question: str) -> bool:
+    """Return whether `yes` surely means a defect: an English question for a defect, without a TURNING_WORD."""
+    words = set(re.findall(r"\w+", question.casefold()))
+    return bool(words & DEFECT_WORDS and words & ENGLISH_WORDS) and not words & TURNING_WORDS
 
 
 def _condition(image: str, named: Mapping[str, str], stated: Mapping[str, Mapping[str, str]]) -> str:
