@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,8 @@ class UsableImages:
     unannotated: list[str]
     """Images that are `good` only because their annotation file has no mark and no label for them."""
     readings: Readings
+    source_conditions: Mapping[str, str] = field(default_factory=dict)
+    """The condition in the source of each image whose condition a correction changed, keyed by its id."""
 
 
 def usable_images(config: BuildConfig, folder: Path) -> UsableImages:
@@ -179,7 +181,9 @@ def check_records(records: SourceRecords, root: Path, below_links: bool | None =
     )
     unannotated = [one.image for one in kept if one.id in records.unannotated]
     merged_count = sum(one.id in records.merged for one in kept)
-    return UsableImages(root, kept, questions, rejections, merged_count, unannotated, readings)
+    return UsableImages(
+        root, kept, questions, rejections, merged_count, unannotated, readings, records.source_conditions
+    )
 
 
 def _checked(

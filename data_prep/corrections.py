@@ -46,7 +46,12 @@ def apply_corrections(records: SourceRecords, path: Path, config: SourceConfig) 
     ]
     changed = sum(one != other for one, other in zip(inspections, records.inspections, strict=True))
     LOGGER.info("corrections: %d of %d reviewed images changed (%s)", changed, len(found), path)
-    return dataclasses.replace(records, inspections=inspections)
+    relabelled = {
+        one.id: one.condition
+        for one, other in zip(records.inspections, inspections, strict=True)
+        if one.condition != other.condition
+    }
+    return dataclasses.replace(records, inspections=inspections, source_conditions=relabelled)
 
 
 def _corrected(before: Inspection, after: Inspection, root: Path) -> Inspection:

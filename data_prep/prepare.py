@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from data_prep.collect import Readings, UsableImages
@@ -19,10 +20,14 @@ from echo_ft.data.knowledge import consequence_warnings, describe_products, know
 from echo_ft.data.splits import (
     HELD_OUT_FIELDS,
     LEFT_OUT,
+    REFERENCE_SPLIT,
     UNLABELLED_SPLIT,
     assign_synthetic,
+    conditions_of,
+    held_out_conditions,
     leave_out_fold,
     make_splits,
+    part_key,
     queries,
     reference_pool,
 )
@@ -144,7 +149,7 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
     inspections, root = usable.inspections, usable.root
     if not config.named_references:
         inspections = [dataclasses.replace(inspection, reference=None) for inspection in inspections]
-    inspections, split_summary, held_out = assign_configured_splits(inspections, root, config)
+    inspections, split_summary, held_out = assign_configured_splits(inspections, root, config, usable.source_conditions)
     unassigned = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
     inspections = [inspection for inspection in inspections if inspection.split is not None]
     inspections, references, unusable = find_all_references(inspections, root, config)
@@ -197,14 +202,18 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
 
 
 def assign_configured_splits(
-    inspections: Sequence[Inspection], root: Path, config: BuildConfig
+    inspections: Sequence[Inspection],
+    root: Path,
+    config: BuildConfig,
+    source_conditions: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Inspection], str, list[str]]:
     """Assign the splits that the config asks for. Return the inspections, a summary, and the held-out names.
 
     A dataset name that comes from the annotations file or the root folder has no influence. If it had, renaming
     parts.csv to parts_v2.csv would re-split the data and train on former test images. With by_dataset, these names
     define the split and therefore matter. Synthetic defects do not change any split. A synthetic image that training
-    may not use gets no split. Unlabelled images form a separate split and do not change any other split.
+    may not use gets no split. Unlabelled images form a separate split and do not change any other split. Neither do
+    corrections (see `split_by_source`); `source_conditions` holds the conditions before them, keyed by id.
     """
     everything = inspections
     inspections = [one for one in everything if one.condition != UNLABELLED]
@@ -213,14 +222,54 @@ def assign_configured_splits(
         name = inferred_dataset_name(config.source, root, config.annotations)
     anonymous = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
     real = [inspection for inspection in anonymous if inspection.synthetic is None]
-    assigned, summary, held_out = make_splits(real, config.split, config.seed, config.fractions, config.held_out)
+    assigned, summary, held_out = split_by_source(real, source_conditions, config)
     done = assign_synthetic(anonymous, assigned, held_out if config.split == "by_condition" else ())
     if config.folds is not None and config.fold is not None:
-        done = leave_out_fold(done, config.folds, config.fold, config.seed)
+        done = leave_out_fold(as_stratified(done, source_conditions), config.folds, config.fold, config.seed)
         summary += f"; fold {config.fold} of {config.folds} (0 to {config.folds - 1}) of train is {LEFT_OUT}"
     splits = iter([one.split for one in done])
     where = [UNLABELLED_SPLIT if one.condition == UNLABELLED else next(splits) for one in everything]
     return [dataclasses.replace(i, split=s) for i, s in zip(everything, where, strict=True)], summary, held_out
+
+
+def split_by_source(
+    real: Sequence[Inspection], source_conditions: Mapping[str, str], config: BuildConfig
+) -> tuple[list[Inspection], str, list[str]]:
+    """Return what `make_splits` returns, with the splits that the images had before corrections.
+
+    Only two kinds of images move: those that the source leaves without a condition join the others, and a part that now
+    shows a defect moves to the test split if the defect is held out, or if the part would only serve as a reference. If
+    the conditions in the source allow no such split, no dataset has been built from them, so the corrected ones count.
+    """
+    how, seed, fractions = config.split, config.seed, config.fractions
+    if not source_conditions:
+        return make_splits(real, how, seed, fractions, config.held_out)
+    labelled = [i for i in real if source_conditions.get(i.id) != UNLABELLED]
+    stratified = as_stratified(labelled, source_conditions)
+    try:
+        kept, summary, held_out = make_splits(stratified, how, seed, fractions, config.held_out)
+    except EchoError:
+        kept = []
+    if not kept:
+        return make_splits(real, how, seed, fractions, config.held_out)
+    where = {part_key(i): i.split for i in sorted(kept, key=lambda one: one.id)}
+    splits = {i.id: i.split for i in kept}
+    if len(labelled) < len(real):
+        joined, _, _ = make_splits(as_stratified(real, source_conditions), how, seed, fractions, held_out)
+        splits = {i.id: where.get(part_key(i), i.split) for i in joined} | splits
+    away: set[tuple[str, str, str]] = set()
+    if how == "by_condition":
+        names = {product: held_out_conditions(found, held_out) for product, found in conditions_of(real).items()}
+        away = {part_key(i) for i in real if i.condition in names[i.dataset, i.product]}
+    away |= {part_key(i) for i in real if splits[i.id] == REFERENCE_SPLIT and i.condition != GOOD}
+    done = [dataclasses.replace(i, split="test" if part_key(i) in away else splits[i.id]) for i in real]
+    return done, summary, held_out
+
+
+def as_stratified(inspections: Iterable[Inspection], source_conditions: Mapping[str, str]) -> list[Inspection]:
+    """Return the inspections with the conditions that splits preserve: those of the source, or the first ones given."""
+    before = {name: condition for name, condition in source_conditions.items() if condition != UNLABELLED}
+    return [dataclasses.replace(i, condition=before[i.id]) if i.id in before else i for i in inspections]
 
 
 def train_split_remedy(inspections: Sequence[Inspection], config: BuildConfig, defects: bool) -> str:

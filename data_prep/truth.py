@@ -8,8 +8,8 @@ the order nor the number of the places matters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class SourceRecords:
     """Ids of the inspections that were combined from several places."""
     unannotated: frozenset[str]
     """Ids of the inspections that are `good` only by convention."""
+    source_conditions: Mapping[str, str] = field(default_factory=dict)
+    """The condition in the source of each inspection whose condition a correction changed, keyed by its id."""
 
 
 def merge_records(items: Iterable[Item]) -> SourceRecords:

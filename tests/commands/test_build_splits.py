@@ -12,10 +12,10 @@ from data_prep.build import build
 from data_prep.config import BuildConfig
 from data_prep.prepare import assign_configured_splits
 from echo_ft.data.dataset import load_cases, load_dataset
-from echo_ft.data.splits import REFERENCE_SPLIT, make_splits
+from echo_ft.data.splits import REFERENCE_SPLIT, SPLITS, UNLABELLED_SPLIT, make_splits
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
-from echo_ft.records import ROLES, Inspection
+from echo_ft.records import ROLES, UNLABELLED, Inspection
 from tests.support.drawn_manifest import draw_manifest, make_config
 
 PRODUCTS = ("cap", "ring", "washer")
@@ -147,3 +147,57 @@ def test_a_renamed_manifest_keeps_splits_but_renames_the_dataset(parts_file, tmp
     again = list(read_jsonl(tmp_path / "renamed" / "inspections.jsonl", Inspection))
     assert [(i.image, i.split) for i in again] == [(i.image, i.split) for i in first]
     assert {i.dataset for i in again} == {"parts_v2"} and {i.dataset for i in first} == {"parts"}
+
+
+@pytest.mark.parametrize("how", ["given", "seeded", "by_product", "by_condition"])
+def test_a_correction_moves_no_other_image(how):
+    """Images that a model was trained on must not become test images because the label of another image was wrong."""
+    parts = [*parts_of("parts"), *parts_of("parts", 9, "nut")]
+    parts += [replace(i, id=f"{i.id}-rust", group=f"{i.id}-rust", condition="rust") for i in parts[12:24]]
+    config = BuildConfig(source="manifest", output=Path("out"), annotations=Path("parts.csv"), split=how)
+    before, summary, held = assign_configured_splits(parts, Path(), config)
+    splits = {i.id: i.split for i in before}
+    assert len({*splits.values()}) >= 3
+    for one in [i for i in before if i.condition not in held][::3]:
+        condition = {"good": "dent", "dent": "good", "rust": "scratch"}[one.condition]
+        condition = "scratch" if condition in held else condition
+        corrected = [replace(i, condition=condition) if i.id == one.id else i for i in parts]
+        after, text, names = assign_configured_splits(corrected, Path(), config, {one.id: one.condition})
+        moved = {i.id: i.split for i in after if i.split != splits[i.id]}
+        assert moved == ({one.id: "test"} if one.split == REFERENCE_SPLIT and condition != "good" else {})
+        assert (text, names) == (summary, held)
+
+
+def test_a_correction_to_a_held_out_defect_hides_its_part_from_training():
+    parts = [replace(i, group=i.id.replace("good-1", "good-0")) for i in parts_of("parts")]
+    parts += [replace(i, id=f"{i.id}-rust", group=f"{i.id}-rust", condition="rust") for i in parts[12:]]
+    config = BuildConfig(
+        source="manifest", output=Path("out"), annotations=Path("parts.csv"), split="by_condition", held_out=["rust"]
+    )
+    before = {i.id: i for i in assign_configured_splits(parts, Path(), config)[0]}
+    group = next(i.group for i in before.values() if i.split == "train" and i.condition == "dent")
+    one = next(i for i in before.values() if i.group == group)
+    corrected = [replace(i, condition="rust") if i.id == one.id else i for i in parts]
+    after = assign_configured_splits(corrected, Path(), config, {one.id: one.condition})[0]
+    assert [(i.id, i.split) for i in after if i.split != before[i.id].split] == [(one.id, "test")]
+
+
+@pytest.mark.parametrize("how", ["seeded", "by_product", "by_condition"])
+def test_images_that_corrections_label_join_the_others_without_moving_them(how):
+    parts = [*parts_of("parts"), *parts_of("parts", 9, "nut")]
+    parts += [replace(i, id=f"{i.id}-rust", group=f"{i.id}-rust", condition="rust") for i in parts[12:24]]
+    late = {i.id: UNLABELLED for i in parts[::4]}
+    source = [replace(i, condition=late.get(i.id, i.condition)) for i in parts]
+    config = BuildConfig(source="manifest", output=Path("out"), annotations=Path("parts.csv"), split=how)
+    before, _, held = assign_configured_splits(source, Path(), config)
+    after, _, names = assign_configured_splits(parts, Path(), config, late)
+    assert names == held
+    assert {i.split for i in before if i.id in late} == {UNLABELLED_SPLIT}
+    assert [(i.id, i.split) for i in after if i.id not in late] == [(i.id, i.split) for i in before if i.id not in late]
+    assert {"train", "test"} <= {i.split for i in after if i.id in late} <= {*SPLITS, REFERENCE_SPLIT}
+    if how == "by_condition":
+        assert {i.split for i in after if i.condition in held} == {"test"}
+    everything = dict.fromkeys((i.id for i in parts), UNLABELLED)
+    assert assign_configured_splits(parts, Path(), config, everything) == assign_configured_splits(
+        parts, Path(), config
+    )

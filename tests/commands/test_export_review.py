@@ -141,6 +141,19 @@ def test_corrections_of_label_studio_replace_the_truth(project, tmp_path):
     assert {one.split for one in after.values()} == {"train", "test"}, "the split is that of the source"
 
 
+def test_a_corrected_condition_keeps_the_splits_that_a_build_drew(project, tmp_path):
+    path = export(project, "labelstudio", tmp_path / "review")
+    config = dataclasses.replace(project.build_config("drawn"), split="seeded")
+    build(config)
+    before = {one.image: one for one in read_rows(config.output, "inspections.jsonl", Inspection)}
+    image = next(task["data"]["path"] for task in json.loads(path.read_text()) if results(task, "rectanglelabels"))
+    correct_tasks(path, {image: lambda t: relabel(t, "chip")})
+    build(dataclasses.replace(config, corrections=path, overwrite=True))
+    after = {one.image: one for one in read_rows(config.output, "inspections.jsonl", Inspection)}
+    assert after[image].condition == "chip"
+    assert {name: one.split for name, one in after.items()} == {name: one.split for name, one in before.items()}
+
+
 def test_corrections_of_coco_replace_the_truth(project, tmp_path):
     path = export(project, "coco", tmp_path / "review")
     content, before = json.loads(path.read_text()), project.inspections()
