@@ -8,6 +8,7 @@ the mask.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources import SourceConfig
@@ -15,15 +16,17 @@ from data_prep.sources._coco import read_coco
 from data_prep.sources._labelstudio import NOT_ANNOTATED, is_task_list, read_labelstudio
 from data_prep.truth import SourceRecords, merge_records
 from echo_ft.errors import EchoError
+from echo_ft.images.masks import is_marked
 from echo_ft.images.outlines import Outlines, outlines_of, same_outlines
-from echo_ft.records import GOOD, Inspection
+from echo_ft.records import GOOD, Inspection, Rejection
 from echo_ft.terminal import LOGGER
 
 
 def apply_corrections(records: SourceRecords, path: Path, config: SourceConfig) -> SourceRecords:
     """Return the records with the conditions and outlines of a corrected file.
 
-    Products, groups, splits and references still come from the source. Tasks without an annotation change nothing.
+    Products, groups, splits and references still come from the source. Tasks without an annotation change nothing. The
+    source's own questions about a changed image are rejected, because their answers may contradict its new truth.
     Raises EchoError if an entry in the file cannot be used or if the source does not have its image.
     """
     read = read_labelstudio if is_task_list(path) else read_coco
@@ -51,7 +54,28 @@ def apply_corrections(records: SourceRecords, path: Path, config: SourceConfig) 
         for one, other in zip(records.inspections, inspections, strict=True)
         if one.condition != other.condition
     }
-    return dataclasses.replace(records, inspections=inspections, source_conditions=relabelled)
+    return dataclasses.replace(
+        _without_stale_questions(records, inspections),
+        inspections=inspections,
+        unannotated=records.unannotated - {one.id for one in inspections if one.image in found},
+        source_conditions=relabelled,
+    )
+
+
+def _without_stale_questions(records: SourceRecords, corrected: Sequence[Inspection]) -> SourceRecords:
+    """Return the records without the questions whose image has a new condition, or new marks instead of its old ones.
+
+    `corrected` has the inspections of the records in the same order.
+    """
+    stale = {
+        before.id
+        for before, after in zip(records.inspections, corrected, strict=True)
+        if before.condition != after.condition or (before != after and is_marked(before))
+    }
+    questions = [one for one in records.questions if one.inspection not in stale]
+    reason = "the truth of its image was corrected, which its answer may contradict"
+    dropped = [Rejection(one.id, reason) for one in records.questions if one.inspection in stale]
+    return dataclasses.replace(records, questions=questions, rejections=[*records.rejections, *dropped])
 
 
 def _corrected(before: Inspection, after: Inspection, root: Path) -> Inspection:

@@ -23,7 +23,7 @@ from echo_ft.records import GOOD, GROUNDING, Inspection
 from evaluation import export_review
 from evaluation.review import review_cases, run_dataset
 from tests.conftest import ROOT
-from tests.support.drawn_manifest import draw_manifest, make_config, read_rows
+from tests.support.drawn_manifest import draw_manifest, draw_part, make_config, read_rows
 from tests.support.scripted_runs import WORDS, write_scripted_run
 
 FILES = {"labelstudio": "tasks.json", "coco": "instances.json", "fiftyone": "samples.json"}
@@ -152,6 +152,47 @@ def test_a_corrected_condition_keeps_the_splits_that_a_build_drew(project, tmp_p
     after = {one.image: one for one in read_rows(config.output, "inspections.jsonl", Inspection)}
     assert after[image].condition == "chip"
     assert {name: one.split for name, one in after.items()} == {name: one.split for name, one in before.items()}
+
+
+def write_choices(path: Path, conditions: dict[str, str]) -> Path:
+    """Write a file of Label Studio that states the conditions of images and marks nothing."""
+    tasks = [
+        {"data": {"path": image}, "annotations": [{"result": [{"type": "choices", "value": {"choices": [name]}}]}]}
+        for image, name in conditions.items()
+    ]
+    path.write_text(json.dumps(tasks))
+    return path
+
+
+def test_a_correction_drops_the_answers_of_a_benchmark_that_it_contradicts(tmp_path):
+    queries = [f"VisA/candle/test/good/{number}.png" for number in range(2)]
+    for image in (*queries, "VisA/candle/train/good/2.png"):
+        draw_part(tmp_path / image, len(image))
+    asked = {"type": "Anomaly Detection", "Question": "Is there any defect?", "Options": {"A": "Yes.", "B": "No."}}
+    asked["Answer"] = "B"
+    annotations = tmp_path / "mmad.json"
+    annotations.write_text(json.dumps({image: {"conversation": [asked, asked]} for image in queries}))
+    path = write_choices(tmp_path / "tasks.json", {queries[0]: "crack", queries[1]: GOOD})
+    config = make_config(annotations, tmp_path / "out", source="mmad", root=tmp_path, corrections=path)
+    usable = usable_images(config, tmp_path)
+    assert {one.image: one.condition for one in usable.inspections}[queries[0]] == "crack"
+    assert {one.inspection for one in usable.questions} == {queries[1]}, "an unchanged image keeps its questions"
+    dropped = [one for one in usable.rejections if one.item.startswith(queries[0])]
+    assert [one.item for one in dropped] == [f"{queries[0]}#0", f"{queries[0]}#1"]
+    assert {one.reason for one in dropped} == {"the truth of its image was corrected, which its answer may contradict"}
+
+
+def test_reviewed_images_are_not_good_only_by_convention(tmp_path):
+    names = ["a.png", "b.png", "c.png"]
+    for number, name in enumerate(names):
+        draw_part(tmp_path / name, number)
+    images = [{"id": number, "file_name": name, "width": 48, "height": 40} for number, name in enumerate(names)]
+    coco = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "crack"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    path = write_choices(tmp_path / "tasks.json", {"a.png": "crack", "b.png": GOOD})
+    config = make_config(tmp_path / "coco.json", tmp_path / "out", corrections=path)
+    assert usable_images(dataclasses.replace(config, corrections=None), tmp_path).unannotated == names
+    assert usable_images(config, tmp_path).unannotated == ["c.png"]
 
 
 def test_corrections_of_coco_replace_the_truth(project, tmp_path):
