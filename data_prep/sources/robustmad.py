@@ -42,7 +42,8 @@ def read(config: SourceConfig) -> Items:
             yield Rejection(image.image, _missing(image))
             continue
         yield from _asked(image, place, config.root)
-    used = {place for place in places.values() if place}
+    # The clean photo of a degraded query is no training image either.
+    used = {place for one in asked for place in (places[one.id], _locate(config.root, one.id)) if place}
     for dataset, product in dict.fromkeys((image.dataset, image.product) for image in asked):
         yield from _normals(config.root, dataset, product, used)
 

@@ -65,6 +65,27 @@ def test_degraded_images_keep_the_id_and_the_mask_of_the_clean_one(tmp_path: Pat
     assert "generate_LoQ_images.py" in rejection.reason
 
 
+def test_the_clean_photo_of_a_degraded_query_is_no_training_image(tmp_path: Path) -> None:
+    """It would be the nearest reference of the query, so clean and degraded runs would not see the same references."""
+    folder = "VisA/cable/Data/Images/Normal"
+    for name in ("000", "001", "100", "blur/000_blur"):
+        draw(tmp_path / f"{folder}/{name}.JPG")
+    pools = {}
+    for kind, name in (("clean", "000"), ("degraded", "blur/000_blur")):
+        content = questions_file(images=2)
+        image = content["images"][-1] | {
+            "dataset": "VisA",
+            "image_path": f"VisA/cable/test/good/{name}.JPG",
+            "reference_image_path": "VisA/cable/test/good/100.JPG",
+        }
+        (tmp_path / f"{kind}.json").write_text(json.dumps({"images": [image]}))
+        inspections, _, rejections = split_items(robustmad.read(SourceConfig(tmp_path, tmp_path / f"{kind}.json")))
+        assert rejections == []
+        assert [one.image for one in inspections if one.split == "test"] == [f"{folder}/{name}.JPG"]
+        pools[kind] = [one.image for one in inspections if one.split == "train"]
+    assert pools["clean"] == pools["degraded"] == [f"{folder}/001.JPG", f"{folder}/100.JPG"]
+
+
 def test_visa_is_read_in_its_published_layout_too(tmp_path: Path) -> None:
     content = questions_file(images=2)
     for image in content["images"]:
