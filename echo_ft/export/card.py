@@ -119,7 +119,10 @@ def _decision(bundle: BundleDescription) -> str:
     if bundle.calibration is None:
         return "P(defect) as the model states it, with a threshold of 0.5; it is not calibrated"
     one = bundle.calibration
-    return f"P(defect) at temperature {one.temperature:.4g}, with a threshold of {one.threshold:.4g}"
+    threshold = f"a threshold of {one.threshold:.4g}"
+    if one.raw_threshold is not None:
+        threshold = f"a threshold of {one.raw_threshold:.6g} before the temperature, which a gate judged"
+    return f"P(defect) at temperature {one.temperature:.4g}, with {threshold}"
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,22 @@ class Calibration:
 
     temperature: float = 1.0
     threshold: float = 0.5
+    """The smallest calibrated P(defect) that is flagged."""
+    raw_threshold: float | None = None
+    """The smallest P(defect) without calibration that is flagged, if a gate judged it. It replaces `threshold`.
+
+    A low temperature turns many probabilities into exactly 1, so the calibrated ones cannot decide as the gate did.
+    """
 
     def score(self, probability: float) -> float:
         """Return the calibrated probability."""
         return float(temper(log_odds(np.array(probability)), self.temperature))
+
+    def flags(self, probability: float) -> bool:
+        """Return whether an image with this P(defect), without calibration, is flagged as defective."""
+        if self.raw_threshold is not None:
+            return probability >= self.raw_threshold
+        return self.score(probability) >= self.threshold
 
 
 def load_calibration(report: Path) -> Calibration:
@@ -45,7 +57,7 @@ def load_calibration(report: Path) -> Calibration:
         temperature = found["temperature"] if found else 1.0
         if gate is not None:
             # If a gate flags nothing, its threshold is above 1; `score` would clip it to 1.
-            return Calibration(temperature, gate if gate > 1 else Calibration(temperature).score(gate))
+            return Calibration(temperature, gate if gate > 1 else Calibration(temperature).score(gate), gate)
         thresholds = found["thresholds"]
         return Calibration(temperature, thresholds.get("false_alarms", thresholds["f1"])["threshold"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -53,6 +65,15 @@ def load_calibration(report: Path) -> Calibration:
             f"{report} has neither a calibration nor a gate; write one with python -m evaluation.score RUN "
             "--calibration VALIDATION_RUN, or with --gate"
         ) from error
+
+
+def with_threshold(calibration: Calibration | None, threshold: float | None) -> Calibration:
+    """Replace the threshold of a calibration, if there is one. Raises EchoError if it is not a probability."""
+    if threshold is None:
+        return calibration or Calibration()
+    if not 0 <= threshold <= 1:
+        raise EchoError(f"threshold is {threshold:g}; set a probability from 0 to 1")
+    return replace(calibration or Calibration(), threshold=threshold, raw_threshold=None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
 from echo_ft.images.snapshot import ImageInput, list_images, snapshot
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
-from echo_ft.inference.decision import Calibration, load_calibration, read_measurement
+from echo_ft.inference.decision import Calibration, load_calibration, read_measurement, with_threshold
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
@@ -46,7 +46,10 @@ class Result:
     pred_score: float
     """Calibrated P(defect), from 0 to 1."""
     pred_label: bool
-    """Whether the image is flagged as defective: `pred_score` reaches `threshold`."""
+    """Whether the image is flagged as defective: `pred_score` reaches `threshold`.
+
+    A gate's threshold is compared before the calibration, because `pred_score` and `threshold` may both round to 1.
+    """
     threshold: float
     product: str
     condition: str | None
@@ -120,7 +123,7 @@ class Inspector:
         weights = base_fingerprint(card.base_model, card.base_revision)
         adapters = find_adapters(Path(folder), card.base_model, weights, card.min_pixels, card.max_pixels)
         measured = None if calibration is None else read_measurement(Path(calibration), adapters)
-        found = _with_threshold(None if calibration is None else load_calibration(Path(calibration)), threshold)
+        found = with_threshold(None if calibration is None else load_calibration(Path(calibration)), threshold)
         pipeline = measured.pipeline if measured else PipelineConfig(routing=card.routing)
         tokens = max_new_tokens or (measured.max_new_tokens if measured else MAX_NEW_TOKENS)
         loaded = load_dataset(Path(card.dataset if dataset is None else dataset))
@@ -150,7 +153,7 @@ class Inspector:
         """
         path = Path(folder)
         description = read_bundle(path)
-        calibration = _with_threshold(description.calibration, threshold)
+        calibration = with_threshold(description.calibration, threshold)
         products = load_bundle_products(path, description)
         adapters = bundle_adapters(path, description, str(base_model or description.base_model))
         builder = load_bundle_rows(path, description)
@@ -185,7 +188,7 @@ class Inspector:
         products = load_bundle_products(path, description)
         adapters = bundle_adapters(path, description, description.base_model, has_weights=False)
         builder = load_bundle_rows(path, description)
-        calibration, tokens = _with_threshold(description.calibration, threshold), description.max_new_tokens
+        calibration, tokens = with_threshold(description.calibration, threshold), description.max_new_tokens
         client = Server(
             url, model, builder, products.root, tokens, None, max_concurrent, timeout=timeout, bounds_letters=True
         )
@@ -288,8 +291,8 @@ class Inspector:
                 f"the image {image or case.id} has no P(defect), because the server returned no probability of A or B; "
                 "use a local model"
             )
-        score = self.calibration.score(detection.probabilities["A"])
-        flagged = score >= self.calibration.threshold
+        probability = detection.probabilities["A"]
+        flagged = self.calibration.flags(probability)
         named = [one for one in outcome.predictions[1:] if one.parsed is not None and one.options]
         boxed = next((one.parsed for one in outcome.predictions if one.kind == GROUNDING), None)
         found = None if boxed is None else boxes.parse_boxes(boxed)
@@ -301,7 +304,7 @@ class Inspector:
                 texts[one.role] = one.text
         return Result(
             image=image,
-            pred_score=score,
+            pred_score=self.calibration.score(probability),
             pred_label=flagged,
             threshold=self.calibration.threshold,
             product=case.product,
@@ -338,12 +341,3 @@ def _engine(
     from echo_ft.inference.engine import Engine
 
     return Engine(model, row_builder, products.root, max_new_tokens, max_batch_tokens=max_batch_tokens).generate
-
-
-def _with_threshold(calibration: Calibration | None, threshold: float | None) -> Calibration:
-    """Replace the threshold of a calibration, if there is one. Raises EchoError if it is not a probability."""
-    if threshold is None:
-        return calibration or Calibration()
-    if not 0 <= threshold <= 1:
-        raise EchoError(f"threshold is {threshold:g}; set a probability from 0 to 1")
-    return replace(calibration or Calibration(), threshold=threshold)

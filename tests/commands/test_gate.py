@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from echo_ft.errors import EchoError
-from echo_ft.inference.decision import load_calibration
+from echo_ft.inference.decision import load_calibration, with_threshold
 from echo_ft.records import GOOD, Prediction
 from evaluation import score
 from tests.support.runs import make_run, predictions, require_self_contained, run_command
@@ -75,6 +75,7 @@ def test_the_threshold_comes_from_the_calibration_run_and_serves_the_inspector(t
     assert gate["threshold"] == pytest.approx(0.5)
     assert found.temperature == json.loads((folder / "report.json").read_text())["calibration"]["temperature"]
     assert found.score(0.49) < found.threshold < found.score(0.51)
+    assert (found.flags(0.49), found.flags(0.51)) == (False, True)
     with pytest.raises(EchoError, match="cannot calibrate"):
         score.main([str(folder), "--gate", "false_alarms<=0.05", "--calibration", str(folder)])
 
@@ -88,6 +89,16 @@ def test_the_inspector_uses_the_threshold_of_a_gate_without_a_calibration(tmp_pa
     (tmp_path / "report.json").write_text(json.dumps(report))
     nothing = load_calibration(tmp_path / "report.json")
     assert nothing.score(1.0) < nothing.threshold
+    assert not nothing.flags(1.0)
+
+
+def test_a_low_temperature_does_not_change_what_a_gate_flags(tmp_path: Path) -> None:
+    report = {"calibration": {"temperature": 0.01, "thresholds": {}}, "gate": {"threshold": 0.635}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    found = load_calibration(tmp_path / "report.json")
+    assert [found.flags(value) for value in (0.58, 0.62, 0.634, 0.635, 0.64, 1.0)] == [False] * 3 + [True] * 3
+    other = with_threshold(found, 0.2)
+    assert (other.flags(0.4), other.flags(0.6)) == (False, True), "--threshold replaces the gate's threshold"
 
 
 def test_answers_in_mmads_format_are_judged_without_a_threshold(tmp_path: Path) -> None:
