@@ -100,9 +100,10 @@ def require_same_questions(names: Sequence[str], runs: Sequence[Run], tables: Se
         missing, surplus = sorted(first.keys() - other.keys()), sorted(other.keys() - first.keys())
         if missing or surplus:
             example = (missing or surplus)[0]
+            remedy = "add the missing answers to the file" if given else "finish both runs with evaluation.run"
             raise EchoError(
                 f"{cannot}{len(missing)} questions are only in the first run and {len(surplus)} only in the second "
-                f"(such as question {example[1]} of case {example[0]}); finish both runs with evaluation.run"
+                f"(such as question {example[1]} of case {example[0]}); {remedy}"
             )
         for (case, question), one in first.items():
             twin = other[case, question]

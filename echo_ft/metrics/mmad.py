@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,9 +153,11 @@ def _answer(row: Any, where: str) -> Answer:
 def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Rejection]]:
     """Convert answers to predictions for the strict scores, and reject rows whose correct answer is not an option.
 
-    An image is normal if one of its folders is named exactly `good`. `roles.parse_letter` parses the answers.
+    An image is normal if one of its folders is named exactly `good`. `roles.parse_letter` parses the answers. The
+    question's identifier does not depend on the order of the rows, so that files can be compared.
     """
     predictions, rejections = [], []
+    asked: Counter[tuple[str, str]] = Counter()
     for number, answer in enumerate(answers, start=1):
         options = answer.options or dict.fromkeys(LETTERS, "")
         if answer.correct_answer not in options:
@@ -165,12 +168,15 @@ def to_predictions(answers: Sequence[Answer]) -> tuple[list[Prediction], list[Re
                 )
             )
             continue
+        choices = (f"{letter}: {text}" for letter, text in answer.options.items())
+        question = " ".join([f"{answer.question_type}:", answer.question, *choices])
+        asked[answer.image, question] += 1
         parts = answer.image.split("/")
         condition = GOOD if GOOD in parts[:-1] else parts[-2]
         predictions.append(
             Prediction(
                 case=answer.image,
-                question=f"row {number}",
+                question=f"{question} #{asked[answer.image, question]}",
                 dataset=parts[0],
                 product=parts[1],
                 group=answer.image,

@@ -109,6 +109,24 @@ def test_answers_that_name_other_parts_are_not_compared(tmp_path: Path) -> None:
         compare.main([str(tmp_path / "plain"), str(tmp_path / "grouped")])
 
 
+def test_answers_in_another_order_are_compared_and_missing_ones_are_to_be_added(tmp_path: Path) -> None:
+    rows = [
+        {
+            "image": f"parts/cap/{'good' if number % 2 else 'dent'}/{number // 4}.png",
+            "question": {"text": "Any defect?", "options": {"A": "Yes.", "B": "No."}},
+            "question_type": "Anomaly Detection",
+            "correct_answer": "AB"[number % 2],
+            "gpt_answer": "A",
+        }
+        for number in range(40)
+    ]
+    for name, some in (("first", rows), ("second", rows[::-1]), ("short", rows[1:])):
+        score.main(["--answers", str(write(tmp_path / f"{name}.json", some)), "--output", str(tmp_path / name)])
+    compare.main([str(tmp_path / "first"), str(tmp_path / "second")])
+    with pytest.raises(EchoError, match=r"1 questions are only in the first run .*add the missing answers to the file"):
+        compare.main([str(tmp_path / "first"), str(tmp_path / "short")])
+
+
 def test_a_comparison_states_the_rows_that_could_not_be_scored(tmp_path: Path) -> None:
     rows = [
         {
