@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 
 from echo_ft.images.mask_reading import Mask
-from echo_ft.images.masks import Marked, covered_pixels, fill_polygons, load_mask, mask_files
+from echo_ft.images.masks import Marked, covered_pixels, fill_boxes, fill_polygons, load_mask, mask_files
 from echo_ft.records import BOX_END, BOX_START
 
 Box = tuple[int, int, int, int]
@@ -30,6 +30,9 @@ NEAR = 0.02
 MAX_BOXES = 5
 """Largest number of boxes in a target. A box has at most 23 tokens, so all fit into MAX_NEW_TOKENS."""
 
+MANY_BOXES = 256
+"""More boxes than this are joined on a mask, because `join_boxes` compares each of them with all others."""
+
 _PAIR = r"\(([0-9]{1,4}), ?([0-9]{1,4})\), ?\(([0-9]{1,4}), ?([0-9]{1,4})\)"
 _MARKED_PAIR = re.escape(BOX_START) + _PAIR + re.escape(BOX_END)
 _ANSWER = re.compile("|".join(rf"{one}(?:,?\s*{one})*" for one in (_PAIR, _MARKED_PAIR)))
@@ -39,15 +42,16 @@ def target_boxes(marked: Marked, root: Path, size: tuple[int, int], orientation:
     """Return the boxes of the defects that a record marks, in pixels; empty if nothing is marked.
 
     `size` is (width, height) of the upright image in pixels, and `orientation` its EXIF orientation. For mask files,
-    the result is the `mask_boxes` of their union. Otherwise, `join_boxes` joins the boxes of all polygons and the
-    record's own boxes. Raises EchoError as `masks.load_mask` does.
+    the result is the `mask_boxes` of their union. Otherwise, the boxes of all polygons and the record's own boxes are
+    joined as `join_boxes` does. Raises EchoError as `masks.load_mask` does.
     """
     if mask_files(marked):
         mask = load_mask(marked, root, size, orientation)
         return () if mask is None else mask_boxes(mask)
     drawn = (fill_polygons([polygon], size) for polygon in marked.polygons)  # one mask in memory at a time
     boxes = [_bounding_box(mask) for mask in drawn if mask.any()]
-    return join_boxes([*boxes, *(covered_pixels(box, size) for box in marked.boxes)], size)
+    boxes += [covered_pixels(box, size) for box in marked.boxes]
+    return mask_boxes(fill_boxes(boxes, size)) if len(boxes) > MANY_BOXES else join_boxes(boxes, size)
 
 
 def mask_boxes(mask: Mask) -> tuple[Box, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from echo_ft.images.boxes import target_boxes
+from echo_ft.images.boxes import MANY_BOXES, target_boxes
 from echo_ft.images.decode import size_and_orientation
 from echo_ft.images.masks import mask_files
 from echo_ft.records import Inspection
@@ -28,10 +28,13 @@ class Outlines:
 def outlines_of(inspection: Inspection, root: Path) -> Outlines:
     """Return the outlines of a record: its boxes and polygons, or the boxes around the pieces of its mask files.
 
-    They are for the upright image. Raises EchoError as `masks.load_mask` does.
+    More than MANY_BOXES boxes are the rows of a mask, so they are replaced in the same way. The outlines are for the
+    upright image. Raises EchoError as `masks.load_mask` does.
     """
-    if mask_files(inspection):
-        return Outlines(tuple(target_boxes(inspection, root, *size_and_orientation(root / inspection.image))))
+    if mask_files(inspection) or len(inspection.boxes) > MANY_BOXES:
+        drawn = replace(inspection, polygons=())
+        polygons = () if mask_files(inspection) else inspection.polygons
+        return Outlines(target_boxes(drawn, root, *size_and_orientation(root / inspection.image)), polygons)
     return Outlines(inspection.boxes, inspection.polygons)
 
 

@@ -17,6 +17,7 @@ from scipy.ndimage import label
 
 from echo_ft.errors import EchoError
 from echo_ft.images.boxes import (
+    MANY_BOXES,
     MAX_BOXES,
     Box,
     box_ious,
@@ -28,6 +29,7 @@ from echo_ft.images.boxes import (
     target_boxes,
     to_thousandths,
 )
+from echo_ft.images.outlines import Outlines, outlines_of
 from echo_ft.records import BOX_END, BOX_START, Inspection
 
 MASKS = arrays.arrays(
@@ -206,6 +208,35 @@ def test_many_boxes_need_the_memory_of_few(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert found == ((10, 0, 900, 500), (20, 600, 40, 611))
     assert peak < 20e6
+
+
+@pytest.mark.parametrize("size", [(90, 70), (1000, 400)])
+def test_any_number_of_boxes_is_joined_in_the_same_way(tmp_path: Path, size: tuple[int, int]) -> None:
+    draw = random.Random(0)
+    for count in (MANY_BOXES, MANY_BOXES + 1, 600):
+        for most in (1, size[0] // 30):
+            corners = [(draw.randrange(size[0] // 3), draw.randrange(size[1])) for _ in range(count)]
+            boxes = [(x, y, x + draw.randint(1, most), y + draw.randint(1, most)) for x, y in corners]
+            whole = [(x0, y0, min(x1, size[0]), min(y1, size[1])) for x0, y0, x1, y1 in boxes]
+            found = target_boxes(marked(boxes=tuple(boxes)), tmp_path, size)
+            assert found == join_boxes(whole, size)
+
+
+def test_the_rows_of_a_large_mask_take_little_memory_and_are_shown_as_pieces(tmp_path: Path) -> None:
+    """labelme stores a speckled mask as tens of thousands of boxes. They took 56 GB."""
+    specks = tuple((float(x), float(y), x + 1.0, y + 1.0) for x in range(0, 400, 2) for y in range(0, 400, 2))
+    record = marked(boxes=(*specks, (900.0, 900.0, 990.0, 990.0)), polygons=((700.0, 10.0, 799.0, 10.0, 799.0, 99.0),))
+    Image.new("L", (1000, 1000)).save(tmp_path / "i.png")
+    pieces = ((0, 0, 399, 399), (900, 900, 990, 990))
+    tracemalloc.start()
+    try:
+        found, shown = target_boxes(record, tmp_path, (1000, 1000)), outlines_of(record, tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == ((0, 0, 399, 399), (700, 10, 800, 100), (900, 900, 990, 990))
+    assert shown == Outlines(pieces, record.polygons)
+    assert peak < 50e6
 
 
 def test_masks_polygons_and_boxes_give_targets(tmp_path: Path) -> None:
