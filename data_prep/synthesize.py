@@ -52,7 +52,7 @@ from echo_ft.files import write_json, write_jsonl, write_text
 from echo_ft.images.decode import READ_ERRORS, SIDEWAYS, decode, describe_read_error, size_and_orientation
 from echo_ft.images.masks import load_mask
 from echo_ft.images.synthetic_defects import DEFECT_METHODS, SyntheticDefect, make_defect
-from echo_ft.inputs import image_file
+from echo_ft.inputs import image_file, with_frame
 from echo_ft.provenance import commit, versions
 from echo_ft.records import GOOD, Inspection, Knowledge, Question, Rejection
 from echo_ft.terminal import progress
@@ -132,7 +132,10 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
                 rejections.append(result)
         if not synthetic:
             raise EchoError(f"no defect could be made on any of {len(normals)} normal images; try other methods")
-        rows = [*(import_image(one, root, folder) for one in inspections), *map(manifest_row, synthetic)]
+        # A build with the same config adds its frame to each path without one, but a drawn file has only the frame 0.
+        frame = None if source.frame is None else 0
+        named = [replace(one, image=with_frame(one.image, frame)) for one in synthetic]
+        rows = [*(import_image(one, root, folder) for one in inspections), *map(manifest_row, named)]
         write_jsonl(folder / REJECTED_FILE, rejections)
         write_text(folder / listed, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
         text = yaml.safe_dump(extend_knowledge(known, synthetic), allow_unicode=True, sort_keys=False, width=120)

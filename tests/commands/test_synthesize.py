@@ -243,6 +243,28 @@ def test_synthetic_defects_belong_to_parts_with_decomposed_names(tmp_path):
         assert one.group == own[one.image.removeprefix("synthetic/").rsplit("/", 1)[0]]
 
 
+@pytest.mark.parametrize("frame", [0, 1])
+def test_the_frame_of_a_build_does_not_hide_synthetic_images(tmp_path, frame):
+    """The printed command takes the same config, with its frame, but synthetic images have only one frame."""
+    manifest = draw_discs(tmp_path / "raw", splits=False, normals=4)
+    for row in map(json.loads, manifest.read_text().splitlines()):
+        with Image.open(tmp_path / "raw" / row["image"]) as image:
+            image.load()
+        layers = [Image.new(image.mode, image.size), image][:: 1 if frame else -1]
+        layers[0].save(tmp_path / "raw" / row["image"], save_all=True, append_images=layers[1:], default_image=False)
+    config = make_config(manifest, tmp_path / "made", frame=frame)
+    counts = synthesize(config, SynthesizeConfig(["cutpaste"]))["counts"]
+    again = make_config(tmp_path / "made/parts.jsonl", tmp_path / "data", frame=frame, root=tmp_path / "made")
+    usable = usable_images(again, tmp_path / "made")
+    assert usable.rejections == []
+    made = [one for one in usable.inspections if one.synthetic]
+    assert len(made) == counts["synthetic"]["cutpaste"] > 4
+    assert len(usable.inspections) == len(made) + counts["images"]
+    own = {one.image: one.group for one in usable.inspections}
+    for one in made:
+        assert one.group == own[one.image.removeprefix("synthetic/").rsplit("/", 1)[0]]
+
+
 def test_boxes_on_an_image_that_viewers_turn_become_a_mask(tmp_path):
     manifest = draw_discs(tmp_path / "raw", splits=False, normals=4)
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
