@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.truth import default_group
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_unchanged, write_manifest
 from echo_ft.data.knowledge import DATASET_ALIASES
@@ -266,10 +267,10 @@ def _findings_by_records(training: Side, evaluated: Side, products_must_differ: 
 def _groups(side: Side, separate_roots: bool) -> set[tuple[str, ...]]:
     """Return the parts of a side's cases.
 
-    An image without a group uses its path as its group. If the two sides have `separate_roots`, the same path may be a
+    An image without a group uses its file as its group. If the two sides have `separate_roots`, the same path may be a
     different file on each side, so these groups are skipped.
     """
-    return {part_key(one) for one in side.cases.values() if not (separate_roots and one.group == one.image)}
+    return {part_key(one) for one in side.cases.values() if not (separate_roots and one.group == default_group(one))}
 
 
 def _contents(side: Side, images: Sequence[str]) -> dict[bytes, str]:

@@ -108,9 +108,14 @@ def merge_records(items: Iterable[Item]) -> SourceRecords:
     )
 
 
+def default_group(inspection: Inspection) -> str:
+    """Return the group of an image for which the source states none: the path of its file, without a frame."""
+    return image_file(Path(inspection.image)).as_posix()
+
+
 def with_composed_names(inspection: Inspection) -> Inspection:
     """Return the inspection with its names in NFC. Paths keep the form that they have on disk."""
-    file = image_file(Path(inspection.image)).as_posix()
+    file = default_group(inspection)
     return dataclasses.replace(
         inspection,
         dataset=nfc(inspection.dataset),
@@ -126,7 +131,7 @@ def with_groups_as_paths(inspections: Sequence[Inspection]) -> list[Inspection]:
 
     The image with this path has it as it is on disk, and the others have it in NFC.
     """
-    own = {one.group for one in inspections if one.group == image_file(Path(one.image)).as_posix()}
+    own = {one.group for one in inspections if one.group == default_group(one)}
     on_disk = {nfc(path): path for path in own if nfc(path) not in own}
     return [dataclasses.replace(one, group=on_disk[one.group]) if one.group in on_disk else one for one in inspections]
 
@@ -178,8 +183,8 @@ def _agreed(field: str, statements: Sequence[Statement]) -> Any:
 
     def value(inspection: Inspection) -> Any:
         found = getattr(inspection, field)
-        # Without a group, the record has the path as its group.
-        return None if field == "group" and found == inspection.image else found
+        # Without a group, the record has the default one.
+        return None if field == "group" and found == default_group(inspection) else found
 
     given = [one for one in statements if value(one.inspection) is not None]
     if len({value(one.inspection) for one in given}) > 1:

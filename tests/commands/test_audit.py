@@ -246,6 +246,21 @@ def test_parts_are_matched_across_roots_by_group_not_by_path(tmp_path):
     assert audit_findings(AuditConfig(folders, shared_products=True))["groups"] == (1, True)
 
 
+def test_frames_without_a_group_share_no_part_across_roots(tmp_path):
+    """Without a group, an image belongs to the part of its file, and the other root has another file of this name."""
+    folders = []
+    for name, seed in (("first", 0), ("second", 500)):
+        root = tmp_path / name
+        root.mkdir()
+        rows = []
+        for number, split in enumerate(["train", "test"]):
+            one = noise_inspection(root, f"{number}.png", split, seed + number)
+            image = f"{number}.png#frame=0"
+            rows.append(dataclasses.replace(one, id=image, image=image, group=f"{number}.png"))
+        folders.append(dataset(root / "dataset", rows))
+    assert audit_findings(AuditConfig(folders, shared_products=True))["groups"] == (0, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,6 +13,7 @@ from data_prep.build import main as build
 from data_prep.convert import is_portable
 from data_prep.faults import check_image
 from data_prep.sources import SourceConfig, manifest
+from data_prep.truth import merge_records
 from echo_ft.data.dataset import load_dataset, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
@@ -133,6 +134,16 @@ def test_rows_may_name_frames_of_one_file(tmp_path):
     found = list(read_jsonl(built(tmp_path, "--frame", "1") / "inspections.jsonl", Inspection))
     assert [one.image for one in found] == ["stack.tif#frame=0", "stack.tif#frame=2", "part.gif#frame=1"]
     assert [one.group for one in found] == ["stack.tif", "stack.tif", "part.gif"], "frames may show the same part"
+
+
+def test_one_of_the_rows_about_a_frame_may_name_its_group(tmp_path):
+    stack(tmp_path / "part.tif")
+    row = {"image": "part.tif#frame=1", "product": "cap", "condition": "dent"}
+    places = [row | {"boxes": [[1, 1, 9, 9]], "group": "7"}, row | {"boxes": [[20, 20, 29, 29]]}]
+    (tmp_path / "parts.jsonl").write_text("".join(json.dumps(place) + "\n" for place in places))
+    records = merge_records(manifest.read(SourceConfig(tmp_path, tmp_path / "parts.jsonl")))
+    assert records.rejections == []
+    assert [(one.group, len(one.boxes)) for one in records.inspections] == [("7", 2)]
 
 
 @pytest.mark.parametrize(
