@@ -9,7 +9,7 @@ from pathlib import Path
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_not_rebuilt
 from echo_ft.errors import EchoError
-from echo_ft.inference.decision import read_measurement
+from echo_ft.inference.decision import measured_dtype, read_measurement
 from echo_ft.inputs import read_json_object
 from echo_ft.model.adapters import Adapter, AdapterCard, find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
@@ -71,7 +71,10 @@ class ExportConfig:
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "Data type of the exported weights; auto: as in the checkpoint.", "choices": list(DTYPES)},
+        metadata={
+            "help": "Data type of the exported weights; auto: as in the report's run, or else as in the checkpoint.",
+            "choices": list(DTYPES),
+        },
     )
     report_to: str = field(default="none", metadata=REPORT_TO)
     registry: str | None = field(
@@ -104,14 +107,15 @@ def main(argv: list[str]) -> None:
         role: replace(found, card=replace(found.card, base_model=base))
         for role, found in find_adapters(folder, base, weights, card.min_pixels, card.max_pixels).items()
     }
+    measurement = None if config.report is None else read_measurement(Path(config.report), adapters)
     plan = ExportPlan(
         adapters,
         dataset=find_dataset(config, card),
         references=config.references,
-        measurement=None if config.report is None else read_measurement(Path(config.report), adapters),
+        measurement=measurement,
         licence=config.licence,
         merge=[] if config.merge == ["none"] else config.merge,
-        dtype=config.dtype,
+        dtype=measured_dtype(config.dtype, measurement, replace(card, base_model=base)),
     )
     bundle = export_bundle(plan, Path(config.output))
     for part, fidelity in bundle.fidelity.items():

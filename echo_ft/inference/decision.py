@@ -14,10 +14,12 @@ from scipy.special import expit, logit
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.inputs import read_json_object
+from echo_ft.model.loading import DTYPES, checkpoint_dtype
 from echo_ft.provenance import same_weights
+from echo_ft.terminal import LOGGER
 
 if TYPE_CHECKING:
-    from echo_ft.model.adapters import Adapter
+    from echo_ft.model.adapters import Adapter, AdapterCard
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Measurement:
     k: int | None
     """The number of references per image; None means all references in the dataset."""
     calibration: Calibration | None
+    dtype: str | None = None
+    """The data type of the run, one of DTYPES; None for a run on a server, and in reports of older versions."""
 
 
 def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement:
@@ -102,6 +106,9 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
         tokens, k, base = int(run["max_new_tokens"]), run["references"], run["base_fingerprint"]
         gate, corruption = report.get("gate") or {}, run["corruption"]
         calibrated = bool(report["calibration"]) or gate.get("threshold") is not None
+        dtype = run.get("dtype")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"its dtype is {dtype!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EchoError(
             f"{path} is not a run's report ({type(error).__name__}: {error}); write it with python -m "
@@ -119,7 +126,27 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
     if corruption is not None or pipeline.reference == "random":
         what = "corrupted images" if corruption is not None else "random references"
         raise EchoError(f"{path} measures {what}, which an inspector does not use; pass the report of another run")
-    return Measurement(report, pipeline, tokens, k, load_calibration(path) if calibrated else None)
+    return Measurement(report, pipeline, tokens, k, load_calibration(path) if calibrated else None, dtype)
+
+
+def measured_dtype(dtype: str, measurement: Measurement | None, card: AdapterCard) -> str:
+    """Return the data type in which to load the model with this `card`: that of the report if `dtype` is `auto`.
+
+    Warns if the report measures another data type than the given one.
+    """
+    if measurement is None or measurement.dtype is None:
+        return dtype
+    if dtype == "auto":
+        return measurement.dtype
+    measured = measurement.dtype
+    if measured == "auto":
+        measured = checkpoint_dtype(card.base_model, card.base_revision)
+    if dtype != measured:
+        LOGGER.warning(
+            f"the report measures {measured}, but the model is loaded in {dtype}, which may change answers near the "
+            f"threshold; leave out the dtype, or run and score with --dtype {dtype}"
+        )
+    return dtype
 
 
 def log_odds(probabilities: NDArray[Any]) -> NDArray[np.float64]:

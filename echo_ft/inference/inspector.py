@@ -21,7 +21,13 @@ from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
 from echo_ft.images.snapshot import ImageInput, list_images, snapshot
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
-from echo_ft.inference.decision import Calibration, load_calibration, read_measurement, with_threshold
+from echo_ft.inference.decision import (
+    Calibration,
+    load_calibration,
+    measured_dtype,
+    read_measurement,
+    with_threshold,
+)
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
@@ -115,9 +121,10 @@ class Inspector:
         """Load the four adapters in `folder` with the base model, pixel budget, routing and dataset of their cards.
 
         `dataset` replaces the dataset folder of the cards, for example for other references. `calibration` is the
-        report.json of a run with these adapters, which gives the calibration and the options. `threshold` replaces its
-        threshold; without both, the threshold is 0.5. `max_batch_tokens` limits the key-value cache, as in
-        `evaluation.run`. Raises EchoError if a component is missing or does not match the others.
+        report.json of a run with these adapters, which gives the calibration, the options and, if `dtype` is `auto`,
+        the data type. `threshold` replaces its threshold; without both, the threshold is 0.5. `max_batch_tokens` limits
+        the key-value cache, as in `evaluation.run`. Raises EchoError if a component is missing or does not match the
+        others.
         """
         card = read_card(Path(folder) / ROLES[0])
         weights = base_fingerprint(card.base_model, card.base_revision)
@@ -131,7 +138,7 @@ class Inspector:
             require_not_rebuilt(loaded, card.dataset_fingerprint)
         products = read_products(loaded, measured.k if measured else None)
         builder = RowBuilder(load_processor(card.base_model, card.base_revision, card.min_pixels, card.max_pixels))
-        model = load_tuned_model(adapters, builder, dtype, str(folder))
+        model = load_tuned_model(adapters, builder, measured_dtype(dtype, measured, card), str(folder))
         return cls(_engine(model, builder, products, tokens, max_batch_tokens), products, pipeline, found)
 
     @classmethod

@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoTokenizer
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.export import bundle as bundle_module
-from echo_ft.export.bundle import ExportPlan, export_bundle
+from echo_ft.export.bundle import Bundle, ExportPlan, export_bundle
 from echo_ft.export.published_form import publish_config
 from echo_ft.export.vllm import serving_lines, vllm_refusal
 from echo_ft.inference.bundle import read_bundle
-from echo_ft.inference.decision import Calibration, read_measurement
+from echo_ft.inference.decision import Calibration, measured_dtype, read_measurement
 from echo_ft.inference.inspector import Inspector
 from echo_ft.model.adapters import find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model
@@ -142,8 +142,36 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
 
 
 @pytest.mark.parametrize(
+    ("dtype", "measured", "loaded", "warns"),
+    [
+        ("auto", "bfloat16", "bfloat16", False),
+        ("auto", "auto", "auto", False),
+        ("auto", None, "auto", False),
+        ("float32", None, "float32", False),
+        ("float32", "auto", "float32", False),
+        ("float32", "bfloat16", "float32", True),
+        ("bfloat16", "auto", "bfloat16", True),
+    ],
+)
+def test_the_data_type_of_the_report_is_loaded(adapters, tmp_path, caplog, dtype, measured, loaded, warns):
+    found = find(adapters)
+    measurement = read_measurement(make_report(tmp_path / "report.json", found, {"dtype": measured}), found)
+    assert measured_dtype(dtype, measurement, found[ROLES[0]].card) == loaded
+    assert [f"but the model is loaded in {dtype}" in one.message for one in caplog.records] == [True] * warns
+
+
+def test_a_report_gives_the_export_its_data_type(adapters, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(bundle_module, "export_bundle", lambda plan, _: plans.append(plan) or Bundle({}, {}))
+    report = make_report(tmp_path / "report.json", find(adapters), {"dtype": "bfloat16"})
+    export_main(["--adapters", str(adapters), "--output", str(tmp_path / "b"), *NO_IMAGES, "--report", str(report)])
+    assert [plan.dtype for plan in plans] == ["bfloat16"]
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"dtype": 3}, r"is not a run's report .ValueError: its dtype is 3.; write it with"),
         ({"adapters": {}}, "measures a different reference_extractor adapter than .*; run and score these adapters"),
         ({"base_fingerprint": "0"}, r"measures a different base model .0.; run and score these adapters"),
         ({"corruption": "blur"}, "measures corrupted images, which an inspector does not use"),

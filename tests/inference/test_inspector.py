@@ -167,8 +167,9 @@ def test_the_score_is_calibrated_and_compared_with_the_threshold(inspector, imag
 
 def test_a_report_gives_the_inspector_the_options_of_its_run_and_must_be_of_its_adapters(adapters, tmp_path):
     found = find_adapters(adapters, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), MIN_PIXELS, MAX_PIXELS)
-    report = make_report(tmp_path / "report.json", found)
+    report = make_report(tmp_path / "report.json", found, {"dtype": "bfloat16"})
     inspector = Inspector.from_adapters(adapters, calibration=report)
+    assert str(inspector.generate.__self__.model.dtype) == "torch.bfloat16"
     assert inspector.pipeline == PipelineConfig(knowledge="all", reasoning="off", answer="logits")
     assert inspector.calibration == Calibration(2.0, 0.4)
     assert inspector.products.search.k == 1
