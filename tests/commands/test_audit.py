@@ -249,11 +249,11 @@ def test_parts_are_matched_across_roots_by_group_not_by_path(tmp_path):
 def test_frames_without_a_group_share_no_part_across_roots(tmp_path):
     """Without a group, an image belongs to the part of its file, and the other root has another file of this name."""
     folders = []
-    for name, seed in (("first", 0), ("second", 500)):
+    for name, seed, splits in (("first", 0, ("train", "test")), ("second", 500, ("test", "train"))):
         root = tmp_path / name
         root.mkdir()
         rows = []
-        for number, split in enumerate(["train", "test"]):
+        for number, split in enumerate(splits):
             one = noise_inspection(root, f"{number}.png", split, seed + number)
             image = f"{number}.png#frame=0"
             rows.append(dataclasses.replace(one, id=image, image=image, group=f"{number}.png"))
