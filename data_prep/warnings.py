@@ -96,7 +96,12 @@ def _split_warnings(
         )
     for split in ("validation", "test"):
         conditions = {inspection.condition == GOOD for inspection in cases if inspection.split == split}
-        if not conditions:
+        if not conditions and split == "validation":
+            yield (
+                "the validation split has no case (synthetic defects never count): set split to seeded if the source "
+                "gives the splits, or train with --eval_strategy no"
+            )
+        elif not conditions:
             yield f"the {split} split has no case"
         elif len(conditions) == 1:
             side, other = ("normal", "defective") if True in conditions else ("defective", "normal")

@@ -98,7 +98,10 @@ def _plan_role(
     if not planned.rows:
         if planned.rejected:
             raise EchoError(f"{path} has no usable row: {planned.rejected[0].reason}")
-        remedy = "give the split a larger share in the dataset's `fractions`, or add images if there are too few"
+        remedy = (
+            "build the dataset with a larger share in `fractions` (and with `--split seeded` if the source gives the "
+            "splits), or add images if there are too few"
+        )
         raise EchoError(f"{path} is empty; {remedy}" + (', or set eval_strategy: "no"' if split != "train" else ""))
     return planned
 

@@ -285,6 +285,19 @@ def test_boxes_on_an_image_that_viewers_turn_become_a_mask(tmp_path):
     assert mask[40:55, 50:70].all() and mask.sum() == 15 * 20
 
 
+def test_a_source_without_a_validation_split_is_told_how_to_get_one(tmp_path):
+    """As in MVTec AD, train has only normal images. Its synthetic defects cannot validate."""
+    manifest = draw_discs(tmp_path / "raw", splits=True)
+    manifest.write_text(manifest.read_text().replace('"validation"', '"train"'))
+    synthesize(make_config(manifest, tmp_path / "made"), SynthesizeConfig(["cutpaste"]))
+    config = make_config(tmp_path / "made/parts.jsonl", tmp_path / "data")
+    (found,) = (text for text in build(config)["warnings"] if "the validation split has no case" in text)
+    assert "synthetic defects never count" in found
+    assert "set split to seeded" in found and "--eval_strategy no" in found
+    seeded = make_config(tmp_path / "made/parts.jsonl", tmp_path / "seeded", split="seeded")
+    assert not [text for text in build(seeded)["warnings"] if "the validation split has no case" in text]
+
+
 def test_dataset_with_its_own_name_gets_the_splits_of_its_source(tmp_path):
     source = BuildConfig("synthetic", tmp_path / "made", parts=MIN_PARTS, split="seeded")
     synthesize(source, SynthesizeConfig(["cutpaste"]))

@@ -12,6 +12,7 @@ import pytest
 from trl import SFTConfig
 
 from echo_ft.data.dataset import load_dataset
+from echo_ft.errors import EchoError
 from echo_ft.records import Branch, Exchange
 from echo_ft.training.cases import EXCHANGE_SCHEMA, load_training_cases
 from echo_ft.training.config import EchoConfig
@@ -82,3 +83,13 @@ def test_the_schema_has_every_field_of_an_exchange():
     assert EXCHANGE_SCHEMA.names == [field.name for field in fields(Exchange)]
     branch = EXCHANGE_SCHEMA.field("branches").type.value_type
     assert [field.name for field in branch] == list(asdict(exchange)["branches"][0])
+
+
+def test_an_empty_split_names_a_remedy_that_works_for_given_splits(drawn: Path, row_builder, tmp_path: Path) -> None:
+    """Without `--split seeded`, `fractions` have no effect on a source that gives its splits, such as MVTec AD."""
+    shutil.copytree(drawn, tmp_path / "parts")
+    (tmp_path / "parts" / "sft" / ROLE / "validation.jsonl").write_text("")
+    config = EchoConfig(role=ROLE, dataset=str(tmp_path / "parts"), min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    sft = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(EchoError, match=r"validation\.jsonl is empty; .*--split seeded.* or set eval_strategy: \"no\""):
+        load_training_cases(row_builder, load_dataset(tmp_path / "parts"), config, sft, "validation")
