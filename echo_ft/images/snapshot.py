@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echo_ft.errors import EchoError
+from echo_ft.files import list_folder
 from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, decode, describe_read_error, is_deep, to_upright
 from echo_ft.inputs import image_file, read_bytes
 
@@ -23,10 +25,13 @@ ImageInput = str | Path | Image.Image | NDArray[Any]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files directly in a folder, sorted by name. Raises EchoError if there are none."""
+    """Return the image files directly in a folder, sorted by name, without hidden and system files.
+
+    Raises EchoError if there are none.
+    """
     if not folder.is_dir():
         raise EchoError(f"there is no folder {folder}; give a folder of images")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found = [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not found:
         raise EchoError(f"{folder} has no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
@@ -56,6 +61,17 @@ def snapshot(image: ImageInput, folder: Path) -> Path:
     except READ_ERRORS as error:
         raise EchoError(f"image {image} cannot be read: {describe_read_error(error)}; replace it") from error
     return path
+
+
+def snapshots(images: Sequence[ImageInput], folder: Path) -> tuple[list[Path], EchoError | None]:
+    """Copy images as `snapshot` does, up to the first one that cannot be read. Return the copies, and its error."""
+    copies: list[Path] = []
+    try:
+        for image in images:
+            copies.append(snapshot(image, folder))
+    except EchoError as error:
+        return copies, error
+    return copies, None
 
 
 def _png(image: Image.Image | NDArray[Any]) -> bytes:

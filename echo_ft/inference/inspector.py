@@ -19,15 +19,9 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case, run_or_fail
 from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
-from echo_ft.images.snapshot import ImageInput, list_images, snapshot
+from echo_ft.images.snapshot import ImageInput, list_images, snapshot, snapshots
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
-from echo_ft.inference.decision import (
-    Calibration,
-    load_calibration,
-    measured_dtype,
-    read_measurement,
-    with_threshold,
-)
+from echo_ft.inference.decision import Calibration, load_calibration, measured_dtype, read_measurement, with_threshold
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model, load_processor
@@ -155,8 +149,7 @@ class Inspector:
 
         `base_model` is the current folder of the base model, if it has moved since training. `threshold` and `dtype`
         replace those of the bundle. Raises EchoError if a file of the bundle has changed, if a component does not match
-        the others, or if an adapter does not behave as it did in the
-        export.
+        the others, or if an adapter does not behave as it did in the export.
         """
         path = Path(folder)
         description = read_bundle(path)
@@ -228,16 +221,19 @@ class Inspector:
     def stream(self, images: str | Path | Sequence[ImageInput], product: str | None = None) -> Iterator[Result]:
         """Yield the result of each image as soon as its batch is done. A path is a folder of image files.
 
-        Raises EchoError as `predict` does, after the results of the images before it if the experts cannot inspect one.
+        Raises EchoError as `predict` does, after the results of the images before the one that cannot be inspected.
         """
         images = list_images(Path(images)) if isinstance(images, str | Path) else images
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
             with scratch_folder("echo-ft-") as scratch:
-                cases = [self._case(snapshot(image, scratch), product) for image in batch]
-                outcomes = run_or_fail(cases, self.generate, self.pipeline)
-                for image, case, outcome in zip(batch, cases, outcomes, strict=True):
+                copies, unreadable = snapshots(batch, scratch)
+                cases = [self._case(copy, product) for copy in copies]
+                outcomes = run_or_fail(cases, self.generate, self.pipeline) if cases else []
+                for image, case, outcome in zip(batch[: len(cases)], cases, outcomes, strict=True):
                     yield self._result(str(image) if isinstance(image, str | Path) else "", case, outcome)
+                if unreadable is not None:
+                    raise unreadable
 
     def steps(self, image: ImageInput, product: str | None = None) -> Iterator[Progress | Result]:
         """Inspect one image, and yield the outputs so far before each role starts. The result comes last.

@@ -20,7 +20,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl, write_json
 from echo_ft.images.decode import load_image
-from echo_ft.images.snapshot import snapshot
+from echo_ft.images.snapshot import list_images, snapshot
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inference.inspector import Inspector
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS
@@ -118,6 +118,25 @@ def test_batches_do_not_change_results(inspector, tmp_path):
         assert alone.pred_score == pytest.approx(together[index].pred_score, abs=1e-6)
         assert alone.reference == together[index].reference
     assert [one.image for one in inspector.stream(tmp_path)] == [str(tmp_path / f"{index}.png") for index in range(10)]
+
+
+def test_hidden_companions_of_images_are_left_out_of_a_folder(tmp_path):
+    draw(tmp_path / "001.png", (60, 70), 1)
+    (tmp_path / "._001.png").write_bytes(b"\0\5\x16\7")  # macOS writes one per file to other file systems
+    assert list_images(tmp_path) == [tmp_path / "001.png"]
+    (tmp_path / "001.png").unlink()
+    with pytest.raises(EchoError, match="has no image file"):
+        list_images(tmp_path)
+
+
+def test_an_unreadable_image_does_not_cost_the_results_before_it(inspector, tmp_path):
+    images = [tmp_path / draw(tmp_path / f"{index}.png", (60, 70), index) for index in range(3)]
+    (tmp_path / "2.png").write_bytes(b"broken")
+    found = []
+    with pytest.raises(EchoError, match=r"2\.png cannot be read"):
+        for result in inspector.stream(tmp_path):
+            found.append(result.image)
+    assert found == [str(image) for image in images[:2]]
 
 
 def test_the_experts_see_what_they_see_in_a_run(inspector, dataset):
