@@ -101,8 +101,9 @@ class ImageStore:
 
         with ThreadPoolExecutor(decode.READER_THREADS) as pool:
             written = list(progress(pool.map(write, paths, names), "writing images", "images", len(paths)))
+        kept = set(names)
         for old in self.folder.glob("*.jpg"):
-            if re.fullmatch(r"[0-9a-f]{16}\.jpg", old.name) and old.name not in set(names):
+            if re.fullmatch(r"[0-9a-f]{16}\.jpg", old.name) and old.name not in kept:
                 old.unlink()
         return [f"{self.folder.name}/{name}" if there else "" for name, there in zip(names, written, strict=True)]
 

@@ -22,8 +22,8 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.experts.targets import training_exchanges
 from echo_ft.files import write_jsonl
 from echo_ft.records import GOOD, GROUNDING, QUESTION_TYPES, ROLES, Case, Prediction, Trace
-from evaluation import compare, score
-from evaluation.case_images import IMAGE_SIDE
+from evaluation import case_images, compare, score
+from evaluation.case_images import IMAGE_SIDE, ImageStore
 from evaluation.figures import DETECTION, confusions, letter_bias, reliability_curve
 from tests.conftest import make_case, make_dataset
 from tests.support.browser import Browser, start_browser
@@ -155,6 +155,28 @@ def test_images_are_inside_the_page_or_in_a_folder_or_left_out(runs: tuple[Path,
     assert index["images"] == []
     assert {one["query"]["image"] for one in cases} == {-1}
     assert not (tmp_path / "none" / "report_images").exists()
+
+
+def test_old_images_are_removed_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+
+    class Name(str):
+        def __hash__(self) -> int:
+            hashed.append(self)
+            return super().__hash__()
+
+    store = ImageStore(tmp_path / "page.html", "folder")
+    store.read_from(tmp_path)
+    store.folder.mkdir()
+    for number in range(100):
+        (tmp_path / f"{number}.png").touch()
+        (store.folder / f"{number:016x}.jpg").touch()
+        store.add(f"{number}.png")
+    monkeypatch.setattr(case_images, "_file_name", lambda path: Name(f"{int(path.stem) + 50:016x}.jpg"))
+    monkeypatch.setattr(case_images, "encode_image", lambda _: b"new")
+    store.finish()
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"{number:016x}.jpg" for number in range(50, 150)]
+    assert len(hashed) < 1000, "the names are hashed once, not once per old image"
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
