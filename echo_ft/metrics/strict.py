@@ -132,12 +132,24 @@ def other_type_array(table: PredictionTable, weights: np.ndarray) -> np.ndarray:
 
     There are T types. The last column is their unweighted mean, which is nan without types.
     """
-    scores = np.full((len(weights), len(table.other_types) + 1), np.nan)
-    for place in range(len(table.other_types)):
-        chosen = table.other_type_index == place
-        image, images = table.image_index[chosen], len(table.images)
-        total, correct = np.bincount(image, minlength=images), np.bincount(image, table.correct[chosen], images)
-        scores[:, place] = intervals.ratio(weights @ correct, weights @ total.astype(float))
+    return _other_type_scores(_other_type_counts(table), weights)
+
+
+def _other_type_counts(table: PredictionTable) -> np.ndarray:
+    """Return the number of questions and of correct answers per other type and image, (2, T, N)."""
+    counts = np.zeros((2, len(table.other_types), len(table.images)))
+    ours = table.other_type_index >= 0
+    place = table.other_type_index[ours], table.image_index[ours]
+    np.add.at(counts[0], place, 1.0)
+    np.add.at(counts[1], place, table.correct[ours].astype(float))
+    return counts
+
+
+def _other_type_scores(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the scores of `other_type_array` for the images that these counts (2, T, M) and weights (R, M) are of."""
+    scores = np.full((len(weights), counts.shape[1] + 1), np.nan)
+    for place, (total, correct) in enumerate(counts.swapaxes(0, 1)):
+        scores[:, place] = intervals.ratio(weights @ correct, weights @ total)
     scores[:, -1] = intervals.mean_of_present(scores[:, :-1], axis=1)
     return 100 * scores
 
@@ -166,13 +178,15 @@ def other_type_report(table: PredictionTable) -> dict[str, dict[str, Any]]:
 def other_type_products(table: PredictionTable) -> dict[str, dict[str, Any]]:
     """Return {dataset/product: mean strict score over the other types in percent, and its interval}."""
     names, row_index = table.group_images("product")
-    weights, found = table.weights("product"), {}
+    if not table.other_types:
+        return {name: {"strict": None, "interval": None} for name in names}
+    counts, weights, found = _other_type_counts(table), table.weights("product"), {}
+    asked = counts[0].any(axis=0)
     for place, name in enumerate(names):
-        member = row_index == place
-        own = member[table.image_index] & (table.other_type_index >= 0)
-        score = other_type_array(table, table.unit_weights() * member)[0, -1]
-        resampled = other_type_array(table, weights * member)[:, -1]
-        parts = len(np.unique(table.part_index[table.image_index[own]]))
+        own = np.flatnonzero(row_index == place)  # a product is scored from its own images, or many take quadratic time
+        score = _other_type_scores(counts[..., own], np.ones((1, len(own))))[0, -1]
+        resampled = _other_type_scores(counts[..., own], weights[:, own])[:, -1]
+        parts = len(np.unique(table.part_index[own[asked[own]]]))
         found[name] = {"strict": json_number(score), "interval": metric_interval(resampled, parts, percent=True)}
     return found
 

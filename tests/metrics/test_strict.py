@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from echo_ft.metrics import comparison, detection, strict
 from echo_ft.metrics.loading import Run
-from echo_ft.metrics.metric_values import AVERAGE
+from echo_ft.metrics.metric_values import AVERAGE, metric_interval
 from echo_ft.metrics.mmad import from_predictions, official_table
 from echo_ft.metrics.prediction_table import make_prediction_table
 from echo_ft.records import GOOD, QUESTION_TYPES, Prediction
@@ -214,6 +214,33 @@ def test_other_question_types_are_scored_apart_and_leave_mmads_tables_alone() ->
     low, high = found["Riddle"]["interval"]
     assert 55 < low < 75 < high < 95
     assert strict.other_type_array(mixed, mixed.unit_weights())[0].tolist() == [50.0, 75.0, 62.5]
+
+
+def test_the_other_types_of_a_product_are_scored_from_its_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        make_prediction(image, kind, image % 3 > 0, product=f"P{image // 20}")
+        for kind, images in (("Riddle", 60), (DETECTION, 60), ("Puzzle", 20))
+        for image in range(images)
+    ]
+    table, columns, scores = make_prediction_table(rows), [], strict._other_type_scores
+    names, row_index = table.group_images("product")
+    weights, expected = table.weights("product"), {}
+    for place, name in enumerate(names):
+        masked = strict.other_type_array(table, np.concatenate([table.unit_weights(), weights]) * (row_index == place))
+        expected[name] = masked[0, -1], metric_interval(masked[1:, -1], 20, percent=True)
+
+    def record(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        columns.append(weights.shape[1])
+        return scores(counts, weights)
+
+    monkeypatch.setattr(strict, "_other_type_scores", record)
+    found = strict.other_type_products(table)
+    assert {name: (one["strict"], one["interval"]) for name, one in found.items()} == expected
+    assert columns == [20] * 6, "time must not grow with products x images"
+    monkeypatch.setattr(type(table), "weights", None)
+    alone = strict.other_type_products(make_prediction_table([row for row in rows if row.kind == DETECTION]))
+    assert alone == {name: {"strict": None, "interval": None} for name in names}
+    assert len({id(one) for one in alone.values()}) == 3
 
 
 def test_run_without_mmads_types_has_no_average_of_theirs() -> None:
