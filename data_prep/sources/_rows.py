@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,10 @@ Box = tuple[float, float, float, float]
 LIST_MARKS = re.compile(r"[+;,|；，、｜＋]")
 """Characters that separate the defects of one image in a cell. In a label, category or folder name, only `+` separates
 defects."""
+
+BRACKETS = (("(", ")"), ("[", "]"), ("{", "}"), ("（", "）"))
+
+DECIMAL_COMMA = re.compile(r"\d,\d")
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
@@ -104,9 +109,9 @@ def check_condition(name: str, good: tuple[str, ...] = ()) -> str:
 def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -> str:
     """Return the condition in a text: one defect, several defects (`bent + melt`) or `good`.
 
-    In a manifest's `cell`, any of LIST_MARKS separates defects (`melt;bent`), but a slash is ambiguous. Raises RowError
-    as `check_condition` does, for a control token, for a slash in a cell, or if a defect is joined with `good` or
-    nothing.
+    In a manifest's `cell`, any of LIST_MARKS separates defects (`melt;bent`). A slash is ambiguous, and so is a mark in
+    brackets or in a number. Raises RowError as `check_condition` does, for a control token, for an ambiguous cell, or
+    if a defect is joined with `good` or nothing.
     """
     token = control_token(text)
     if token:  # checked first, because the bars in a token would separate defects
@@ -114,6 +119,8 @@ def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -
     if means_good(text, good) or sounds_good(text):
         return check_condition(text, good)
     parts = LIST_MARKS.split(text) if cell else text.split(DEFECT_SEPARATOR)
+    if cell and (divided := _divides_a_name(text, parts)):
+        raise RowError(f"condition {text!r} has {divided}, so it may be one name or several; {_list_remedy(text)}")
     names = [check_condition(name.strip(), good) for name in parts]
     slashed = next((name for name in names if "/" in name or "\\" in name), None) if cell else None
     if slashed:
@@ -124,6 +131,28 @@ def named_condition(text: str, good: tuple[str, ...] = (), cell: bool = False) -
             f"condition {text!r} joins a defect with {GOOD!r} or with an empty name; give only the names of the defects"
         )
     return join_conditions(names)
+
+
+def _divides_a_name(text: str, parts: Sequence[str]) -> str | None:
+    """Return what list marks divide although it seems to be one name: `dent (large, deep)`, `cut 0,5 mm`; or None.
+
+    Codes such as `1,3` are several names.
+    """
+    if len(parts) > 1 and not all(map(_is_balanced, parts)):
+        return "brackets around a list mark"
+    codes = all(part.strip().isdigit() for part in parts)
+    return "a comma between digits" if not codes and DECIMAL_COMMA.search(text) else None
+
+
+def _is_balanced(name: str) -> bool:
+    return all(name.count(first) == name.count(last) for first, last in BRACKETS)
+
+
+def _list_remedy(text: str) -> str:
+    """Say how to write a cell as a list. A plus sign separates names in a list too."""
+    names = text.split(DEFECT_SEPARATOR)
+    shown = [name.strip() for name in names] if all(map(_is_balanced, names)) else ["_".join(names)]
+    return f"write a list of names, such as {json.dumps(shown, ensure_ascii=False)}"
 
 
 def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:

@@ -71,6 +71,14 @@ def test_a_name_in_a_list_is_one_name(tmp_path, cell):
     assert read_cell(tmp_path, cell) == (["a/b+crack, long"], [])
 
 
+def test_brackets_and_digits_within_names_do_not_matter(tmp_path):
+    for cell, names in (
+        ("dent (large), crack (deep)", "crack (deep)+dent (large)"), ("3,5", "3+5"), ("D1, D2,D3", "D1+D2+D3"),
+        (["dent (large, deep)"], "dent (large, deep)"), ("['cut 0,5 mm']", "cut 0,5 mm"), ("dent (", "dent ("),
+    ):  # fmt: skip
+        assert read_cell(tmp_path, cell) == ([names], [])
+
+
 @pytest.mark.parametrize("condition", ["dent", "bent+melt", "Crack, longitudinal", "a/b+c", "[x]", "a|b", "キズ、大"])
 def test_a_written_cell_is_read_back(condition):
     assert condition_in({"condition": condition_cell(condition)}, ()) == condition
@@ -83,6 +91,12 @@ def test_a_written_cell_is_read_back(condition):
         ("dent / crack", "write 'dent+crack'"),
         ("dent\\crack", "write 'dent+crack'"),
         ("dent;", "or with an empty name"),
+        ("dent (large, deep)", 'write a list of names, such as ["dent (large, deep)"]'),
+        ("dent [a|b];crack", "has brackets around a list mark"),
+        ("cut (long, deep)+dent", 'such as ["cut (long, deep)", "dent"]'),
+        ("cut (long+deep)", 'such as ["cut (long_deep)"]'),
+        ("傷（大、深）", 'such as ["傷（大、深）"]'),
+        ("scratch 0,5 mm", 'such as ["scratch 0,5 mm"]'),
         ("dent;good", "joins a defect with 'good'"),
         ("dent,OK", "must be spelled 'good'"),
         (["dent", "good"], "'good' and 'dent' at the same time"),
