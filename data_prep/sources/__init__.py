@@ -85,10 +85,13 @@ T = TypeVar("T", bound=tuple[float, ...])
 
 
 def inferred_dataset_name(source: str, root: Path, annotations: Path | None) -> str | None:
-    """Return the dataset name that a source takes from its manifest or root, or None if the source has a fixed name."""
+    """Return the dataset name that a source takes from its manifest or root, or None if the source has a fixed name.
+
+    It is in NFC, as in records (`truth.with_composed_names`).
+    """
     if source == "manifest" and annotations is not None:
-        return annotations.stem
-    return root.resolve().name if source in ("folder", "manifest") else None
+        return nfc(annotations.stem)
+    return nfc(root.resolve().name) if source in ("folder", "manifest") else None
 
 
 class RowError(Exception):

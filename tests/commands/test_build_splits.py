@@ -119,8 +119,18 @@ def test_the_name_of_a_manifest_or_folder_does_not_change_splits(source, from_ma
         ]
         return splits_of(parts, source, name, from_manifest, split=how)
 
-    assert splits("parts") == splits("parts_v2") == splits("anything")
+    assert splits("parts") == splits("parts_v2") == splits("pi\u00e8ces") == splits("anything")
     assert len(set(splits("parts").values())) >= 3
+
+
+@pytest.mark.parametrize("from_manifest", [True, False])
+def test_a_name_that_is_decomposed_on_disk_does_not_change_splits(from_manifest):
+    """macOS writes `è` as `e` and a mark, while the records have the composed name."""
+    composed, on_disk = "pi\u00e8ces", "pie\u0300ces"
+    place = {"annotations": Path(f"/line/{on_disk}.csv")} if from_manifest else {"root": Path(f"/line/{on_disk}")}
+    config = BuildConfig(source="manifest", output=Path("out"), **place)
+    done, _, _ = assign_configured_splits(parts_of(composed), Path(f"/line/{on_disk}"), config)
+    assert {i.id: i.split for i in done} == splits_of(parts_of("parts"), "manifest", "parts")
 
 
 def test_names_that_datasets_define_themselves_do_change_splits():
