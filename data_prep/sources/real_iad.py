@@ -12,6 +12,7 @@ loader, a view without a mask is normal, because the defect is not visible in it
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,8 @@ def read(config: SourceConfig) -> Items:
 
 
 def _manifests(root: Path) -> list[Path]:
-    for folder in (root.parent / "realiad_jsons" / "realiad_jsons", root.parent / "realiad_jsons"):
+    lists = Path(os.path.abspath(root)).parent / "realiad_jsons"  # the root may be `.`
+    for folder in (lists / "realiad_jsons", lists):
         content = list_folder(folder) if folder.is_dir() else []
         found = [path for path in content if path.suffix == ".json" and path.is_file()]
         if found:

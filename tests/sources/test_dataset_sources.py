@@ -392,6 +392,12 @@ def test_real_iad_groups_views_and_treats_hidden_defects_as_normal(tmp_path):
     assert [i.condition for i in sample] == ["pit", "pit", "good"]
 
 
+def test_real_iad_finds_its_manifests_from_within_the_root(tmp_path, monkeypatch):
+    layout = folder_layouts.real_iad(tmp_path)
+    monkeypatch.chdir(layout.config.root)
+    assert read("real_iad", SourceConfig(Path())) == read("real_iad", layout.config)
+
+
 def test_real_iad_reads_all_manifests_or_a_single_one(tmp_path):
     layout = folder_layouts.real_iad(tmp_path)
     lists = layout.config.root.parent / "realiad_jsons"
