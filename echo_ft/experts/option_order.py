@@ -46,9 +46,9 @@ def rotate_options(question: Question, shift: int) -> Question:
 def shuffle_options(branch: Branch, seed: str) -> Branch:
     """Return a decision with shuffled options, and with the letter that the correct option then has as its completion.
 
-    The order is drawn with `seed`. Two options are not shuffled, because benchmarks always ask yes or no in the same
-    order. Options of which one refers to others, such as `none of the above`, are not shuffled either. A branch that
-    is not a decision, or whose completion is not a letter, is returned unchanged.
+    The order is drawn with `seed`. Two options are not shuffled, because MMAD and the datasets that are built here
+    already ask yes or no in both orders. Options of which one refers to others, such as `none of the above`, are not
+    shuffled either. A branch that is not a decision, or whose completion is not a letter, is returned unchanged.
     """
     parts = _DECISION.fullmatch(branch.prompt)
     options = parts.group(2).splitlines() if parts else []
