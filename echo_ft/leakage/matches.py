@@ -231,7 +231,8 @@ def _fit(template: _Array, image: Image.Image, box: _Array, steps: int = 6) -> _
 
 
 def _deviation(detail: _Array, window: int) -> _Array:
-    return np.sqrt(ndimage.uniform_filter(detail * detail, window))
+    # The filter adds and subtracts along a row, so on a flat surface its result may be slightly below 0.
+    return np.sqrt(np.maximum(ndimage.uniform_filter(detail * detail, window), 0))
 
 
 def file_digests(paths: Sequence[Path]) -> Iterator[bytes]:

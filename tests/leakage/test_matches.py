@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from benchmarks.data.audit import LEAK_TYPES, DrawnImage, audit_drawn, draw_splits, make_leak
 from data_prep.sources import SourceConfig, magnetic_tile
@@ -53,6 +54,23 @@ def test_crop_is_found_among_many_images_of_its_product(tmp_path, monkeypatch):
     assert pairs == [(20 * number, number) for number in range(6)]
     monkeypatch.setattr("echo_ft.leakage.perceptual_hash.EXTRA_CANDIDATES", 0)
     assert len(find_matches(paths, products, crops)) < len(crops)
+
+
+def test_leaks_on_a_flat_background_are_found(tmp_path):
+    """Without noise, as in drawn or masked images, a running sum of squares may end slightly below 0."""
+    paths = []
+    for seed in range(24):
+        image = Image.new("RGB", (160, 160), (200, 200, 200))
+        rng = np.random.default_rng(seed)
+        for x, y, width, height in zip(*rng.integers(20, 120, (2, 12)), *rng.integers(5, 30, (2, 12)), strict=True):
+            box = tuple(map(int, (x, y, x + width, y + height)))
+            ImageDraw.Draw(image).ellipse(box, fill=tuple(map(int, rng.integers(0, 255, 3))))
+        paths.append(tmp_path / f"{seed}.png")
+        image.save(paths[-1])
+    rng = np.random.default_rng(0)
+    leaks = [make_leak(path, tmp_path / f"leak{path.stem}", "brightness", rng) for path in paths[:4]]
+    matches = find_matches(paths[:20], ["cap"] * 20, [*leaks, *paths[20:]])
+    assert [(match.train_index, match.query_index) for match in matches] == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
 def test_leak_is_found_if_the_altered_image_is_in_training(splits):
