@@ -190,7 +190,8 @@ def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) ->
     absent = [column for column in COLUMNS if column not in names]
     for name in names:
         # An unnoticed misspelling of `group` or `split` would cause leakage. Other columns are ignored.
-        near = name not in COLUMNS and difflib.get_close_matches(str(name), absent, n=1, cutoff=0.75)
+        plain = str(name).strip().casefold()
+        near = name not in COLUMNS and difflib.get_close_matches(plain, absent, n=1, cutoff=0.75)
         if near:
             raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
 
