@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.sources._rows import with_record_names
 from echo_ft.config import parse, run_main
 from echo_ft.data.dataset import Dataset, load_dataset
 from echo_ft.data.knowledge import (
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> None:
         return
     knowledge, files = read_knowledge(config.check)
     counts = count_images(dataset)
+    knowledge = with_names_of(dataset, knowledge, counts)
     findings = list(check_knowledge(knowledge, files, counts))
     print("\n".join([*findings, coverage_summary(knowledge, counts, len(findings))]))
     if findings:
@@ -100,6 +102,12 @@ def count_images(dataset: Dataset) -> ImageCounts:
     return counts
 
 
+def with_names_of(dataset: Dataset, knowledge: Knowledge, counts: ImageCounts) -> Knowledge:
+    """Return the knowledge with the names of the dataset's conditions, as its build reads them."""
+    shown = {condition for conditions in counts.values() for condition in conditions}
+    return with_record_names(knowledge, shown, tuple(dataset.manifest.get("config", {}).get("good") or ()))
+
+
 def write_template(dataset: Dataset, folder: Path) -> list[str]:
     """Complete a folder of knowledge with the descriptions that the dataset was built with, and return a report.
 
@@ -110,9 +118,11 @@ def write_template(dataset: Dataset, folder: Path) -> list[str]:
         raise EchoError(f"{folder} is a file; give a folder, in which one file per product is written")
     known = load_knowledge(dataset.folder / "knowledge.json")
     existing, files = read_knowledge(folder) if folder.is_dir() and knowledge_files(folder) else ({}, {})
+    images = count_images(dataset)
+    existing = with_names_of(dataset, existing, images)
     texts: dict[Path, str] = {}
     report = []
-    for (name, product), counts in count_images(dataset).items():
+    for (name, product), counts in images.items():
         descriptions = _descriptions(counts, known.get(name, {}).get(product, {}))
         key = next((key for key in (name, DATASET_ALIASES.get(name)) if (key, product) in files), None)
         if key is None:

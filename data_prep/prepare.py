@@ -14,6 +14,7 @@ from typing import TypeVar
 from data_prep.collect import Readings, UsableImages
 from data_prep.config import BuildConfig
 from data_prep.sources import inferred_dataset_name
+from data_prep.sources._rows import with_record_names
 from echo_ft.data.dataset import make_cases, without_held_out, without_synthetic
 from echo_ft.data.dataset_questions import write_dataset_questions
 from echo_ft.data.knowledge import consequence_warnings, describe_products, knowledge_warnings, load_knowledge
@@ -153,7 +154,9 @@ def draft_dataset(usable: UsableImages, folder: Path, config: BuildConfig) -> Da
     unassigned = [Rejection(i.image, SYNTHETIC_ELSEWHERE) for i in inspections if i.split is None]
     inspections = [inspection for inspection in inspections if inspection.split is not None]
     inspections, references, unusable = find_all_references(inspections, root, config)
+    shown = {inspection.condition for inspection in inspections}
     known = load_knowledge(config.knowledge) if config.knowledge else {}
+    known = with_record_names(known, shown, tuple(config.good or ()))
     knowledge, unknown = describe_products(inspections, known)
     training_knowledge = without_held_out(knowledge, held_out) if config.split == "by_condition" else knowledge
     asked_about = queries(inspections)

@@ -42,7 +42,7 @@ from PIL import Image
 from data_prep.collect import check_config, usable_images
 from data_prep.config import BuildConfig
 from data_prep.sources import inferred_dataset_name
-from data_prep.sources._rows import condition_cell
+from data_prep.sources._rows import condition_cell, with_record_names
 from data_prep.sources.manifest import COLUMNS
 from data_prep.workspace import workspace
 from echo_ft.config import parse, run_main
@@ -116,6 +116,7 @@ def synthesize(source: BuildConfig, config: SynthesizeConfig) -> dict[str, Any]:
     with workspace(source.output, {}, overwrite=False) as folder:
         usable = usable_images(source, folder)
         root, inspections, questions, rejections = usable.root, usable.inspections, usable.questions, usable.rejections
+        known = with_record_names(known, {one.condition for one in inspections}, tuple(source.good or ()))
         normals = normals_for_training(source, inspections, questions)
         # Splits ignore a dataset name that comes from this file, but not other names (`assign_configured_splits`).
         listed = f"{inferred_dataset_name(source.source, root, source.annotations) or 'parts'}.jsonl"

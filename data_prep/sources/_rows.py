@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
 from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import SIDEWAYS, size_and_orientation
-from echo_ft.records import GOOD, UNLABELLED
+from echo_ft.records import GOOD, UNLABELLED, Knowledge
 
 Box = tuple[float, float, float, float]
 
@@ -180,6 +180,44 @@ def condition_in(row: Mapping[str, Any], good: tuple[str, ...]) -> str:
             f"condition {str(value)[:60]} is not a list of names; write {GOOD!r} or the names of the defects"
         )
     return join_conditions({named_condition(name.strip(), good) for name in value})
+
+
+def with_record_names(knowledge: Knowledge, shown: Collection[str], good: tuple[str, ...] = ()) -> Knowledge:
+    """Return the knowledge with the names that records have for the same conditions: `good` for `OK`, sorted defects.
+
+    `shown` holds the conditions in the images, and `good` the words that the config declares. Raises EchoError if two
+    entries of a product describe the same condition, or if another word seems to mean `good`.
+    """
+    renamed: dict[str, dict[str, dict[str, str]]] = {}
+    for dataset, products in knowledge.items():
+        for product, entries in products.items():
+            found = renamed.setdefault(dataset, {})[product] = {}
+            for name, text in entries.items():
+                known = _record_name(name, shown, good)
+                if known not in (GOOD, *shown) and sounds_good(known):  # it would become an option for defects
+                    raise EchoError(
+                        f"knowledge: {dataset}/{product} has {known!r}, which seems to mean a part without a defect; "
+                        f"name it {GOOD!r}, or give the defect another name"
+                    )
+                if known in found:
+                    raise EchoError(
+                        f"knowledge: {dataset}/{product} describes {known!r} twice, once as {name!r}; keep one of them"
+                    )
+                found[known] = text
+    return renamed
+
+
+def _record_name(name: str, shown: Collection[str], good: tuple[str, ...]) -> str:
+    if name in shown:
+        return name
+    names = []
+    for cell in (False, True):
+        try:
+            names.append(named_condition(name, good, cell))
+        except RowError:  # the images show no such condition, which the build reports
+            names.append(name)
+    # Unless an image shows all of its parts, `dent, long` is one name.
+    return names[1] if names[1] in shown else names[0]
 
 
 def condition_cell(condition: str) -> str | list[str]:

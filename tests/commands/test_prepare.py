@@ -13,10 +13,12 @@ from PIL import Image
 
 from data_prep.build import build, main
 from data_prep.faults import check_image
+from data_prep.knowledge import main as check_knowledge
 from data_prep.prepare import RANDOM_REFERENCE_MARK, group_by_inspection
 from data_prep.sources import SOURCE_NAMES
 from data_prep.training_rows import MAX_REPEATS, balance_cases, prefetch_images
 from echo_ft.data.knowledge import near_duplicate_names
+from echo_ft.errors import EchoError
 from echo_ft.experts.targets import COMPARED_SIZE, load_compared
 from echo_ft.files import read_jsonl, write_jsonl
 from echo_ft.images import masks
@@ -138,6 +140,41 @@ def test_only_a_misspelt_condition_of_the_knowledge_is_a_warning(small_manifest,
         make_config(small_manifest, tmp_path / "right", knowledge=write_knowledge(tmp_path, parts={"cap": text}))
     )
     assert not any("knowledge" in warning for warning in manifest["warnings"])
+
+
+def test_knowledge_names_its_conditions_as_the_manifest_does(small_manifest, tmp_path, capsys):
+    """Otherwise, `OK` and `stain+dent` would be wrong options for a `dent+stain`."""
+    rows = small_manifest.read_text().replace('"good"', '"OK"').replace('"stain"', '"stain;dent"')
+    small_manifest.write_text(rows)
+    text = {
+        "OK": "An even ramp. It holds.",
+        "stain;dent": "A blot and a hole. It leaks.",
+        "scar+burr": "A cut. It cuts.",
+    }
+    path = write_knowledge(tmp_path, parts={"cap": {**text, "dent": "A hole. It leaks."}})
+    manifest = build(make_config(small_manifest, tmp_path / "out", knowledge=path, good=["OK"]))
+    assert not any("knowledge" in warning for warning in manifest["warnings"])
+    known = json.loads((tmp_path / "out" / "knowledge.json").read_text())["parts"]["cap"]
+    assert [*known] == ["good", "burr+scar", "dent", "dent+stain"]
+    assert known["good"] == text["OK"] and known["dent+stain"] == text["stain;dent"]
+    check_knowledge(["--dataset", str(tmp_path / "out"), "--check", str(path)])
+    assert capsys.readouterr().out == "3 of 3 conditions are described; nothing to correct\n"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"dent+stain": "A blot.", "stain + dent": "A hole."},
+            "describes 'dent[+]stain' twice, once as 'stain [+] dent'",
+        ),
+        ({"good": "Even.", "no defect": "Even."}, "has 'no defect', which seems to mean.* name it 'good'"),
+    ],
+)
+def test_ambiguous_conditions_of_the_knowledge_are_an_error(small_manifest, tmp_path, entries, message):
+    path = write_knowledge(tmp_path, parts={"cap": entries})
+    with pytest.raises(EchoError, match=message):
+        build(make_config(small_manifest, tmp_path / "out", knowledge=path))
 
 
 @pytest.mark.parametrize(
