@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
 
 def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     """Check the dataset, the checkpoint and every row. `sft` and `base` are TRL's SFTConfig and ModelConfig."""
-    from echo_ft.training.cases import load_training_cases, pad_cases
+    from echo_ft.training.cases import load_training_cases, pad_cases, require_a_batch
     from echo_ft.training.checks import check_optimizer, check_trained_parts
     from echo_ft.training.config import check_adapt_from
     from echo_ft.training.mask_loss import check_mask_metric, load_marks
@@ -137,6 +137,7 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     cards = {folder: replace(card, cases=len(cases)) for folder, card in cards.items()}
     if checkpoint is not None and not sft.ignore_data_skip:
         require_cases(checkpoint, len(cases))
+    require_a_batch(len(cases), sft)
     if sft.world_size > 1 and not sft.dataloader_drop_last:
         cases = pad_cases(cases, sft.world_size * sft.per_device_train_batch_size, sft.length_column_name)
     validation = None

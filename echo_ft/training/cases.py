@@ -165,3 +165,13 @@ def pad_cases(cases: datasets.Dataset, multiple: int, tokens: str) -> datasets.D
         branch["completion"] = None
     padding = datasets.Dataset.from_list([empty] * missing, features=cases.features)
     return datasets.concatenate_datasets([cases, padding])
+
+
+def require_a_batch(cases: int, sft: SFTConfig) -> None:
+    """Raise EchoError if `dataloader_drop_last` would drop all training cases."""
+    batch = sft.per_device_train_batch_size * sft.world_size
+    if sft.dataloader_drop_last and cases < batch:
+        raise EchoError(
+            f"dataloader_drop_last drops all {cases} training cases, because a batch of all processes has {batch}; set "
+            "dataloader_drop_last: false, or a smaller per_device_train_batch_size"
+        )

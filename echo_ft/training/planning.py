@@ -213,7 +213,8 @@ def dry_run_report(
     batch = sft.per_device_train_batch_size
     step = batch * sft.world_size * sft.gradient_accumulation_steps
     # transformers' Trainer gives every process the same number of batches, and counts an incomplete accumulation.
-    batches = math.ceil(math.ceil(len(cases) / batch) / sft.world_size)
+    batches = len(cases) / (batch * sft.world_size)
+    batches = math.floor(batches) if sft.dataloader_drop_last else math.ceil(batches)
     steps = math.ceil(batches / sft.gradient_accumulation_steps)
     total = sft.max_steps if sft.max_steps > 0 else math.ceil(sft.num_train_epochs * steps)
     text = planned.text

@@ -276,6 +276,14 @@ class PrefixSharingTrainer(SFTTrainer):
         )
         return self.sampler
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's loader with all cases: `dataloader_drop_last` drops only training cases."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
+
     def _load_best_model(self) -> None:
         if self._trains_own_weights:
             self._load_full_model(str(self.state.best_model_checkpoint))

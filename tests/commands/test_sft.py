@@ -248,7 +248,7 @@ SHORT = ["--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no", "--
 
 
 def test_the_largest_batch_check_tells_its_memory_and_does_not_affect_training(dataset, tmp_path, monkeypatch, caplog):
-    from echo_ft.training import largest_batch
+    from echo_ft.training.costs import largest_batch
 
     monkeypatch.setattr(LOGGER, "propagate", True)
     caplog.set_level("INFO")
@@ -287,6 +287,28 @@ def test_the_largest_batch_is_checked_with_offloaded_activations_if_training_off
     run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / "out", *options))
     check, step = packed
     assert check > 10 and step > 10
+
+
+def test_only_training_cases_of_incomplete_batches_are_dropped(tmp_path, capsys):
+    dataset = make_dataset(tmp_path / "data", train=3, validation=3, test=1)
+    options = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", 2, "--num_train_epochs", 1]
+    options += ["--eval_strategy", "epoch", "--save_strategy", "no", "--lora_target_modules", "q_proj"]
+    losses = []
+    for size in (2, 4):  # four are more than there are
+        output, batch = tmp_path / f"of_{size}", ["--per_device_eval_batch_size", size]
+        run_in_process(*tiny_options("reference_extractor", dataset, output, *options, *batch))
+        state = json.loads((output / "trainer_state.json").read_text())
+        losses += [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+        assert state["global_step"] == 1
+    assert losses == [pytest.approx(losses[0], rel=1e-5)] * 2
+    capsys.readouterr()
+    run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / "plan", *options, "--dry_run", "true"))
+    assert "1 steps per epoch, 1 in total" in capsys.readouterr().out
+    with pytest.raises(EchoError, match="drops all 3 training cases, because a batch of all processes has 4; set"):
+        run_in_process(
+            *tiny_options("reference_extractor", dataset, tmp_path / "none", *options),
+            *["--per_device_train_batch_size", 4, "--dry_run", "true"],
+        )
 
 
 def test_training_starts_after_decoding_only_its_first_batches(tmp_path, monkeypatch):
