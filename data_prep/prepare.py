@@ -225,7 +225,11 @@ def assign_configured_splits(
         name = inferred_dataset_name(config.source, root, config.annotations)
     anonymous = [dataclasses.replace(i, dataset="") if i.dataset == name else i for i in inspections]
     real = [inspection for inspection in anonymous if inspection.synthetic is None]
-    assigned, summary, held_out = split_by_source(real, source_conditions, config)
+    fixed = {i.id: i for i in real if (i.split, i.condition, config.split) == (REFERENCE_SPLIT, GOOD, "given")}
+    free = [dataclasses.replace(i, split=_free_split(i)) for i in real if i.id not in fixed]
+    found, summary, held_out = split_by_source(free, source_conditions, config)
+    others = iter(found)
+    assigned = [fixed.get(one.id) or next(others) for one in real]
     done = assign_synthetic(anonymous, assigned, held_out if config.split == "by_condition" else ())
     if config.folds is not None and config.fold is not None:
         done = leave_out_fold(as_stratified(done, source_conditions), config.folds, config.fold, config.seed)
@@ -233,6 +237,13 @@ def assign_configured_splits(
     splits = iter([one.split for one in done])
     where = [UNLABELLED_SPLIT if one.condition == UNLABELLED else next(splits) for one in everything]
     return [dataclasses.replace(i, split=s) for i, s in zip(everything, where, strict=True)], summary, held_out
+
+
+def _free_split(inspection: Inspection) -> str | None:
+    """Return a split that `make_splits` knows, where a source names the split of references."""
+    if inspection.split != REFERENCE_SPLIT:
+        return inspection.split
+    return "train" if inspection.condition == GOOD else "test"
 
 
 def split_by_source(

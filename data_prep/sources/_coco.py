@@ -146,7 +146,7 @@ def _inspection(
         product=text_of(image, "product") or product_of(name, path.stem),
         condition=condition,
         group=text_of(image, "group") or name,
-        split=split_of(image),
+        split=split_of(image, condition),
         boxes=view.boxes(boxes) if defective else (),
         polygons=view.polygons(polygons) if defective else (),
     )

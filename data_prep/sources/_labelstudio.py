@@ -172,7 +172,7 @@ def _inspection(
         product=text_of(data, "product") or product_of(name, path.stem),
         condition=condition,
         group=text_of(data, "group") or name,
-        split=split_of(data),
+        split=split_of(data, condition),
         boxes=in_order(boxes) if defective else (),
         polygons=in_order(polygons) if defective else (),
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.sources import RowError, in_order, join_conditions, spelling
 from data_prep.sources._words import GOOD_PHRASE, GOOD_WORDS, is_doubtful, plain_word
-from echo_ft.data.splits import DEFECT_SEPARATOR, SPLITS
+from echo_ft.data.splits import DEFECT_SEPARATOR, LEFT_OUT, REFERENCE_SPLIT, SPLITS, UNLABELLED_SPLIT
 from echo_ft.data.text import control_token, nfc
 from echo_ft.errors import EchoError
 from echo_ft.images.decode import SIDEWAYS, size_and_orientation
@@ -55,11 +55,25 @@ def number_of(value: Any) -> float:
     return float(value)
 
 
-def split_of(row: Mapping[str, Any]) -> str | None:
-    """Return the split of a row, or None if it has none. Raises RowError for an unknown split."""
+def split_of(row: Mapping[str, Any], condition: str) -> str | None:
+    """Return the split of a row with this condition, or None if it has none.
+
+    It may be copied from a dataset's inspections.jsonl, in which an image can also be in the reference, left_out or
+    unlabelled split. Raises RowError for an unknown split, or one that does not fit the condition.
+    """
     split = text_of(row, "split")
-    if split is not None and split not in SPLITS:
+    if split == UNLABELLED_SPLIT:
+        return None  # the build puts it there again, unless it has got a condition since
+    if split == LEFT_OUT:
+        return "train"  # of which it is a fold
+    if split is not None and split not in (*SPLITS, REFERENCE_SPLIT):
         raise RowError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    if split is not None and condition == UNLABELLED:
+        raise RowError(
+            f"its condition is empty, so it cannot be in the split {split}; add the condition or remove the split"
+        )
+    if split == REFERENCE_SPLIT and condition != GOOD:
+        raise RowError(f"its split is {split}, but it shows {condition}; write test, or remove the split")
     return split
 
 

@@ -215,14 +215,10 @@ def _found(names: Collection[str]) -> str:
 def _inspection(row: Mapping[str, Any], image: str, config: SourceConfig, dataset: str) -> Inspection:
     root, product = config.root, required_text(row, "product")
     condition = condition_in(row, config.good)
-    split = split_of(row)
+    split = split_of(row, condition)
     boxes = _boxes(row.get("boxes"))
     if boxes and condition == GOOD:
         raise RowError(f"it has boxes, but its condition is {GOOD!r}")
-    if condition == UNLABELLED and split is not None:
-        raise RowError(
-            f"its condition is empty, so it cannot be in the split {split}; add the condition or remove the split"
-        )
     mask, reference, synthetic = (text_of(row, column) for column in ("mask", "reference", "synthetic"))
     if synthetic and synthetic not in DEFECT_METHODS:
         raise RowError(

@@ -15,7 +15,7 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.data.splits import REFERENCE_SPLIT, SPLITS, UNLABELLED_SPLIT, make_splits
 from echo_ft.errors import EchoError
 from echo_ft.files import read_jsonl
-from echo_ft.records import ROLES, UNLABELLED, Inspection
+from echo_ft.records import ROLES, UNLABELLED, Inspection, Rejection
 from tests.support.drawn_manifest import draw_manifest, make_config
 
 PRODUCTS = ("cap", "ring", "washer")
@@ -211,3 +211,32 @@ def test_images_that_corrections_label_join_the_others_without_moving_them(how):
     assert assign_configured_splits(parts, Path(), config, everything) == assign_configured_splits(
         parts, Path(), config
     )
+
+
+def test_copied_splits_give_the_same_dataset_with_later_images(parts_file, tmp_path):
+    """inspections.jsonl also has the splits of references and unlabelled images, which are not in SPLITS."""
+    rows = [json.loads(line) for line in parts_file.read_text().splitlines()]
+    for row in rows[:2]:  # two exposures of one part
+        row |= {"condition": "", "group": "unknown"}
+    listed = parts_file.with_name("copied.jsonl")
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = make_config(listed, tmp_path / "first", split="by_product", held_out=["ring"])
+    counts = build(first)["counts"]
+    before = {one.image: one.split for one in read_jsonl(first.output / "inspections.jsonl", Inspection)}
+    assert {*before.values()} == {*SPLITS, REFERENCE_SPLIT, UNLABELLED_SPLIT}
+    listed.write_text("".join(json.dumps(row | {"split": before[row["image"]]}) + "\n" for row in rows))
+    again = build(make_config(listed, tmp_path / "again"))
+    assert again["rejected"] == 0 and again["counts"] == counts
+    for name in ("inspections.jsonl", "references.jsonl", "questions.jsonl", "sft/decision_maker/train.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (first.output / name).read_bytes()
+    rows[0]["condition"] = "good"  # somebody has labelled it
+    listed.write_text("".join(json.dumps(row | {"split": before[row["image"]]}) + "\n" for row in rows))
+    build(make_config(listed, tmp_path / "labelled"))
+    after = {one.image: one.split for one in read_jsonl(tmp_path / "labelled" / "inspections.jsonl", Inspection)}
+    assert after.pop(rows[0]["image"]) in SPLITS
+    assert after.items() <= before.items()
+    rows[2] |= {"condition": "dent", "split": REFERENCE_SPLIT}
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(make_config(listed, tmp_path / "defective"))
+    (rejected,) = read_jsonl(tmp_path / "defective" / "rejected.jsonl", Rejection)
+    assert "its split is reference, but it shows dent; write test, or remove the split" in rejected.reason
