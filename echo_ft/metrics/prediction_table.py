@@ -177,14 +177,18 @@ def is_correct(prediction: Prediction) -> bool:
 def p_defect(prediction: Prediction) -> float | None:
     """Return the probability of the option that states a defect; None if it is unknown.
 
-    The true answer identifies this option. It is the correct one for a defective image and, if there are two options,
-    the other one for a normal image. For an unlabelled image, it is the first one, as `open_questions` writes it.
+    The true answer identifies this option: the correct one for a defective image, and the other one for a normal image.
+    With more than two options, the other one is not known for a normal image. P(defect) is then unknown for all images,
+    because the metrics count a normal image without one as flagged. For an unlabelled image, it is the first option, as
+    `open_questions` writes it.
     """
     if prediction.kind != "Anomaly Detection" or prediction.probabilities is None or prediction.error:
         return None
     if prediction.condition == UNLABELLED:
         return prediction.probabilities.get(LETTERS[0])
+    if len(prediction.options) > 2:
+        return None
     if prediction.condition != GOOD:
         return prediction.probabilities.get(prediction.answer)
     others = [letter for letter in prediction.options if letter != prediction.answer]
-    return prediction.probabilities.get(others[0]) if len(others) == 1 else None
+    return prediction.probabilities.get(others[0]) if others else None

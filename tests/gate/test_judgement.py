@@ -129,6 +129,17 @@ def test_a_run_without_probabilities_is_judged_by_its_answers_on_all_parts() -> 
     assert (escaped["verdict"], escaped["findings"]["escapes"]["errors"]) == ("not enough parts", 1)
 
 
+def test_a_run_whose_questions_have_a_third_option_is_judged_by_its_answers() -> None:
+    """P(defect) is not known for the good images, which would all count as flagged."""
+    options = {"A": "Yes.", "B": "No.", "C": "Cannot tell."}
+    rows = [
+        dataclasses.replace(row, options=options, probabilities={**(row.probabilities or {}), "C": 0.0})
+        for row in parts(good=60, defective=30, images=1)
+    ]
+    found = judge_run(make_run(rows), LIMITS)
+    assert (found["verdict"], found["decided_by"]) == ("pass", "answers")
+
+
 def test_images_without_a_probability_count_against_the_run() -> None:
     unscored = {f"part {place}" for place in (*range(7, 17), *range(95, 105))}
     rows = [scored(row, None) if row.group in unscored else row for row in parts(good=90, defective=45)]

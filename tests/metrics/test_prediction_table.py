@@ -31,8 +31,9 @@ def test_p_defect_is_the_probability_of_the_option_that_states_a_defect() -> Non
     assert p_defect(normal) == 0.2
     assert p_defect(make_prediction(0, CLASSIFICATION, True)) is None
     assert p_defect(dataclasses.replace(defective, probabilities=None)) is None
-    three = dataclasses.replace(normal, options={"A": "1", "B": "2", "C": "3"})
-    assert p_defect(three) is None, "either of two wrong options may state the defect"
+    for row in (normal, defective):
+        three = dataclasses.replace(row, options={"A": "Yes.", "B": "No.", "C": "Cannot tell."})
+        assert p_defect(three) is None, "for a normal image, either of two wrong options may state the defect"
     unlabelled = dataclasses.replace(normal, condition=UNLABELLED, answer="", probabilities={"A": 0.7, "B": 0.3})
     assert p_defect(unlabelled) == 0.7
 
