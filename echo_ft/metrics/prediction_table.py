@@ -21,6 +21,9 @@ MISSPELT = 0.9
 """The difflib similarity above which a question type counts as a misspelling of another. MMAD's own types reach 0.76
 with each other."""
 
+SUMMARY_ROWS = ("All", "Average")
+"""Rows of tables by dataset that cover all datasets: `detection.ALL_IMAGES` and `metric_values.AVERAGE`."""
+
 
 @dataclass(frozen=True)
 class PredictionTable:
@@ -95,8 +98,12 @@ class PredictionTable:
         return min(filter(None, counts), default=0)
 
     def group_images(self, by: str) -> tuple[list[str], np.ndarray]:
-        """Sorted names of datasets (`by="dataset"`) or `dataset/product`, and (N,) the index of each image's name."""
-        names = [image[0] if by == "dataset" else f"{image[0]}/{image[1]}" for image in self.images]
+        """Sorted names of datasets (`by="dataset"`) or `dataset/product`, and (N,) the index of each image's name.
+
+        A dataset with the name of one of SUMMARY_ROWS is called `dataset All`, for example.
+        """
+        datasets = {image[0]: f"dataset {image[0]}" if image[0] in SUMMARY_ROWS else image[0] for image in self.images}
+        names = [datasets[image[0]] if by == "dataset" else f"{image[0]}/{image[1]}" for image in self.images]
         found = sorted(set(names))
         return found, np.array([found.index(name) for name in names])
 

@@ -10,9 +10,17 @@ from sklearn.metrics import roc_auc_score
 
 from echo_ft.metrics import intervals
 from echo_ft.metrics.comparison import compared_part_counts
-from echo_ft.metrics.detection import alarm_metrics, auroc, detection_metrics, score_alarms, score_detection
-from echo_ft.metrics.metric_values import ALARM_METRICS
-from echo_ft.metrics.prediction_table import make_prediction_table
+from echo_ft.metrics.detection import (
+    ALL_IMAGES,
+    alarm_metrics,
+    auroc,
+    detection_metrics,
+    score_alarms,
+    score_detection,
+)
+from echo_ft.metrics.metric_values import ALARM_METRICS, AVERAGE
+from echo_ft.metrics.prediction_table import SUMMARY_ROWS, make_prediction_table
+from echo_ft.metrics.strict import strict_table
 from echo_ft.records import GOOD, Prediction
 from tests.support.predictions import DETECTION, make_prediction, mixed_predictions
 
@@ -45,6 +53,26 @@ def test_reported_auroc_equals_scikit_learn() -> None:
     assert (found["normal"], found["defective"], found["scored"]) == (20, 10, 30)
     low, high = found["intervals"]["auroc"]
     assert low < found["auroc"] < high
+
+
+def test_a_dataset_named_like_a_row_of_all_datasets_does_not_replace_it() -> None:
+    names = ("All", "Average", "hard")
+    rows = [
+        make_prediction(image, DETECTION, dataset != "hard", GOOD if image % 2 else "crack", dataset)
+        for dataset in names
+        for image in range(12)
+    ]
+    table = make_prediction_table(rows)
+    found, alarms, scores = score_detection(table), score_alarms(table), strict_table(table)
+    assert [*found] == [*alarms] == ["All", "dataset All", "dataset Average", "hard"]
+    assert (found["All"]["images"], found["All"]["recall"]) == (36, pytest.approx(2 / 3))
+    assert (alarms["All"]["answers"]["images"]["good"], found["dataset All"]["images"]) == (18, 12)
+    assert [scores[name]["Average"] for name in ("dataset Average", "hard", "Average")] == [
+        100,
+        0,
+        pytest.approx(200 / 3),
+    ]
+    assert {ALL_IMAGES, AVERAGE} == set(SUMMARY_ROWS)
 
 
 def test_detection_without_probabilities_scores_the_decisions() -> None:
