@@ -255,26 +255,28 @@ class ReferenceSearch:
     def find(self, path: Path, keys: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], list[Reference]]:
         """Return the (dataset, product) in `keys` that has the most similar normal image, and its `k` best references.
 
-        The image itself is never its own reference. Raises EchoError if no product among `keys` has a normal image, or
-        if the image cannot be read.
+        The image itself shows its product, but is never its own reference. Raises EchoError if no product among `keys`
+        has a normal image, or if the image cannot be read.
         """
         (vector,), (error,) = self.extractor.vectors([path])
         if vector is None:
             raise EchoError(f"image {path} cannot be read: {error}; replace it")
         own = content_hash(path).hex()
         found: dict[tuple[str, str], list[Reference]] = {}
+        nearest: dict[tuple[str, str], float] = {}
         for key in keys:
             if key not in self.indexes:
                 continue
             images = self.images[key]
             (similarities,), (positions,) = self.indexes[key].search(vector[None], min(len(images), self.k + 1))
+            nearest[key] = float(similarities[0])
             near = [(images[position], float(value)) for position, value in zip(positions, similarities, strict=True)]
             near = [(image, value) for image, value in near if self.descriptors.hashes[image] != own][: self.k]
             found[key] = [Reference(str(path), image, value, rank) for rank, (image, value) in enumerate(near, start=1)]
         if not found:
             names = ", ".join(sorted({name for _, name in keys}))
             raise EchoError(f"the dataset has no normal image of {names} to compare with; add some and rebuild it")
-        best = max(found, key=lambda key: max((one.similarity for one in found[key]), default=-1.0))
+        best = max(found, key=nearest.__getitem__)
         return best, found[best]
 
 

@@ -14,9 +14,9 @@ from echo_ft.errors import EchoError
 from echo_ft.records import Inspection, Reference
 from echo_ft.retrieval import index
 from echo_ft.retrieval import references as retrieval
-from echo_ft.retrieval.descriptor_cache import DescriptorCache
-from echo_ft.retrieval.descriptors import OpenClip, ScikitImage
-from echo_ft.retrieval.references import find_references
+from echo_ft.retrieval.descriptor_cache import DescriptorCache, extract_descriptors
+from echo_ft.retrieval.descriptors import OpenClip, ScikitImage, load_extractor
+from echo_ft.retrieval.references import ReferenceSearch, find_references
 from tests.support.textures import draw_texture
 
 
@@ -80,6 +80,18 @@ def test_query_and_its_copies_and_its_part_are_no_references(tmp_path: Path, nor
     allowed = {f"n{number}.png" for number in range(1, 8)}
     assert set(images_of(references, "n0.png")) == set(images_of(references, "n0.png", "random")) == allowed
     assert len(images_of(references, "n0.png")) == 7  # fewer than k exist, and each occurs once
+
+
+def test_the_only_normal_image_of_a_product_shows_this_product(tmp_path: Path, normals: list[Inspection]) -> None:
+    extractor = load_extractor("skimage")
+    table, _ = extract_descriptors([one.image for one in normals], tmp_path, extractor, None)
+    pools = {("drawn", "single"): ["n0.png"], ("drawn", "several"): [f"n{number}.png" for number in range(1, 8)]}
+    search = ReferenceSearch(pools, table, extractor, 2)
+    assert search.find(tmp_path / "n0.png", [*pools]) == (("drawn", "single"), [])
+    product, references = search.find(tmp_path / "n1.png", [*pools])
+    assert product == ("drawn", "several")
+    assert len(references) == 2
+    assert "n1.png" not in [one.image for one in references]
 
 
 def test_copy_of_the_own_part_in_another_group_is_no_reference(tmp_path: Path, normals: list[Inspection]) -> None:
