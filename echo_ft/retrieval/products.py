@@ -28,6 +28,7 @@ from echo_ft.records import Inspection, Knowledge
 from echo_ft.retrieval.descriptor_cache import DescriptorTable, extract_descriptors, hash_files
 from echo_ft.retrieval.descriptors import load_extractor
 from echo_ft.retrieval.references import ReferenceSearch
+from echo_ft.terminal import LOGGER
 
 REFERENCE_CHOICES = ("copy", "path", "none")
 """How a bundle stores the normal images: as copies, as the path to the dataset's images, or not at all."""
@@ -63,8 +64,8 @@ def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
     """Read the products of a dataset and compute descriptors of its normal images. A search returns `k` references.
 
     By default, `k` is the dataset's own. Conditions and knowledge are those of the test split, so defects that only
-    synthetic images show are left out. Raises EchoError if the dataset has no readable normal image, or if one has
-    changed since the build.
+    synthetic images show are left out. Warns about normal images that cannot be read. Raises EchoError if the dataset
+    has no readable normal image, or if one has changed since the build.
     """
     config = dataset.manifest["config"]
     inspections = list(read_jsonl(dataset.folder / "inspections.jsonl", Inspection))
@@ -83,6 +84,14 @@ def read_products(dataset: Dataset, k: int | None = None) -> ProductData:
         raise EchoError(
             f"no normal image under {dataset.root} can be read ({rejections[0].item}: {rejections[0].reason}); restore "
             "the images or rebuild the dataset"
+        )
+    if rejections:
+        lost = ", ".join(sorted({product for _, product in normals.keys() - search.images.keys()}))
+        LOGGER.warning(
+            f"{len(rejections)} of {len(images)} normal images of {dataset.folder} cannot be read and are left out "
+            f"(first: {rejections[0].item}, {rejections[0].reason})"
+            + (f"; images of {lost} would be taken for another product" if lost else "")
+            + "; restore them"
         )
     return ProductData(
         source=dataset.folder,

@@ -201,6 +201,19 @@ def test_images_by_path_must_stay_as_they_were(dataset, tmp_path):
         load_products(tmp_path / "references", tmp_path)
 
 
+def test_normal_images_that_are_missing_are_reported_with_the_products_that_lose_all(dataset, tmp_path, caplog):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    images = read_products(load_dataset(folder)).search.images
+    assert not caplog.messages
+    for image in images["line", "cap"]:
+        (folder / "images" / image).unlink()
+    assert read_products(load_dataset(folder)).comparable == ["washer"]
+    (message,) = caplog.messages
+    assert "3 of 8 normal images" in message
+    assert "images of cap would be taken for another product; restore them" in message
+
+
 def test_defects_that_only_synthetic_images_show_are_left_out_as_in_the_test_split(dataset, tmp_path):
     folder = tmp_path / "dataset"
     shutil.copytree(dataset, folder)
