@@ -62,6 +62,8 @@ class CheckedRun:
     validation: Any
     """Validation cases as a `datasets.Dataset`, or None without evaluation."""
     plan: Plan
+    validation_plan: Plan
+    """The plan of the validation cases; empty without evaluation."""
     cards: dict[str, AdapterCard]
     """The card of each adapter by its folder in output_dir, which is `.` unless all roles are trained. Empty in a dry
     run, because a card needs the base model's weights."""
@@ -140,14 +142,13 @@ def check(config: EchoConfig, sft: Any, base: Any) -> CheckedRun:
     require_a_batch(len(cases), sft)
     if sft.world_size > 1 and not sft.dataloader_drop_last:
         cases = pad_cases(cases, sft.world_size * sft.per_device_train_batch_size, sft.length_column_name)
-    validation = None
+    validation, validation_plan = None, Plan()
     if sft.eval_strategy != "no":
-        validation, _ = load_training_cases(row_builder, dataset, config, sft, "validation")
+        validation, validation_plan = load_training_cases(row_builder, dataset, config, sft, "validation")
         if sft.world_size > 1:
             validation = pad_cases(validation, sft.world_size * sft.per_device_eval_batch_size, sft.length_column_name)
-    return CheckedRun(
-        dataset, digests, row_builder, cases, validation, planned, cards, checkpoint, marks or None, model
-    )
+    plans = planned, validation_plan
+    return CheckedRun(dataset, digests, row_builder, cases, validation, *plans, cards, checkpoint, marks or None, model)
 
 
 def make_cards(
@@ -253,6 +254,7 @@ def make_trainer(checked: CheckedRun, config: EchoConfig, sft: Any, base: Any) -
         "processing_class": checked.row_builder.processor,
         "config": config,
         "largest_batch": checked.plan.largest_batch(sft.per_device_train_batch_size),
+        "largest_evaluation": checked.validation_plan.largest_batch(sft.per_device_eval_batch_size),
         "store": store,
         "implementation": base.attn_implementation or "sdpa",
     }

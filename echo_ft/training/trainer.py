@@ -54,12 +54,13 @@ class PrefixSharingTrainer(SFTTrainer):
         config: EchoConfig,
         card: AdapterCard,
         largest_batch: Sequence[int] = (0,),
+        largest_evaluation: Sequence[int] = (),
         store: TowerFeatureStore | None = None,
         implementation: str = "sdpa",
         checkpoint: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """`largest_batch` lists the cases of the largest batch of a device.
+        """`largest_batch` and `largest_evaluation` list the cases of a device's largest batch of each kind.
 
         `implementation` is one of attention.IMPLEMENTATIONS. `checkpoint` is the one that the run resumes from; it also
         holds the heads of the mask loss. Raises EchoError if it cannot train on this device, or if
@@ -69,7 +70,7 @@ class PrefixSharingTrainer(SFTTrainer):
         self.card = card
         super().__init__(*args, **kwargs)
         self.sampler: BalancedSampler | None = None
-        self.add_callback(LargestBatchCheck(self, largest_batch))
+        self.add_callback(LargestBatchCheck(self, largest_batch, largest_evaluation))
         self.add_callback(DrawnEpoch(self))
         if config.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold))

@@ -265,6 +265,37 @@ def test_the_largest_batch_check_tells_its_memory_and_does_not_affect_training(d
     assert tokens[0]["log_history"][-1].get("num_tokens") == tokens[1]["log_history"][-1].get("num_tokens")
 
 
+def test_a_larger_batch_of_an_evaluation_is_checked_before_step_1(dataset, tmp_path, monkeypatch):
+    from echo_ft.training.costs import largest_batch
+    from echo_ft.training.trainer import PrefixSharingTrainer
+
+    options = [*SHORT, "--max_steps", 1, "--eval_strategy", "epoch", "--per_device_train_batch_size", 1]
+    check, evaluated = largest_batch.check_evaluation_batch, []
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(largest_batch, "check_evaluation_batch", lambda trainer, cases: None)
+        run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / name, *options))
+        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        evaluated += [{key: entry[key] for key in entry if "_per_" not in key and "time" not in key} for entry in log]
+    assert evaluated[: len(log)] == evaluated[len(log) :]
+
+    ran: list[tuple[bool, int]] = []
+    compute = PrefixSharingTrainer._label_loss
+
+    def run_out(self, model, inputs, *others):
+        ran.append((model.training, inputs["done"][0]))
+        if not model.training and inputs["done"][0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, model, inputs, *others)
+
+    monkeypatch.setattr(largest_batch, "check_evaluation_batch", check)
+    monkeypatch.setattr(PrefixSharingTrainer, "_label_loss", run_out)
+    says = r"the largest batch of an evaluation \(\d cases, .* not fit .*; set per_device_eval_batch_size: 1, as in tr"
+    with pytest.raises(EchoError, match=says):
+        run_in_process(*tiny_options("reference_extractor", dataset, tmp_path / "full", *options))
+    assert [training for training, _ in ran] == [True, False], "no step has been taken"
+
+
 def test_the_largest_batch_is_checked_with_offloaded_activations_if_training_offloads_them(
     dataset, tmp_path, monkeypatch
 ):
