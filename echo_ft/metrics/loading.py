@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echo_ft.data.dataset import load_dataset
+from echo_ft.data.dataset import Dataset, load_dataset, read_digests
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_jsonl
 from echo_ft.inference.run_folder import CONTINUED_WITH, CUT, ROW_DIGESTS, changed_file
@@ -280,26 +280,37 @@ def describe_protocol(run: Run) -> str:
     provenance = run.provenance
     if "dataset" not in provenance:
         return "unknown training data: the answers come from another program"
-    manifest = _manifest(provenance["dataset"], provenance.get("dataset_fingerprint"))
+    dataset = _dataset(provenance["dataset"], provenance.get("dataset_fingerprint"))
+    manifest = dataset.manifest if dataset else {}
     sources = provenance.get("trained_on")
     if sources is None:  # an older version wrote run.json without this field
         cards = (provenance.get("adapters") or {}).values()
         sources = [card for card in cards if {"dataset", "dataset_fingerprint"} <= card.keys()]
-    training = dict.fromkeys(_training(source, provenance, manifest) for source in sources)
+    training = dict.fromkeys(_training(source, provenance, dataset) for source in sources)
     return f"{' and '.join(training) or 'not trained'}; {_references(provenance, manifest)}"
 
 
-def _manifest(folder: Any, expected: Any) -> Mapping[str, Any]:
-    """Return the manifest of a dataset; empty if it is missing or has been rebuilt."""
+def _dataset(folder: Any, expected: Any) -> Dataset | None:
+    """Load a dataset; None if it is missing or has been rebuilt."""
     try:
         dataset = load_dataset(Path(str(folder)))
     except (EchoError, OSError):
-        return {}
-    return dataset.manifest if dataset.manifest.get("fingerprint") == expected else {}
+        return None
+    return dataset if dataset.fingerprint == expected else None
 
 
-def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _share_images(first: Dataset | None, second: Dataset | None) -> bool:
+    """Return whether two datasets are known to have an image in common, in any of their splits."""
+    try:
+        one, other = (read_digests(dataset) or {} if dataset else {} for dataset in (first, second))
+    except EchoError:
+        return False
+    return not {*one.values()}.isdisjoint(other.values())
+
+
+def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], dataset: Dataset | None) -> str:
     """Describe one training dataset, an entry of `trained_on` or a card, and what the audit found."""
+    manifest = dataset.manifest if dataset else {}
     seen, here = source.get("photographs_trained_on"), provenance.get("dataset_fingerprint")
     if seen:
         return f"trained on {seen} of these {source['of_photographs']} images"
@@ -309,8 +320,11 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], manifest
         name = apart if apart and provenance.get("split") == "test" else f"trained on some of {own}"
         audits = manifest.get("audits", {})
     else:
+        trained = _dataset(source["dataset"], source["dataset_fingerprint"])
         name = f"across datasets, trained on {source['dataset']}"
-        audits = _manifest(source["dataset"], source["dataset_fingerprint"]).get("audits", {})
+        if _share_images(trained, dataset):
+            name = f"trained on {source['dataset']}, another build with some of the same images"
+        audits = trained.manifest.get("audits", {}) if trained else {}
     cards = (provenance.get("adapters") or {}).values()
     same_data = [card for card in cards if card.get("dataset_fingerprint") == source["dataset_fingerprint"]]
     leaks = [card.get("leaks", {}).get(here) for card in same_data]

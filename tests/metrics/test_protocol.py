@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from echo_ft.data.dataset import DATASET_FORMAT
+from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint
 from echo_ft.metrics.loading import Run, describe_protocol
 from echo_ft.records import ROLES
 
@@ -82,6 +82,26 @@ def test_the_verdict_of_the_audit_is_part_of_the_protocol(tmp_path: Path) -> Non
     assert "(LEAK: 3 groups)" in protocol(evaluated, rebuilt, adapters=cards)
     assert "(not audited)" in protocol(evaluated, rebuilt, adapters={ROLES[0]: {"leaks": {"another": "LEAK"}}})
     assert protocol(evaluated, source(evaluated, "eval", seen=4)).startswith("trained on 4 of these 89 images; ")
+
+
+def test_another_build_of_the_same_images_is_not_another_dataset(tmp_path: Path) -> None:
+    """The images may have been built with another k, or with images that were added later."""
+
+    def build(name: str, **images: str) -> str:
+        folder = make_dataset(tmp_path / name, name, images_fingerprint=images_fingerprint(images))
+        (tmp_path / name / DIGESTS).write_text(json.dumps(images))
+        return folder
+
+    evaluated = build("eval", **{"a.png": "1", "b.png": "2"})
+    earlier, other = build("earlier", **{"old/a.png": "1"}), build("other", **{"a.png": "3"})
+    assert protocol(evaluated, source(earlier, "earlier")).startswith(
+        f"trained on {earlier}, another build with some of the same images (not audited); "
+    )
+    assert protocol(evaluated, source(other, "other")).startswith(
+        f"across datasets, trained on {other} (not audited); "
+    )
+    (tmp_path / "earlier" / DIGESTS).unlink()
+    assert protocol(evaluated, source(earlier, "earlier")).startswith("across datasets, ")
 
 
 def test_adapters_of_two_datasets_name_both(tmp_path: Path) -> None:
