@@ -30,7 +30,7 @@ from echo_ft.metrics.metric_values import (
     metric_interval,
 )
 from echo_ft.metrics.prediction_table import PredictionTable
-from echo_ft.records import QUESTION_TYPES
+from echo_ft.records import QUESTION_TYPES, Prediction
 
 ALL_QUESTIONS = "All questions"
 """Name of the McNemar test over all questions behind the headline."""
@@ -68,7 +68,7 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
     ]
     described = [_describe_group(*one, scored) for one in zip(groups, resampled, part_counts, strict=True)]
     tests = _corrected_tests(base, groups[1:])
-    questions, cases = len(first.predictions), len({one.case for one in first.predictions})
+    asked = [one for one, behind in zip(first.predictions, headline_questions(first), strict=True) if behind]
     differences = []
     for place, group in enumerate(groups[1:], start=1):
         rows = {}
@@ -86,14 +86,14 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
                     single_class=single_class,
                 ),
             }
-        sentence = describe_difference(group.title, base.title, rows[key_figure], questions, cases)
+        sentence = describe_difference(group.title, base.title, key_figure, rows[key_figure], asked)
         differences.append({"run": group.name, "figures": rows, "mcnemar": tests[place - 1], "verdict": sentence})
     return {
         "baseline": base.name,
         "headline": key_figure,
-        "questions": questions,
+        "questions": len(first.predictions),
         "images": len(first.images),
-        "cases": cases,
+        "cases": len({one.case for one in first.predictions}),
         "warnings": [
             f"{name}: {text}"
             for group in groups
@@ -231,7 +231,7 @@ def mcnemar_tests(first: RunGroup, second: RunGroup) -> dict[str, dict[str, Any]
     tests = {}
     rows = {kind: base.type_index == place for place, kind in enumerate(QUESTION_TYPES)}
     rows |= {kind: base.other_type_index == place for place, kind in enumerate(base.other_types)}
-    rows[ALL_QUESTIONS] = base.type_index >= 0 if headline(base) == AVERAGE else base.other_type_index >= 0
+    rows[ALL_QUESTIONS] = headline_questions(base)
     for row, chosen in rows.items():
         if chosen.any():
             lost = int((base.correct & ~other.correct & chosen).sum())
@@ -240,14 +240,20 @@ def mcnemar_tests(first: RunGroup, second: RunGroup) -> dict[str, dict[str, Any]
     return tests
 
 
-def describe_difference(name: str, baseline: str, average: Mapping[str, Any], questions: int, cases: int) -> str:
-    """Describe the difference between two runs' strict averages in one sentence."""
+def describe_difference(
+    name: str, baseline: str, figure: str, average: Mapping[str, Any], asked: Sequence[Prediction]
+) -> str:
+    """Describe the difference between two runs' headlines, the `figure`, in one sentence.
+
+    `average` is the difference, and `asked` are the questions that it covers, as one of the runs answered them.
+    """
     difference = average["difference"]
-    where = f"on {questions} questions from {cases} cases"
+    where = f"on {len(asked)} questions from {len({one.case for one in asked})} cases"
     if average["interval"] is None:
+        few = "dataset" if figure == AVERAGE else "question type"
         return (
             f"{name} and {baseline} cannot be told apart: the difference is {difference:+.1f} points {where}, and a "
-            f"dataset with fewer than {MIN_PARTS} parts gives no interval"
+            f"{few} with fewer than {MIN_PARTS} parts gives no interval"
         )
     low, high = average["interval"]
     if low > 0:
@@ -288,6 +294,11 @@ def compared_part_counts(table: PredictionTable, scored: np.ndarray | None = Non
 def headline(table: PredictionTable) -> str:
     """Return the figure that sums up a run: MMAD's average, or that of the other types if there are no MMAD types."""
     return AVERAGE if (table.type_index >= 0).any() else OTHER_AVERAGE
+
+
+def headline_questions(table: PredictionTable) -> np.ndarray:
+    """Return which questions the `headline` covers, (Q,) bool."""
+    return (table.type_index if headline(table) == AVERAGE else table.other_type_index) >= 0
 
 
 def _in_percent(table: PredictionTable, key: str) -> bool:

@@ -184,6 +184,31 @@ def test_many_images_of_one_part_give_no_verdict(tmp_path: Path, capsys: pytest.
     assert all(figure["interval"] is None for figure in found["differences"][0]["figures"].values())
 
 
+def test_the_verdict_counts_only_the_questions_that_it_covers(tmp_path: Path) -> None:
+    """MMAD's average leaves out other types, and the mean of other types rests on the rarest one."""
+
+    def verdict(name: str, count: int, answered: list[Prediction], other: list[Prediction]) -> str:
+        rare = [dataclasses.replace(row, kind="Riddle") for row in other[:count]]
+        folders = [
+            make_run(tmp_path / name / one, [*rows, *rare])
+            for one, rows in (
+                ("base", answered),
+                ("tuned", [dataclasses.replace(row, parsed=None) for row in answered]),
+            )
+        ]
+        compare.main([*map(str, folders)])
+        found = json.loads((tmp_path / name / "compare" / "comparison.json").read_text())
+        assert found["questions"] == len(answered) + count
+        return found["differences"][0]["verdict"]
+
+    mmads, others = predictions(1.0, images=20), predictions(0.5, images=40)[40:]
+    assert verdict("mmad", 6, mmads, others).endswith("on 40 questions from 20 cases")
+    puzzles = [dataclasses.replace(row, kind="Puzzle") for row in mmads]
+    assert verdict("other", 4, puzzles, others).endswith(
+        "on 44 questions from 22 cases, and a question type with fewer than 5 parts gives no interval"
+    )
+
+
 def test_the_verdict_says_if_a_run_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [make_run(tmp_path / name, predictions(skill)) for name, skill in (("good", 1.0), ("bad", 0.2))]
     compare.main([*map(str, folders)])
