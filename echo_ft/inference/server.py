@@ -192,7 +192,12 @@ class Server:
         task = self._images[view]
         while len(self._images) > self.max_images:
             self._images.popitem(last=False)
-        return await task
+        try:
+            return await task
+        except BaseException:  # the image may be readable next time
+            if self._images.get(view) is task:
+                del self._images[view]
+            raise
 
     def _data_url(self, image: Image.Image) -> str:
         """Resize an image with the processor, and return it as a PNG in a data URL."""

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from echo_ft.errors import EchoError
-from echo_ft.experts.pipeline import BackendError, PipelineConfig, run_cases_async
+from echo_ft.experts.pipeline import BackendError, Outcome, PipelineConfig, run_cases_async
 from echo_ft.files import read_jsonl
 from echo_ft.inference import server as server_module
 from echo_ft.inference.server import Server
@@ -363,6 +363,28 @@ def test_a_broken_image_fails_only_its_case(fake, row_builder, tmp_path):
         [True] * 7,
     ]
     assert "cannot be read" in found[1].predictions[0].error
+
+
+def test_an_image_that_could_not_be_read_is_read_again(fake, row_builder, case, tmp_path):
+    """An inspector may run for weeks, and a network folder may be away for a moment."""
+    reference = tmp_path / case.seen.references[0].image
+    content = reference.read_bytes()
+
+    async def ask_twice() -> list[bool]:
+        found: list[bool] = []
+        async with Server(fake.url, "echo", row_builder, tmp_path, 12) as server:
+            for change in (reference.unlink, lambda: reference.write_bytes(content)):
+                change()
+                await run_cases_async(
+                    [case], server.generate, PipelineConfig(), 1, lambda _, one: found.append(_failed(one))
+                )
+        return found
+
+    assert asyncio.run(ask_twice()) == [True, False]
+
+
+def _failed(outcome: Outcome) -> bool:
+    return any(one.error is not None for one in outcome.predictions)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
