@@ -15,6 +15,7 @@ first two formats.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
 from echo_ft.files import atomic_folder
+from echo_ft.images.decode import image_size
 from echo_ft.inputs import FRAME
 from echo_ft.metrics.loading import load_run
 from echo_ft.records import UNLABELLED
-from evaluation.review import TAGS, review_cases, run_dataset
+from echo_ft.terminal import LOGGER
+from evaluation.review import TAGS, ReviewCase, review_cases, run_dataset
 from evaluation.review_formats import FORMATS
 
 
@@ -65,11 +68,28 @@ def main(argv: list[str]) -> None:
     output = Path(config.output or run.folder / f"review_{config.format}")
     if output.exists():
         raise EchoError(f"{output} already exists; choose another --output or delete it")
+    cases = readable_cases(cases, dataset.root)
     with atomic_folder(output) as folder:
         FORMATS[config.format](folder, cases, dataset.root, run.folder.resolve().name)
     counts = Counter(tag for case in cases for tag in case.tags)
     tagged = ", ".join(f"{counts[tag]} {tag}" for tag in TAGS if counts[tag]) or "none tagged"
     print(f"{len(cases)} images ({tagged}) for {config.format} in {output}; images are in {dataset.root}")
+
+
+def readable_cases(cases: Sequence[ReviewCase], root: Path) -> list[ReviewCase]:
+    """Return the cases whose image a tool can show, and warn about the others. Raises EchoError if there are none."""
+    found, problems = [], []
+    for case in cases:
+        try:
+            image_size(root / case.inspection.image)
+            found.append(case)
+        except EchoError as error:
+            problems.append(str(error))
+    if not found:
+        raise EchoError(f"none of the {len(cases)} images can be read (first: {problems[0]})")
+    if problems:
+        LOGGER.warning(f"{len(problems)} images cannot be read and are left out (first: {problems[0]})")
+    return found
 
 
 if __name__ == "__main__":

@@ -372,6 +372,22 @@ def test_only_images_with_the_given_tags_are_exported(project, tmp_path):
         export(project, "labelstudio", tmp_path / "wrong")
 
 
+@pytest.mark.parametrize("form", [*FILES])
+def test_a_missing_image_does_not_cost_the_review_of_the_others(project, tmp_path, form, caplog):
+    run = load_run(project.folder / "run")
+    images = [one.inspection.image for one in review_cases(run, run_dataset(run))]
+    lost = run_dataset(run).root / images[0]
+    lost.rename(tmp_path / "lost")
+    try:
+        content = export(project, form, tmp_path / form).read_text()
+    finally:
+        (tmp_path / "lost").rename(lost)
+    assert images[0] not in content
+    assert all(image in content for image in images[1:])
+    (message,) = caplog.messages
+    assert f"1 images cannot be read and are left out (first: there is no image {lost}" in message
+
+
 def test_a_rebuilt_dataset_is_not_reviewed(project, tmp_path):
     shutil.copytree(project.folder / "run", tmp_path / "run")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
