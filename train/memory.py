@@ -10,7 +10,7 @@ evaluation.run or of evaluation.ablate (echo_ft/inference/memory.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import yaml
@@ -41,6 +41,8 @@ _BRANCHES = {"reference_extractor": 2, "knowledge_guide": 1, "reasoning_expert":
 _EXCHANGES_PER_CASE = {"reasoning_expert": 2, "decision_maker": 2}
 """Exchanges per case for the roles with more than one. In full routing, Object Classification gets no knowledge and has
 its own prefix."""
+_ORDERS = 4
+"""Number of cyclic orders of a question with four options, as most of MMAD's have."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class RunOptions:
     max_new_tokens: int = 128
     max_batch_tokens: int | None = None
     dtype: str | None = None
+    option_order: str = "given"
+    """`cyclic` if any cell of an ablation asks in every cyclic order."""
     features_gib: float = 0.0
     """Size limit of the features that evaluation.ablate keeps."""
 
@@ -149,20 +153,24 @@ def read_run(path: str) -> RunOptions:
             raise EchoError(f"{path}: {name} is {value}; set it to 1 or more")
     if options.features_gib < 0:
         raise EchoError(f"{path}: features_gib is {options.features_gib:g}; set it to 0 or more")
-    return options
+    cells = given["cells"].values() if isinstance(given.get("cells"), dict) else ()
+    # A cell with braces has a list of values.
+    cyclic = any("cyclic" in str(cell.get("option_order")) for cell in (given, *cells) if isinstance(cell, dict))
+    return replace(options, option_order="cyclic") if cyclic else options
 
 
 def run_shapes(options: RunOptions) -> dict[str, RunShape]:
     """Return the largest batch of each role in a run with these options."""
     from echo_ft.inference.memory import RunShape
 
+    orders = {"decision_maker": _ORDERS if options.option_order == "cyclic" else 1}
     return {
         role: RunShape(
             exchanges=options.batch_size * _EXCHANGES_PER_CASE.get(role, 1),
             images=images,
             max_pixels=options.max_pixels,
             prefix_text=text // 2,
-            branches=_BRANCHES[role],
+            branches=_BRANCHES[role] * orders.get(role, 1),
             branch_tokens=text // 2 // _BRANCHES[role],
             max_new_tokens=options.max_new_tokens,
             max_batch_tokens=options.max_batch_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,26 @@ def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp
         main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_7b" / "run.yaml")])
     with pytest.raises(EchoError, match="has no max_pixels; give the YAML file for a run"):
         main(["--config", str(recipe), "--run", str(RECIPES / "accelerate" / "ddp.yaml")])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "option_order: cyclic",
+        "cells: {all: {option_order: cyclic}}",
+        '"cells": {"{option_order}": {option_order: [given, cyclic]}}',
+    ],
+)
+def test_a_run_in_every_order_of_the_options_has_more_branches(tmp_path, line):
+    from train.memory import read_run, run_shapes
+
+    text = (RECIPES / "tiny" / "run.yaml").read_text()
+    run = tmp_path / "run.yaml"
+    run.write_text(text + f"\n{line}\n")
+    given, cyclic = (run_shapes(read_run(str(path))) for path in (RECIPES / "tiny" / "run.yaml", run))
+    more = cyclic.pop("decision_maker"), given.pop("decision_maker")
+    assert more[0] == replace(more[1], branches=4 * more[1].branches)
+    assert cyclic == given
 
 
 @pytest.mark.faults
