@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_ft.html import render_page
-from echo_ft.metrics.comparison import ALL_QUESTIONS, RunGroup
+from echo_ft.metrics.comparison import ALL_QUESTIONS, RunGroup, scored_in_all
 from echo_ft.metrics.detection import roc_points
 from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import make_prediction_table
@@ -74,13 +74,15 @@ def compare_page(comparison: Mapping[str, Any], groups: Sequence[RunGroup], imag
         for place, group in enumerate(groups)
         for name, run, table in zip(group.members, group.runs, group.tables, strict=True)
     ]
+    scored = scored_in_all(groups)
     areas = [area for run in comparison["runs"] for area in run["figures"]["AUROC"]["values"]]
     reliabilities = [(name, reliability_curve(table), place) for name, _, table, place in members]
     return render(
         "compare.html.jinja",
         comparison=comparison,
         roc=[
-            (name, area, roc_points(table), place) for (name, _, table, place), area in zip(members, areas, strict=True)
+            (name, area, roc_points(table, scored), place)
+            for (name, _, table, place), area in zip(members, areas, strict=True)
         ],
         reliabilities=[(name, *curve, place) for name, curve, place in reliabilities if curve],
         changed_runs=(groups[0].members[0], groups[-1].members[-1]),

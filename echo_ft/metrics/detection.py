@@ -141,14 +141,18 @@ def average_precision(table: PredictionTable, members: np.ndarray) -> float | No
     return float(average_precision_score(truth, table.defect_scores[scored]))
 
 
-def roc_points(table: PredictionTable) -> list[tuple[float, float]]:
-    """Return the ROC curve of P(defect) as (false positive rate, true positive rate); empty if a class is missing."""
-    truth = table.defective[table.scored]
+def roc_points(table: PredictionTable, scored: np.ndarray | None = None) -> list[tuple[float, float]]:
+    """Return the ROC curve of P(defect) as (false positive rate, true positive rate); empty if a class is missing.
+
+    It covers the images that have a P(defect), or those of them in `scored`, (N,) bool, as `detection_metrics` does.
+    """
+    scored = table.scored & (True if scored is None else scored)
+    truth = table.defective[scored]
     if not 0 < truth.sum() < len(truth):
         return []
     from sklearn.metrics import roc_curve
 
-    false_positive, true_positive, _ = roc_curve(truth, table.defect_scores[table.scored])
+    false_positive, true_positive, _ = roc_curve(truth, table.defect_scores[scored])
     return list(zip(false_positive.tolist(), true_positive.tolist(), strict=True))
 
 

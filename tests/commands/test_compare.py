@@ -38,6 +38,23 @@ def test_compare_ends_with_the_verdict_and_writes_next_to_the_last_run(tmp_path:
     assert all(f"&lt;b&gt;{name}" in page for name in ("crack", "echo-tiny"))
 
 
+def test_roc_curves_show_the_images_that_their_auroc_covers(tmp_path: Path) -> None:
+    """The base has P(defect) only for images that it gets right, so its own curve would be perfect."""
+    tuned = predictions(0.6, seed=2)
+    base = [
+        row if row.parsed == row.answer else dataclasses.replace(row, probabilities=None)
+        for row in predictions(0.6, seed=1)
+    ]
+    compare.main([str(make_run(tmp_path / name, rows)) for name, rows in (("base", base), ("tuned", tuned))])
+    found = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    page = (tmp_path / "compare" / "compare.html").read_text()
+    chart = next(part for part in page.split("<figure") if "ROC curve;" in part)
+    for run, points in zip(found["runs"], re.findall(r'points="([^"]+)"', chart), strict=True):
+        xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
+        area = sum((x1 - x0) * (416 - y0 - y1) / 2 for x0, x1, y0, y1 in zip(xs, xs[1:], ys, ys[1:], strict=False))
+        assert area / 200**2 == pytest.approx(run["figures"]["AUROC"]["value"], abs=0.005), run["name"]
+
+
 def test_seven_runs_have_seven_colours(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"run{place}", predictions(0.5, seed=place)) for place in range(7)]
     compare.main([*map(str, runs), "--output", str(tmp_path / "out")])
