@@ -129,9 +129,10 @@ def _results(report: Mapping[str, Any]) -> list[str]:
     """Return a table of the strict accuracies of a report, and the detection scores, with 95% intervals."""
     run, row = report["provenance"], report["tables"]["strict"]["Average"]
     intervals = report["intervals"]["strict"].get("Average", {})
+    questions = sum(counts["questions"] for counts in report["kinds"].values())
     lines = [
-        f"The split `{run['split']}` of `{run['dataset']}` has {run['questions']} questions about {run['cases']} "
-        "images. Unparsed answers count as wrong.",
+        f"The run has answers to {questions} questions of MMAD's types about {report['counts']['images']} images of "
+        f"the split `{run['split']}` of `{run['dataset']}`. Unparsed answers count as wrong.",
         "",
         "| strict accuracy | % | 95% interval |",
         "|---|---|---|",

@@ -126,6 +126,7 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
     assert described.calibration == Calibration(2.0, 0.4)
     assert described.max_new_tokens == 48
     card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "answers to 70 questions of MMAD's types about 10 images" in card, "not 100, with other types and boxes"
     assert "| Anomaly Detection | 81.2 | 75.0 to 89.0 |" in card
     assert "| Average | 70.0 | too few parts |" in card
     assert "Object Analysis" not in card

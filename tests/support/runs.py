@@ -84,7 +84,7 @@ def run_evaluation(dataset, output, *more) -> None:
 def make_report(path: Path, found: Mapping[str, Adapter], changes: dict[str, Any] | None = None) -> Path:
     """Write a report.json of a run with these adapters, with only the fields that exports and inspectors read."""
     provenance = {
-        "split": "test", "dataset": "data/line", "questions": 70, "cases": 10, "routing": "full",
+        "split": "test", "dataset": "data/line", "questions": 100, "cases": 15, "routing": "full",
         "reference": "retrieved", "references": 1, "knowledge": "all", "reasoning": "off", "corruption": None,
         "answer": "logits", "option_order": "given", "max_new_tokens": 48,
         "base_fingerprint": next(iter(found.values())).card.base_fingerprint,
@@ -92,6 +92,8 @@ def make_report(path: Path, found: Mapping[str, Adapter], changes: dict[str, Any
     }  # fmt: skip
     report = {
         "provenance": provenance | (changes or {}),
+        "counts": {"images": 10},
+        "kinds": {"Anomaly Detection": {"questions": 10}, "Object Analysis": {"questions": 60}},
         "tables": {"strict": {"Average": {"Anomaly Detection": 81.25, "Object Analysis": None, "Average": 70.0}}},
         "intervals": {"strict": {"Average": {"Anomaly Detection": [75.04, 88.96], "Average": None}}},
         "detection": {"All": {"auroc": 0.9125, "recall": None, "intervals": {"auroc": [0.85, 0.95]}}},
