@@ -97,9 +97,10 @@ def _split_warnings(
     for split in ("validation", "test"):
         conditions = {inspection.condition == GOOD for inspection in cases if inspection.split == split}
         if not conditions and split == "validation":
+            seeded = ", or set split to seeded if the source gives the splits" if config.split == "given" else ""
             yield (
-                "the validation split has no case (synthetic defects never count): set split to seeded if the source "
-                "gives the splits, or train with --eval_strategy no"
+                "the validation split has no case (synthetic defects never count): add images, give validation a "
+                f"larger fraction in fractions{seeded}, or train with --eval_strategy no"
             )
         elif not conditions:
             yield f"the {split} split has no case"

@@ -238,6 +238,15 @@ def test_a_warning_about_a_train_split_without_defects_names_a_remedy(
     assert warning.endswith(f"to train on this data, {remedy}")
 
 
+@pytest.mark.parametrize("split", ["given", "seeded"])
+def test_too_few_images_for_a_validation_split_need_a_larger_fraction(small_manifest, tmp_path, split):
+    """This manifest has no splits, so a split by seed changes nothing."""
+    config = make_config(small_manifest, tmp_path / "out", split=split, fractions=[0.6, 0.01, 0.39])
+    (found,) = (text for text in build(config)["warnings"] if "the validation split has no case" in text)
+    assert "add images, give validation a larger fraction in fractions, " in found
+    assert ("set split to seeded if the source gives" in found) == (split == "given")
+
+
 @pytest.mark.parametrize(("kept", "side"), [("good", "normal"), ("dent", "defective")])
 def test_a_validation_split_with_one_side_is_a_warning(small_manifest, tmp_path, kept, side):
     held = ("good-0", "dent-0")
