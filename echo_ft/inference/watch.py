@@ -94,8 +94,11 @@ class FolderWatch:
         again after a restart. Raises EchoError if the folder cannot be read.
         """
         while True:
-            for path, version, error in self._finished():
-                if _version(path) == version:  # otherwise it was deleted or changed while others were inspected
+            for path, version, since in self._settled():
+                error = _read_error(path)  # only now, because the folder may have thousands of new images
+                if _version(path) != version:  # it was deleted or changed while others were inspected
+                    continue
+                if error is None or self.clock() - since >= BROKEN_SECONDS:
                     self._error = error
                     yield path, error
                     self._record(InspectedFile(escape_surrogates(path.name), *version, self._error))
@@ -105,7 +108,8 @@ class FolderWatch:
         """Record why the image that `images` yielded last could not be inspected."""
         self._error = error
 
-    def _finished(self) -> list[tuple[Path, tuple[int, int], str | None]]:
+    def _settled(self) -> list[tuple[Path, tuple[int, int], float]]:
+        """Return the new images that have not changed for a while, oldest first, and since when."""
         now, found, names = self.clock(), [], set()
         for path in list_folder(self.folder):
             if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
@@ -120,9 +124,7 @@ class FolderWatch:
             if known != version:
                 self._pending[name] = version, now
             elif now - since >= SETTLED_SECONDS:
-                error = _read_error(path)
-                if error is None or now - since >= BROKEN_SECONDS:
-                    found.append((path, version, error))
+                found.append((path, version, since))
         for gone in (*self._done.keys() - names, *self._pending.keys() - names):
             self._done.pop(gone, None)
             self._pending.pop(gone, None)

@@ -149,6 +149,14 @@ def test_an_image_that_goes_or_changes_while_others_are_inspected_waits_for_its_
     assert found[1][1] >= found[0][1] + SETTLED_SECONDS
 
 
+def test_the_first_of_many_new_images_does_not_wait_until_all_are_read(folder, whole, monkeypatch):
+    for index in range(9):
+        (folder / f"{index}.png").write_bytes(whole)
+    read = []
+    monkeypatch.setattr(watch_module, "_read_error", lambda path: read.append(path.name))
+    assert [name for name, _, _ in seen(folder, stop_after=1)] == read
+
+
 def test_only_one_process_watches_a_folder_and_a_missing_one_is_named(folder):
     with FolderWatch(folder), pytest.raises(EchoError, match="another process is writing to"):
         FolderWatch(folder)
