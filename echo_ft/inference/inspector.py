@@ -260,12 +260,14 @@ class Inspector:
     def possible_products(self, product: str | None) -> list[tuple[str, str]]:
         """Return the (dataset, product) that an image may show, given the name of its product or None.
 
-        Raises EchoError for an unknown product.
+        Raises EchoError for an unknown product, and for one without normal images.
         """
-        found = [key for key in self.products.conditions if product in (None, key[1])]
+        known = [key for key in self.products.conditions if product in (None, key[1])]
+        found = [key for key in known if key in self.products.search.images]
         if not found:
-            known = ", ".join(self.products.comparable)
-            raise EchoError(f"product {product!r} is not in {self.products.source}; choose from {known}")
+            problem = "has no normal image" if known else "is not"
+            comparable = ", ".join(self.products.comparable)
+            raise EchoError(f"product {product!r} {problem} in {self.products.source}; choose from {comparable}")
         return found
 
     def _case(self, path: Path, product: str | None) -> Case:

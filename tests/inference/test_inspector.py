@@ -269,6 +269,15 @@ def test_an_unknown_product_is_refused_with_the_known_ones(inspector, image):
         inspector.predict(image, "bolt")
 
 
+def test_a_product_without_normal_images_is_refused_before_any_image_is_inspected(inspector):
+    """A watch would otherwise report every image as one that cannot be inspected, and never look at it again."""
+    products = replace(inspector.products, conditions={**inspector.products.conditions, ("line", "bolt"): ["good"]})
+    other = Inspector(inspector.generate, products)
+    with pytest.raises(EchoError, match=r"product 'bolt' has no normal image in .*; choose from cap, washer"):
+        other.possible_products("bolt")
+    assert other.possible_products(None) == inspector.possible_products(None)
+
+
 def test_the_command_prints_lines_or_json_and_its_status_tells(adapters, image, tmp_path, capsys):
     with pytest.raises(SystemExit) as flagged:
         inspect.main([str(tmp_path), "--adapters", str(adapters), "--threshold", "0", "--json", "true"])
