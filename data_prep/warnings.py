@@ -45,7 +45,7 @@ def build_warnings(
 
 
 def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator[str]:
-    """Warn about images without annotations or conditions, conflicting copies, and masks of different parts."""
+    """Warn about missing annotations or conditions, conflicting copies, defective references and shared masks."""
     if draft.unannotated:
         yield (
             f"{len(draft.unannotated)} images without annotations were read as {GOOD}: "
@@ -72,6 +72,13 @@ def _truth_warnings(draft: DatasetDraft, digests: Mapping[str, str]) -> Iterator
         yield (
             f"the same image has different conditions in different files: {first_names(contradicting)}; "
             "correct or remove the wrong ones"
+        )
+    defective = {digests[one.image] for one in draft.inspections if one.condition not in (GOOD, UNLABELLED)}
+    named = [one.image for one in draft.inspections if one.reference and digests[one.reference] in defective]
+    if named:
+        yield (
+            f"the named references of {len(named)} images are copies of images that show a defect: "
+            f"{first_names(named)}; name normal images as references"
         )
     shared = [
         f"{mask} of {' and '.join(one.image for one in found[:2])}"

@@ -89,6 +89,19 @@ def test_copies_with_different_conditions_are_a_warning(small_manifest, tmp_path
     assert "cap/good-0-1.png (good) = cap/again.png (dent)" in warning
 
 
+def test_a_reference_that_copies_a_defective_image_is_a_warning(small_manifest, tmp_path):
+    """An image that the manifest does not list has no condition that could contradict its use."""
+    root = small_manifest.parent
+    shutil.copy(root / "cap/dent-0-1.png", root / "cap/baseline.png")
+    shutil.copy(root / "cap/good-0-1.png", root / "cap/other.png")
+    named = {"cap/dent-0-1.png": "cap/baseline.png", "cap/stain-0-1.png": "cap/baseline.png"}
+    named["cap/stain-1-1.png"] = "cap/other.png"
+    edit_rows(small_manifest, lambda row: row.update(reference=named.get(row["image"])))
+    warnings = build(make_config(small_manifest, tmp_path / "out"))["warnings"]
+    (warning,) = (text for text in warnings if "images that show a defect" in text)
+    assert "references of 2 images are copies" in warning and "cap/dent-0-1.png, cap/stain-0-1.png; name" in warning
+
+
 def test_one_mask_of_two_parts_is_a_warning(small_manifest, tmp_path):
     masks = {"cap/dent-0-1.png": "cap/dent-1-1_mask.png", "cap/stain-0-1.png": "cap/stain-0-2_mask.png"}
     edit_rows(small_manifest, lambda row: row.update(mask=masks.get(row["image"], row.get("mask"))))
