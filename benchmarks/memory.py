@@ -43,7 +43,7 @@ from echo_ft.model.vision import RECENT_IMAGES
 from echo_ft.records import ROLES, Branch, Exchange
 from echo_ft.training.checks import check_options
 from echo_ft.training.config import EchoConfig, lora_config
-from echo_ft.training.costs.memory import estimate_training, trainable_meta_model
+from echo_ft.training.costs.memory import estimate_training, loaded_width, trainable_meta_model
 from train.memory import MemoryConfig, largest_batch, read_run, run_shapes
 
 PIXEL_VALUES = 3 * 2 * 14 * 14
@@ -257,10 +257,11 @@ def main() -> None:
         return
     run_options = read_run(options.run)
     adapter = sum(count.trainable for count in count_parameters(model))
-    dtype = torch.float32 if run_options.width == 4 else torch.bfloat16
+    width = loaded_width(model, run_options.dtype)
+    dtype = torch.float32 if width == 4 else torch.bfloat16
     for role, shape in run_shapes(run_options).items():
         plain = meta_model(str(base.model_name_or_path), base.model_revision)
-        run = estimate_run(plain, adapter, shape, run_options.width)
+        run = estimate_run(plain, adapter, shape, width)
         expected, lora = run.total - run.context, lora_config(config, base, plain)
         peak = run_peak(plain, lora, shape, dtype)
         print(

@@ -20,7 +20,7 @@ from echo_ft.errors import EchoError
 from echo_ft.inputs import from_dict, read_yaml_file
 from echo_ft.model.activations import BatchShape
 from echo_ft.model.architectures import count_parameters, meta_model
-from echo_ft.training.costs.memory import memory_report, trainable_meta_model
+from echo_ft.training.costs.memory import loaded_width, memory_report, trainable_meta_model
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -86,11 +86,6 @@ class RunOptions:
     features_gib: float = 0.0
     """Size limit of the features that evaluation.ablate keeps."""
 
-    @property
-    def width(self) -> int:
-        """Bytes per weight. The published weights are in bfloat16."""
-        return 4 if self.dtype == "float32" else 2
-
 
 def main(argv: list[str]) -> None:
     """Parse the options, then print the parameter counts and the memory estimate."""
@@ -130,7 +125,8 @@ def _run_report(path: str, model_name: str, revision: str | None, adapter_parame
         )
     features = int(options.features_gib * 2**30)
     model = meta_model(model_name, revision)
-    return run_report(model, adapter_parameters, run_shapes(options), options.width, features, adapt_from)
+    width = loaded_width(model, options.dtype)
+    return run_report(model, adapter_parameters, run_shapes(options), width, features, adapt_from)
 
 
 def read_run(path: str) -> RunOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -354,6 +355,23 @@ def test_the_command_estimates_a_run_and_the_features_of_an_ablation(capsys, tmp
         main(["--config", str(recipe), "--run", str(RECIPES / "qwen2_vl_7b" / "run.yaml")])
     with pytest.raises(EchoError, match="has no max_pixels; give the YAML file for a run"):
         main(["--config", str(recipe), "--run", str(RECIPES / "accelerate" / "ddp.yaml")])
+
+
+def test_auto_is_the_dtype_that_the_models_config_names(capsys, tmp_path):
+    from train.memory import main
+
+    config = model_config("Qwen/Qwen2-VL-2B-Instruct").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))  # as after full fine-tuning
+    run = tmp_path / "run.yaml"
+    rows = (RECIPES / "qwen2_vl_2b" / "run.yaml").read_text().splitlines()
+    kept = [row for row in rows if not row.startswith(("dtype", "model_name_or_path"))]
+    printed = []
+    for dtype in ("float32", "auto", "bfloat16"):
+        run.write_text("\n".join([*kept, f"dtype: {dtype}", f"model_name_or_path: {tmp_path}"]))
+        recipe = ["--config", str(RECIPES / "qwen2_vl_2b" / "decision_maker.yaml"), "--run", str(run)]
+        main([*recipe, "--model_name_or_path", str(tmp_path), "--dtype", dtype])
+        printed.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("activations")])
+    assert printed[0] == printed[1] != printed[2]
 
 
 @pytest.mark.parametrize(

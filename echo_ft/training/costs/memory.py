@@ -135,12 +135,21 @@ def pixel_bytes(model: Any, batch: BatchShape, micro_batches: int, width: int) -
     return (micro_batches + 1) * batch.distinct_images * values * width
 
 
+def loaded_width(model: Any, dtype: str | None) -> int:
+    """Return the bytes per weight of `model` with the option `dtype`; `auto` and None load what its config names.
+
+    The configs of the published models, whose weights are in bfloat16, are known without a dtype.
+    """
+    named = str(model.config.dtype).removeprefix("torch.") if dtype in (None, "auto") else dtype
+    return 4 if named == "float32" else 2
+
+
 def estimate_training(model: Any, batch: BatchShape, sft: SFTConfig, base: ModelConfig, gpus: int) -> TrainingEstimate:
     """Estimate the memory for training `model` (a `trainable_meta_model`). `batch` is the largest batch of a GPU."""
     counts = count_parameters(model)
     total, trainable = sum(count.total for count in counts), sum(count.trainable for count in counts)
     bits = 4 if base.load_in_4bit else 8 if base.load_in_8bit else None
-    loaded, width = 4 if base.dtype == "float32" else 2, 2 if sft.bf16 or sft.fp16 else 4
+    loaded, width = loaded_width(model, base.dtype), 2 if sft.bf16 or sft.fp16 else 4
     frozen = frozen_bytes(model, loaded, bits, base.use_bnb_nested_quant)
     # Adapters are trained in float32. Full fine-tuning trains the weights as they are.
     adapter_width = 2 if not base.use_peft and loaded == 2 else 4
