@@ -85,6 +85,12 @@ def test_the_build_and_the_audit_say_that_they_skip_them(built, capsys):
     assert "unlabelled            3  images without a condition were skipped" in capsys.readouterr().out
 
 
+def test_the_preview_counts_them_without_a_filter_that_finds_nothing(folders):
+    page = (folders[1] / "preview.html").read_text()
+    assert '<th scope="row">not known</th>' in page
+    assert 'data-value=""' not in page and 'data-value="good"' in page
+
+
 def test_the_build_warns_if_only_some_images_have_no_condition(folders):
     labelled, mixed = (load_dataset(folder).manifest["warnings"] for folder in folders)
     assert [text for text in mixed if text not in labelled] == [
