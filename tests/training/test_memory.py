@@ -263,6 +263,17 @@ def test_the_largest_batch_is_checked_with_adams_states_and_the_pixels_of_a_step
     assert sum(tensor.nbytes for tensor in hold_step_memory(args, optimizer, [weight], pixels)) == 8 * pixels.nbytes
 
 
+@pytest.mark.parametrize("batch", [2, 3, 5, 6, 7, 9])
+def test_the_remedy_for_a_large_batch_keeps_the_cases_of_a_step(tmp_path, batch):
+    from echo_ft.training.costs.largest_batch import _less_memory
+
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    settings |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 4}
+    remedy = _less_memory(TrainingConfig(**settings, per_device_train_batch_size=batch), 1000)
+    smaller, accumulated = map(int, re.findall(r"\d+", remedy))
+    assert smaller < batch and smaller * accumulated == 4 * batch
+
+
 # The recipes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -118,6 +117,7 @@ def _less_memory(args: TrainingArguments, max_pixels: int) -> str:
     if not args.gradient_checkpointing:
         return "set gradient_checkpointing: true"
     if batch > 1:
-        more = args.gradient_accumulation_steps * math.ceil(batch / (batch // 2))
-        return f"set per_device_train_batch_size: {batch // 2} and gradient_accumulation_steps: {more}"
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)  # keeps the cases of a step
+        more = args.gradient_accumulation_steps * (batch // smaller)
+        return f"set per_device_train_batch_size: {smaller} and gradient_accumulation_steps: {more}"
     return f"set max_pixels: {max_pixels // 2}, here and in the run, or use recipes/accelerate/zero3.yaml"
