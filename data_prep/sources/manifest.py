@@ -44,6 +44,12 @@ IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
 UNREAD_MARKS = re.compile(r"(bbox_?|box_?)?[xy][ _]?(\d|min|max)|bbox(es)?|box|polygons?|segmentations?", re.IGNORECASE)
 """Matches the names of columns that seem to mark defects but are not read."""
 
+MASK_COLUMN = re.compile(
+    r"((gt|defect|anomaly|segmentation|ground[ _-]?truth)[ _-]?)?mask[ _-]?(path|file|file[ _-]?name|name|image)?s?",
+    re.IGNORECASE,
+)
+"""Matches the names of columns that seem to name a mask."""
+
 LINE_BREAK = re.compile(r"[\r\n]+")
 
 REQUIRED = ("image", "product", "condition")
@@ -192,6 +198,8 @@ def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) ->
         # An unnoticed misspelling of `group` or `split` would cause leakage. Other columns are ignored.
         plain = str(name).strip().casefold()
         near = name not in COLUMNS and difflib.get_close_matches(plain, absent, n=1, cutoff=0.75)
+        if "mask" in absent and MASK_COLUMN.fullmatch(plain):
+            near = ["mask"]
         if near:
             raise EchoError(f"{path} has a column {name!r}; did you mean {near[0]!r}?")
 

@@ -393,6 +393,8 @@ def test_jsonl_rows_may_contain_unicode_line_separators(tmp_path, separator):
         ("parts.csv", "image,product", "no column 'condition'.*found 'image', 'product'"),
         ("parts.csv", "image,product,condition,grop", "did you mean 'group'"),
         ("parts.csv", "image,product,condition,SPLIT", "column 'SPLIT'; did you mean 'split'"),
+        ("parts.csv", "image,product,condition,mask_path", "column 'mask_path'; did you mean 'mask'"),
+        ("parts.csv", "image,product,condition,Defect Mask", "column 'Defect Mask'; did you mean 'mask'"),
         ("parts.csv", "image,product,condition, MASK ", "column ' MASK '; did you mean 'mask'"),
         ("parts.csv", "image;product;condition", "with commas between the columns, not semicolons"),
         ("parts.csv", '"image";"product";"condition"', "not semicolons"),
