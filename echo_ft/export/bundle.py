@@ -151,7 +151,9 @@ def _fill_bundle(folder: Path, plan: ExportPlan) -> Bundle:
     write_probe(record_probe(original, builder, list(adapters), _dtype(original)), folder / "adapters")
     results = _inspect(original, builder, products, plan)
     if results:
-        write_json(folder / EXAMPLE_PROMPTS, [asdict(one) | {"images": len(one.images)} for one in results[0].trace])
+        # A product without knowledge has no prompt of the knowledge guide.
+        example = max(results, key=lambda one: len({trace.role for trace in one.trace}))
+        write_json(folder / EXAMPLE_PROMPTS, [asdict(one) | {"images": len(one.images)} for one in example.trace])
     dtype = _dtype(original)
     del original
     gc.collect()

@@ -229,7 +229,7 @@ def test_defects_that_only_synthetic_images_show_are_left_out_as_in_the_test_spl
 
 
 def test_a_bundle_that_answers_otherwise_after_reloading_is_not_written(adapters, tmp_path, monkeypatch):
-    """Here, the knowledge is damaged while it is written."""
+    """Here, the knowledge is damaged while it is written. The cap of image 1 has no knowledge."""
 
     def damage(products, folder, choice):
         save_products(products, folder, choice)
@@ -237,7 +237,7 @@ def test_a_bundle_that_answers_otherwise_after_reloading_is_not_written(adapters
 
     monkeypatch.setattr("echo_ft.export.bundle.save_products", damage)
     with pytest.raises(
-        EchoError, match="the reloaded bundle does not answer as the adapters do: a prompt differs, in image 1"
+        EchoError, match="the reloaded bundle does not answer as the adapters do: a prompt differs, in image 2"
     ):
         export_main(["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), "--merge", "none"])
     assert list(tmp_path.iterdir()) == []
