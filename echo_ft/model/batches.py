@@ -170,11 +170,21 @@ def float32_logits(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
+    head = _acting_layer(head)
     if type(head) is not torch.nn.Linear or hidden.dtype == torch.float32:  # other heads are adapted or quantized
         return head(hidden).float()
     wide = hidden.float()
     # This is done in blocks, because a float32 copy of a 7B's whole output layer would take 2 GiB.
     return torch.cat([wide @ block.float().t() for block in head.weight.split(16_384)], dim=1)
+
+
+def _acting_layer(head: Any) -> Any:
+    """Return `head`, or the layer that acts in PEFT's wrapper for modules_to_save: an adapter's or the model's own."""
+    own = getattr(head, "modules_to_save", None)
+    if own is None:
+        return head
+    active = () if head.disable_adapters else head.active_adapters
+    return own[active[0]] if active else head.original_module
 
 
 def join_states(states: Sequence[States]) -> tuple[DynamicCache, torch.Tensor]:

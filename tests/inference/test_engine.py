@@ -283,6 +283,22 @@ def test_float32_logits_do_not_tie_as_bfloat16_does():
     assert (rounded.diff() == 0).any(), "in bfloat16 there would be ties"
 
 
+def test_float32_logits_are_those_of_the_active_adapters_own_output_layer():
+    torch.manual_seed(0)
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    base = load_model(str(ECHO_TINY), None, "bfloat16")
+    model = get_peft_model(base, LoraConfig(**lora), adapter_name="plain", autocast_adapter_dtype=False)
+    model.add_adapter("own", LoraConfig(**lora, modules_to_save=["lm_head"]), autocast_adapter_dtype=False)
+    head = base.lm_head
+    own = head.modules_to_save["own"]
+    own.weight.data.mul_(2)
+    hidden = 3 * torch.randn(32, own.in_features).to(torch.bfloat16)
+    for name, layer in (("plain", head.original_module), ("own", own), ("plain", head.original_module)):
+        model.set_adapter(name)
+        expected = hidden.double() @ layer.weight.double().t()
+        torch.testing.assert_close(float32_logits(head, hidden).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("limit", [1, 400, 900])
 def test_prefixes_prefill_in_groups_give_the_same_answers(model, row_builder, exchanges, tmp_path, monkeypatch, limit):
     engine = Engine(model, row_builder, tmp_path, max_new_tokens=8)
