@@ -130,6 +130,7 @@ def is_web_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
         possible = parts.port != 0  # any other impossible port is a ValueError
+        (parts.hostname or "").encode("idna")  # so is a label that is empty or too long
     except ValueError:
         return False
     return (

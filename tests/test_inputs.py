@@ -188,3 +188,18 @@ def test_any_error_of_a_decoder_is_a_read_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", broken)
     with pytest.raises(inputs.InputError, match=r"broken or has an unknown format \(RuntimeError\)"):
         decode(tmp_path / "part.png")
+
+
+def test_web_addresses_have_hosts_that_can_be_asked():
+    for text in ("http://localhost:8000/v1", "https://münchen.de/x", "http://[::1]/", "http://a_b.c."):
+        assert inputs.is_web_address(text), text
+    for text in (
+        "localhost",
+        "ftp://a/b",
+        "http://",
+        "http://a..b/x",
+        f"http://{'a' * 64}.de/",
+        "http://a:99999",
+        "http://a b",
+    ):
+        assert not inputs.is_web_address(text), text

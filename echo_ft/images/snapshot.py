@@ -90,6 +90,8 @@ def _png(image: Image.Image | NDArray[Any]) -> bytes:
         )
     else:
         image = Image.fromarray(image).convert("RGB")
+    if 0 in image.size:
+        raise EchoError(f"the image has {image.width} x {image.height} pixels; pass an image with pixels")
     file = io.BytesIO()
     image.save(file, "png")
     return file.getvalue()

@@ -171,25 +171,18 @@ def post(
     waited, wait = 0.0, 1.0
     while True:
         try:
-            reply = httpx.post(
-                url,
-                content=to_json(content).encode(),
-                headers={"Content-Type": "application/json"},
-                timeout=WEBHOOK_SECONDS,
-                follow_redirects=False,
-            )
+            status, location = _request(url, to_json(content).encode())
         except httpx.HTTPError as error:
             problem = f"no connection: {error}"
         else:
-            if reply.is_success:
+            if 200 <= status < 300:
                 return
-            problem = f"status {reply.status_code}"
-            if reply.is_redirect:
+            problem = f"status {status}"
+            if location is not None and 300 <= status < 400:
                 raise EchoError(
-                    f"the webhook {url} redirects to {reply.headers.get('location')}, which is not followed; give the "
-                    "final address"
+                    f"the webhook {url} redirects to {location}, which is not followed; give the final address"
                 )
-            if reply.status_code < 500 and reply.status_code not in (408, 429):
+            if status < 500 and status not in (408, 429):
                 raise EchoError(
                     f"the webhook {url} rejects a result ({problem}); check the address and its permissions"
                 )
@@ -202,3 +195,10 @@ def post(
             LOGGER.warning(f"the webhook {url} does not accept results ({problem}); repeating for {patience:g} s")
         sleep(wait)
         waited, wait = waited + wait, min(2 * wait, 30.0)
+
+
+def _request(url: str, body: bytes) -> tuple[int, str | None]:
+    """Post JSON. Return the status and the Location of the reply, whose body is not read, because it may never end."""
+    options: dict[str, Any] = {"headers": {"Content-Type": "application/json"}, "timeout": WEBHOOK_SECONDS}
+    with httpx.stream("POST", url, content=body, follow_redirects=False, **options) as reply:
+        return reply.status_code, reply.headers.get("location")

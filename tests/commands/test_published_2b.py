@@ -43,7 +43,7 @@ pytestmark = pytest.mark.slow
 DEPTH = os.environ.get("ECHO_FT_DEPTH", "2")
 WHOLE = DEPTH == "all"
 DTYPE = os.environ.get("ECHO_FT_DTYPE", "bfloat16")
-MOST_GIB = 12 if DTYPE == "bfloat16" else 16
+MOST_GIB = 12 if DTYPE == "bfloat16" else 20
 RECIPES = ROOT / "recipes" / "qwen2_vl_2b"
 PIXELS = 50_176
 """The smallest budget of the recipes: 64 tokens per image."""

@@ -93,6 +93,9 @@ def test_unusable_images_in_memory_are_refused(tmp_path):
         pass
     with pytest.raises(EchoError, match="the Pillow image cannot be read"):
         snapshot(closed, tmp_path)
+    for empty in (np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (5, 0))):
+        with pytest.raises(EchoError, match="the image has 5 x 0 pixels; pass an image with pixels"):
+            snapshot(empty, tmp_path)
 
 
 def test_images_in_memory_and_overwritten_files_are_seen_afresh(inspector, tmp_path):

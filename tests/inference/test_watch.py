@@ -165,9 +165,12 @@ def test_only_one_process_watches_a_folder_and_a_missing_one_is_named(folder):
 
 
 class Webhook:
-    """A webhook on the loopback interface that answers with the given status codes and records what it gets."""
+    """A webhook on the loopback interface that answers with the given status codes and records what it gets.
 
-    def __init__(self, *statuses, location="http://192.0.2.1/") -> None:
+    With `endless`, its replies announce a body that never comes.
+    """
+
+    def __init__(self, *statuses, location="http://192.0.2.1/", endless=False) -> None:
         self.bodies: list[dict] = []
         remaining, hook = list(statuses), self
 
@@ -178,8 +181,11 @@ class Webhook:
                 self.send_response(status)
                 if 300 <= status < 400:
                     self.send_header("Location", location)
-                self.send_header("Content-Length", "0")
+                self.send_header("Content-Length", "5" if endless else "0")
                 self.end_headers()
+                if endless:
+                    self.wfile.flush()
+                    self.rfile.read(1)  # until the other side ends the connection
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -204,6 +210,12 @@ def test_a_webhook_that_is_not_available_gets_the_result_later():
     assert slept == [1.0, 2.0]
     with pytest.raises(EchoError, match=r"did not accept a result for 5 s .*no connection.*inspects that image again"):
         post(hook.url, {}, slept.append, patience=5)
+
+
+def test_the_body_of_a_reply_is_not_waited_for():
+    with Webhook(endless=True) as hook:
+        post(hook.url, {"image": "a"}, sleep=pytest.fail)
+    assert hook.bodies == [{"image": "a"}]
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
