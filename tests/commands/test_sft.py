@@ -365,7 +365,7 @@ def test_training_starts_after_decoding_only_its_first_batches(tmp_path, monkeyp
         (["--gradient_checkpointing", "false"], "set gradient_checkpointing: true"),
         (
             ["--gradient_checkpointing", "true", "--per_device_train_batch_size", 5],
-            "largest batch .5 cases.* set per_device_train_batch_size: 2 and gradient_accumulation_steps: 3",
+            "largest batch .5 cases.* set per_device_train_batch_size: 1 and gradient_accumulation_steps: 5",
         ),
         (
             ["--gradient_checkpointing", "true", "--per_device_train_batch_size", 1],
