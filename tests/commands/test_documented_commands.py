@@ -47,6 +47,7 @@ NOT_RUN = {
     "recipes/tiny/curves.yaml": "needs two more sets of adapters",
     "evaluation.curves": "needs the ablation of recipes/tiny/curves.yaml",
     "train.tiny.pretrain": "takes more than an hour",
+    "tests/commands/test_published_2b.py": "computes with a whole 2B for 15 minutes",
 }
 """Part of a command to the reason why it does not run here. Commands of this project are still parsed completely."""
 
