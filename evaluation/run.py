@@ -26,8 +26,8 @@ from echo_ft.experts.pipeline import Generate, Outcome, run_cases_async, run_or_
 from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.inference.run_folder import Processes, RunFolder, failure_reasons, read_cut_warning
-from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, require_whole_prompt, tuned_base
-from echo_ft.model.loading import base_fingerprint, load_model, load_processor
+from echo_ft.model.adapters import Adapter, find_adapters, load_to_answer, require_whole_prompt, tuned_base
+from echo_ft.model.loading import base_fingerprint, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.model.training_overlap import BASE_MODEL, describe_training_data
 from echo_ft.processes import join_processes
@@ -277,14 +277,15 @@ def load_engine(prepared: PreparedRun, device: torch.device) -> Engine:
 def load_run_model(prepared: PreparedRun, device: torch.device) -> Any:
     """Load a run's model, onto a GPU if `device` is one, attach its adapters, and check that they act."""
     config = prepared.config
-    base = load_model(
+    folder = config.adapters
+    model = load_to_answer(
         config.model_name_or_path,
         config.model_revision,
         config.dtype,
+        prepared.adapter_paths,
         attn_implementation=config.attn_implementation,
         device_map=str(device) if device.type == "cuda" else None,
     )
-    model, folder = attach_adapters(base, prepared.adapter_paths), config.adapters
     if folder is not None:
         backend = local_backend(model, prepared.row_builder)
         check_adapters(backend, list(prepared.adapters), read_probe(Path(folder)), folder, prepared.row_builder)

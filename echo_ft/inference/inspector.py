@@ -23,8 +23,8 @@ from echo_ft.images.snapshot import ImageInput, list_images, snapshot, snapshots
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
 from echo_ft.inference.decision import Calibration, load_calibration, measured_dtype, read_measurement, with_threshold
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
-from echo_ft.model.adapters import Adapter, attach_adapters, find_adapters, read_card
-from echo_ft.model.loading import base_fingerprint, load_model, load_processor
+from echo_ft.model.adapters import Adapter, find_adapters, load_to_answer, read_card
+from echo_ft.model.loading import base_fingerprint, load_processor
 from echo_ft.model.rows import RowBuilder
 from echo_ft.processes import scratch_folder
 from echo_ft.records import GROUNDING, MAX_NEW_TOKENS, ROLES, Case, Entry, Prediction, Question, Seen, Trace, Truth
@@ -334,8 +334,8 @@ def load_tuned_model(adapters: Mapping[str, Adapter], row_builder: RowBuilder, d
 
     first = next(iter(adapters.values()))
     device = "cuda" if torch.cuda.is_available() else None
-    base = load_model(first.card.base_model, first.card.base_revision, dtype, device_map=device)
-    model = attach_adapters(base, {role: adapter.path for role, adapter in adapters.items()})
+    paths = {role: adapter.path for role, adapter in adapters.items()}
+    model = load_to_answer(first.card.base_model, first.card.base_revision, dtype, paths, device_map=device)
     check_adapters(local_backend(model, row_builder), list(adapters), read_probe(first.path.parent), where, row_builder)
     return model
 

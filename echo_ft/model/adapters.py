@@ -15,7 +15,7 @@ from echo_ft.experts.roles import PROMPT_VERSION
 from echo_ft.files import flush, write_json, write_text
 from echo_ft.inputs import from_dict, read_json_object
 from echo_ft.model.adapter_layers import act_when_switched_on, check_patterns, check_weights
-from echo_ft.model.loading import base_fingerprint, why_unusable
+from echo_ft.model.loading import base_fingerprint, checkpoint_dtype, load_model, why_unusable
 from echo_ft.provenance import commit, digests_of, fingerprint_files, require_sealed, same_weights, versions, write_sums
 from echo_ft.records import ROLES
 
@@ -267,6 +267,21 @@ def require_whole_prompt(adapters: Mapping[str, Adapter], user: str) -> None:
                 f"adapter to the whole prompt; train {role} with adapt_from: prefix, or use the folder of adapters "
                 "with a local model: evaluation.run, or Inspector.from_adapters"
             )
+
+
+def load_to_answer(
+    model_name_or_path: str, revision: str | None, dtype: str, adapters: Mapping[str, Path], **options: Any
+) -> Any:
+    """Load a base model to answer with, and attach one adapter per role if there are `adapters`.
+
+    In a 16-bit `dtype`, the vision tower keeps float32 if the model's config names it for the tower. echo-tiny's config
+    does, because its tower is sensitive to rounding (docs/experiments.md). Those of the published models do not.
+    `options` are passed to `load_model`. Raises EchoError if `load_model` or `attach_adapters` does.
+    """
+    model = load_model(model_name_or_path, revision, dtype, **options)
+    if dtype != "float32" and checkpoint_dtype(model_name_or_path, revision, tower=True) == "float32":
+        model.model.visual.float()
+    return attach_adapters(model, adapters)
 
 
 def attach_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:

@@ -259,12 +259,16 @@ def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
         ) from error
 
 
-def checkpoint_dtype(model_name_or_path: str, revision: str | None = None) -> str:
-    """Return the dtype that a checkpoint's config names, such as `bfloat16`; `float32` if it names none."""
+def checkpoint_dtype(model_name_or_path: str, revision: str | None = None, tower: bool = False) -> str:
+    """Return the dtype that a checkpoint's config names, such as `bfloat16`; `float32` if it names none.
+
+    With `tower`, return that of the vision tower, if the config names one for it.
+    """
     from transformers import AutoConfig
 
     config = _from_hub(AutoConfig, model_name_or_path, revision=revision)
-    return str(config.dtype or "float32").removeprefix("torch.")
+    own = config.vision_config.dtype if tower else None
+    return str(own or config.dtype or "float32").removeprefix("torch.")
 
 
 def indexed_files(index: Path) -> list[str]:

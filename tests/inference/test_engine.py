@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -24,7 +26,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig, run_cases
 from echo_ft.files import read_jsonl
 from echo_ft.inference.engine import Engine
-from echo_ft.model.adapters import attach_adapters
+from echo_ft.model.adapters import attach_adapters, load_to_answer
 from echo_ft.model.batches import float32_logits
 from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.vision import ImageEncoder, ImageFeatureCache
@@ -379,3 +381,25 @@ def test_adapters_take_the_dtype_of_the_base_model(tmp_path):
         model = attach_adapters(base, {role: adapters / role for role in ROLES})
         found = {value.dtype for name, value in model.named_parameters() if "lora_" in name}
         assert found == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("whole", "tower", "kept"), [("float32", "float32", "float32"), ("bfloat16", None, "bfloat16")]
+)
+def test_in_16_bits_the_tower_keeps_float32_if_its_config_names_it(
+    row_builder, exchanges, tmp_path, whole, tower, kept
+):
+    """The published configs name no dtype for the tower."""
+    folder = Path(shutil.copytree(ECHO_TINY, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"], config["vision_config"]["dtype"] = whole, tower
+    (folder / "config.json").write_text(json.dumps(config))
+    dataset = make_dataset(tmp_path / "data", train=1, validation=1, test=1)
+    adapters = random_adapters(tmp_path / "adapters", dataset)
+    model = load_to_answer(str(folder), None, "bfloat16", {role: adapters / role for role in ROLES})
+    parts = {True: set(), False: set()}
+    for name, weight in model.named_parameters():
+        parts[".visual." in name].add(str(weight.dtype).removeprefix("torch."))
+    assert parts == {True: {kept}, False: {"bfloat16"}}
+    for answers in Engine(model, row_builder, tmp_path, 4).generate("decision_maker", exchanges):
+        assert all(math.isfinite(value) for one in answers for value in one.letters.values())

@@ -10,6 +10,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
 import echo_ft
@@ -191,7 +192,7 @@ def test_a_report_gives_the_inspector_the_options_of_its_run_and_must_be_of_its_
     found = find_adapters(adapters, str(ECHO_TINY), base_fingerprint(str(ECHO_TINY)), MIN_PIXELS, MAX_PIXELS)
     report = make_report(tmp_path / "report.json", found, {"dtype": "bfloat16"})
     inspector = Inspector.from_adapters(adapters, calibration=report)
-    assert str(inspector.generate.__self__.model.dtype) == "torch.bfloat16"
+    assert inspector.generate.__self__.base.model.language_model.dtype == torch.bfloat16
     assert inspector.pipeline == PipelineConfig(knowledge="all", reasoning="off", answer="logits")
     assert inspector.calibration == Calibration(2.0, 0.4)
     assert inspector.products.search.k == 1
