@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
         references=config.references,
         measurement=measurement,
         licence=config.licence,
-        merge=[] if config.merge == ["none"] else config.merge,
+        merge=[] if config.merge == ["none"] else list(dict.fromkeys(config.merge)),
         dtype=measured_dtype(config.dtype, measurement, replace(card, base_model=base)),
     )
     bundle = export_bundle(plan, Path(config.output))

@@ -163,6 +163,11 @@ def _check_parallel_options(sft: SFTConfig) -> None:
         raise EchoError(
             "accelerator_config: dispatch_batches needs batches of one shape, but packed rows differ; remove it"
         )
+    if accelerator.split_batches and sft.world_size > 1:
+        raise EchoError(
+            "accelerator_config: split_batches would divide each batch among the processes, but batches are planned "
+            "per process; remove it, and set per_device_train_batch_size"
+        )
     if sft.fsdp and sft.world_size == 1:
         raise EchoError(
             "fsdp needs several processes; remove it, and use python -m train.launch --config_file "

@@ -80,7 +80,8 @@ class EchoConfig:
         default=False,
         metadata={
             "help": "Show the options of each question in a random order, drawn from the seed in each epoch, and "
-            "train on the letter that the correct option then has. Two options keep their order."
+            "train on the letter that the correct option then has. Two options keep their order. Only the decision "
+            "maker's questions have options."
         },
     )
     mask_loss: float = field(

@@ -167,6 +167,14 @@ def test_an_option_that_training_would_fail_on_is_refused(check, changed, messag
         check(changed)
 
 
+def test_batches_are_not_split_among_processes(check, monkeypatch):
+    options = {"accelerator_config": {"split_batches": True}}
+    check(options)
+    monkeypatch.setattr(TrainingConfig, "world_size", 2)
+    with pytest.raises(EchoError, match="split_batches would divide each batch among the processes.*remove it"):
+        check(options)
+
+
 def test_numbers_in_a_mapping_are_numbers(check):
     text = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}}
     assert check(text).lr_scheduler_kwargs == {"min_lr": 1e-6}
