@@ -41,8 +41,18 @@ from echo_ft.strict_yaml import DuplicateKeyError, read_json
 IMAGE_KEY = re.compile(r'"image"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*")')
 """Finds the image in a line of JSON, even if the rest of the line is broken."""
 
-UNREAD_MARKS = re.compile(r"(bbox_?|box_?)?[xy][ _]?(\d|min|max)|bbox(es)?|box|polygons?|segmentations?", re.IGNORECASE)
+UNREAD_MARKS = re.compile(
+    r"(bbox_?|box_?)?[xy][ _]?(\d|min|max)|bbox(es)?|box|polygons?|segmentations?"
+    r"|b?box[ _]?([xywh]|left|top|right|bottom|width|height)",
+    re.IGNORECASE,
+)
 """Matches the names of columns that seem to mark defects but are not read."""
+
+UNREAD_SIDES = tuple(
+    frozenset(names.split())
+    for names in ("x y w h", "x y width height", "left top right bottom", "left top width height")
+)
+"""Names of columns that seem to mark defects together. Alone, such as the width of a photograph, they do not."""
 
 MASK_COLUMN = re.compile(
     r"((gt|defect|anomaly|segmentation|ground[ _-]?truth)[ _-]?)?mask[ _-]?(path|file|file[ _-]?name|name|image)?s?",
@@ -187,7 +197,10 @@ def _check_columns(path: Path, names: tuple[str, ...], complete: bool = True) ->
     twice = [column for column in COLUMNS if spelled.count(column) > 1]
     if twice:
         raise EchoError(f"{path} has several columns {twice[0]!r}; keep the correct one and rename the others")
-    unread = [str(name) for name in names if UNREAD_MARKS.fullmatch(str(name).strip())]
+    sides = next((sides for sides in UNREAD_SIDES if sides <= set(spelled)), frozenset())
+    unread = [
+        str(name) for name, plain in zip(names, spelled, strict=True) if UNREAD_MARKS.fullmatch(plain) or plain in sides
+    ]
     if unread and "boxes" not in names:
         raise EchoError(
             f"{path} has {', '.join(map(repr, unread))}, which would not be read; write the marks as a column 'boxes' "

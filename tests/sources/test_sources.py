@@ -329,7 +329,21 @@ def test_manifest_ignores_other_columns(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize(
     "columns",
-    ["xmin,ymin,xmax,ymax", "X_min", "x1,y1,x2,y2", "bbox", "BBoxes", "Box", "polygon", "polygons", "Segmentation"],
+    [
+        "x,y,w,h",
+        "Left,top,Right,bottom",
+        "bbox_x",
+        "box width",
+        "xmin,ymin,xmax,ymax",
+        "X_min",
+        "x1,y1,x2,y2",
+        "bbox",
+        "BBoxes",
+        "Box",
+        "polygon",
+        "polygons",
+        "Segmentation",
+    ],
 )
 def test_marks_in_columns_that_are_not_read_are_refused(tmp_path, kind, columns):
     draw(tmp_path / "a.png")

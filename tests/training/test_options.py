@@ -171,7 +171,7 @@ def test_batches_are_not_split_among_processes(check, monkeypatch):
     options = {"accelerator_config": {"split_batches": True}}
     check(options)
     monkeypatch.setattr(TrainingConfig, "world_size", 2)
-    with pytest.raises(EchoError, match="split_batches would divide each batch among the processes.*remove it"):
+    with pytest.raises(EchoError, match=r"split_batches would divide each batch among the processes.*remove it"):
         check(options)
 
 
