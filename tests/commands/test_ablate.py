@@ -170,7 +170,7 @@ def test_the_table_is_printed_and_written_with_numbers_of_questions(done):
 def record_calls(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
     """Record the prompts that engines answer, the images that they load, and the models that are loaded."""
     prompts, images, models = [], [], []
-    generate, load_image, load_model = Engine.generate, ImageEncoder._load, evaluation_run.load_model
+    generate, load_image, load_model = Engine.generate, ImageEncoder._load, evaluation_run.load_to_answer
 
     def recorded(self, role, exchanges):
         for one in exchanges:
@@ -191,7 +191,7 @@ def record_calls(monkeypatch) -> tuple[list[Any], list[Any], list[Any]]:
 
     monkeypatch.setattr(Engine, "generate", recorded)
     monkeypatch.setattr(ImageEncoder, "_load", load_recorded_image)
-    monkeypatch.setattr(evaluation_run, "load_model", load_recorded_model)
+    monkeypatch.setattr(evaluation_run, "load_to_answer", load_recorded_model)
     return prompts, images, models
 
 
