@@ -274,12 +274,14 @@ def load_to_answer(
 ) -> Any:
     """Load a base model to answer with, and attach one adapter per role if there are `adapters`.
 
-    In a 16-bit `dtype`, the vision tower keeps float32 if the model's config names it for the tower. echo-tiny's config
-    does, because its tower is sensitive to rounding (docs/experiments.md). Those of the published models do not.
-    `options` are passed to `load_model`. Raises EchoError if `load_model` or `attach_adapters` does.
+    In a 16-bit `dtype`, the vision tower keeps float32 if the model's config names it for the tower, except with flash
+    attention, which needs 16 bits. echo-tiny's config names it, because its tower is sensitive to rounding
+    (docs/experiments.md). Those of the published models do not. `options` are passed to `load_model`. Raises EchoError
+    if `load_model` or `attach_adapters` does.
     """
     model = load_model(model_name_or_path, revision, dtype, **options)
-    if dtype != "float32" and checkpoint_dtype(model_name_or_path, revision, tower=True) == "float32":
+    flash = "flash" in str(options.get("attn_implementation"))
+    if dtype != "float32" and not flash and checkpoint_dtype(model_name_or_path, revision, tower=True) == "float32":
         model.model.visual.float()
     return attach_adapters(model, adapters)
 

@@ -262,13 +262,13 @@ def _from_hub(auto: Any, model_name_or_path: str, **options: Any) -> Any:
 def checkpoint_dtype(model_name_or_path: str, revision: str | None = None, tower: bool = False) -> str:
     """Return the dtype that a checkpoint's config names, such as `bfloat16`; `float32` if it names none.
 
-    With `tower`, return that of the vision tower, if the config names one for it.
+    With `tower`, return the one that it names for the vision tower, or an empty string if it names none.
     """
     from transformers import AutoConfig
 
     config = _from_hub(AutoConfig, model_name_or_path, revision=revision)
-    own = config.vision_config.dtype if tower else None
-    return str(own or config.dtype or "float32").removeprefix("torch.")
+    named = config.vision_config.dtype or "" if tower else config.dtype or "float32"
+    return str(named).removeprefix("torch.")
 
 
 def indexed_files(index: Path) -> list[str]:

@@ -384,7 +384,8 @@ def test_adapters_take_the_dtype_of_the_base_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("whole", "tower", "kept"), [("float32", "float32", "float32"), ("bfloat16", None, "bfloat16")]
+    ("whole", "tower", "kept"),
+    [("float32", "float32", "float32"), ("bfloat16", None, "bfloat16"), ("float32", None, "bfloat16")],
 )
 def test_in_16_bits_the_tower_keeps_float32_if_its_config_names_it(
     row_builder, exchanges, tmp_path, whole, tower, kept
