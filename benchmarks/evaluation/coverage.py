@@ -3,14 +3,14 @@
 The benchmark simulates answers with a known accuracy, correlated within images and within parts. An answer is correct
 if a normal latent variable lies below the bound that gives this accuracy. The latent variable is the sum of a part
 effect, an image effect and a question effect. The intervals come from the functions that reports use. The first table
-covers plain accuracy. The last covers figures of whole runs: the strict table, P(defect) and the difference between
-two runs on the same parts.
+covers plain accuracy. The last two cover figures of whole runs: the strict table, P(defect) and the difference between
+two runs on the same parts. The last one pools many datasets that have few parts each.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,8 @@ class Setting:
     images: int
     images_per_part: int
     accuracy: float
+    datasets: int = 1
+    """Datasets of equal size that the test set pools."""
 
 
 SETTINGS = [
@@ -44,6 +46,13 @@ SETTINGS = [
     for images_per_part in (1, 3)
     for accuracy in (0.5, 0.8, 0.95)
 ]
+
+POOLED = [
+    Setting(datasets * parts_per_class * 2, 1, 0.8, datasets)
+    for datasets in (15, 38)
+    for parts_per_class in (2, 3, 5, 10)
+]
+"""MMAD has 38 products."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,15 @@ def _pairs(setting: Setting, runs: int, seed: int) -> Iterator[tuple[PredictionT
     for _ in range(runs):
         shared, *both = (latents(random, 1, parts, setting.images_per_part)[0] for _ in range(3))
         first, second = (
-            make_prediction_table(_answers(norm.ppf(setting.accuracy) - np.sqrt(0.5) * (shared + own))) for own in both
+            make_prediction_table(
+                _answers(norm.ppf(setting.accuracy) - np.sqrt(0.5) * (shared + own), parts // setting.datasets)
+            )
+            for own in both
         )
         yield first, second
 
 
-def _answers(margins: np.ndarray) -> list[Prediction]:
+def _answers(margins: np.ndarray, parts_per_dataset: int) -> list[Prediction]:
     """Make the predictions of a run. An answer is correct if its margin is positive. Every other part is defective."""
     rows = []
     for (part, image, question), confidence in np.ndenumerate(norm.cdf(margins)):
@@ -133,7 +145,7 @@ def _answers(margins: np.ndarray) -> list[Prediction]:
         parsed = correct if confidence > 0.5 else wrong
         rows.append(
             Prediction(
-                name, f"{name}/{question}", "drawn", "part", str(part), f"{name}.png",
+                name, f"{name}/{question}", f"drawn {part // parts_per_dataset}", "part", str(part), f"{name}.png",
                 "crack" if defective else GOOD, QUESTION_TYPES[question], "?", {"A": "Yes.", "B": "No."},
                 correct, parsed, parsed, {correct: float(confidence), wrong: 1 - float(confidence)},
             )
@@ -150,7 +162,7 @@ def main() -> None:
     """Print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=4000, help="Simulated runs per row of the first two tables.")
-    parser.add_argument("--reports", type=int, default=1000, help="Simulated runs per row of the last table.")
+    parser.add_argument("--reports", type=int, default=1000, help="Simulated runs per row of the last two tables.")
     options = parser.parse_args()
     print(f"{QUESTIONS} questions per image; intervals that contain the true value, % (above it, below it)\n")
     print(f"Accuracy, {options.runs} runs:\n")
@@ -166,11 +178,17 @@ def main() -> None:
             single = single_question_coverage(parts, accuracy, options.runs)
             print(f"| {parts} | {accuracy} | {format_coverage(single)} |", flush=True)
     print(f"\nReports, {options.reports} runs:\n")
-    for index, setting in enumerate(one for one in SETTINGS if one.images == 200 and one.images_per_part == 3):
-        found = report_coverage(setting, options.reports)
+    _print_reports([one for one in SETTINGS if one.images == 200 and one.images_per_part == 3], options.reports)
+    print(f"\nReports on many datasets, {options.reports} runs:\n")
+    _print_reports(POOLED, options.reports)
+
+
+def _print_reports(settings: Sequence[Setting], runs: int) -> None:
+    for index, setting in enumerate(settings):
+        found = report_coverage(setting, runs)
         if index == 0:
-            print(f"| images | parts | accuracy | {' | '.join(found)} |\n|{'---|' * (len(found) + 3)}")
-        cells = (setting.images, setting.images // setting.images_per_part, setting.accuracy)
+            print(f"| images | parts | datasets | accuracy | {' | '.join(found)} |\n|{'---|' * (len(found) + 4)}")
+        cells = (setting.images, setting.images // setting.images_per_part, setting.datasets, setting.accuracy)
         print("| " + " | ".join(map(str, [*cells, *map(format_coverage, found.values())])) + " |", flush=True)
 
 

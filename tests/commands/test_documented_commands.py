@@ -116,8 +116,6 @@ def prepare(command: Command) -> None:
         documented.fill_in_knowledge(Path("knowledge"))
     if BUILDS_PARTS in command.text and "--overwrite" not in command.arguments and "data/parts" in command.arguments:
         shutil.rmtree("data/parts", ignore_errors=True)
-    if command.module == "train.export":
-        shutil.rmtree("runs/demo/bundle", ignore_errors=True)  # of the demo
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
