@@ -10,10 +10,12 @@ for all roles that see them in this order.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -37,6 +39,9 @@ PREFILL_TOKENS = 8_192
 
 LOOK_TOKENS = 32_768
 """Maximum number of tokens whose keys and values are kept for the next role: 1.8 GiB for a 7B in 16 bits."""
+
+_TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+"""A lock per model. A model has one active adapter, so threads take turns."""
 
 
 class Engine:
@@ -63,6 +68,7 @@ class Engine:
         exchange that exceeds the limit runs in its own batch.
         """
         self.model = model.eval()
+        self._turn = _TURNS.setdefault(model, threading.Lock())
         self.row_builder = row_builder
         self.root = root
         self.max_new_tokens = max_new_tokens
@@ -79,18 +85,19 @@ class Engine:
         self._encoder = ImageEncoder(self.base, row_builder, features)
         tower = [name for name, _ in self.base.named_parameters() if ".visual." in name]
         self._tower_roles = {role for role in ROLES if any(f".{role}." in name for name in tower)}
-        ends = self.base.generation_config.eos_token_id
-        self._ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=self.device)
+        self._ends = torch.atleast_1d(torch.tensor(self.base.generation_config.eos_token_id, device=self.device))
         self._letters = {letter: row_builder.tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS}
 
     @torch.inference_mode()
     def generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
-        """Generate the outputs of `role` for every branch of every exchange, in order.
+        """Generate the outputs of `role` for every branch of every exchange, in order. Threads take turns.
 
         Raises EchoError if an image is missing or broken, or if a row cannot be built.
         """
-        if not exchanges:
-            return []
+        with self._turn:
+            return self._generate(role, exchanges) if exchanges else []
+
+    def _generate(self, role: str, exchanges: Sequence[Exchange]) -> list[list[Generation]]:
         if self.adapted:
             self.model.set_adapter(role)
             self._adapt_from = getattr(self.model, "adapt_from", {}).get(role, "prefix")

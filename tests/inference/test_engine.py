@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -371,6 +373,25 @@ def test_a_role_that_trains_the_merger_has_its_own_image_features(row_builder, e
     other = engine.generate(ROLES[0], exchanges[:1])
     assert engine.generate(ROLES[3], exchanges[:1]) == alone
     assert other != alone
+
+
+def test_threads_do_not_answer_with_the_adapter_of_another_role(row_builder, exchanges, tmp_path, monkeypatch):
+    """A model has one active adapter, and a web service may inspect in several threads at once."""
+    adapters = random_adapters(tmp_path / "adapters", make_dataset(tmp_path / "data", train=1, validation=1, test=1))
+    tuned = attach_adapters(load_model(str(ECHO_TINY), dtype="float32"), {role: adapters / role for role in ROLES})
+    engines = {role: Engine(tuned, row_builder, tmp_path, max_new_tokens=2) for role in (ROLES[2], ROLES[3])}
+    alone = {role: engine.generate(role, exchanges[:1]) for role, engine in engines.items()}
+    assert alone[ROLES[2]] != alone[ROLES[3]]
+    encode = ImageEncoder.encode
+
+    def encode_slowly(*arguments):
+        time.sleep(0.2)  # the other thread starts here
+        return encode(*arguments)
+
+    monkeypatch.setattr(ImageEncoder, "encode", encode_slowly)
+    with ThreadPoolExecutor(2) as threads:
+        together = {role: threads.submit(engine.generate, role, exchanges[:1]) for role, engine in engines.items()}
+        assert {role: answers.result() for role, answers in together.items()} == alone
 
 
 def test_adapters_take_the_dtype_of_the_base_model(tmp_path):
