@@ -256,6 +256,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         "escapes should be low. won, lost: questions that only one of the two runs answered correctly. p: exact McNemar"
     )
     print("test on these, Holm-corrected\n")
+    if comparison["note"]:
+        print(f"{comparison['note']}\n")
     for difference in comparison["differences"]:
         print(difference["verdict"])
 

@@ -102,6 +102,7 @@ def build_comparison(groups: Sequence[RunGroup]) -> dict[str, Any]:
         ]
         + server_warnings(groups)
         + scored_warnings(groups),
+        "note": seed_note(groups),
         "runs": described,
         "differences": differences,
         "bootstrap": BOOTSTRAP,
@@ -143,6 +144,23 @@ def server_warnings(groups: Sequence[RunGroup]) -> list[str]:
         f"a server answered {', '.join(places[True])} but not {', '.join(places[False])}; a local run reads letters "
         "from float32 logits, but a server may round them (vLLM to the model's dtype), so answers near a tie may differ"
     ]
+
+
+def seed_note(groups: Sequence[RunGroup]) -> str:
+    """Say which groups were trained only once. Empty if there is none, or if all runs have the same adapters."""
+    adapters = [
+        sorted(str(card.get("fingerprint")) for card in (run.provenance.get("adapters") or {}).values())
+        for group in groups
+        for run in group.runs
+    ]
+    once = [group.name for group in groups if len(group.runs) == 1 and group.runs[0].provenance.get("adapters")]
+    if not once or all(one == adapters[0] for one in adapters):
+        return ""
+    verb = "was" if len(once) == 1 else "were"
+    return (
+        f"{' and '.join(once)} {verb} trained only once, so the intervals leave out what another seed would change; "
+        "to include it, train with several seeds and join their runs with commas"
+    )
 
 
 def _corrected_tests(base: RunGroup, others: Sequence[RunGroup]) -> list[dict[str, dict[str, Any]]]:

@@ -135,6 +135,31 @@ def test_runs_of_several_seeds_are_shown_as_mean_and_spread(tmp_path: Path, caps
     assert page.count("<polyline") == 8, "a ROC curve and a reliability curve per run"
 
 
+def test_runs_that_were_trained_only_once_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The interval of a single training says nothing about another seed."""
+
+    def run(name: str, fingerprint: str, seed: int = 0) -> str:
+        adapters = {ROLES[0]: {"fingerprint": fingerprint}}
+        return str(make_run(tmp_path / name, predictions(0.7, seed), adapters=adapters))
+
+    base = str(make_run(tmp_path / "base", predictions(0.4)))
+    tuned, other, same = run("tuned", "f00d"), run("other", "beef", 1), run("same", "f00d", 2)
+    compared = [
+        ([base, tuned], "tuned was trained only once, so the intervals leave out what another seed would change"),
+        ([tuned, other], "tuned and other were trained only once, so"),
+        ([tuned, same], ""),
+        ([base, f"group={tuned},{other}"], ""),
+    ]
+    for place, (folders, note) in enumerate(compared):
+        output = tmp_path / f"out{place}"
+        compare.main([*folders, "--output", str(output)])
+        found = json.loads((output / "comparison.json").read_text())["note"]
+        assert found.startswith(note)
+        assert bool(found) == bool(note)
+        assert ("trained only once" in capsys.readouterr().out) == bool(note)
+        assert ("trained only once" in (output / "compare.html").read_text()) == bool(note)
+
+
 def test_the_interval_of_several_runs_includes_their_variation(tmp_path: Path) -> None:
     """Compare three very different runs on the same images with three equal runs that have the same mean."""
     base = make_run(tmp_path / "base", predictions(0.7, seed=9))
