@@ -54,6 +54,9 @@ POOLED = [
 ]
 """MMAD has 38 products."""
 
+FIGURES = ("Average", "Anomaly Detection", "recall", "AUROC", "Average, difference")
+"""The figures of reports, and the difference between two runs."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -101,23 +104,27 @@ def single_question_coverage(parts: int, accuracy: float, runs: int, seed: int =
 
 
 def report_coverage(setting: Setting, runs: int, seed: int = 0) -> dict[str, Coverage]:
-    """Return the coverage for the figures of a report and for the difference from a second, equally good run."""
+    """Return the coverage for the figures of a report and for the difference from a second, equally good run.
+
+    Figures without an interval, because a dataset or a class has too few parts, are left out.
+    """
     found: dict[str, list[list[float] | None]] = {}
     for one, other in _pairs(setting, runs, seed):
         part_counts, weights = comparison.compared_part_counts(one), one.weights()
         first, second = comparison.compared_metrics(one, weights), comparison.compared_metrics(other, weights)
-        for name in ("Average", "Anomaly Detection", "recall", "AUROC"):
+        for name in FIGURES[:-1]:
             found.setdefault(name, []).append(metric_interval(first[name], part_counts[name], name))
         difference = metric_interval(
             second["Average"] - first["Average"], part_counts["Average"], "Average", difference=True
         )
-        found.setdefault("Average, difference", []).append(difference)
+        found.setdefault(FIGURES[-1], []).append(difference)
     # Scores of both classes are normal with variance 1. Their means are the bound and minus the bound.
     area = norm.cdf(np.sqrt(2) * norm.ppf(setting.accuracy))
     truths = {"AUROC": area, "recall": setting.accuracy, "Average, difference": 0.0}
     return {
         name: coverage(np.array(bounds, dtype=float).T, truths.get(name, 100 * setting.accuracy))
         for name, bounds in found.items()
+        if None not in bounds
     }
 
 
@@ -187,9 +194,10 @@ def _print_reports(settings: Sequence[Setting], runs: int) -> None:
     for index, setting in enumerate(settings):
         found = report_coverage(setting, runs)
         if index == 0:
-            print(f"| images | parts | datasets | accuracy | {' | '.join(found)} |\n|{'---|' * (len(found) + 4)}")
+            print(f"| images | parts | datasets | accuracy | {' | '.join(FIGURES)} |\n|{'---|' * (len(FIGURES) + 4)}")
         cells = (setting.images, setting.images // setting.images_per_part, setting.datasets, setting.accuracy)
-        print("| " + " | ".join(map(str, [*cells, *map(format_coverage, found.values())])) + " |", flush=True)
+        shown = [format_coverage(found[name]) if name in found else "" for name in FIGURES]
+        print("| " + " | ".join(map(str, [*cells, *shown])) + " |", flush=True)
 
 
 if __name__ == "__main__":
