@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from stat import S_ISREG
+from typing import Any
 
 import httpx
 
@@ -48,6 +49,18 @@ class InspectedFile:
     """Why the image could not be inspected."""
 
 
+@dataclass
+class _NewFile:
+    """An image that is not done. Times are those of the watch's clock."""
+
+    version: tuple[int, int]
+    """The size, and the time of the last change in nanoseconds."""
+    since: float
+    """When this version was first seen."""
+    unreadable: float | None = None
+    """When this version could not be read for the first time."""
+
+
 class FolderWatch:
     """The new images of a folder. Use it in a `with` block: only one process can watch a folder at a time."""
 
@@ -62,17 +75,18 @@ class FolderWatch:
             raise EchoError(f"there is no folder {folder} to watch; create it or check the path")
         self.folder, self.clock, self.sleep = folder, clock, sleep
         self._state = folder / STATE_FILE
-        self._pending: dict[str, tuple[tuple[int, int], float]] = {}
-        """The size and time of each file that is not finished, and when they were first seen."""
+        self._new: dict[str, _NewFile] = {}
+        """The images that are not done, by name."""
         self._error: str | None = None
         """Why the image that was yielded last could not be inspected."""
+        self._problem: str | None = None
+        """Why the folder cannot be used at the moment."""
         try:
             self._lock = lock_folder(folder, "folder")
             present = {escape_surrogates(path.name) for path in list_folder(folder)}
             rows = [row for row in read_complete_rows(self._state, InspectedFile) if row.image in present]
             self._done = {row.image: (row.size, row.modified) for row in rows}
             write_jsonl(self._state, rows)  # this leaves out a line that a crash has cut off
-            self._file: TextIO = open_append(self._state)
         except OSError as error:
             raise EchoError(
                 f"{folder} cannot be written ({error.strerror}), so images would be inspected again after a restart; "
@@ -83,67 +97,110 @@ class FolderWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._file, self._lock):
-            with suppress(OSError):
-                file.close()
+        with suppress(OSError):
+            self._lock.close()
 
     def images(self) -> Iterator[tuple[Path, str | None]]:
         """Yield each finished image, oldest first, with the reason if it is unreadable. Waits for new ones forever.
 
         An image is done when the caller asks for the next one. If the caller stops before that, the image is yielded
-        again after a restart. Raises EchoError if the folder cannot be read.
+        again after a restart. While the folder cannot be used, for example because its network drive is away, a
+        warning says so once, and the watch tries again until it succeeds.
         """
         while True:
-            for path, version, since in self._settled():
+            for path, new in self._settled():
                 error = _read_error(path)  # only now, because the folder may have thousands of new images
-                if _version(path) != version:  # it was deleted or changed while others were inspected
+                if not _has_version(path, new.version):  # it was deleted or changed while others were inspected
                     continue
-                if error is None or self.clock() - since >= BROKEN_SECONDS:
-                    self._error = error
-                    yield path, error
-                    self._record(InspectedFile(escape_surrogates(path.name), *version, self._error))
+                if error is not None:
+                    new.unreadable = self.clock() if new.unreadable is None else new.unreadable
+                    if self.clock() - new.unreadable < BROKEN_SECONDS:
+                        continue
+                self._error = error
+                yield path, error
+                if self._error is None or _has_version(path, new.version):  # it may have failed because the folder went
+                    self._record(InspectedFile(escape_surrogates(path.name), *new.version, self._error))
             self.sleep(POLL_SECONDS)
 
     def fail(self, error: str) -> None:
         """Record why the image that `images` yielded last could not be inspected."""
         self._error = error
 
-    def _settled(self) -> list[tuple[Path, tuple[int, int], float]]:
-        """Return the new images that have not changed for a while, oldest first, and since when."""
-        now, found, names = self.clock(), [], set()
-        for path in list_folder(self.folder):
-            if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+    def _settled(self) -> list[tuple[Path, _NewFile]]:
+        """Return the new images that have not changed for a while, oldest first."""
+        now, found, names, problem = self.clock(), [], set(), None
+        try:
+            paths = list_folder(self.folder)
+        except EchoError as error:
+            self._report(str(error))
+            return []
+        for path in paths:
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
                 continue
-            name, version = escape_surrogates(path.name), _version(path)
-            if version is None:
-                continue
+            name = escape_surrogates(path.name)
             names.add(name)
-            if self._done.get(name) == version:
+            try:
+                version = _version(path)
+            except OSError as error:
+                problem = problem or f"{path} cannot be read ({error.strerror})"
                 continue
-            known, since = self._pending.get(name, (None, now))
-            if known != version:
-                self._pending[name] = version, now
-            elif now - since >= SETTLED_SECONDS:
-                found.append((path, version, since))
-        for gone in (*self._done.keys() - names, *self._pending.keys() - names):
-            self._done.pop(gone, None)
-            self._pending.pop(gone, None)
-        return sorted(found, key=lambda one: (one[1][1], one[0].name))
+            if version is None or self._done.get(name) == version:
+                continue
+            new = self._new.get(name)
+            if new is None or new.version != version:
+                self._new[name] = _NewFile(version, now)
+            elif now - new.since >= SETTLED_SECONDS:
+                found.append((path, new))
+        self._report(problem)
+        if names:  # a folder without images may be the empty mount point of a drive that is away
+            for gone in (*self._done.keys() - names, *self._new.keys() - names):
+                self._done.pop(gone, None)
+                self._new.pop(gone, None)
+        return sorted(found, key=lambda one: (one[1].version[1], one[0].name))
 
     def _record(self, row: InspectedFile) -> None:
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
+        """Record that an image is done, as soon as the folder can be written."""
+        line, failed = to_json(row) + "\n", False
+        while True:
+            try:
+                with open_append(self._state) as file:  # opened anew, because a drive that returns may refuse old files
+                    file.write(line)
+                break
+            except OSError as error:
+                self._report(f"{self._state} cannot be written ({error.strerror})")
+                line, failed = f"\n{to_json(row)}\n", True  # a full disk may have cut off the line
+                self.sleep(POLL_SECONDS)
+        if failed:
+            self._report(None)
         self._done[row.image] = row.size, row.modified
-        self._pending.pop(row.image, None)
+        self._new.pop(row.image, None)
+
+    def _report(self, problem: str | None) -> None:
+        """Warn once when the folder cannot be used, and say when it can be used again."""
+        if problem is not None and problem != self._problem:
+            LOGGER.warning(f"{problem}; the watch tries again until it succeeds")
+        elif problem is None and self._problem is not None:
+            LOGGER.info(f"the folder {self.folder} can be used again")
+        self._problem = problem
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Return the size of a file and the time of its last change in nanoseconds, or None if it is not there."""
+    """Return the size of a file and the time of its last change in nanoseconds, or None if it is not there.
+
+    Raises OSError if the folder cannot be used.
+    """
     try:
         stat = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return (stat.st_size, stat.st_mtime_ns) if S_ISREG(stat.st_mode) else None
+
+
+def _has_version(path: Path, version: tuple[int, int]) -> bool:
+    try:
+        return _version(path) == version
+    except OSError:  # the next scan reports it
+        return False
 
 
 def _read_error(path: Path) -> str | None:

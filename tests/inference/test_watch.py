@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -155,6 +156,113 @@ def test_the_first_of_many_new_images_does_not_wait_until_all_are_read(folder, w
     read = []
     monkeypatch.setattr(watch_module, "_read_error", lambda path: read.append(path.name))
     assert [name for name, _, _ in seen(folder, stop_after=1)] == read
+
+
+@pytest.fixture
+def away(folder):
+    """Functions that make the folder unavailable, as a network drive may be for a while, and available again."""
+    elsewhere = folder.with_name("elsewhere")
+
+    def leave(mount_point=False):
+        folder.rename(elsewhere)
+        if mount_point:
+            folder.mkdir()
+
+    def come_back():
+        if folder.exists():
+            folder.rmdir()
+        elsewhere.rename(folder)
+
+    return leave, come_back
+
+
+@pytest.mark.parametrize("mount_point", [False, True])
+def test_a_folder_that_is_away_for_a_while_costs_no_image(folder, whole, away, mount_point, capsys):
+    """The folder goes twice. A drive that is away may leave an empty folder, in which all images are missing."""
+    leave, come_back = away
+    (folder / "0.png").write_bytes(whole)
+    found = seen(
+        folder,
+        end=20,
+        at_4=lambda: leave(mount_point),
+        at_6=come_back,
+        at_7=lambda: (folder / "1.png").write_bytes(whole),
+        at_8=lambda: leave(mount_point),
+        at_12=come_back,
+    )
+    assert [(name, broken) for name, _, broken in found] == [("0.png", False), ("1.png", False)]
+    assert seen(folder) == []
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == (0 if mount_point else 2)  # one per outage
+    assert all("line cannot be read (No such file or directory)" in warning for warning in warnings)
+    assert all(warning.endswith("; the watch tries again until it succeeds") for warning in warnings)
+
+
+def test_an_image_is_recorded_once_its_folder_is_back(folder, whole, away, capsys):
+    leave, come_back = away
+    (folder / "a.png").write_bytes(whole)
+    clock = Clock(20.0, at_5=come_back)
+    with FolderWatch(folder, clock, clock.sleep) as watch, pytest.raises(EndOfTestError):
+        for _ in watch.images():
+            leave()
+    assert seen(folder) == []
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{STATE_FILE} cannot be written (No such file or directory); the watch tries again" in warning
+
+
+def test_an_image_that_fails_because_its_folder_goes_is_seen_again(folder, whole, away):
+    leave, come_back = away
+    (folder / "a.png").write_bytes(whole)
+    clock, found = Clock(20.0, at_5=come_back), []
+    with FolderWatch(folder, clock, clock.sleep) as watch, pytest.raises(EndOfTestError):
+        for _ in watch.images():
+            found.append(clock.now)
+            if len(found) == 1:
+                leave()
+                watch.fail("it cannot be opened")
+    assert len(found) == 2
+    assert found[1] >= 5
+
+
+def test_a_record_that_a_full_disk_cuts_off_is_written_again(folder, whole, monkeypatch):
+    (folder / "a.png").write_bytes(whole)
+    opened = []
+
+    def open_full(path):
+        opened.append(path)
+        if len(opened) == 1:
+            path.write_text('{"image": "a.p')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, "a")
+
+    monkeypatch.setattr(watch_module, "open_append", open_full)
+    assert len(seen(folder)) == 1
+    assert seen(folder) == []
+
+
+def test_images_that_cannot_be_looked_up_are_not_forgotten(folder, whole, monkeypatch, capsys):
+    """A drive may go after its folder was listed."""
+    (folder / "a.png").write_bytes(whole)
+    find, broken = watch_module._version, []
+
+    def fail(path):
+        if broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return find(path)
+
+    monkeypatch.setattr(watch_module, "_version", fail)
+    assert len(seen(folder, at_5=lambda: broken.append(True), at_7=broken.clear)) == 1
+    assert "a.png cannot be read (Input/output error); the watch tries again" in capsys.readouterr().err
+
+
+def test_one_failed_attempt_to_read_an_image_does_not_make_it_broken(folder, whole, monkeypatch):
+    """The image has waited for long, because others were inspected."""
+    (folder / "a.png").write_bytes(whole)
+    read, failures = watch_module._read_error, ["no connection"]
+    monkeypatch.setattr(watch_module, "SETTLED_SECONDS", 2 * BROKEN_SECONDS)
+    monkeypatch.setattr(watch_module, "_read_error", lambda path: failures.pop() if failures else read(path))
+    assert [broken for _, _, broken in seen(folder, end=3 * BROKEN_SECONDS)] == [False]
+    assert not failures
 
 
 def test_only_one_process_watches_a_folder_and_a_missing_one_is_named(folder):
