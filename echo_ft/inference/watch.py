@@ -27,7 +27,13 @@ SETTLED_SECONDS = 2.0
 """How long an image must stay unchanged before it counts as finished."""
 
 BROKEN_SECONDS = 30.0
-"""How long an unreadable image must stay unchanged before it counts as broken, because a camera may write in pauses."""
+"""How long an unreadable image must stay unchanged before it counts as broken, because a camera may write in pauses.
+
+A warning names an image that keeps changing for as long.
+"""
+
+MANY_CHANGES = 5
+"""How often such an image must have been seen to change, because scans are rare while others are inspected."""
 
 POLL_SECONDS = 0.5
 """Time between two scans of the folder."""
@@ -57,6 +63,12 @@ class _NewFile:
     """The size, and the time of the last change in nanoseconds."""
     since: float
     """When this version was first seen."""
+    first: float
+    """When the first version was seen."""
+    changes: int = 0
+    """How many versions were seen after the first one."""
+    warned: bool = False
+    """Whether a warning said that it keeps changing."""
     unreadable: float | None = None
     """When this version could not be read for the first time."""
 
@@ -146,9 +158,9 @@ class FolderWatch:
                 continue
             if version is None or self._done.get(name) == version:
                 continue
-            new = self._new.get(name)
-            if new is None or new.version != version:
-                self._new[name] = _NewFile(version, now)
+            new = self._new.setdefault(name, _NewFile(version, now, now))
+            if new.version != version:
+                self._change(path, new, version)
             elif now - new.since >= SETTLED_SECONDS:
                 found.append((path, new))
         self._report(problem)
@@ -157,6 +169,17 @@ class FolderWatch:
                 self._done.pop(gone, None)
                 self._new.pop(gone, None)
         return sorted(found, key=lambda one: (one[1].version[1], one[0].name))
+
+    def _change(self, path: Path, new: _NewFile, version: tuple[int, int]) -> None:
+        """Note that an image has changed before it was done, and warn once if it does not stop changing."""
+        now = self.clock()
+        new.version, new.since, new.unreadable, new.changes = version, now, None, new.changes + 1
+        if not new.warned and new.changes >= MANY_CHANGES and now - new.first >= BROKEN_SECONDS:
+            new.warned = True
+            LOGGER.warning(
+                f"{path} has kept changing for {now - new.first:.0f} s, so it was not inspected; write each image to a "
+                f"new file, or leave it unchanged for {SETTLED_SECONDS:g} s"
+            )
 
     def _record(self, row: InspectedFile) -> None:
         """Record that an image is done, as soon as the folder can be written."""

@@ -91,6 +91,35 @@ def test_a_broken_image_is_reported_after_a_longer_time_and_costs_no_other(folde
     assert found[1][1] >= BROKEN_SECONDS
 
 
+def test_an_image_that_does_not_stop_changing_is_named_once(folder, whole, capsys):
+    """A camera that writes every image to the same file must pause, or no image is ever finished."""
+    (folder / "good.png").write_bytes(whole)
+
+    def write(size):
+        return lambda: (folder / "latest.png").write_bytes(whole + bytes(size))
+
+    writes = {f"at_{second}": write(second) for second in range(1, int(2.5 * BROKEN_SECONDS))}
+    found = seen(folder, end=3 * BROKEN_SECONDS, **writes)
+    assert [name for name, _, _ in found] == ["good.png", "latest.png"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"latest.png has kept changing for {BROKEN_SECONDS:g} s, so it was not inspected; write each" in warning
+
+
+def test_an_image_that_is_finished_while_others_are_inspected_for_long_is_not_named(folder, whole, capsys):
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(whole)
+    clock, found = Clock(3 * BROKEN_SECONDS), []
+    clock.actions = {2.0: lambda: (folder / "slow.png").write_bytes(whole[:100])}
+    with FolderWatch(folder, clock, clock.sleep) as watch, pytest.raises(EndOfTestError):
+        for path, _ in watch.images():
+            found.append(path.name)
+            if len(found) == 2:
+                (folder / "slow.png").write_bytes(whole)
+            clock.now += BROKEN_SECONDS if len(found) < 3 else 0
+    assert found == ["a.png", "b.png", "slow.png"]
+    assert capsys.readouterr().err == ""
+
+
 def test_hidden_temporary_and_other_files_are_left_alone(folder, whole):
     for name in (".a.png", "a.png.part", "a.tmp", "notes.txt", "Thumbs.db"):
         (folder / name).write_bytes(whole)
