@@ -21,7 +21,7 @@ from echo_ft.experts.roles import one_line
 from echo_ft.files import to_json
 from echo_ft.images.snapshot import list_images
 from echo_ft.inference.inspector import Inspector, Result
-from echo_ft.inference.watch import FolderWatch, check_webhook, post
+from echo_ft.inference.watch import FolderWatch, RejectedResultError, check_webhook, post
 from echo_ft.inputs import image_file
 from echo_ft.terminal import LOGGER, printable
 from evaluation import inspection_page
@@ -150,13 +150,15 @@ def inspect_images(path: Path, config: InspectConfig) -> int:
 
 
 def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig) -> None:
-    """Inspect the new images of a folder forever. Report an image that cannot be inspected and continue with the next.
+    """Inspect the new images of a folder forever.
 
-    Raises EchoError for an unknown product, and BackendError if no image can be inspected.
+    Reports an image that cannot be inspected, or whose result the webhook rejects, and continues with the next. Raises
+    EchoError for an unknown product and for a webhook that takes no result, and BackendError if no image can be
+    inspected.
     """
     inspector.possible_products(config.product)
     for path, error in watch.images():
-        problem = f"the image {path} cannot be read: {error}"
+        problem, result = f"the image {path} cannot be read: {error}", None
         if error is None:
             try:
                 result = inspector.predict(path, config.product)
@@ -165,12 +167,14 @@ def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig)
             except EchoError as failure:
                 problem = error = str(failure)
                 watch.fail(error)
+        try:
+            if result is None:
+                report_failure(path, problem, str(error), config)
             else:
                 report(result, config)
-                continue
-        LOGGER.warning(f"{printable(problem)}; it was not inspected")
-        if config.webhook is not None:
-            post(config.webhook, {"image": str(path), "error": error})
+        except RejectedResultError as rejection:
+            LOGGER.warning(f"{printable(str(path))}: {rejection}; it is not posted again")
+            watch.fail(error or str(rejection))
 
 
 def report(result: Result, config: InspectConfig) -> None:
@@ -178,6 +182,13 @@ def report(result: Result, config: InspectConfig) -> None:
     print(to_json(result) if config.json else describe(result), flush=True)
     if config.webhook is not None:
         post(config.webhook, result)
+
+
+def report_failure(image: Path, problem: str, error: str, config: InspectConfig) -> None:
+    """Warn about an image that was not inspected, and post `error` to the webhook if there is one."""
+    LOGGER.warning(f"{printable(problem)}; it was not inspected")
+    if config.webhook is not None:
+        post(config.webhook, {"image": str(image), "error": error})
 
 
 def load_inspector(config: InspectConfig) -> Inspector:

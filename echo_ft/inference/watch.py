@@ -42,6 +42,14 @@ WEBHOOK_SECONDS, WEBHOOK_PATIENCE = 10.0, 600.0
 """How long one request to a webhook may take, and how long a failed request is repeated."""
 
 
+UNFIT_STATUSES = (400, 413, 422)
+"""HTTP statuses with which a webhook rejects one result. Others, such as 404, would reject all of them."""
+
+
+class RejectedResultError(EchoError):
+    """A webhook rejects the content of one result, but may accept others."""
+
+
 @dataclass(frozen=True)
 class InspectedFile:
     """An image that is done. A file with a different size or time counts as a new image."""
@@ -52,7 +60,7 @@ class InspectedFile:
     modified: int
     """Time of the last change in nanoseconds."""
     error: str | None = None
-    """Why the image could not be inspected."""
+    """Why the image could not be inspected, or why the webhook rejected its result."""
 
 
 @dataclass
@@ -135,7 +143,7 @@ class FolderWatch:
             self.sleep(POLL_SECONDS)
 
     def fail(self, error: str) -> None:
-        """Record why the image that `images` yielded last could not be inspected."""
+        """Record why the image that `images` yielded last could not be inspected, or its result not be posted."""
         self._error = error
 
     def _settled(self) -> list[tuple[Path, _NewFile]]:
@@ -245,8 +253,8 @@ def post(
 ) -> None:
     """Post JSON to a webhook, and repeat the request for `patience` seconds while the webhook is not available.
 
-    No redirect is followed, because it could send the results to another host. Raises EchoError if the webhook
-    redirects, rejects the request or stays unavailable.
+    No redirect is followed, because it could send the results to another host. Raises RejectedResultError if the
+    webhook rejects this content. Raises EchoError if it redirects, rejects all requests or stays unavailable.
     """
     waited, wait = 0.0, 1.0
     while True:
@@ -261,6 +269,10 @@ def post(
             if location is not None and 300 <= status < 400:
                 raise EchoError(
                     f"the webhook {url} redirects to {location}, which is not followed; give the final address"
+                )
+            if status in UNFIT_STATUSES:
+                raise RejectedResultError(
+                    f"the webhook {url} rejects this result ({problem}); check which results it accepts"
                 )
             if status < 500 and status not in (408, 429):
                 raise EchoError(

@@ -12,6 +12,7 @@ import pytest
 
 from echo_ft.errors import EchoError
 from echo_ft.inference import watch as watch_module
+from echo_ft.inference.inspector import Result
 from echo_ft.inference.watch import BROKEN_SECONDS, SETTLED_SECONDS, STATE_FILE, FolderWatch, post
 from evaluation import inspect
 from tests.conftest import draw
@@ -364,9 +365,52 @@ def test_no_redirect_is_followed(status):
         assert other.bodies == []
 
 
-def test_a_webhook_that_rejects_a_result_stops_the_watch():
-    with Webhook(404) as hook, pytest.raises(EchoError, match=r"rejects a result .status 404.; check the address"):
-        post(hook.url, {})
+class QuickInspector:
+    """Inspects any image at once, without a model."""
+
+    def possible_products(self, product):
+        return []
+
+    def predict(self, path, product):
+        return Result(str(path), 0.2, False, 0.5, "washer", None, None, "Even.", (), ())
+
+
+def watched(folder, url):
+    """Inspect the new images of a folder as the command does, and post the results to a webhook."""
+    clock = Clock(5.0)
+    with FolderWatch(folder, clock, clock.sleep) as watch, pytest.raises(EndOfTestError):
+        inspect.inspect_new(watch, QuickInspector(), inspect.InspectConfig(webhook=url))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_result_that_the_webhook_rejects_costs_no_other(folder, whole, monkeypatch, capsys, status):
+    """The webhook rejects the error about the first image and the result of the second one."""
+    for index, content in enumerate((whole[:100], whole, whole)):
+        (folder / f"{index}.png").write_bytes(content)
+        os.utime(folder / f"{index}.png", (1000 + index, 1000 + index))
+    monkeypatch.setattr(watch_module, "BROKEN_SECONDS", 0.0)
+    with Webhook(status, status) as hook:
+        for _ in range(2):
+            watched(folder, hook.url)
+    assert [body["image"] for body in hook.bodies] == [str(folder / f"{index}.png") for index in range(3)]
+    with open(folder / STATE_FILE) as file:
+        errors = [json.loads(line)["error"] for line in file]
+    assert errors[0].startswith("the image is broken")
+    assert f"rejects this result (status {status}); check which results it accepts" in errors[1]
+    assert errors[2] is None
+    printed = capsys.readouterr()
+    assert f"1.png: {errors[1]}; it is not posted again" in printed.err
+    assert "1.png: ok, P(defect) 0.200" in printed.out  # the result itself is printed
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_webhook_that_rejects_every_result_stops_the_watch_and_costs_no_image(folder, whole, status):
+    (folder / "a.png").write_bytes(whole)
+    with Webhook(status) as hook:
+        with pytest.raises(EchoError, match=f"rejects a result .status {status}.; check the address"):
+            watched(folder, hook.url)
+        watched(folder, hook.url)
+    assert [body["image"] for body in hook.bodies] == [str(folder / "a.png")] * 2
 
 
 def test_the_command_posts_every_result_and_every_broken_image_once(bundle, folder, whole, monkeypatch, capsys):
