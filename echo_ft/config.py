@@ -274,7 +274,7 @@ def _error_handler(source: str) -> Callable[[str], None]:
 
 
 PARTLY_DONE = 3
-"""Exit status of a command that finished although predictions failed or, with --strict, images were rejected."""
+"""Exit status of a command that finished, but not for all images: some failed or, with --strict, were rejected."""
 
 
 def run_main(main: Callable[[list[str]], int | None], resume_hint: str = "rerun the command to start again") -> None:

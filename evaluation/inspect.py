@@ -1,14 +1,14 @@
 """Inspect images with a bundle or with trained adapters: `python -m evaluation.inspect IMAGE_OR_FOLDER --bundle DIR`.
 
-Prints one line per image: the verdict, P(defect) against the threshold, and what the experts say. The exit status is 1
-if an image was flagged, and 0 if none was.
+Prints one line per image: the verdict, P(defect) against the threshold, and what the experts say. The exit status is 3
+if an image of a folder was not inspected, or else 1 if an image was flagged, or else 0.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,7 @@ class InspectConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Inspect the images and print the results. Exits with 1 if an image was flagged."""
+    """Inspect the images and print the results. Exits with 1 or 3 as `inspect_images` says."""
     (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
     if [config.images is not None, config.watch is not None, config.serve].count(True) != 1:
         raise EchoError("give images, a folder to watch, or --serve: IMAGE_OR_FOLDER, --watch FOLDER or --serve")
@@ -120,8 +120,8 @@ def main(argv: list[str]) -> None:
         if config.watch is not None:
             with FolderWatch(Path(config.watch)) as watch:
                 inspect_new(watch, load_inspector(config), config)
-        elif inspect_images(Path(str(config.images)), config):
-            sys.exit(1)
+        elif status := inspect_images(Path(str(config.images)), config):
+            sys.exit(status)
 
 
 @contextmanager
@@ -136,17 +136,64 @@ def only_results() -> Iterator[None]:
 
 
 def inspect_images(path: Path, config: InspectConfig) -> int:
-    """Inspect an image or the images of a folder, and return how many were flagged."""
-    images = list_images(path) if path.is_dir() else [path]
+    """Inspect an image or the images of a folder, and return the exit status.
+
+    It is PARTLY_DONE if an image of the folder could not be inspected or the webhook rejected its result, or else 1 if
+    an image was flagged, or else 0. Raises EchoError if a single image cannot be inspected.
+    """
+    is_folder = path.is_dir()
+    images = list_images(path) if is_folder else [path]
     if not image_file(images[0]).is_file():
         raise EchoError(f"there is no image or folder {path}; check the path")
-    flagged = 0
-    for result in load_inspector(config).stream(images, config.product):
-        flagged += result.pred_label
-        report(result, config)
+    flagged = failed = rejected = 0
+    for image, found in inspect_each(load_inspector(config), images, config.product):
+        try:
+            if isinstance(found, Result):
+                flagged += found.pred_label
+                report(found, config)
+            elif is_folder:
+                failed += 1
+                if config.json:
+                    print(to_json({"image": str(image), "error": str(found)}), flush=True)
+                report_failure(image, str(found), str(found), config)
+            else:
+                raise found
+        except RejectedResultError as rejection:
+            if not is_folder:
+                raise
+            rejected += 1
+            warn_of_rejection(image, rejection)
     if not config.json:
-        print(f"{flagged} of {len(images)} images flagged")
-    return flagged
+        summary = f"{flagged} of {len(images)} images flagged"
+        summary += f", {failed} not inspected" if failed else ""
+        print(summary + (f", {rejected} not accepted by the webhook" if rejected else ""))
+    if failed or rejected:
+        return configs.PARTLY_DONE
+    return 1 if flagged else 0
+
+
+def inspect_each(
+    inspector: Inspector, images: Sequence[Path], product: str | None
+) -> Iterator[tuple[Path, Result | EchoError]]:
+    """Yield each image with its result, or with the reason why it cannot be inspected.
+
+    Raises EchoError for an unknown product, and BackendError if no image can be inspected.
+    """
+    inspector.possible_products(product)
+    done = 0
+    while done < len(images):
+        failure = None
+        try:
+            for result in inspector.stream(images[done:], product):
+                yield images[done], result
+                done += 1
+        except BackendError:
+            raise
+        except EchoError as error:
+            failure = error
+        if failure is not None:
+            yield images[done], failure
+            done += 1
 
 
 def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig) -> None:
@@ -173,7 +220,7 @@ def inspect_new(watch: FolderWatch, inspector: Inspector, config: InspectConfig)
             else:
                 report(result, config)
         except RejectedResultError as rejection:
-            LOGGER.warning(f"{printable(str(path))}: {rejection}; it is not posted again")
+            warn_of_rejection(path, rejection)
             watch.fail(error or str(rejection))
 
 
@@ -189,6 +236,11 @@ def report_failure(image: Path, problem: str, error: str, config: InspectConfig)
     LOGGER.warning(f"{printable(problem)}; it was not inspected")
     if config.webhook is not None:
         post(config.webhook, {"image": str(image), "error": error})
+
+
+def warn_of_rejection(image: Path, rejection: RejectedResultError) -> None:
+    """Warn that the webhook rejects what was posted about an image."""
+    LOGGER.warning(f"{printable(str(image))}: {rejection}; it is not posted again")
 
 
 def load_inspector(config: InspectConfig) -> Inspector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -16,9 +17,10 @@ from PIL import ExifTags, Image
 import echo_ft
 from benchmarks.evaluation.inspector import draw_images, measure_inspector
 from benchmarks.evaluation.overhead import memory_mib
+from echo_ft.config import PARTLY_DONE
 from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
-from echo_ft.experts.pipeline import PipelineConfig, run_cases
+from echo_ft.experts.pipeline import BackendError, PipelineConfig, run_cases
 from echo_ft.files import read_jsonl, write_json
 from echo_ft.images.decode import load_image
 from echo_ft.images.snapshot import list_images, snapshot
@@ -257,6 +259,44 @@ def test_the_results_before_an_image_that_cannot_be_inspected_are_yielded(inspec
     assert next(results).image == str(images[0])
     with pytest.raises(EchoError, match=r"the image .*b.png cannot be inspected: an image of 1601 x 8 pixels"):
         next(results)
+
+
+def test_images_that_cannot_be_inspected_cost_no_other_image_of_a_folder(inspector, tmp_path, monkeypatch, capsys):
+    sizes = {"0.png": (60, 60), "2.png": (1601, 8), "3.png": (60, 60), "5.png": (70, 60)}
+    for index, (name, size) in enumerate(sizes.items()):
+        draw(tmp_path / name, size, index)
+    for name in ("1.png", "4.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    good = {str(tmp_path / name) for name in ("0.png", "3.png", "5.png")}
+    monkeypatch.setattr(inspect, "load_inspector", lambda config: inspector)
+    status = inspect.inspect_images(tmp_path, inspect.InspectConfig(json=True))
+    printed = capsys.readouterr()
+    records = [json.loads(line) for line in printed.out.splitlines()]
+    assert status == PARTLY_DONE
+    assert [record["image"] for record in records] == [str(tmp_path / f"{index}.png") for index in range(6)]
+    assert {record["image"] for record in records if "pred_score" in record} == good
+    assert ["error" in record for record in records] == [record["image"] not in good for record in records]
+    warnings = printed.err.splitlines()
+    assert [name in line for name, line in zip(("1.png", "2.png", "4.png"), warnings, strict=True)] == [True] * 3
+    assert all(line.startswith("warning: ") and line.endswith("; it was not inspected") for line in warnings)
+    assert inspect.inspect_images(tmp_path, inspect.InspectConfig()) == PARTLY_DONE
+    assert re.search(r"^\d of 6 images flagged, 3 not inspected$", capsys.readouterr().out, re.MULTILINE)
+    for name in ("1.png", "2.png", "4.png"):
+        with pytest.raises(EchoError, match=f"{name} cannot be"):
+            inspect.inspect_images(tmp_path / name, inspect.InspectConfig())
+
+
+def test_what_stops_every_image_of_a_folder_stops_the_command(inspector, tmp_path, monkeypatch):
+    draw(tmp_path / "a.png", (60, 60), 1)
+
+    def fail(role, exchanges):
+        raise BackendError("the server does not answer")
+
+    monkeypatch.setattr(inspect, "load_inspector", lambda config: Inspector(fail, inspector.products))
+    with pytest.raises(BackendError, match="the server does not answer"):
+        inspect.inspect_images(tmp_path, inspect.InspectConfig())
+    with pytest.raises(EchoError, match="product 'bolt' is not in"):
+        inspect.inspect_images(tmp_path, inspect.InspectConfig(product="bolt"))
 
 
 def test_a_line_about_an_image_is_one_line(inspector, image):

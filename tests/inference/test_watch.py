@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from echo_ft.config import PARTLY_DONE
 from echo_ft.errors import EchoError
 from echo_ft.inference import watch as watch_module
 from echo_ft.inference.inspector import Result
@@ -371,6 +372,9 @@ class QuickInspector:
     def possible_products(self, product):
         return []
 
+    def stream(self, images, product):
+        return (self.predict(image, product) for image in images)
+
     def predict(self, path, product):
         return Result(str(path), 0.2, False, 0.5, "washer", None, None, "Even.", (), ())
 
@@ -401,6 +405,20 @@ def test_a_result_that_the_webhook_rejects_costs_no_other(folder, whole, monkeyp
     printed = capsys.readouterr()
     assert f"1.png: {errors[1]}; it is not posted again" in printed.err
     assert "1.png: ok, P(defect) 0.200" in printed.out  # the result itself is printed
+
+
+def test_a_result_that_the_webhook_rejects_costs_no_other_image_of_a_folder(folder, whole, monkeypatch, capsys):
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(whole)
+    monkeypatch.setattr(inspect, "load_inspector", lambda config: QuickInspector())
+    with Webhook(422) as hook:
+        assert inspect.inspect_images(folder, inspect.InspectConfig(webhook=hook.url)) == PARTLY_DONE
+    assert [body["image"] for body in hook.bodies] == [str(folder / "a.png"), str(folder / "b.png")]
+    printed = capsys.readouterr()
+    assert "0 of 2 images flagged, 1 not accepted by the webhook" in printed.out
+    assert "a.png: the webhook" in printed.err
+    with Webhook(422) as hook, pytest.raises(EchoError, match="rejects this result"):
+        inspect.inspect_images(folder / "a.png", inspect.InspectConfig(webhook=hook.url))
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
