@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from echo_ft import config as configs
@@ -103,7 +104,9 @@ class InspectConfig:
 
 def main(argv: list[str]) -> None:
     """Inspect the images and print the results. Exits with 1 or 3 as `inspect_images` says."""
-    (config,) = configs.parse([InspectConfig], named_first(argv, "--images"))
+    arguments = named_first(argv, "--images")
+    require_one_path(arguments)
+    (config,) = configs.parse([InspectConfig], arguments)
     if [config.images is not None, config.watch is not None, config.serve].count(True) != 1:
         raise EchoError("give images, a folder to watch, or --serve: IMAGE_OR_FOLDER, --watch FOLDER or --serve")
     for name in ("webhook", "product", "json") if config.serve else ("host", "port"):
@@ -122,6 +125,17 @@ def main(argv: list[str]) -> None:
                 inspect_new(watch, load_inspector(config), config)
         elif status := inspect_images(Path(str(config.images)), config):
             sys.exit(status)
+
+
+def require_one_path(arguments: Sequence[str]) -> None:
+    """Raise EchoError if `--images` has several values, as when a shell replaces `*.png` by all names."""
+    start = arguments.index("--images") + 1 if "--images" in arguments else len(arguments)
+    given = [*takewhile(lambda argument: not argument.startswith("-"), arguments[start:])]
+    if len(given) > 1:
+        raise EchoError(
+            f"{len(given)} images or folders are given ({given[0]}, {given[1]}{', ...' if given[2:] else ''}); "
+            "give one image, or the folder that contains the images, and quote a path that contains spaces"
+        )
 
 
 @contextmanager

@@ -253,6 +253,21 @@ def test_options_without_a_meaning_are_refused(image, adapters, arguments, messa
         inspect.main([str(image), "--adapters", str(adapters), *arguments])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["a.png", "b.png", "c.png"],
+            r"3 images or folders are given .a.png, b.png, ....; give one image, or the folder",
+        ),
+        (["--images", "line", "4.png"], r"2 images or folders are given .line, 4.png.; .* quote a path that contains"),
+    ],
+)
+def test_several_images_are_refused_with_the_folder_as_the_remedy(arguments, message):
+    with pytest.raises(EchoError, match=message):
+        inspect.main([*arguments, "--bundle", "nowhere"])
+
+
 def test_the_results_before_an_image_that_cannot_be_inspected_are_yielded(inspector, tmp_path):
     images = [tmp_path / draw(tmp_path / name, size, 1) for name, size in (("a.png", (60, 60)), ("b.png", (1601, 8)))]
     results = inspector.stream([images[0], images[1], images[0]])
