@@ -14,8 +14,18 @@ from PIL import Image
 
 from echo_ft.errors import EchoError
 from echo_ft.files import list_folder
-from echo_ft.images.decode import HIGH_DEPTH_MODES, READ_ERRORS, decode, describe_read_error, is_deep, to_upright
+from echo_ft.images.decode import (
+    HIGH_DEPTH_MODES,
+    READ_ERRORS,
+    bit_depth,
+    decode,
+    describe_read_error,
+    is_deep,
+    to_upright,
+)
 from echo_ft.inputs import image_file, read_bytes
+from echo_ft.records import Case
+from echo_ft.terminal import LOGGER
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of the files that count as images in a folder."""
@@ -72,6 +82,40 @@ def snapshots(images: Sequence[ImageInput], folder: Path) -> tuple[list[Path], E
     except EchoError as error:
         return copies, error
     return copies, None
+
+
+class ScaleCheck:
+    """Warns about images of more than 8 bits that are scaled differently from their normal images, once per product."""
+
+    def __init__(self) -> None:
+        self._depths: dict[Path, int | None] = {}
+        """The bit depths of the normal images that were compared."""
+        self._warned: set[tuple[str, str]] = set()
+
+    def check(self, name: str, case: Case, root: Path) -> None:
+        """Compare the query of a case, which warnings call `name`, with its references below the folder `root`."""
+        key = case.dataset, case.product
+        bits = None if key in self._warned else _depth(Path(case.seen.query))
+        if bits is None:
+            return
+        normals = [root / reference.image for reference in case.seen.references]
+        self._depths |= {path: _depth(path) for path in normals if path not in self._depths}
+        others = sorted({depth for path in normals if (depth := self._depths[path]) is not None})
+        if others and bits not in others:
+            self._warned.add(key)
+            LOGGER.warning(
+                f"the image {name} is scaled to 8 bits from {bits} bits, but the most similar normal images of "
+                f"{case.product} from {' and '.join(map(str, others))}, each from the smallest depth that holds its "
+                "brightest pixel; if one camera took them, convert all images to 8 bits with the same scale and build "
+                "again (further images of this product are not named)"
+            )
+
+
+def _depth(path: Path) -> int | None:
+    try:
+        return bit_depth(path)
+    except READ_ERRORS:  # the experts report it
+        return None
 
 
 def _png(image: Image.Image | NDArray[Any]) -> bytes:

@@ -19,7 +19,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import Generate, Outcome, PipelineConfig, run_case, run_or_fail
 from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
-from echo_ft.images.snapshot import ImageInput, list_images, snapshot, snapshots
+from echo_ft.images.snapshot import ImageInput, ScaleCheck, list_images, snapshot, snapshots
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
 from echo_ft.inference.decision import Calibration, load_calibration, measured_dtype, read_measurement, with_threshold
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
@@ -99,6 +99,7 @@ class Inspector:
         self.products = products
         self.pipeline = pipeline
         self.calibration = calibration
+        self.scales = ScaleCheck()
 
     @classmethod
     def from_adapters(
@@ -288,6 +289,7 @@ class Inspector:
         return Case(identifier, *key, group=identifier, seen=seen, truth=truth)
 
     def _result(self, image: str, case: Case, outcome: Outcome) -> Result:
+        self.scales.check(image or case.id, case, self.products.root)
         detection = outcome.predictions[0]
         if detection.error is not None:
             raise EchoError(f"the image {image or case.id} cannot be inspected: {detection.error}")

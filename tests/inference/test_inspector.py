@@ -22,8 +22,9 @@ from echo_ft.data.dataset import load_cases, load_dataset
 from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import BackendError, PipelineConfig, run_cases
 from echo_ft.files import read_jsonl, write_json
+from echo_ft.images import snapshot as snapshot_module
 from echo_ft.images.decode import load_image
-from echo_ft.images.snapshot import list_images, snapshot
+from echo_ft.images.snapshot import ScaleCheck, list_images, snapshot
 from echo_ft.inference.decision import Calibration, load_calibration
 from echo_ft.inference.inspector import Inspector
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS
@@ -143,6 +144,41 @@ def test_an_unreadable_image_does_not_cost_the_results_before_it(inspector, tmp_
         for result in inspector.stream(tmp_path):
             found.append(result.image)
     assert found == [str(image) for image in images[:2]]
+
+
+def test_an_image_that_is_scaled_differently_from_its_normal_images_is_named_once_per_product(tmp_path, case, caplog):
+    """Both images are of one camera, but one has a pixel that needs another bit depth."""
+    tops = {"query.png": 1024, "same.png": 1500, "darker.png": 1023, "eight.png": None}
+    for name, top in tops.items():
+        values = ramp(255, "u1") if top is None else ramp(top, "<u2")
+        Image.fromarray(values).save(tmp_path / name)
+
+    def warnings(checks, normals, product="cap", query="query.png"):
+        caplog.clear()
+        references = tuple(replace(case.seen.references[0], image=name) for name in normals)
+        seen = replace(case.seen, query=str(tmp_path / query), references=references)
+        checks.check("new.png", replace(case, product=product, seen=seen), tmp_path)
+        return caplog.messages
+
+    checks = ScaleCheck()
+    assert warnings(checks, ["same.png", "darker.png"]) == []  # one of the normal images has the same scale
+    assert warnings(checks, ["eight.png"]) == warnings(checks, []) == []
+    assert warnings(checks, ["darker.png"], query="eight.png") == []
+    (message,) = warnings(checks, ["darker.png", "eight.png"])
+    assert (
+        "new.png is scaled to 8 bits from 12 bits, but the most similar normal images of cap from 10, each" in message
+    )
+    assert warnings(checks, ["darker.png"]) == []
+    assert len(warnings(checks, ["darker.png"], product="bolt")) == 1
+
+
+def test_the_inspector_compares_the_scales_of_an_image_and_its_normal_images(inspector, image, monkeypatch, caplog):
+    root = inspector.products.root
+    monkeypatch.setattr(snapshot_module, "bit_depth", lambda path: 12 if path.is_relative_to(root) else 10)
+    for _ in range(2):
+        inspector.predict(image, "washer")
+    (message,) = caplog.messages
+    assert message.startswith(f"the image {image} is scaled to 8 bits from 10 bits")
 
 
 def test_the_experts_see_what_they_see_in_a_run(inspector, dataset):
