@@ -280,7 +280,7 @@ def describe_protocol(run: Run) -> str:
     provenance = run.provenance
     if "dataset" not in provenance:
         return "unknown training data: the answers come from another program"
-    dataset = _dataset(provenance["dataset"], provenance.get("dataset_fingerprint"))
+    dataset = unchanged_dataset(provenance["dataset"], provenance.get("dataset_fingerprint"))
     manifest = dataset.manifest if dataset else {}
     sources = provenance.get("trained_on")
     if sources is None:  # an older version wrote run.json without this field
@@ -290,7 +290,7 @@ def describe_protocol(run: Run) -> str:
     return f"{' and '.join(training) or 'not trained'}; {_references(provenance, manifest)}"
 
 
-def _dataset(folder: Any, expected: Any) -> Dataset | None:
+def unchanged_dataset(folder: Any, expected: Any) -> Dataset | None:
     """Load a dataset; None if it is missing or has been rebuilt."""
     try:
         dataset = load_dataset(Path(str(folder)))
@@ -320,7 +320,7 @@ def _training(source: Mapping[str, Any], provenance: Mapping[str, Any], dataset:
         name = apart if apart and provenance.get("split") == "test" else f"trained on some of {own}"
         audits = manifest.get("audits", {})
     else:
-        trained = _dataset(source["dataset"], source["dataset_fingerprint"])
+        trained = unchanged_dataset(source["dataset"], source["dataset_fingerprint"])
         name = f"across datasets, trained on {source['dataset']}"
         if _share_images(trained, dataset):
             name = f"trained on {source['dataset']}, another build with some of the same images"

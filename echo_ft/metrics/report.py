@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_ft.data.dataset import load_cases, load_dataset, require_unchanged
+from echo_ft.data.dataset import load_cases, load_dataset, read_digests, require_unchanged
 from echo_ft.errors import EchoError
 from echo_ft.experts.option_order import PermutedPrediction, answer_consistency, position_bias
 from echo_ft.files import read_complete_rows
@@ -21,7 +21,7 @@ from echo_ft.metrics.answer_files.robustmad import robustmad_report
 from echo_ft.metrics.calibration import TEMPERATURE_BOUNDS, fit_calibration
 from echo_ft.metrics.grounding.scores import score_boxes
 from echo_ft.metrics.intervals import BOOTSTRAP
-from echo_ft.metrics.loading import Run, describe_protocol, rejection_warnings
+from echo_ft.metrics.loading import Run, describe_protocol, rejection_warnings, unchanged_dataset
 from echo_ft.metrics.metric_values import MIN_PARTS
 from echo_ft.metrics.mmad import Answer, counted_as_normal, official_table
 from echo_ft.metrics.prediction_table import PredictionTable, make_prediction_table
@@ -54,7 +54,7 @@ def calibrate_run(run: Run, validation: Run, false_alarms: float) -> dict[str, A
     """Calibrate a run on a validation run: `fit_calibration`, warnings, and provenance of the validation run.
 
     Raises EchoError if `false_alarms` is not between 0 and 1, if the validation run used a different model or different
-    options, or if both runs contain the same parts.
+    options, or if both runs contain the same parts or copies of the same images.
     """
     if not 0 < false_alarms < 1:
         raise EchoError(f"--false_alarms is {false_alarms:g}; give a fraction of the normal images between 0 and 1")
@@ -73,6 +73,7 @@ def calibrate_run(run: Run, validation: Run, false_alarms: float) -> dict[str, A
             f"{cannot}{len(shared)} parts are in both, such as {'/'.join(min(shared))}; "
             "give a run made with --split validation"
         )
+    unknown = _require_other_images(run, validation, cannot)
     calibration = fit_calibration(
         make_prediction_table(run.predictions), make_prediction_table(validation.predictions), false_alarms
     )
@@ -80,13 +81,46 @@ def calibrate_run(run: Run, validation: Run, false_alarms: float) -> dict[str, A
     origin = {"run": str(validation.folder), **{key: validation.provenance.get(key) for key in kept}}
     return {
         **calibration,
-        "warnings": [f"{validation.folder}: {text}" for text in validation.warnings],
+        "warnings": [*(f"{validation.folder}: {text}" for text in validation.warnings), *unknown],
         "provenance": origin,
     }
 
 
 def _part(prediction: Prediction) -> tuple[str, str, str]:
     return prediction.dataset, prediction.product, prediction.group
+
+
+def _require_other_images(run: Run, validation: Run, cannot: str) -> list[str]:
+    """Raise EchoError if an image is in both runs. Return a warning if this is not known.
+
+    Parts do not show it: a dataset of a manifest has the name of its file, so the names of equal parts may differ.
+    """
+    ours, theirs = _image_contents(run), _image_contents(validation)
+    if ours is None or theirs is None:
+        if run.provenance.get("dataset_fingerprint") == validation.provenance.get("dataset_fingerprint"):
+            return []  # within one dataset, the names of parts can be compared
+        return [
+            f"the images of {run.folder} and {validation.folder} could not be compared, because a dataset is missing, "
+            "was rebuilt or has no digests; calibration and gate hold only if no part is in both"
+        ]
+    shared = sorted(ours.keys() & theirs.keys(), key=lambda digest: ours[digest])
+    if shared:
+        raise EchoError(
+            f"{cannot}{len(shared)} images have the same content in both, such as {ours[shared[0]]} and "
+            f"{theirs[shared[0]]}; give a run on other images, or leave out the copies and rebuild the dataset"
+        )
+    return []
+
+
+def _image_contents(run: Run) -> dict[str, str] | None:
+    """Return {SHA-256: path} of a run's images; None if its dataset is missing, was rebuilt or has no digests."""
+    dataset = unchanged_dataset(run.provenance.get("dataset"), run.provenance.get("dataset_fingerprint"))
+    try:
+        digests = read_digests(dataset) if dataset else None
+    except EchoError:
+        return None
+    images = {one.image for one in run.predictions}
+    return None if digests is None else {digests[image]: image for image in sorted(images & digests.keys())}
 
 
 def build_report(

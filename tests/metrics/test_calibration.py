@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
+from echo_ft.data.dataset import DATASET_FORMAT, DIGESTS, images_fingerprint
 from echo_ft.errors import EchoError
 from echo_ft.metrics import calibration, intervals
+from echo_ft.metrics.loading import Run
 from echo_ft.metrics.prediction_table import make_prediction_table
+from echo_ft.metrics.report import calibrate_run
 from echo_ft.records import GOOD
 from tests.support.predictions import uncertain_predictions
 
@@ -82,6 +87,43 @@ def test_certain_probabilities_and_a_single_class_are_calibrated() -> None:
     assert found["temperature"] <= calibration.TEMPERATURE_BOUNDS[1]
     assert found["thresholds"]["f1"]["test"]["recall"] is None
     assert "best" not in found["thresholds"]
+
+
+def run_on(folder: Path, seed: int, digests: dict[str, str] | None) -> Run:
+    """A run on a dataset of its own, with other parts than those of other seeds. Without digests, it is missing."""
+    rows = uncertain_predictions(40, seed)
+    if digests is not None:
+        folder.mkdir()
+        manifest = {"format": DATASET_FORMAT, "root": ".", "fingerprint": folder.name, "config": {}}
+        manifest["images_fingerprint"] = images_fingerprint(digests)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / DIGESTS).write_text(json.dumps(digests))
+    provenance = {"dataset": str(folder), "dataset_fingerprint": folder.name}
+    return Run(Path(f"runs/{folder.name}"), rows, provenance, ["odd"], [])
+
+
+def test_copies_of_the_same_images_do_not_calibrate(tmp_path: Path) -> None:
+    """The names of parts begin with the name of the dataset, so they cannot show that two datasets share images."""
+    run = run_on(tmp_path / "test", 1, {"10000.png": "1", "10001.png": "2", "reference.png": "3"})
+    copies = run_on(tmp_path / "val", 2, {"20000.png": "0", "20007.png": "2", "reference.png": "3"})
+    message = (
+        "runs/val cannot calibrate runs/test: 1 images have the same content in both, such as 10001.png and 20007.png; "
+        "give a run on other images"
+    )
+    with pytest.raises(EchoError, match=message):
+        calibrate_run(run, copies, 0.1)
+    other = run_on(tmp_path / "other", 2, {"20000.png": "0", "20007.png": "4", "reference.png": "3"})
+    assert calibrate_run(run, other, 0.1)["warnings"] == ["runs/other: odd"], "both may show the same reference"
+
+
+def test_images_that_cannot_be_compared_are_stated(tmp_path: Path) -> None:
+    run, gone = run_on(tmp_path / "test", 1, {"10000.png": "1"}), run_on(tmp_path / "gone", 2, None)
+    _, warning = calibrate_run(run, gone, 0.1)["warnings"]
+    assert warning.startswith(
+        "the images of runs/test and runs/gone could not be compared, because a dataset is missing"
+    )
+    same = dataclasses.replace(run, predictions=gone.predictions, provenance=gone.provenance)
+    assert calibrate_run(same, run_on(tmp_path / "gone", 3, None), 0.1)["warnings"] == ["runs/gone: odd"]
 
 
 def overconfident_scores(count: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
