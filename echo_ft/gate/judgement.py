@@ -44,7 +44,7 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
     judged on all other parts of the run. A run without any P(defect) is judged by its answers, on all of its parts.
 
     If a class has no part to choose the threshold on, no part is judged. Raises EchoError if the run is incomplete, has
-    rows that cannot be scored, images that were trained on, or no Anomaly Detection question.
+    failed predictions, rows that cannot be scored, images that were trained on, or no Anomaly Detection question.
     """
     require_new_parts(run)
     table = make_prediction_table(run.predictions)
@@ -76,9 +76,18 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
 
 
 def require_new_parts(run: Run) -> None:
-    """Raise EchoError if the run says nothing about new parts, because it lacks cases or its images were trained on."""
+    """Raise EchoError if the run says nothing about new parts: it lacks answers, or its images were trained on.
+
+    A missing answer in a file of another program counts against its model instead, because nothing repeats that.
+    """
     if not run.complete:
         raise EchoError(f"{run.folder} is not complete, so --gate cannot judge it; resume it with evaluation.run")
+    failed = [one.error for one in run.predictions if one.error is not None]
+    if failed and "answers" not in run.provenance:
+        raise EchoError(
+            f"{len(failed)} predictions of {run.folder} failed (first: {failed[0]}), so --gate cannot judge it; rerun "
+            "the same evaluation.run command to retry them"
+        )
     if run.rejections:
         raise EchoError(
             f"{len(run.rejections)} rows of {run.folder} cannot be scored (first: {run.rejections[0].item}, "

@@ -26,6 +26,10 @@ def scored(row: Prediction, score: float | None) -> Prediction:
     return dataclasses.replace(row, probabilities=None if score is None else {"A": score, "B": 1 - score})
 
 
+def failed(row: Prediction) -> Prediction:
+    return dataclasses.replace(row, text="", parsed=None, probabilities=None, error="no space left")
+
+
 def parts(good: int, defective: int, images: int = 2) -> list[Prediction]:
     """Separable parts of two products: only the first image of a defective part scores high."""
     rows = []
@@ -168,6 +172,12 @@ def test_without_a_defective_part_no_threshold_is_chosen_and_no_part_judged() ->
     assert one_sided["verdict"] == "not enough parts"
 
 
+def test_a_missing_answer_of_another_program_counts_against_it() -> None:
+    rows = [failed(row) if row.group == "part 3" else scored(row, None) for row in parts(good=60, defective=30)]
+    answers = dataclasses.replace(make_run(rows), provenance={"answers": "answers.jsonl"})
+    assert judge_run(answers, LIMITS)["findings"]["false_alarms"]["errors"] == 1
+
+
 def test_unknown_training_data_are_stated() -> None:
     unknown = {"dataset": "data/gone", "photographs_trained_on": None, "of_photographs": 36}
     found = judge_run(make_run(parts(9, 9), trained_on=[unknown]), LIMITS)
@@ -184,6 +194,11 @@ def test_unknown_training_data_are_stated() -> None:
         (
             dataclasses.replace(make_run(parts(9, 9)), complete=False),
             "runs/line is not complete, so --gate cannot judge it; resume it",
+        ),
+        (
+            make_run([failed(row) for row in parts(9, 9)]),
+            r"36 predictions of runs/line failed \(first: no space left\), so --gate cannot judge it; rerun the same "
+            "evaluation.run command to retry them",
         ),
         (
             make_run(parts(9, 9), trained_on=[{"photographs_trained_on": 2, "of_photographs": 36}]),
