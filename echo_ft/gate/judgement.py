@@ -61,6 +61,7 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
             units = _select(units, np.zeros(len(units.image), dtype=bool))
     findings = judge(units, threshold, limits)
     verdict = overall(findings)
+    reached = bool((table.defect_scores[members] >= threshold).any())
     return {
         "limits": dict(limits),
         "confidence": CONFIDENCE,
@@ -69,7 +70,7 @@ def judge_run(run: Run, limits: Mapping[str, float], validation: Run | None = No
         "split": {"how": how, "choosing": choosing and _counts(choosing), "judged": _counts(units)},
         "findings": {name: dataclasses.asdict(finding) for name, finding in findings.items()},
         "verdict": verdict,
-        "sentence": _sentence(verdict, findings, threshold if scored else None),
+        "sentence": _sentence(verdict, findings, threshold if scored else None, reached),
         "more_parts": [*_no_threshold(choosing), *_more_parts(verdict, findings, scored and validation is None)],
         "notes": [*_without_limit(units, threshold, limits), *_notes(table, members), *_unknown_training(run)],
     }
@@ -153,11 +154,12 @@ def _counts(units: Units) -> dict[str, int]:
     return {"good": int((~units.defective).sum()), "defective": int(units.defective.sum())}
 
 
-def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | None) -> str:
-    """State the verdict with its confidence, or say what is missing."""
-    where = "by its answers" if threshold is None else f"flagging from P(defect) {threshold:.6g}"
+def _sentence(verdict: str, findings: Mapping[str, Finding], threshold: float | None, reached: bool) -> str:
+    """State the verdict with its confidence, or say what is missing. `reached` says if the threshold flags an image."""
     if threshold == math.inf:
         return f"{verdict}: no threshold can be chosen"
+    where = "by its answers" if threshold is None else f"flagging from P(defect) {threshold:.6g}"
+    where += "" if threshold is None or reached else ", which no image reaches"
     shown = {PASS: findings, FAIL: {name: one for name, one in findings.items() if one.verdict == FAIL}}.get(verdict)
     if shown is None:
         open_ones = [name for name, one in findings.items() if one.verdict == UNDECIDED]

@@ -120,6 +120,14 @@ def test_another_run_chooses_the_threshold_and_all_parts_are_judged() -> None:
     assert found["split"]["how"] == "the threshold is chosen on runs/validation and judged on all parts of this run"
 
 
+def test_a_gate_that_flags_nothing_says_so() -> None:
+    """Good and defective parts have equal scores, so flagging nothing is best for a limit on false alarms."""
+    rows = [scored(row, 1.0) for row in parts(good=90, defective=45)]
+    found = judge_run(make_run(rows), {"false_alarms": 0.05})
+    assert (found["verdict"], found["findings"]["false_alarms"]["errors"]) == ("pass", 0)
+    assert found["sentence"].endswith("with 95% confidence, flagging from P(defect) 1, which no image reaches")
+
+
 def test_a_run_without_probabilities_is_judged_by_its_answers_on_all_parts() -> None:
     rows = [scored(row, None) for row in parts(good=60, defective=30)]
     wrong = next(place for place, row in enumerate(rows) if row.condition != GOOD)
