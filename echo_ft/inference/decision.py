@@ -21,6 +21,9 @@ from echo_ft.terminal import LOGGER
 if TYPE_CHECKING:
     from echo_ft.model.adapters import Adapter, AdapterCard
 
+PASSED = "pass"
+"""The verdict of a gate that passed, as in `echo_ft.gate.certificate`, which this package may not import."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -50,14 +53,20 @@ def load_calibration(report: Path) -> Calibration:
     """Read temperature and threshold from a report.json.
 
     The threshold is that of the gate, if there is one, because no other threshold is judged on parts. Otherwise, it is
-    the threshold that limits false alarms, or else the one with the best F1. Raises EchoError if the report has
-    neither.
+    the threshold that limits false alarms, or else the one with the best F1. Warns if the gate did not pass. Raises
+    EchoError if the report has neither.
     """
     try:
         content = read_json_object(report)
-        found, gate = content["calibration"], (content.get("gate") or {}).get("threshold")
-        temperature = found["temperature"] if found else 1.0
+        found, judged = content["calibration"], content.get("gate") or {}
+        temperature, gate = found["temperature"] if found else 1.0, judged.get("threshold")
         if gate is not None:
+            verdict, sentence = judged["verdict"], judged["sentence"]
+            if verdict != PASSED:
+                LOGGER.warning(
+                    f"{report} gives the threshold of a gate that did not pass ({sentence}); do not rely on it before "
+                    "a run passes"
+                )
             # If a gate flags nothing, its threshold is above 1; `score` would clip it to 1.
             return Calibration(temperature, gate if gate > 1 else Calibration(temperature).score(gate), gate)
         thresholds = found["thresholds"]
@@ -92,8 +101,8 @@ class Measurement:
     """The data type of the run, one of DTYPES; None for a run on a server, and in reports of older versions."""
 
 
-def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement:
-    """Read a report.json and check that it measures the `adapters`.
+def read_measurement(path: Path, adapters: Mapping[str, Adapter], calibrated: bool = False) -> Measurement:
+    """Read a report.json and check that it measures the `adapters`. If `calibrated`, it must have a threshold.
 
     Raises EchoError if it is not a run's report, if the run used different adapters or a different base model, or
     if an inspector cannot repeat it. An inspector cannot repeat a run with corrupted queries or random references.
@@ -105,7 +114,7 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter]) -> Measurement
         pipeline = PipelineConfig(**{option.name: run[option.name] for option in fields(PipelineConfig)})
         tokens, k, base = int(run["max_new_tokens"]), run["references"], run["base_fingerprint"]
         gate, corruption = report.get("gate") or {}, run["corruption"]
-        calibrated = bool(report["calibration"]) or gate.get("threshold") is not None
+        calibrated = calibrated or bool(report["calibration"]) or gate.get("threshold") is not None
         dtype = run.get("dtype")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"its dtype is {dtype!r}")

@@ -21,7 +21,7 @@ from echo_ft.images import boxes
 from echo_ft.images.decode import image_size
 from echo_ft.images.snapshot import ImageInput, ScaleCheck, list_images, snapshot, snapshots
 from echo_ft.inference.bundle import bundle_adapters, load_bundle_products, load_bundle_rows, read_bundle
-from echo_ft.inference.decision import Calibration, load_calibration, measured_dtype, read_measurement, with_threshold
+from echo_ft.inference.decision import Calibration, measured_dtype, read_measurement, with_threshold
 from echo_ft.inference.liveness import check_adapters, local_backend, read_probe, served_backend
 from echo_ft.model.adapters import Adapter, find_adapters, load_to_answer, read_card
 from echo_ft.model.loading import base_fingerprint, load_processor
@@ -124,8 +124,8 @@ class Inspector:
         card = read_card(Path(folder) / ROLES[0])
         weights = base_fingerprint(card.base_model, card.base_revision)
         adapters = find_adapters(Path(folder), card.base_model, weights, card.min_pixels, card.max_pixels)
-        measured = None if calibration is None else read_measurement(Path(calibration), adapters)
-        found = with_threshold(None if calibration is None else load_calibration(Path(calibration)), threshold)
+        measured = None if calibration is None else read_measurement(Path(calibration), adapters, calibrated=True)
+        found = with_threshold(None if measured is None else measured.calibration, threshold)
         pipeline = measured.pipeline if measured else PipelineConfig(routing=card.routing)
         tokens = max_new_tokens or (measured.max_new_tokens if measured else MAX_NEW_TOKENS)
         loaded = load_dataset(Path(card.dataset if dataset is None else dataset))

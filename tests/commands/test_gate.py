@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from echo_ft.errors import EchoError
-from echo_ft.inference.decision import load_calibration, with_threshold
+from echo_ft.gate.certificate import PASS
+from echo_ft.inference.decision import PASSED, load_calibration, with_threshold
 from echo_ft.records import GOOD, Prediction
 from evaluation import score
 from tests.support.runs import make_run, predictions, require_self_contained, run_command
@@ -85,15 +86,28 @@ def test_the_inspector_uses_the_threshold_of_a_gate_without_a_calibration(tmp_pa
     found = load_calibration(tmp_path / "run" / "report.json")
     assert (found.temperature, found.threshold) == (1.0, pytest.approx(gate["threshold"]))
     # A gate that flags nothing has a threshold above every P(defect).
-    report = {"calibration": {}, "gate": {"threshold": 1.0000000000000002}}
+    report = {"calibration": {}, "gate": {"threshold": 1.0000000000000002, "verdict": "pass", "sentence": "pass"}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     nothing = load_calibration(tmp_path / "report.json")
     assert nothing.score(1.0) < nothing.threshold
     assert not nothing.flags(1.0)
 
 
+@pytest.mark.parametrize(("limits", "warns"), [("escapes<=0.3", False), ("escapes<=0.01", True)])
+def test_the_threshold_of_a_gate_that_did_not_pass_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limits: str, warns: bool
+) -> None:
+    _, gate = judge(make_run(tmp_path / "run", sure(60)), "--gate", limits)
+    caplog.clear()
+    load_calibration(tmp_path / "run" / "report.json")
+    expected = f"gives the threshold of a gate that did not pass ({gate['sentence']})"
+    assert [expected in one.message for one in caplog.records] == [True] * warns
+    assert (gate["verdict"] == PASSED == PASS) is not warns
+
+
 def test_a_low_temperature_does_not_change_what_a_gate_flags(tmp_path: Path) -> None:
-    report = {"calibration": {"temperature": 0.01, "thresholds": {}}, "gate": {"threshold": 0.635}}
+    gate = {"threshold": 0.635, "verdict": "pass", "sentence": "pass"}
+    report = {"calibration": {"temperature": 0.01, "thresholds": {}}, "gate": gate}
     (tmp_path / "report.json").write_text(json.dumps(report))
     found = load_calibration(tmp_path / "report.json")
     assert [found.flags(value) for value in (0.58, 0.62, 0.634, 0.635, 0.64, 1.0)] == [False] * 3 + [True] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from echo_ft.errors import EchoError
 from echo_ft.experts.pipeline import PipelineConfig
 from echo_ft.export import bundle as bundle_module
 from echo_ft.export.bundle import Bundle, ExportPlan, export_bundle
+from echo_ft.export.card import model_card
 from echo_ft.export.published_form import publish_config
 from echo_ft.export.vllm import serving_lines, vllm_refusal
 from echo_ft.inference.bundle import read_bundle
@@ -142,6 +144,18 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
         Inspector.from_bundle(tmp_path / "bundle")
 
 
+def test_the_model_card_names_the_verdict_on_its_threshold(exported, adapters, tmp_path):
+    found, card = find(adapters), read_card(adapters / ROLES[0])
+    sentence = "fail: more than 5% of good parts are flagged, with 95% confidence, flagging from P(defect) 0.635"
+    report = make_report(tmp_path / "report.json", found)
+    gate = {"threshold": 0.635, "verdict": "fail", "sentence": sentence}
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"gate": gate}))
+    measured = read_measurement(report, found)
+    bundle = dataclasses.replace(read_bundle(exported), calibration=measured.calibration)
+    threshold = "a threshold of 0.635 before the temperature, which a gate judged"
+    assert f"{threshold}. Its verdict is {sentence}\n" in model_card(bundle, measured, card, {}, 2, 1)
+
+
 @pytest.mark.parametrize(
     ("dtype", "measured", "loaded", "warns"),
     [
@@ -184,6 +198,14 @@ def test_a_report_of_something_else_is_refused(adapters, tmp_path, changes, mess
     report = make_report(tmp_path / "report.json", find(adapters), changes)
     with pytest.raises(EchoError, match=message):
         read_measurement(report, find(adapters))
+
+
+def test_a_report_without_a_threshold_gives_an_export_options_but_does_not_calibrate(adapters, tmp_path):
+    report = make_report(tmp_path / "report.json", find(adapters))
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"calibration": {}}))
+    assert read_measurement(report, find(adapters)).calibration is None
+    with pytest.raises(EchoError, match="has neither a calibration nor a gate; write one with"):
+        read_measurement(report, find(adapters), calibrated=True)
 
 
 def test_a_missing_or_rebuilt_dataset_is_named_with_the_remedy(adapters, tmp_path):
