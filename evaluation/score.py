@@ -17,9 +17,12 @@ parts to decide with 95% confidence.
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from echo_ft import config as configs
 from echo_ft.config import named_first
@@ -28,6 +31,7 @@ from echo_ft.files import write_json, write_text
 from echo_ft.gate.certificate import FAIL, PASS, UNDECIDED
 from echo_ft.gate.judgement import judge_run
 from echo_ft.gate.limits import parse_limits
+from echo_ft.inputs import read_json_object
 from echo_ft.metrics.answer_files import GivenAnswers
 from echo_ft.metrics.loading import Run, load_answers, load_run, write_as_run
 from echo_ft.metrics.mmad import from_predictions, write_answers
@@ -101,6 +105,7 @@ def main(argv: list[str]) -> None:
     gate = {} if limits is None else judge_run(run, limits, validation)
     report = {**build_report(name, run, given.official, calibration, given.letters), "gate": gate}
     output.mkdir(parents=True, exist_ok=True)
+    lost = lost_threshold(output / "report.json", report)
     write_json(output / "report.json", report)
     images = ImageStore(output / "report.html", config.images)
     write_text(output / "report.html", report_page(report, run, images))
@@ -112,7 +117,7 @@ def main(argv: list[str]) -> None:
         write_as_run(output, run)
         written += ["predictions.jsonl", "run.json"]
     print_report(report)
-    for warning in report["warnings"]:
+    for warning in [*report["warnings"], *lost]:
         LOGGER.warning(warning)
     if config.report_to == "wandb":
         log_evaluation(report, run, output, config)
@@ -120,6 +125,30 @@ def main(argv: list[str]) -> None:
     if gate:
         print(f"\n{gate['sentence']}")
         sys.exit(GATE_STATUS[gate["verdict"]])
+
+
+def lost_threshold(path: Path, report: Mapping[str, Any]) -> list[str]:
+    """Return a warning if the report at `path` has a calibration or a gate that the new `report` lacks.
+
+    An export or an inspection with the new report would otherwise flag from 0.5 without a word.
+    """
+    try:
+        before, options = read_json_object(path), []
+        calibration, gate = before.get("calibration"), before.get("gate")
+        if calibration:
+            validation = shlex.quote(calibration["provenance"]["run"])
+            options.append(f"--calibration {validation} --false_alarms {calibration['stated_false_alarms']:g}")
+        if gate:
+            options.append(f'--gate "{", ".join(f"{name}<={limit:g}" for name, limit in gate["limits"].items())}"')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it was changed by hand
+        return []
+    lost = [name for name in ("calibration", "gate") if before.get(name) and not report[name]]
+    if not lost:
+        return []
+    return [
+        f"{path} no longer has a {' and a '.join(lost)}, so exports and inspections with it do not use the earlier "
+        f"threshold; to keep it, score again with {' '.join(options)}"
+    ]
 
 
 def _load_run(folder: Path, questions: str | None) -> tuple[Run, GivenAnswers]:

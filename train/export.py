@@ -9,7 +9,7 @@ from pathlib import Path
 from echo_ft import config as configs
 from echo_ft.data.dataset import Dataset, load_dataset, require_not_rebuilt
 from echo_ft.errors import EchoError
-from echo_ft.inference.decision import measured_dtype, read_measurement
+from echo_ft.inference.decision import describe_decision, measured_dtype, read_measurement
 from echo_ft.inputs import read_json_object
 from echo_ft.model.adapters import Adapter, AdapterCard, find_adapters, read_card
 from echo_ft.model.loading import DTYPES, base_fingerprint
@@ -125,6 +125,7 @@ def main(argv: list[str]) -> None:
         )
     if bundle.compared:
         print(f"the reloaded bundle gives the adapters' letters and probabilities for {bundle.compared} images")
+    print(f"decision: {describe_decision(measurement)}")
     print(f"done: {config.output}; its README.md describes how to use and serve it")
     if config.report_to == "wandb":
         log_export(config, find_adapters(folder, base, weights, card.min_pixels, card.max_pixels))

@@ -11,7 +11,7 @@ from huggingface_hub.repocard import metadata_load
 
 from echo_ft.export.vllm import LoraFiles, serving_lines
 from echo_ft.inference.bundle import BundleDescription
-from echo_ft.inference.decision import Measurement
+from echo_ft.inference.decision import Measurement, describe_decision
 from echo_ft.model.adapters import Adapter, AdapterCard
 from echo_ft.retrieval.products import ProductData
 
@@ -79,7 +79,7 @@ def model_card(
         f"- Pixel budget: {bundle.min_pixels} to {bundle.max_pixels} pixels per image",
         f"- Training data: `{card.dataset}`, fingerprint `{card.dataset_fingerprint}`",
         f"- Normal images: {REFERENCE_TEXTS[bundle.references]}",
-        f"- Decision: {_decision(bundle, measured)}",
+        f"- Decision: {describe_decision(measured)}",
         "",
         "`SHA256SUMS` has the checksums of all files. `adapters/probe.json` has the answers of every adapter to a "
         "fixed probe. With them, echo-ft proves that an adapter has its effect. "
@@ -113,17 +113,6 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _decision(bundle: BundleDescription, measured: Measurement | None) -> str:
-    if bundle.calibration is None or measured is None:
-        return "P(defect) as the model states it, with a threshold of 0.5; it is not calibrated"
-    one = bundle.calibration
-    threshold = f"a threshold of {one.threshold:.4g}"
-    if one.raw_threshold is not None:
-        threshold = f"a threshold of {one.raw_threshold:.6g} before the temperature, which a gate judged"
-        threshold += f". Its verdict is {measured.report['gate']['sentence']}"
-    return f"P(defect) at temperature {one.temperature:.4g}, with {threshold}"
 
 
 def _results(report: Mapping[str, Any]) -> list[str]:

@@ -138,6 +138,22 @@ def read_measurement(path: Path, adapters: Mapping[str, Adapter], calibrated: bo
     return Measurement(report, pipeline, tokens, k, load_calibration(path) if calibrated else None, dtype)
 
 
+def describe_decision(measurement: Measurement | None) -> str:
+    """Say from which P(defect) on a bundle with this measurement flags images, and where the threshold comes from."""
+    if measurement is None or measurement.calibration is None:
+        why = "no report was given" if measurement is None else "the report has neither a calibration nor a gate"
+        return f"P(defect) as the model states it, with a threshold of 0.5, because {why}"
+    one, report = measurement.calibration, measurement.report
+    if one.raw_threshold is not None:
+        threshold = f"{one.raw_threshold:.6g} before the temperature, which a gate judged. Its verdict is "
+        threshold += report["gate"]["sentence"]
+    else:
+        limited = "false_alarms" in report["calibration"]["thresholds"]
+        chosen = "limits the false alarms" if limited else "has the best F1"
+        threshold = f"{one.threshold:.4g}, which {chosen} on the validation run"
+    return f"P(defect) at temperature {one.temperature:.4g}, with a threshold of {threshold}"
+
+
 def measured_dtype(dtype: str, measurement: Measurement | None, card: AdapterCard) -> str:
     """Return the data type in which to load the model with this `card`: that of the report if `dtype` is `auto`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,28 @@ def test_the_inspector_uses_the_threshold_of_a_gate_without_a_calibration(tmp_pa
     nothing = load_calibration(tmp_path / "report.json")
     assert nothing.score(1.0) < nothing.threshold
     assert not nothing.flags(1.0)
+
+
+def test_a_report_that_loses_a_calibration_and_a_gate_says_how_to_keep_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", sure(120))
+    validation = make_run(tmp_path / "the validation", sure(20, "other"), split="validation")
+    options = ["--calibration", str(validation), "--false_alarms", "0.2", "--gate", "false_alarms<=0.05, escapes<=0.1"]
+    judge(folder, *options)
+    judge(folder, *options)
+    assert "no longer" not in capsys.readouterr().err
+    score.main([str(folder)])
+    warned = capsys.readouterr().err
+    assert f"{folder}/report.json no longer has a calibration and a gate, so exports and inspections" in warned
+    assert shlex.split(warned.partition("score again with ")[2]) == options
+    score.main([str(folder)])
+    assert "no longer" not in capsys.readouterr().err
+    judge(folder, "--gate", "escapes<=0.1")
+    score.main([str(folder), "--calibration", str(validation)])
+    warned = capsys.readouterr().err
+    assert "no longer has a gate, so" in warned
+    assert shlex.split(warned.partition("score again with ")[2].splitlines()[0]) == ["--gate", "escapes<=0.1"]
 
 
 @pytest.mark.parametrize(("limits", "warns"), [("escapes<=0.3", False), ("escapes<=0.01", True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -24,7 +23,7 @@ from echo_ft.export.card import model_card
 from echo_ft.export.published_form import publish_config
 from echo_ft.export.vllm import serving_lines, vllm_refusal
 from echo_ft.inference.bundle import read_bundle
-from echo_ft.inference.decision import Calibration, measured_dtype, read_measurement
+from echo_ft.inference.decision import Calibration, describe_decision, measured_dtype, read_measurement
 from echo_ft.inference.inspector import Inspector
 from echo_ft.model.adapters import find_adapters, read_card
 from echo_ft.model.loading import base_fingerprint, load_model
@@ -119,10 +118,11 @@ def test_an_adapter_that_is_not_reproduced_still_stops_the_export(adapters, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters, tmp_path):
+def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters, tmp_path, capsys):
     """With a calibration, the bundle decides as the scored run did."""
     options = ["--adapters", str(adapters), "--output", str(tmp_path / "bundle"), *NO_IMAGES, "--merge", "none"]
     export_main([*options, "--report", str(make_report(tmp_path / "report.json", find(adapters)))])
+    assert "decision: P(defect) at temperature 2, with a threshold of 0.4, which " in capsys.readouterr().out
     described = read_bundle(tmp_path / "bundle")
     assert described.pipeline == PipelineConfig(knowledge="all", reasoning="off", answer="logits")
     assert described.calibration == Calibration(2.0, 0.4)
@@ -147,13 +147,25 @@ def test_a_report_gives_the_bundle_its_options_calibration_and_results(adapters,
 def test_the_model_card_names_the_verdict_on_its_threshold(exported, adapters, tmp_path):
     found, card = find(adapters), read_card(adapters / ROLES[0])
     sentence = "fail: more than 5% of good parts are flagged, with 95% confidence, flagging from P(defect) 0.635"
-    report = make_report(tmp_path / "report.json", found)
     gate = {"threshold": 0.635, "verdict": "fail", "sentence": sentence}
-    report.write_text(json.dumps(json.loads(report.read_text()) | {"gate": gate}))
-    measured = read_measurement(report, found)
-    bundle = dataclasses.replace(read_bundle(exported), calibration=measured.calibration)
+    measured = read_measurement(make_report(tmp_path / "report.json", found, gate=gate), found)
     threshold = "a threshold of 0.635 before the temperature, which a gate judged"
-    assert f"{threshold}. Its verdict is {sentence}\n" in model_card(bundle, measured, card, {}, 2, 1)
+    shown = model_card(read_bundle(exported), measured, card, {}, 2, 1)
+    assert f"- Decision: P(defect) at temperature 2, with {threshold}. Its verdict is {sentence}\n" in shown
+
+
+def test_a_decision_says_where_its_threshold_comes_from(adapters, tmp_path):
+    def described(**changes):
+        return describe_decision(read_measurement(make_report(tmp_path / "report.json", found, **changes), found))
+
+    found, half = find(adapters), "P(defect) as the model states it, with a threshold of 0.5, because"
+    limited = {"temperature": 2.0, "thresholds": {"f1": {"threshold": 0.4}, "false_alarms": {"threshold": 0.7}}}
+    assert described(calibration=limited).endswith(
+        "a threshold of 0.7, which limits the false alarms on the validation run"
+    )
+    assert described().endswith("a threshold of 0.4, which has the best F1 on the validation run")
+    assert described(calibration={}) == f"{half} the report has neither a calibration nor a gate"
+    assert describe_decision(None) == f"{half} no report was given"
 
 
 @pytest.mark.parametrize(
@@ -201,8 +213,7 @@ def test_a_report_of_something_else_is_refused(adapters, tmp_path, changes, mess
 
 
 def test_a_report_without_a_threshold_gives_an_export_options_but_does_not_calibrate(adapters, tmp_path):
-    report = make_report(tmp_path / "report.json", find(adapters))
-    report.write_text(json.dumps(json.loads(report.read_text()) | {"calibration": {}}))
+    report = make_report(tmp_path / "report.json", find(adapters), calibration={})
     assert read_measurement(report, find(adapters)).calibration is None
     with pytest.raises(EchoError, match="has neither a calibration nor a gate; write one with"):
         read_measurement(report, find(adapters), calibrated=True)

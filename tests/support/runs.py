@@ -81,8 +81,13 @@ def run_evaluation(dataset, output, *more) -> None:
     assert run_main([*given, *map(str, more)]) == 0
 
 
-def make_report(path: Path, found: Mapping[str, Adapter], changes: dict[str, Any] | None = None) -> Path:
-    """Write a report.json of a run with these adapters, with only the fields that exports and inspectors read."""
+def make_report(
+    path: Path, found: Mapping[str, Adapter], changes: dict[str, Any] | None = None, **parts: dict[str, Any]
+) -> Path:
+    """Write a report.json of a run with these adapters, with only the fields that exports and inspectors read.
+
+    `changes` override the provenance, and `parts` the other parts of the report.
+    """
     provenance = {
         "split": "test", "dataset": "data/line", "questions": 100, "cases": 15, "routing": "full",
         "reference": "retrieved", "references": 1, "knowledge": "all", "reasoning": "off", "corruption": None,
@@ -100,5 +105,5 @@ def make_report(path: Path, found: Mapping[str, Adapter], changes: dict[str, Any
         "calibration": {"temperature": 2.0, "thresholds": {"f1": {"threshold": 0.4}}},
         "warnings": ["ten parts are few"],
     }
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps(report | parts))
     return path
