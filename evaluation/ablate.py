@@ -29,7 +29,7 @@ from echo_ft import config as configs
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json
 from echo_ft.inference.generation_cache import GenerationCache
-from echo_ft.inference.run_folder import is_finished
+from echo_ft.inference.run_folder import failure_reasons, is_finished
 from echo_ft.inputs import read_json_object
 from echo_ft.processes import join_processes
 from echo_ft.provenance import fingerprint_bytes
@@ -85,8 +85,8 @@ class Cell:
     """All options of the cell; `output` is its run folder."""
 
 
-def main(argv: list[str]) -> None:
-    """Check all cells, run the unfinished ones, and write the table."""
+def main(argv: list[str]) -> int:
+    """Check all cells, run the unfinished ones, and write the table. Returns the exit status."""
     shared, ablation = configs.parse([RunConfig, AblationConfig], argv)
     if ablation.features_gib < 0:
         raise EchoError(f"features_gib is {ablation.features_gib:g}; set it to 0 or more")
@@ -108,14 +108,21 @@ def main(argv: list[str]) -> None:
                 name = Path(config.output).name
                 seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
                 write_json(output / SECONDS, seconds)
+    failed: list[str] = []
     if state.is_main_process:
+        failed = [reason for config in runs for reason in failure_reasons(Path(config.output))]
         rows = [(cell.name, cell.differs, Path(cell.config.output)) for cell in cells]
         table = ablation_table.build_table(rows, ablation.baseline, seconds)
         ablation_table.write(output, table)
         for warning in table["warnings"]:
             LOGGER.warning(warning)
         print(f"\n{ablation_table.text(table)}\n\nwrote ablation.json, ablation.md, ablation.html to {output}")
+        if failed:
+            LOGGER.warning(
+                f"{len(failed)} predictions failed (first: {failed[0]}); rerun the same command to retry them"
+            )
     state.destroy_process_group()
+    return configs.PARTLY_DONE if failed else 0
 
 
 def read_cells(shared: RunConfig, ablation: AblationConfig) -> list[Cell]:

@@ -314,6 +314,21 @@ def test_an_invalid_config_is_refused_before_anything_runs(shared, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
+def test_failed_predictions_give_the_exit_status_of_a_run(shared, tmp_path, monkeypatch, capsys):
+    """The status is 3 until a later call has retried them."""
+    rows = predictions(0.7, images=4)
+    failed = [dataclasses.replace(rows[0], parsed=None, probabilities=None, error="no space left"), *rows[1:]]
+    arguments = write_config(tmp_path, {**shared, "cells": {"tuned": {}, "paper": {"routing": "paper"}}})
+    for answers, status in ((failed, configs.PARTLY_DONE), (rows, 0)):
+        monkeypatch.setattr(
+            ablate, "run_cell", lambda run, *_, answers=answers: make_run(Path(run.config.output), answers)
+        )
+        assert ablate.main(arguments) == status
+        warned = "2 predictions failed (first: no space left); rerun the same command to retry them"
+        assert (warned in capsys.readouterr().err) == bool(status)
+    assert len(load_table(tmp_path)["cells"]) == 2, "the table is written all the same"
+
+
 def test_options_in_braces_make_a_cell_for_each_combination():
     late = {"adapters": "late", "corruption": ["blur", "jpeg"], "severity": [1, 5]}
     assert [*ablate.expand_cells({"tuned": None, "late, {corruption} {severity}": late})] == [
