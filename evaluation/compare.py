@@ -10,13 +10,16 @@ one with intervals, and one sentence per difference.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from echo_ft import config as configs
 from echo_ft.config import named_first
 from echo_ft.errors import EchoError
 from echo_ft.files import write_json, write_text
+from echo_ft.inputs import read_json_object
 from echo_ft.metrics.comparison import build_comparison
 from echo_ft.metrics.grounding.comparison import compare_boxes
 from echo_ft.terminal import LOGGER
@@ -59,15 +62,34 @@ def main(argv: list[str]) -> None:
     comparison = build_comparison(groups) | {"boxes": compare_boxes(groups)}
     output = Path(config.output) if config.output else groups[-1].runs[-1].folder.resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
+    replaced = replaced_runs(output / "comparison.json", comparison) if config.output is None else []
     write_json(output / "comparison.json", comparison)
     images = ImageStore(output / "compare.html", config.images)
     write_text(output / "compare.html", compare_page(comparison, groups, images))
     print(f"wrote comparison.json, compare.html to {output}\n")
     for warning in comparison["warnings"]:
         LOGGER.warning(warning)
+    if replaced:
+        LOGGER.warning(
+            f"the comparison of {', '.join(replaced)} in {output} was replaced; to keep both, repeat it with another "
+            "--output"
+        )
     print_comparison(comparison)
     if config.report_to == "wandb":
         log_comparison(comparison, groups, output, config)
+
+
+def replaced_runs(path: Path, comparison: Mapping[str, Any]) -> list[str]:
+    """Return the names of the runs in the comparison at `path` if they are others than those of `comparison`."""
+    try:
+        before, now = (_members(one) for one in (read_json_object(path), comparison))
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it was changed by hand
+        return []
+    return before if set(before) != set(now) else []
+
+
+def _members(comparison: Mapping[str, Any]) -> list[str]:
+    return [str(name) for run in comparison["runs"] for name in run["members"]]
 
 
 if __name__ == "__main__":

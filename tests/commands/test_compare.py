@@ -251,6 +251,24 @@ def test_the_verdict_counts_only_the_questions_that_it_covers(tmp_path: Path) ->
     )
 
 
+def test_a_comparison_of_other_runs_is_not_replaced_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(*names: str, options: tuple[str, ...] = ()) -> bool:
+        compare.main([*(str(tmp_path / name) for name in names), *options])
+        return f"the comparison of base, tuned in {tmp_path / 'compare'} was replaced;" in capsys.readouterr().err
+
+    for seed, name in enumerate(("base", "tuned", "other")):
+        make_run(tmp_path / name, predictions(0.7, seed, images=10))
+    assert not warned("base", "tuned")
+    assert not warned("tuned", "base"), "the same runs"
+    assert not warned("base", "tuned", options=("--images", "none"))
+    assert not warned("base", "other", options=("--output", str(tmp_path / "compare other")))
+    assert warned("base", "other")
+    found = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+    assert [run["name"] for run in found["runs"]] == ["base", "other"]
+
+
 def test_the_verdict_says_if_a_run_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [make_run(tmp_path / name, predictions(skill)) for name, skill in (("good", 1.0), ("bad", 0.2))]
     compare.main([*map(str, folders)])
