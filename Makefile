@@ -19,7 +19,7 @@ endif
 # Threads that wait give their core to others instead of spinning, which is ten times faster on busy machines.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo adapt-from test test-slow style types pictures clean
+.PHONY: install demo adapt-from tiles test test-slow style types pictures clean
 
 install: $(INSTALLED)
 
@@ -76,6 +76,34 @@ adapt-from: $(INSTALLED)
 	done | xargs -P $(THREADS) -L 1 $(BIN)/python -m evaluation.run --config recipes/tiny/run.yaml --dataset data/$(NAME)
 	$(BIN)/python -m evaluation.compare $$(for start in prefix branch answer; do \
 	  echo $$start=$$(ls -d $(STARTS)/$$start-* | paste -sd,); done) --output $(STARTS)/compare
+
+# Train the decision maker for magnetic tiles with each seed, and compare its runs with the base model. The vision tower is
+# frozen, so all seeds share its features. The decision maker sees the best-ranked reference and answers alone, so a
+# single step is enough for the adapters of the other roles. ROOT contains the folders MT_Blowhole to MT_Uneven.
+TILES := runs/magnetic_tile/seeds
+OTHERS := $(filter-out decision_maker,$(ROLES))
+
+tiles: $(INSTALLED)
+	rm -rf $(TILES) data/magnetic_tile
+	$(BIN)/python -m data_prep.build --config recipes/magnetic_tile/data.yaml --root $(ROOT)
+	{ \
+	  for seed in $(SEEDS); do \
+	    echo decision_maker.yaml --seed $$seed --output_dir $(TILES)/adapters/$$seed/decision_maker --num_train_epochs 2 \
+	      --features $(TILES)/features --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj; \
+	  done; \
+	  for role in $(OTHERS); do echo $$role.yaml --output_dir $(TILES)/others/$$role --max_steps 1; done; \
+	} | sed 's|^|recipes/magnetic_tile/|' | xargs -P $(THREADS) -L 1 $(BIN)/python -m train.launch \
+	  --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS_PER_ROLE) train/sft.py \
+	  --eval_strategy no --disable_tqdm true --config
+	{ \
+	  echo --output $(TILES)/base; \
+	  for seed in $(SEEDS); do \
+	    cp -r $(OTHERS:%=$(TILES)/others/%) $(TILES)/adapters/$$seed && \
+	    echo --adapters $(TILES)/adapters/$$seed --output $(TILES)/tuned$$seed; \
+	  done; \
+	} | xargs -P $(THREADS) -L 1 $(BIN)/python -m evaluation.run --config recipes/magnetic_tile/run.yaml --references 1 \
+	  --knowledge none --reasoning off
+	$(BIN)/python -m evaluation.compare $(TILES)/base tuned=$$(ls -d $(TILES)/tuned* | paste -sd,)
 
 # Two workers, each with one file at a time. Most of the time goes into starting commands.
 test: $(INSTALLED)

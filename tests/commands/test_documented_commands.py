@@ -29,6 +29,7 @@ DOCUMENTS = [
 NOT_RUN = {
     "make demo": "takes 8 minutes; the documents contain its steps",
     "make adapt-from": "trains nine sets of adapters on the demo",
+    "make tiles": "needs real data and trains with several seeds",
     "make test": "runs this test suite",
     "make style types test": "runs this test suite",
     "UPDATE_GOLDEN=1 python -m pytest": "rewrites the golden prompts",
