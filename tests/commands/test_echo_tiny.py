@@ -16,7 +16,7 @@ from PIL import Image
 
 from echo_ft.images.boxes import parse_boxes
 from tests.conftest import ROOT
-from train.tiny import inputs, loop, measure, pretrain, stages
+from train.tiny import attention, inputs, loop, measure, pretrain, stages
 from train.tiny import model as tiny_model
 from train.tiny.lessons import STATEMENTS, LessonRow, draw_text_row, image_lessons, random_labels
 from train.tiny.pool import IMAGES_PER_PRODUCT, LABELS, Pool, draw_pool, open_pool
@@ -354,25 +354,57 @@ def test_looking_leaves_the_shifts_as_they_are(student: Any, pool: Pool) -> None
 def test_new_layers_start_without_a_change_to_text(student: Any) -> None:
     batch = inputs.collate_rows([draw_text_row(1)], student.tokenizer)
     with torch.no_grad():
-        before, *after = inputs.text_states(student.language, batch, None, 0, tiny_model.READING.start)
+        before, *after = inputs.text_states(student.language, batch, None, 0, attention.READING.start)
     assert all(torch.equal(states, before) for states in after)
 
 
-def test_the_comparing_layer_starts_at_the_same_place_of_the_reference(student: Any, compared: LessonRow) -> None:
-    tiny_model.prepare_comparison(student.model)
-    batch = inputs.collate_rows([dataclasses.replace(compared, branches=())], student.tokenizer)
+def comparing_attention(student: Any, row: LessonRow) -> tuple[dict[str, Any], Any]:
+    """Return the batch of a row, and the attention (heads, L, L) of the comparing layer before it is trained."""
+    attention.prepare_comparison(student.model, student.tokenizer)
+    batch = inputs.collate_rows([row], student.tokenizer)
     student.model.set_attn_implementation("eager")
     language = student.language
     with torch.no_grad():
         states = language.embed_tokens(batch["ids"])
-        layer = language.layers[tiny_model.COMPARING]
+        layer = language.layers[attention.COMPARING]
         mask = torch.where(batch["attention"], 0.0, -torch.inf)
         rotary = language.rotary_emb(states, batch["positions"])
         _, weights = layer.self_attn(layer.input_layernorm(states), position_embeddings=rotary, attention_mask=mask)
+    return batch, weights[0]
+
+
+def test_the_comparing_layer_starts_at_the_same_place_of_the_reference(student: Any, compared: LessonRow) -> None:
+    batch, weights = comparing_attention(student, dataclasses.replace(compared, branches=()))
     reference, query = batch["is_image"][0].nonzero()[:, 0].split(36)
-    sharp = weights[0, 2][query]
+    sharp = weights[2, query]
     assert torch.equal(sharp.argmax(1), reference)
     assert sharp.gather(1, reference[:, None]).mean() > 0.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_comparing_layer_starts_by_telling_rows_and_columns(student: Any, drawn: Any, count: int) -> None:
+    image = drawn.rows[0].images[0]
+    batch, weights = comparing_attention(student, LessonRow((image,) * count, "Look at the part.\n", ()))
+    starts = (batch["ids"][0] == student.tokenizer.convert_tokens_to_ids("<|vision_start|>")).nonzero()[:, 0]
+    for start, tokens in zip(starts, batch["is_image"][0].nonzero()[:, 0].split(36), strict=True):
+        rows, columns = (weights[head, tokens, start].view(6, 6) for head in (0, 1))
+        for shares in (rows, columns.T):
+            assert (shares.mean(1).diff() < -0.03).all()
+            assert shares[0].min() > 0.75 and shares[-1].max() < 0.25
+            assert shares.std(1).max() < 0.02
+        elsewhere = starts[starts != start]
+        assert (weights[:2][:, tokens][:, :, elsewhere] < 0.01).all()
+
+
+def test_the_heads_for_rows_and_columns_start_without_a_change_to_text(student: Any) -> None:
+    attention.prepare_comparison(student.model, student.tokenizer)
+    layer = student.language.layers[attention.COMPARING]
+    batch = inputs.collate_rows([draw_text_row(1)], student.tokenizer)
+    with torch.no_grad():
+        for other in (layer.self_attn.o_proj.weight[:, 64:], layer.mlp.down_proj.weight):
+            other.zero_()
+        before, after = inputs.text_states(student.language, batch, None, 0, attention.COMPARING + 1)
+    assert 0 < (after - before).norm() < 0.02 * before.norm()
 
 
 def test_a_stopped_stage_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

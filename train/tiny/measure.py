@@ -18,9 +18,9 @@ from echo_ft.drawn.parts import DEMO_DEFECTS, DEMO_PRODUCTS, demo_part, render_p
 from echo_ft.files import atomic_folder
 from echo_ft.metrics.detection import auroc
 from train.tiny import heads as on
+from train.tiny.attention import BRINGING, COMPARING
 from train.tiny.inputs import collate_rows, part_labels, query_tokens, text_states, trained_logits
 from train.tiny.lessons import INSTRUCTION, Lesson, LessonRow, draw_text_row, image_lessons
-from train.tiny.model import BRINGING, COMPARING
 from train.tiny.pool import IMAGES_PER_PRODUCT, LABELS, Pool, draw_pool, open_pool, patch_shares
 from train.tiny.pretrain import LETTER, REFERENCES
 from train.tiny.stages import Student, letter_mask

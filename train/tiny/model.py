@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from echo_ft.experts import roles
+from train.tiny.attention import READING, prepare_reading, reset_layer
 from train.tiny.inputs import ASSISTANT_OPENING
 from train.tiny.lessons import INSTRUCTION, LessonRow
 from train.tiny.shifts import prepare_shifts
@@ -43,13 +44,6 @@ VOCABULARY_SIZE = 3072
 
 PATCH_SIZE, MERGE_SIZE = 7, 4
 """A token has 28 x 28 pixels, as in Qwen2-VL, but 4 x 4 patches, so it learns small patterns at 16 positions."""
-COMPARING, BRINGING = 0, 1
-"""Layers of the language model that compare the query with the reference and bring the result to the text.
-
-Text without images passes through these layers unchanged. The layers after them read and answer.
-"""
-READING = slice(2, 6)
-"""The layers that read and answer."""
 
 
 def build_tokenizer(rows: Iterable[LessonRow]) -> Any:
@@ -155,10 +149,10 @@ def build_model(tokenizer: Any) -> Any:
     )
     prepare_shifts(model.model.visual)
     for layer in model.model.language_model.layers[: READING.start]:
-        _reset_layer(layer)
+        reset_layer(layer)
     _prepare_embeddings(model, tokenizer)
     # This is the distance from the predicted letter back to the last word before the instruction.
-    _prepare_attention(model, len(tokenizer(f".\n{INSTRUCTION}{ASSISTANT_OPENING}")["input_ids"]))
+    prepare_reading(model, len(tokenizer(f".\n{INSTRUCTION}{ASSISTANT_OPENING}")["input_ids"]))
     return model
 
 
@@ -176,150 +170,6 @@ def _prepare_embeddings(model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         own, shared = torch.randn_like(embeddings), torch.randn_like(embeddings)[first]
         embeddings.copy_(0.15 * (0.6 * own + 0.8 * shared))
-
-
-def _prepare_attention(model: Any, answer: int) -> None:
-    """Initialise attention so that the model can answer with a letter.
-
-    Random weights do not learn this in the available time.
-
-    Three groups of channels hold a token's own word, a word to search for, and a letter. The first reading layer writes
-    an option's letter next to its words (two and three tokens back). The second-to-last layer fetches the words before
-    the instruction, `answer` tokens back. The last layer finds the option with these words and predicts its letter. In
-    training, the model then learns to find answers elsewhere: further back in the text, and in images. The second
-    reading layer starts with queries equal to keys, and every output matrix undoes its value matrix, as in mimetic
-    initialization (Trockman and Kolter, arXiv 2305.09828). The other heads attend equally to all tokens.
-    """
-    import torch
-
-    language = model.model.language_model
-    rotary, embeddings, layers = language.rotary_emb, language.embed_tokens.weight, language.layers[READING]
-    size, width = embeddings.shape[1], layers[0].self_attn.head_dim
-    with torch.no_grad():
-        word, target, letter = torch.nn.init.orthogonal_(torch.empty(size, size))[: 3 * width].split(width)
-        for channels in (target, letter):
-            embeddings -= 0.8 * embeddings @ channels.T @ channels
-        for number, layer in enumerate(layers):
-            _init_mimetic(layer.self_attn, equal_queries=number == 1)
-        first, fetch, match = layers[0].self_attn, layers[-2].self_attn, layers[-1].self_attn
-        for attention, source in ((first, word), (fetch, word), (match, letter)):
-            _heads(attention.v_proj.weight, width)[0] = source
-        _attend_back(first, rotary.inv_freq, (2, 3, 1, 1))
-        _write_to(first, 0, letter)
-        _write_to(first, 1, 0.5 * letter)
-        _attend_back(fetch, rotary.inv_freq, (answer, answer + 1))
-        for head in range(2):
-            _write_to(fetch, head, target)
-            _write_to(match, head, word)
-        # Match only in slowly rotating channels, so that the distance does not matter.
-        slow = (rotary.inv_freq < 0.02).repeat(2)
-        keys, queries = _heads(match.k_proj.weight, width), _heads(match.q_proj.weight, width)
-        keys[0], queries[:2] = 0, 0
-        keys[0, slow] = 1.5 * word[: int(slow.sum())]
-        queries[:2, slow] = 1.5 * target[: int(slow.sum())]
-
-
-def prepare_comparison(model: Any) -> None:
-    """Initialise two heads of the comparing layer to attend to the token at the same position in the previous image.
-
-    The grids of two images of 6 x 6 tokens are 8 positions apart in time, height and width. The image takes 6, and the
-    two special tokens between them take one each. The layer's output starts small.
-    """
-    import torch
-
-    language = model.model.language_model
-    layer, frequencies = language.layers[COMPARING], language.rotary_emb.inv_freq
-    attention, half = layer.self_attn, len(frequencies)
-    rotating = torch.where(torch.arange(half) < 6, 1.0, 0.0)
-    with torch.no_grad():
-        _reset_layer(layer)
-        keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
-        _heads(attention.k_proj.weight, 2 * half)[1] = 0
-        _heads(attention.q_proj.weight, 2 * half)[2:] = 0
-        keys[1, 0] = 20.0 * rotating
-        for head, sharpness in ((2, 20.0), (3, 5.0)):
-            queries[head, 0] = sharpness * rotating * torch.cos(8 * frequencies)
-            queries[head, 1] = -sharpness * rotating * torch.sin(8 * frequencies)
-        output = attention.o_proj.weight
-        output[:, output.shape[1] // 2 :].normal_(std=0.005)
-        layer.mlp.down_proj.weight.normal_(std=0.01)
-
-
-def prepare_bringing(model: Any, found: Any) -> None:
-    """Initialise two heads of the bringing layer to attend to the image tokens that show a defect.
-
-    `found` (hidden,) is the direction in which the comparing layer encodes that a token shows a defect.
-    """
-    import torch
-
-    language = model.model.language_model
-    layer = language.layers[BRINGING]
-    attention, width = layer.self_attn, layer.self_attn.head_dim
-    slowest = width // 2 - 1  # this channel hardly rotates, so the distance does not matter
-    with torch.no_grad():
-        _reset_layer(layer)
-        keys, queries = _heads(attention.k_proj.weight, width), _heads(attention.q_proj.weight, width)
-        keys[0], queries[:2] = 0, 0
-        keys[0, slowest] = (found - found.mean()) / layer.input_layernorm.weight
-        for head, sharpness in enumerate((1.2, 0.5)):
-            attention.q_proj.bias.view(-1, width)[head, slowest] = sharpness * width**0.5
-        values = _heads(attention.v_proj.weight, width)[0]
-        for head in range(2):
-            _write_to(attention, head, 0.07 * values)
-        layer.mlp.down_proj.weight.normal_(std=0.01)
-
-
-def _reset_layer(layer: Any) -> None:
-    """Initialise a layer so that it has no effect yet."""
-    import torch
-
-    with torch.no_grad():
-        for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
-            matrix.weight.normal_(std=0.09)
-        torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
-        for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            matrix.bias.zero_()
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-
-
-def _heads(matrix: Any, width: int) -> Any:
-    """Return a view of a projection's rows (heads x width, hidden) as (heads, width, hidden)."""
-    return matrix.view(-1, width, matrix.shape[1])
-
-
-def _init_mimetic(attention: Any, equal_queries: bool) -> None:
-    """Initialise keys and values as orthogonal matrices, and the output as the transpose of the values."""
-    import torch
-
-    width, group = attention.head_dim, attention.num_key_value_groups
-    torch.nn.init.orthogonal_(attention.k_proj.weight)
-    torch.nn.init.orthogonal_(attention.v_proj.weight)
-    if equal_queries:
-        keys = _heads(attention.k_proj.weight, width).repeat_interleave(group, dim=0)
-        _heads(attention.q_proj.weight, width).add_(keys)
-    values = _heads(attention.v_proj.weight, width).repeat_interleave(group, dim=0)
-    attention.o_proj.weight.copy_(0.5 * values.flatten(0, 1).T)
-
-
-def _attend_back(attention: Any, frequencies: Any, distances: tuple[int, ...]) -> None:
-    """Make each head attend to the token at its distance, by position only."""
-    import torch
-
-    half = len(frequencies)
-    rotating = frequencies > 0.1
-    keys, queries = attention.k_proj.bias.view(-1, 2, half), attention.q_proj.bias.view(-1, 2, half)
-    keys[:, 0] = 6.0 * rotating
-    for head, distance in enumerate(distances):
-        queries[head, 0] = 6.0 * rotating * torch.cos(distance * frequencies)
-        queries[head, 1] = -6.0 * rotating * torch.sin(distance * frequencies)
-        _heads(attention.q_proj.weight, 2 * half)[head] = 0
-
-
-def _write_to(attention: Any, head: int, channels: Any) -> None:
-    """Make a head write its output (width) to `channels` (width, hidden)."""
-    output = attention.o_proj.weight
-    output.view(output.shape[0], -1, channels.shape[0])[:, head] = channels.T
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:

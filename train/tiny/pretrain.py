@@ -26,7 +26,13 @@ from train.tiny.pool import DEFECT_NAMES, KIND_NAMES, draw_pool, open_pool
 
 STEPS = {"read": 3000, "look": 3200, "compare": 1300, "bring": 450, "answer": 2500}
 """Steps of each stage."""
-BEFORE = {"read": (), "look": (), "compare": ("look",), "bring": ("compare",), "answer": ("bring", "read")}
+BEFORE = {
+    "read": (),
+    "look": (),
+    "compare": ("look", "read"),
+    "bring": ("compare", "read"),
+    "answer": ("bring", "read"),
+}
 """The stages whose weights a stage starts from. If several of them trained the same weights, the last one in the list
 takes precedence."""
 DATA = """- **Data**: {images:,} images drawn by `echo_ft/drawn`. The kinds of parts are {kinds}. The defects are

@@ -2,8 +2,8 @@
 
 1. `read`: the reading layers learn to answer questions about text with a letter. They do not see images yet.
 2. `look`: the vision tower learns what patches and image tokens show.
-3. `compare`: the comparing layer learns what differs from a normal reference at the same position. 4. `bring`: the
-   bringing layer copies what was found, and where, to the text after the images.
+3. `compare`: the comparing layer learns what differs from a normal reference at the same position.
+4. `bring`: the bringing layer copies what was found, and where, to the text after the images.
 5. `answer`: all layers learn to answer about images.
 
 The heads of earlier stages stay active. The comparing and bringing layers learn to leave text without images unchanged,
@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from train.tiny import heads as on
+from train.tiny.attention import BRINGING, COMPARING, READING, prepare_bringing, prepare_comparison
 from train.tiny.inputs import (
     QUERY_SHARES,
     DrawnRows,
@@ -33,7 +34,7 @@ from train.tiny.inputs import (
 )
 from train.tiny.lessons import LessonRow, draw_binding_row, draw_text_row
 from train.tiny.loop import StepLosses, adamw
-from train.tiny.model import BRINGING, COMPARING, PATCH_SIZE, READING, prepare_bringing, prepare_comparison
+from train.tiny.model import PATCH_SIZE
 from train.tiny.pool import IMAGES_PER_PRODUCT, Pool
 from train.tiny.shifts import encode_as_shifts, normalize, scale_tokens
 
@@ -95,7 +96,7 @@ class Stage:
 
 def read(student: Student, pool: None) -> Stage:
     """Learn to read from rows of text alone, first to recall the last words, then earlier ones. Needs no pool."""
-    weights = list(student.reading.parameters())
+    matrices, others = _split_matrices(student.language.layers[READING], student.reading)
 
     def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
         rows = [draw_reading_row(rng, done) for _ in range(READ_BATCH)]
@@ -103,7 +104,7 @@ def read(student: Student, pool: None) -> Stage:
         states = text_states(student.language, batch, None, READING.start, READING.stop)
         return {"words": _weighted_words(student, batch, states[-1])}
 
-    return Stage(student.modules("reading"), [adamw(weights, 1.5e-3)], losses)
+    return Stage(student.modules("reading"), [_muon(matrices, 3e-3), adamw(others, 1.5e-3)], losses)
 
 
 def draw_reading_row(rng: np.random.Generator, done: float) -> LessonRow:
@@ -116,7 +117,7 @@ def draw_reading_row(rng: np.random.Generator, done: float) -> LessonRow:
 
 def look(student: Student, pool: Pool) -> Stage:
     """Learn what is at each patch and image token."""
-    matrices, others = _muon_matrices(student), _other_tower_weights(student)
+    matrices, others = _split_matrices(student.visual.blocks, student.visual)
     optimizers = [_muon(matrices, 6e-3), adamw([*others, *student.heads.parameters()], 2e-3)]
 
     def losses(rng: np.random.Generator, done: float) -> dict[str, torch.Tensor]:
@@ -135,10 +136,10 @@ def compare(student: Student, pool: Pool) -> Stage:
     with torch.no_grad():
         sample = student.look(torch.tensor(pool.images[:64]).float())[1]
     scale_tokens(student.visual, sample, TOKEN_DEVIATION)
-    prepare_comparison(student.model)
+    prepare_comparison(student.model, student.tokenizer)
     layer, heads = student.language.layers[COMPARING], student.heads
-    others = [*_other_tower_weights(student), *layer.parameters(), *heads.parameters()]
-    optimizers = [_muon(_muon_matrices(student), 3e-3), adamw(others, 1.5e-3)]
+    matrices, others = _split_matrices(student.visual.blocks, student.visual)
+    optimizers = [_muon(matrices, 3e-3), adamw([*others, *layer.parameters(), *heads.parameters()], 1.5e-3)]
     blank = np.zeros((168, 168, 3), np.uint8)
     pair = collate_rows([LessonRow((blank, blank), "", ())], student.tokenizer)
     at = pair["is_image"][0].nonzero()[:, 0]
@@ -294,13 +295,11 @@ def letter_mask(tokenizer: Any, batch: dict[str, Any]) -> Any:
     return (torch.isin(labels, letters) & (following == end))[labels != -100]
 
 
-def _muon_matrices(student: Student) -> list[torch.nn.Parameter]:
-    return [weight for weight in student.visual.blocks.parameters() if weight.ndim == 2]
-
-
-def _other_tower_weights(student: Student) -> list[torch.nn.Parameter]:
-    matrices = set(map(id, _muon_matrices(student)))
-    return [weight for weight in student.visual.parameters() if id(weight) not in matrices]
+def _split_matrices(layers: Any, module: Any) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Split the weights of `module` into the matrices of its `layers`, which Muon trains, and all others."""
+    matrices = [weight for weight in layers.parameters() if weight.ndim == 2]
+    chosen = set(map(id, matrices))
+    return matrices, [weight for weight in module.parameters() if id(weight) not in chosen]
 
 
 def _muon(matrices: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
