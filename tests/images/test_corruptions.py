@@ -25,7 +25,7 @@ from echo_ft.records import Prediction
 from echo_ft.training.cases import EXCHANGE_SCHEMA, group_by_case
 from echo_ft.training.checkpoints import find_checkpoint
 from echo_ft.training.collator import Collator
-from tests.conftest import make_case, make_dataset
+from tests.conftest import ROUNDING, make_case, make_dataset
 from tests.support.exchanges import exchanges_of, with_completions
 from tests.support.runs import run_evaluation
 from tests.support.servers import FakeServer, ask_server, shown_images
@@ -154,7 +154,7 @@ def test_run_keeps_a_query_apart_from_the_same_image_as_reference(model, row_bui
         (expected,) = Engine(model, row_builder, tmp_path, max_new_tokens=1).generate("decision_maker", [swapped])
         (clean,) = Engine(model, row_builder, tmp_path, max_new_tokens=1).generate("decision_maker", [exchange])
         for one, other, untouched in zip(generations, expected, clean, strict=True):
-            assert one.letters == pytest.approx(other.letters, abs=1e-5) != untouched.letters
+            assert one.letters == pytest.approx(other.letters, abs=ROUNDING) != untouched.letters
 
 
 @pytest.fixture(scope="module")

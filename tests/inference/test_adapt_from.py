@@ -14,7 +14,7 @@ from echo_ft.inference.engine import Engine
 from echo_ft.model.adapters import attach_adapters
 from echo_ft.model.loading import load_model
 from echo_ft.records import LETTERS, ROLES
-from tests.conftest import ECHO_TINY, make_case, make_dataset, random_adapters
+from tests.conftest import ECHO_TINY, ROUNDING, make_case, make_dataset, random_adapters
 from tests.support.adapt_from import logits_of_one_row, plain_inputs
 from tests.support.exchanges import exchanges_of
 
@@ -77,7 +77,7 @@ def test_answers_equal_those_of_one_question_at_a_time(adapters, tuned, row_buil
             text, letters = plain_answer(plain, STARTS[role], row_builder, tmp_path, single)
             assert generation.text == text
             for letter, value in generation.letters.items():
-                assert math.exp(value) == pytest.approx(letters[letter], abs=1e-5)
+                assert math.exp(value) == pytest.approx(letters[letter], abs=ROUNDING)
             with plain.disable_adapter():
                 changed += plain_answer(plain, "branch", row_builder, tmp_path, single)[0] != text
     assert changed, "the adapter acts"

@@ -20,7 +20,7 @@ from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES, Inspection
 from echo_ft.retrieval.products import load_products, read_products, save_products
 from evaluation import inspect
-from tests.conftest import ECHO_TINY, draw
+from tests.conftest import ECHO_TINY, ROUNDING, draw
 from train.export import main as export_main
 
 
@@ -43,7 +43,7 @@ def test_a_bundle_without_its_dataset_answers_as_the_adapters_do(bundle, adapter
 
     monkeypatch.setattr("echo_ft.inference.inspector.load_dataset", no_dataset)
     found = Inspector.from_bundle(bundle).predict(image)
-    assert found.pred_score == pytest.approx(expected.pred_score, abs=1e-6)
+    assert found.pred_score == pytest.approx(expected.pred_score, abs=ROUNDING)
     assert [one.text for one in found.trace] == [one.text for one in expected.trace]
     assert [one.prompt for one in found.trace] == [one.prompt for one in expected.trace]
     assert found.reference.startswith(str(bundle / "references" / "images"))

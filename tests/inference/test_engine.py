@@ -34,7 +34,7 @@ from echo_ft.model.loading import load_model, load_processor
 from echo_ft.model.vision import ImageEncoder, ImageFeatureCache
 from echo_ft.records import ROLES, Branch, Prediction
 from evaluation.run import main as run_main
-from tests.conftest import ECHO_TINY, ROOT, make_case, make_dataset, random_adapters
+from tests.conftest import ECHO_TINY, ROOT, ROUNDING, make_case, make_dataset, random_adapters
 from tests.support.exchanges import exchanges_of
 
 TILES = Path(os.environ.get("ECHO_FT_DATA", "../shared/data")) / "magnetic_tile"
@@ -58,7 +58,7 @@ def test_answers_equal_those_of_one_question_at_a_time(model, row_builder, excha
             expected = one_at_a_time.generate_one(exchange, branch)
             assert generation.text == expected.text
             for letter, value in generation.letters.items():
-                assert math.exp(value) == pytest.approx(math.exp(expected.letters[letter]), abs=1e-5)
+                assert math.exp(value) == pytest.approx(math.exp(expected.letters[letter]), abs=ROUNDING)
 
 
 def texts(answers):
@@ -101,7 +101,7 @@ def test_images_are_encoded_without_the_convolution_and_answers_stay_equal(
     assert texts(found) == texts(expected)
     for one, other in zip(found, expected, strict=True):
         for generation, before in zip(one, other, strict=True):
-            assert generation.letters == pytest.approx(before.letters, abs=5e-5)
+            assert generation.letters == pytest.approx(before.letters, abs=ROUNDING)
 
 
 def test_a_text_that_ends_at_the_token_limit_is_marked(model, row_builder, exchanges, tmp_path):
@@ -148,7 +148,7 @@ def test_a_token_budget_splits_batches_and_changes_no_answer(model, row_builder,
     assert texts(split) == texts(whole)
     for one, other in zip(split, whole, strict=True):
         for generation, expected in zip(one, other, strict=True):
-            assert generation.letters == pytest.approx(expected.letters, abs=5e-5)
+            assert generation.letters == pytest.approx(expected.letters, abs=ROUNDING)
     assert [row.exchange for rows, *_ in batches for row in rows] == exchanges
     for rows, branches, prefix in batches:
         longest = max(
@@ -318,7 +318,7 @@ def test_prefixes_prefill_in_groups_give_the_same_answers(model, row_builder, ex
     assert texts(grouped) == texts(together)
     for one, other in zip(grouped, together, strict=True):
         for generation, expected in zip(one, other, strict=True):
-            assert generation.letters == pytest.approx(expected.letters, abs=5e-5)
+            assert generation.letters == pytest.approx(expected.letters, abs=ROUNDING)
 
 
 def test_out_of_memory_halves_the_budget_and_continues(model, row_builder, exchanges, tmp_path, monkeypatch, capsys):

@@ -33,7 +33,7 @@ from echo_ft.model.loading import base_fingerprint
 from echo_ft.provenance import seal_folder
 from echo_ft.records import ROLES, Inspection
 from evaluation import inspect
-from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, draw
+from tests.conftest import ECHO_TINY, MAX_PIXELS, MIN_PIXELS, ROUNDING, draw
 from tests.support.runs import make_report
 
 
@@ -108,12 +108,12 @@ def test_images_in_memory_and_overwritten_files_are_seen_afresh(inspector, tmp_p
     results = inspector.predict(images, "washer")
     for index in (0, 8, 9):
         alone = inspector.predict(images[index], "washer")
-        assert alone.pred_score == pytest.approx(results[index].pred_score, abs=1e-6)
+        assert alone.pred_score == pytest.approx(results[index].pred_score, abs=ROUNDING)
     assert len({round(result.pred_score, 9) for result in results}) == 10
     for index in (0, 1):
         Image.fromarray(images[index]).save(tmp_path / "current.png")
         current = inspector.predict(tmp_path / "current.png", "washer")
-        assert current.pred_score == pytest.approx(results[index].pred_score, abs=1e-6)
+        assert current.pred_score == pytest.approx(results[index].pred_score, abs=ROUNDING)
 
 
 def test_batches_do_not_change_results(inspector, tmp_path):
@@ -122,7 +122,7 @@ def test_batches_do_not_change_results(inspector, tmp_path):
     assert [result.image for result in together] == [str(path) for path in images]
     for index in (0, 7, 9):
         alone = inspector.predict(images[index])
-        assert alone.pred_score == pytest.approx(together[index].pred_score, abs=1e-6)
+        assert alone.pred_score == pytest.approx(together[index].pred_score, abs=ROUNDING)
         assert alone.reference == together[index].reference
     assert [one.image for one in inspector.stream(tmp_path)] == [str(tmp_path / f"{index}.png") for index in range(10)]
 
